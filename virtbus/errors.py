@@ -1,0 +1,85 @@
+"""The exception hierarchy: each class says what the caller does next.
+
+`retryable` tells a loop whether trying again can help; `exit_code` is what the command line ends with
+(sysexits.h). Third-party exceptions are translated into these once, at the adapter's edge.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class VirtbusError(Exception):
+    """Base of all errors that virtbus raises on purpose; its text is one line a person can act on."""
+
+    retryable: ClassVar[bool] = False
+    exit_code: ClassVar[int] = 70
+
+
+class ConfigError(VirtbusError):
+    """The configuration can't be used: mend it (EX_CONFIG). May name several problems, one a line."""
+
+    exit_code = 78
+
+
+class SchemaError(VirtbusError):
+    """Data does not fit its schema, or a schema is unknown (EX_DATAERR)."""
+
+    exit_code = 65
+
+
+class InputMissing(VirtbusError):
+    """A file or folder that was named can't be read (EX_NOINPUT)."""
+
+    exit_code = 66
+
+
+class SourceUnavailable(VirtbusError):
+    """The hypervisor can't be reached now; it may come back (EX_UNAVAILABLE)."""
+
+    retryable = True
+    exit_code = 69
+
+
+class SourceDenied(VirtbusError):
+    """The hypervisor refuses us: an operator has to act (EX_NOPERM)."""
+
+    exit_code = 77
+
+
+class BusUnavailable(VirtbusError):
+    """The broker can't be reached or does not answer now; it may come back (EX_UNAVAILABLE)."""
+
+    retryable = True
+    exit_code = 69
+
+
+class BusDenied(VirtbusError):
+    """The broker refuses our identity, certificate or permissions: an operator has to act (EX_NOPERM)."""
+
+    exit_code = 77
+
+
+class RecordRefused(VirtbusError):
+    """The broker will never take this one record (too large, malformed for it): dead-letter it."""
+
+    exit_code = 65
+
+
+class SpoolFull(VirtbusError):
+    """The spool's disk is full or does not write now: keep observing, try again (EX_IOERR)."""
+
+    retryable = True
+    exit_code = 74
+
+
+class SpoolCorrupt(VirtbusError):
+    """The spool's file is damaged or from an unknown future release (EX_IOERR)."""
+
+    exit_code = 74
+
+
+class SpoolBusy(VirtbusError):
+    """Another process holds the spool; the message names it (EX_IOERR)."""
+
+    exit_code = 74

@@ -1,0 +1,586 @@
+"""Facts as frozen dataclasses and closed sets as enums: what every other module talks in.
+
+No I/O and no third-party import. Inside the agent wall time is an integer of nanoseconds since the
+Unix epoch (`*_ns`), as the callback reads it; in events it is an aware UTC `datetime`. Durations are
+seconds. Unknown is `None`, never absent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from enum import Enum
+from typing import ClassVar, NamedTuple, TypeAlias
+
+# ----------------------------------------------------------------------------------------- clocks
+
+
+class Now(NamedTuple):
+    """One reading of both clocks: wall time stamps, monotonic time measures."""
+
+    wall_ns: int
+    monotonic: float
+
+
+class Clock:
+    """The system's clocks; tests pass their own object with the same call."""
+
+    def __call__(self) -> Now:
+        """Read both clocks at once."""
+        return Now(time.time_ns(), time.monotonic())
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def to_datetime(wall_ns: int) -> datetime:
+    """Nanoseconds since the Unix epoch → aware UTC datetime, cut to whole microseconds."""
+    # Not fromtimestamp(): a float of this size is off by up to a microsecond.
+    return _EPOCH + timedelta(microseconds=wall_ns // 1000)
+
+
+def to_ns(moment: datetime) -> int:
+    """Aware datetime → nanoseconds since the Unix epoch."""
+    return (moment - _EPOCH) // timedelta(microseconds=1) * 1000
+
+
+# ------------------------------------------------------------------------------------ closed sets
+
+
+class Action(Enum):
+    """What the hypervisor did about the error (virDomainEventIOErrorAction); the raw code stands beside it."""
+
+    NONE = "none"
+    PAUSE = "pause"
+    REPORT = "report"
+    UNKNOWN = "unknown"
+
+    @classmethod
+    def from_code(cls, code: int) -> Action:
+        """0 none, 1 pause, 2 report; a code that nobody knows yet is UNKNOWN."""
+        return _ACTIONS.get(code, cls.UNKNOWN)
+
+
+_ACTIONS = {0: Action.NONE, 1: Action.PAUSE, 2: Action.REPORT}
+
+
+class Origin(Enum):
+    """How we know of an error."""
+
+    EVENT = "event"  # libvirt's I/O-error callback
+    LIFECYCLE = "lifecycle"  # a pause by I/O error whose own event never came
+    RECONCILE = "reconcile"  # found by looking, after we had been cut off
+    REPLAY = "replay"  # a drill or a recording: never a live error
+
+
+class Phase(Enum):
+    """Where an incident stands."""
+
+    OPENED = "opened"
+    UPDATED = "updated"
+    RESOLVED = "resolved"
+
+
+class Scope(Enum):
+    """What one incident speaks for; wider than a device only when too many are open at once."""
+
+    DEVICE = "device"
+    DOMAIN = "domain"
+    HOST = "host"
+
+
+# ----------------------------------------------------------------------- the host and what runs on it
+
+
+@dataclass(frozen=True, slots=True)
+class Hypervisor:
+    """The hypervisor and the libvirt in front of it; versions are dotted ("7.2.22")."""
+
+    kind: str | None = None  # virConnectGetType: "QEMU"
+    version: str | None = None
+    libvirt_version: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The hypervisor's host as libvirt names it, also over a remote URI."""
+
+    name: str  # virConnectGetHostname
+    uuid: str | None = None  # /capabilities/host/uuid
+    boot_id: str | None = None  # the kernel's; only of the local host
+    hypervisor: Hypervisor = field(default_factory=Hypervisor)
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Who owns a guest, from its metadata (Nova, KubeVirt, oVirt, or a configured rule)."""
+
+    platform: str
+    id: str | None = None
+    name: str | None = None
+    project_id: str | None = None
+    project_name: str | None = None
+    user_id: str | None = None
+    user_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """A guest. `id` is libvirt's number while it runs, `state` libvirt's word ("running", "paused", …)."""
+
+    uuid: str
+    name: str
+    id: int | None = None
+    state: str | None = None
+    owner: Owner | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSource:
+    """Where a device's data lives, free of secrets: user names, passwords and query strings are cut."""
+
+    type: str  # "file", "block", "network", "volume", …
+    protocol: str | None = None  # "nbd", "rbd", "iscsi", "nfs", …
+    path: str | None = None  # file, device node, or the name of the export or image
+    pool: str | None = None
+    volume: str | None = None
+    hosts: tuple[str, ...] = ()  # "host:port" or "unix:/path"
+    format: str | None = None
+    backing: tuple[str, ...] = ()  # the images below, nearest first
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorPolicy:
+    """What the domain asks the hypervisor to do on an error ("stop", "report", "ignore", "enospace")."""
+
+    write: str | None = None
+    read: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device in trouble. The alias is its identity; all else is `None` when the XML does not tell."""
+
+    alias: str | None
+    target: str | None = None
+    bus: str | None = None
+    kind: str | None = None  # "disk", "cdrom", "lun", "serial", …
+    serial: str | None = None
+    source: DeviceSource | None = None
+    policy: ErrorPolicy | None = None
+    chain_index: int | None = None  # of the backing image that the reported path names
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What the cache knows of one domain: itself and its devices by alias."""
+
+    domain: Domain
+    devices: Mapping[str, Device]
+
+
+# --------------------------------------------------------------------------- what a source observes
+
+
+class RawIoError(NamedTuple):
+    """One call of libvirt's I/O-error callback, as it came (a tuple: made thousands of times a second)."""
+
+    domain_uuid: str
+    domain_name: str
+    domain_id: int | None
+    path: str
+    alias: str
+    action_code: int
+    reason: str
+    observed_at: int  # wall clock, ns
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """One thing that was looked at, and what it says about the error."""
+
+    check: str  # "lifecycle", "state", "disk_errors", "messages", "block_info", "file_system"
+    verdict: str  # "confirms", "contradicts", "inconclusive", "unavailable"
+    found: str | None = None  # for people
+    capacity_bytes: int | None = None
+    allocation_bytes: int | None = None
+    physical_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Burst:
+    """Equal errors (all but the time) that were drained together: counts are exact, times are the edges."""
+
+    raw: RawIoError  # the first of them
+    count: int
+    first_ns: int
+    last_ns: int
+    origin: Origin = Origin.EVENT
+    message: str | None = None  # the hypervisor's text, for people
+    disk_error: str | None = None  # "unspecified" or "no_space" (virDomainDiskErrorCode)
+    evidence: tuple[Evidence, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DomainResumed:
+    """The guest runs again."""
+
+    domain_uuid: str
+    at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class DomainGone:
+    """The guest left this host; `cause` is a resolution cause ("domain_stopped", "migrated", …)."""
+
+    domain_uuid: str
+    at_ns: int
+    cause: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRemoved:
+    """A device was unplugged."""
+
+    domain_uuid: str
+    alias: str
+    at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class DomainState:
+    """One domain of a snapshot. `paused_by_io_error` also covers a pause of unknown reason with a disk error."""
+
+    uuid: str
+    name: str
+    state: str
+    paused_by_io_error: bool
+    aliases: frozenset[str] | None = None  # the devices it has; None when its XML could not be read
+
+
+@dataclass(frozen=True, slots=True)
+class SourceReady:
+    """Callbacks are registered, and then everything was looked at once.
+
+    `findings` are errors that the look found and no event told of, as far as the source knows; the
+    incidents know more (they outlive a restart) and may already have them.
+    """
+
+    host: Host
+    at_ns: int
+    domains: tuple[DomainState, ...]
+    findings: tuple[Burst, ...] = ()
+    throttles: bool = False  # the hypervisor merges errors: counts are lower bounds
+
+
+@dataclass(frozen=True, slots=True)
+class SourceLost:
+    """The source can't observe since `at_ns` (its last sign of life)."""
+
+    at_ns: int
+    why: str
+
+
+Observation: TypeAlias = (
+    RawIoError | Burst | DomainResumed | DomainGone | DeviceRemoved | SourceReady | SourceLost
+)
+
+# ------------------------------------------------------------------------------------- the events
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorFacts:
+    """The error itself, with libvirt's own words beside our reading of them."""
+
+    action: Action
+    action_code: int | None
+    reason: str | None  # open: "", "enospc", "message", "eio", …
+    path: str | None  # as libvirt gave it: may be a backing file, or empty
+    message: str | None
+    disk_error: str | None
+    occurred_at: datetime
+    evidence: tuple[Evidence, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Occurrences:
+    """How often: `count` in this event, `total` since the incident opened, `first`/`last` of this event's."""
+
+    count: int
+    total: int
+    first: datetime
+    last: datetime
+    lower_bound: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Incident:
+    """One (domain, device) in trouble. `pauses` counts the guest's pauses; `flapping` is a pause/resume loop."""
+
+    id: str
+    phase: Phase
+    opened_at: datetime
+    pauses: int = 0
+    flapping: bool = False
+    pauses_per_minute: float | None = None
+    scope: Scope = Scope.DEVICE
+
+
+@dataclass(frozen=True, slots=True)
+class IoError:
+    """An incident opens or goes on."""
+
+    TYPE: ClassVar[str] = "io.virtbus.domain.io_error.v1"
+
+    host: Host
+    domain: Domain
+    device: Device
+    error: ErrorFacts
+    occurrences: Occurrences
+    incident: Incident
+    origin: Origin
+    enriched: bool
+    truncated: tuple[str, ...] = ()  # JSON pointers of what was cut to fit
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """Why and when an incident ended; causes: resumed, quiet, device_removed, domain_stopped, migrated, …"""
+
+    cause: str
+    resolved_at: datetime
+    duration_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedOccurrences:
+    """All errors of the incident."""
+
+    total: int
+    first: datetime
+    last: datetime
+    lower_bound: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class IoErrorResolved:
+    """An incident ended."""
+
+    TYPE: ClassVar[str] = "io.virtbus.domain.io_error_resolved.v1"
+
+    host: Host
+    domain: Domain
+    device: Device
+    occurrences: ResolvedOccurrences
+    incident: Incident
+    resolution: Resolution
+    truncated: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRange:
+    """Events `first` to `last`, both included, of one epoch."""
+
+    epoch: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class PreviousRun:
+    """The agent's run before this one; `last_sequence` is what its spool still knows."""
+
+    epoch: str
+    last_sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Something may be missing between two times, or is known to be missing by number.
+
+    Reasons (open): agent_down, source_lost, spool_full, dead_letter, spool_damaged, spool_unwritable,
+    identity_changed, observations_dropped, operator_dropped.
+    """
+
+    TYPE: ClassVar[str] = "io.virtbus.agent.gap.v1"
+
+    host: Host | None
+    agent_id: str
+    reason: str
+    detail: str | None
+    started_at: datetime | None  # None: unknown
+    ended_at: datetime
+    previous: PreviousRun | None = None
+    missing: tuple[SequenceRange, ...] = ()
+    missing_events: int = 0  # how many events the ranges hold
+    missing_occurrences: int = 0  # how many counted errors went with them
+    found: int = 0  # errors of the interval that were found afterwards
+    truncated: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class OpenIncident:
+    """An open incident as a heartbeat carries it."""
+
+    id: str
+    domain_uuid: str
+    domain_name: str
+    device: Device
+    action: Action
+    reason: str | None
+    opened_at: datetime
+    last: datetime
+    total: int
+    pauses: int
+    paused: bool
+    flapping: bool
+    scope: Scope = Scope.DEVICE
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What waits in the spool."""
+
+    events: int
+    bytes: int
+    oldest_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class SourceHealth:
+    """Whether the source observes: state "connected", "disconnected" or "starting"."""
+
+    state: str
+    since: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class OpenIncidents:
+    """How many are open, and the first hundred."""
+
+    total: int
+    items: tuple[OpenIncident, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """The agent lives; what it holds. Never spooled, no sequence of its own."""
+
+    TYPE: ClassVar[str] = "io.virtbus.agent.heartbeat.v1"
+
+    host: Host | None
+    agent_id: str
+    agent_version: str
+    epoch: str
+    started_at: datetime
+    sent_at: datetime
+    interval_seconds: float
+    source: SourceHealth
+    backlog: Backlog
+    committed_sequence: int
+    confirmed_sequence: int
+    incidents: OpenIncidents
+    truncated: tuple[str, ...] = ()
+
+
+Event: TypeAlias = IoError | IoErrorResolved | Gap | Heartbeat
+
+
+# ------------------------------------------------------------------------ records and what becomes of them
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What makes an event this event, minted once at commit and never changed."""
+
+    id: str  # UUIDv7
+    agent_id: str
+    epoch: str  # UUIDv7 of the agent's run
+    sequence: int | None  # from 1 in the epoch; None for a heartbeat
+    recorded_ns: int  # commit time
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One encoded event on its way out, for any bus.
+
+    `attributes` are the CloudEvents attributes as strings, without a binding's prefix; `body` is the data.
+    """
+
+    row: int  # the spool's handle; 0 for a heartbeat
+    epoch: str
+    seq: int  # 0 for a heartbeat
+    id: str
+    key: str  # the partition key
+    attributes: Mapping[str, str]
+    body: bytes
+    created_ns: int
+    attempts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmed:
+    """The broker has it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deferred:
+    """Not confirmed, may or may not have arrived: send again, same id. `error` says why."""
+
+    error: Exception
+
+
+@dataclass(frozen=True, slots=True)
+class Unroutable:
+    """The broker has nobody who wants it: park it and its key, try later."""
+
+    reason: str = "no queue is bound"
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The broker will never take it: dead letter."""
+
+    error: Exception
+
+
+Outcome: TypeAlias = Confirmed | Deferred | Unroutable | Refused
+
+
+class Binding(Enum):
+    """How CloudEvents attributes ride on a message."""
+
+    AMQP = "amqp"  # "ce-" headers (RabbitMQ binding)
+    KAFKA = "kafka"  # "ce_" headers
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message as a bus received it; `handle` is the bus's own and means nothing to others."""
+
+    binding: Binding
+    headers: Mapping[str, object]
+    content_type: str | None
+    body: bytes
+    key: str | None
+    redelivered: bool
+    user_id: str | None  # proven by the broker, or None
+    position: str  # where it stood, for logs: "queue#tag" or "topic[partition]@offset"
+    handle: object = field(compare=False, repr=False, default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """The result of one look at a part: status "ok", "warning", "failed" or "skipped"."""
+
+    name: str
+    status: str
+    summary: str
+    remedy: str | None = None
+    exit_code: int = 0
+    details: Mapping[str, object] = field(default_factory=dict)
+
+
+Checks: TypeAlias = Sequence[Check]

@@ -1,0 +1,428 @@
+"""Typed internal events: one object gives the log line and the metric, so the two can't disagree.
+
+`emit(SomethingHappened(...))` writes one structured line and counts. WARN means nothing was lost; ERROR
+means data was lost or a person is needed. Repeats of one warning are limited and counted, never silent.
+The registry is ours alone (no process-wide default), bounded in labels: no domain, alias or id is a label.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, TextIO
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_CONFIRM_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Metrics:
+    """All metrics of one process; names are a contract with dashboards and alerts."""
+
+    def __init__(self) -> None:
+        """Create every metric at zero, so that a first scrape has them all."""
+        self.registry = r = CollectorRegistry()
+        self.spool_oldest_unpublished_seconds = Gauge(
+            "virtbus_spool_oldest_unpublished_seconds",
+            "Age of the oldest event that no broker has confirmed (0 when there is none)",
+            registry=r,
+        )
+        self.spool_events = Gauge(
+            "virtbus_spool_events", "Events in the spool, by state", ["state"], registry=r
+        )
+        self.spool_bytes = Gauge("virtbus_spool_bytes", "Bytes of the events in the spool", registry=r)
+        self.spool_max_bytes = Gauge("virtbus_spool_max_bytes", "Configured limit of the spool", registry=r)
+        self.spool_writable = Gauge("virtbus_spool_writable", "1 when the last commit succeeded", registry=r)
+        self.callbacks = Counter("virtbus_callbacks", "I/O-error callbacks from libvirt", registry=r)
+        self.events = Counter(
+            "virtbus_events", "Events committed to the spool", ["type", "origin", "phase"], registry=r
+        )
+        self.occurrences = Counter(
+            "virtbus_occurrences", "Errors counted in committed events, by origin", ["origin"], registry=r
+        )
+        self.folded = Counter(
+            "virtbus_folded_callbacks",
+            "Callbacks folded into counters because the queue was long",
+            registry=r,
+        )
+        self.outcomes = Counter("virtbus_publish_outcomes", "Outcomes of publishing", ["outcome"], registry=r)
+        self.confirm_seconds = Histogram(
+            "virtbus_confirm_seconds",
+            "From handing an event to the broker's client to its confirmation",
+            buckets=_CONFIRM_BUCKETS,
+            registry=r,
+        )
+        self.bus_connected = Gauge("virtbus_bus_connected", "1 while connected to the broker", registry=r)
+        self.bus_blocked = Gauge("virtbus_bus_blocked", "1 while the broker blocks publishers", registry=r)
+        self.bus_reconnects = Counter("virtbus_bus_reconnects", "Connections made to the broker", registry=r)
+        self.retries = Counter(
+            "virtbus_retries", "Waits before another attempt, by stage", ["stage"], registry=r
+        )
+        self.source_connected = Gauge(
+            "virtbus_source_connected",
+            "1 while libvirt is connected and callbacks are registered",
+            registry=r,
+        )
+        self.source_reconnects = Counter(
+            "virtbus_source_reconnects", "Connections made to libvirt", registry=r
+        )
+        self.lookups = Counter(
+            "virtbus_lookups", "Look-ups of domain descriptions, by result", ["result"], registry=r
+        )
+        self.incidents_open = Gauge("virtbus_incidents_open", "Open incidents", registry=r)
+        self.gaps = Counter("virtbus_gaps", "Gap events committed, by reason", ["reason"], registry=r)
+        self.dropped = Counter(
+            "virtbus_dropped", "Events or observations that were given up; each is in a gap event", registry=r
+        )
+        self.dead_letters = Counter(
+            "virtbus_dead_letters", "Events kept aside because nobody can take them", ["why"], registry=r
+        )
+        self.insecure_transport = Gauge(
+            "virtbus_insecure_transport",
+            "1 when the broker is reached in plaintext beyond loopback",
+            registry=r,
+        )
+        self.warnings = Counter(
+            "virtbus_warnings", "Warnings and errors, also those that the log left out", ["event"], registry=r
+        )
+        self.build_info = Gauge("virtbus_build_info", "Constant 1 with the version", ["version"], registry=r)
+        self.started_seconds = Gauge(
+            "virtbus_start_time_seconds", "Unix time of the agent's start", registry=r
+        )
+
+
+METRICS = Metrics()
+
+
+@dataclass(frozen=True, slots=True)
+class TelemetryEvent:
+    """Base of typed internal events. Fields become the line's keys; `measure` moves the metrics."""
+
+    LEVEL: ClassVar[str] = "info"
+    MESSAGE: ClassVar[str] = ""
+    # A repeat of the same class and `limit_key()` within this many seconds is counted, not logged.
+    LIMIT_SECONDS: ClassVar[float] = 0.0
+
+    def measure(self, metrics: Metrics) -> None:
+        """Move the metrics that belong to this event; the default moves none."""
+
+    def limit_key(self) -> object:
+        """What makes two events repeats of each other."""
+        return None
+
+
+class _Limiter:
+    """Remembers when each kind of line was last written and how many were left out since. Bounded."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen: dict[object, tuple[float, int]] = {}
+
+    def admit(self, key: object, seconds: float, now: float) -> int | None:
+        """The number of lines left out since the last one, or None when this one is to be left out too."""
+        with self._lock:
+            last, left_out = self._seen.get(key, (None, 0))
+            if last is not None and now - last < seconds:
+                self._seen[key] = (last, left_out + 1)
+                return None
+            if len(self._seen) >= 1024:
+                self._seen.clear()
+            self._seen[key] = (now, 0)
+            return left_out
+
+
+_limiter = _Limiter()
+_log = structlog.get_logger("virtbus")
+
+
+def emit(event: TelemetryEvent) -> None:
+    """Write the line and move the metrics. Never raises."""
+    event.measure(METRICS)
+    if event.LEVEL in ("warning", "error"):
+        METRICS.warnings.labels(type(event).__name__).inc()
+    extra: dict[str, Any] = {}
+    if event.LIMIT_SECONDS:
+        left_out = _limiter.admit((type(event), event.limit_key()), event.LIMIT_SECONDS, time.monotonic())
+        if left_out is None:
+            return
+        if left_out:
+            extra["left_out"] = left_out
+    for item in fields(event):
+        value = getattr(event, item.name)
+        if value is not None:
+            extra[item.name] = str(value) if isinstance(value, BaseException) else value
+    getattr(_log, event.LEVEL)(event.MESSAGE, **extra)
+
+
+def configure(*, level: str = "info", fmt: str = "auto", stream: TextIO | None = None) -> None:
+    """Set the log's level ("debug" … "error") and format ("text", "json", or "auto": text on a terminal)."""
+    out = stream if stream is not None else sys.stderr
+    as_text = fmt == "text" or (fmt == "auto" and out.isatty())
+    renderer: Callable[..., Any]
+    if as_text:
+        renderer = structlog.dev.ConsoleRenderer(
+            colors=out.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
+    else:
+        renderer = structlog.processors.JSONRenderer(ensure_ascii=False)
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
+        logger_factory=structlog.PrintLoggerFactory(file=out),
+        cache_logger_on_first_use=False,
+    )
+
+
+# ------------------------------------------------------------------------------------- the events
+
+
+@dataclass(frozen=True, slots=True)
+class AgentStarted(TelemetryEvent):
+    """The agent's identity and epoch are known."""
+
+    MESSAGE: ClassVar[str] = "agent started"
+    version: str
+    agent_id: str
+    epoch: str
+    started_unix: float
+
+    def measure(self, metrics: Metrics) -> None:
+        """Set build info and start time."""
+        metrics.build_info.labels(self.version).set(1)
+        metrics.started_seconds.set(self.started_unix)
+
+
+@dataclass(frozen=True, slots=True)
+class AgentStopped(TelemetryEvent):
+    """The agent ends; what was not confirmed stays in the spool."""
+
+    MESSAGE: ClassVar[str] = "agent stopped"
+    left_in_spool: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRegistered(TelemetryEvent):
+    """Callbacks are registered and the first look is done."""
+
+    MESSAGE: ClassVar[str] = "libvirt connected, callbacks registered"
+    uri: str
+    libvirt_version: str | None
+    hypervisor_version: str | None
+    domains: int
+
+    def measure(self, metrics: Metrics) -> None:
+        """The source is up."""
+        metrics.source_connected.set(1)
+        metrics.source_reconnects.inc()
+
+
+@dataclass(frozen=True, slots=True)
+class SourceCutOff(TelemetryEvent):
+    """The source does not observe now."""
+
+    LEVEL: ClassVar[str] = "warning"
+    MESSAGE: ClassVar[str] = "cut off from libvirt; reconnecting"
+    LIMIT_SECONDS: ClassVar[float] = 30.0
+    uri: str
+    error: Exception | str
+
+    def measure(self, metrics: Metrics) -> None:
+        """The source is down."""
+        metrics.source_connected.set(0)
+
+
+@dataclass(frozen=True, slots=True)
+class BusConnected(TelemetryEvent):
+    """A connection to the broker stands."""
+
+    MESSAGE: ClassVar[str] = "broker connected"
+    bus: str
+
+    def measure(self, metrics: Metrics) -> None:
+        """The bus is up."""
+        metrics.bus_connected.set(1)
+        metrics.bus_reconnects.inc()
+
+
+@dataclass(frozen=True, slots=True)
+class BusLost(TelemetryEvent):
+    """The connection to the broker is gone or was thrown away."""
+
+    LEVEL: ClassVar[str] = "warning"
+    MESSAGE: ClassVar[str] = "broker connection lost; events stay in the spool"
+    LIMIT_SECONDS: ClassVar[float] = 30.0
+    bus: str
+    error: Exception | str
+
+    def measure(self, metrics: Metrics) -> None:
+        """The bus is down."""
+        metrics.bus_connected.set(0)
+
+
+@dataclass(frozen=True, slots=True)
+class BusBlocked(TelemetryEvent):
+    """The broker blocks or unblocks publishers (its memory or disk alarm)."""
+
+    LEVEL: ClassVar[str] = "warning"
+    MESSAGE: ClassVar[str] = "broker blocks publishers"
+    LIMIT_SECONDS: ClassVar[float] = 30.0
+    bus: str
+    blocked: bool
+    reason: str | None = None
+
+    def measure(self, metrics: Metrics) -> None:
+        """Show the state."""
+        metrics.bus_blocked.set(1 if self.blocked else 0)
+
+    def limit_key(self) -> object:
+        """Blocked and unblocked are two lines."""
+        return self.blocked
+
+
+@dataclass(frozen=True, slots=True)
+class RetryScheduled(TelemetryEvent):
+    """Something failed and is tried again after a wait."""
+
+    LEVEL: ClassVar[str] = "warning"
+    MESSAGE: ClassVar[str] = "trying again"
+    LIMIT_SECONDS: ClassVar[float] = 30.0
+    stage: str
+    attempt: int
+    wait_seconds: float
+    error: Exception | str
+
+    def measure(self, metrics: Metrics) -> None:
+        """Count the wait."""
+        metrics.retries.labels(self.stage).inc()
+
+    def limit_key(self) -> object:
+        """A line a stage."""
+        return self.stage
+
+
+@dataclass(frozen=True, slots=True)
+class EventUnroutable(TelemetryEvent):
+    """Nobody is bound to the exchange for this event; its key waits."""
+
+    LEVEL: ClassVar[str] = "warning"
+    MESSAGE: ClassVar[str] = "nobody is bound for this event; parked, will be tried again"
+    LIMIT_SECONDS: ClassVar[float] = 30.0
+    event_id: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class EventDeadLettered(TelemetryEvent):
+    """An event was set aside in the spool's dead letters."""
+
+    LEVEL: ClassVar[str] = "error"
+    MESSAGE: ClassVar[str] = "event set aside: see `virtbus spool list --dead`"
+    event_id: str
+    why: str  # "refused", "invalid" or "damaged"
+    error: Exception | str
+
+    def measure(self, metrics: Metrics) -> None:
+        """Count it."""
+        metrics.dead_letters.labels(self.why).inc()
+
+
+@dataclass(frozen=True, slots=True)
+class EventsGaveWay(TelemetryEvent):
+    """The spool was full; the least important events were given up and named in a gap event."""
+
+    LEVEL: ClassVar[str] = "error"
+    MESSAGE: ClassVar[str] = "spool full: events gave way, named in a gap event"
+    LIMIT_SECONDS: ClassVar[float] = 10.0
+    count: int
+
+    def measure(self, metrics: Metrics) -> None:
+        """Count them."""
+        metrics.dropped.inc(self.count)
+
+
+@dataclass(frozen=True, slots=True)
+class SpoolUnwritable(TelemetryEvent):
+    """A commit failed; counts are kept in memory."""
+
+    LEVEL: ClassVar[str] = "error"
+    MESSAGE: ClassVar[str] = "spool can't be written; counts are kept in memory"
+    LIMIT_SECONDS: ClassVar[float] = 10.0
+    path: str
+    error: Exception | str
+
+    def measure(self, metrics: Metrics) -> None:
+        """Show the state."""
+        metrics.spool_writable.set(0)
+
+
+@dataclass(frozen=True, slots=True)
+class SpoolWritable(TelemetryEvent):
+    """Commits succeed again."""
+
+    MESSAGE: ClassVar[str] = "spool is written again"
+    path: str
+    seconds: float
+
+    def measure(self, metrics: Metrics) -> None:
+        """Show the state."""
+        metrics.spool_writable.set(1)
+
+
+@dataclass(frozen=True, slots=True)
+class SpoolSetAside(TelemetryEvent):
+    """A damaged spool file was renamed and a new one begun."""
+
+    LEVEL: ClassVar[str] = "error"
+    MESSAGE: ClassVar[str] = "damaged spool set aside; what could be read was rescued"
+    path: str
+    set_aside: str
+    rescued: int
+    error: Exception | str
+
+
+@dataclass(frozen=True, slots=True)
+class InsecureTransport(TelemetryEvent):
+    """The broker is reached in plaintext beyond loopback."""
+
+    LEVEL: ClassVar[str] = "warning"
+    MESSAGE: ClassVar[str] = (
+        "PLAINTEXT to the broker: anyone on the path reads and forges events; use amqps:// or kafkas://"
+    )
+    bus: str
+
+    def measure(self, metrics: Metrics) -> None:
+        """Show it."""
+        metrics.insecure_transport.set(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Notice(TelemetryEvent):
+    """A plain informational line with no metric of its own."""
+
+    MESSAGE: ClassVar[str] = "notice"
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Trouble(TelemetryEvent):
+    """An unexpected error that was survived; a bug of ours when it names one of our own types."""
+
+    LEVEL: ClassVar[str] = "error"
+    MESSAGE: ClassVar[str] = "unexpected error; carrying on"
+    LIMIT_SECONDS: ClassVar[float] = 5.0
+    where: str
+    error: Exception | str
+
+    def limit_key(self) -> object:
+        """A line a place."""
+        return self.where
