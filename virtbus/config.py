@@ -1,0 +1,532 @@
+"""Typed settings: one model gives the defaults, the JSON schema, the checks and the chart's values.
+
+A flag wins over the environment (`VIRTBUS_BUS__URL`), that over the file (`/etc/virtbus/virtbus.toml`),
+that over the default. All problems are told at once, each with the place it comes from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jsonschema_rs
+import msgspec
+from msgspec import Meta
+
+from virtbus.errors import ConfigError, InputMissing
+
+DEFAULT_FILE = Path("/etc/virtbus/virtbus.toml")
+ENVIRONMENT_PREFIX = "VIRTBUS_"
+REDACTED = "***"
+
+Seconds = Annotated[float, Meta(gt=0)]
+Count = Annotated[int, Meta(ge=1)]
+Path_ = Annotated[str, Meta(min_length=1)]
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all sections: unknown keys are errors."""
+
+
+class OwnerRule(_Section, frozen=True):
+    """Where a guest's owner stands in its `<metadata>`, for platforms virtbus does not know."""
+
+    platform: Annotated[str, Meta(min_length=1, description="Name that goes into owner.platform")]
+    namespace: Annotated[str, Meta(min_length=1, description="XML namespace of the metadata element")]
+    id: Annotated[str | None, Meta(description="Path below that element, e.g. 'owner/@uuid'")] = None
+    name: Annotated[str | None, Meta(description="Path of the guest's name there")] = None
+    project_id: Annotated[str | None, Meta(description="Path of the project's id")] = None
+    project_name: Annotated[str | None, Meta(description="Path of the project's name")] = None
+    user_id: Annotated[str | None, Meta(description="Path of the user's id")] = None
+    user_name: Annotated[str | None, Meta(description="Path of the user's name")] = None
+
+
+class Libvirt(_Section, frozen=True):
+    """The hypervisor to observe."""
+
+    uri: Annotated[
+        str, Meta(min_length=1, description="libvirt connection URI", examples=["qemu:///system"])
+    ] = "qemu:///system"
+    lookup_deadline_seconds: Annotated[
+        Seconds, Meta(description="How long one look-up of a domain may take before it is given up")
+    ] = 0.5
+    lookups_in_flight: Annotated[int, Meta(ge=1, le=16, description="Look-ups at the same time")] = 4
+    keepalive_interval_seconds: Annotated[int, Meta(ge=1, description="Between two keepalive messages")] = 5
+    keepalive_count: Annotated[int, Meta(ge=1, description="Unanswered ones that end the connection")] = 3
+    grace_seconds: Annotated[
+        Seconds, Meta(description="How long a pause by I/O error waits for its own I/O-error event")
+    ] = 1.0
+    owner_rules: Annotated[tuple[OwnerRule, ...], Meta(description="Further owners in guest metadata")] = ()
+
+
+class Tls(_Section, frozen=True):
+    """TLS towards the broker; host name verification is always on."""
+
+    ca_file: Annotated[Path_ | None, Meta(description="CA certificates (PEM); default: the system's")] = None
+    cert_file: Annotated[Path_ | None, Meta(description="Client certificate (PEM)")] = None
+    key_file: Annotated[Path_ | None, Meta(description="Client key (PEM)")] = None
+    server_name: Annotated[
+        str | None, Meta(description="Name to verify when it differs from the URL's host")
+    ] = None
+
+
+class KafkaTopic(_Section, frozen=True):
+    """What a missing topic is created with."""
+
+    create: Annotated[bool, Meta(description="Create the topic when it is missing")] = True
+    partitions: Annotated[int, Meta(ge=1, description="Number of partitions")] = 12
+    replication: Annotated[int, Meta(ge=-1, description="Replicas; -1 is the broker's default")] = -1
+    retention_seconds: Annotated[Count | None, Meta(description="retention.ms in seconds")] = None
+    min_insync_replicas: Annotated[Count | None, Meta(description="min.insync.replicas")] = None
+
+
+class Kafka(_Section, frozen=True):
+    """Settings that only Kafka knows."""
+
+    sasl_mechanism: Annotated[
+        Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] | None,
+        Meta(description="SASL mechanism; none without a user name"),
+    ] = None
+    oauth_token_file: Annotated[Path_ | None, Meta(description="File with an OAuth bearer token")] = None
+    oauth_token_command: Annotated[
+        tuple[str, ...] | None, Meta(description="Command (a list, no shell) that prints a bearer token")
+    ] = None
+    topic: Annotated[KafkaTopic, Meta(description="How a missing topic is created")] = KafkaTopic()
+    options: Annotated[
+        dict[str, str], Meta(description="Further librdkafka options, handed over as they are")
+    ] = {}
+
+
+class Bus(_Section, frozen=True):
+    """The broker to publish to."""
+
+    url: Annotated[
+        str | None,
+        Meta(
+            description="amqp://, amqps://, kafka://, kafkas:// or embedded:; several brokers by ';'",
+            examples=["amqps://virtbus@broker:5671//", "kafkas://broker1:9093,broker2:9093"],
+            extra_json_schema={"writeOnly": True},
+        ),
+    ] = None
+    url_file: Annotated[Path_ | None, Meta(description="File that holds the URL (a mounted secret)")] = None
+    username: Annotated[str | None, Meta(description="User; default: the URL's")] = None
+    password_file: Annotated[
+        Path_ | None, Meta(description="File with the password, read again at each connection")
+    ] = None
+    auth: Annotated[
+        Literal["plain", "external"], Meta(description="AMQP: password, or client certificate (EXTERNAL)")
+    ] = "plain"
+    exchange: Annotated[str, Meta(min_length=1, max_length=255, description="AMQP topic exchange")] = (
+        "virtbus.events"
+    )
+    topic: Annotated[str, Meta(min_length=1, max_length=249, description="Kafka topic")] = "virtbus.events"
+    declare: Annotated[
+        bool, Meta(description="Declare the exchange / create the topic; false: operators own the topology")
+    ] = True
+    window: Annotated[int, Meta(ge=1, le=65535, description="Unconfirmed events at most")] = 256
+    content_mode: Annotated[Literal["binary", "structured"], Meta(description="CloudEvents content mode")] = (
+        "binary"
+    )
+    heartbeat_seconds: Annotated[int, Meta(ge=0, le=60, description="AMQP heartbeat; 0 is off")] = 10
+    connect_timeout_seconds: Annotated[Seconds, Meta(description="To connect and log in")] = 5.0
+    confirm_timeout_seconds: Annotated[
+        Seconds, Meta(description="Without a confirm for so long, the connection is thrown away")
+    ] = 30.0
+    tls: Annotated[Tls, Meta(description="TLS files")] = Tls()
+    kafka: Annotated[Kafka, Meta(description="Kafka only")] = Kafka()
+
+
+class SpoolSettings(_Section, frozen=True):
+    """The durable outbox."""
+
+    max_bytes: Annotated[int, Meta(ge=1 << 20, description="Bytes of events it may hold")] = 256 << 20
+    max_age_seconds: Annotated[
+        Seconds | None, Meta(description="Give up older events (named in a gap event); null: never")
+    ] = None
+
+
+class IncidentSettings(_Section, frozen=True):
+    """How errors are folded into incidents."""
+
+    fold: Annotated[bool, Meta(description="false: each callback is an event of its own")] = True
+    first_window_seconds: Annotated[Seconds, Meta(description="First window; it doubles")] = 1.0
+    max_window_seconds: Annotated[Seconds, Meta(description="Widest window")] = 60.0
+    quiet_seconds: Annotated[Seconds, Meta(description="Quiet for so long resolves an incident")] = 300.0
+    max_open: Annotated[int, Meta(ge=1, description="Open incidents before they are folded wider")] = 1000
+
+
+class HeartbeatSettings(_Section, frozen=True):
+    """The sign of life."""
+
+    interval_seconds: Annotated[float, Meta(ge=0, description="Between two heartbeats; 0 is off")] = 60.0
+
+
+class Http(_Section, frozen=True):
+    """The HTTP listener of /metrics, /livez and /readyz."""
+
+    listen: Annotated[
+        str,
+        Meta(
+            pattern=r"^(\[[0-9a-fA-F:.]+\]|[^\[\]:]+):[0-9]{1,5}$|^$",
+            description="host:port; empty is off; loopback unless something else must scrape it",
+            examples=["127.0.0.1:9466", "[::1]:9466", "0.0.0.0:9466"],
+        ),
+    ] = "127.0.0.1:9466"
+
+
+class Control(_Section, frozen=True):
+    """The Unix socket of `virtbus status` and `virtbus tap`."""
+
+    socket: Annotated[str, Meta(description="Path of the socket; empty is off")] = "/run/virtbus/control.sock"
+
+
+class Log(_Section, frozen=True):
+    """The log on stderr."""
+
+    level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="Least level")] = "info"
+    format: Annotated[
+        Literal["auto", "text", "json"], Meta(description="auto: text on a terminal, JSON otherwise")
+    ] = "auto"
+
+
+class Config(_Section, frozen=True):
+    """All settings of virtbus."""
+
+    state_dir: Annotated[Path_, Meta(description="Folder of agent-id, spool and lock")] = "/var/lib/virtbus"
+    drain_seconds: Annotated[
+        float, Meta(ge=0, description="After SIGTERM, publish what is there for so long at most")
+    ] = 10.0
+    libvirt: Annotated[Libvirt, Meta(description="The hypervisor")] = Libvirt()
+    bus: Annotated[Bus, Meta(description="The broker")] = Bus()
+    spool: Annotated[SpoolSettings, Meta(description="The outbox")] = SpoolSettings()
+    incidents: Annotated[IncidentSettings, Meta(description="Folding")] = IncidentSettings()
+    heartbeat: Annotated[HeartbeatSettings, Meta(description="The sign of life")] = HeartbeatSettings()
+    http: Annotated[Http, Meta(description="The HTTP listener")] = Http()
+    control: Annotated[Control, Meta(description="The control socket")] = Control()
+    log: Annotated[Log, Meta(description="The log")] = Log()
+
+
+# ------------------------------------------------------------------------------------------ loading
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Settings, where each value that is not a default comes from, and the file that was read."""
+
+    config: Config
+    origins: Mapping[str, str]
+    file: Path | None
+
+
+def json_schema() -> dict[str, Any]:
+    """The configuration's JSON schema (2020-12): what `virtbus config schema` prints."""
+    schema = msgspec.json.schema(Config)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "virtbus configuration",
+        **schema,
+    }
+
+
+def load(
+    *,
+    file: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    flags: Mapping[str, object] | None = None,
+) -> Loaded:
+    """Read and check all settings.
+
+    `file` must exist when it is named; without it DEFAULT_FILE is read if it is there. `flags` maps
+    dotted keys ("bus.url") to values; None means not given.
+
+    Raises ConfigError with one line a problem, InputMissing when the named file can't be read.
+    """
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    problems: list[str] = []
+
+    path = file if file is not None else DEFAULT_FILE
+    used: Path | None = None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if file is not None:
+            raise InputMissing(
+                f"configuration file {path} does not exist; name another with --config"
+            ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputMissing(f"configuration file {path} can't be read: {error}") from error
+    else:
+        used = path
+        try:
+            merged = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{path}: not valid TOML: {error}") from error
+        lines = _lines_of_keys(text)
+        for key, _ in _leaves(merged):
+            origins[key] = f"{path}:{lines[key]}" if key in lines else str(path)
+
+    schema = json_schema()
+    for name, raw in sorted((environment if environment is not None else os.environ).items()):
+        if not name.startswith(ENVIRONMENT_PREFIX) or name in _NOT_SETTINGS:
+            continue
+        key = name[len(ENVIRONMENT_PREFIX) :].lower().replace("__", ".")
+        try:
+            value = _from_text(schema, key, raw)
+        except ValueError as error:
+            problems.append(f"environment {name}: {error}")
+            continue
+        if not _set(merged, key, value):
+            problems.append(f"environment {name}: {key.rpartition('.')[0]} is not a section")
+        origins[key] = f"environment {name}"
+    for key, given in (flags or {}).items():
+        if given is not None:
+            _set(merged, key, given)
+            origins[key] = f"flag --{key.replace('.', '-').replace('_', '-')}"
+
+    problems += _check(schema, merged, origins)
+    if not problems:
+        config = msgspec.convert(merged, Config)
+        problems += list(_cross_checks(config, origins))
+        if not problems:
+            return Loaded(config, origins, used)
+    raise ConfigError("\n".join(problems))
+
+
+# Read elsewhere: not settings of the model.
+_NOT_SETTINGS = frozenset({"VIRTBUS_CONFIG", "VIRTBUS_DEBUG", "VIRTBUS_CI", "VIRTBUS_FAULTS"})
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, value
+
+
+def _lines_of_keys(text: str) -> dict[str, int]:
+    """Dotted key → line number, for plain `[section]` and `key = value` lines (for messages only)."""
+    section, found = "", {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if head := re.match(r"\s*\[+\s*([\w.\"-]+)\s*\]+", line):
+            section = head[1].replace('"', "") + "."
+        elif item := re.match(r"\s*([\w.\"-]+)\s*=", line):
+            found[section + item[1].replace('"', "")] = number
+    return found
+
+
+def _set(tree: dict[str, Any], key: str, value: object) -> bool:
+    *parents, last = key.split(".")
+    for part in parents:
+        child = tree.setdefault(part, {})
+        if not isinstance(child, dict):
+            return False
+        tree = child
+    tree[last] = value
+    return True
+
+
+def _schema_at(schema: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
+    node: Mapping[str, Any] = _resolve(schema, schema)
+    for part in key.split("."):
+        properties = node.get("properties", {})
+        if part in properties:
+            node = _resolve(schema, properties[part])
+        elif isinstance(node.get("additionalProperties"), dict):
+            node = node["additionalProperties"]
+        else:
+            return None
+    return node
+
+
+def _resolve(schema: Mapping[str, Any], node: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "$ref" in node:
+        target: Mapping[str, Any] = schema["$defs"][node["$ref"].rpartition("/")[2]]
+        return target
+    return node
+
+
+def _types(node: Mapping[str, Any]) -> set[str]:
+    options = node.get("anyOf", [node])
+    return {option["type"] for option in options if "type" in option}
+
+
+def _from_text(schema: Mapping[str, Any], key: str, raw: str) -> object:
+    """An environment variable's text as the type its setting has; what is not text is written as in TOML."""
+    node = _schema_at(schema, key)
+    if node is None:
+        return raw  # unknown: the check names it
+    types = _types(node)
+    if "null" in types and raw == "":
+        return None
+    if types & {"string"} or not types:
+        return raw
+    try:
+        return tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        wanted = " or ".join(sorted(types - {"null"}))
+        raise ValueError(f"{raw!r} is not a TOML {wanted}") from None
+
+
+def _check(schema: dict[str, Any], merged: dict[str, Any], origins: Mapping[str, str]) -> list[str]:
+    problems = []
+    for error in jsonschema_rs.validator_for(schema).iter_errors(merged):
+        where = ".".join(str(part) for part in error.instance_path)
+        unexpected = getattr(error.kind, "unexpected", None)
+        if unexpected:
+            section = _schema_at(schema, where) if where else _resolve(schema, schema)
+            known = list((section or {}).get("properties", {}))
+            for name in unexpected:
+                key = f"{where}.{name}" if where else name
+                problems.append(f"{_place(key, origins)}: unknown setting {key}{_did_you_mean(name, known)}")
+            continue
+        shown = REDACTED if _is_secret(where) else repr(error.instance)
+        message = error.message.replace(repr(error.instance), "").strip().strip('"')
+        expected = _expected(schema, where) or message
+        problems.append(f"{_place(where, origins)}: {where or 'the file'} = {shown}: expected {expected}")
+    return sorted(problems)
+
+
+def _expected(schema: Mapping[str, Any], key: str) -> str | None:
+    node = _schema_at(schema, key) if key else None
+    if node is None:
+        return None
+    words = []
+    for option in node.get("anyOf", [node]):
+        if "enum" in option:
+            words += [repr(value) for value in option["enum"] if value is not None]
+            continue
+        kind = {
+            "string": "text",
+            "number": "a number",
+            "integer": "a whole number",
+            "boolean": "true or false",
+            "array": "a list",
+            "object": "a table",
+            "null": None,
+        }.get(option.get("type", ""))
+        if kind is None:
+            continue
+        limits = [
+            f"{sign} {option[name]}"
+            for name, sign in (
+                ("minimum", "at least"),
+                ("exclusiveMinimum", "more than"),
+                ("maximum", "at most"),
+            )
+            if name in option
+        ]
+        if "pattern" in option:
+            limits.append("of the form " + ", ".join(option.get("examples", [option["pattern"]])))
+        if option.get("minLength"):
+            limits.append("not empty")
+        words.append(" ".join([kind, *limits]))
+    return " or ".join(words) or None
+
+
+def _did_you_mean(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(sorted(known))}"
+
+
+def _place(key: str, origins: Mapping[str, str]) -> str:
+    while key:
+        if key in origins:
+            return origins[key]
+        below = [place for name, place in origins.items() if name.startswith(f"{key}.")]
+        if below:
+            return below[0]
+        key = key.rpartition(".")[0]
+    return "configuration"
+
+
+def _cross_checks(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
+    """Rules between settings."""
+    bus = config.bus
+    if bus.url is not None and bus.url_file is not None:
+        yield (
+            f"{_place('bus.url_file', origins)}: bus.url and bus.url_file are both set "
+            f"(bus.url by {_place('bus.url', origins)}); keep one"
+        )
+    if (bus.tls.cert_file is None) != (bus.tls.key_file is None):
+        yield f"{_place('bus.tls', origins)}: bus.tls.cert_file and bus.tls.key_file go together; set both"
+    if bus.auth == "external" and bus.tls.cert_file is None:
+        yield f"{_place('bus.auth', origins)}: bus.auth = 'external' needs bus.tls.cert_file and key_file"
+    if config.incidents.max_window_seconds < config.incidents.first_window_seconds:
+        yield (
+            f"{_place('incidents', origins)}: incidents.max_window_seconds is less than "
+            "incidents.first_window_seconds; make it at least as long"
+        )
+    if config.http.listen and not 0 < int(config.http.listen.rpartition(":")[2]) < 65536:
+        where = _place("http.listen", origins)
+        yield f"{where}: http.listen = {config.http.listen!r}: port out of 1 to 65535"
+
+
+def read_secret(path: str, what: str) -> str:
+    """The first line of a secret's file. Raises ConfigError naming `what` and the path, never the content."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"{what}: {path} can't be read: {reason}; check path and rights") from error
+    return text.splitlines()[0].strip() if text.strip() else ""
+
+
+def bus_url(config: Config) -> str:
+    """The bus URL, from the setting or its file. Raises ConfigError when there is none."""
+    url = config.bus.url
+    if url is None and config.bus.url_file is not None:
+        url = read_secret(config.bus.url_file, "bus.url_file")
+    if not url:
+        raise ConfigError(
+            "no bus URL: name one with --bus amqp://…|kafka://…|embedded:, VIRTBUS_BUS__URL, "
+            f"or bus.url in {DEFAULT_FILE}"
+        )
+    return url
+
+
+# ----------------------------------------------------------------------------------------- redaction
+
+_SECRET_WORDS = re.compile(r"pass|secret|token|credential|(^|[._-])key($|[._-])(?!file)", re.IGNORECASE)
+
+
+def _is_secret(key: str) -> bool:
+    name = key.rpartition("options.")[2] if "options." in key else key.rpartition(".")[2]
+    return bool(_SECRET_WORDS.search(name)) and not name.endswith(("_file", ".location", "_command"))
+
+
+def redact_url(url: str) -> str:
+    """The URL (or several, by ';') without passwords and without values in its query.
+
+    Works on the text, not on a parsed URL: a password with '/', '?' or '@' in it must not slip through
+    as a path. Better too much is hidden than too little.
+    """
+    return ";".join(_redact_one(part) for part in re.split(r";(?=[a-z][a-z0-9+.-]*:)", url))
+
+
+def _redact_one(url: str) -> str:
+    hidden = re.sub(r"^([^:/]*:/*)([^:@]*):.*@", rf"\1\2:{REDACTED}@", url, flags=re.DOTALL)
+    return re.sub(r"=[^&]*", f"={REDACTED}", hidden)
+
+
+def effective(config: Config) -> dict[str, Any]:
+    """All settings as plain data, redacted: safe to print."""
+    plain: dict[str, Any] = msgspec.to_builtins(config)
+
+    def clean(node: Any, key: str) -> Any:
+        if isinstance(node, dict):
+            return {name: clean(value, f"{key}.{name}" if key else name) for name, value in node.items()}
+        if node is not None and key in ("bus.url", "libvirt.uri"):
+            return redact_url(node)
+        return REDACTED if node is not None and _is_secret(key) else node
+
+    redacted: dict[str, Any] = clean(plain, "")
+    return redacted
