@@ -62,6 +62,11 @@ class Action(Enum):
         """0 none, 1 pause, 2 report; a code that nobody knows yet is UNKNOWN."""
         return _ACTIONS.get(code, cls.UNKNOWN)
 
+    @classmethod
+    def _missing_(cls, value: object) -> Action | None:
+        # A later minor version may name an action that this release does not know.
+        return cls.UNKNOWN if isinstance(value, str) else None
+
 
 _ACTIONS = {0: Action.NONE, 1: Action.PAUSE, 2: Action.REPORT}
 
@@ -73,6 +78,11 @@ class Origin(Enum):
     LIFECYCLE = "lifecycle"  # a pause by I/O error whose own event never came
     RECONCILE = "reconcile"  # found by looking, after we had been cut off
     REPLAY = "replay"  # a drill or a recording: never a live error
+    UNKNOWN = "unknown"  # only read, never sent: a later minor version's origin
+
+    @classmethod
+    def _missing_(cls, value: object) -> Origin | None:
+        return cls.UNKNOWN if isinstance(value, str) else None
 
 
 class Phase(Enum):
@@ -89,6 +99,11 @@ class Scope(Enum):
     DEVICE = "device"
     DOMAIN = "domain"
     HOST = "host"
+    UNKNOWN = "unknown"  # only read, never sent: a later minor version's scope
+
+    @classmethod
+    def _missing_(cls, value: object) -> Scope | None:
+        return cls.UNKNOWN if isinstance(value, str) else None
 
 
 # ----------------------------------------------------------------------- the host and what runs on it
