@@ -5,11 +5,90 @@ Adapters (`amqp`, `kafka`, `embedded`) keep every word of it; tests/contract pro
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Protocol
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Protocol, cast
+from urllib.parse import SplitResult, urlsplit
 
+from virtbus.errors import ConfigError
 from virtbus.model import Check, Message, Outcome, Record
+
+ENTRY_POINT_GROUP = "virtbus.buses"
+
+# What ships with virtbus, for a checkout whose package metadata is not installed (or is older).
+_BUILT_IN: Mapping[str, str] = {
+    "amqp": "virtbus.bus.amqp:AmqpBus",
+    "amqps": "virtbus.bus.amqp:AmqpBus",
+    "kafka": "virtbus.bus.kafka:KafkaBus",
+    "kafkas": "virtbus.bus.kafka:KafkaBus",
+    "embedded": "virtbus.bus.embedded:EmbeddedBus",
+}
+_EXTRAS: Mapping[str, str] = {"confluent_kafka": "kafka"}
+_SCHEME = re.compile(r"[a-z][a-z0-9+.-]*\Z")
+_GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class BusOptions:
+    """What every bus is told besides its URL; an adapter ignores what does not concern it.
+
+    Secrets stay out of it but for the URL's own password: `password_file` is read at each connect, so
+    that a rotated password is used without a restart.
+    """
+
+    exchange: str = "virtbus.events"  # AMQP: the topic exchange
+    topic: str = "virtbus.events"  # Kafka; its dead letters are in "<topic>.dead"
+    declare: bool = True  # False: the operator owns the topology; what is missing is an error
+    window: int = 256  # unconfirmed records in flight
+    structured: bool = False  # CloudEvents content mode of what is published
+    heartbeat: float = 10.0  # seconds; a dead peer is found after two of them
+    confirm_timeout: float = 30.0  # seconds from sending to confirmation, on the monotonic clock
+    connect_timeout: float = 5.0  # seconds for each address
+    max_record_bytes: int = 16 * 1024 * 1024  # larger is refused without asking the broker
+    username: str | None = None  # wins over the URL's
+    password_file: Path | None = None  # wins over the URL's password
+    auth: str = "plain"  # "plain", or "external" (the TLS certificate is the identity)
+    tls_ca_file: Path | None = None  # None: the system's
+    tls_cert_file: Path | None = None
+    tls_key_file: Path | None = None
+    tls_server_name: str | None = None  # the name the certificate must carry, when it is not the URL's host
+    topic_partitions: int = 12  # Kafka, when the topic is created
+    topic_replication: int | None = None  # None: the broker's default
+    topic_config: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, str] = field(default_factory=dict, repr=False)  # Kafka: librdkafka's own settings
+    state_dir: Path | None = None  # embedded: where `embedded:` without a path keeps its file
+    client_name: str = "virtbus"  # how the broker's tools show this connection
+
+    def __post_init__(self) -> None:
+        """Refuse what can't work; every problem is named in one error."""
+        problems = [
+            f"{name} is {value}: it must be at least {least}"
+            for name, value, least in (
+                ("window", self.window, 1),
+                ("heartbeat", self.heartbeat, 1),
+                ("confirm_timeout", self.confirm_timeout, 0.001),
+                ("connect_timeout", self.connect_timeout, 0.001),
+                ("max_record_bytes", self.max_record_bytes, 1024),
+                ("topic_partitions", self.topic_partitions, 1),
+            )
+            if value < least
+        ]
+        if self.auth not in ("plain", "external"):
+            problems.append(f'auth is "{self.auth}": known are "plain" and "external"')
+        if self.tls_key_file is not None and self.tls_cert_file is None:
+            problems.append("tls_key_file is set without tls_cert_file: set both")
+        if self.auth == "external" and self.tls_cert_file is None:
+            problems.append('auth "external" needs a client certificate: set tls_cert_file and tls_key_file')
+        for name in ("exchange", "topic"):
+            if not getattr(self, name):
+                problems.append(f"{name} is empty: leave it out for the default")
+        if problems:
+            raise ConfigError("\n".join(f"bus.{problem}" for problem in problems))
 
 
 class Feed(Protocol):
@@ -19,6 +98,8 @@ class Feed(Protocol):
         """Up to `limit` next records, at most one a key, none whose key is in `busy`. Never blocks.
 
         A record that was taken comes again only after its outcome has been settled as not confirmed.
+        An outcome other than `Confirmed` has to be settled before the next one is asked for: only then
+        does the feed know that its key must wait.
         """
 
 
@@ -35,10 +116,17 @@ class Subscription(Protocol):
         """The effect is done: never deliver it again. A lost connection means it comes again."""
 
     def retry(self, message: Message, after: float) -> None:
-        """Deliver it again after about `after` seconds, and nothing of its key before it."""
+        """Deliver it again after about `after` seconds, and nothing of its key before it.
+
+        What `receive` had handed out already is the caller's. A lost connection ends the wait early.
+        """
 
     def dead_letter(self, message: Message, reason: str) -> None:
-        """Put it aside with the reason, durably, then treat it as acknowledged."""
+        """Put it aside with the reason, durably, then treat it as acknowledged.
+
+        Raises BusDenied where that is refused, BusUnavailable when the broker went away in between; the
+        message then comes again. Without a group there is nowhere to put it: it is only logged.
+        """
 
     def close(self) -> None:
         """Leave; what was not acknowledged is delivered again to somebody."""
@@ -59,11 +147,109 @@ class Bus(Protocol):
            BusUnavailable / BusDenied when no connection can be made (nothing was taken then).
         """
 
+    def tick(self) -> None:
+        """Serve the idle connection: heartbeats out, what came in; never blocks, never raises.
+
+        The publisher thread calls it about once a second when it has nothing to publish. A connection
+        found dead is thrown away; the next `publish` connects anew. Without a connection it does nothing.
+        """
+
     def consume(self, group: str | None, *, prefetch: int = 100) -> Subscription:
-        """Subscribe: a durable group shared by its members, or (None) everything from now on, for this one."""
+        """Subscribe: a durable group shared by its members, or (None) all from now on, for this one."""
 
     def probe(self) -> Sequence[Check]:
         """Look at reachability, credentials, TLS and topology; changes nothing."""
 
     def close(self) -> None:
-        """Let go of connections; idempotent."""
+        """Let go of connections; idempotent.
+
+        From another thread it ends a running `publish`: what is unconfirmed is `Deferred`.
+        """
+
+
+class BusFactory(Protocol):
+    """What an entry point of the group `virtbus.buses` names: called as `factory(url, options=…)`.
+
+    Raises ConfigError when the URL can't be used. It opens no connection.
+    """
+
+    def __call__(self, url: str, *, options: BusOptions) -> Bus:
+        """Make the bus of `url`."""
+
+
+def open_bus(url: str, options: BusOptions | None = None) -> Bus:
+    """The bus of a URL, found by its scheme; connects to nothing yet.
+
+    Raises ConfigError that names the known schemes when nobody serves this one, or that says which
+    part of the URL can't be used. The message never holds a password.
+    """
+    if not url:
+        raise ConfigError(f"no bus URL: set bus.url, VIRTBUS_BUS__URL or --bus-url ({_examples()})")
+    # Not urlsplit(): several brokers may stand in one string, which is no URL as a whole.
+    scheme = url.partition(":")[0].strip().lower()
+    if ":" not in url or not _SCHEME.match(scheme):
+        raise ConfigError(f"the bus URL does not begin with a scheme: use one like {_examples()}")
+    factory = _factory(scheme)
+    return factory(url, options=options if options is not None else BusOptions())
+
+
+def known_schemes() -> tuple[str, ...]:
+    """The URL schemes that some adapter serves, sorted."""
+    return tuple(sorted({*_BUILT_IN, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))}))
+
+
+def checked_group(group: str | None) -> str | None:
+    """The consumer group's name as it came, or ConfigError when a broker could not carry it in a name."""
+    if group is not None and (not _GROUP.match(group) or group.endswith(".dead")):
+        raise ConfigError(
+            f'consumer group "{group}" can\'t be used: take letters, digits, ".", "_" or "-", at most 128, '
+            'beginning with a letter or digit and not ending in ".dead"'
+        )
+    return group
+
+
+def split_url(url: str) -> SplitResult:
+    """Take one broker's URL apart; ConfigError, free of secrets, when it has no usable host or port."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        parts, port = None, None
+    if parts is None or not parts.hostname:
+        scheme = url.partition(":")[0]
+        raise ConfigError(f"the bus URL names no usable host and port: write {scheme}://[user@]host[:port]")
+    if port == 0:
+        raise ConfigError(f"the bus URL of host {parts.hostname} has port 0: use 1 to 65535, or leave it out")
+    return parts
+
+
+def is_loopback(host: str) -> bool:
+    """Whether traffic to `host` stays on this machine, going by its name alone."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def _examples() -> str:
+    return "amqps://user@host/vhost, kafka://host:9092 or embedded:"
+
+
+def _factory(scheme: str) -> BusFactory:
+    """An installed entry point wins over the built-in table, so that a third party can replace one."""
+    for point in entry_points(group=ENTRY_POINT_GROUP, name=scheme):
+        return _load(scheme, point.load)
+    target = _BUILT_IN.get(scheme)
+    if target is None:
+        raise ConfigError(
+            f'no bus serves "{scheme}:" URLs; known are {", ".join(known_schemes())}. '
+            f"Mend bus.url, or install the package whose entry point {ENTRY_POINT_GROUP} names this scheme"
+        )
+    module, _, name = target.partition(":")
+    return _load(scheme, lambda: getattr(import_module(module), name))
+
+
+def _load(scheme: str, load: Callable[[], object]) -> BusFactory:
+    try:
+        return cast(BusFactory, load())
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get(error.name or "")
+        remedy = f"pip install 'virtbus[{extra}]'" if extra else "install the package it comes from"
+        raise ConfigError(f'"{scheme}:" needs the Python module {error.name}: {remedy}') from error
