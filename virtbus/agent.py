@@ -1,0 +1,640 @@
+"""The agent: three threads with a queue and a database between them.
+
+    source thread     libvirt's callbacks → Intake queue (folds when long)
+    intake thread     queue → incidents → ONE spool transaction        <== the durability point
+    publisher thread  spool → bus → outcomes → spool
+
+A slow disk costs latency, never memory: while a commit hangs or fails, errors fold into counters. A slow
+or absent broker costs nothing but spool space. The main thread only waits for signals.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+from virtbus import __version__, envelope
+from virtbus.bus import Bus
+from virtbus.control import Taps
+from virtbus.errors import BusDenied, BusUnavailable, SpoolFull, VirtbusError
+from virtbus.incidents import Incidents
+from virtbus.intake import FOLD_LIMIT, IntakeQueue, aggregate, callbacks_in
+from virtbus.model import (
+    Backlog,
+    Clock,
+    Confirmed,
+    Deferred,
+    Event,
+    Gap,
+    Heartbeat,
+    Host,
+    IoError,
+    IoErrorResolved,
+    Now,
+    Observation,
+    OpenIncidents,
+    Origin,
+    Outcome,
+    Phase,
+    PreviousRun,
+    Record,
+    Refused,
+    SequenceRange,
+    SourceHealth,
+    SourceLost,
+    SourceReady,
+    Stamp,
+    Unroutable,
+    to_datetime,
+)
+from virtbus.retry import Backoff
+from virtbus.sources import Source
+from virtbus.spool import Spool
+from virtbus.telemetry import (
+    METRICS,
+    AgentStarted,
+    AgentStopped,
+    BusLost,
+    EventUnroutable,
+    SpoolUnwritable,
+    SpoolWritable,
+    Trouble,
+    emit,
+)
+
+SOURCE_GRACE_SECONDS = 5.0  # how long the first event of a start waits for the first snapshot
+ALIVE_SECONDS = 5.0  # between two signs of life in the spool (the promise is 10 s)
+SETTLE_AT = 256  # outcomes a settling transaction, when nothing forces it earlier
+
+
+# ------------------------------------------------------------------------------------------ identity
+
+
+def load_agent_id(state_dir: Path, machine_id_file: Path = Path("/etc/machine-id")) -> tuple[str, str | None]:
+    """The agent's id from `<state_dir>/agent-id`, made once → (id, previous id or None).
+
+    The file holds the id and a digest of the machine's id. A cloned disk brings another machine's id
+    with it: it gets an id of its own, and the caller tells of it in a gap event. Without a machine id
+    (a container) the file alone decides.
+
+    Raises SpoolFull when the file can't be written.
+    """
+    path = state_dir / "agent-id"
+    try:
+        machine = machine_id_file.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        machine = ""
+    # machine-id(5): confidential, so only a keyed digest of it is kept.
+    digest = hashlib.blake2b(machine.encode(), key=b"virtbus agent-id", digest_size=16).hexdigest()
+    previous = None
+    try:
+        lines = path.read_text(encoding="ascii").split()
+        previous = str(uuid.UUID(lines[0]))
+        if not machine or len(lines) < 2 or lines[1] == digest:
+            return previous, None
+    except (OSError, UnicodeDecodeError, ValueError, IndexError):
+        previous = None
+    agent_id = str(uuid.uuid4())
+    draft = path.with_suffix(".new")
+    try:
+        draft.write_text(f"{agent_id}\n{digest}\n", encoding="ascii")
+        draft.chmod(0o600)
+        draft.replace(path)
+    except OSError as error:
+        raise SpoolFull(f"{path} can't be written: {error.strerror}; check rights and space") from error
+    return agent_id, previous
+
+
+# ------------------------------------------------------------------------------------------- the agent
+
+
+@dataclass(frozen=True, slots=True)
+class AgentOptions:
+    """What the agent needs beside its parts; times in seconds."""
+
+    drain_seconds: float = 10.0
+    heartbeat_seconds: float = 60.0
+    fold: bool = True
+
+
+class Agent:
+    """Wires source, incidents, spool and bus; owns the threads."""
+
+    def __init__(
+        self,
+        *,
+        source: Source,
+        bus: Bus,
+        spool: Spool,
+        incidents: Incidents,
+        agent_id: str,
+        options: AgentOptions = AgentOptions(),
+        previous_agent_id: str | None = None,
+        clock: Callable[[], Now] | None = None,
+        taps: Taps | None = None,
+        bus_name: str = "bus",
+    ) -> None:
+        self.source, self.bus, self.spool, self.incidents = source, bus, spool, incidents
+        self.agent_id = agent_id
+        self.options = options
+        self.taps = taps or Taps()
+        self.queue = IntakeQueue()
+        self._clock = clock or Clock()
+        self._previous_agent_id = previous_agent_id
+        self._bus_name = bus_name
+        self._stop = threading.Event()  # stop observing
+        self._abort = threading.Event()  # stop at once
+        self._intake_done = threading.Event()
+        self._first_commit = threading.Event()
+        self._threads: dict[str, threading.Thread] = {}
+        self._failure: VirtbusError | None = None
+        self._source_lost: SourceLost | None = None
+        self._source_state = "starting"
+        started = self._clock()
+        self._started = started
+        self._source_since_ns = started.wall_ns
+        self._intake_busy_since: float | None = None
+        self._commit_error: str | None = None
+        self._pending: list[Event] = []
+        self._pending_states: dict[str, bytes | None] = {}
+        self._bus_error: str | None = None
+        self.host: Host | None = None
+
+    # ---- life
+
+    def start(self) -> None:
+        """Restore the open incidents and start the threads."""
+        emit(
+            AgentStarted(__version__, self.agent_id, self.spool.epoch, round(self._started.wall_ns / 1e9, 3))
+        )
+        METRICS.spool_writable.set(1)
+        self._bind_gauges()
+        self.incidents.restore(self.spool.states(), self._started)
+        for name, target in (
+            ("source", self._observe),
+            ("intake", self._take_in),
+            ("publisher", self._publish),
+        ):
+            thread = threading.Thread(target=target, name=f"virtbus-{name}", daemon=True)
+            self._threads[name] = thread
+            thread.start()
+
+    def stop(self) -> None:
+        """Stop observing, commit what was seen, publish up to the drain deadline. Returns at once."""
+        self._stop.set()
+        self.queue.wake()
+
+    def abort(self) -> None:
+        """Stop at once; what is committed stays in the spool."""
+        self._abort.set()
+        self.stop()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for `stop` or for a failure that ends the agent; True when it is over."""
+        return self._stop.wait(timeout)
+
+    def join(self) -> None:
+        """Wait for the threads to end (bounded by the drain deadline), then close the parts.
+
+        Raises the error that ended the agent, if one did (SourceDenied).
+        """
+        deadline = time.monotonic() + self.options.drain_seconds + 5.0
+        for name in ("source", "intake", "publisher"):
+            thread = self._threads.get(name)
+            # libvirt may be frozen inside a call; the source's thread must not hold up the drain.
+            limit = 2.0 if name == "source" else max(0.1, deadline - time.monotonic())
+            while thread is not None and thread.is_alive() and limit > 0 and not self._abort.is_set():
+                thread.join(min(0.2, limit))
+                limit -= 0.2
+        self.bus.close()
+        left = self.spool.stats().pending
+        self.spool.close()
+        emit(AgentStopped(left_in_spool=left))
+        if self._failure is not None:
+            raise self._failure
+
+    # ---- source thread
+
+    def _observe(self) -> None:
+        try:
+            self.source.run(self.queue.put, self._stop)
+        except VirtbusError as error:
+            self._failure = error
+            self.stop()
+        except Exception as error:  # noqa: BLE001 - the thread's last line of defence; livez shows it dead
+            emit(Trouble("source thread", error))
+
+    # ---- intake thread
+
+    def _take_in(self) -> None:
+        try:
+            self._open_epoch()
+            while not (self._stop.is_set() and len(self.queue) == 0) and not self._abort.is_set():
+                self._intake_once(self._intake_timeout())
+        except Exception as error:
+            emit(Trouble("intake thread", error))
+            raise
+        finally:
+            self._intake_done.set()
+
+    def _intake_timeout(self) -> float:
+        if self._stop.is_set():
+            return 0.0
+        due = self.incidents.next_due()
+        wait = ALIVE_SECONDS if due is None else min(ALIVE_SECONDS, due - self._clock().monotonic)
+        return max(0.0, wait)
+
+    def _open_epoch(self) -> None:
+        """Commit this run's first event, the gap since the last one, with what was found in it."""
+        held: list[Observation] = []
+        ready: SourceReady | None = None
+        deadline = time.monotonic() + SOURCE_GRACE_SECONDS
+        while ready is None and not self._stop.is_set() and time.monotonic() < deadline:
+            for item in self.queue.drain(max(0.0, min(0.5, deadline - time.monotonic()))):
+                if ready is None and isinstance(item, SourceReady):
+                    ready = item
+                held.append(item)
+        now = self._clock()
+        if ready is not None:
+            self._source_is_up(ready)
+        opening = self.spool.opening
+        events: list[Event] = []
+        found = 0
+        for item in self._prepared(held):
+            made = self._apply(item, now)
+            found += sum(
+                1 for event in made if isinstance(event, IoError) and event.origin is Origin.RECONCILE
+            )
+            events += made
+        ended_at = to_datetime(ready.at_ns if ready else now.wall_ns)
+        since = None if opening.last_alive_ns is None else to_datetime(opening.last_alive_ns)
+        gap = partial(self._gap, started_at=since, ended_at=ended_at)
+        gaps: list[Event] = [
+            gap(
+                "agent_down",
+                previous=opening.previous,
+                missing=() if opening.damage else opening.missing,
+                found=found,
+            )
+        ]
+        if opening.damage:
+            gaps.append(gap("spool_damaged", opening.damage, missing=opening.missing))
+        if self._previous_agent_id is not None:
+            was = self._previous_agent_id
+            gaps.append(gap("identity_changed", f"the machine id changed (a cloned disk?); before: {was}"))
+        self._commit(gaps + events)
+        self._first_commit.set()
+        if ready is None and not self._stop.is_set():
+            # Until the source is up nothing is observed: from now on that is a gap of its own.
+            self._source_lost = SourceLost(now.wall_ns, "libvirt was not reachable at the agent's start")
+
+    def _gap(
+        self,
+        reason: str,
+        detail: str | None = None,
+        *,
+        ended_at: datetime,
+        started_at: datetime | None = None,
+        previous: PreviousRun | None = None,
+        missing: tuple[SequenceRange, ...] = (),
+        missing_occurrences: int = 0,
+        found: int = 0,
+    ) -> Gap:
+        return Gap(
+            host=self.host,
+            agent_id=self.agent_id,
+            reason=reason,
+            detail=detail,
+            started_at=started_at,
+            ended_at=ended_at,
+            previous=previous,
+            missing=missing,
+            missing_events=sum(item.last - item.first + 1 for item in missing),
+            missing_occurrences=missing_occurrences,
+            found=found,
+        )
+
+    def _prepared(self, observations: list[Observation]) -> list[Observation]:
+        METRICS.callbacks.inc(sum(callbacks_in(item) for item in observations))
+        if self.taps.active:
+            for item in observations:
+                self.taps.offer("raw", item)
+        return aggregate(observations) if self.options.fold else observations
+
+    def _apply(self, item: Observation, now: Now) -> list[Event]:
+        """One observation's events. A bug in here costs that observation (named in a gap), not the agent."""
+        try:
+            return self.incidents.apply(item, now, self.source.describe)
+        except Exception as error:  # noqa: BLE001 - one poisoned observation must not stop the others
+            emit(Trouble("incidents", error))
+            METRICS.dropped.inc(callbacks_in(item) or 1)
+            at = to_datetime(now.wall_ns)
+            return [
+                self._gap(
+                    "observations_dropped",
+                    f"an observation could not be handled: {type(error).__name__}",
+                    started_at=at,
+                    ended_at=at,
+                    missing_occurrences=callbacks_in(item),
+                )
+            ]
+
+    def _intake_once(self, timeout: float) -> None:
+        """One batch: drain, apply, commit."""
+        observations = self.queue.drain(timeout)
+        now = self._clock()
+        events: list[Event] = []
+        for item in self._prepared(observations):
+            if isinstance(item, SourceReady):
+                events += self._came_back(item, now)
+            elif isinstance(item, SourceLost):
+                self._source_lost = self._source_lost or item
+                self._source_state, self._source_since_ns = "disconnected", item.at_ns
+                events += self._apply(item, now)
+            else:
+                events += self._apply(item, now)
+        events += self.incidents.tick(now)
+        at = to_datetime(now.wall_ns)
+        dropped = self.queue.take_dropped()
+        if dropped:
+            METRICS.dropped.inc(dropped)
+            why = f"more than {FOLD_LIMIT} different errors were waiting for the disk"
+            events.append(self._gap("observations_dropped", why, ended_at=at, missing_occurrences=dropped))
+        for loss in self.spool.take_losses():
+            events.append(
+                self._gap(
+                    "dead_letter",
+                    loss.why,
+                    ended_at=at,
+                    missing=loss.ranges,
+                    missing_occurrences=loss.occurrences,
+                )
+            )
+        self._commit(events)
+        self.spool.alive(now.wall_ns)
+
+    def _came_back(self, ready: SourceReady, now: Now) -> list[Event]:
+        """The source is up again: what was found, after the gap that says what may be missing."""
+        self._source_is_up(ready)
+        events = self._apply(ready, now)
+        lost, self._source_lost = self._source_lost, None
+        if lost is None:
+            return events
+        found = sum(1 for event in events if isinstance(event, IoError) and event.origin is Origin.RECONCILE)
+        gap = self._gap(
+            "source_lost",
+            lost.why,
+            started_at=to_datetime(lost.at_ns),
+            ended_at=to_datetime(ready.at_ns),
+            found=found,
+        )
+        return [gap, *events]
+
+    def _source_is_up(self, ready: SourceReady) -> None:
+        self.host = ready.host
+        self.incidents.host = ready.host
+        self._source_state, self._source_since_ns = "connected", ready.at_ns
+
+    def _commit(self, events: list[Event]) -> None:
+        """One transaction with the events and the incident states; tries for ever, folding meanwhile.
+
+        The batch that failed is kept as it is; what comes after it stays in the queue, which folds: so
+        memory is bounded and no count is lost. When the disk is back a gap event says how long it was.
+        """
+        self._pending += events
+        self._pending_states.update(self.incidents.changes())
+        if not self._pending and not self._pending_states:
+            return
+        backoff = Backoff("commit", ceiling=2.0)
+        failed: Now | None = None
+        begun = self._intake_busy_since = time.monotonic()
+        while True:
+            batch = self._pending if failed is None else [*self._pending, self._unwritable_gap(failed)]
+            try:
+                stamps = self.spool.commit(batch, self._pending_states)
+            except SpoolFull as error:
+                failed = failed or self._clock()
+                self._commit_error = str(error)
+                emit(SpoolUnwritable(str(self.spool.path), error))
+                if self._stop.is_set() and time.monotonic() > begun + 2.0:
+                    return  # ending with a broken disk: this batch lies inside the next start's gap
+                backoff.wait(self._abort, error)
+                continue
+            if failed is not None:
+                seconds = self._clock().monotonic - failed.monotonic
+                emit(SpoolWritable(str(self.spool.path), round(seconds, 1)))
+            self._pending, self._pending_states = [], {}
+            self._commit_error = self._intake_busy_since = None
+            self._committed(batch, stamps)
+            return
+
+    def _unwritable_gap(self, failed: Now) -> Gap:
+        now = self._clock()
+        return self._gap(
+            "spool_unwritable",
+            f"the spool could not be written for {now.monotonic - failed.monotonic:.0f} s; "
+            "errors were counted in memory",
+            started_at=to_datetime(failed.wall_ns),
+            ended_at=to_datetime(now.wall_ns),
+        )
+
+    def _committed(self, events: Sequence[Event], stamps: Sequence[Stamp]) -> None:
+        for event in events:
+            if isinstance(event, IoError):
+                METRICS.events.labels("io_error", event.origin.value, event.incident.phase.value).inc()
+                METRICS.occurrences.labels(event.origin.value).inc(event.occurrences.count)
+            elif isinstance(event, IoErrorResolved):
+                METRICS.events.labels("resolved", "", Phase.RESOLVED.value).inc()
+            elif isinstance(event, Gap):
+                METRICS.events.labels("gap", "", "").inc()
+                METRICS.gaps.labels(event.reason).inc()
+        if self.taps.active:
+            for event, stamp in zip(events, stamps, strict=False):
+                self.taps.offer("incident", event, stamp)
+
+    # ---- publisher thread
+
+    def _publish(self) -> None:
+        self._first_commit.wait()
+        backoff = Backoff("publish")
+        feed = _SpoolFeed(self)
+        deadline: float | None = None
+        while not self._abort.is_set():
+            if self._intake_done.is_set():
+                deadline = deadline or time.monotonic() + self.options.drain_seconds
+                if time.monotonic() >= deadline or self.spool.stats().pending == 0:
+                    break
+            try:
+                self._publish_once(feed, backoff, deadline)
+            except (BusUnavailable, BusDenied) as error:
+                self._bus_error = str(error)
+                emit(BusLost(self._bus_name, error))
+                backoff.wait(self._stop if deadline is None else self._abort, error)
+            except SpoolFull as error:
+                emit(SpoolUnwritable(str(self.spool.path), error))
+                backoff.wait(self._abort, error)
+            except Exception as error:  # noqa: BLE001 - an unknown fault must not end publishing
+                emit(Trouble("publisher thread", error))
+                backoff.wait(self._abort, error)
+        feed.settle()
+
+    def _publish_once(self, feed: _SpoolFeed, backoff: Backoff, deadline: float | None) -> None:
+        """Publish all that can be taken, or wait up to a second for something."""
+        wait = min(1.0, feed.heartbeat_in())
+        if wait > 0 and not self.spool.wait(wait, self._intake_done):
+            self.bus.tick()
+            if feed.heartbeat_in() > 0:
+                return
+        deferred: Exception | None = None
+        for record, outcome in self.bus.publish(feed):
+            feed.done(record, outcome)
+            if isinstance(outcome, Confirmed):
+                backoff.reset()
+                self._bus_error = None
+            elif isinstance(outcome, Deferred):
+                deferred = outcome.error
+            if self._abort.is_set() or (deadline is not None and time.monotonic() >= deadline):
+                break
+        feed.settle()
+        if deferred is not None:
+            self._bus_error = str(deferred)
+            backoff.wait(self._abort if deadline is not None else self._stop, deferred)
+
+    # ---- what it is like
+
+    def _heartbeat(self) -> Record:
+        """A heartbeat as a record that is never spooled."""
+        now = self._clock()
+        stats = self.spool.stats()
+        total = self.incidents.open_count
+        event = Heartbeat(
+            host=self.host,
+            agent_id=self.agent_id,
+            agent_version=__version__,
+            epoch=self.spool.epoch,
+            started_at=to_datetime(self._started.wall_ns),
+            sent_at=to_datetime(now.wall_ns),
+            interval_seconds=self.options.heartbeat_seconds,
+            source=SourceHealth(self._source_state, to_datetime(self._source_since_ns)),
+            backlog=Backlog(stats.pending, stats.bytes, stats.oldest_seconds),
+            committed_sequence=stats.committed_sequence,
+            confirmed_sequence=stats.confirmed_sequence,
+            incidents=OpenIncidents(total, self.incidents.open_incidents(limit=100)),
+        )
+        stamp = Stamp(envelope.uuid7(now.wall_ns), self.agent_id, self.spool.epoch, None, now.wall_ns)
+        return envelope.record(envelope.encode(event, stamp), stamp)
+
+    def _bind_gauges(self) -> None:
+        """Gauges that are read when they are scraped."""
+        METRICS.spool_oldest_unpublished_seconds.set_function(
+            lambda: self.spool.stats().oldest_seconds or 0.0
+        )
+        METRICS.spool_bytes.set_function(lambda: self.spool.stats().bytes)
+        METRICS.spool_events.labels("pending").set_function(lambda: self.spool.stats().pending)
+        METRICS.spool_events.labels("dead").set_function(lambda: self.spool.stats().dead)
+        METRICS.incidents_open.set_function(lambda: self.incidents.open_count)
+
+    def dead_threads(self) -> list[str]:
+        """Names of threads that ended although nobody asked them to: what /livez fails for."""
+        if self._stop.is_set():
+            return []
+        return [name for name, thread in self._threads.items() if not thread.is_alive()]
+
+    def not_ready(self) -> list[str]:
+        """Why the agent does not observe or keep events now; empty when it does. The broker is no reason."""
+        reasons = []
+        if self._source_state != "connected":
+            reasons.append(f"source is {self._source_state}")
+        if self._commit_error is not None:
+            reasons.append(f"spool: {self._commit_error}")
+        busy = self._intake_busy_since
+        if busy is not None and time.monotonic() - busy > 10.0:
+            reasons.append(f"spool: a commit has been hanging for {time.monotonic() - busy:.0f} s")
+        return reasons
+
+    def status(self) -> Mapping[str, object]:
+        """A snapshot for `virtbus status`, as plain JSON data."""
+        stats = self.spool.stats()
+        return {
+            "version": __version__,
+            "agent_id": self.agent_id,
+            "epoch": self.spool.epoch,
+            "started_at": to_datetime(self._started.wall_ns).isoformat(),
+            "host": self.host.name if self.host else None,
+            "source": {
+                "state": self._source_state,
+                "since": to_datetime(self._source_since_ns).isoformat(),
+                "queued": len(self.queue),
+            },
+            "bus": {"url": self._bus_name, "error": self._bus_error},
+            "spool": {
+                "path": str(self.spool.path),
+                "pending": stats.pending,
+                "bytes": stats.bytes,
+                "oldest_seconds": stats.oldest_seconds,
+                "parked_keys": stats.parked_keys,
+                "dead": stats.dead,
+                "committed_sequence": stats.committed_sequence,
+                "confirmed_sequence": stats.confirmed_sequence,
+                "error": self._commit_error,
+            },
+            "incidents": {"open": self.incidents.open_count},
+            "threads": {name: thread.is_alive() for name, thread in self._threads.items()},
+            "not_ready": self.not_ready(),
+        }
+
+
+class _SpoolFeed:
+    """The spool as a bus's feed: settles outcomes in groups, and slips the heartbeat in when it is due."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+        self._outcomes: list[tuple[Record, Outcome]] = []
+        self._interval = agent.options.heartbeat_seconds
+        # A random phase: a thousand agents that start together must not beat together.
+        self._next_beat = time.monotonic() + random.uniform(0, self._interval)  # noqa: S311 - no secret
+
+    def heartbeat_in(self) -> float:
+        """Seconds until the next heartbeat is due."""
+        return max(0.0, self._next_beat - time.monotonic()) if self._interval else 3600.0
+
+    def take(self, limit: int, busy: AbstractSet[str]) -> Sequence[Record]:
+        """See virtbus.bus.Feed."""
+        if len(self._outcomes) >= SETTLE_AT:
+            self.settle()
+        if self._interval and self.heartbeat_in() <= 0 and self._agent.agent_id not in busy:
+            self._next_beat = time.monotonic() + self._interval
+            return [self._agent._heartbeat()]
+        records = self._agent.spool.take(limit, busy)
+        if not records and self._outcomes:
+            self.settle()  # frees the next record of each confirmed key
+            records = self._agent.spool.take(limit, busy)
+        return records
+
+    def done(self, record: Record, outcome: Outcome) -> None:
+        """Remember an outcome; it is settled with others."""
+        METRICS.outcomes.labels(type(outcome).__name__.lower()).inc()
+        if record.row == 0:
+            return
+        self._outcomes.append((record, outcome))
+        if isinstance(outcome, Unroutable):
+            emit(EventUnroutable(record.id, record.key))
+        if not isinstance(outcome, Confirmed):
+            self.settle()  # the spool must know at once that this key waits
+        if self._agent.taps.active and isinstance(outcome, Confirmed | Refused):
+            self._agent.taps.offer("published", record)
+
+    def settle(self) -> None:
+        """Settle what has come together."""
+        if self._outcomes:
+            outcomes, self._outcomes = self._outcomes, []
+            self._agent.spool.settle(outcomes)

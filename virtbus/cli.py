@@ -1,0 +1,248 @@
+"""The command line: options and help only; what a command does stands in `virtbus.commands`.
+
+Every failure is one clear line a problem on stderr and an exit code of sysexits.h; `--debug` adds the
+traceback. Imports are delayed into the commands, so that `virtbus --help` is quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from virtbus import __version__
+from virtbus.errors import ConfigError, VirtbusError
+
+EXIT_USAGE = ConfigError.exit_code
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit."""
+    arguments = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in arguments or os.environ.get("VIRTBUS_DEBUG") == "1"
+    try:
+        code = cli.main(args=arguments, prog_name="virtbus", standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        code = EXIT_USAGE
+    except click.ClickException as error:
+        where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "virtbus"
+        _complain(f"{error.format_message().rstrip('.')}; see {where} --help")
+        code = EXIT_USAGE
+    except (click.Abort, KeyboardInterrupt):
+        code = 130
+    except BrokenPipeError:
+        # Whoever read our output has had enough (| head): that is no failure.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except VirtbusError as error:
+        if debug:
+            raise
+        _complain(str(error))
+        code = error.exit_code
+    except Exception as error:
+        if debug:
+            raise
+        _complain(f"unexpected {type(error).__name__}: {error}; run again with --debug and report it")
+        code = VirtbusError.exit_code
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(text: str) -> None:
+    for line in text.splitlines() or [""]:
+        click.echo(f"virtbus: {line}", err=True)
+
+
+def _common(command: F) -> F:
+    """The options that every command with settings takes."""
+    for option in reversed(
+        [
+            click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE",
+                         help="Settings [default: /etc/virtbus/virtbus.toml if it is there]."),
+            click.option("--debug", is_flag=True, help="Tracebacks, and the log at level debug."),
+        ]
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _setting(key: str, *names: str, help: str, **more: Any) -> Callable[[F], F]:
+    """An option that overrides the setting `key`."""
+    return click.option(*names, key.replace(".", "__"), help=help, **more)
+
+
+_bus = _setting("bus.url", "--bus-url", "--bus", metavar="URL",
+                help="amqp[s]://…, kafka[s]://…, embedded: or embedded:///FILE (bus.url).")  # fmt: skip
+_libvirt = _setting("libvirt.uri", "--libvirt-uri", "--libvirt", metavar="URI",
+                    help="Hypervisor, e.g. qemu:///system (libvirt.uri).")  # fmt: skip
+_state_dir = _setting("state_dir", "--state-dir", metavar="DIR", help="Folder of the spool (state_dir).")
+
+
+def _load(options: Mapping[str, Any]) -> Any:
+    """Settings from file, environment and this command's flags; the log is set up from them."""
+    from virtbus import config, telemetry
+
+    flags = {
+        key.replace("__", "."): value
+        for key, value in options.items()
+        if key not in ("config_file", "debug") and value is not None
+    }
+    named = options.get("config_file") or os.environ.get("VIRTBUS_CONFIG")
+    loaded = config.load(file=Path(named) if named else None, flags=flags)
+    level = "debug" if options.get("debug") else loaded.config.log.level
+    telemetry.configure(level=level, fmt=loaded.config.log.format)
+    return loaded
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, "-V", "--version", message="virtbus %(version)s")
+def cli() -> None:
+    """Every guest I/O error that libvirt reports, as a durable CloudEvent on RabbitMQ or Kafka.
+
+    \b
+    Try it without a broker:   virtbus demo
+    Run the agent on a host:   virtbus run --bus amqps://virtbus@broker//
+    See the events:            virtbus consume --bus amqps://virtbus@broker//
+    """
+
+
+@cli.command()
+@_common
+@_libvirt
+@_bus
+@_state_dir
+@_setting("http.listen", "--http-listen", metavar="HOST:PORT", help="/metrics, /livez, /readyz; '' is off.")
+@_setting("control.socket", "--control-socket", metavar="PATH", help="For status and tap; '' is off.")
+@_setting("log.format", "--log-format", type=click.Choice(["auto", "text", "json"]), help="Log format.")
+def run(**options: Any) -> None:
+    """Run the agent in the foreground.
+
+    SIGTERM or SIGINT drains (publishes what is there, at most drain_seconds) and ends; a second one
+    ends at once. What no broker has confirmed stays in the spool.
+
+    \b
+    Example: virtbus run --libvirt qemu:///system --bus amqp://guest:guest@127.0.0.1//
+    """
+    from virtbus.commands import run as command
+
+    command.run(_load(options))
+
+
+@cli.command()
+@_common
+@_bus
+@_state_dir
+@click.option("--group", metavar="NAME", help="Share the events with the other members of a durable group.")
+@click.option("--count", type=click.IntRange(1), metavar="N", help="End after N events.")
+@click.option("--timeout", type=click.FloatRange(0), metavar="S", help="End after S seconds.")
+@click.option("--type", "types", multiple=True, metavar="TYPE", help="Only these event types (suffices).")
+def consume(group: str | None, count: int | None, timeout: float | None, types: tuple[str, ...],
+            **options: Any) -> None:  # fmt: skip
+    """Print events as they come: one CloudEvent in structured JSON a line.
+
+    Every event is validated against its schema; notices go to stderr. Without --group nothing is left
+    behind on the broker when this ends.
+
+    \b
+    Example: virtbus consume --bus amqp://guest:guest@127.0.0.1// --count 1 --timeout 60
+    """
+    from virtbus.commands import consume as command
+
+    sys.exit(command.run(_load(options), group=group, count=count, timeout=timeout, types=types,
+                         out=sys.stdout, notices=sys.stderr))  # fmt: skip
+
+
+@cli.command()
+@_common
+@_libvirt
+@click.option("--json", "as_json", is_flag=True, help="JSON lines; `virtbus` can replay them.")
+@click.option("--timeout", type=click.FloatRange(0), metavar="S", help="End after S seconds.")
+def watch(as_json: bool, timeout: float | None, **options: Any) -> None:
+    """Print libvirt's events on the terminal: no broker, no spool."""
+    from virtbus.commands import watch as command
+
+    command.run(_load(options).config.libvirt.uri, as_json=as_json, out=sys.stdout, timeout=timeout)
+
+
+@cli.command()
+@click.option("--debug", is_flag=True, help="Tracebacks.")
+@click.option("--recording", type=click.Path(path_type=Path), metavar="FILE",
+              help="Recorded callbacks (of `virtbus watch --json`) instead of the built-in ones.")  # fmt: skip
+def demo(recording: Path | None, debug: bool) -> None:
+    """Replay recorded real I/O errors through the whole pipeline, on the embedded bus.
+
+    Nothing is installed and no broker is needed: a replay source, incidents, spool, embedded bus and a
+    consumer, in a temporary folder. The events carry origin `replay`. In a checkout, `make demo` does
+    the same with a real guest whose disk fails.
+    """
+    from virtbus.commands import demo as command
+
+    sys.exit(command.run(recording=recording, out=sys.stdout, debug=debug))
+
+
+@cli.command()
+@_common
+@_setting("control.socket", "--control-socket", metavar="PATH", help="The agent's control socket.")
+@click.option("--json", "as_json", is_flag=True, help="The answer as it comes.")
+@click.option("--watch", "watching", is_flag=True, help="Again every second.")
+def status(as_json: bool, watching: bool, **options: Any) -> None:
+    """Ask the running agent what it is doing and what it holds."""
+    from virtbus.commands import status as command
+
+    command.status(_load(options).config, as_json=as_json, watching=watching, out=sys.stdout)
+
+
+@cli.command()
+@_common
+@_setting("control.socket", "--control-socket", metavar="PATH", help="The agent's control socket.")
+@click.option("--stage", type=click.Choice(["raw", "incident", "published"]), help="Only this stage.")
+@click.option("--domain", metavar="NAME|UUID", help="Only this domain.")
+def tap(stage: str | None, domain: str | None, **options: Any) -> None:
+    """Look at what passes through the running agent, one JSON line an item.
+
+    Bounded and lossy: a reader that lags loses lines (and is told how many); the agent never waits.
+    """
+    from virtbus.commands import status as command
+
+    command.tap(_load(options).config, stage=stage, domain=domain, out=sys.stdout)
+
+
+@cli.group()
+def config() -> None:
+    """Show and check the settings."""
+
+
+@config.command("show")
+@_common
+@_bus
+@_libvirt
+@_state_dir
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def config_show(as_json: bool, **options: Any) -> None:
+    """Print the effective settings, without secrets, and where each that is not a default comes from."""
+    from virtbus.commands import settings as command
+
+    command.show(_load(options), as_json=as_json, out=sys.stdout)
+
+
+@config.command("schema")
+def config_schema() -> None:
+    """Print the settings' JSON schema."""
+    from virtbus.commands import settings as command
+
+    command.schema(sys.stdout)
+
+
+@config.command("check")
+@_common
+def config_check(**options: Any) -> None:
+    """Check the settings without connecting to anything."""
+    from virtbus.commands import settings as command
+
+    command.check(_load(options), sys.stdout)

@@ -1,0 +1,64 @@
+"""`virtbus config`: the effective settings, their schema, and an offline check."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from virtbus import config
+from virtbus.commands import wiring
+from virtbus.errors import ConfigError
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def show(loaded: config.Loaded, *, as_json: bool, out: TextIO) -> None:
+    """Print all settings, redacted, with their origins."""
+    effective = config.effective(loaded.config)
+    if as_json:
+        json.dump({"settings": effective, "origins": dict(loaded.origins)}, out, indent=2, sort_keys=True)
+        out.write("\n")
+        return
+    for key, value in _flat(effective):
+        origin = loaded.origins.get(key, "default")
+        out.write(f"{key} = {json.dumps(value, ensure_ascii=False)}  # {origin}\n")
+
+
+def schema(out: TextIO) -> None:
+    """Print the JSON schema of the settings."""
+    json.dump(config.json_schema(), out, indent=2)
+    out.write("\n")
+
+
+def check(loaded: config.Loaded, out: TextIO) -> None:
+    """Check what can be checked offline. Raises ConfigError with all problems."""
+    settings = loaded.config
+    named = {
+        "bus.url_file": settings.bus.url_file,
+        "bus.password_file": settings.bus.password_file,
+        "bus.tls.ca_file": settings.bus.tls.ca_file,
+        "bus.tls.cert_file": settings.bus.tls.cert_file,
+        "bus.tls.key_file": settings.bus.tls.key_file,
+        "bus.kafka.oauth_token_file": settings.bus.kafka.oauth_token_file,
+    }
+    problems = [
+        f"{key} = {path}: can't be read; check path and rights"
+        for key, path in named.items()
+        if path is not None and not os.access(path, os.R_OK)
+    ]
+    if not problems:
+        try:
+            wiring.open_bus(settings).close()
+        except ConfigError as error:
+            problems += str(error).splitlines()
+    if problems:
+        raise ConfigError("\n".join(problems))
+    out.write(f"settings are good ({loaded.file or 'no file: defaults, environment and flags'})\n")

@@ -1,0 +1,97 @@
+"""Settings → the parts' own options: the one place that knows both."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from virtbus import bus
+from virtbus.bus import Bus, BusOptions
+from virtbus.config import Config, bus_url
+from virtbus.errors import ConfigError
+from virtbus.incidents import IncidentLimits
+from virtbus.sources import Source, SourceOptions
+from virtbus.spool import SpoolLimits
+
+
+def spool_limits(config: Config) -> SpoolLimits:
+    """The spool's bounds."""
+    return SpoolLimits(max_bytes=config.spool.max_bytes, max_age_seconds=config.spool.max_age_seconds)
+
+
+def incident_limits(config: Config) -> IncidentLimits:
+    """How errors are folded."""
+    settings = config.incidents
+    return IncidentLimits(
+        fold=settings.fold,
+        first_window_seconds=settings.first_window_seconds,
+        max_window_seconds=settings.max_window_seconds,
+        quiet_seconds=settings.quiet_seconds,
+        max_open=settings.max_open,
+    )
+
+
+def bus_options(config: Config) -> BusOptions:
+    """What every adapter may ask for. Raises ConfigError for settings that exclude each other."""
+    settings, kafka = config.bus, config.bus.kafka
+
+    def path(name: str | None) -> Path | None:
+        return None if name is None else Path(name)
+
+    topic = {}
+    if kafka.topic.retention_seconds is not None:
+        topic["retention.ms"] = str(kafka.topic.retention_seconds * 1000)
+    if kafka.topic.min_insync_replicas is not None:
+        topic["min.insync.replicas"] = str(kafka.topic.min_insync_replicas)
+    return BusOptions(
+        exchange=settings.exchange,
+        topic=settings.topic,
+        declare=settings.declare,
+        window=settings.window,
+        structured=settings.content_mode == "structured",
+        heartbeat=settings.heartbeat_seconds,
+        confirm_timeout=settings.confirm_timeout_seconds,
+        connect_timeout=settings.connect_timeout_seconds,
+        username=settings.username,
+        password_file=path(bus.password_file),
+        auth=settings.auth,
+        tls_ca_file=path(bus.tls.ca_file),
+        tls_cert_file=path(bus.tls.cert_file),
+        tls_key_file=path(bus.tls.key_file),
+        tls_server_name=settings.tls.server_name,
+        topic_partitions=kafka.topic.partitions,
+        topic_replication=None if kafka.topic.replication == -1 else kafka.topic.replication,
+        topic_config=topic,
+        extra=kafka.options,
+        state_dir=Path(config.state_dir),
+    )
+
+
+def open_bus(config: Config) -> Bus:
+    """The bus of the settings. Raises ConfigError; connects to nothing yet."""
+    return bus.open_bus(bus_url(config), bus_options(config))
+
+
+def open_source(config: Config) -> Source:
+    """The source of `libvirt.uri`: a scheme that an entry point of `virtbus.sources` names, else libvirt."""
+    uri = config.libvirt.uri
+    scheme = uri.partition(":")[0]
+    for point in entry_points(group="virtbus.sources", name=scheme):
+        source: Source = point.load()(uri)
+        return source
+    try:
+        from virtbus.sources.libvirt import LibvirtSource
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{uri} needs the Python module {error.name}: pip install 'virtbus[agent]'"
+        ) from error
+    return LibvirtSource(uri, options=source_options(config))
+
+
+def source_options(config: Config) -> SourceOptions:
+    """How the hypervisor is observed."""
+    settings = config.libvirt
+    return SourceOptions(
+        lookup_deadline_seconds=settings.lookup_deadline_seconds,
+        lookups_in_flight=settings.lookups_in_flight,
+    )

@@ -1,0 +1,331 @@
+"""How the outside looks into a running agent: HTTP for machines, a Unix socket for people.
+
+HTTP (loopback by default): /metrics, /livez (fails only for a dead thread), /readyz (source registered
+and spool writable; a broker outage is neither). Unix socket (0600, the peer's uid is checked): one JSON
+request a line; `status` answers once, `tap` streams until the peer leaves, lossy and bounded: a slow
+reader loses lines, never slows the path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from datetime import datetime
+from enum import Enum
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from virtbus.errors import ConfigError
+from virtbus.telemetry import METRICS, Notice, Trouble, emit
+
+TAP_STAGES = ("raw", "incident", "published")
+TAP_BUFFER = 1000  # lines a reader may lag behind
+MAX_READERS = 8
+MAX_REQUEST_BYTES = 4096
+
+
+class Taps:
+    """Hands copies of what passes to readers; costs one attribute look-up when there are none."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self._lock = threading.Lock()
+        self._readers: list[_TapReader] = []
+
+    def offer(self, stage: str, item: object, stamp: object = None) -> None:
+        """Give `item` to every reader of `stage`; drops it for a reader that lags. Never blocks or raises."""
+        for reader in tuple(self._readers):
+            reader.offer(stage, item, stamp)
+
+    def open(self, stage: str | None, domain: str | None) -> _TapReader:
+        """A new reader; raises ConfigError when too many are open."""
+        with self._lock:
+            if len(self._readers) >= MAX_READERS:
+                raise ConfigError(f"{MAX_READERS} taps are open already; close one")
+            reader = _TapReader(stage, domain)
+            self._readers.append(reader)
+            self.active = True
+        return reader
+
+    def close(self, reader: _TapReader) -> None:
+        """Let a reader go."""
+        with self._lock:
+            if reader in self._readers:
+                self._readers.remove(reader)
+            self.active = bool(self._readers)
+
+
+class _TapReader:
+    """One reader's bounded buffer."""
+
+    def __init__(self, stage: str | None, domain: str | None) -> None:
+        self._stage, self._domain = stage, domain
+        self._lines: deque[tuple[str, object, object]] = deque()
+        self._ready = threading.Event()
+        self.lost = 0
+
+    def offer(self, stage: str, item: object, stamp: object) -> None:
+        if self._stage is not None and stage != self._stage:
+            return
+        if self._domain is not None and self._domain not in _domains(item):
+            return
+        if len(self._lines) >= TAP_BUFFER:
+            self.lost += 1
+            return
+        self._lines.append((stage, item, stamp))
+        self._ready.set()
+
+    def take(self, timeout: float) -> list[str]:
+        """The waiting lines as JSON; rendering happens here, on the reader's thread."""
+        self._ready.wait(timeout)
+        self._ready.clear()
+        lines = []
+        while self._lines:
+            stage, item, stamp = self._lines.popleft()
+            lines.append(json.dumps({"stage": stage, "item": plain(item), "stamp": plain(stamp)}))
+        if self.lost:
+            lost, self.lost = self.lost, 0
+            lines.append(json.dumps({"stage": "tap", "lost": lost}))
+        return lines
+
+
+def _domains(item: object) -> Sequence[str]:
+    domain = getattr(item, "domain", None)
+    if domain is not None:
+        return (domain.uuid, domain.name)
+    raw = getattr(item, "raw", item)
+    return tuple(
+        str(value)
+        for name in ("domain_uuid", "domain_name", "key")
+        if (value := getattr(raw, name, None)) is not None
+    )
+
+
+def plain(value: object) -> Any:
+    """Dataclasses, enums and times as JSON data."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {name: plain(item) for name, item in asdict(value).items()}
+    if hasattr(value, "_asdict"):
+        return {name: plain(item) for name, item in value._asdict().items()}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    return value
+
+
+# --------------------------------------------------------------------------------------------- HTTP
+
+
+class HttpServer:
+    """/metrics, /livez and /readyz on a thread of its own."""
+
+    def __init__(
+        self, listen: str, *, dead: Callable[[], Sequence[str]], not_ready: Callable[[], Sequence[str]]
+    ) -> None:
+        """`listen` is host:port; raises ConfigError when it can't be had."""
+        host, _, port = listen.rpartition(":")
+        host = host.strip("[]")
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            server_version = "virtbus"
+            sys_version = ""
+            timeout = 10  # a peer that says nothing does not hold a thread
+
+            def do_GET(self) -> None:
+                path = self.path.partition("?")[0]
+                if path == "/metrics":
+                    self._answer(200, CONTENT_TYPE_LATEST, generate_latest(METRICS.registry))
+                elif path == "/livez":
+                    self._verdict([f"thread {name} is dead" for name in dead()])
+                elif path == "/readyz":
+                    self._verdict(list(not_ready()))
+                else:
+                    self._answer(404, "text/plain; charset=utf-8", b"try /metrics, /livez or /readyz\n")
+
+            def _verdict(self, reasons: list[str]) -> None:
+                body = json.dumps({"ok": not reasons, "reasons": reasons}).encode()
+                self._answer(503 if reasons else 200, "application/json", body)
+
+            def _answer(self, code: int, kind: str, body: bytes) -> None:
+                self.send_response(code)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(body)))
+                self.send_header("X-Content-Type-Options", "nosniff")
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Scrapes are no news."""
+
+        class Server(ThreadingHTTPServer):
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            daemon_threads = True
+            block_on_close = False
+
+            def handle_error(self, request: Any, client_address: Any) -> None:
+                """A peer that went away is no news either."""
+
+        try:
+            self._server = Server((host, int(port)), Handler)
+        except OSError as error:
+            raise ConfigError(
+                f"http.listen = {listen}: {error.strerror or error}; "
+                "choose another address with --http-listen, or '' for none"
+            ) from error
+        self.port = int(self._server.server_address[1])
+        self._thread = threading.Thread(target=self._server.serve_forever, name="virtbus-http", daemon=True)
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop answering."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+# ------------------------------------------------------------------------------------- Unix socket
+
+
+class ControlSocket:
+    """`status` and `tap` over a Unix socket that only our own user and root may use."""
+
+    def __init__(self, path: Path, *, status: Callable[[], Mapping[str, object]], taps: Taps) -> None:
+        """Bind the socket; raises ConfigError when it can't be made."""
+        self._path, self._status, self._taps = path, status, taps
+        self._stop = threading.Event()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        old_umask = os.umask(0o177)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+            if path.is_socket():
+                path.unlink()  # left by a killed agent: a live one would hold the spool's lock, which we hold
+            self._socket.bind(str(path))
+        except OSError as error:
+            raise ConfigError(
+                f"control.socket = {path}: {error.strerror or error}; "
+                "choose another path with --control-socket, or '' for none"
+            ) from error
+        finally:
+            os.umask(old_umask)
+        self._socket.listen(MAX_READERS)
+        self._socket.settimeout(1.0)
+        self._thread = threading.Thread(target=self._accept, name="virtbus-control", daemon=True)
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop answering and remove the socket."""
+        self._stop.set()
+        self._socket.close()
+        self._path.unlink(missing_ok=True)
+
+    def _accept(self) -> None:
+        while not self._stop.is_set():
+            try:
+                peer, _ = self._socket.accept()
+            except TimeoutError:
+                continue
+            except OSError as error:
+                if not self._stop.is_set():
+                    emit(Trouble("control socket", error))
+                    self._stop.wait(1.0)
+                continue
+            threading.Thread(
+                target=self._serve, args=(peer,), name="virtbus-control-peer", daemon=True
+            ).start()
+
+    def _serve(self, peer: socket.socket) -> None:
+        with peer:
+            peer.settimeout(5.0)
+            try:
+                # SO_PEERCRED: struct ucred {pid, uid, gid} of who connected (unix(7)).
+                ucred = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+                _, uid, _ = struct.unpack("3i", ucred)
+                if uid not in (0, os.geteuid()):
+                    emit(Notice(f"control socket: refused uid {uid}"))
+                    peer.sendall(b'{"error": "only the agent\'s own user and root may ask"}\n')
+                    return
+                request = _read_request(peer)
+                if request.get("command") == "status":
+                    peer.sendall(json.dumps(plain(self._status())).encode() + b"\n")
+                elif request.get("command") == "tap":
+                    self._tap(peer, request)
+                else:
+                    peer.sendall(b'{"error": "unknown command; known: status, tap"}\n')
+            except (OSError, ValueError) as error:
+                if isinstance(error, ValueError):
+                    peer.sendall(b'{"error": "send one JSON object on one line"}\n')
+
+    def _tap(self, peer: socket.socket, request: Mapping[str, Any]) -> None:
+        stage, domain = request.get("stage"), request.get("domain")
+        if stage is not None and stage not in TAP_STAGES:
+            peer.sendall(
+                json.dumps({"error": f"unknown stage; known: {', '.join(TAP_STAGES)}"}).encode() + b"\n"
+            )
+            return
+        try:
+            reader = self._taps.open(stage, None if domain is None else str(domain))
+        except ConfigError as error:
+            peer.sendall(json.dumps({"error": str(error)}).encode() + b"\n")
+            return
+        try:
+            while not self._stop.is_set():
+                lines = reader.take(1.0)
+                peer.sendall(
+                    ("\n".join(lines) + "\n").encode() if lines else b"\n"
+                )  # an empty line: still here
+        finally:
+            self._taps.close(reader)
+
+
+def _read_request(peer: socket.socket) -> dict[str, Any]:
+    data = b""
+    while not data.endswith(b"\n") and len(data) < MAX_REQUEST_BYTES:
+        chunk = peer.recv(MAX_REQUEST_BYTES - len(data))
+        if not chunk:
+            break
+        data += chunk
+    request = json.loads(data)
+    if not isinstance(request, dict):
+        raise ValueError("not an object")  # noqa: TRY004 - as for text that is no JSON
+    return request
+
+
+def ask(path: Path, request: Mapping[str, object]) -> socket.socket:
+    """Connect to an agent's control socket and send a request; the answer is read from the socket.
+
+    Raises ConfigError when no agent answers there.
+    """
+    peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        peer.settimeout(5.0)
+        peer.connect(str(path))
+        peer.sendall(json.dumps(request).encode() + b"\n")
+    except OSError as error:
+        peer.close()
+        raise ConfigError(
+            f"no agent answers at {path}: {error.strerror or error}; "
+            "is it running, and is this its --control-socket?"
+        ) from error
+    return peer
