@@ -53,6 +53,9 @@ class BusOptions:
     username: str | None = None  # wins over the URL's
     password_file: Path | None = None  # wins over the URL's password
     auth: str = "plain"  # "plain", or "external" (the TLS certificate is the identity)
+    sasl_mechanism: str | None = None  # Kafka: PLAIN (what a user name means by itself), SCRAM-…, OAUTHBEARER
+    oauth_token_file: Path | None = None  # Kafka, OAUTHBEARER: the token, read again before it expires
+    oauth_token_command: tuple[str, ...] = ()  # the same from a command's output; a list, no shell
     tls_ca_file: Path | None = None  # None: the system's
     tls_cert_file: Path | None = None
     tls_key_file: Path | None = None
