@@ -167,13 +167,14 @@ def watch(as_json: bool, timeout: float | None, **options: Any) -> None:
     """Print libvirt's events on the terminal: no broker, no spool."""
     from virtbus.commands import watch as command
 
-    command.run(_load(options).config.libvirt.uri, as_json=as_json, out=sys.stdout, timeout=timeout)
+    uri = _load(options).config.libvirt.uri
+    command.run(uri, as_json=as_json, out=sys.stdout, timeout=timeout)
 
 
 @cli.command()
 @click.option("--debug", is_flag=True, help="Tracebacks.")
 @click.option("--recording", type=click.Path(path_type=Path), metavar="FILE",
-              help="Recorded callbacks (of `virtbus watch --json`) instead of the built-in ones.")  # fmt: skip
+              help="Recorded callbacks of `virtbus watch --json`; default: the built-in ones.")  # fmt: skip
 def demo(recording: Path | None, debug: bool) -> None:
     """Replay recorded real I/O errors through the whole pipeline, on the embedded bus.
 
@@ -225,7 +226,7 @@ def config() -> None:
 @_state_dir
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def config_show(as_json: bool, **options: Any) -> None:
-    """Print the effective settings, without secrets, and where each that is not a default comes from."""
+    """Print the effective settings, without secrets, and where each one comes from."""
     from virtbus.commands import settings as command
 
     command.show(_load(options), as_json=as_json, out=sys.stdout)

@@ -76,8 +76,8 @@ class IntakeQueue:
         taken = [items.popleft() for _ in range(min(len(items), BATCH_LIMIT))]
         if not items and self._folded:
             with self._lock:
-                taken.extend(items)
-                items.clear()
+                while items:  # not extend() and clear(): `put` may append between the two
+                    taken.append(items.popleft())
                 taken.extend(self._folded.values())
                 self._folded = {}
         if items or self._folded:

@@ -50,7 +50,7 @@ def to_ns(moment: datetime) -> int:
 
 
 class Action(Enum):
-    """What the hypervisor did about the error (virDomainEventIOErrorAction); the raw code stands beside it."""
+    """What the hypervisor did about the error (virDomainEventIOErrorAction), beside the raw code."""
 
     NONE = "none"
     PAUSE = "pause"
@@ -266,7 +266,7 @@ class DeviceRemoved:
 
 @dataclass(frozen=True, slots=True)
 class DomainState:
-    """One domain of a snapshot. `paused_by_io_error` also covers a pause of unknown reason with a disk error."""
+    """One domain of a snapshot; a pause of unknown reason with a disk error is `paused_by_io_error` too."""
 
     uuid: str
     name: str
@@ -332,7 +332,7 @@ class Occurrences:
 
 @dataclass(frozen=True, slots=True)
 class Incident:
-    """One (domain, device) in trouble. `pauses` counts the guest's pauses; `flapping` is a pause/resume loop."""
+    """One (domain, device) in trouble; `pauses` are the guest's, `flapping` is a pause/resume loop."""
 
     id: str
     phase: Phase

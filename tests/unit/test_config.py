@@ -1,0 +1,142 @@
+"""Settings: who wins, and every problem at once with its place."""
+
+import json
+
+import jsonschema_rs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from virtbus import config
+from virtbus.errors import ConfigError, InputMissing
+
+
+@pytest.fixture
+def settings_file(tmp_path):
+    def write(text):
+        path = tmp_path / "virtbus.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def problems_of(**given):
+    with pytest.raises(ConfigError) as caught:
+        config.load(**{"environment": {}, **given})
+    return str(caught.value).splitlines()
+
+
+def test_a_flag_wins_over_the_environment_that_over_the_file_and_that_over_the_default(settings_file):
+    path = settings_file('state_dir = "/file"\n[bus]\nwindow = 5\nexchange = "file"\n[log]\nlevel = "debug"\n')
+    loaded = config.load(
+        file=path,
+        environment={"VIRTBUS_BUS__WINDOW": "6", "VIRTBUS_STATE_DIR": "/environment"},
+        flags={"state_dir": "/flag", "bus.url": None},
+    )
+    assert loaded.config.state_dir == "/flag"
+    assert loaded.config.bus.window == 6
+    assert loaded.config.bus.exchange == "file"
+    assert loaded.config.spool.max_bytes == 256 << 20
+    assert loaded.origins["bus.window"] == "environment VIRTBUS_BUS__WINDOW"
+    assert loaded.origins["bus.exchange"] == f"{path}:4"
+    assert loaded.origins["state_dir"] == "flag --state-dir"
+
+
+def test_all_problems_are_told_at_once_each_with_its_place(settings_file):
+    path = settings_file('[bus]\nurll = "amqp://h"\nwindow = 0\n[htp]\nlisten = ""\n')
+    problems = problems_of(file=path, environment={"VIRTBUS_SPOOL__MAX_BYTES": "many", "VIRTBUS_LOG__LEVEL": "loud"})
+    assert problems == [
+        "environment VIRTBUS_SPOOL__MAX_BYTES: 'many' is not a TOML integer",
+        f"{path}:2: unknown setting bus.urll; did you mean url?",
+        f"{path}:3: bus.window = 0: expected a whole number at least 1 at most 65535",
+        f"{path}:5: unknown setting htp; did you mean http?",
+        "environment VIRTBUS_LOG__LEVEL: log.level = 'loud': expected 'debug' or 'error' or 'info' or 'warning'",
+    ]
+
+
+def test_settings_that_exclude_each_other_are_refused():
+    flags = {"bus.url": "amqp://h", "bus.url_file": "/x", "bus.tls.cert_file": "/c", "bus.auth": "external"}
+    problems = problems_of(flags=flags)
+    assert any("both set" in line for line in problems)
+    assert any("go together" in line for line in problems)
+
+
+def test_a_value_of_a_secret_is_not_repeated_in_a_problem():
+    problems = problems_of(flags={"bus.kafka.options": {"sasl.password": 7}})
+    assert len(problems) == 1
+    assert "7" not in problems[0]
+
+
+@pytest.mark.parametrize("listen", ["9466", "host:", ":1", "1.2.3.4:99999", "[::1]", "a:b:1"])
+def test_a_listen_address_that_is_none_is_refused(listen):
+    assert "http.listen" in problems_of(flags={"http.listen": listen})[0]
+
+
+@pytest.mark.parametrize("listen", ["", "127.0.0.1:9466", "[::1]:9466", "localhost:1"])
+def test_good_listen_addresses_are_taken(listen):
+    assert config.load(environment={}, flags={"http.listen": listen}).config.http.listen == listen
+
+
+def test_a_file_that_is_named_must_exist(tmp_path):
+    with pytest.raises(InputMissing, match="does not exist"):
+        config.load(file=tmp_path / "none.toml", environment={})
+
+
+def test_text_that_is_not_toml_is_one_clear_line(settings_file):
+    (problem,) = problems_of(file=settings_file("[bus\n"))
+    assert "not valid TOML" in problem
+
+
+def test_without_a_bus_url_the_message_says_how_to_name_one():
+    loaded = config.load(environment={})
+    with pytest.raises(ConfigError, match="--bus amqp://"):
+        config.bus_url(loaded.config)
+
+
+def test_the_bus_url_can_come_from_a_mounted_secret(tmp_path):
+    (tmp_path / "url").write_text("amqp://u:p@h//\n")
+    loaded = config.load(environment={"VIRTBUS_BUS__URL_FILE": str(tmp_path / "url")})
+    assert config.bus_url(loaded.config) == "amqp://u:p@h//"
+
+
+def test_a_secret_file_that_is_missing_is_named_without_its_content(tmp_path):
+    with pytest.raises(ConfigError, match=r"bus\.url_file: .*none can't be read"):
+        config.read_secret(str(tmp_path / "none"), "bus.url_file")
+
+
+def test_the_defaults_fit_their_own_schema():
+    schema = config.json_schema()
+    jsonschema_rs.meta.validate(schema)
+    assert config.effective(config.load(environment={}).config)["bus"]["exchange"] == "virtbus.events"
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("amqp://user:secret@host:5672//", "amqp://user:***@host:5672//"),
+        ("amqp://user:se/cr@et?@host//;amqp://u:secret@b//", "amqp://user:***@host//;amqp://u:***@b//"),
+        ("amqp://user:sec;ret@host//", "amqp://user:***@host//"),
+        ("kafka://host:9092/topic?password=secret", "kafka://host:9092/topic?password=***"),
+        ("qemu:///system", "qemu:///system"),
+        ("embedded:///tmp/file", "embedded:///tmp/file"),
+    ],
+)
+def test_a_shown_url_has_no_password(url, shown):
+    assert config.redact_url(url) == shown
+
+
+_secret = st.text(st.characters(exclude_characters="=&", exclude_categories=["Cs"]), min_size=6).map(lambda s: f"s3cr{s}t")
+
+
+@given(_secret)
+def test_no_password_however_odd_slips_through_the_redaction(secret):
+    assert secret not in config.redact_url(f"amqp://user:{secret}@host//")
+
+
+def test_effective_settings_hide_secrets_in_free_options(tmp_path):
+    flags = {"bus.url": "kafka://h", "bus.kafka.options": {"sasl.password": "secret", "ssl.key.password": "secret2",
+                                                          "linger.ms": "5"}}  # fmt: skip
+    shown = json.dumps(config.effective(config.load(environment={}, flags=flags).config))
+    assert "secret" not in shown
+    assert '"linger.ms": "5"' in shown
