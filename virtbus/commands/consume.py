@@ -6,12 +6,10 @@ import time
 from collections.abc import Sequence
 from typing import TextIO
 
-from virtbus import envelope, schema
+from virtbus import envelope
 from virtbus.commands import wiring
-from virtbus.config import Loaded
-from virtbus.errors import BusUnavailable, SchemaError
-from virtbus.retry import Backoff
-from virtbus.telemetry import BusLost, emit
+from virtbus.config import Loaded, bus_url
+from virtbus.consumer import Consumer
 
 EXIT_TOO_FEW = 1
 
@@ -27,51 +25,26 @@ def run(
     notices: TextIO,
 ) -> int:
     """Print events until `count`, `timeout` seconds or an interrupt; 1 when `count` was not reached."""
-    import threading
-
-    bus = wiring.open_bus(loaded.config)
+    config = loaded.config
     deadline = None if timeout is None else time.monotonic() + timeout
-    never = threading.Event()
-    backoff = Backoff("consume")
     seen = 0
-    connected = False
-    try:
-        subscription = bus.consume(group)
+    # A broker that was never there must not look like silence: not patient at first.
+    with Consumer(
+        bus_url(config), group=group, options=wiring.bus_options(config), patient=False
+    ) as consumer:
         while count is None or seen < count:
             left = 1.0 if deadline is None else min(1.0, deadline - time.monotonic())
             if left <= 0:
                 break
-            try:
-                message = subscription.receive(left)
-            except BusUnavailable as error:
-                if not connected:
-                    raise  # a wrong address must not look like silence
-                emit(BusLost("consume", error))
-                backoff.wait(never, error)
+            delivery = consumer.receive(left)
+            if delivery is None:
                 continue
-            connected = True
-            backoff.reset()
-            if message is None:
-                continue
-            try:
-                event = envelope.decode(message)
-                problems = schema.validate(
-                    event.attributes.get("dataschema", event.attributes["type"]), event.data
-                )
-                if problems:
-                    raise SchemaError(f"{problems[0].pointer}: {problems[0].message}")
-            except SchemaError as error:
-                notices.write(f"virtbus: {message.position}: not one of our events: {error}\n")
-                subscription.dead_letter(message, str(error))
-                continue
-            if not types or any(event.attributes["type"].endswith(name) for name in types):
-                out.write(envelope.structured_json(event.attributes, event.body).decode() + "\n")
+            if not types or delivery.type.endswith(tuple(types)):
+                line = envelope.structured_json(delivery.attributes, delivery.body)
+                out.write(line.decode() + "\n")
                 out.flush()
                 seen += 1
-            subscription.ack(message)
-        subscription.close()
-    finally:
-        bus.close()
+            delivery.ack()
     if count is not None and seen < count:
         notices.write(f"virtbus: {seen} of {count} events came in {timeout:g} s\n")
         return EXIT_TOO_FEW

@@ -1,0 +1,478 @@
+"""The SDK for schedulers: typed, validated, deduplicated events from any bus; no libvirt needed.
+
+    for delivery in Consumer("amqps://scheduler@broker//", group="scheduler", dedupe=Path("seen.db")):
+        act_on(delivery.event)
+        delivery.ack()
+
+Guarantees:
+1. effect first, ack after: a message is acknowledged only after its verdict, so a crash repeats the
+   events in flight and loses none;
+2. with a `dedupe` file an event that was acknowledged is not handed out again, also after a restart:
+   its mark is on disk before the ack leaves;
+3. in the order of each partition key (the domain); `retry` holds the key back until it succeeds;
+4. what is no event of ours goes to the dead letters with the reason, never round in a loop; what a newer
+   agent sends is handed over (unknown minor versions typed, unknown majors and types raw).
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ClassVar
+
+from virtbus import envelope, schema
+from virtbus.bus import BusOptions, Subscription, open_bus
+from virtbus.errors import BusUnavailable, ConfigError, SchemaError
+from virtbus.model import Event, Gap, Message
+from virtbus.retry import Backoff
+from virtbus.telemetry import BusLost, Metrics, TelemetryEvent, emit
+
+DEDUPE_ROWS = 1_000_000
+FLUSH_ROWS = 64  # verdicts a dedupe transaction
+FLUSH_SECONDS = 0.05
+REORDER_SECONDS = 60.0
+_IDLE_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class MissingEvents(TelemetryEvent):
+    """Events `first` to `last` of an epoch neither came nor are named in a gap event."""
+
+    LEVEL: ClassVar[str] = "error"
+    MESSAGE: ClassVar[str] = "events are missing without an explanation"
+    source: str
+    epoch: str
+    first: int
+    last: int
+
+    def limit_key(self) -> object:
+        """Every hole is told."""
+        return (self.source, self.epoch, self.first)
+
+
+@dataclass(frozen=True, slots=True)
+class PoisonMessage(TelemetryEvent):
+    """A message that is no event of ours was put aside."""
+
+    LEVEL: ClassVar[str] = "warning"
+    MESSAGE: ClassVar[str] = "not an event of ours; put into the dead letters"
+    position: str
+    reason: str
+
+    def measure(self, metrics: Metrics) -> None:
+        """Count it."""
+        metrics.dead_letters.labels("poison").inc()
+
+    def limit_key(self) -> object:
+        """Every one is told."""
+        return self.position
+
+
+@dataclass(slots=True)
+class Delivery:
+    """One event and what is to become of it: end it with exactly one of `ack`, `retry`, `dead_letter`."""
+
+    event: Event | None  # None: a type or major version that this release does not know; see `data`
+    attributes: Mapping[str, str]  # the CloudEvents attributes
+    data: Mapping[str, Any]
+    body: bytes
+    publisher: str | None  # who sent it as the broker proved (AMQP user-id), or None
+    redelivered: bool
+    _consumer: Consumer = field(repr=False)
+    _message: Message = field(repr=False)
+    _open: bool = field(default=True, repr=False)
+
+    @property
+    def id(self) -> str:
+        """The event's id; with `source` its identity."""
+        return self.attributes["id"]
+
+    @property
+    def source(self) -> str:
+        """Which agent sent it."""
+        return self.attributes["source"]
+
+    @property
+    def type(self) -> str:
+        """The event's type."""
+        return self.attributes["type"]
+
+    @property
+    def key(self) -> str | None:
+        """The partition key, within which order holds."""
+        return self.attributes.get("partitionkey")
+
+    def ack(self) -> None:
+        """The effect is done: do not deliver it again."""
+        self._consumer._settle(self)
+
+    def retry(self, after: float) -> None:
+        """Deliver it again after about `after` seconds, and nothing of its key before."""
+        self._consumer._retry(self, after)
+
+    def dead_letter(self, reason: str) -> None:
+        """Put it aside with the reason; it counts as done."""
+        self._consumer._dead_letter(self, reason)
+
+
+class Consumer:
+    """Events from a bus, one `Delivery` after the other; reconnects for ever. Not thread-safe."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        group: str | None = None,
+        options: BusOptions | None = None,
+        prefetch: int = 100,
+        validate: bool = True,
+        dedupe: Path | None = None,
+        dedupe_rows: int = DEDUPE_ROWS,
+        check_gaps: bool = False,
+        reorder_seconds: float = REORDER_SECONDS,
+        patient: bool = True,
+        on_missing: Callable[[MissingEvents], None] = emit,
+    ) -> None:
+        """Subscribe to the bus at `url`.
+
+        `group` shares the events durably with the other members; without it, all events from now on.
+        `dedupe` is a SQLite file of at most `dedupe_rows` marks; without it duplicates are recognised
+        only while this object lives. `check_gaps` is for whoever reads everything alone: `on_missing`
+        is told of a hole in an agent's sequence that no gap event explains within `reorder_seconds`.
+        Without `patient` a broker that can't be reached at first is an error (BusUnavailable).
+
+        Raises ConfigError for a bad URL or dedupe file.
+        """
+        if prefetch < 1:
+            raise ConfigError(f"prefetch = {prefetch}: take at least 1")
+        self._bus = open_bus(url, options)
+        self._subscription: Subscription | None = None
+        self._group, self._prefetch, self._validate = group, prefetch, validate
+        self._seen = _SeenStore(dedupe, dedupe_rows)
+        self._sequences = _SequenceCheck(reorder_seconds, on_missing) if check_gaps else None
+        self._in_flight: dict[tuple[str, str], list[Message]] = {}
+        self._done: dict[tuple[str, str], list[Message]] = {}
+        self._done_since = 0.0
+        self._stop = threading.Event()
+        self._backoff = Backoff("consume")
+        self._patient, self._connected = patient, False
+
+    def __enter__(self) -> Consumer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[Delivery]:
+        """Deliveries for ever, until `stop`."""
+        while not self._stop.is_set():
+            delivery = self.receive(_IDLE_SECONDS)
+            if delivery is not None:
+                yield delivery
+
+    def receive(self, timeout: float) -> Delivery | None:
+        """The next delivery, or None after `timeout` seconds.
+
+        Waits out an absent broker. Raises BusDenied where waiting can't help.
+        """
+        deadline = time.monotonic() + timeout
+        while not self._stop.is_set():
+            self._flush_if_due()
+            left = max(0.0, deadline - time.monotonic())
+            try:
+                if self._subscription is None:
+                    self._subscription = self._bus.consume(self._group, prefetch=self._prefetch)
+                message = self._subscription.receive(min(left, FLUSH_SECONDS) if self._done else left)
+            except BusUnavailable as error:
+                self._lost(error)
+                message = None
+            else:
+                self._backoff.reset()
+                self._connected = True
+            if self._sequences is not None:
+                self._sequences.tick(time.monotonic())
+            if message is not None:
+                delivery = self._open(message)
+                if delivery is not None:
+                    return delivery
+            elif time.monotonic() >= deadline:
+                break
+        return None
+
+    def stop(self) -> None:
+        """End the iteration after the current delivery; may be called from another thread or a signal."""
+        self._stop.set()
+
+    def close(self) -> None:
+        """Write the outstanding marks, send their acks, and leave."""
+        self._stop.set()
+        with suppress(BusUnavailable):  # the marks are on disk: what comes again is recognised
+            self._flush()
+        if self._subscription is not None:
+            self._subscription.close()
+            self._subscription = None
+        self._bus.close()
+        self._seen.close()
+
+    # ---- one message
+
+    def _open(self, message: Message) -> Delivery | None:
+        """A message's delivery, or None when it was a duplicate or no event of ours."""
+        assert self._subscription is not None
+        try:
+            opened = envelope.decode(message)
+            if self._validate:
+                _check(opened)
+            event = envelope.to_event(opened)
+        except SchemaError as error:
+            emit(PoisonMessage(message.position, str(error)))
+            self._subscription.dead_letter(message, str(error))
+            return None
+        attributes = opened.attributes
+        if self._sequences is not None:
+            self._sequences.saw(attributes, event, time.monotonic())
+        mark = (attributes["source"], attributes["id"])
+        if mark in self._in_flight:
+            # A second copy while the first is being handled shares its fate.
+            self._in_flight[mark].append(message)
+            return None
+        if mark in self._done or self._seen.has(mark):
+            self._done.setdefault(mark, []).append(message)
+            return None
+        self._in_flight[mark] = []
+        return Delivery(
+            event, attributes, opened.data, opened.body, message.user_id, message.redelivered, self, message
+        )
+
+    def _copies(self, delivery: Delivery) -> list[Message]:
+        """All copies of the message that came, the newest last: only that one is sure to be acknowledgeable."""
+        if not delivery._open:
+            raise ConfigError(f"event {delivery.id} has had its verdict; give each delivery exactly one")
+        delivery._open = False
+        return [delivery._message, *self._in_flight.pop((delivery.source, delivery.id), [])]
+
+    def _settle(self, delivery: Delivery) -> None:
+        copies = self._copies(delivery)
+        if not self._done:
+            self._done_since = time.monotonic()
+        self._done[(delivery.source, delivery.id)] = copies
+        self._flush_if_due()
+
+    def _retry(self, delivery: Delivery, after: float) -> None:
+        *older, newest = self._copies(delivery)
+        if self._subscription is not None:
+            for copy in older:
+                self._subscription.ack(copy)
+            self._subscription.retry(newest, after)
+
+    def _dead_letter(self, delivery: Delivery, reason: str) -> None:
+        *older, newest = self._copies(delivery)
+        if self._subscription is not None:
+            self._subscription.dead_letter(newest, reason)
+            self._done[(delivery.source, delivery.id)] = older
+            self._flush()
+
+    # ---- marks before acks
+
+    def _flush_if_due(self) -> None:
+        if self._done and (
+            len(self._done) >= min(FLUSH_ROWS, self._prefetch)
+            or time.monotonic() - self._done_since >= FLUSH_SECONDS
+        ):
+            try:
+                self._flush()
+            except BusUnavailable as error:
+                self._lost(error)
+
+    def _flush(self) -> None:
+        """Write the marks of what is done in one transaction, then send the acks."""
+        if not self._done:
+            return
+        done, self._done = self._done, {}
+        self._seen.add(list(done))
+        if self._subscription is not None:
+            for messages in done.values():
+                for message in messages:
+                    self._subscription.ack(message)
+
+    def _lost(self, error: BusUnavailable) -> None:
+        """The broker is away: what was unacknowledged comes again, to us or to another member."""
+        if not self._patient and not self._connected:
+            raise error
+        emit(BusLost("consumer", error))
+        self._backoff.wait(self._stop, error)
+
+
+def _check(opened: envelope.Envelope) -> None:
+    """Validate data of a known type and major; raises SchemaError with the first problems."""
+    named = opened.attributes.get("dataschema") or opened.attributes["type"]
+    if not _known(named):
+        return
+    problems = schema.validate(named, opened.data)
+    if problems:
+        shown = "; ".join(f"{item.pointer or '/'}: {item.message}" for item in problems[:3])
+        raise SchemaError(f"{named}: {shown}")
+
+
+def _known(named: str) -> bool:
+    try:
+        schema.resolve(named)
+    except SchemaError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------- dedupe
+
+
+class _SeenStore:
+    """Which (source, id) had their effect: bounded, the oldest give way; on disk when a path is given."""
+
+    def __init__(self, path: Path | None, rows: int) -> None:
+        self._rows = rows
+        self._recent: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._database: sqlite3.Connection | None = None
+        self._count = 0
+        if path is None:
+            return
+        try:
+            database = sqlite3.connect(path, isolation_level=None, timeout=5.0, check_same_thread=False)
+            path.chmod(0o600)
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = FULL")
+            database.execute(
+                "CREATE TABLE IF NOT EXISTS seen (number INTEGER PRIMARY KEY AUTOINCREMENT,"
+                " source TEXT NOT NULL, id TEXT NOT NULL, UNIQUE (source, id))"
+            )
+            (self._count,) = database.execute("SELECT count(*) FROM seen").fetchone()
+        except (sqlite3.Error, OSError) as error:
+            raise ConfigError(
+                f"dedupe file {path} can't be used: {error}; name a file of this consumer's own, or remove it"
+            ) from error
+        self._database = database
+
+    def has(self, mark: tuple[str, str]) -> bool:
+        """Whether the effect of this event is done."""
+        if mark in self._recent:
+            return True
+        if self._database is None:
+            return False
+        found = self._database.execute("SELECT 1 FROM seen WHERE source = ? AND id = ?", mark).fetchone()
+        return found is not None
+
+    def add(self, marks: list[tuple[str, str]]) -> None:
+        """Remember, durably when there is a file."""
+        for mark in marks:
+            self._recent[mark] = None
+        while len(self._recent) > min(self._rows, 10_000):
+            self._recent.popitem(last=False)
+        if self._database is None:
+            return
+        database = self._database
+        database.execute("BEGIN IMMEDIATE")
+        try:
+            added = database.executemany("INSERT OR IGNORE INTO seen (source, id) VALUES (?, ?)", marks)
+            self._count += added.rowcount
+            if self._count > self._rows:
+                # A tenth at a time, so that the bound costs little.
+                over = self._count - self._rows + self._rows // 10
+                database.execute(
+                    "DELETE FROM seen WHERE number IN (SELECT number FROM seen ORDER BY number LIMIT ?)",
+                    [over],
+                )
+                self._count -= over
+        except BaseException:
+            database.execute("ROLLBACK")
+            raise
+        database.execute("COMMIT")
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._database is not None:
+            self._database.close()
+            self._database = None
+
+
+# ------------------------------------------------------------------------------------- gap check
+
+
+@dataclass(slots=True)
+class _Epoch:
+    """What was seen of one run of one agent: everything below `next`, but for the holes."""
+
+    next: int
+    holes: dict[int, float] = field(default_factory=dict)  # sequence → when it was first missed
+
+
+class _SequenceCheck:
+    """Finds holes in each (source, epoch) that no gap event explains within the reordering window."""
+
+    _MAX_HOLES = 10_000  # remembered an epoch: beyond it the oldest are told at once
+    _MAX_EPOCHS = 50_000  # the least recently begun are forgotten
+
+    def __init__(self, reorder_seconds: float, on_missing: Callable[[MissingEvents], None]) -> None:
+        self._window = reorder_seconds
+        self._tell = on_missing
+        self._epochs: dict[tuple[str, str], _Epoch] = {}
+
+    def saw(self, attributes: Mapping[str, str], event: Event | None, now: float) -> None:
+        """An event arrived (a duplicate too)."""
+        source, epoch, sequence = attributes["source"], attributes.get("epoch"), attributes.get("sequence")
+        if epoch is not None and sequence is not None and sequence.isdigit():
+            self._number(source, epoch, int(sequence), now)
+        if isinstance(event, Gap):
+            for item in event.missing:
+                state = self._epochs.get((source, item.epoch))
+                if state is not None:
+                    for number in [n for n in state.holes if item.first <= n <= item.last]:
+                        del state.holes[number]
+                    if item.first <= state.next <= item.last:
+                        state.next = item.last + 1
+            if event.previous is not None:
+                # The last run's tail: what its spool knew of must have come, or come yet.
+                last = event.previous.last_sequence
+                if (source, event.previous.epoch) in self._epochs:
+                    self._expect(source, event.previous.epoch, last + 1, now)
+
+    def _number(self, source: str, epoch: str, number: int, now: float) -> None:
+        state = self._epochs.get((source, epoch))
+        if state is None:
+            self._epochs[(source, epoch)] = _Epoch(number + 1)  # the first number seen is the baseline
+            while len(self._epochs) > self._MAX_EPOCHS:
+                del self._epochs[next(iter(self._epochs))]
+            return
+        state.holes.pop(number, None)
+        if number >= state.next:
+            self._expect(source, epoch, number, now)
+            state.next = number + 1
+
+    def _expect(self, source: str, epoch: str, upto: int, now: float) -> None:
+        state = self._epochs[(source, epoch)]
+        first = max(state.next, upto - self._MAX_HOLES)
+        if first > state.next:
+            self._tell(MissingEvents(source, epoch, state.next, first - 1))
+        for number in range(first, upto):
+            state.holes[number] = now
+        state.next = max(state.next, upto)
+
+    def tick(self, now: float) -> None:
+        """Tell of the holes that stayed open for the whole window."""
+        for (source, epoch), state in self._epochs.items():
+            if not state.holes:
+                continue
+            late = sorted(number for number, since in state.holes.items() if now - since >= self._window)
+            start = 0
+            for index, number in enumerate(late):
+                del state.holes[number]
+                if index + 1 == len(late) or late[index + 1] != number + 1:
+                    self._tell(MissingEvents(source, epoch, late[start], number))
+                    start = index + 1
