@@ -254,7 +254,7 @@ class Consumer:
         )
 
     def _copies(self, delivery: Delivery) -> list[Message]:
-        """All copies of the message that came, the newest last: only that one is sure to be acknowledgeable."""
+        """All copies of the message that came; only the newest, the last, is sure to be the broker's."""
         if not delivery._open:
             raise ConfigError(f"event {delivery.id} has had its verdict; give each delivery exactly one")
         delivery._open = False
