@@ -46,7 +46,7 @@ class BusOptions:
     declare: bool = True  # False: the operator owns the topology; what is missing is an error
     window: int = 256  # unconfirmed records in flight
     structured: bool = False  # CloudEvents content mode of what is published
-    heartbeat: float = 10.0  # seconds; a dead peer is found after two of them
+    heartbeat: float = 10.0  # seconds, a dead peer is found after two of them; 0 is off
     confirm_timeout: float = 30.0  # seconds from sending to confirmation, on the monotonic clock
     connect_timeout: float = 5.0  # seconds for each address
     max_record_bytes: int = 16 * 1024 * 1024  # larger is refused without asking the broker
@@ -73,7 +73,7 @@ class BusOptions:
             f"{name} is {value}: it must be at least {least}"
             for name, value, least in (
                 ("window", self.window, 1),
-                ("heartbeat", self.heartbeat, 1),
+                ("heartbeat", self.heartbeat, 0),
                 ("confirm_timeout", self.confirm_timeout, 0.001),
                 ("connect_timeout", self.connect_timeout, 0.001),
                 ("max_record_bytes", self.max_record_bytes, 1024),

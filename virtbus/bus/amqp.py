@@ -1,0 +1,494 @@
+"""RabbitMQ: pipelined publisher confirms that can't lie, and consumer groups on quorum queues.
+
+What becomes of a record (`Outcome`), and what of the connection:
+
+| the broker | outcome | connection |
+|---|---|---|
+| acks | Confirmed | stays |
+| returns it (mandatory, nobody bound), then acks | Unroutable | stays |
+| nacks it (a full queue with reject-publish, a queue that failed) | Unroutable: its key is parked | stays |
+| closes the channel over one record: 406 too large or malformed, 311, 501, 502 | Refused | thrown away |
+| refuses one routing key (topic permission, 403), fails on one record (541, 505) | Unroutable | thrown away |
+| closes the channel for all: 403, 404, user-id mismatch | Deferred(BusDenied) | thrown away |
+| goes away, misses heartbeats or a confirm deadline, acks what it was not sent | Deferred | thrown away |
+| is larger than `max_record_bytes` | Refused, without asking | stays |
+
+The broker does not say which of several unconfirmed records closed a channel. All of them are Deferred
+then, and as many records are sent one at a time next, until the guilty one stands alone.
+
+Acks carry nothing but a delivery tag. Tags are counted and kept with the connection they belong to and die
+with it, so that a late ack can't meet a newer record; returns are matched by message id.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+from amqp import spec
+from amqp.exceptions import AMQPError
+
+from virtbus import envelope
+from virtbus.bus import BusOptions, Feed, Subscription, checked_group
+from virtbus.bus.amqp_link import (
+    LINK_FAULTS,
+    Dialer,
+    Endpoint,
+    Link,
+    ProtocolViolation,
+    Waker,
+    lost,
+    translated,
+)
+from virtbus.errors import BusDenied, BusUnavailable, RecordRefused, VirtbusError
+from virtbus.model import Check, Confirmed, Deferred, Outcome, Record, Refused, Unroutable
+from virtbus.telemetry import METRICS, BusBlocked, emit
+
+_CONFIRMED = Confirmed()
+_RETURNED = Unroutable()
+_NACKED = Unroutable("the broker nacked it: a queue is full (reject-publish) or failed")
+_BATCH = 64  # records taken from the feed at once
+_UNSENT_LIMIT = 1 << 20  # bytes waiting for the socket before no more is taken
+_FIRST_LOOK, _LAST_LOOK = 0.005, 0.1  # seconds between looks at the feed while confirms are awaited
+
+# Reply codes that speak of one record, and what they make of it when it was the only one under way.
+_REFUSING = frozenset({311, 406, 501, 502})
+_PARKING = frozenset({505, 541})
+
+
+class AmqpBus:
+    """A `virtbus.bus.Bus` on RabbitMQ (or what speaks its AMQP 0-9-1 with publisher confirms)."""
+
+    def __init__(self, url: str | Sequence[str], *, options: BusOptions) -> None:
+        """`url`: amqp:// or amqps://, several separated by ";". Connects to nothing. Raises ConfigError."""
+        self._options = options
+        self._urls = url
+        self._dialer = Dialer(url, options)
+        self._waker = Waker()
+        self._lock = threading.Lock()  # guards _publisher against close() from another thread
+        self._publisher: _Publisher | None = None
+        self._running = False
+        self._closed = False
+        self._suspects = 0  # records to be sent alone, because one of so many closed a channel
+
+    # -- publishing
+
+    def publish(self, feed: Feed) -> Iterator[tuple[Record, Outcome]]:
+        """See virtbus.bus.Bus. While the broker blocks publishers it returns within a second, so that
+        the caller keeps control; call it again.
+        """
+        publisher = self._connected()
+        self._running = True
+        try:
+            yield from self._publish(publisher, feed)
+        finally:
+            self._running = False
+            if publisher.flying or self._closed:  # the caller let go in the middle, or of the whole bus
+                self._drop(publisher)
+
+    def _publish(self, publisher: _Publisher, feed: Feed) -> Iterator[tuple[Record, Outcome]]:
+        look = _FIRST_LOOK
+        while True:
+            alone = self._suspects > 0
+            blocked = publisher.blocked
+            records: Sequence[Record] = ()
+            room = 0 if blocked else (1 if alone else self._options.window) - len(publisher.flying)
+            if room > 0 and publisher.unsent < _UNSENT_LIMIT and not self._closed:
+                records = feed.take(min(room, _BATCH), publisher.busy)
+                for record in records:
+                    publisher.send(record)
+                if alone and not records and not publisher.flying:
+                    self._suspects = 0
+            if not records and not publisher.flying and not publisher.outcomes and not blocked:
+                return
+            if records:
+                look = _FIRST_LOOK
+            full = publisher.flying and len(records) >= min(room, _BATCH) < room
+            waiting = publisher.flying or blocked
+            fault = publisher.step(0.0 if full or not waiting else 1.0 if room <= 0 else look)
+            look = min(2 * look, _LAST_LOOK)
+            if alone and publisher.outcomes:
+                self._suspects -= 1
+            outcomes = publisher.take_outcomes()
+            if fault is not None or self._closed:
+                outcomes += self._give_up(publisher, fault, alone=alone)
+                yield from outcomes
+                return
+            yield from outcomes
+            if blocked and publisher.blocked and not publisher.flying:
+                return
+
+    def _give_up(
+        self, publisher: _Publisher, fault: BaseException | None, *, alone: bool
+    ) -> list[tuple[Record, Outcome]]:
+        """The outcomes of what was unconfirmed when the connection went; throws it away."""
+        name = publisher.link.name
+        if fault is None:
+            error: VirtbusError = BusUnavailable(f"{name}: the bus was closed")
+        else:
+            error = translated(fault, name, doing="publishing")
+        self._drop(publisher, None if fault is None else error)
+        records = publisher.abandon()
+        verdict = None if fault is None else _verdict_on_one(fault, error)
+        if verdict is not None and len(records) > 1:
+            self._suspects = len(records)
+        elif verdict is not None and records:
+            if alone:
+                self._suspects = 0
+            return [(records[0], verdict)]
+        return [(record, Deferred(error)) for record in records]
+
+    def tick(self) -> None:
+        """See virtbus.bus.Bus."""
+        with self._lock:
+            publisher = None if self._running else self._publisher
+        if publisher is not None:
+            fault = publisher.step(0.0)
+            if fault is not None:
+                self._drop(publisher, translated(fault, publisher.link.name, doing="idle"))
+
+    def _connected(self) -> _Publisher:
+        with self._lock:
+            publisher, closed = self._publisher, self._closed
+        if publisher is None and not closed:
+            publisher = self._open_publisher()
+            with self._lock:
+                closed = self._closed  # may have come while we connected
+                if not closed:
+                    self._publisher = publisher
+            if closed:
+                publisher.link.close()
+        if publisher is None or closed:
+            raise BusUnavailable("the bus was closed")
+        return publisher
+
+    def _open_publisher(self) -> _Publisher:
+        """Try each broker once. Raises BusUnavailable or BusDenied."""
+        link = self._dialer.dial(self._waker)
+        try:
+            link.declare_exchange()
+            return _Publisher(link, self._options)
+        except (BusUnavailable, BusDenied) as error:
+            lost(link, error)
+            self._dialer.skip()
+            raise
+        except LINK_FAULTS as error:
+            told = translated(error, link.name, doing="opening a channel")
+            lost(link, told)
+            self._dialer.skip()
+            raise told from error
+
+    def _drop(self, publisher: _Publisher, error: VirtbusError | None = None) -> None:
+        with self._lock:
+            if self._publisher is publisher:
+                self._publisher = None
+        publisher.set_blocked(False, None)
+        if error is not None:
+            lost(publisher.link, error)
+        else:
+            publisher.link.discard()
+
+    # -- the rest of the contract
+
+    def consume(self, group: str | None, *, prefetch: int = 100) -> Subscription:
+        """See virtbus.bus.Bus. Connects at the first `receive`."""
+        from virtbus.bus.amqp_consumer import AmqpSubscription
+
+        return AmqpSubscription(
+            Dialer(self._urls, self._options), self._options, checked_group(group), prefetch
+        )
+
+    def probe(self) -> Sequence[Check]:
+        """See virtbus.bus.Bus. Each broker: reach, trust, log in, and look whether the exchange is there."""
+        checks: list[Check] = []
+        for endpoint in self._dialer.endpoints:
+            checks += _probe(endpoint, self._options, self._waker)
+        return checks
+
+    def close(self) -> None:
+        """See virtbus.bus.Bus."""
+        with self._lock:
+            self._closed = True
+            publisher, self._publisher = self._publisher, None
+            running = self._running
+        self._waker.wake()
+        if publisher is not None and not running:
+            publisher.set_blocked(False, None)
+            publisher.link.close()
+
+
+def _probe(endpoint: Endpoint, options: BusOptions, waker: Waker) -> list[Check]:
+    name = endpoint.name
+    try:
+        link = Link(endpoint, options, waker)
+    except (BusUnavailable, BusDenied) as error:
+        return [
+            Check("bus", "failed", str(error), remedy="see the message", exit_code=error.exit_code),
+            Check("bus exchange", "skipped", f"{name}: not connected"),
+        ]
+    server = link.connection.server_properties
+    version = f"{server.get('product', 'broker')} {server.get('version', '')}".strip()
+    checks = [
+        Check(
+            "bus",
+            "ok" if link.endpoint.tls or link.is_local else "warning",
+            f"{name}: {version}, logged in as {link.user or 'the certificate'}"
+            + ("" if link.endpoint.tls or link.is_local else ", in PLAINTEXT"),
+            remedy=None if link.endpoint.tls or link.is_local else "use amqps://",
+            details={"heartbeat_seconds": link.connection.heartbeat or 0},
+        )
+    ]
+    try:
+        found = link.has_exchange()
+    except LINK_FAULTS as error:
+        told = translated(error, name, doing=f"looking for exchange {options.exchange}")
+        checks.append(Check("bus exchange", "failed", str(told), exit_code=told.exit_code))
+    else:
+        if found:
+            checks.append(Check("bus exchange", "ok", f"{name}: exchange {options.exchange} is there"))
+        elif options.declare:
+            checks.append(
+                Check("bus exchange", "ok", f"{name}: exchange {options.exchange} will be made when needed")
+            )
+        else:
+            checks.append(
+                Check(
+                    "bus exchange",
+                    "failed",
+                    f"{name}: exchange {options.exchange} does not exist, and bus.declare is false",
+                    remedy=f"create it (topic, durable): rabbitmqadmin declare exchange "
+                    f"name={options.exchange} type=topic durable=true",
+                    exit_code=BusDenied.exit_code,
+                )
+            )
+    link.close()
+    return checks
+
+
+def _verdict_on_one(fault: BaseException, error: VirtbusError) -> Outcome | None:
+    """What a closed channel or connection says about the one record that was under way; None: nothing."""
+    code = getattr(fault, "reply_code", 0) or 0
+    text = str(getattr(fault, "reply_text", ""))
+    if not isinstance(fault, AMQPError) or isinstance(fault, ProtocolViolation):
+        return None
+    if code in _REFUSING and isinstance(error, BusUnavailable):  # not a user-id mismatch: that is all of them
+        return Refused(RecordRefused(f"the broker refuses it: {text} ({code})"))
+    if code in _PARKING and getattr(fault, "method_sig", None) is not None:
+        return Unroutable(f"the broker fails on it: {text} ({code})")
+    if code == 403 and "topic" in text:
+        return Unroutable(f"the broker refuses its routing key: {text}")
+    return None
+
+
+# ------------------------------------------------------------------------------- one connection's records
+
+
+class _Publisher:
+    """A channel in confirm mode and every record that is under way on it."""
+
+    def __init__(self, link: Link, options: BusOptions) -> None:
+        """Open the channel. Raises as LINK_FAULTS."""
+        self.link = link
+        link.on_blocked = self.set_blocked
+        self.blocked = False
+        self.flying: dict[int, tuple[Record, float]] = {}  # delivery tag -> record, when it was sent
+        self.busy: set[str] = set()
+        self.outcomes: list[tuple[Record, Outcome]] = []
+        self._options = options
+        self._tag = 0
+        self._tags: dict[str, int] = {}  # message id -> delivery tag
+        self._returned: set[int] = set()
+        self._unblocked_at = 0.0
+        self._io = link.connection
+        channel = link.channel()
+        channel.confirm_select()
+        channel.events["basic_ack"].add(self._on_ack)
+        channel.events["basic_nack"].add(self._on_nack)
+        channel.events["basic_return"].add(self._on_return)
+        self._encode = _Encoder(channel.channel_id, link, options)
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that wait for the socket."""
+        return self._io.unsent
+
+    def send(self, record: Record) -> None:
+        """Put a record on its way (into the buffer); what can't be encoded is refused. Does no I/O."""
+        try:
+            frames = self._encode(record)
+        except RecordRefused as error:
+            self.outcomes.append((record, Refused(error)))
+            return
+        self._io.write(frames)
+        self._io.bytes_sent += 1
+        self._tag += 1
+        self.flying[self._tag] = record, time.monotonic()
+        self._tags[record.id] = self._tag
+        self.busy.add(record.key)
+
+    def step(self, timeout: float) -> BaseException | None:
+        """Write and read for up to `timeout` seconds; the fault when the connection can't be trusted now."""
+        try:
+            limit = self._deadline()
+            if limit is not None:
+                timeout = min(timeout, max(0.0, limit - time.monotonic()))
+            self._io.pump(timeout)
+            limit = self._deadline()
+            if limit is not None and time.monotonic() >= limit:
+                return TimeoutError(f"no confirm within {self._options.confirm_timeout:g} s")
+        except LINK_FAULTS as fault:
+            return fault
+        return None
+
+    def take_outcomes(self) -> list[tuple[Record, Outcome]]:
+        """What was decided since the last call."""
+        outcomes, self.outcomes = self.outcomes, []
+        return outcomes
+
+    def abandon(self) -> list[Record]:
+        """Forget what is under way; in the order it was sent."""
+        records = [record for record, _ in self.flying.values()]
+        self.flying.clear()
+        return records
+
+    def set_blocked(self, blocked: bool, reason: str | None) -> None:
+        """The broker's alarm; while it lasts no confirm is late."""
+        if blocked != self.blocked:
+            self.blocked = blocked
+            self._unblocked_at = time.monotonic()
+            emit(BusBlocked(self.link.name, blocked, reason))
+
+    def _deadline(self) -> float | None:
+        """When the oldest unconfirmed record is late, on the monotonic clock."""
+        if self.blocked or not self.flying:
+            return None
+        _, sent_at = next(iter(self.flying.values()))
+        return max(sent_at, self._unblocked_at) + self._options.confirm_timeout
+
+    def _on_ack(self, tag: int, multiple: bool) -> None:
+        self._settle(tag, multiple, _CONFIRMED)
+
+    def _on_nack(self, tag: int, multiple: bool) -> None:
+        self._settle(tag, multiple, _NACKED)
+
+    def _settle(self, tag: int, multiple: bool, outcome: Outcome) -> None:
+        flying = self.flying
+        if multiple:
+            tags = []
+            for one in flying:
+                if one > tag:
+                    break
+                tags.append(one)
+        else:
+            tags = [tag] if tag in flying else []
+        if not tags or tag > self._tag:
+            raise ProtocolViolation(f"the broker settled delivery tag {tag}, which is not under way")
+        now = time.monotonic()
+        for one in tags:
+            record, sent_at = flying.pop(one)
+            del self._tags[record.id]
+            self.busy.discard(record.key)
+            if one in self._returned:
+                self._returned.discard(one)
+                self.outcomes.append((record, _RETURNED))
+                continue
+            if outcome is _CONFIRMED:
+                METRICS.confirm_seconds.observe(now - sent_at)
+            self.outcomes.append((record, outcome))
+
+    def _on_return(self, error: Exception, exchange: str, routing_key: str, message: Any) -> None:
+        """Comes before the ack of the same message: remember it until then."""
+        tag = self._tags.get(message.properties.get("message_id", ""))
+        if tag is None:
+            raise ProtocolViolation("the broker returned a message that is not under way")
+        self._returned.add(tag)
+
+
+# ------------------------------------------------------------------------------------- encoding
+
+_METHOD_HEAD = struct.Struct(">BHI")
+_PUBLISH = struct.pack(">HHH", *spec.Basic.Publish, 0)
+_MANDATORY = b"\x01"
+_CONTENT_HEAD = struct.Struct(">HHQH")
+# content-type, headers, delivery-mode, message-id, timestamp (AMQP 0-9-1, 4.2.6.1: from bit 15 down)
+_PROPERTY_FLAGS = 1 << 15 | 1 << 13 | 1 << 12 | 1 << 7 | 1 << 6
+_USER_ID_FLAG = 1 << 4
+_PERSISTENT = b"\x02"
+_END = b"\xce"
+
+
+def _short(text: str) -> bytes:
+    data = text.encode()
+    if len(data) > 255:
+        raise RecordRefused(f'"{text[:40]}…" has {len(data)} bytes: AMQP names hold at most 255')
+    return bytes((len(data),)) + data
+
+
+@lru_cache(maxsize=2048)
+def _field(name: str, value: str) -> bytes:
+    data = value.encode()
+    return _short(name) + b"S" + len(data).to_bytes(4, "big") + data
+
+
+# Differ in every event: keeping their encoding would only push the others out of the cache.
+_UNIQUE = frozenset({"ce-id", "ce-time", "ce-sequence", "ce-recordedtime"})
+
+
+class _Encoder:
+    """A record as the three kinds of frames of one basic.publish.
+
+    py-amqp's encoder takes most of the time that publishing costs, for what is nearly the same bytes
+    in each event.
+    """
+
+    def __init__(self, channel_id: int, link: Link, options: BusOptions) -> None:
+        self._channel = channel_id
+        self._options = options
+        self._largest = link.connection.frame_max - 8
+        self._exchange = _short(options.exchange)
+        user = link.user
+        self._flags = _PROPERTY_FLAGS | (_USER_ID_FLAG if user is not None else 0)
+        self._user = b"" if user is None else _short(user)
+
+    def __call__(self, record: Record) -> bytes:
+        """The frames. Raises RecordRefused for what no broker could take."""
+        structured = self._options.structured
+        wire = envelope.to_amqp(record.attributes, record.body, structured=structured)
+        body = wire.body
+        if len(body) > self._options.max_record_bytes:
+            raise RecordRefused(
+                f"{len(body)} bytes are more than bus.max_record_bytes ({self._options.max_record_bytes})"
+            )
+        table = b"".join(
+            [
+                _field.__wrapped__(name, value) if name in _UNIQUE else _field(name, value)
+                for name, value in wire.headers.items()
+            ]
+        )
+        method = b"".join(
+            (_PUBLISH, self._exchange, _short(envelope.routing_key(record.attributes)), _MANDATORY)
+        )
+        content = b"".join(
+            (
+                _CONTENT_HEAD.pack(spec.Basic.CLASS_ID, 0, len(body), self._flags),
+                _short(wire.content_type),
+                len(table).to_bytes(4, "big"),
+                table,
+                _PERSISTENT,
+                _short(record.id),
+                (record.created_ns // 1_000_000_000).to_bytes(8, "big"),
+                self._user,
+            )
+        )
+        if len(content) > self._largest:
+            raise RecordRefused(f"its attributes have {len(content)} bytes: a frame holds {self._largest}")
+        head, channel = _METHOD_HEAD.pack, self._channel
+        parts = [head(1, channel, len(method)), method, _END, head(2, channel, len(content)), content, _END]
+        for start in range(0, len(body), self._largest):
+            part = body[start : start + self._largest]
+            parts += (head(3, channel, len(part)), part, _END)
+        return b"".join(parts)
