@@ -1,0 +1,595 @@
+"""The embedded bus: one host, no server, many processes, consumer groups; at least once over SIGKILL.
+
+A kombu virtual transport of our own over one SQLite file (see `embedded_log` for what that guarantees),
+and the `Bus` over it. It is for a try-out, for tests and for single hosts. URLs: `embedded:` (the file
+`bus.db` in the state folder), `embedded:///absolute/file` (a folder: `bus.db` in it), both with an
+optional `?max_bytes=N` (default 64 MiB).
+
+What differs from a broker with a server:
+
+- An event is `Confirmed` when it is on disk, whether or not anybody is bound: the log keeps it. A group
+  begins with the oldest event in the log when it is first named; `consume(None)` sees what comes later.
+- The log is bounded. What every group has settled gives way to new events; what nobody has read never
+  does: publishing is then `Deferred`, and the error names who has not read. To drop it on purpose, stop
+  the users of the file and delete it.
+- A message is leased: when its consumer is killed somebody gets it again within about a second; when the
+  consumer hangs with all its threads (or lives in another container), within `LEASE_SECONDS`.
+- There is no proven user: whoever may open the file (mode 0600) may publish.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from queue import Empty
+from typing import Any
+from urllib.parse import parse_qs, unquote, urlsplit
+from uuid import uuid4
+
+import kombu
+from kombu.exceptions import ChannelError
+from kombu.transport import TRANSPORT_ALIASES, virtual
+
+from virtbus import envelope
+from virtbus.bus import BusOptions, Feed, checked_group
+from virtbus.bus.embedded_log import (
+    DEFAULT_MAX_BYTES,
+    SMALLEST_MAX_BYTES,
+    Entry,
+    Leased,
+    Log,
+    LogFull,
+    LogState,
+    look,
+    peek,
+)
+from virtbus.errors import BusDenied, BusUnavailable, ConfigError, RecordRefused
+from virtbus.model import Binding, Check, Confirmed, Deferred, Message, Outcome, Record, Refused
+from virtbus.telemetry import BusConnected, BusLost, emit
+
+TRANSPORT = "virtbus-embedded"
+FILE_NAME = "bus.db"
+# How many messages a consumer leases at once: fewer commits; a killed one's come back all the same.
+LEASE_BLOCK = 64
+
+TRANSPORT_ALIASES[TRANSPORT] = f"{__name__}:Transport"
+
+# ------------------------------------------------------------------------------- the kombu transport
+
+
+class QoS(virtual.QoS):
+    """Counts what is unacknowledged for the prefetch limit; the truth about it is in the log."""
+
+    def ack(self, delivery_tag: str) -> None:
+        """Settle the message in the log."""
+        self.channel.log.settle(*_place(delivery_tag))
+        super().ack(delivery_tag)
+
+    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
+        """Hand the message out again (`requeue`), or move it to the queue's dead letters."""
+        if requeue:
+            self.channel.delay(delivery_tag, 0.0)
+        else:
+            self.channel.dead_letter(delivery_tag, "rejected")
+
+    def forget(self, delivery_tag: str) -> None:
+        """Stop counting a message whose verdict the log already has."""
+        super().ack(delivery_tag)
+
+
+class Channel(virtual.Channel):
+    """Topic exchanges and durable queues over the log; transport options: `path`, `max_bytes`.
+
+    A publish is on disk when it returns, or with `tx_select` when `tx_commit` returns. An `exclusive` or
+    `auto_delete` queue goes with its connection.
+    """
+
+    QoS = QoS
+    do_restore = False  # closing ends the leases in the log: nothing is put anywhere
+
+    def __init__(self, connection: Any, **kwargs: Any) -> None:
+        super().__init__(connection, **kwargs)
+        self._leased: dict[str, deque[Leased]] = {}
+        self._transaction: list[Entry] | None = None
+
+    @property
+    def log(self) -> Log:
+        """The log of this connection."""
+        if self.connection is None:
+            raise BusUnavailable("embedded bus: the channel is closed")
+        log: Log = self.connection.log
+        return log
+
+    # publishing ------------------------------------------------------------------------------
+
+    def exchange_declare(self, exchange: str | None = None, type: str = "topic", **kwargs: Any) -> None:
+        """Only topic exchanges; they live in their bindings."""
+        if type not in ("topic", "", None):
+            raise ChannelError(f"the embedded bus has topic exchanges only, not {type!r}")
+        super().exchange_declare(exchange, "topic", **kwargs)
+
+    def basic_publish(self, message: dict[str, Any], exchange: str, routing_key: str, **_: Any) -> None:
+        """Store a message, or keep it for `tx_commit`. The empty exchange names a queue by routing key."""
+        headers = message["headers"]
+        body = message["body"]
+        entry = Entry(
+            exchange=exchange or "",
+            routing_key=routing_key or "",
+            key=str(headers.get("ce-partitionkey") or routing_key or ""),
+            content_type=message["content-type"],
+            content_encoding=message["content-encoding"],
+            headers=headers,
+            properties={k: v for k, v in message["properties"].items() if k != "delivery_info"},
+            body=body.encode() if isinstance(body, str) else bytes(body),
+            queue=None if exchange else routing_key,
+        )
+        if self._transaction is None:
+            self.log.append([entry])
+        else:
+            self._transaction.append(entry)
+
+    def tx_select(self) -> None:
+        """From now on publishes wait for `tx_commit`."""
+        self._transaction = []
+
+    def tx_commit(self) -> None:
+        """Store what was published since the last commit: all of it durably, or none (and it raises)."""
+        entries, self._transaction = self._transaction or [], []
+        if entries:
+            self.log.append(entries)
+
+    # queues ----------------------------------------------------------------------------------
+
+    def _new_queue(self, queue: str, **kwargs: Any) -> None:
+        self.log.declare(queue, temporary=bool(kwargs.get("exclusive") or kwargs.get("auto_delete")))
+
+    def _has_queue(self, queue: str, **_: Any) -> bool:
+        return self.log.exists(queue)
+
+    def _size(self, queue: str) -> int:
+        return self.log.size(queue)
+
+    def _purge(self, queue: str) -> int:
+        return self.log.purge(queue)
+
+    def queue_bind(self, queue: str, exchange: str | None = None, routing_key: str = "", **_: Any) -> None:
+        """Durable, and seen by every process at once."""
+        self.log.bind(queue, exchange or "", routing_key)
+
+    def queue_unbind(self, queue: str, exchange: str | None = None, routing_key: str = "", **_: Any) -> None:
+        """Take a binding back."""
+        self.log.unbind(queue, exchange or "", routing_key)
+
+    def queue_delete(self, queue: str, if_unused: bool = False, if_empty: bool = False, **_: Any) -> None:
+        """Forget a queue: what it had not read no longer holds room in the log."""
+        if not (if_empty and self._size(queue)):
+            self.log.delete(queue)
+
+    # consuming -------------------------------------------------------------------------------
+
+    def _get(self, queue: str, timeout: float | None = None) -> dict[str, Any]:
+        ready = self._leased.setdefault(queue, deque())
+        if not ready:
+            room = self.qos.can_consume_max_estimate()
+            ready.extend(self.log.take(queue, LEASE_BLOCK if room is None else min(LEASE_BLOCK, room)))
+        if not ready:
+            raise Empty
+        return _payload(ready.popleft())
+
+    def delay(self, delivery_tag: str, seconds: float) -> None:
+        """Hand a message out again after `seconds`, and nothing of its key before it.
+
+        Messages of the key that were delivered before this call stay with whoever has them.
+        """
+        queue, pos = _place(delivery_tag)
+        ready = self._leased.get(queue, deque())
+        keys = [self.qos.get(delivery_tag).headers.get("ce-partitionkey")]
+        later = [item for item in ready if item.entry.headers.get("ce-partitionkey") in keys]
+        self.log.give_back([(queue, item.pos) for item in later], delivered=False)
+        for item in later:
+            ready.remove(item)
+        self.log.give_back([(queue, pos)], after=seconds)
+        self.qos.forget(delivery_tag)
+
+    def dead_letter(self, delivery_tag: str, reason: str) -> None:
+        """Move a message to the queue `<queue>.dead`, durably, with the reason in its headers."""
+        queue, pos = _place(delivery_tag)
+        self.log.dead_letter(
+            queue,
+            pos,
+            f"{queue}.dead",
+            {
+                "x-virtbus-dead-reason": reason,
+                "x-virtbus-dead-queue": queue,
+                "x-virtbus-dead-at": time.time(),
+            },
+        )
+        self.qos.forget(delivery_tag)
+
+
+class Transport(virtual.Transport):
+    """kombu's door to the embedded bus, under the name `virtbus-embedded`."""
+
+    Channel = Channel
+    driver_type = "sqlite"
+    driver_name = "sqlite3"
+    log: Log
+
+    def establish_connection(self) -> Any:
+        """Open the log; raises BusUnavailable, BusDenied."""
+        options = self.client.transport_options
+        self.log = Log(Path(options["path"]), max_bytes=options.get("max_bytes", DEFAULT_MAX_BYTES))
+        try:
+            return super().establish_connection()
+        except BaseException:
+            self.log.close()
+            raise
+
+    def close_connection(self, connection: Any) -> None:
+        """Close the channels, give back the leases, let go of the file."""
+        try:
+            super().close_connection(connection)
+        finally:
+            self.log.close()
+
+    def drain_events(self, connection: Any, timeout: float | None = None) -> None:
+        """Deliver one message to its callback; TimeoutError after `timeout` seconds without any."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            seen = self.log.version()
+            try:
+                self.cycle.get(self._deliver)
+            except Empty:
+                left = 1.0 if end is None else end - time.monotonic()
+                if left <= 0:
+                    raise TimeoutError from None
+                self.log.wait(seen, left)
+            else:
+                return
+
+
+def _place(delivery_tag: str) -> tuple[str, int]:
+    queue, _, pos = delivery_tag.rpartition("#")
+    return queue, int(pos)
+
+
+def _payload(lease: Leased) -> dict[str, Any]:
+    """A leased message as kombu's virtual transport wants it."""
+    entry = lease.entry
+    return {
+        "body": entry.body,
+        "content-type": entry.content_type,
+        "content-encoding": entry.content_encoding,
+        "headers": dict(entry.headers),
+        "properties": {
+            **entry.properties,
+            "body_encoding": None,
+            "delivery_tag": f"{lease.queue}#{lease.pos}",
+            "delivery_info": {
+                "exchange": entry.exchange,
+                "routing_key": entry.routing_key,
+                "redelivered": lease.deliveries > 1,
+            },
+        },
+    }
+
+
+def _connect(path: Path, max_bytes: int) -> kombu.Connection:
+    connection = kombu.Connection(
+        transport=TRANSPORT, transport_options={"path": str(path), "max_bytes": max_bytes}
+    )
+    connection.connect()
+    return connection
+
+
+# ------------------------------------------------------------------------------------------ the bus
+
+
+class EmbeddedBus:
+    """The `Bus` over the embedded log; see this module's docstring for what differs from a broker."""
+
+    def __init__(self, url: str, *, options: BusOptions) -> None:
+        """Read the URL; opens nothing. Raises ConfigError that says what in the URL can't be used."""
+        self.path, self.max_bytes = _read_url(url, options)
+        self._options = options
+        self._name = f"embedded://{self.path}"
+        self._connection: kombu.Connection | None = None
+        self._closed = threading.Event()
+
+    def publish(self, feed: Feed) -> Iterator[tuple[Record, Outcome]]:
+        """One transaction a window; see `Bus.publish`. A full log or disk is `Deferred` and ends the call."""
+        producer = self._producer()
+        while records := feed.take(self._options.window, frozenset()):
+            outcomes = self._publish_window(producer, records)
+            yield from zip(records, outcomes, strict=True)
+            if any(isinstance(outcome, Deferred) for outcome in outcomes):
+                return
+
+    def _publish_window(self, producer: kombu.Producer, records: Sequence[Record]) -> list[Outcome]:
+        """An outcome for each record, in their order."""
+        outcomes: list[Outcome | None] = [self._too_large(record) for record in records]
+        good = [index for index, outcome in enumerate(outcomes) if outcome is None]
+        try:
+            self._commit(producer, [records[index] for index in good])
+            return [outcome or Confirmed() for outcome in outcomes]
+        except (LogFull, RecordRefused):
+            # None was stored. One by one: what fits goes in, and what does not is named.
+            full: LogFull | None = None
+            for index in good:
+                try:
+                    if full is None:
+                        self._commit(producer, [records[index]])
+                    outcomes[index] = Confirmed() if full is None else Deferred(full)
+                except LogFull as error:
+                    full, outcomes[index] = error, Deferred(error)
+                except RecordRefused as error:
+                    outcomes[index] = Refused(error)
+                except (BusUnavailable, BusDenied) as error:
+                    return self._lost(outcomes, error)
+            return [outcome or Confirmed() for outcome in outcomes]
+        except (BusUnavailable, BusDenied) as error:
+            return self._lost(outcomes, error)
+
+    def _lost(self, outcomes: Sequence[Outcome | None], error: BusUnavailable | BusDenied) -> list[Outcome]:
+        self._drop_connection()
+        if not self._closed.is_set():
+            emit(BusLost(self._name, error))
+        return [outcome or Deferred(error) for outcome in outcomes]
+
+    def _too_large(self, record: Record) -> Refused | None:
+        most = self._options.max_record_bytes
+        if len(record.body) <= most:
+            return None
+        return Refused(RecordRefused(f"record of {len(record.body)} bytes: bus.max_record_bytes is {most}"))
+
+    def _commit(self, producer: kombu.Producer, records: Sequence[Record]) -> None:
+        channel: Channel = producer.channel
+        channel.tx_select()
+        for record in records:
+            wire = envelope.to_amqp(record.attributes, record.body, structured=self._options.structured)
+            # In structured mode the key is inside the body; order a key needs it outside as well.
+            headers = {"ce-partitionkey": record.key, **wire.headers}
+            producer.publish(
+                wire.body,
+                routing_key=envelope.routing_key(record.attributes),
+                content_type=wire.content_type,
+                content_encoding="binary",
+                headers=headers,
+                message_id=record.id,
+                retry=False,
+            )
+        channel.tx_commit()
+
+    def _producer(self) -> kombu.Producer:
+        if self._closed.is_set():
+            raise BusUnavailable(f"embedded bus {self.path}: closed")
+        if self._connection is None:
+            self._connection = _connect(self.path, self.max_bytes)
+            emit(BusConnected(self._name))
+        exchange = kombu.Exchange(self._options.exchange, type="topic", durable=True)
+        return kombu.Producer(self._connection.channel(), exchange=exchange, auto_declare=False)
+
+    def _drop_connection(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.release()
+
+    def tick(self) -> None:
+        """Nothing to serve: there is no peer."""
+
+    def consume(self, group: str | None, *, prefetch: int = 100) -> EmbeddedSubscription:
+        """Subscribe; see `Bus.consume`. A new group begins with the oldest event that the log still has."""
+        if self._closed.is_set():
+            raise BusUnavailable(f"embedded bus {self.path}: closed")
+        subscription = EmbeddedSubscription(
+            self.path, self.max_bytes, self._options.exchange, checked_group(group), prefetch
+        )
+        subscription.connect()
+        return subscription
+
+    def dead_letters(self, group: str, limit: int = 100) -> list[Message]:
+        """The oldest dead letters of a group, unchanged where they are; the reason is in the header
+        `x-virtbus-dead-reason`. They stay until somebody consumes the queue `virtbus.<group>.dead`.
+        """
+        queue = f"virtbus.{checked_group(group)}.dead"
+        return [_message(_payload(lease), handle=None) for lease in peek(self.path, queue, limit)]
+
+    def probe(self) -> Sequence[Check]:
+        """Whether the file can be made or used, is whole, and has room; changes nothing."""
+        found = _nearest_folder(self.path.parent)
+        if not self.path.exists():
+            if os.access(found, os.W_OK | os.X_OK):
+                return [Check("bus", "ok", f"{self._name}: no file yet; the first use makes it")]
+            return [
+                _failed(
+                    BusDenied(f"embedded bus {self.path}: {found} is not writable"), "choose another folder"
+                )
+            ]
+        try:
+            state = look(self.path)
+        except (BusUnavailable, BusDenied) as error:
+            return [_failed(error, "see the message; the bus URL is bus.url")]
+        if not os.access(self.path, os.W_OK) or not os.access(self.path.parent, os.W_OK):
+            denied = BusDenied(f"embedded bus {self.path}: it or its folder is not writable")
+            return [_failed(denied, "run as the user who owns them")]
+        return [
+            Check("bus", "ok", f"{self._name}: whole", details={"messages": state.messages}),
+            self._room(state),
+        ]
+
+    def _room(self, state: LogState) -> Check:
+        details: Mapping[str, object] = {queue.name: queue.waiting for queue in state.queues}
+        summary = f"{state.bytes} of {self.max_bytes} bytes used"
+        behind = max(state.queues, key=lambda queue: queue.waiting, default=None)
+        if state.bytes < 0.9 * self.max_bytes or (behind is not None and behind.waiting == 0):
+            return Check("bus.room", "ok", summary, details=details)
+        who = f"consume group {behind.name.removeprefix('virtbus.')}" if behind else "start a consumer"
+        return Check("bus.room", "warning", f"{summary}; full means deferred", remedy=who, details=details)
+
+    def close(self) -> None:
+        """Let go of the publisher's connection; idempotent. Subscriptions are closed by their owners."""
+        self._closed.set()
+        self._drop_connection()
+
+
+class EmbeddedSubscription:
+    """One consumer's stream of the embedded bus; see `Subscription`."""
+
+    def __init__(self, path: Path, max_bytes: int, exchange: str, group: str | None, prefetch: int) -> None:
+        self._path, self._max_bytes, self._prefetch = path, max_bytes, prefetch
+        name = f"virtbus.anonymous.{uuid4().hex}" if group is None else f"virtbus.{group}"
+        self._queue = kombu.Queue(
+            name,
+            kombu.Exchange(exchange, type="topic", durable=True),
+            routing_key="#",
+            exclusive=group is None,
+            auto_delete=group is None,
+        )
+        self._connection: kombu.Connection | None = None
+        self._channel: Channel | None = None
+        self._inbox: deque[Any] = deque()
+        self._connections = count(1)
+        self._generation = 0
+        self._closed = False
+
+    def connect(self) -> None:
+        """Open the log and declare the queue, unless that is done. Raises BusUnavailable, BusDenied."""
+        if self._closed:
+            raise BusUnavailable(f"embedded bus {self._path}: this subscription is closed")
+        if self._connection is not None:
+            return
+        connection = _connect(self._path, self._max_bytes)
+        try:
+            channel = connection.channel()
+            consumer = kombu.Consumer(channel, [self._queue], on_message=self._inbox.append)
+            consumer.qos(prefetch_count=self._prefetch)
+            consumer.consume()
+        except BaseException:
+            connection.release()
+            raise
+        self._connection, self._channel = connection, channel
+        self._generation = next(self._connections)
+
+    def receive(self, timeout: float) -> Message | None:
+        """The next message, or None after `timeout` seconds."""
+        try:
+            self.connect()
+            assert self._connection is not None
+            self._connection.drain_events(timeout=timeout)
+        except TimeoutError:
+            return None
+        except (BusUnavailable, BusDenied):
+            self._drop()
+            raise
+        received = self._inbox.popleft()
+        return _message(received._raw, handle=(self._generation, received.delivery_tag))
+
+    def ack(self, message: Message) -> None:
+        """Settle it; over a lost connection it comes again."""
+        if (channel := self._holder(message)) is not None:
+            try:
+                channel.basic_ack(_tag(message))
+            except BusUnavailable as error:
+                self._lost(error)
+
+    def retry(self, message: Message, after: float) -> None:
+        """Give it back; nothing of its key is handed out before it."""
+        if (channel := self._holder(message)) is not None:
+            try:
+                channel.delay(_tag(message), after)
+            except BusUnavailable as error:
+                self._lost(error)
+
+    def dead_letter(self, message: Message, reason: str) -> None:
+        """Move it to `virtbus.<group>.dead`. BusUnavailable: not stored, it comes again."""
+        if (channel := self._holder(message)) is not None:
+            try:
+                channel.dead_letter(_tag(message), reason)
+            except BusUnavailable:
+                self._drop()
+                raise
+
+    def close(self) -> None:
+        """Leave; idempotent."""
+        self._closed = True
+        self._drop()
+
+    def _holder(self, message: Message) -> Channel | None:
+        """The channel of a message, or None when its connection is gone: then it comes again."""
+        handle = message.handle
+        same = isinstance(handle, tuple) and handle[0] == self._generation
+        return self._channel if same else None
+
+    def _lost(self, error: BusUnavailable) -> None:
+        emit(BusLost(f"embedded://{self._path}", error))
+        self._drop()
+
+    def _drop(self) -> None:
+        connection, self._connection, self._channel = self._connection, None, None
+        self._generation = 0
+        self._inbox.clear()
+        if connection is not None:
+            connection.release()
+
+
+# ---------------------------------------------------------------------------------------- small parts
+
+
+def _tag(message: Message) -> str:
+    assert isinstance(message.handle, tuple)
+    return str(message.handle[1])
+
+
+def _message(payload: Mapping[str, Any], *, handle: object) -> Message:
+    headers, properties = payload["headers"], payload["properties"]
+    return Message(
+        binding=Binding.AMQP,
+        headers=headers,
+        content_type=payload["content-type"],
+        body=payload["body"],
+        key=headers.get("ce-partitionkey"),
+        redelivered=properties["delivery_info"]["redelivered"],
+        user_id=None,
+        position=properties["delivery_tag"],
+        handle=handle,
+    )
+
+
+def _failed(error: BusUnavailable | BusDenied, remedy: str) -> Check:
+    return Check("bus", "failed", str(error), remedy=remedy, exit_code=error.exit_code)
+
+
+def _nearest_folder(folder: Path) -> Path:
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def _read_url(url: str, options: BusOptions) -> tuple[Path, int]:
+    """The file and the bound in bytes that an `embedded:` URL names."""
+    parts = urlsplit(url)
+    example = "write embedded: or embedded:///path/to/file"
+    if parts.netloc or parts.fragment:
+        raise ConfigError(f"the bus URL {url!r} names a host or fragment, and this bus has none: {example}")
+    query = parse_qs(parts.query, keep_blank_values=True)
+    if unknown := sorted(query.keys() - {"max_bytes"}):
+        raise ConfigError(f"the bus URL {url!r} has an unknown option {unknown[0]!r}; known is max_bytes")
+    text = query.get("max_bytes", [str(DEFAULT_MAX_BYTES)])[-1]
+    if not text.isascii() or not text.isdigit() or int(text) < SMALLEST_MAX_BYTES:
+        raise ConfigError(
+            f"the bus URL's max_bytes is {text!r}: write a number, at least {SMALLEST_MAX_BYTES}"
+        )
+    path = unquote(parts.path)
+    if not path:
+        if options.state_dir is None:
+            raise ConfigError(f"the bus URL embedded: needs a state folder: set --state-dir, or {example}")
+        return Path(options.state_dir) / FILE_NAME, int(text)
+    if not path.startswith("/"):
+        raise ConfigError(f"the bus URL {url!r} names a relative file: {example}")
+    chosen = Path(path)
+    return chosen / FILE_NAME if path.endswith("/") or chosen.is_dir() else chosen, int(text)
