@@ -7,15 +7,33 @@ VIRTBUS_CI=1 (set by .ci/run) it fails instead, because there nothing may be mis
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
+from tests.brokers import rabbitmq as rabbitmq_module
+from tests.brokers.rabbitmq import RabbitMQ
 from tests.lab import lab as lab_module
 from tests.lab.lab import Lab
 
 # A test that uses a fixture of the left bears the marker of the right.
-MARKERS = {"lab": "lab", "rabbitmq": "rabbitmq", "amqp_url": "rabbitmq"}
+MARKERS = {"lab": "lab", "rabbitmq": "rabbitmq", "rabbitmq_alone": "rabbitmq"}
+
+# Shared by the processes of one run (pytest-xdist's workers inherit the environment).
+RUN_FOLDER = "VIRTBUS_TEST_RUN"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        os.environ[RUN_FOLDER] = tempfile.mkdtemp(prefix="vbrun-", dir="/tmp")  # short, for Unix sockets
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(RUN_FOLDER), ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,3 +64,54 @@ def lab(lab_lacks: list[str]) -> Iterator[Lab]:
     need(lab_lacks)
     with Lab() as one:
         yield one
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_node() -> Iterator[RabbitMQ]:
+    """The node that all workers of this run share. Tests ask for `rabbitmq`, which makes sure of it."""
+    need(rabbitmq_module.missing())
+    broker = RabbitMQ.shared(Path(os.environ[RUN_FOLDER]) / "rabbitmq")
+    yield broker
+    broker.close()
+
+
+@pytest.fixture
+def rabbitmq(rabbitmq_node: RabbitMQ) -> RabbitMQ:
+    """A real RabbitMQ node. Others use it at the same time: stay in a virtual host, and let it live."""
+    return rabbitmq_node
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_node_alone(request: pytest.FixtureRequest) -> Iterator[RabbitMQ]:
+    """A node that no other process of this run uses."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is None:
+        yield request.getfixturevalue("rabbitmq_node")
+        return
+    need(rabbitmq_module.missing())
+    broker = RabbitMQ.shared(Path(os.environ[RUN_FOLDER]) / f"rabbitmq-{worker}")
+    yield broker
+    broker.close()
+
+
+@pytest.fixture
+def rabbitmq_alone(rabbitmq_node_alone: RabbitMQ) -> Iterator[RabbitMQ]:
+    """A real RabbitMQ node that the test may kill, restart and alarm: it is made well again afterwards."""
+    yield rabbitmq_node_alone
+    if not rabbitmq_node_alone.running():
+        rabbitmq_node_alone.start()
+    rabbitmq_node_alone.set_memory_alarm(False)
+
+
+@pytest.fixture
+def vhost(rabbitmq: RabbitMQ) -> Iterator[str]:
+    """A virtual host of the shared node for this test alone."""
+    name = rabbitmq.vhost()
+    yield name
+    rabbitmq.drop_vhost(name)
+
+
+@pytest.fixture
+def amqp_url(rabbitmq: RabbitMQ, vhost: str) -> str:
+    """An amqp:// URL of a virtual host for this test alone, as a user with all permissions."""
+    return rabbitmq.url(vhost)

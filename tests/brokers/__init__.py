@@ -1,0 +1,1 @@
+"""Real brokers of the tests' own, never the machine's."""
