@@ -247,3 +247,87 @@ def config_check(**options: Any) -> None:
     from virtbus.commands import settings as command
 
     command.check(_load(options), sys.stdout)
+
+
+@cli.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE…|-")
+@click.option("--schema", "schema_name", metavar="URN|TYPE",
+              help="The input is data of this schema, not whole events.")  # fmt: skip
+@click.option("--format", "fmt", type=click.Choice(["text", "json"]), default="text", help="How to tell.")
+def validate(files: tuple[str, ...], schema_name: str | None, fmt: str) -> None:
+    """Check events against their schemas: structured CloudEvents, one document or JSON lines.
+
+    Tells all problems at once, each with its JSON pointer, what was expected and what was found. Ends with
+    0 when all is valid, 65 when something is not (or there was nothing to check), 66 when a file can't be
+    read.
+
+    \b
+    Example: virtbus consume --count 10 | virtbus validate -
+    """
+    from virtbus.commands import validate as command
+
+    sys.exit(command.run(files, sys.stdout, fmt=fmt, schema_name=schema_name))
+
+
+@cli.group("schema")
+def schema_group() -> None:
+    """Show, check and hand out the events' JSON schemas."""
+
+
+@schema_group.command("list")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def schema_list(as_json: bool) -> None:
+    """List the schemas of this release: id, status, SHA-256."""
+    from virtbus.commands import schema as command
+
+    command.list_schemas(sys.stdout, as_json=as_json)
+
+
+@schema_group.command("show")
+@click.argument("name", metavar="URN|TYPE")
+def schema_show(name: str) -> None:
+    """Print a schema; an event type prints its newest."""
+    from virtbus.commands import schema as command
+
+    command.show(name, sys.stdout)
+
+
+@schema_group.command("export")
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+def schema_export(folder: Path) -> None:
+    """Write all schemas below FOLDER, for other languages and registries."""
+    from virtbus.commands import schema as command
+
+    command.export(folder, sys.stdout)
+
+
+@schema_group.command("check")
+@click.argument("folder", required=False, type=click.Path(path_type=Path))
+@click.option("--released", type=click.Path(path_type=Path), metavar="FOLDER",
+              help="An earlier release's schemas: each of its files must be here, unchanged.")  # fmt: skip
+def schema_check(folder: Path | None, released: Path | None) -> None:
+    """Check FOLDER [default: this release's schemas] for what would break a consumer.
+
+    A released file never changes, and every minor version must be readable by a consumer of every older
+    one. Ends with 0 or 65.
+    """
+    from virtbus.commands import schema as command
+
+    sys.exit(command.check(sys.stdout, folder=folder, released=released))
+
+
+@schema_group.command("asyncapi")
+def schema_asyncapi() -> None:
+    """Print the AsyncAPI 3 document: exchange, topic, keys, headers and payloads."""
+    from virtbus.commands import contract as command
+
+    command.asyncapi(sys.stdout)
+
+
+@schema_group.command("reference")
+@click.argument("page", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def schema_reference(page: Path | None) -> None:
+    """Print the tables of all fields; with PAGE renew what stands between its markers."""
+    from virtbus.commands import contract as command
+
+    command.reference(sys.stdout, page=page)

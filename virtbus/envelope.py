@@ -52,7 +52,8 @@ _MAX_ATTRIBUTE_CHARS = 256
 _MAX_POINTERS = 50
 
 _TYPES: dict[str, type[Any]] = {cls.TYPE: cls for cls in (IoError, IoErrorResolved, Gap, Heartbeat)}
-_WORDS = {
+# First word of the routing key by event type.
+ROUTING_WORDS = {
     IoError.TYPE: "io_error",
     IoErrorResolved.TYPE: "resolved",
     Gap.TYPE: "gap",
@@ -346,7 +347,7 @@ def routing_key(attributes: Mapping[str, str]) -> str:
     agent = attributes["source"].rpartition("/")[2]
     domain = attributes["partitionkey"] if type_ in (IoError.TYPE, IoErrorResolved.TYPE) else "-"
     # A dot would be another word of the key: none of the three may hold one.
-    word = _WORDS.get(type_) or type_.replace(".", "_")
+    word = ROUTING_WORDS.get(type_) or type_.replace(".", "_")
     return f"{word}.{agent.replace('.', '_')}.{domain.replace('.', '_')}"[:255]
 
 

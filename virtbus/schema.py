@@ -19,8 +19,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from virtbus.errors import InputMissing, SchemaError
 
 if TYPE_CHECKING:
-    from importlib.resources.abc import Traversable
-
     from jsonschema_rs import ValidationError
 
 PREFIX = "urn:virtbus:schema:"
@@ -61,10 +59,10 @@ class Problem(NamedTuple):
         return f"{self.pointer or '/'}: expected {self.expected}, found {self.found}"
 
 
-def location() -> Traversable:
+def location() -> Path:
     """The folder of the bundled schemas: inside an installed package, else beside it in a checkout."""
-    inside = resources.files("virtbus").joinpath("_schemas")
-    if inside.joinpath("index.json").is_file():
+    inside = Path(str(resources.files("virtbus"))) / "_schemas"
+    if (inside / "index.json").is_file():
         return inside
     beside = Path(__file__).resolve().parent.parent / "schemas"
     if (beside / "index.json").is_file():
@@ -78,7 +76,7 @@ def entries() -> tuple[Entry, ...]:
     return _read_index(location())
 
 
-def _read_index(folder: Traversable | Path) -> tuple[Entry, ...]:
+def _read_index(folder: Path) -> tuple[Entry, ...]:
     try:
         listed = json.loads(folder.joinpath("index.json").read_bytes())
         return tuple(sorted((Entry(**item) for item in listed), key=lambda e: (e.type, e.order)))
@@ -100,7 +98,7 @@ def latest(type_: str) -> Entry:
     found = [entry for entry in entries() if entry.type == type_]
     if not found:
         known = ", ".join(sorted({entry.type for entry in entries()}))
-        raise SchemaError(f"no schema for type {_clip(type_)}: known are {known}")
+        raise SchemaError(f"no schema for type {clip(type_)}: known are {known}")
     return found[-1]
 
 
@@ -117,7 +115,7 @@ def resolve(dataschema_or_type: str) -> Entry:
     same_major = [e for e in entries() if e.type == type_ and e.order[0] == major]
     if not same_major:
         raise SchemaError(
-            f"no schema {_clip(dataschema_or_type)}: `virtbus schema list` shows those of this release"
+            f"no schema {clip(dataschema_or_type)}: `virtbus schema list` shows those of this release"
         )
     for entry in same_major:
         if entry.order[1] == minor:
@@ -131,7 +129,7 @@ def text(schema_id: str) -> bytes:
     for entry in entries():
         if entry.id == schema_id:
             return location().joinpath(entry.file).read_bytes()
-    raise SchemaError(f"no schema {_clip(schema_id)}: `virtbus schema list` shows those of this release")
+    raise SchemaError(f"no schema {clip(schema_id)}: `virtbus schema list` shows those of this release")
 
 
 def load(schema_id: str) -> dict[str, Any]:
@@ -199,7 +197,10 @@ def _problem(error: ValidationError) -> Problem:
     facts: dict[str, Any] = kind.as_dict()
     keyword = str(error.schema_path[-1]) if error.schema_path else ""
     path = list(error.instance_path)
-    found = _clip(error.instance)
+    found = clip(error.instance)
+    if kind.name == "propertyNames":
+        name = str(facts["error"].instance)
+        return Problem(pointer([*path, name]), "no property of this name", clip(name), "not a legal name")
     if kind.name == "required":
         missing = str(facts.get("property", ""))
         return Problem(
@@ -213,9 +214,9 @@ def _expected(keyword: str, facts: Mapping[str, Any]) -> str:
         case "type":
             return " or ".join(sorted(facts.get("types", ())))
         case "enum":
-            return "one of " + _clip(facts.get("options"))
+            return "one of " + clip(facts.get("options"))
         case "const":
-            return _clip(facts.get("expected_value"))
+            return clip(facts.get("expected_value"))
         case "pattern":
             return f"text that matches {facts.get('pattern')}"
         case "minimum":
@@ -225,7 +226,8 @@ def _expected(keyword: str, facts: Mapping[str, Any]) -> str:
     return f"what {keyword!r} of the schema allows"
 
 
-def _clip(value: object) -> str:
+def clip(value: object) -> str:
+    """A value as short ASCII JSON, for messages."""
     try:
         shown = json.dumps(value, ensure_ascii=True)
     except (ValueError, TypeError, RecursionError):
@@ -272,9 +274,12 @@ def _compare(
                     reasons.append(f"{at}: {key} {name!r} was removed")
                 else:
                     _compare(before[name], after[name], f"{where}/{key}/{name}", reasons)
-            if key == "properties" and old.get("additionalProperties", True) is not True:
+            if key == "properties":
+                others = old.get("additionalProperties", True)
                 reasons.extend(
-                    f"{at}: {name!r} was added to a closed object" for name in sorted(after.keys() - before)
+                    f"{at}: {name!r} was added where older readers do not take it"
+                    for name in sorted(after.keys() - before)
+                    if not _admits(others, after[name])
                 )
         elif key == "required":
             gone = set(old.get(key, ())) - set(new.get(key, ()))
@@ -293,6 +298,18 @@ def _compare(
             reasons.append(f"{at}: {key} changed from {_shown(old, key)} to {_shown(new, key)}")
 
 
+def _admits(others: object, added: Mapping[str, Any]) -> bool:
+    """Whether a schema of unknown properties (additionalProperties) takes all of a new property's types."""
+    if not isinstance(others, dict):
+        return others is True
+    return "type" in added and _types(added) <= _types(others)
+
+
+def _types(node: Mapping[str, Any]) -> set[str]:
+    types = node.get("type", ())
+    return {types} if isinstance(types, str) else set(types)
+
+
 _ABSENT = object()
 
 
@@ -301,7 +318,7 @@ def _same_length(a: object, b: object) -> bool:
 
 
 def _shown(schema: Mapping[str, Any], key: str) -> str:
-    return _clip(schema[key]) if key in schema else "nothing"
+    return clip(schema[key]) if key in schema else "nothing"
 
 
 def check(folder: Path, *, released: Path | None = None) -> list[str]:
