@@ -1,0 +1,417 @@
+"""The Kafka bus: what is in flight, what its delivery reports mean, and when the producer is replaced.
+
+A Producer of librdkafka must not be used across a fork; virtbus does not fork.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from confluent_kafka import KafkaException
+from confluent_kafka import admin as kafka_admin
+from kombu import connection as kombu_connection
+from kombu import messaging as kombu_messaging
+
+from virtbus.bus import BusOptions, Feed, Subscription, checked_group
+from virtbus.bus.kafka_client import (
+    Admin,
+    KafkaSettings,
+    Verdict,
+    Watch,
+    check,
+    oneline,
+    translate,
+    verdict,
+)
+from virtbus.bus.kafka_transport import TRANSPORT
+from virtbus.envelope import to_kafka
+from virtbus.errors import BusDenied, BusUnavailable, RecordRefused, VirtbusError
+from virtbus.model import Check, Confirmed, Deferred, Outcome, Record, Refused
+from virtbus.telemetry import METRICS, BusConnected, BusLost, InsecureTransport, Notice, emit
+
+# kombu's classes carry no types.
+_Connection: Any = kombu_connection.Connection
+_ConfigResource: Any = kafka_admin.ConfigResource  # type: ignore[attr-defined]
+_Producer: Any = kombu_messaging.Producer
+
+# How long `close` waits for what is in flight, in seconds.
+CLOSE_SECONDS = 5.0
+_POLL_SECONDS = 0.1
+_BATCH = 500  # records taken at a time, so that the first are on their way while the rest are encoded
+
+
+# ----------------------------------------------------------------------------------------------- link
+
+
+class _Link:
+    """One producer's life: what is in flight, what was reported. Thrown away after anything unclear."""
+
+    def __init__(self, settings: KafkaSettings, *, batching: bool) -> None:
+        """Prove that the brokers answer, accept us and have the topic. Raises BusUnavailable, BusDenied."""
+        options = settings.options
+        self.watch = Watch()
+        self.batching = batching
+        self._topic = options.topic
+        self._structured = options.structured
+        self._max_bytes = options.max_record_bytes
+        Admin(settings).ensure(options.topic, declare=options.declare)
+        self._connection = _Connection(
+            transport=TRANSPORT,
+            transport_options={"settings": settings, "watch": self.watch, "batching": batching},
+        )
+        # Not auto-declared and no retry: the topic was looked at above, and waits are the caller's.
+        self._kombu = _Producer(self._connection.channel(), auto_declare=False)
+        self.flying: dict[str, tuple[Record, float]] = {}  # by key: at most one unconfirmed record a key
+        self._reports: list[tuple[Record, Any]] = []
+        self.progress = time.monotonic()
+
+    def send(self, record: Record) -> Outcome | None:
+        """Hand a record to the client; an outcome when there is one at once."""
+        if len(record.body) > self._max_bytes:
+            size, limit = len(record.body), self._max_bytes
+            return Refused(RecordRefused(f"{size} bytes: the largest record allowed is {limit} bytes"))
+        wire = to_kafka(record.attributes, record.body, structured=self._structured)
+        now = time.monotonic()
+        while True:
+            try:
+                self._kombu.publish(
+                    wire.value,
+                    exchange=self._topic,
+                    routing_key=wire.key,
+                    headers=wire.headers,
+                    content_type="application/octet-stream",  # the real one is a header already
+                    content_encoding="binary",
+                    on_delivery=partial(self._reported, record),
+                )
+                break
+            except BufferError:
+                # The local queue is full: back-pressure, not an error. It can't last: its records time out.
+                self.serve(_POLL_SECONDS)
+            except KafkaException as error:
+                translated = translate(error.args[0], f"handing over event {record.id}")
+                return Refused(translated) if isinstance(translated, RecordRefused) else Deferred(translated)
+        if not self.flying:
+            self.progress = now
+        self.flying[record.key] = (record, now)
+        return None
+
+    def _reported(self, record: Record, error: Any, _message: Any) -> None:
+        self._reports.append((record, error))
+
+    def serve(self, timeout: float) -> None:
+        """Let librdkafka call back for up to `timeout` seconds."""
+        self._kombu.channel.drain_events(timeout)
+
+    def take_reports(self) -> list[tuple[Record, Any]]:
+        """The records whose delivery report came, each with None or its KafkaError; in flight no more."""
+        reports, self._reports = self._reports, []
+        if not reports:
+            return reports
+        self.progress = now = time.monotonic()
+        flying, observe = self.flying, METRICS.confirm_seconds.observe
+        confirmed = False
+        for record, error in reports:
+            _, sent = flying.pop(record.key)
+            if error is None:
+                confirmed = True
+                observe(now - sent)
+        if confirmed:
+            self.watch.forget()
+        return reports
+
+    def fault(self, patience: float, grace: float) -> VirtbusError | None:
+        """Why this link can't go on, if so: fatal, refused for `grace` seconds, or silent for `patience`."""
+        watch = self.watch
+        if watch.fatal is not None:
+            return translate(watch.fatal, "publishing")
+        if not self.flying:
+            return None
+        silent = time.monotonic() - self.progress
+        if watch.denied is not None and silent > grace:
+            return translate(watch.denied, "publishing")
+        if silent > patience:
+            return BusUnavailable(
+                f"nothing confirmed for {silent:.0f} s: {watch.last or 'no broker answers'}"
+            )
+        return None
+
+    def flush(self, seconds: float) -> None:
+        """Wait for reports until nothing is in flight or the time is over."""
+        deadline = time.monotonic() + seconds
+        while self.flying and len(self._reports) < len(self.flying) and time.monotonic() < deadline:
+            self.serve(_POLL_SECONDS)
+
+    def discard(self) -> None:
+        """Throw the producer away; late reports go nowhere."""
+        self._connection.release()
+
+
+# ------------------------------------------------------------------------------------------------ bus
+
+
+class KafkaBus:
+    """A Kafka topic as a bus: see virtbus.bus.Bus for the contract, which this class keeps.
+
+    Idempotent producer, acks=all, one unconfirmed record a key. A record whose report says that it may be
+    stored is `Deferred` and the producer is replaced; its second copy carries the same id.
+    """
+
+    def __init__(self, url: str, *, options: BusOptions) -> None:
+        """Raises ConfigError that names every problem of URL and options at once; connects to nothing."""
+        self._settings = check(url, options)
+        self._options = options
+        self._lock = threading.Lock()
+        self._link: _Link | None = None
+        self._publishing: int | None = None  # the thread that runs `publish` now
+        self._idle = threading.Event()
+        self._idle.set()
+        self._closed_at: float | None = None
+        # Kafka refuses a batch as a whole: after "too large", each record goes alone until one is named.
+        self._alone = False
+
+    def __repr__(self) -> str:
+        """Without credentials."""
+        return f"KafkaBus({self._settings.display})"
+
+    # ------------------------------------------------------------------------------------- publishing
+
+    def publish(self, feed: Feed) -> Iterator[tuple[Record, Outcome]]:
+        """See virtbus.bus.Bus."""
+        link = self._connected()
+        self._publishing = threading.get_ident()
+        self._idle.clear()
+        try:
+            yield from self._publish(link, feed)
+        finally:
+            self._publishing = None
+            self._idle.set()
+            if link.flying:  # the caller let go in the middle
+                self._drop(link, "publishing was broken off")
+
+    def _publish(self, link: _Link, feed: Feed) -> Iterator[tuple[Record, Outcome]]:
+        options = self._options
+        window = options.window
+        patience = options.confirm_timeout + 5.0  # librdkafka's own time-out comes first
+        while True:
+            room = window - len(link.flying) if self._closed_at is None else 0
+            records: Sequence[Record] = ()
+            # Not for each single place that gets free: a look into the spool costs more than a record.
+            if room > 0 and (not link.flying or room * 4 >= window):
+                records = feed.take(min(room, _BATCH), link.flying.keys())
+            for record in records:
+                outcome = link.send(record)
+                if outcome is not None:
+                    yield record, outcome
+            if not link.flying:
+                if records:
+                    continue
+                self._alone = False
+                if not link.batching:
+                    self._drop(link, None)
+                return
+            more = records and len(records) == _BATCH and len(link.flying) < window
+            link.serve(0.0 if more else _POLL_SECONDS)
+            fault: VirtbusError | None = None
+            for record, error in link.take_reports():
+                if error is None:
+                    yield record, Confirmed()
+                    continue
+                outcome, fatal = self._judge(link, record, error)
+                fault = fault or fatal
+                yield record, outcome
+            fault = fault or link.fault(patience, options.connect_timeout) or self._closing()
+            if fault is not None:
+                yield from self._give_up(link, fault)
+                return
+
+    def _judge(self, link: _Link, record: Record, error: Any) -> tuple[Outcome, VirtbusError | None]:
+        """What a failed delivery means: the record's outcome, and why the producer must go, if it must."""
+        translated = translate(error, f"publishing event {record.id} to {self._options.topic}")
+        match verdict(error):
+            case Verdict.REFUSED:
+                return Refused(translated), None
+            case Verdict.TOO_LARGE if link.batching:
+                self._alone = True
+                unclear = BusUnavailable(f"{translated}: its whole batch was refused; each is sent alone now")
+                return Deferred(unclear), unclear
+            case Verdict.TOO_LARGE:
+                return Refused(translated), None
+            case _:
+                return Deferred(translated), translated
+
+    def _is_closed(self) -> bool:
+        return self._closed_at is not None
+
+    def _closing(self) -> VirtbusError | None:
+        closed_at = self._closed_at
+        if closed_at is None or time.monotonic() - closed_at < CLOSE_SECONDS:
+            return None
+        return BusUnavailable("the bus was closed before the broker confirmed")
+
+    def _give_up(self, link: _Link, fault: VirtbusError) -> Iterator[tuple[Record, Outcome]]:
+        """Throw the producer away; the outcomes of what was unconfirmed."""
+        link.serve(0.0)  # what was confirmed meanwhile is confirmed
+        reports = link.take_reports()
+        left = [record for record, _ in link.flying.values()]
+        link.flying.clear()
+        self._drop(link, fault)
+        for record, error in reports:
+            yield record, Confirmed() if error is None else self._judge(link, record, error)[0]
+        for record in left:
+            yield record, Deferred(fault)
+
+    def _connected(self) -> _Link:
+        with self._lock:
+            if self._is_closed():
+                raise BusUnavailable("the bus was closed")
+            link = self._link
+        if link is not None:
+            link.serve(0.0)
+            fault = link.fault(0.0, 0.0)
+            if fault is None:
+                return link
+            self._drop(link, fault)
+        link = self._connect()
+        with self._lock:
+            if not self._is_closed():
+                self._link = link
+                return link
+        link.discard()
+        raise BusUnavailable("the bus was closed")
+
+    def _connect(self) -> _Link:
+        display = self._settings.display
+        try:
+            link = _Link(self._settings, batching=not self._alone)
+        except (BusUnavailable, BusDenied) as error:
+            emit(BusLost(display, error))
+            raise
+        emit(BusConnected(display))
+        if self._settings.insecure:
+            emit(InsecureTransport(display))
+        return link
+
+    def _drop(self, link: _Link, why: VirtbusError | str | None) -> None:
+        with self._lock:
+            if self._link is link:
+                self._link = None
+        link.flying.clear()
+        link.discard()
+        if why is not None:
+            emit(BusLost(self._settings.display, why))
+
+    def tick(self) -> None:
+        """See virtbus.bus.Bus."""
+        with self._lock:
+            link = None if self._publishing is not None else self._link
+        if link is not None:
+            link.serve(0.0)
+            fault = link.fault(0.0, 0.0)
+            if fault is not None:
+                self._drop(link, fault)
+
+    def close(self) -> None:
+        """See virtbus.bus.Bus. Waits up to five seconds for what is in flight; tells what was not."""
+        with self._lock:
+            if self._closed_at is not None:
+                return
+            self._closed_at = time.monotonic()
+        if self._publishing is not None and self._publishing != threading.get_ident():
+            self._idle.wait(CLOSE_SECONDS + 2.0)
+        with self._lock:
+            link = self._link
+        if link is None:
+            return
+        if self._publishing is not None:  # called from inside the caller's loop: `publish` says the rest
+            return
+        link.flush(CLOSE_SECONDS)
+        left = len(link.flying)
+        if left:
+            emit(Notice(f"{self._settings.display} closed: {left} events not confirmed stay in the spool"))
+        self._drop(link, None)
+
+    # -------------------------------------------------------------------------------------- consuming
+
+    def consume(self, group: str | None, *, prefetch: int = 100) -> Subscription:
+        """See virtbus.bus.Bus. A group is Kafka's consumer group `virtbus.<group>`; a new one begins with
+        the oldest event that the topic still holds. Without a group it connects at once, to
+        know what "now" is.
+        """
+        from virtbus.bus.kafka_consumer import KafkaSubscription
+
+        return KafkaSubscription(self._settings, checked_group(group), prefetch)
+
+    # ---------------------------------------------------------------------------------------- probing
+
+    def probe(self) -> Sequence[Check]:
+        """See virtbus.bus.Bus."""
+        settings = self._settings
+        topic = settings.options.topic
+        transport = Check(
+            "bus.transport",
+            "warning" if settings.insecure else "ok",
+            f"{settings.display}: {'TLS' if settings.tls else 'plaintext'}, SASL: {settings.mechanism}",
+            "use kafkas:// and leave verification on" if settings.insecure else None,
+        )
+        try:
+            admin = Admin(settings)
+            found = admin.describe(topic, operations=True)
+        except VirtbusError as error:
+            remedy = "check user, mechanism, certificates and ACLs" if isinstance(error, BusDenied) else None
+            remedy = remedy or "check that the brokers run and that bus.url names their hosts and ports"
+            return [
+                transport,
+                Check("bus.reach", "failed", oneline(error), remedy, error.exit_code),
+            ]
+        checks = [transport, Check("bus.reach", "ok", f"{settings.display} answers and accepts us")]
+        if found is None:
+            may = settings.options.declare
+            checks.append(
+                Check(
+                    "bus.topic",
+                    "warning" if may else "failed",
+                    f'topic "{topic}" does not exist' + ("; it is created at the first event" if may else ""),
+                    f'create topic "{topic}"',
+                    0 if may else BusDenied.exit_code,
+                )
+            )
+            return checks
+        operations = {operation.name for operation in found.authorized_operations or ()}
+        if operations and not operations & {"WRITE", "ALL"}:
+            remedy = f'permit Write on topic "{topic}" to this user'
+            checks.append(
+                Check("bus.topic", "failed", f'no right to write to "{topic}"', remedy, BusDenied.exit_code)
+            )
+            return checks
+        checks.append(self._topic_check(admin, found))
+        return checks
+
+    def _topic_check(self, admin: Admin, found: Any) -> Check:
+        topic = self._settings.options.topic
+        replicas = min((len(partition.replicas) for partition in found.partitions), default=0)
+        facts: dict[str, object] = {"partitions": len(found.partitions), "replicas": replicas}
+        try:
+            resource = _ConfigResource(_ConfigResource.Type.TOPIC, topic)
+            entries = admin.call(
+                f'reading the settings of topic "{topic}"',
+                lambda client: client.describe_configs([resource])[resource],
+            )
+            facts["min_insync_replicas"] = insync = int(entries["min.insync.replicas"].value)
+            facts["max_message_bytes"] = int(entries["max.message.bytes"].value)
+        except VirtbusError as error:  # DescribeConfigs is a right of its own that publishing does not need
+            facts["settings"] = oneline(error)
+            insync = None
+        summary = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
+        leaderless = [partition.id for partition in found.partitions if partition.leader is None]
+        remedy, status = None, "ok"
+        if leaderless:
+            status, remedy = "failed", f"partitions {leaderless} have no leader: bring their brokers back"
+        elif replicas < 2 or (insync is not None and insync < 2):
+            status = "warning"
+            remedy = "one broker's disk can lose confirmed events: replication 3 and min.insync.replicas 2"
+        exit_code = BusUnavailable.exit_code if leaderless else 0
+        return Check("bus.topic", status, f'topic "{topic}": {summary}', remedy, exit_code, facts)

@@ -1,0 +1,584 @@
+"""What a Kafka client is told and what its errors mean: URL, credentials, topics. No record passes here.
+
+Facts about options are librdkafka's (its CONFIGURATION reference), about error codes Apache Kafka's
+protocol guide.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import unquote
+
+from confluent_kafka import KafkaError, KafkaException, Producer, TopicCollection
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
+
+from virtbus.bus import BusOptions, is_loopback
+from virtbus.errors import BusDenied, BusUnavailable, ConfigError, RecordRefused, VirtbusError
+
+DEFAULT_PORT = 9092
+DEAD_LETTER_SUFFIX = ".dead"
+MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER")
+
+# A token without an expiry of its own is fetched again after this long, in seconds.
+_OPAQUE_TOKEN_SECONDS = 300.0
+_TOKEN_COMMAND_SECONDS = 10.0
+# Once one broker has refused us, how long another one may still accept, in seconds.
+_DENIAL_GRACE = 0.3
+# Kafka's rule for a topic: these characters, at most 249 (and neither "." nor ".."); room for ".dead".
+_TOPIC = re.compile(r"[A-Za-z0-9._-]+\Z")
+_TOPIC_LENGTH = 249 - len(DEAD_LETTER_SUFFIX)
+
+# What virtbus's promises rest on, or what has a setting of its own: not to be set as a further option.
+_OWNED: Mapping[str, str] = {
+    "bootstrap.servers": "it comes from bus.url",
+    "metadata.broker.list": "it comes from bus.url",
+    "security.protocol": "it follows from kafka:// or kafkas:// and the mechanism",
+    "sasl.mechanism": "set bus.kafka.sasl_mechanism",
+    "sasl.mechanisms": "set bus.kafka.sasl_mechanism",
+    "sasl.username": "set bus.username",
+    "sasl.password": "set bus.password_file",
+    "ssl.ca.location": "set bus.tls.ca_file",
+    "ssl.certificate.location": "set bus.tls.cert_file",
+    "ssl.key.location": "set bus.tls.key_file",
+    "message.timeout.ms": "set bus.confirm_timeout_seconds",
+    "delivery.timeout.ms": "set bus.confirm_timeout_seconds",
+    **dict.fromkeys(
+        ("enable.idempotence", "acks", "request.required.acks", "transactional.id", "partitioner"),
+        "delivery and order rest on it",
+    ),
+    **dict.fromkeys(
+        ("enable.auto.commit", "auto.commit.enable", "enable.auto.offset.store", "group.id"),
+        "at-least-once consuming rests on it",
+    ),
+}
+
+T = TypeVar("T")
+
+
+# ------------------------------------------------------------------------------------------ settings
+
+
+@dataclass(frozen=True, slots=True)
+class KafkaSettings:
+    """A checked URL with its options; `check` makes it."""
+
+    servers: tuple[str, ...]  # host:port, all bootstrap brokers
+    tls: bool
+    mechanism: str | None  # SASL; None: no SASL
+    username: str | None
+    options: BusOptions
+    url_password: str | None = None
+
+    def __repr__(self) -> str:
+        """Without secrets."""
+        return f"KafkaSettings({self.display})"
+
+    @property
+    def display(self) -> str:
+        """The URL for logs, without credentials."""
+        return f"{'kafkas' if self.tls else 'kafka'}://{','.join(self.servers)}"
+
+    @property
+    def dead_topic(self) -> str:
+        """Where messages go that a consumer puts aside."""
+        return self.options.topic + DEAD_LETTER_SUFFIX
+
+    @property
+    def insecure(self) -> bool:
+        """Whether somebody on the path could read or forge events."""
+        extra = self.options.extra
+        if self.tls:
+            verified = extra.get("enable.ssl.certificate.verification", "true").lower() not in ("false", "0")
+            return not verified or extra.get("ssl.endpoint.identification.algorithm") == "none"
+        return not all(is_loopback(server.rpartition(":")[0].strip("[]")) for server in self.servers)
+
+    def password(self) -> str:
+        """The password as it stands now, so that a rotated one is used. Raises BusDenied when unreadable."""
+        path = self.options.password_file
+        if path is None:
+            return self.url_password or ""
+        try:
+            return path.read_text(encoding="utf-8").rstrip("\r\n")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise BusDenied(f"bus.password_file: {path} can't be read: {reason}") from error
+
+    def client(self, watch: Watch) -> dict[str, Any]:
+        """The librdkafka options that producers, consumers and admin clients share."""
+        options = self.options
+        sasl = self.mechanism is not None
+        config: dict[str, Any] = {
+            "bootstrap.servers": ",".join(self.servers),
+            "client.id": options.client_name,
+            "security.protocol": ("SASL_" if sasl else "") + ("SSL" if self.tls else "PLAINTEXT"),
+            "socket.keepalive.enable": True,
+            "socket.connection.setup.timeout.ms": max(1000, int(options.connect_timeout * 1000)),
+            # A broker that is back is found within a second, not within librdkafka's ten.
+            "reconnect.backoff.ms": 50,
+            "reconnect.backoff.max.ms": 1000,
+            "topic.metadata.refresh.fast.interval.ms": 100,
+            # Errors reach us by error_cb and outcomes; raw lines on stderr would be a second log.
+            "log_level": 0,
+            "error_cb": watch,
+        }
+        if self.tls:
+            config["ssl.endpoint.identification.algorithm"] = "https"
+            config["enable.ssl.certificate.verification"] = True
+            if options.tls_ca_file is not None:
+                config["ssl.ca.location"] = str(options.tls_ca_file)
+            if options.tls_cert_file is not None:
+                config["ssl.certificate.location"] = str(options.tls_cert_file)
+                config["ssl.key.location"] = str(options.tls_key_file or options.tls_cert_file)
+        if self.mechanism == "OAUTHBEARER":
+            config["sasl.mechanism"] = self.mechanism
+            config["oauth_cb"] = lambda _config: self._token(watch)
+        elif sasl:
+            config["sasl.mechanism"] = self.mechanism
+            config["sasl.username"] = self.username
+            config["sasl.password"] = self.password()
+        return config | dict(options.extra)
+
+    def producer(self, watch: Watch, *, batching: bool = True) -> dict[str, Any]:
+        """The options of our producer; `batching` False sends every record in a request of its own."""
+        options = self.options
+        timeout_ms = max(1, int(options.confirm_timeout * 1000))
+        config: dict[str, Any] = {
+            "enable.idempotence": True,
+            "acks": "all",
+            # As Java's default partitioner, so that producers in any language agree on a key's partition.
+            "partitioner": "murmur2_random",
+            # The spool is the buffer; here only the window is in flight.
+            "queue.buffering.max.messages": options.window + 16,
+            "queue.buffering.max.kbytes": max(1024, min(2097151, options.window * 64)),
+            "message.max.bytes": min(max(options.max_record_bytes + 65536, 1000), 1_000_000_000),
+            # The window is handed over in one go: waiting long for more only adds latency.
+            "linger.ms": 1,
+            "retry.backoff.ms": 50,
+            "retry.backoff.max.ms": 500,
+            "message.timeout.ms": timeout_ms,
+            "request.timeout.ms": max(1000, min(10_000, timeout_ms // 2)),
+        }
+        if config["linger.ms"] > timeout_ms:
+            config["linger.ms"] = 0
+        config |= self.client(watch)
+        if not batching:
+            config["batch.num.messages"] = 1
+        return config
+
+    def consumer(self, watch: Watch, group_id: str, prefetch: int) -> dict[str, Any]:
+        """The options of a consumer whose stored offsets are committed in the background."""
+        return {
+            "auto.offset.reset": "earliest",
+            "partition.assignment.strategy": "cooperative-sticky",
+            "queued.min.messages": max(1, prefetch),
+            "queued.max.messages.kbytes": 8192,
+            "fetch.wait.max.ms": 100,
+            "fetch.error.backoff.ms": 100,
+            "topic.metadata.refresh.interval.ms": 30_000,
+            "session.timeout.ms": 10_000,
+            "heartbeat.interval.ms": 1_000,
+            **self.client(watch),
+            "group.id": group_id,
+            # Only what `store_offsets` was told is committed: librdkafka does it in the background, at a
+            # rebalance and at close.
+            "enable.auto.commit": True,
+            "auto.commit.interval.ms": 200,
+            "enable.auto.offset.store": False,
+        }
+
+    # ------------------------------------------------------------------------------------ OAuth
+
+    def _token(self, watch: Watch) -> tuple[str, float]:
+        """Called by librdkafka when it needs a token: (token, expiry in Unix seconds)."""
+        try:
+            text = self._token_text()
+            return _token_and_expiry(text, time.time())
+        except (OSError, subprocess.SubprocessError, ValueError) as error:
+            watch.token_failed(error)
+            raise
+
+    def _token_text(self) -> str:
+        options = self.options
+        if options.oauth_token_command:
+            done = subprocess.run(
+                list(options.oauth_token_command),
+                capture_output=True,
+                text=True,
+                timeout=_TOKEN_COMMAND_SECONDS,
+                check=False,
+                stdin=subprocess.DEVNULL,
+            )
+            if done.returncode != 0:
+                said = done.stderr.strip().splitlines()
+                raise ValueError(
+                    f"bus.kafka.oauth_token_command {options.oauth_token_command[0]} ended with "
+                    f"{done.returncode}: {said[-1] if said else 'nothing on stderr'}"
+                )
+            return done.stdout
+        assert options.oauth_token_file is not None
+        return options.oauth_token_file.read_text(encoding="utf-8")
+
+
+def _token_and_expiry(text: str, now: float) -> tuple[str, float]:
+    """A token and when it expires, from a bare token or an OAuth token response (RFC 6749 section 5.1)."""
+    text = text.strip()
+    expires_in: float | None = None
+    if text.startswith("{"):
+        response = json.loads(text)
+        text = str(response.get("access_token") or "")
+        expires_in = float(response["expires_in"]) if "expires_in" in response else None
+    if not text:
+        raise ValueError("the OAuth token's source gave no token")
+    if expires_in is not None:
+        return text, now + expires_in
+    try:  # A JWT says its expiry itself (RFC 7519 section 4.1.4); the broker checks it, not we.
+        payload = text.split(".")[1]
+        claims = json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+        return text, float(claims["exp"])
+    except (IndexError, KeyError, TypeError, ValueError, binascii.Error):
+        return text, now + _OPAQUE_TOKEN_SECONDS
+
+
+def check(url: str, options: BusOptions) -> KafkaSettings:
+    """The settings of a kafka:// or kafkas:// URL; ConfigError names every problem at once, one a line."""
+    problems: list[str] = []
+    scheme, _, rest = url.strip().partition("://")
+    tls = scheme.lower() == "kafkas"
+    authority, slash, path = rest.partition("/")
+    userinfo, at, hosts = authority.rpartition("@")
+    user, colon, password = userinfo.partition(":")
+    servers = []
+    if path or "?" in authority:
+        what = f'"{slash}{path.partition("?")[0]}"' if path else "a query"
+        problems.append(f"bus.url: {what} after the hosts means nothing to Kafka: the topic is bus.topic")
+    for host in re.split("[,;]", hosts.partition("?")[0]):
+        server, problem = _server(host)
+        if problem:
+            problems.append(f"bus.url: {problem}")
+        elif server:
+            servers.append(server)
+    if not servers and not any(problem.startswith("bus.url: host") for problem in problems):
+        problems.append(f"bus.url: no host: write {scheme}://host[:port][,host[:port]…]")
+    problems += _topic_problems(options.topic)
+    username = options.username or (unquote(user) if at else None) or None
+    mechanism, mechanism_problems = _mechanism(options, username, has_password=bool(colon))
+    problems += mechanism_problems
+    problems += _file_problems(options, tls)
+    problems += _option_problems(options)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return KafkaSettings(
+        servers=tuple(servers),
+        tls=tls,
+        mechanism=mechanism,
+        username=username,
+        options=options,
+        url_password=unquote(password) if colon else None,
+    )
+
+
+def _server(host: str) -> tuple[str | None, str | None]:
+    """(host:port, problem) of one broker in the URL."""
+    host = host.strip()
+    match = re.match(r"(\[[0-9A-Fa-f:.%]+\]|[^:\[\]\s]*)(?::(.*))?\Z", host)
+    if match is None:
+        return None, f'host "{host}" can\'t be read: write host, host:port or [IPv6]:port'
+    name, port = match[1], match[2]
+    if not name:
+        return None, f'host missing before port "{port}"' if port else None
+    if port is None:
+        return f"{name}:{DEFAULT_PORT}", None
+    if not (port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
+        return None, f'host {name} has port "{port}": use 1 to 65535, or leave it out for {DEFAULT_PORT}'
+    return f"{name}:{int(port)}", None
+
+
+def _topic_problems(topic: str) -> Iterator[str]:
+    if topic in (".", ".."):
+        yield f'bus.topic: Kafka refuses "{topic}" as a name'
+    elif not _TOPIC.match(topic):
+        yield f'bus.topic: Kafka refuses "{topic}": take ASCII letters, digits, ".", "_" and "-"'
+    if len(topic) > _TOPIC_LENGTH:
+        yield (
+            f"bus.topic: {len(topic)} characters: at most {_TOPIC_LENGTH} "
+            f'(Kafka\'s 249 less "{DEAD_LETTER_SUFFIX}")'
+        )
+
+
+def _mechanism(
+    options: BusOptions, username: str | None, *, has_password: bool
+) -> tuple[str | None, list[str]]:
+    problems = []
+    wanted = options.sasl_mechanism
+    oauth = bool(options.oauth_token_command) or options.oauth_token_file is not None
+    if wanted is not None and wanted not in MECHANISMS:
+        return None, [f'bus.kafka.sasl_mechanism: "{wanted}" is not one of {", ".join(MECHANISMS)}']
+    mechanism = wanted or ("OAUTHBEARER" if oauth else "PLAIN" if username else None)
+    if mechanism == "OAUTHBEARER":
+        if bool(options.oauth_token_command) == (options.oauth_token_file is not None):
+            problems.append(
+                "bus.kafka: OAUTHBEARER needs either oauth_token_file or oauth_token_command, and not both"
+            )
+        return mechanism, problems
+    if oauth:
+        problems.append(f"bus.kafka: an OAuth token is set, but the mechanism is {mechanism}")
+    if mechanism is not None and not username:
+        problems.append(f"bus.username: {mechanism} needs a user name")
+    if mechanism is not None and not has_password and options.password_file is None:
+        problems.append(f"bus.password_file: {mechanism} needs a password")
+    if mechanism is None and (has_password or options.password_file is not None):
+        problems.append("bus.username: a password is set without a user name")
+    return mechanism, problems
+
+
+def _file_problems(options: BusOptions, tls: bool) -> Iterator[str]:
+    files: dict[str, Path | None] = {
+        "bus.password_file": options.password_file,
+        "bus.kafka.oauth_token_file": options.oauth_token_file,
+        "bus.tls.ca_file": options.tls_ca_file,
+        "bus.tls.cert_file": options.tls_cert_file,
+        "bus.tls.key_file": options.tls_key_file,
+    }
+    for name, path in files.items():
+        if path is None:
+            continue
+        if name.startswith("bus.tls.") and not tls:
+            yield f"{name}: set, but kafka:// is plaintext: write kafkas://"
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            yield f"{name}: {path} can't be read: {error.strerror}"
+    if options.auth == "external" and not tls:
+        yield 'bus.auth: "external" needs kafkas:// (the client certificate is the identity)'
+    if options.tls_server_name is not None:
+        yield "bus.tls.server_name: Kafka's brokers are verified by the names they advertise; leave it out"
+
+
+def _option_problems(options: BusOptions) -> Iterator[str]:
+    """Each option by itself, so that all problems are found and not only librdkafka's first."""
+    for name, value in options.extra.items():
+        if name in _OWNED:
+            yield f"bus.kafka.options: {name} can't be set: {_OWNED[name]}"
+            continue
+        try:
+            Producer({"log_level": 0, name: value})
+        except KafkaException as error:
+            yield f"bus.kafka.options: {name} = {value!r}: {oneline(error.args[0].str())}"
+        except (AttributeError, TypeError, ValueError) as error:
+            yield f"bus.kafka.options: {name} = {value!r}: {oneline(error)}"
+    if options.topic_replication is not None and options.topic_replication < -1:
+        yield f"bus.kafka.topic.replication: {options.topic_replication}: at least 1, or -1 for the default"
+
+
+# -------------------------------------------------------------------------------------------- errors
+
+
+class Verdict(Enum):
+    """What a delivery error means for the record and for the producer."""
+
+    REFUSED = "refused"  # this record will never be taken
+    TOO_LARGE = "too large"  # its batch was too large: refused when it was sent alone
+    DENIED = "denied"  # an operator has to act
+    UNCLEAR = "unclear"  # it may or may not be stored: new producer, send again
+
+
+_REFUSED = frozenset({KafkaError.INVALID_RECORD, KafkaError.INVALID_TIMESTAMP})
+_TOO_LARGE = frozenset({KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE})
+_DENIED = frozenset(
+    {
+        KafkaError._AUTHENTICATION,
+        KafkaError._SSL,
+        KafkaError.SASL_AUTHENTICATION_FAILED,
+        KafkaError.UNSUPPORTED_SASL_MECHANISM,
+        KafkaError.ILLEGAL_SASL_STATE,
+        KafkaError.TOPIC_AUTHORIZATION_FAILED,
+        KafkaError.GROUP_AUTHORIZATION_FAILED,
+        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+        KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
+        KafkaError.POLICY_VIOLATION,
+        KafkaError.SECURITY_DISABLED,
+    }
+)
+_MISSING = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC})
+
+
+def oneline(text: object) -> str:
+    """Anything as one line."""
+    return " ".join(str(text).split())
+
+
+def verdict(error: Any) -> Verdict:
+    """Classify a KafkaError by its code: its own `retriable()` says no to a time-out that may be stored."""
+    code = error.code()
+    if code in _REFUSED:
+        return Verdict.REFUSED
+    if code in _TOO_LARGE:
+        return Verdict.TOO_LARGE
+    # A fatal error wraps its cause; authorisation stays an operator's affair even then.
+    if code in _DENIED:
+        return Verdict.DENIED
+    return Verdict.UNCLEAR
+
+
+def translate(error: Any, doing: str) -> VirtbusError:
+    """A KafkaError as ours, with what was being done: the one place where they are translated."""
+    text = f"{doing}: {oneline(error.str())} ({error.name()})"
+    match verdict(error):
+        case Verdict.REFUSED | Verdict.TOO_LARGE:
+            return RecordRefused(text)
+        case Verdict.DENIED:
+            return BusDenied(text)
+        case Verdict.UNCLEAR:
+            return BusUnavailable(text)
+
+
+def is_missing(error: Any) -> bool:
+    """Whether the error says that the topic is not there."""
+    return error.code() in _MISSING
+
+
+class Watch:
+    """Hears a client's errors (librdkafka's error_cb, from inside poll) and remembers what they mean."""
+
+    def __init__(self) -> None:
+        self.denied: Any = None  # the KafkaError by which a broker refused us, until forgotten
+        self.denied_at = 0.0
+        self.all_down = False
+        self.fatal: Any = None
+        self.last: str | None = None
+
+    def __call__(self, error: Any) -> None:
+        """Remember one error."""
+        code = error.code()
+        if code == KafkaError._ALL_BROKERS_DOWN:
+            self.all_down = True
+            return
+        self.last = oneline(error.str())
+        if error.fatal():
+            self.fatal = error
+        if code in _DENIED and self.denied is None:
+            self.denied = error
+            self.denied_at = time.monotonic()
+
+    def token_failed(self, error: Exception) -> None:
+        """The OAuth token's source failed."""
+        self.last = oneline(error)
+
+    def forget(self) -> None:
+        """The brokers answered: what was heard before is over."""
+        self.denied = None
+        self.all_down = False
+
+    def denial(self, now: float) -> Any:
+        """The refusal, once no other broker has accepted us for a moment; else None."""
+        return self.denied if self.denied is not None and now - self.denied_at > _DENIAL_GRACE else None
+
+
+# -------------------------------------------------------------------------------------------- topics
+
+
+class Admin:
+    """One admin client for the time of a connect or a probe: who can be reached, and with which topics."""
+
+    def __init__(self, settings: KafkaSettings) -> None:
+        """Raises ConfigError when librdkafka refuses the options as a whole."""
+        self.settings = settings
+        self.watch = Watch()
+        self._deadline = time.monotonic() + settings.options.connect_timeout
+        self._client = make(AdminClient, settings.client(self.watch))
+
+    def describe(self, topic: str, *, operations: bool = False) -> Any:
+        """confluent_kafka's TopicDescription, or None when the topic is missing; never creates it."""
+        futures = self._client.describe_topics(
+            TopicCollection([topic]), include_authorized_operations=operations, request_timeout=self._left()
+        )
+        try:
+            return self._result(futures[topic], f'asking {self.settings.display} about topic "{topic}"')
+        except _TopicMissing:
+            return None
+
+    def ensure(self, topic: str, *, declare: bool) -> None:
+        """Create the topic when it is missing and we may.
+
+        Raises BusDenied when it is missing and may not be created, BusUnavailable when it can't be now.
+        """
+        if self.describe(topic) is not None:
+            return
+        options = self.settings.options
+        remedy = f'create it (kafka-topics.sh --create --topic "{topic}" --partitions …)'
+        if not declare:
+            raise BusDenied(f'topic "{topic}" does not exist and bus.declare is false: {remedy}')
+        new = NewTopic(
+            topic,
+            num_partitions=options.topic_partitions,
+            replication_factor=-1 if options.topic_replication is None else options.topic_replication,
+            config=dict(options.topic_config),
+        )
+        future = self._client.create_topics([new], request_timeout=self._left())[topic]
+        try:
+            self._result(future, f'creating topic "{topic}"')
+        except BusDenied as error:
+            raise BusDenied(f"{error}: permit it, or {remedy}") from error
+        while self.describe(topic) is None:  # every broker learns of it a moment later
+            if time.monotonic() > self._deadline:
+                raise BusUnavailable(f'topic "{topic}" was created, but is not to be seen yet')
+            time.sleep(0.05)
+
+    def call(self, doing: str, start: Callable[[AdminClient], Future[T]]) -> T:
+        """The result of any other admin request."""
+        return self._result(start(self._client), doing)
+
+    def _left(self) -> float:
+        return max(0.1, self._deadline - time.monotonic())
+
+    def _result(self, future: Future[T], doing: str) -> T:
+        """Wait, serving callbacks; a refusal ends the wait before the deadline."""
+        while not future.done():
+            self._client.poll(0.02)
+            now = time.monotonic()
+            denied = self.watch.denial(now)
+            if denied is not None:
+                raise translate(denied, doing)
+            if now > self._deadline:
+                last = self.watch.last or "nobody answers"
+                seconds = self.settings.options.connect_timeout
+                raise BusUnavailable(f"{doing}: no answer within {seconds:g} s: {last}")
+        try:
+            return future.result()
+        except KafkaException as error:
+            cause = error.args[0]
+            if is_missing(cause):
+                raise _TopicMissing(doing) from error
+            if cause.code() == KafkaError.TOPIC_ALREADY_EXISTS:
+                return None  # type: ignore[return-value]  # somebody else created it just now
+            if self.watch.denied is not None:
+                raise translate(self.watch.denied, doing) from error
+            translated = translate(cause, doing)
+            if self.watch.last and isinstance(translated, BusUnavailable):
+                raise BusUnavailable(f"{translated}; last heard: {self.watch.last}") from error
+            raise translated from error
+
+
+class _TopicMissing(BusUnavailable):
+    """The topic is not there; inside this module only."""
+
+
+def make(factory: Callable[[dict[str, Any]], T], config: dict[str, Any]) -> T:
+    """A librdkafka client; ConfigError when it refuses the configuration as a whole."""
+    try:
+        return factory(config)
+    except KafkaException as error:
+        reason = oneline(error.args[0].str())
+        raise ConfigError(f"bus.kafka: librdkafka refuses the settings: {reason}") from error
