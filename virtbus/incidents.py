@@ -62,6 +62,7 @@ from virtbus.model import (
     SourceReady,
     to_datetime,
 )
+from virtbus.telemetry import Trouble, emit
 
 Describe: TypeAlias = Callable[[str], Description | None]
 """Domain UUID → what the cache knows of it, at once, or None."""
@@ -74,6 +75,8 @@ UNKNOWN_HOST = Host(name="unknown")
 
 _FREE_MESSAGES = 10  # after these an incident waits between messages …
 _MESSAGE_SPACING = 1.0  # … at least this many seconds
+_PAUSED_GUESTS = 10_000  # at most so many are remembered by one incident (scope host)
+_LATE_SECONDS = 10.0  # a pause without its event is told at most so late
 _FORMAT = 1  # of the persistent states; a newer one is not read
 _META = "incidents/meta"
 _LIVE, _DRILL, _SEEN = "incident/", "drill/", "seen/"
@@ -265,7 +268,10 @@ class Incidents:
         self._open: dict[str, _Incident] = {}
         self._of_domain: dict[str, list[_Incident]] = {}  # those of scope device and domain
         self._seen: dict[str, int] = {}  # oldest first
+        self._resumed_at: dict[str, tuple[int, float]] = {}  # guest → wall, monotonic; oldest first
         self._changed: dict[str, None] = {}
+        if host is not None:
+            self._changed[_META] = None
         self._wake = math.inf  # nothing is due before this; may be early, never late
         self._domains_limit = limits.max_open - 2  # the last are the host's and a drill's host's
         self._devices_limit = self._domains_limit * 3 // 4
@@ -297,6 +303,10 @@ class Incidents:
             at = observation.observed_at
             return self._error(Burst(observation, 1, at, at), now, describe)
         if isinstance(observation, DomainResumed):
+            self._resumed_at.pop(observation.domain_uuid, None)
+            self._resumed_at[observation.domain_uuid] = (observation.at_ns, now.monotonic)
+            if len(self._resumed_at) > self._limits.max_open:
+                del self._resumed_at[next(iter(self._resumed_at))]
             self._resume(observation.domain_uuid, now)
             return []
         if isinstance(observation, DomainGone):
@@ -479,6 +489,8 @@ class Incidents:
             incident.lower_bound = True
         if facts.action_code == _PAUSE_CODE:
             self._pause(incident, burst.raw.domain_uuid, now)
+            if burst.origin is Origin.LIFECYCLE and self._ran_since(burst, now):
+                self._resume(burst.raw.domain_uuid, now)
         self._changed[incident.key] = None
 
         news = changed or (not incident.flapping and self._flaps(incident, now))
@@ -496,7 +508,7 @@ class Incidents:
         """Make an event of each pending count, as far as the message rate allows (`last`: all of them)."""
         events: list[Event] = []
         while incident.pending and (last or not self._limits.fold or now.monotonic >= incident.allowed_at):
-            self._describe(incident, describe)  # may raise: nothing is counted as told yet
+            self._describe(incident, describe)
             pending = incident.pending.pop(0)
             phase = Phase.UPDATED if incident.messages else Phase.OPENED
             incident.told += pending.count
@@ -518,7 +530,11 @@ class Incidents:
         """Take over what the cache knows now; what was known once is kept when it is gone."""
         if incident.scope is Scope.HOST:
             return
-        description = describe(_uuid_in(incident.key))
+        try:
+            description = describe(_uuid_in(incident.key))
+        except Exception as error:  # noqa: BLE001 - a broken look-up may cost the enrichment, never a count
+            emit(Trouble("description of a domain", error))
+            return
         if description is None:
             return
         incident.domain = description.domain
@@ -533,7 +549,7 @@ class Incidents:
 
     def _pause(self, incident: _Incident, domain_uuid: str, now: Now) -> None:
         """The incident's error paused a guest; further errors of a paused guest are no further pause."""
-        if domain_uuid in incident.paused or len(incident.paused) >= self._limits.max_open:
+        if domain_uuid in incident.paused or len(incident.paused) >= _PAUSED_GUESTS:
             return
         incident.paused.add(_clean(domain_uuid))
         incident.pauses += 1
@@ -550,6 +566,12 @@ class Incidents:
             len(incident.paused_at) >= self._limits.flapping_pauses
             and len(self._recent_pauses(incident, now)) >= self._limits.flapping_pauses
         )
+
+    def _ran_since(self, burst: Burst, now: Now) -> bool:
+        """Whether the guest was resumed after this pause, which is told late: its event was awaited."""
+        at_ns, at = self._resumed_at.get(burst.raw.domain_uuid, (-1, -math.inf))
+        # Wall times compare only over a short time: a clock may have been set in between.
+        return burst.last_ns <= at_ns and now.monotonic - at < _LATE_SECONDS
 
     def _resume(self, domain_uuid: str, now: Now) -> None:
         """The guest runs: from now on its devices can prove that they are quiet."""
@@ -579,13 +601,16 @@ class Incidents:
 
     def _removed(self, removed: DeviceRemoved, now: Now, describe: Describe) -> list[Event]:
         events: list[Event] = []
-        for incident in list(self._of_domain.get(removed.domain_uuid, ())):
+        siblings = self._of_domain.get(removed.domain_uuid, [])
+        for incident in siblings:
             if incident.scope is Scope.DEVICE and incident.device.alias == removed.alias:
+                for other in siblings:
+                    # The guest stands still as before; its other incidents must not grow quiet by that.
+                    if incident.paused and incident.key.startswith(_DRILL) == other.key.startswith(_DRILL):
+                        other.paused |= incident.paused
+                        self._changed[other.key] = None
                 events += self._resolve(incident, "device_removed", removed.at_ns, now, describe)
         self._forget(lambda uuid, alias: (uuid, alias) == (removed.domain_uuid, removed.alias))
-        # A guest that only this device held paused may let its other incidents grow quiet now.
-        for incident in self._of_domain.get(removed.domain_uuid, ()):
-            self._schedule(incident)
         return events
 
     def _resolve(
@@ -740,7 +765,9 @@ class Incidents:
         """Whether a guest of the incident stands still: then its silence says nothing."""
         if incident.scope is Scope.HOST:
             return bool(incident.paused)
-        return any(one.paused for one in self._of_domain.get(_uuid_in(incident.key), ()))
+        uuid, drill = _uuid_in(incident.key), incident.key.startswith(_DRILL)
+        siblings = [*self._of_domain.get(uuid, ()), *self._host_incidents()]
+        return any(uuid in one.paused for one in siblings if one.key.startswith(_DRILL) == drill)
 
     def _due(self, incident: _Incident) -> float:
         """When a tick has something to do for the incident."""

@@ -1,0 +1,938 @@
+"""Errors become incidents: told at once, counted in widening windows, resolved when they are over."""
+
+import itertools
+
+import pytest
+
+from virtbus.incidents import UNKNOWN_HOST, WHOLE_HOST, IncidentLimits, Incidents
+from virtbus.model import (
+    Action,
+    Burst,
+    Description,
+    Device,
+    DeviceRemoved,
+    Domain,
+    DomainGone,
+    DomainResumed,
+    DomainState,
+    Evidence,
+    Host,
+    IoError,
+    IoErrorResolved,
+    Now,
+    Origin,
+    Owner,
+    Phase,
+    RawIoError,
+    Scope,
+    SourceLost,
+    SourceReady,
+    to_datetime,
+)
+
+SECOND = 1_000_000_000
+START = 1_795_353_029 * SECOND
+HOST = Host("compute-17")
+REPORT, PAUSE = 2, 1
+DISK, OTHER_DISK = "virtio-disk0", "virtio-disk1"
+
+
+def an_error(
+    alias=DISK, *, count=1, action=REPORT, reason="", domain="guest-a", path="/disk", at=None, **more
+):
+    raw = RawIoError(domain, f"name of {domain}", 7, path, alias, action, reason, at)
+    return Burst(raw, count, at, at, **more)
+
+
+def a_state(uuid="guest-a", state="running", *, paused=False, aliases=frozenset({DISK, OTHER_DISK})):
+    return DomainState(uuid, f"name of {uuid}", state, paused, aliases)
+
+
+def described(uuid):
+    return Description(
+        Domain(uuid, f"name of {uuid}", 7, "running", Owner("nova", "owner of " + uuid)),
+        {alias: Device(alias, target=f"target of {alias}") for alias in (DISK, OTHER_DISK)},
+    )
+
+
+class Bench:
+    """Incidents on a clock of our own, with a store that commits when it is told to."""
+
+    def __init__(self, *, describe=described, host=HOST, **limits):
+        self.limits = IncidentLimits(**limits)
+        self.ids = (f"incident-{number}" for number in itertools.count(1))
+        self.incidents = Incidents(self.limits, new_id=lambda: next(self.ids), host=host)
+        self.describe = describe
+        self.wall_ns, self.monotonic = START, 1000.0
+        self.states = {}
+
+    @property
+    def now(self):
+        return Now(self.wall_ns, self.monotonic)
+
+    def see(self, observation):
+        """Apply it now; an error without a time happens now."""
+        if isinstance(observation, Burst) and observation.first_ns is None:
+            raw = observation.raw._replace(observed_at=self.wall_ns)
+            observation = Burst(
+                raw,
+                observation.count,
+                self.wall_ns,
+                self.wall_ns,
+                observation.origin,
+                observation.message,
+                observation.disk_error,
+                observation.evidence,
+            )
+        return self.incidents.apply(observation, self.now, self.describe)
+
+    def wait(self, seconds):
+        """Let time pass, ticking whenever something is due."""
+        events, end = [], self.monotonic + seconds
+        while (due := self.incidents.next_due()) is not None and due <= end:
+            self._move_to(max(due, self.monotonic))
+            events += self.incidents.tick(self.now, self.describe)
+            after = self.incidents.next_due()
+            assert after is None or after > self.monotonic, "a tick at its time leaves nothing due"
+        self._move_to(end)
+        return events
+
+    def _move_to(self, monotonic):
+        self.wall_ns += round((monotonic - self.monotonic) * SECOND)
+        self.monotonic = monotonic
+
+    def commit(self):
+        for key, value in self.incidents.changes().items():
+            if value is None:
+                self.states.pop(key, None)
+            else:
+                self.states[key] = value
+
+    def restart(self, *, down_seconds=0.0, wall_jump_seconds=0.0):
+        """A new process after a kill: another monotonic clock, the wall clock goes on."""
+        self.wall_ns += round((down_seconds + wall_jump_seconds) * SECOND)
+        self.monotonic = 5.0
+        self.incidents = Incidents(self.limits, new_id=lambda: next(self.ids))
+        return self.incidents.restore(self.states, self.now)
+
+    def ready(self, *domains, **more):
+        return self.see(SourceReady(HOST, self.wall_ns, domains or (a_state(),), **more))
+
+
+def told(events):
+    """(phase, count) of each event; a resolution is (resolved, cause)."""
+    return [
+        (event.incident.phase.value, event.occurrences.count)
+        if isinstance(event, IoError)
+        else (event.incident.phase.value, event.resolution.cause)
+        for event in events
+    ]
+
+
+def counted(events, origin=Origin.EVENT):
+    return sum(
+        event.occurrences.count for event in events if isinstance(event, IoError) and event.origin is origin
+    )
+
+
+# ------------------------------------------------------------------------------------------- opening
+
+
+def test_the_first_error_goes_out_at_once_with_libvirts_own_words():
+    bench = Bench()
+    (event,) = bench.see(an_error(action=PAUSE, reason="enospc", path="/images/a.qcow2"))
+    assert event.incident.phase is Phase.OPENED
+    assert event.incident.id == "incident-1"
+    assert (event.error.action, event.error.action_code) == (Action.PAUSE, PAUSE)
+    assert (event.error.reason, event.error.path) == ("enospc", "/images/a.qcow2")
+    assert event.error.occurred_at == event.incident.opened_at == to_datetime(START)
+    assert (event.occurrences.count, event.occurrences.total) == (1, 1)
+    assert event.host == HOST
+    assert event.origin is Origin.EVENT
+
+
+def test_a_raw_callback_counts_as_one_error_of_origin_event():
+    bench = Bench()
+    (event,) = bench.see(RawIoError("guest-a", "web", 7, "", DISK, REPORT, "", START))
+    assert (event.occurrences.count, event.origin) == (1, Origin.EVENT)
+    assert event.error.path == ""
+
+
+def test_an_action_code_that_nobody_knows_yet_goes_through():
+    (event,) = Bench().see(an_error(action=9))
+    assert (event.error.action, event.error.action_code) == (Action.UNKNOWN, 9)
+
+
+def test_errors_of_two_devices_are_two_incidents():
+    bench = Bench()
+    (one,), (two,) = bench.see(an_error(DISK)), bench.see(an_error(OTHER_DISK))
+    assert one.incident.id != two.incident.id
+    assert bench.incidents.open_count == 2
+
+
+# ------------------------------------------------------------------------------------------- windows
+
+
+def test_errors_in_a_window_are_told_in_one_update_when_it_ends():
+    bench = Bench()
+    bench.see(an_error())
+    first = bench.wall_ns + SECOND // 4
+    bench.wait(0.25)
+    assert bench.see(an_error(count=3)) == []
+    bench.wait(0.5)
+    assert bench.see(an_error(count=4)) == []
+    (update,) = bench.wait(0.5)
+    assert update.incident.phase is Phase.UPDATED
+    assert (update.occurrences.count, update.occurrences.total) == (7, 8)
+    assert update.occurrences.first == to_datetime(first)
+    assert update.occurrences.last == update.error.occurred_at == to_datetime(first + SECOND // 2)
+
+
+def test_windows_double_up_to_the_limit_while_errors_go_on():
+    bench = Bench()
+    bench.see(an_error())
+    times = []
+    for _ in range(4 * 260):
+        bench.see(an_error())
+        times += [round(bench.monotonic - 1000) for _ in bench.wait(0.25)]
+    assert times == [1, 3, 7, 15, 31, 63, 123, 183, 243]
+
+
+def test_an_hour_of_storm_costs_few_messages_and_loses_no_count():
+    bench = Bench()
+    events = bench.see(an_error())
+    for _ in range(3600):
+        events += bench.see(an_error(count=4700)) + bench.wait(1.0)
+    events += bench.wait(60)
+    assert counted(events) == 1 + 3600 * 4700
+    assert len(events) < 80
+
+
+def test_an_error_after_a_silent_window_goes_out_at_once():
+    bench = Bench()
+    bench.see(an_error())
+    bench.see(an_error())
+    assert told(bench.wait(5)) == [("updated", 1)]
+    assert told(bench.see(an_error())) == [("updated", 1)]
+    assert bench.see(an_error()) == []  # and its window is as wide as the last one was
+    assert bench.wait(1.9) == []
+    assert told(bench.wait(0.2)) == [("updated", 1)]
+
+
+def test_a_late_tick_tells_what_the_window_counted():
+    bench = Bench()
+    bench.see(an_error())
+    bench.see(an_error(count=5))
+    bench.monotonic += 100
+    assert told(bench.see(an_error(count=2))) == [("updated", 7)]
+
+
+# -------------------------------------------------------------------------------------------- changes
+
+
+@pytest.mark.parametrize("change", [{"reason": "enospc"}, {"action": PAUSE}])
+def test_a_change_of_action_or_reason_goes_out_at_once(change):
+    bench = Bench()
+    bench.see(an_error())
+    (event,) = bench.see(an_error(**change))
+    assert event.incident.phase is Phase.UPDATED
+    assert event.occurrences.count == 1
+
+
+def test_a_change_of_path_alone_waits_for_the_windows_end():
+    bench = Bench()
+    bench.see(an_error(path="/top"))
+    assert bench.see(an_error(path="/base")) == []
+    assert bench.wait(1)[0].error.path == "/base"
+
+
+def test_what_was_counted_before_a_change_goes_out_under_its_own_reason():
+    bench = Bench()
+    bench.see(an_error())
+    bench.see(an_error(count=5))
+    before, after = bench.see(an_error(reason="enospc"))
+    assert (before.error.reason, before.occurrences.count) == ("", 5)
+    assert (after.error.reason, after.occurrences.count) == ("enospc", 1)
+
+
+def test_a_guest_that_alternates_reasons_is_held_to_one_message_a_second_after_ten():
+    bench = Bench()
+    events, times = [], []
+    for number in range(10_000):
+        new = bench.see(an_error(reason="enospc" if number % 2 else "eio")) + bench.wait(0.002)
+        events += new
+        times += [bench.monotonic] * len(new)
+    events += bench.wait(2)
+    assert counted(events) == 10_000
+    assert len(times) <= 10 + 20
+    assert all(later - earlier >= 0.99 for earlier, later in itertools.pairwise(times[9:]))
+
+
+def test_a_change_that_had_to_wait_is_told_within_a_second():
+    bench = Bench()
+    for number in range(10):
+        bench.see(an_error(reason=str(number)))
+    assert bench.see(an_error(reason="the newest")) == []
+    (event,) = bench.wait(1)
+    assert event.error.reason == "the newest"
+
+
+# -------------------------------------------------------------------------------------------- origins
+
+
+def test_an_event_speaks_of_one_origin_only():
+    bench = Bench()
+    bench.see(an_error())
+    bench.see(an_error(count=3))
+    bench.see(an_error(origin=Origin.LIFECYCLE))
+    events = bench.wait(2)
+    assert [(event.origin, event.occurrences.count) for event in events] == [
+        (Origin.EVENT, 3),
+        (Origin.LIFECYCLE, 1),
+    ]
+    assert [event.occurrences.total for event in events] == [4, 5]
+
+
+def test_a_drill_has_an_incident_of_its_own():
+    bench = Bench()
+    (drill,) = bench.see(an_error(origin=Origin.REPLAY))
+    (live,) = bench.see(an_error())
+    assert live.incident.phase is Phase.OPENED
+    assert live.incident.id != drill.incident.id
+
+
+def test_a_drill_does_not_keep_a_live_incident_open():
+    bench = Bench()
+    bench.see(an_error(action=PAUSE, origin=Origin.REPLAY))
+    (live,) = bench.see(an_error())
+    events = bench.wait(301)
+    assert [event.incident.id for event in events] == [live.incident.id]
+
+
+def test_without_folding_each_callback_is_an_event_of_its_own():
+    bench = Bench(fold=False)
+    events = [event for _ in range(100) for event in bench.see(an_error())]
+    assert [event.occurrences.count for event in events] == [1] * 100
+    assert events[-1].occurrences.total == 100
+    assert {event.incident.id for event in events} == {"incident-1"}
+
+
+def test_without_folding_a_burst_stays_one_event_with_its_count():
+    bench = Bench(fold=False)
+    bench.see(an_error())
+    assert told(bench.see(an_error(count=500))) == [("updated", 500)]
+
+
+# ------------------------------------------------------------------------------------------- evidence
+
+
+def test_evidence_and_the_hypervisors_text_pass_through():
+    evidence = (Evidence("block_info", "contradicts", capacity_bytes=100, allocation_bytes=1),)
+    (event,) = Bench().see(an_error(evidence=evidence, message="No space left", disk_error="no_space"))
+    assert event.error.evidence == evidence
+    assert (event.error.message, event.error.disk_error) == ("No space left", "no_space")
+
+
+def test_evidence_stays_with_the_errors_that_are_told_with_it():
+    bench = Bench()
+    evidence = (Evidence("state", "confirms"),)
+    bench.see(an_error())
+    bench.see(an_error(evidence=evidence))
+    bench.see(an_error())
+    (update,) = bench.wait(1)
+    assert update.error.evidence == evidence
+    bench.see(an_error())
+    (update,) = bench.wait(2)
+    assert update.error.evidence == ()
+
+
+# --------------------------------------------------------------------------------------- descriptions
+
+
+def test_an_error_of_a_described_device_is_enriched():
+    (event,) = Bench().see(an_error())
+    assert event.enriched
+    assert event.device.target == "target of virtio-disk0"
+    assert event.domain.owner.id == "owner of guest-a"
+
+
+@pytest.mark.parametrize("alias", ["", "not-in-the-xml"])
+def test_a_device_that_the_description_does_not_have_is_not_called_enriched(alias):
+    (event,) = Bench().see(an_error(alias))
+    assert not event.enriched
+    assert event.device == Device(alias or None)
+    assert event.domain.owner is not None
+
+
+def test_an_unknown_domain_is_told_with_what_the_callback_said():
+    (event,) = Bench(describe=lambda _uuid: None).see(an_error())
+    assert not event.enriched
+    assert event.domain == Domain("guest-a", "name of guest-a", 7)
+    assert event.device == Device(DISK)
+
+
+def test_a_description_that_comes_later_enriches_the_updates():
+    bench = Bench(describe=lambda _uuid: None)
+    bench.see(an_error())
+    bench.see(an_error())
+    bench.describe = described
+    (update,) = bench.wait(1)
+    assert update.enriched
+    assert update.device.target == "target of virtio-disk0"
+
+
+def test_what_was_known_of_a_device_is_kept_when_its_description_is_gone():
+    bench = Bench()
+    bench.see(an_error())
+    bench.describe = lambda _uuid: None
+    (resolved,) = bench.see(DomainGone("guest-a", START, "domain_stopped"))
+    assert resolved.device.target == "target of virtio-disk0"
+
+
+# ------------------------------------------------------------------------------------------ resolution
+
+
+def test_a_quiet_incident_resolves_with_its_length_and_all_its_errors():
+    bench = Bench()
+    bench.see(an_error())
+    bench.see(an_error(count=4))
+    bench.wait(1)
+    assert bench.wait(298.9) == []
+    (resolved,) = bench.wait(0.2)
+    assert isinstance(resolved, IoErrorResolved)
+    assert resolved.resolution.cause == "quiet"
+    assert resolved.resolution.resolved_at == to_datetime(START + 300 * SECOND)
+    assert resolved.resolution.duration_seconds == 300
+    assert resolved.occurrences.total == 5
+    assert resolved.incident.phase is Phase.RESOLVED
+    assert bench.incidents.open_count == 0
+    assert bench.incidents.next_due() is None
+
+
+def test_an_incident_never_resolves_while_its_guest_is_paused():
+    bench = Bench()
+    bench.see(an_error(action=PAUSE))
+    assert bench.wait(100_000) == []
+    assert bench.incidents.next_due() is None
+
+
+def test_after_a_resume_the_device_has_to_stay_quiet():
+    bench = Bench()
+    bench.see(an_error(action=PAUSE))
+    bench.wait(3600)
+    bench.see(DomainResumed("guest-a", bench.wall_ns))
+    assert bench.wait(299.9) == []
+    (resolved,) = bench.wait(0.2)
+    assert resolved.resolution.cause == "resumed"
+    assert resolved.resolution.duration_seconds == 3900
+
+
+def test_silence_of_a_device_says_nothing_while_another_device_holds_the_guest_paused():
+    bench = Bench()
+    bench.see(an_error(DISK, action=PAUSE))
+    bench.see(an_error(OTHER_DISK, action=REPORT))
+    assert bench.wait(1000) == []
+    bench.see(DomainResumed("guest-a", bench.wall_ns))
+    assert told(bench.wait(301)) == [("resolved", "resumed"), ("resolved", "quiet")]
+
+
+def test_unplugging_the_device_that_paused_the_guest_does_not_make_the_others_quiet():
+    bench = Bench()
+    bench.see(an_error(DISK, action=PAUSE))
+    bench.see(an_error(OTHER_DISK, action=REPORT))
+    assert told(bench.see(DeviceRemoved("guest-a", DISK, bench.wall_ns))) == [("resolved", "device_removed")]
+    assert bench.wait(1000) == []
+
+
+@pytest.mark.parametrize("cause", ["domain_stopped", "migrated", "undefined"])
+def test_a_guest_that_leaves_ends_its_incidents_at_once_with_the_cause(cause):
+    bench = Bench()
+    bench.see(an_error(DISK, action=PAUSE))
+    bench.see(an_error(OTHER_DISK))
+    bench.see(an_error(domain="guest-b"))
+    events = bench.see(DomainGone("guest-a", START + 5, cause))
+    assert told(events) == [("resolved", cause)] * 2
+    assert events[0].resolution.resolved_at == to_datetime(START + 5)
+    assert bench.incidents.open_count == 1
+
+
+def test_what_is_pending_goes_out_before_the_resolution():
+    bench = Bench()
+    bench.see(an_error())
+    bench.see(an_error(count=9))
+    bench.see(an_error(origin=Origin.LIFECYCLE))
+    events = bench.see(DeviceRemoved("guest-a", DISK, START))
+    assert told(events) == [("updated", 9), ("updated", 1), ("resolved", "device_removed")]
+    assert events[-1].occurrences.total == 11
+
+
+def test_an_error_after_a_resolution_opens_a_new_incident():
+    bench = Bench()
+    (first,) = bench.see(an_error())
+    bench.wait(301)
+    (second,) = bench.see(an_error())
+    assert second.incident.phase is Phase.OPENED
+    assert second.incident.id != first.incident.id
+    assert second.occurrences.total == 1
+
+
+def test_a_wall_clock_that_is_set_back_makes_no_negative_duration():
+    bench = Bench()
+    bench.see(an_error())
+    bench.wall_ns -= 86_400 * SECOND
+    (resolved,) = bench.wait(301)
+    assert resolved.resolution.duration_seconds == 300
+
+
+# --------------------------------------------------------------------------------------------- flapping
+
+
+def test_a_pause_and_resume_loop_is_recognised_and_told_at_once():
+    bench = Bench()
+    (first,) = bench.see(an_error(action=PAUSE))
+    assert (first.incident.pauses, first.incident.flapping) == (1, False)
+    events = []
+    for _ in range(2):
+        bench.wait(0.4)
+        bench.see(DomainResumed("guest-a", bench.wall_ns))
+        events = bench.see(an_error(action=PAUSE))
+    (event,) = events
+    assert (event.incident.pauses, event.incident.flapping) == (3, True)
+    assert event.incident.pauses_per_minute == pytest.approx(150)
+
+
+def test_flapping_ends_when_the_pauses_are_long_ago():
+    bench = Bench(quiet_seconds=3600)
+    for _ in range(3):
+        bench.see(an_error(action=PAUSE))
+        bench.see(DomainResumed("guest-a", bench.wall_ns))
+    bench.wait(601)
+    (event,) = bench.see(an_error())
+    assert (event.incident.pauses, event.incident.flapping) == (3, False)
+
+
+def test_further_errors_of_a_paused_guest_are_no_further_pause():
+    bench = Bench()
+    bench.see(an_error(action=PAUSE))
+    bench.see(an_error(action=PAUSE, count=7))
+    assert bench.wait(1)[0].incident.pauses == 1
+
+
+def test_a_pause_that_is_told_late_does_not_stop_a_guest_that_runs_again():
+    bench = Bench()
+    paused_at = bench.wall_ns
+    bench.wait(0.3)
+    bench.see(DomainResumed("guest-a", bench.wall_ns))
+    bench.wait(0.7)
+    (event,) = bench.see(an_error(action=PAUSE, origin=Origin.LIFECYCLE, at=paused_at))
+    assert event.incident.pauses == 1
+    assert told(bench.wait(301)) == [("resolved", "resumed")]
+
+
+# ------------------------------------------------------------------------------------------------ bounds
+
+
+def test_beyond_the_limit_errors_fold_into_one_incident_a_domain_and_then_one_a_host():
+    bench = Bench(max_open=10)
+    events = []
+    for domain, disk in itertools.product(range(20), range(5)):
+        events += bench.see(an_error(f"disk{disk}", domain=f"guest-{domain}"))
+        assert bench.incidents.open_count <= 10
+    events += bench.wait(60)
+    assert counted(events) == 100
+    opened = [event.incident.scope for event in events if event.incident.phase is Phase.OPENED]
+    assert opened == [Scope.DEVICE] * 6 + [Scope.DOMAIN] * 2 + [Scope.HOST]
+    wide = [event for event in events if event.incident.scope is Scope.HOST]
+    assert {(event.domain, event.device) for event in wide} == {(WHOLE_HOST, Device(None))}
+
+
+def test_a_domain_wide_incident_keeps_its_domains_new_devices():
+    bench = Bench(max_open=10)
+    for number in range(6):
+        bench.see(an_error(domain=f"guest-{number}"))
+    (wide,) = bench.see(an_error(domain="guest-x"))
+    assert (wide.incident.scope, wide.device) == (Scope.DOMAIN, Device(None))
+    assert wide.domain.uuid == "guest-x"
+    for number in range(6):
+        bench.see(DomainGone(f"guest-{number}", START, "domain_stopped"))
+    assert bench.see(an_error(OTHER_DISK, domain="guest-x")) == []
+    assert bench.incidents.open_count == 1
+
+
+def test_a_host_wide_incident_waits_for_each_guest_that_it_paused():
+    bench = Bench(max_open=1)
+    (event,) = bench.see(an_error(domain="guest-a", action=PAUSE))
+    assert event.incident.scope is Scope.HOST
+    bench.see(an_error(domain="guest-b", action=PAUSE))
+    bench.wait(2)
+    bench.see(DomainResumed("guest-a", bench.wall_ns))
+    assert bench.wait(1000) == []
+    assert bench.see(DomainGone("guest-b", bench.wall_ns, "domain_stopped")) == []
+    assert told(bench.wait(301)) == [("resolved", "resumed")]
+
+
+def test_ten_thousand_guests_that_come_and_go_leave_nothing():
+    bench = Bench()
+    for number in range(10_000):
+        uuid = f"guest-{number}"
+        bench.see(an_error(domain=uuid, action=PAUSE))
+        bench.see(DomainResumed(uuid, bench.wall_ns))
+        bench.see(DomainGone(uuid, bench.wall_ns, "undefined"))
+        bench.commit()
+    assert bench.incidents.open_count == 0
+    assert set(bench.states) == {"incidents/meta"}
+
+
+def test_what_is_kept_of_resolved_incidents_is_bounded():
+    bench = Bench(max_open=10, quiet_seconds=1)
+    for number in range(100):
+        bench.see(an_error(domain=f"guest-{number}"))
+        bench.wait(2)
+        bench.commit()
+    assert bench.incidents.open_count == 0
+    assert len(bench.states) == 10 + 1  # and the host's name
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"first_window_seconds": 0},
+        {"first_window_seconds": 61},
+        {"quiet_seconds": 0},
+        {"max_open": 0},
+        {"flapping_pauses": 1},
+    ],
+)
+def test_limits_that_contradict_each_other_are_refused(limits):
+    with pytest.raises(ValueError, match=next(iter(limits))):
+        IncidentLimits(**limits)
+
+
+# ------------------------------------------------------------------------------- blind, and looking again
+
+
+def test_nothing_resolves_while_we_cannot_see():
+    bench = Bench()
+    bench.see(an_error())
+    bench.see(SourceLost(bench.wall_ns, "libvirtd is gone"))
+    assert bench.wait(10_000) == []
+    assert bench.incidents.open_count == 1
+
+
+def test_pending_counts_go_out_although_we_cannot_see():
+    bench = Bench()
+    bench.see(an_error())
+    bench.see(an_error())
+    bench.see(SourceLost(bench.wall_ns, "libvirtd is gone"))
+    assert told(bench.wait(1)) == [("updated", 1)]
+
+
+def test_after_a_gap_we_watch_the_widest_window_before_a_device_counts_as_quiet():
+    bench = Bench()
+    bench.see(an_error())
+    bench.see(SourceLost(bench.wall_ns, "libvirtd is gone"))
+    bench.wait(10_000)
+    assert bench.ready() == []
+    assert bench.wait(59.9) == []
+    assert told(bench.wait(0.2)) == [("resolved", "quiet")]
+
+
+@pytest.mark.parametrize(
+    ("look", "cause"),
+    [
+        ((a_state("guest-b"),), "domain_stopped"),
+        ((a_state(state="shutoff"),), "domain_stopped"),
+        ((a_state(aliases=frozenset({OTHER_DISK})),), "device_removed"),
+    ],
+)
+def test_what_was_gone_when_we_looked_again_is_resolved(look, cause):
+    bench = Bench()
+    bench.see(an_error(action=PAUSE))
+    bench.see(SourceLost(bench.wall_ns, "libvirtd is gone"))
+    assert told(bench.ready(*look)) == [("resolved", cause)]
+
+
+def test_a_device_that_the_xml_never_had_was_not_removed():
+    bench = Bench()
+    bench.see(an_error("not-in-the-xml"))
+    assert bench.ready() == []
+
+
+def test_a_device_whose_xml_could_not_be_read_was_not_removed():
+    bench = Bench()
+    bench.see(an_error())
+    assert bench.ready(a_state(aliases=None)) == []
+
+
+def test_a_guest_that_was_found_running_has_resumed():
+    bench = Bench()
+    bench.see(an_error(action=PAUSE))
+    bench.see(SourceLost(bench.wall_ns, "libvirtd is gone"))
+    bench.ready(a_state(state="running"))
+    assert told(bench.wait(301)) == [("resolved", "resumed")]
+
+
+def test_a_guest_that_was_found_paused_keeps_its_incidents_open():
+    bench = Bench()
+    bench.see(an_error(action=PAUSE))
+    bench.see(DomainResumed("guest-a", bench.wall_ns))
+    bench.see(SourceLost(bench.wall_ns, "libvirtd is gone"))
+    bench.ready(a_state(state="paused", paused=True))
+    assert bench.wait(1000) == []
+
+
+# ---------------------------------------------------------------------------------------------- findings
+
+
+def a_found_pause(alias=DISK, **more):
+    return an_error(alias, action=PAUSE, origin=Origin.RECONCILE, **more)
+
+
+def test_a_pause_that_was_found_and_not_told_is_an_error():
+    bench = Bench()
+    finding = a_found_pause(at=bench.wall_ns)
+    (event,) = bench.ready(a_state(state="paused", paused=True), findings=(finding,))
+    assert event.origin is Origin.RECONCILE
+    assert event.incident.phase is Phase.OPENED
+    assert bench.wait(1000) == []
+
+
+@pytest.mark.parametrize("alias", [DISK, ""])
+def test_a_pause_that_an_incident_tells_of_is_not_told_twice_not_even_after_a_restart(alias):
+    bench = Bench()
+    bench.see(an_error(DISK, action=PAUSE))
+    bench.commit()
+    bench.restart(down_seconds=20)
+    finding = a_found_pause(alias, at=bench.wall_ns)
+    assert bench.ready(a_state(state="paused", paused=True), findings=(finding,)) == []
+    assert bench.wait(100) == []
+
+
+def test_a_pause_by_a_second_disk_is_told():
+    bench = Bench()
+    bench.see(an_error(DISK, action=PAUSE))
+    finding = a_found_pause(OTHER_DISK, at=bench.wall_ns)
+    (event,) = bench.ready(a_state(state="paused", paused=True), findings=(finding,))
+    assert event.device.alias == OTHER_DISK
+
+
+def test_a_pause_that_was_missed_after_a_resume_that_was_seen_is_told():
+    bench = Bench()
+    bench.see(an_error(action=PAUSE))
+    bench.see(DomainResumed("guest-a", bench.wall_ns))
+    bench.see(SourceLost(bench.wall_ns, "libvirtd is gone"))
+    bench.wait(10)
+    finding = a_found_pause(at=bench.wall_ns)
+    (event,) = bench.ready(a_state(state="paused", paused=True), findings=(finding,))
+    assert event.incident.pauses == 2
+
+
+def test_a_message_with_a_later_time_is_a_new_error_of_the_paused_guest():
+    bench = Bench()
+    bench.see(an_error(action=PAUSE))
+    bench.see(SourceLost(bench.wall_ns, "libvirtd is gone"))
+    bench.wait(10)
+    finding = a_found_pause(at=bench.wall_ns - 5 * SECOND, message="Input/output error")
+    (event,) = bench.ready(a_state(state="paused", paused=True), findings=(finding,))
+    assert event.error.message == "Input/output error"
+
+
+def test_a_message_of_an_error_that_was_told_is_not_told_again_after_its_incident_ended():
+    bench = Bench()
+    bench.see(an_error())
+    happened = bench.wall_ns
+    bench.wait(301)
+    bench.commit()
+    bench.restart(down_seconds=60)
+    finding = an_error(at=happened, origin=Origin.RECONCILE, message="Input/output error")
+    assert bench.ready(findings=(finding,)) == []
+    newer = an_error(at=happened + 310 * SECOND, origin=Origin.RECONCILE, message="Input/output error")
+    assert told(bench.ready(findings=(newer,))) == [("opened", 1)]
+
+
+# ---------------------------------------------------------------------------------------------- restarts
+
+
+def test_counts_that_were_pending_when_the_agent_was_killed_are_told_after_the_restart():
+    bench = Bench()
+    (first,) = bench.see(an_error())
+    bench.see(an_error(count=41))
+    bench.commit()
+    assert bench.restart(down_seconds=0.5) == ()
+    (update,) = bench.wait(0.51)
+    assert (update.occurrences.count, update.occurrences.total) == (41, 42)
+    assert update.incident.id == first.incident.id
+    assert update.host == HOST
+
+
+def test_errors_that_were_not_committed_are_not_told():
+    bench = Bench()
+    bench.see(an_error())
+    bench.commit()
+    bench.see(an_error(count=41))
+    bench.restart()
+    assert bench.wait(100) == []
+
+
+def test_nothing_resolves_after_a_restart_before_the_first_look():
+    bench = Bench()
+    bench.see(an_error())
+    bench.commit()
+    bench.restart(down_seconds=10_000)
+    assert bench.wait(10_000) == []
+    bench.ready()
+    assert told(bench.wait(61)) == [("resolved", "quiet")]
+
+
+def test_a_wall_clock_that_went_back_while_the_agent_was_down_counts_as_no_time():
+    bench = Bench()
+    bench.see(an_error())
+    bench.see(an_error())
+    bench.commit()
+    bench.restart(wall_jump_seconds=-86_400)
+    assert bench.wait(0.9) == []
+    assert told(bench.wait(0.2)) == [("updated", 1)]
+
+
+def test_the_width_of_the_window_and_the_pauses_survive_a_restart():
+    bench = Bench()
+    for _ in range(2):
+        bench.see(an_error(action=PAUSE))
+        bench.see(DomainResumed("guest-a", bench.wall_ns))
+    bench.wait(5)  # the first window ended with an update: the next is two seconds wide
+    bench.commit()
+    bench.restart()
+    bench.ready()
+    (event,) = bench.see(an_error(action=PAUSE))
+    assert (event.incident.pauses, event.incident.flapping) == (3, True)
+    bench.see(an_error(action=PAUSE))
+    assert bench.wait(1.9) == []
+    assert len(bench.wait(0.2)) == 1
+
+
+def test_a_state_that_cannot_be_read_is_reported_once_and_costs_no_other():
+    bench = Bench()
+    bench.see(an_error(domain="guest-a"))
+    bench.see(an_error(domain="guest-b"))
+    bench.commit()
+    damaged = next(key for key in bench.states if "guest-a" in key)
+    bench.states[damaged] = bench.states[damaged][:-5]
+    bench.states["incident/guest-c/disk"] = bench.states["incident/guest-b/" + DISK].replace(
+        b'"format":1', b'"format":2'
+    )
+    bench.states["somebody/else"] = b"not ours"
+    problems = bench.restart()
+    assert len(problems) == 2
+    assert damaged in problems[0]
+    assert bench.incidents.open_count == 1
+    bench.commit()
+    assert bench.restart() == ()
+    assert "somebody/else" in bench.states
+
+
+def test_a_field_that_a_later_release_added_does_no_harm():
+    bench = Bench()
+    bench.see(an_error())
+    bench.commit()
+    key = "incident/guest-a/" + DISK
+    bench.states[key] = bench.states[key].replace(b'{"format"', b'{"new":[1],"format"')
+    assert bench.restart() == ()
+    assert bench.incidents.open_count == 1
+
+
+def test_text_that_is_no_unicode_can_be_kept_and_told():
+    bench = Bench()
+    (event,) = bench.see(an_error("disk\ud800", path="/\udcff", reason="\udcfe"))
+    event.error.path.encode()
+    bench.see(an_error("disk\ud800", path="/\udcff", reason="\udcfe"))
+    assert bench.incidents.open_count == 1
+    bench.commit()
+    assert bench.restart() == ()
+    assert told(bench.wait(1)) == [("updated", 1)]
+
+
+def test_states_of_a_commit_that_failed_merge_with_later_ones():
+    bench = Bench()
+    kept = bench.see(an_error())
+    failed = bench.incidents.changes()
+    kept += bench.see(an_error(count=5))
+    kept += bench.wait(1)
+    bench.states = {key: value for key, value in {**failed, **bench.incidents.changes()}.items() if value}
+    bench.restart()
+    assert counted(kept + bench.wait(100)) == 6
+
+
+def test_changes_are_given_once():
+    bench = Bench()
+    bench.see(an_error())
+    assert set(bench.incidents.changes()) == {"incidents/meta", "incident/guest-a/" + DISK}
+    assert bench.incidents.changes() == {}
+
+
+# --------------------------------------------------------------------------------------- the rest of it
+
+
+def test_before_the_first_look_ever_the_host_is_called_unknown():
+    (event,) = Bench(host=None).see(an_error())
+    assert event.host is UNKNOWN_HOST
+
+
+def test_the_first_look_names_the_host():
+    bench = Bench(host=None)
+    bench.ready()
+    assert bench.incidents.host == HOST
+    assert bench.see(an_error())[0].host == HOST
+
+
+def test_counts_of_a_hypervisor_that_merges_errors_are_lower_bounds_also_after_a_restart():
+    bench = Bench()
+    bench.ready(throttles=True)
+    (event,) = bench.see(an_error())
+    assert event.occurrences.lower_bound
+    bench.commit()
+    bench.restart()
+    (event,) = bench.see(an_error(OTHER_DISK))
+    assert event.occurrences.lower_bound
+    events = bench.see(DomainGone("guest-a", START, "migrated"))
+    assert [event.occurrences.lower_bound for event in events] == [True, True]
+
+
+def test_open_incidents_are_listed_oldest_first_with_what_is_pending():
+    bench = Bench()
+    bench.see(an_error(DISK, action=PAUSE, reason="enospc"))
+    bench.wait(0.5)
+    bench.see(an_error(OTHER_DISK))
+    bench.see(an_error(DISK, action=PAUSE, reason="enospc", count=3))
+    first, second = bench.incidents.open_incidents()
+    assert (first.device.alias, second.device.alias) == (DISK, OTHER_DISK)
+    assert (first.total, first.paused, first.pauses, first.reason) == (4, True, 1, "enospc")
+    assert first.action is Action.PAUSE
+    assert not second.paused
+    assert bench.incidents.open_incidents(limit=1) == (first,)
+
+
+def test_a_quiet_house_needs_no_tick():
+    bench = Bench(host=None)
+    assert bench.incidents.next_due() is None
+    assert bench.incidents.tick(bench.now) == []
+    assert bench.incidents.changes() == {}
+
+
+def test_observations_of_guests_without_incidents_change_nothing():
+    bench = Bench(host=None)
+    for observation in (
+        DomainResumed("guest-a", START),
+        DomainGone("guest-a", START, "domain_stopped"),
+        DeviceRemoved("guest-a", DISK, START),
+    ):
+        assert bench.see(observation) == []
+    assert bench.incidents.changes() == {}
+
+
+def test_a_failing_look_up_costs_the_enrichment_and_no_count():
+    def broken(_uuid):
+        raise RuntimeError("the cache is broken")
+
+    (event,) = Bench(describe=broken).see(an_error())
+    assert not event.enriched
+    assert event.occurrences.count == 1
