@@ -15,7 +15,6 @@ import fcntl
 import itertools
 import json
 import os
-import random
 import shutil
 import signal
 import socket
@@ -32,6 +31,7 @@ from urllib.parse import quote
 import trustme
 
 from tests.brokers.keeper import Hold
+from tests.ports import free_ports
 
 # Not the programs of the same names in /usr/sbin: those change to the user rabbitmq.
 BIN = Path("/usr/lib/rabbitmq/bin")
@@ -373,21 +373,6 @@ def client_context(broker: RabbitMQ, certificate: Certificate | None = None) -> 
     if certificate is not None:
         context.load_cert_chain(certificate.certfile, certificate.keyfile)
     return context
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports on 127.0.0.1 that are free now, below the range that outgoing connections take theirs from."""
-    found: list[int] = []
-    for port in random.sample(range(20_000, 32_000), 500):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        found.append(port)
-        if len(found) == number:
-            return found
-    raise BrokerError("no free ports between 20000 and 32000 on 127.0.0.1")
 
 
 def erlang(text: str) -> str:

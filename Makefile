@@ -1,0 +1,83 @@
+# Every target sets up what it needs; all share the virtual environment .venv. System packages stand in
+# tests/system-packages.txt and are installed only where some are missing, and only as root.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# The first Python that is new enough; name another one with `make PYTHON=…`.
+PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(shell \
+  $(name) -c 'import sys; sys.version_info >= (3, 11) and print("$(name)")' 2>/dev/null)))
+TESTS ?= tests
+PYTEST := $(BIN)/python -m pytest
+PYTEST_ARGS ?=
+
+.PHONY: help setup demo test check faults matrix soak bench chart sbom clean packages
+
+help:
+	@echo "make demo    a real guest's disk fails, and the error comes out as a CloudEvent"
+	@echo "make test    all tests, with real QEMU guests and a real RabbitMQ (TESTS=…, PYTEST_ARGS=…)"
+	@echo "make check   ruff, mypy --strict, import-linter"
+	@echo "make setup   system packages and .venv, as make test needs them"
+	@echo "make faults | matrix | soak | bench | chart   one family of tests alone"
+	@echo "make sbom    a bill of materials of the installed package (CycloneDX)"
+	@echo "make clean   remove everything that was made here, .venv too"
+
+# --- what the targets need
+
+packages:
+	@tests/install-packages python demo test
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "virtbus needs Python 3.11 or newer; found none" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml $(VENV)/bin/python
+	$(PIP) install --editable '.[agent,kafka,dev]'
+	@touch $@
+
+setup: packages
+	@$(MAKE) --no-print-directory $(VENV)/.installed
+
+# --- for a stranger
+
+# Where packages can't be had, the demo says so and replays recorded errors, which needs no libvirt.
+demo:
+	@tests/install-packages python demo || true
+	@$(MAKE) --no-print-directory $(VENV)/.demo
+	@$(BIN)/python -m tests.lab.demo
+
+$(VENV)/.demo: pyproject.toml $(VENV)/bin/python
+	@if pkg-config --exists libvirt 2>/dev/null; then extra='.[agent]'; else extra='.'; fi; \
+	  echo "Installing $$extra into $(VENV)"; $(PIP) install --editable "$$extra"
+	@touch $@
+
+# --- for a developer
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: setup
+	$(PYTEST) $(PYTEST_ARGS) $(TESTS)
+
+faults bench chart soak: setup
+	$(PYTEST) $(PYTEST_ARGS) tests/$@
+
+matrix: setup
+	@tests/install-packages matrix
+	$(PYTEST) $(PYTEST_ARGS) tests/lab/matrix.py
+
+sbom: $(VENV)/bin/python
+	@rm -rf build/sbom && mkdir -p build
+	$(PYTHON) -m venv build/sbom/tool && $(PYTHON) -m venv --without-pip build/sbom/package
+	build/sbom/tool/bin/pip install --quiet --disable-pip-version-check cyclonedx-bom
+	build/sbom/tool/bin/pip --python build/sbom/package/bin/python install --quiet --disable-pip-version-check '.[agent,kafka]'
+	build/sbom/tool/bin/cyclonedx-py environment build/sbom/package/bin/python --pyproject pyproject.toml \
+	  --output-file build/virtbus.cdx.json
+	@echo "build/virtbus.cdx.json"
+
+clean:
+	rm -rf $(VENV) .cache build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
