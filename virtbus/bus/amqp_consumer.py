@@ -110,7 +110,7 @@ class AmqpSubscription:
         self._verdict(message, hold)
 
     def dead_letter(self, message: Message, reason: str) -> None:
-        """See virtbus.bus.Subscription: into `virtbus.<group>.dead`, confirmed, and only then acknowledged."""
+        """See virtbus.bus.Subscription: into `virtbus.<group>.dead`, confirmed, then acknowledged."""
 
         def put_aside(handle: _Handle) -> None:
             if self._durable:

@@ -1,0 +1,579 @@
+"""Fakes and faults for tests of virtbus and of what is built on it; they ship with the package.
+
+- events and records: `an_io_error()`, `a_resolved()`, `a_gap()`, `a_heartbeat()`, `a_record()`; every
+  field of an event can be overridden by name, and all of them fit their schemas;
+- `FakeSource` plays observations, `FakeBus` is a broker in memory, `ListFeed` feeds a bus from a list;
+- `TcpFaultProxy` and `FakeAmqpPeer` are peers that misbehave on purpose (loopback only);
+- `no_waiting()` takes the waiting out of retries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import itertools
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from datetime import UTC, datetime, timedelta
+from threading import Event as StopEvent
+from typing import Any, TypeVar
+
+from virtbus import envelope
+from virtbus.bus import Feed
+from virtbus.errors import BusUnavailable
+from virtbus.faultkit import FakeAmqpConnection, FakeAmqpPeer, Published, Script, TcpFaultProxy, wait_until
+from virtbus.model import (
+    Action,
+    Backlog,
+    Binding,
+    Check,
+    Confirmed,
+    Description,
+    Device,
+    DeviceSource,
+    Domain,
+    ErrorFacts,
+    ErrorPolicy,
+    Event,
+    Gap,
+    Heartbeat,
+    Host,
+    Hypervisor,
+    Incident,
+    IoError,
+    IoErrorResolved,
+    Message,
+    Observation,
+    Occurrences,
+    OpenIncidents,
+    Origin,
+    Outcome,
+    Phase,
+    RawIoError,
+    Record,
+    Resolution,
+    ResolvedOccurrences,
+    SourceHealth,
+    SourceReady,
+    Stamp,
+    to_ns,
+)
+from virtbus.retry import no_waiting
+from virtbus.sources import Sink
+
+__all__ = [
+    "AGENT_ID",
+    "DOMAIN_UUID",
+    "EPOCH",
+    "MOMENT",
+    "FakeAmqpConnection",
+    "FakeAmqpPeer",
+    "FakeBus",
+    "FakeSource",
+    "FakeSubscription",
+    "ListFeed",
+    "Published",
+    "Script",
+    "TcpFaultProxy",
+    "a_device",
+    "a_domain",
+    "a_gap",
+    "a_heartbeat",
+    "a_host",
+    "a_raw_io_error",
+    "a_record",
+    "a_resolved",
+    "a_stamp",
+    "an_io_error",
+    "no_waiting",
+    "records",
+    "wait_until",
+]
+
+AGENT_ID = "6f1c3f5e-8f4e-4f0e-9c39-0c5b2c7b1a11"
+EPOCH = "019a05f9-4236-73ae-a6f0-9a8f9d94abdd"
+DOMAIN_UUID = "7b0e2d1c-5a34-4c1f-8f55-2f4c6a9d0e01"
+MOMENT = datetime(2026, 3, 14, 9, 26, 53, 589793, tzinfo=UTC)
+
+T = TypeVar("T")
+
+
+# ------------------------------------------------------------------------------------- events
+
+
+def _with(made: T, overrides: Mapping[str, Any]) -> T:
+    return dataclasses.replace(made, **overrides) if overrides else made  # type: ignore[type-var]
+
+
+def a_host(**overrides: Any) -> Host:
+    """The hypervisor's host "compute-1"."""
+    return _with(
+        Host(
+            name="compute-1",
+            uuid="3c8a1f0e-9a77-4a55-b2b3-0d3a4f1e2c01",
+            boot_id="b1a7c0de-5f1d-4f3e-8d6b-6f2d1e0c9a11",
+            hypervisor=Hypervisor("QEMU", "7.2.22", "9.0.0"),
+        ),
+        overrides,
+    )
+
+
+def a_domain(**overrides: Any) -> Domain:
+    """The guest "web-1", running."""
+    return _with(Domain(uuid=DOMAIN_UUID, name="web-1", id=1, state="running"), overrides)
+
+
+def a_device(**overrides: Any) -> Device:
+    """The disk vda on an NBD export."""
+    return _with(
+        Device(
+            alias="virtio-disk0",
+            target="vda",
+            bus="virtio",
+            kind="disk",
+            serial="vol-1",
+            source=DeviceSource(type="network", protocol="nbd", path="disk0", hosts=("storage-1:10809",)),
+            policy=ErrorPolicy(write="stop", read="report"),
+        ),
+        overrides,
+    )
+
+
+def an_io_error(**overrides: Any) -> IoError:
+    """An incident opens: a write failed and the guest was paused."""
+    return _with(
+        IoError(
+            host=a_host(),
+            domain=a_domain(state="paused"),
+            device=a_device(),
+            error=ErrorFacts(
+                action=Action.PAUSE,
+                action_code=1,
+                reason="enospc",
+                path="disk0",
+                message=None,
+                disk_error="no_space",
+                occurred_at=MOMENT,
+            ),
+            occurrences=Occurrences(count=1, total=1, first=MOMENT, last=MOMENT),
+            incident=Incident(
+                id="019a05f9-4236-7000-8000-000000000001", phase=Phase.OPENED, opened_at=MOMENT, pauses=1
+            ),
+            origin=Origin.EVENT,
+            enriched=True,
+        ),
+        overrides,
+    )
+
+
+def a_resolved(**overrides: Any) -> IoErrorResolved:
+    """The incident of `an_io_error` ends after 42 s: the guest was resumed."""
+    return _with(
+        IoErrorResolved(
+            host=a_host(),
+            domain=a_domain(),
+            device=a_device(),
+            occurrences=ResolvedOccurrences(total=1, first=MOMENT, last=MOMENT),
+            incident=Incident(
+                id="019a05f9-4236-7000-8000-000000000001", phase=Phase.RESOLVED, opened_at=MOMENT, pauses=1
+            ),
+            resolution=Resolution("resumed", MOMENT + timedelta(seconds=42), 42.0),
+        ),
+        overrides,
+    )
+
+
+def a_gap(**overrides: Any) -> Gap:
+    """The agent was down for a minute."""
+    return _with(
+        Gap(
+            host=a_host(),
+            agent_id=AGENT_ID,
+            reason="agent_down",
+            detail=None,
+            started_at=MOMENT - timedelta(minutes=1),
+            ended_at=MOMENT,
+        ),
+        overrides,
+    )
+
+
+def a_heartbeat(**overrides: Any) -> Heartbeat:
+    """The agent lives, connected, with nothing open."""
+    return _with(
+        Heartbeat(
+            host=a_host(),
+            agent_id=AGENT_ID,
+            agent_version="0.1.0",
+            epoch=EPOCH,
+            started_at=MOMENT - timedelta(hours=1),
+            sent_at=MOMENT,
+            interval_seconds=60.0,
+            source=SourceHealth("connected", MOMENT - timedelta(hours=1)),
+            backlog=Backlog(0, 0, None),
+            committed_sequence=7,
+            confirmed_sequence=7,
+            incidents=OpenIncidents(0),
+        ),
+        overrides,
+    )
+
+
+def a_raw_io_error(**overrides: Any) -> RawIoError:
+    """Libvirt's callback as the source hands it over."""
+    made = RawIoError(DOMAIN_UUID, "web-1", 1, "disk0", "virtio-disk0", 1, "enospc", to_ns(MOMENT))
+    return made._replace(**overrides)
+
+
+def a_stamp(**overrides: Any) -> Stamp:
+    """A new id; sequence 1 of the epoch EPOCH unless overridden."""
+    return _with(
+        Stamp(
+            id=envelope.uuid7(time.time_ns()),
+            agent_id=AGENT_ID,
+            epoch=EPOCH,
+            sequence=1,
+            recorded_ns=to_ns(MOMENT),
+        ),
+        overrides,
+    )
+
+
+def a_record(event: Event | None = None, *, row: int = 1, **stamp: Any) -> Record:
+    """An encoded event as a bus takes it; `stamp` overrides fields of its stamp (`sequence`, `id`, …)."""
+    made = a_stamp(**{"sequence": row, **stamp})
+    return envelope.record(envelope.encode(event or an_io_error(), made), made, row)
+
+
+def records(count: int, *, keys: int = 1) -> list[Record]:
+    """`count` records of `keys` domains in turn, with rows and sequences from 1.
+
+    Encoded once a domain: fast enough for benchmarks. They differ in `id` and `sequence`.
+    """
+    uuids = [f"00000000-0000-4000-8000-{number:012d}" for number in range(keys)]
+    patterns = [a_record(an_io_error(domain=a_domain(uuid=uuid))) for uuid in uuids]
+    made = []
+    for row in range(1, count + 1):
+        pattern = patterns[(row - 1) % keys]
+        stamp = a_stamp(sequence=row)
+        attributes = {**pattern.attributes, "id": stamp.id, "sequence": f"{row:012d}"}
+        made.append(dataclasses.replace(pattern, row=row, seq=row, id=stamp.id, attributes=attributes))
+    return made
+
+
+# ------------------------------------------------------------------------------------- a feed
+
+
+class ListFeed:
+    """A feed over a list, with the manners of the spool: order within a key, a taken key waits.
+
+    `settle(record, outcome)` as the agent does for each outcome of `publish`: a record that was not confirmed
+    comes again (a refused one does not). `drain(bus)` does both until all is settled or nothing moves.
+    `took` has the ids in the order they were taken, `outcomes` everything settled.
+    """
+
+    def __init__(self, items: Iterable[Record] = ()) -> None:
+        """`items` in the order of the spool."""
+        self._queues: dict[str, deque[Record]] = {}  # by key, in order of the key's first record
+        self._turn: deque[str] = deque()
+        self._taken: dict[str, Record] = {}  # by key
+        self.took: list[str] = []
+        self.outcomes: list[tuple[Record, Outcome]] = []
+        self.most_taken = 0
+        self.busy_seen: list[frozenset[str]] = []
+        for record in items:
+            self.add(record)
+
+    def add(self, record: Record) -> None:
+        """One more record, behind the others of its key."""
+        waiting = self._queues.get(record.key)
+        if waiting is None:
+            waiting = self._queues[record.key] = deque()
+        if not waiting and record.key not in self._taken:
+            self._turn.append(record.key)
+        waiting.append(record)
+
+    def __len__(self) -> int:
+        return sum(len(waiting) for waiting in self._queues.values()) + len(self._taken)
+
+    def take(self, limit: int, busy: AbstractSet[str]) -> Sequence[Record]:
+        """See virtbus.bus.Feed."""
+        out: list[Record] = []
+        for _ in range(len(self._turn)):
+            if len(out) == limit:
+                break
+            key = self._turn.popleft()
+            if key in busy:
+                self._turn.append(key)
+                continue
+            record = self._queues[key].popleft()
+            self._taken[key] = record
+            out.append(record)
+        self.took += [record.id for record in out]
+        self.most_taken = max(self.most_taken, len(self._taken))
+        return out
+
+    def settle(self, record: Record, outcome: Outcome, *, again: bool = True) -> None:
+        """Say what became of a taken record; `again=False` gives up one that was not confirmed."""
+        if self._taken.get(record.key) is not record:
+            raise AssertionError(f"an outcome for record {record.row}, which is not taken")
+        del self._taken[record.key]
+        self.outcomes.append((record, outcome))
+        waiting = self._queues[record.key]
+        if again and not isinstance(outcome, Confirmed) and type(outcome).__name__ != "Refused":
+            waiting.appendleft(dataclasses.replace(record, attempts=record.attempts + 1))
+        if waiting:
+            self._turn.append(record.key)
+
+    def publish(self, bus: Any, *, again: bool = False) -> list[Outcome]:
+        """One call of `bus.publish`, settled as it goes; the outcomes in the order they came.
+
+        With `again` what was not confirmed comes again, also within this call.
+        """
+        outcomes = []
+        for record, outcome in bus.publish(self):
+            self.settle(record, outcome, again=again)
+            outcomes.append(outcome)
+        return outcomes
+
+    def drain(self, bus: Any, *, timeout: float = 30.0) -> int:
+        """Publish until nothing is left, over reconnects too; the number of confirmed records."""
+        limit = time.monotonic() + timeout
+        while len(self):
+            if time.monotonic() > limit:
+                raise TimeoutError(f"{len(self)} records are still not confirmed after {timeout:g} s")
+            try:
+                outcomes = self.publish(bus, again=True)
+            except BusUnavailable:
+                outcomes = []
+            if not outcomes or not isinstance(outcomes[-1], Confirmed):
+                time.sleep(0.02)
+        return sum(isinstance(outcome, Confirmed) for _, outcome in self.outcomes)
+
+
+# ------------------------------------------------------------------------------------- a source
+
+
+class FakeSource:
+    """A source that plays what it is given, and goes on with what `play` gives it while it runs.
+
+    A script that does not begin with `SourceReady` gets one with no domains first.
+    """
+
+    def __init__(
+        self,
+        script: Iterable[Observation] = (),
+        *,
+        host: Host | None = None,
+        descriptions: Mapping[str, Description] | None = None,
+    ) -> None:
+        """`descriptions` by domain UUID are what `describe` knows."""
+        self.host = host or a_host()
+        self.descriptions = dict(descriptions or {})
+        self._script = list(script)
+        self._more: queue.SimpleQueue[Observation] = queue.SimpleQueue()
+        self.running = threading.Event()
+
+    def play(self, *observations: Observation) -> None:
+        """Observe these too; from any thread."""
+        for observation in observations:
+            self._more.put(observation)
+
+    def run(self, sink: Sink, stop: StopEvent) -> None:
+        """See virtbus.sources.Source."""
+        if not self._script or not isinstance(self._script[0], SourceReady):
+            sink(self.snapshot())
+        for observation in self._script:
+            sink(observation)
+        self.running.set()
+        while not stop.is_set():
+            try:
+                sink(self._more.get(timeout=0.02))
+            except queue.Empty:
+                continue
+
+    def describe(self, domain_uuid: str) -> Description | None:
+        """See virtbus.sources.Source."""
+        return self.descriptions.get(domain_uuid)
+
+    def snapshot(self) -> SourceReady:
+        """See virtbus.sources.Source."""
+        return SourceReady(host=self.host, at_ns=time.time_ns(), domains=())
+
+    def probe(self) -> Sequence[Check]:
+        """See virtbus.sources.Source."""
+        return (Check("source", "ok", "a fake source"),)
+
+
+# ------------------------------------------------------------------------------------- a bus
+
+Decide = Callable[[Record], Outcome]
+
+
+class FakeBus:
+    """A broker in memory that keeps the bus contract; `decide` says what becomes of each record.
+
+    `delivered` has what was confirmed, in order. `unavailable`, when set, is raised by `publish` and
+    `receive`. A group's messages are kept from its first `consume` on, until they are acknowledged;
+    `dead[group]` has (message, reason).
+    """
+
+    def __init__(self, decide: Decide = lambda record: Confirmed(), *, structured: bool = False) -> None:
+        """`decide` may return any outcome; a `Deferred` ends that `publish`, as the contract says."""
+        self.decide = decide
+        self.unavailable: Exception | None = None
+        self.delivered: list[Record] = []
+        self.dead: dict[str, list[tuple[Message, str]]] = {}
+        self.ticks = 0
+        self.closed = False
+        self._structured = structured
+        self._groups: dict[str, deque[Message]] = {}
+        self._changed = threading.Condition()
+
+    def publish(self, feed: Feed) -> Iterator[tuple[Record, Outcome]]:
+        """See virtbus.bus.Bus."""
+        self._check()
+        while True:
+            taken = feed.take(16, frozenset())
+            if not taken:
+                return
+            deferred = False
+            for record in taken:
+                outcome = self.decide(record)
+                if isinstance(outcome, Confirmed):
+                    self._deliver(record)
+                deferred = deferred or type(outcome).__name__ == "Deferred"
+                yield record, outcome
+            if deferred or self.closed:
+                return
+
+    def _check(self) -> None:
+        if self.closed:
+            raise BusUnavailable("the bus was closed")
+        if self.unavailable is not None:
+            raise self.unavailable
+
+    def _deliver(self, record: Record) -> None:
+        wire = envelope.to_amqp(record.attributes, record.body, structured=self._structured)
+        with self._changed:
+            self.delivered.append(record)
+            number = len(self.delivered)
+            for group, messages in self._groups.items():
+                messages.append(
+                    Message(
+                        binding=Binding.AMQP,
+                        headers=dict(wire.headers),
+                        content_type=wire.content_type,
+                        body=wire.body,
+                        key=record.key,
+                        redelivered=False,
+                        user_id="fake",
+                        position=f"{group}#{number}",
+                        handle=number,
+                    )
+                )
+            self._changed.notify_all()
+
+    def tick(self) -> None:
+        """See virtbus.bus.Bus; counts in `ticks`."""
+        self.ticks += 1
+
+    def consume(self, group: str | None, *, prefetch: int = 100) -> FakeSubscription:
+        """See virtbus.bus.Bus."""
+        name = group if group is not None else f"tap-{len(self._groups)}"
+        with self._changed:
+            self._groups.setdefault(name, deque())
+        return FakeSubscription(self, name, prefetch, durable=group is not None)
+
+    def probe(self) -> Sequence[Check]:
+        """See virtbus.bus.Bus."""
+        return (Check("bus", "ok", "a bus in memory"),)
+
+    def close(self) -> None:
+        """See virtbus.bus.Bus."""
+        with self._changed:
+            self.closed = True
+            self._changed.notify_all()
+
+
+class FakeSubscription:
+    """A subscription of a FakeBus."""
+
+    def __init__(self, bus: FakeBus, group: str, prefetch: int, *, durable: bool) -> None:
+        """Made by `FakeBus.consume`."""
+        self._bus = bus
+        self._group = group
+        self._prefetch = prefetch
+        self._durable = durable
+        self._out: dict[object, Message] = {}
+        self._waiting: list[tuple[float, int, Message]] = []
+        self._order = itertools.count()
+        self.closed = False
+
+    def receive(self, timeout: float) -> Message | None:
+        """See virtbus.bus.Subscription."""
+        limit = time.monotonic() + timeout
+        with self._bus._changed:
+            while not self.closed:
+                self._bus._check()
+                now = time.monotonic()
+                if self._waiting and self._waiting[0][0] <= now:
+                    message = dataclasses.replace(heapq.heappop(self._waiting)[2], redelivered=True)
+                    self._out[message.handle] = message
+                    return message
+                found = self._take()
+                if found is not None:
+                    return found
+                if now >= limit:
+                    return None
+                due = self._waiting[0][0] if self._waiting else limit
+                self._bus._changed.wait(min(due, limit) - now)
+        return None
+
+    def _take(self) -> Message | None:
+        if len(self._out) + len(self._waiting) >= self._prefetch:
+            return None
+        held = {message.key for _, _, message in self._waiting}
+        messages = self._bus._groups[self._group]
+        for index, message in enumerate(messages):
+            if message.key not in held:
+                del messages[index]
+                self._out[message.handle] = message
+                return message
+        return None
+
+    def ack(self, message: Message) -> None:
+        """See virtbus.bus.Subscription."""
+        with self._bus._changed:
+            self._out.pop(message.handle, None)
+
+    def retry(self, message: Message, after: float) -> None:
+        """See virtbus.bus.Subscription."""
+        with self._bus._changed:
+            if self._out.pop(message.handle, None) is not None:
+                heapq.heappush(self._waiting, (time.monotonic() + after, next(self._order), message))
+
+    def dead_letter(self, message: Message, reason: str) -> None:
+        """See virtbus.bus.Subscription; into `bus.dead[group]`."""
+        with self._bus._changed:
+            if self._out.pop(message.handle, None) is not None and self._durable:
+                self._bus.dead.setdefault(self._group, []).append((message, reason))
+
+    def close(self) -> None:
+        """See virtbus.bus.Subscription."""
+        with self._bus._changed:
+            if self.closed:
+                return
+            self.closed = True
+            back = [*self._out.values(), *(message for _, _, message in self._waiting)]
+            back.sort(key=lambda message: message.handle)  # type: ignore[arg-type, return-value]
+            if self._durable:
+                messages = self._bus._groups[self._group]
+                messages.extendleft(dataclasses.replace(one, redelivered=True) for one in reversed(back))
+            else:
+                del self._bus._groups[self._group]
+            self._bus._changed.notify_all()
