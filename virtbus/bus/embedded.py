@@ -54,6 +54,9 @@ from virtbus.telemetry import BusConnected, BusLost, emit
 
 TRANSPORT = "virtbus-embedded"
 FILE_NAME = "bus.db"
+# The property that carries the partition key also where the CloudEvent is inside the body. Other
+# producers' messages have the key of their `ce-partitionkey` header, or their routing key.
+_KEY = "virtbus_key"
 # How many messages a consumer leases at once: fewer commits; a killed one's come back all the same.
 LEASE_BLOCK = 64
 
@@ -115,16 +118,16 @@ class Channel(virtual.Channel):
 
     def basic_publish(self, message: dict[str, Any], exchange: str, routing_key: str, **_: Any) -> None:
         """Store a message, or keep it for `tx_commit`. The empty exchange names a queue by routing key."""
-        headers = message["headers"]
-        body = message["body"]
+        headers, properties, body = message["headers"], message["properties"], message["body"]
+        key = properties.get(_KEY) or headers.get("ce-partitionkey") or routing_key or ""
         entry = Entry(
             exchange=exchange or "",
             routing_key=routing_key or "",
-            key=str(headers.get("ce-partitionkey") or routing_key or ""),
+            key=str(key),
             content_type=message["content-type"],
             content_encoding=message["content-encoding"],
             headers=headers,
-            properties={k: v for k, v in message["properties"].items() if k != "delivery_info"},
+            properties={k: v for k, v in properties.items() if k not in ("delivery_info", _KEY)},
             body=body.encode() if isinstance(body, str) else bytes(body),
             queue=None if exchange else routing_key,
         )
@@ -188,8 +191,8 @@ class Channel(virtual.Channel):
         """
         queue, pos = _place(delivery_tag)
         ready = self._leased.get(queue, deque())
-        keys = [self.qos.get(delivery_tag).headers.get("ce-partitionkey")]
-        later = [item for item in ready if item.entry.headers.get("ce-partitionkey") in keys]
+        key = self.qos.get(delivery_tag).properties[_KEY]
+        later = [item for item in ready if item.entry.key == key]
         self.log.give_back([(queue, item.pos) for item in later], delivered=False)
         for item in later:
             ready.remove(item)
@@ -268,6 +271,7 @@ def _payload(lease: Leased) -> dict[str, Any]:
         "headers": dict(entry.headers),
         "properties": {
             **entry.properties,
+            _KEY: entry.key,
             "body_encoding": None,
             "delivery_tag": f"{lease.queue}#{lease.pos}",
             "delivery_info": {
@@ -352,16 +356,15 @@ class EmbeddedBus:
         channel.tx_select()
         for record in records:
             wire = envelope.to_amqp(record.attributes, record.body, structured=self._options.structured)
-            # In structured mode the key is inside the body; order a key needs it outside as well.
-            headers = {"ce-partitionkey": record.key, **wire.headers}
             producer.publish(
                 wire.body,
                 routing_key=envelope.routing_key(record.attributes),
                 content_type=wire.content_type,
                 content_encoding="binary",
-                headers=headers,
+                headers=dict(wire.headers),
                 message_id=record.id,
                 retry=False,
+                **{_KEY: record.key},
             )
         channel.tx_commit()
 
@@ -402,7 +405,7 @@ class EmbeddedBus:
     def probe(self) -> Sequence[Check]:
         """Whether the file can be made or used, is whole, and has room; changes nothing."""
         found = _nearest_folder(self.path.parent)
-        if not self.path.exists():
+        if not os.access(self.path, os.F_OK):
             if os.access(found, os.W_OK | os.X_OK):
                 return [Check("bus", "ok", f"{self._name}: no file yet; the first use makes it")]
             return [
@@ -552,7 +555,7 @@ def _message(payload: Mapping[str, Any], *, handle: object) -> Message:
         headers=headers,
         content_type=payload["content-type"],
         body=payload["body"],
-        key=headers.get("ce-partitionkey"),
+        key=properties[_KEY],
         redelivered=properties["delivery_info"]["redelivered"],
         user_id=None,
         position=properties["delivery_tag"],
@@ -565,7 +568,8 @@ def _failed(error: BusUnavailable | BusDenied, remedy: str) -> Check:
 
 
 def _nearest_folder(folder: Path) -> Path:
-    while not folder.exists() and folder != folder.parent:
+    # Not exists(): that raises where a folder above must not be entered.
+    while not os.access(folder, os.F_OK) and folder != folder.parent:
         folder = folder.parent
     return folder
 

@@ -157,13 +157,17 @@ def _translate(error: sqlite3.Error, path: Path) -> BusUnavailable | BusDenied:
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return BusUnavailable(f"embedded bus {path}: another process kept it locked for {_BUSY_SECONDS:g} s")
     if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return BusUnavailable(
-            f"embedded bus {path}: the file is damaged or is no bus ({error}); stop its users, move"
-            f" {path}* away and start again: what consumers had not read is only in the moved files"
-        )
+        return _damaged(path, str(error))
     if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH):
         return _denied(path, str(error))
     return BusUnavailable(f"embedded bus {path}: {error}; see the kernel log for disk errors")
+
+
+def _damaged(path: Path, why: str) -> BusUnavailable:
+    return BusUnavailable(
+        f"embedded bus {path}: the file is damaged or is no bus ({' '.join(why.split())}); stop its users,"
+        f" move {path}* away and start again: what consumers had not read is only in the moved files"
+    )
 
 
 def _denied(path: Path, why: str) -> BusDenied:
@@ -631,15 +635,15 @@ class Log:
 def look(path: Path) -> LogState:
     """What stands in the log at `path`, and whether the file is whole; changes nothing.
 
-    Raises BusUnavailable when it is damaged, not ours or missing, BusDenied when it can't be read.
+    Raises BusUnavailable when it is damaged or not ours, BusDenied when it can't be read.
     """
-    if not os.access(path, os.R_OK) and path.exists():
+    if not os.access(path, os.R_OK):
         raise _denied(path, "no read permission")
     with _translated(path), contextlib.closing(_read_only(path)) as db:
         _check_format(db, path)
         (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
-            raise sqlite3.DatabaseError(verdict)
+            raise _damaged(path, verdict)
         (used,) = db.execute("SELECT value FROM meta WHERE name = 'bytes'").fetchone()
         (count,) = db.execute("SELECT count(*) FROM messages").fetchone()
         queues = [
@@ -658,7 +662,7 @@ def look(path: Path) -> LogState:
 
 def peek(path: Path, queue: str, limit: int) -> list[Leased]:
     """The oldest messages that were put into `queue` alone (dead letters, say); takes none of them."""
-    if not path.exists():
+    if not os.access(path, os.F_OK):
         return []
     with _translated(path), contextlib.closing(_read_only(path)) as db:
         _check_format(db, path)
