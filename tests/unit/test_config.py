@@ -28,7 +28,9 @@ def problems_of(**given):
 
 
 def test_a_flag_wins_over_the_environment_that_over_the_file_and_that_over_the_default(settings_file):
-    path = settings_file('state_dir = "/file"\n[bus]\nwindow = 5\nexchange = "file"\n[log]\nlevel = "debug"\n')
+    path = settings_file(
+        'state_dir = "/file"\n[bus]\nwindow = 5\nexchange = "file"\n[log]\nlevel = "debug"\n'
+    )
     loaded = config.load(
         file=path,
         environment={"VIRTBUS_BUS__WINDOW": "6", "VIRTBUS_STATE_DIR": "/environment"},
@@ -45,13 +47,16 @@ def test_a_flag_wins_over_the_environment_that_over_the_file_and_that_over_the_d
 
 def test_all_problems_are_told_at_once_each_with_its_place(settings_file):
     path = settings_file('[bus]\nurll = "amqp://h"\nwindow = 0\n[htp]\nlisten = ""\n')
-    problems = problems_of(file=path, environment={"VIRTBUS_SPOOL__MAX_BYTES": "many", "VIRTBUS_LOG__LEVEL": "loud"})
+    problems = problems_of(
+        file=path, environment={"VIRTBUS_SPOOL__MAX_BYTES": "many", "VIRTBUS_LOG__LEVEL": "loud"}
+    )
     assert problems == [
         "environment VIRTBUS_SPOOL__MAX_BYTES: 'many' is not a TOML integer",
         f"{path}:2: unknown setting bus.urll; did you mean url?",
         f"{path}:3: bus.window = 0: expected a whole number at least 1 at most 65535",
         f"{path}:5: unknown setting htp; did you mean http?",
-        "environment VIRTBUS_LOG__LEVEL: log.level = 'loud': expected 'debug' or 'error' or 'info' or 'warning'",
+        "environment VIRTBUS_LOG__LEVEL: log.level = 'loud': "
+        "expected 'debug' or 'error' or 'info' or 'warning'",
     ]
 
 
@@ -126,7 +131,8 @@ def test_a_shown_url_has_no_password(url, shown):
     assert config.redact_url(url) == shown
 
 
-_secret = st.text(st.characters(exclude_characters="=&", exclude_categories=["Cs"]), min_size=6).map(lambda s: f"s3cr{s}t")
+_odd = st.characters(exclude_characters="=&", exclude_categories=["Cs"])
+_secret = st.text(_odd, min_size=6).map(lambda text: f"s3cr{text}t")
 
 
 @given(_secret)
@@ -135,8 +141,8 @@ def test_no_password_however_odd_slips_through_the_redaction(secret):
 
 
 def test_effective_settings_hide_secrets_in_free_options(tmp_path):
-    flags = {"bus.url": "kafka://h", "bus.kafka.options": {"sasl.password": "secret", "ssl.key.password": "secret2",
-                                                          "linger.ms": "5"}}  # fmt: skip
+    options = {"sasl.password": "secret", "ssl.key.password": "secret2", "linger.ms": "5"}
+    flags = {"bus.url": "kafka://h", "bus.kafka.options": options}
     shown = json.dumps(config.effective(config.load(environment={}, flags=flags).config))
     assert "secret" not in shown
     assert '"linger.ms": "5"' in shown

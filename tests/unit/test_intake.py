@@ -63,7 +63,9 @@ def test_folding_while_draining_loses_no_count():
     queue = IntakeQueue(limit=50)
     total = 20_000
     seen = 0
-    writer = threading.Thread(target=lambda: [queue.put(an_error(f"disk{n % 7}", at=n)) for n in range(total)])
+    writer = threading.Thread(
+        target=lambda: [queue.put(an_error(f"disk{n % 7}", at=n)) for n in range(total)]
+    )
     writer.start()
     while writer.is_alive() or len(queue):
         seen += sum(callbacks_in(item) for item in queue.drain(0.01))
@@ -74,7 +76,12 @@ def test_folding_while_draining_loses_no_count():
 
 _observations = st.lists(
     st.one_of(
-        st.builds(an_error, st.sampled_from(["a", "b"]), at=st.integers(0, 9), reason=st.sampled_from(["", "enospc"])),
+        st.builds(
+            an_error,
+            st.sampled_from(["a", "b"]),
+            at=st.integers(0, 9),
+            reason=st.sampled_from(["", "enospc"]),
+        ),
         st.builds(DomainResumed, st.just("d"), st.integers(0, 9)),
     )
 )
