@@ -57,6 +57,7 @@ mount --rbind /sys "$root/sys"
 mount -t tmpfs lab "$root/tmp"
 mkdir -p "$root$folder"
 mount --bind "$folder" "$root$folder"
+mkdir -p "$root/etc/libvirt"
 """
 
 

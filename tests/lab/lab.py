@@ -53,6 +53,7 @@ PROGRAMS = {
     "nasm": "nasm",
     "unshare": "util-linux",
 }
+DAEMONS = ("libvirtd", "qemu-system-x86_64", "nbdkit")
 
 LIBVIRTD_CONF = """\
 auth_unix_ro = "none"
@@ -79,13 +80,16 @@ class LabError(Exception):
     """The lab itself failed (not what is tested with it): what was tried, and what was said."""
 
 
-def missing() -> list[str]:
-    """What this machine lacks to run a lab, in words; empty when it can."""
+def missing(inside: bool = True) -> list[str]:
+    """What this machine lacks to run a lab, in words; empty when it can.
+
+    With `inside` false the daemons are taken from another root file system, and only the rest is asked for.
+    """
     lacks = []
     if os.geteuid() != 0:
         lacks.append("root (the lab makes mount, PID and network namespaces)")
     for program, package in PROGRAMS.items():
-        if shutil.which(program, path=_path()) is None:
+        if (inside or program not in DAEMONS) and shutil.which(program, path=_path()) is None:
             lacks.append(f"{program} (Debian package {package})")
     if not lacks:
         probe = subprocess.run(
@@ -138,7 +142,7 @@ class Lab:
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        lacks = missing() if root is None else []
+        lacks = missing(inside=root is None)
         if lacks:
             raise LabError("a lab needs " + "; ".join(lacks))
         self.root = root
