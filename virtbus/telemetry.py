@@ -426,3 +426,72 @@ class Trouble(TelemetryEvent):
     def limit_key(self) -> object:
         """A line a place."""
         return self.where
+
+
+@dataclass(frozen=True, slots=True)
+class LookupFinished(TelemetryEvent):
+    """A look-up of a domain ended, or outlived its deadline: result "found", "failed" or "late"."""
+
+    LEVEL: ClassVar[str] = "debug"
+    MESSAGE: ClassVar[str] = "domain looked up"
+    result: str
+    domain_uuid: str
+    error: Exception | str | None = None
+
+    def measure(self, metrics: Metrics) -> None:
+        """Count it."""
+        metrics.lookups.labels(self.result).inc()
+
+
+@dataclass(frozen=True, slots=True)
+class LookupsReplaced(TelemetryEvent):
+    """Every place of the look-up connection hangs: a second connection takes over."""
+
+    LEVEL: ClassVar[str] = "warning"
+    MESSAGE: ClassVar[str] = "look-ups hang in libvirt; events go on, their connection is replaced"
+    LIMIT_SECONDS: ClassVar[float] = 30.0
+    hanging: int
+
+
+@dataclass(frozen=True, slots=True)
+class LibvirtSaid(TelemetryEvent):
+    """What libvirt's client library would have written to standard error."""
+
+    LEVEL: ClassVar[str] = "debug"
+    MESSAGE: ClassVar[str] = "libvirt"
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class EventUnsupported(TelemetryEvent):
+    """The daemon does not know an event: what depends on it is found later, or by looking."""
+
+    LEVEL: ClassVar[str] = "warning"
+    MESSAGE: ClassVar[str] = "libvirt does not offer this event; going on without"
+    event: str
+    error: Exception | str
+
+
+@dataclass(frozen=True, slots=True)
+class CallbackUndecodable(TelemetryEvent):
+    """A callback was lost because its text is not UTF-8; every domain is looked at instead."""
+
+    LEVEL: ClassVar[str] = "warning"
+    MESSAGE: ClassVar[str] = "a libvirt callback is not UTF-8 and was lost; looking at all domains"
+    LIMIT_SECONDS: ClassVar[float] = 30.0
+    error: Exception | str
+
+
+@dataclass(frozen=True, slots=True)
+class DomainUnreadable(TelemetryEvent):
+    """A domain's XML was refused: its events go out without a description."""
+
+    LEVEL: ClassVar[str] = "warning"
+    MESSAGE: ClassVar[str] = "domain XML refused; its events go out without a description"
+    LIMIT_SECONDS: ClassVar[float] = 60.0
+    domain_uuid: str
+    error: Exception | str
+
+    def limit_key(self) -> object:
+        """A line a domain."""
+        return self.domain_uuid

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from threading import Event as StopEvent
 from typing import Protocol, TypeAlias
 
+from virtbus.config import OwnerRule
 from virtbus.model import Check, Description, Observation, SourceReady
 
 Sink: TypeAlias = Callable[[Observation], None]
 """Takes an observation in about a microsecond, from any thread, without blocking or raising."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceOptions:
+    """How a hypervisor is observed; times in seconds.
+
+    `since_ns` is the wall time of the agent's last sign of life in an earlier run: errors that the
+    hypervisor remembers from after it are findings; None asks for none of them.
+    """
+
+    lookup_deadline_seconds: float = 0.5  # then an event goes out without what was asked
+    lookups_in_flight: int = 4
+    keepalive_interval_seconds: int = 5
+    keepalive_count: int = 3  # unanswered ones that end the connection
+    grace_seconds: float = 1.0  # how long a pause by I/O error waits for its own event
+    owner_rules: tuple[OwnerRule, ...] = ()
+    since_ns: int | None = None
 
 
 class Source(Protocol):

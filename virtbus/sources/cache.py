@@ -1,0 +1,112 @@
+"""What is known of each domain, so that an event is described without asking anybody.
+
+Reading never waits. An entry stays for a while after its domain is gone: the events about its end
+are still to be told.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from virtbus.model import Description, Device, Domain
+from virtbus.sources.domain_xml import DomainXml
+
+GONE_KEPT = 1024  # entries of domains that are gone
+ASK_AGAIN_SECONDS = 10.0  # between two look-ups of a domain whose description lacks something
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One domain: `xml` is None until it was read, `refused` when it can't be."""
+
+    uuid: str
+    name: str
+    number: int | None
+    state: str
+    xml: DomainXml | None = None
+    refused: bool = False
+    asked_at: float = float("-inf")
+    description: Description | None = field(default=None, compare=False)
+
+    @property
+    def devices(self) -> Mapping[str, Device]:
+        """The devices by alias, as far as they are known."""
+        return {} if self.xml is None else self.xml.devices
+
+
+class Cache:
+    """Entries by UUID. One thread writes states, any thread reads and adds descriptions."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entries: dict[str, Entry] = {}
+        self._gone: OrderedDict[str, Entry] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, uuid: str) -> Entry | None:
+        """The entry, also of a domain that left a short while ago."""
+        return self._entries.get(uuid) or self._gone.get(uuid)
+
+    def active(self) -> list[Entry]:
+        """The entries of the domains that are there."""
+        with self._lock:
+            return list(self._entries.values())
+
+    def knows(self, uuid: str, alias: str) -> bool:
+        """Whether the domain's description has this device."""
+        entry = self._entries.get(uuid)
+        return entry is not None and entry.xml is not None and alias in entry.xml.devices
+
+    def aliases(self, uuid: str) -> frozenset[str] | None:
+        """The aliases of a domain's devices; None when its XML was not read."""
+        entry = self._entries.get(uuid)
+        return None if entry is None or entry.xml is None else frozenset(entry.xml.devices)
+
+    def saw(self, uuid: str, name: str, number: int | None, state: str) -> bool:
+        """A domain is there, in this state; True when it is new, or (another number) started anew."""
+        with self._lock:
+            old = self._entries.get(uuid)
+            fresh = old is None or (old.number is not None and number is not None and old.number != number)
+            if old is None or fresh:
+                old = Entry(uuid, name, number, state)
+            self._gone.pop(uuid, None)
+            number = old.number if number is None else number
+            self._entries[uuid] = _described(replace(old, name=name, number=number, state=state))
+            return fresh
+
+    def read(self, uuid: str, xml: DomainXml | None) -> None:
+        """Its XML was read, or (None) refused. Of a domain that is gone it is of no use."""
+        with self._lock:
+            old = self._entries.get(uuid)
+            if old is not None:
+                self._entries[uuid] = _described(replace(old, xml=xml, refused=xml is None))
+
+    def may_ask(self, uuid: str, now: float) -> bool:
+        """Whether it is worth to ask for what an entry lacks; True counts as asked."""
+        with self._lock:
+            old = self._entries.get(uuid)
+            if old is None or old.refused or now - old.asked_at < ASK_AGAIN_SECONDS:
+                return False
+            self._entries[uuid] = replace(old, asked_at=now)
+            return True
+
+    def gone(self, uuid: str) -> None:
+        """The domain left."""
+        with self._lock:
+            entry = self._entries.pop(uuid, None)
+            if entry is not None:
+                self._gone[uuid] = _described(replace(entry, state="shut off"))
+                if len(self._gone) > GONE_KEPT:
+                    self._gone.popitem(last=False)
+
+
+def _described(entry: Entry) -> Entry:
+    if entry.xml is None:
+        return entry if entry.description is None else replace(entry, description=None)
+    domain = Domain(entry.uuid, entry.name, entry.number, entry.state, entry.xml.owner)
+    return replace(entry, description=Description(domain, entry.xml.devices))

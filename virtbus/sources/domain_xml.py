@@ -1,0 +1,345 @@
+"""Reads a domain's XML: its devices by alias and its owner, without trusting a byte of it.
+
+A domain's XML is written by others: names, paths and metadata are whatever a tenant or a tool put there.
+Guarantees:
+
+1. no DTD, no entities, no external access, bounded size, depth and number of elements: refused otherwise;
+2. no secret leaves: `<auth>`, user names and passwords in URLs, query strings and key=value options of
+   pseudo-protocol paths are cut, `json:` paths are hidden whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from xml.etree.ElementTree import Element, TreeBuilder  # only the tree; the parser is expat, set up below
+from xml.parsers import expat
+
+from virtbus.config import OwnerRule
+from virtbus.errors import SchemaError
+from virtbus.model import Device, DeviceSource, ErrorPolicy, Owner
+
+MAX_BYTES = 4 << 20  # libvirt's own limit of a string on the wire (REMOTE_STRING_MAX)
+MAX_DEPTH = 512  # a backing chain nests one level an image, and libvirt allows 200 images
+MAX_ELEMENTS = 100_000
+
+_KEPT = ("name", "uuid", "metadata", "devices")  # all that is read of a <domain>
+
+NOVA = "http://openstack.org/xmlns/libvirt/nova/"  # followed by the version
+KUBEVIRT = "http://kubevirt.io"
+OVIRT = "http://ovirt.org/vm/"  # followed by the version, or "tune/" and the version
+
+
+@dataclass(frozen=True, slots=True)
+class DomainXml:
+    """What a domain's XML tells; devices without an alias (of a domain that does not run) are left out."""
+
+    uuid: str | None
+    name: str | None
+    id: int | None
+    owner: Owner | None
+    devices: Mapping[str, Device]
+
+
+def parse(
+    xml: str | bytes, *, owner_rules: Sequence[OwnerRule] = (), max_bytes: int = MAX_BYTES
+) -> DomainXml:
+    """The XML of one domain, as virDomainGetXMLDesc gives it.
+
+    Raises SchemaError when it is too large, holds a DTD, is not well-formed, or is no domain's.
+    """
+    root = _tree(xml, max_bytes)
+    if root.tag != "domain":
+        raise SchemaError(f"domain XML: the root element is <{root.tag[:40]}>, expected <domain>")
+    uuid, name = root.findtext("uuid"), root.findtext("name")
+    number = root.get("id", "")
+    devices = {}
+    for element in root.iterfind("devices/*"):
+        device = _device(element)
+        if device is not None and device.alias is not None:
+            devices[device.alias] = device
+    return DomainXml(
+        uuid=uuid.strip() if uuid else None,
+        name=name,
+        id=int(number) if number.isdecimal() and len(number) < 10 else None,
+        owner=_owner(root, uuid, name, owner_rules),
+        devices=devices,
+    )
+
+
+def host_uuid(capabilities: str) -> str | None:
+    """/capabilities/host/uuid (virConnectGetCapabilities). Raises SchemaError as `parse` does."""
+    return _tree(capabilities, MAX_BYTES, kept=("host",)).findtext("host/uuid")
+
+
+# ------------------------------------------------------------------------------------------- parsing
+
+
+def _tree(xml: str | bytes, max_bytes: int, kept: Sequence[str] = _KEPT) -> Element:
+    data = xml.encode("utf-8", "replace") if isinstance(xml, str) else xml
+    if len(data) > max_bytes:
+        raise SchemaError(f"domain XML: {len(data)} bytes, more than the limit of {max_bytes}")
+    # The encoding is fixed: what a declaration in the text says is not ours to follow.
+    parser = expat.ParserCreate("utf-8", "}")
+    parser.buffer_text = True
+    builder = TreeBuilder()
+    depth = elements = 0
+    skip_below: int | None = None  # the depth of an element that is not kept, while inside it
+
+    def start(tag: str, attributes: dict[str, str]) -> None:
+        nonlocal depth, elements, skip_below
+        depth += 1
+        elements += 1
+        if depth > MAX_DEPTH or elements > MAX_ELEMENTS:
+            raise SchemaError(
+                f"domain XML: more than {MAX_DEPTH} levels deep or {MAX_ELEMENTS} elements: refused"
+            )
+        if skip_below is None and depth == 2 and tag not in kept:
+            skip_below = depth
+        if skip_below is None:
+            builder.start("{" + tag if "}" in tag else tag, attributes)
+
+    def end(tag: str) -> None:
+        nonlocal depth, skip_below
+        if skip_below is None:
+            builder.end("{" + tag if "}" in tag else tag)
+        elif depth == skip_below:
+            skip_below = None
+        depth -= 1
+
+    def text(data: str) -> None:
+        if skip_below is None:
+            builder.data(data)
+
+    def refuse(*_: object) -> None:
+        raise SchemaError("domain XML: it holds a document type declaration: refused")
+
+    parser.StartElementHandler = start
+    parser.EndElementHandler = end
+    parser.CharacterDataHandler = text
+    parser.StartDoctypeDeclHandler = refuse
+    parser.EntityDeclHandler = refuse
+    parser.ExternalEntityRefHandler = refuse  # type: ignore[assignment] # it never returns
+    try:
+        parser.Parse(data, True)
+    except expat.ExpatError as error:
+        raise SchemaError(f"domain XML is not well-formed: {error}") from error
+    return builder.close()
+
+
+# ------------------------------------------------------------------------------------------- devices
+
+
+def _device(element: Element) -> Device | None:
+    alias = element.find("alias")
+    target = element.find("target")
+    if alias is None or not alias.get("name"):
+        return None
+    if element.tag != "disk":
+        return Device(
+            alias=alias.get("name"),
+            target=None if target is None else target.get("dev"),
+            bus=None if target is None else target.get("bus"),
+            kind=element.tag,
+            source=_plain_source(element),
+        )
+    driver = element.find("driver")
+    policy = None
+    if driver is not None:
+        write, read = driver.get("error_policy"), driver.get("rerror_policy")
+        policy = ErrorPolicy(write, read) if write or read else None
+    return Device(
+        alias=alias.get("name"),
+        target=None if target is None else target.get("dev"),
+        bus=None if target is None else target.get("bus"),
+        kind=element.get("device", "disk"),
+        serial=element.findtext("serial"),
+        source=_disk_source(element, None if driver is None else driver.get("type")),
+        policy=policy,
+    )
+
+
+def _plain_source(element: Element) -> DeviceSource | None:
+    """Of a character device, file system, …: its type and path, when it has them."""
+    source = element.find("source")
+    kind = element.get("type")
+    if kind is None or source is None:
+        return None if kind is None else DeviceSource(type=kind)
+    path = next((source.get(key) for key in ("path", "dev", "dir", "file", "name") if source.get(key)), None)
+    host = source.get("host")
+    return DeviceSource(
+        type=kind,
+        path=None if path is None else redact(path, network=False),
+        hosts=() if host is None else (_host(host, source.get("service")),),
+    )
+
+
+def _disk_source(disk: Element, image_format: str | None) -> DeviceSource:
+    source = disk.find("source")
+    kind = disk.get("type", "unknown")
+    backing = tuple(_image(below) for below in _chain(disk))
+    if source is None:  # an empty drive
+        return DeviceSource(type=kind, format=image_format, backing=backing)
+    return DeviceSource(
+        type=kind,
+        protocol=source.get("protocol"),
+        path=_path(kind, source),
+        pool=source.get("pool"),
+        volume=source.get("volume"),
+        hosts=tuple(_hosts(source)),
+        format=image_format,
+        backing=backing,
+    )
+
+
+def _chain(disk: Element) -> Iterator[Element]:
+    """The <backingStore> elements below a disk, nearest first; an empty one ends the chain."""
+    below = disk.find("backingStore")
+    while below is not None and below.find("source") is not None:
+        yield below
+        below = below.find("backingStore")
+
+
+def _image(element: Element) -> str:
+    source = element.find("source")
+    assert source is not None
+    if source.get("pool") or source.get("volume"):
+        return f"{source.get('pool', '')}/{source.get('volume', '')}"
+    return _path(element.get("type", "unknown"), source) or ""
+
+
+_PATH_ATTRIBUTE = {
+    "file": "file",
+    "block": "dev",
+    "dir": "dir",
+    "network": "name",
+    "vhostuser": "path",
+    "vhostvdpa": "dev",
+}
+
+
+def _path(kind: str, source: Element) -> str | None:
+    if kind == "nvme":
+        address = source.find("address")
+        if address is None:
+            return None
+        domain, bus, slot, function = (
+            address.get(key, "0").removeprefix("0x") for key in ("domain", "bus", "slot", "function")
+        )
+        return f"{domain}:{bus}:{slot}.{function}"
+    path = source.get(_PATH_ATTRIBUTE.get(kind, ""))
+    return None if path is None else redact(path, network=kind == "network")
+
+
+def _hosts(source: Element) -> Iterator[str]:
+    for host in source.iterfind("host"):
+        if host.get("socket"):
+            yield f"unix:{host.get('socket')}"
+        elif host.get("name"):
+            yield _host(host.get("name", ""), host.get("port"))
+
+
+def _host(name: str, port: str | None) -> str:
+    name = name.rpartition("@")[2]  # nobody's user name or password
+    if ":" in name and not name.startswith("["):
+        name = f"[{name}]"
+    return f"{name}:{port}" if port else name
+
+
+HIDDEN = "***"
+_URL = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*://)(.*)$", re.DOTALL)
+_PSEUDO = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*:")
+_OPTIONS = re.compile(r"[:;,&?][\w.-]+=.*$", re.DOTALL)
+
+
+def redact(path: str, *, network: bool) -> str:
+    """A source path without what could be a secret; `network` when it is no path of the file system.
+
+    A file's own path is kept as it is. Better too much is hidden than too little.
+    """
+    if path.startswith("/") and not network:
+        return path
+    if path.startswith("json:"):
+        return f"json:{HIDDEN}"
+    if url := _URL.match(path):
+        scheme, rest = url[1], re.split(r"[?#]", url[2], maxsplit=1)[0]
+        authority, slash, tail = rest.partition("/")
+        _, at, after = authority.rpartition("@")
+        if at:
+            authority = f"{HIDDEN}@{after}"
+        elif ":" in authority and "@" in tail:
+            # A password may hold a "/": then what looks like a host and a port is a user and a password.
+            return f"{scheme}{HIDDEN}@{_without_options(tail.rpartition('@')[2])}"
+        return f"{scheme}{_without_options(authority + slash + tail)}"
+    if not network and not _PSEUDO.match(path):
+        return path
+    path = path.split("?", 1)[0]
+    head, at, tail = path.partition("@")
+    if at and ":" in head and "/" not in head:
+        path = f"{HIDDEN}@{tail}"
+    return _without_options(path)
+
+
+def _without_options(text: str) -> str:
+    return _OPTIONS.sub("", text)
+
+
+# --------------------------------------------------------------------------------------------- owner
+
+
+def _owner(root: Element, uuid: str | None, name: str | None, rules: Sequence[OwnerRule]) -> Owner | None:
+    found = [(e.tag.removeprefix("{").rpartition("}")[0], e) for e in root.iterfind("metadata/*")]
+    for rule in rules:
+        for namespace, element in found:
+            if namespace == rule.namespace:
+                return Owner(
+                    platform=rule.platform,
+                    id=_at(element, rule.id),
+                    name=_at(element, rule.name),
+                    project_id=_at(element, rule.project_id),
+                    project_name=_at(element, rule.project_name),
+                    user_id=_at(element, rule.user_id),
+                    user_name=_at(element, rule.user_name),
+                )
+    for namespace, element in found:
+        if namespace.startswith(NOVA):
+            return Owner(
+                platform="openstack",
+                id=uuid,  # Nova gives the domain the instance's UUID
+                name=_at(element, "name"),
+                project_id=_at(element, "owner/project/@uuid"),
+                project_name=_at(element, "owner/project"),
+                user_id=_at(element, "owner/user/@uuid"),
+                user_name=_at(element, "owner/user"),
+            )
+        if namespace == KUBEVIRT:
+            # The domain is called <namespace>_<name>; a Kubernetes name holds no underscore.
+            project, _, vm = (name or "").partition("_")
+            return Owner(
+                platform="kubevirt",
+                id=_at(element, "uid"),
+                name=vm or None,
+                project_id=project or None,
+                project_name=project or None,
+            )
+        if namespace.startswith(OVIRT):
+            return Owner(platform="ovirt", id=uuid, name=name)
+    return None
+
+
+def _at(element: Element, path: str | None) -> str | None:
+    """The text at `path` below `element`: local names by "/", an attribute by "@", "." for itself."""
+    if path is None:
+        return None
+    found: Element | None = element
+    for step in path.split("/"):
+        if found is None:
+            return None
+        if step.startswith("@"):
+            wanted = step[1:]
+            return next((v for k, v in found.attrib.items() if k.rpartition("}")[2] == wanted), None)
+        if step not in ("", "."):
+            found = next((child for child in found if child.tag.rpartition("}")[2] == step), None)
+    text = None if found is None or found.text is None else found.text.strip()
+    return text or None

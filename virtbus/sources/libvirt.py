@@ -1,0 +1,518 @@
+"""libvirt behind the observer: the only module that imports it.
+
+Everything here runs on a read-only connection. libvirt's event loop is one thread a process, started with
+the first connection and never stopped.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+import libvirt
+
+from virtbus.errors import ConfigError, SourceDenied, SourceUnavailable, VirtbusError
+from virtbus.model import Check, Description, Hypervisor, RawIoError, SourceReady
+from virtbus.sources import Sink, SourceOptions
+from virtbus.sources.link import DomainAt, Handler, HostFacts, NoSuchDomain, Space, Unsupported
+from virtbus.sources.observer import Observer
+from virtbus.telemetry import CallbackUndecodable, EventUnsupported, LibvirtSaid, Trouble, emit
+
+THROTTLES_FROM = (9, 2, 0)  # QEMU merges BLOCK_IO_ERROR events of a device, one a second
+KEEPS_MESSAGES_FROM = (11, 1, 0)  # libvirt remembers the last I/O error of each image
+
+_DENIED = (
+    libvirt.VIR_ERR_AUTH_FAILED,
+    libvirt.VIR_ERR_AUTH_CANCELLED,
+    libvirt.VIR_ERR_AUTH_UNAVAILABLE,
+    libvirt.VIR_ERR_ACCESS_DENIED,
+    libvirt.VIR_ERR_OPERATION_DENIED,
+)
+_MISUSED = (libvirt.VIR_ERR_NO_CONNECT, libvirt.VIR_ERR_INVALID_ARG, libvirt.VIR_ERR_CONF_SYNTAX)
+_CLOSE_REASONS = {
+    libvirt.VIR_CONNECT_CLOSE_REASON_ERROR: "an error on the connection",
+    libvirt.VIR_CONNECT_CLOSE_REASON_EOF: "the daemon closed the connection",
+    libvirt.VIR_CONNECT_CLOSE_REASON_KEEPALIVE: "the daemon did not answer keepalive",
+    libvirt.VIR_CONNECT_CLOSE_REASON_CLIENT: "closed here",
+}
+
+
+# -------------------------------------------------------------------------------------- the event loop
+
+
+class _EventLoop:
+    """libvirt's default event loop on a daemon thread; one a process, because libvirt has only one."""
+
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+    _thread: ClassVar[threading.Thread | None] = None
+    # Whom to tell that a callback was lost; weak, because a session ends without saying so.
+    handlers: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
+
+    @classmethod
+    def ensure(cls) -> None:
+        """Start it, once."""
+        with cls._lock:
+            if cls._thread is not None and cls._thread.is_alive():
+                return
+            if cls._thread is None:
+                # Before this libvirt prints every error to standard error as well.
+                libvirt.registerErrorHandler(_complain, None)
+                libvirt.virEventRegisterDefaultImpl()
+                _LostCallbacks.install(cls)
+            cls._thread = threading.Thread(target=cls._run, name="virtbus-libvirt", daemon=True)
+            cls._thread.start()
+
+    @classmethod
+    def is_loop(cls) -> bool:
+        """Whether this is the loop's thread."""
+        return threading.current_thread() is cls._thread
+
+    @staticmethod
+    def _run() -> None:
+        while True:
+            try:
+                libvirt.virEventRunDefaultImpl()
+            except libvirt.libvirtError as error:
+                emit(Trouble("libvirt's event loop", error))
+                threading.Event().wait(1.0)
+
+
+def _complain(_context: object, error: Sequence[Any]) -> None:
+    emit(LibvirtSaid(str(error[2])))
+
+
+class _LostCallbacks:
+    """libvirt-python prints what a callback raises, and what it could not even decode, and goes on.
+
+    Text that is not UTF-8 (a path in an image's header, say) raises before any callback of ours is called:
+    the only trace is `sys.excepthook` on the loop's thread. It is the sign to look at every domain.
+    """
+
+    @staticmethod
+    def install(loop: type[_EventLoop]) -> None:
+        """Stand before the hook that is there."""
+        before = sys.excepthook
+
+        def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+            if not loop.is_loop():
+                before(kind, error, trace)
+            elif isinstance(error, UnicodeDecodeError):
+                emit(CallbackUndecodable(error))
+                for handler in list(loop.handlers):
+                    handler.undecodable()
+            else:
+                emit(Trouble("a libvirt callback", f"{kind.__name__}: {error}"))
+
+        sys.excepthook = hook
+
+
+# ------------------------------------------------------------------------------------------ a link
+
+
+def _translated(error: libvirt.libvirtError, what: str) -> VirtbusError:
+    """An error of libvirt → ours, by what the caller does next."""
+    code, text = error.get_error_code(), error.get_error_message() or str(error)
+    if code == libvirt.VIR_ERR_NO_DOMAIN:
+        return NoSuchDomain(f"{what}: {text}")
+    if code == libvirt.VIR_ERR_NO_SUPPORT:
+        return Unsupported(f"{what}: {text}")
+    denied = code in _DENIED or (
+        code == libvirt.VIR_ERR_SYSTEM_ERROR and error.get_int1() in (errno.EACCES, errno.EPERM)
+    )
+    if denied:
+        return SourceDenied(
+            f"{what}: {text}; the read-only socket and its group, or the daemon's access rules, must admit us"
+        )
+    return SourceUnavailable(f"{what}: {text}")
+
+
+class _Call:
+    """Translates libvirt's exceptions, and text that is not UTF-8, once, at the edge."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, libvirt.libvirtError):
+            raise _translated(error, self._what) from error
+        if isinstance(error, UnicodeDecodeError | SystemError):
+            raise SourceUnavailable(f"{self._what}: the answer is not UTF-8 text") from error
+
+
+class LibvirtLink:
+    """One read-only connection. See `virtbus.sources.link.Link`."""
+
+    def __init__(self, connection: Any, uri: str, closing: Callable[[], None]) -> None:
+        self._connection = connection
+        self._uri = uri
+        self._closing = closing
+
+    def facts(self) -> HostFacts:
+        """See Link."""
+        connection = self._connection
+        with _Call(self._uri):
+            kind = connection.getType()
+            version = _version(connection.getVersion())
+            libvirt_version = _version(connection.getLibVersion())
+            name = connection.getHostname()
+        return HostFacts(
+            name=name,
+            hypervisor=Hypervisor(kind, _dotted(version), _dotted(libvirt_version)),
+            throttles=kind == "QEMU" and version >= THROTTLES_FROM,
+            keeps_messages=kind == "QEMU" and libvirt_version >= KEEPS_MESSAGES_FROM,
+            local=is_local(self._uri),
+        )
+
+    def capabilities(self) -> str:
+        """See Link."""
+        with _Call(f"{self._uri}: capabilities"):
+            text: str = self._connection.getCapabilities()
+            return text
+
+    def domains(self) -> Sequence[DomainAt]:
+        """See Link."""
+        with _Call(f"{self._uri}: list of domains"):
+            flags = libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE
+            try:
+                found = self._connection.getAllDomainStats(libvirt.VIR_DOMAIN_STATS_STATE, flags)
+            except libvirt.libvirtError as error:
+                if error.get_error_code() not in (libvirt.VIR_ERR_NO_SUPPORT, libvirt.VIR_ERR_INVALID_ARG):
+                    raise
+            else:
+                return [
+                    _at(domain, stats.get("state.state", 0), stats.get("state.reason", 0))
+                    for domain, stats in found
+                ]
+            out = []
+            for domain in self._connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
+                try:
+                    out.append(_at(domain, *domain.state()))
+                except libvirt.libvirtError as error:
+                    if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+                        raise
+            return out
+
+    def state(self, uuid: str) -> tuple[int, int]:
+        """See Link."""
+        with _Call(f"domain {uuid}: state"):
+            state, reason = self._domain(uuid).state()
+            return int(state), int(reason)
+
+    def xml(self, uuid: str) -> str:
+        """See Link."""
+        with _Call(f"domain {uuid}: XML"):
+            text: str = self._domain(uuid).XMLDesc(0)
+            return text
+
+    def disk_errors(self, uuid: str) -> Mapping[str, int]:
+        """See Link."""
+        with _Call(f"domain {uuid}: disk errors"):
+            found: Mapping[str, int] | None = self._domain(uuid).diskErrors()
+        if found is None:  # libvirt-python gives None, and no exception, when the call failed
+            raise SourceUnavailable(f"domain {uuid}: disk errors can't be had")
+        return found
+
+    def messages(self, uuid: str) -> Sequence[str]:
+        """See Link."""
+        with _Call(f"domain {uuid}: messages"):
+            domain = self._domain(uuid)
+            if not hasattr(domain, "messages"):
+                raise Unsupported("this libvirt-python has no messages()")
+            # Flags 0: all kinds. The flag for I/O errors is refused by libvirt before 11.1.
+            found: Sequence[str] = domain.messages(0)
+            return found
+
+    def space(self, uuid: str, target: str) -> Space:
+        """See Link."""
+        with _Call(f"domain {uuid}: space of {target}"):
+            return Space(*self._domain(uuid).blockInfo(target))
+
+    def probe_events(self) -> Mapping[str, str | None]:
+        """Register and deregister each event: name → libvirt's refusal, or None."""
+        results: dict[str, str | None] = {}
+        for names, _ in _EVENTS:
+            number = getattr(libvirt, f"VIR_DOMAIN_EVENT_ID_{names[0]}")
+            try:
+                held = self._connection.domainEventRegisterAny(None, number, _ignore, None)
+                self._connection.domainEventDeregisterAny(held)
+                results[names[0]] = None
+            except libvirt.libvirtError as error:
+                results[names[0]] = error.get_error_message() or str(error)
+        return results
+
+    def alive(self) -> bool:
+        """See Link."""
+        try:
+            return bool(self._connection.isAlive())
+        except libvirt.libvirtError:
+            return False
+
+    def close(self) -> None:
+        """See Link. On a thread: closing says good-bye, and a daemon that is frozen does not answer."""
+        threading.Thread(target=self._close, name="virtbus-close", daemon=True).start()
+
+    def _close(self) -> None:
+        self._closing()
+        try:
+            self._connection.close()
+        except libvirt.libvirtError as error:
+            emit(LibvirtSaid(f"close: {error}"))
+
+    def _domain(self, uuid: str) -> Any:
+        return self._connection.lookupByUUIDString(uuid)
+
+
+def _at(domain: Any, state: int, reason: int) -> DomainAt:
+    number = domain.ID()
+    return DomainAt(domain.UUIDString(), domain.name(), number if number >= 0 else None, state, reason)
+
+
+def _version(number: int) -> tuple[int, int, int]:
+    """virConnectGetVersion: 1,000,000 × major + 1,000 × minor + release."""
+    return number // 1_000_000, number // 1_000 % 1_000, number % 1_000
+
+
+def _dotted(version: tuple[int, int, int]) -> str:
+    return ".".join(map(str, version))
+
+
+def is_local(uri: str) -> bool:
+    """Whether a libvirt URI names the machine we run on, by the rules of libvirt's own URIs."""
+    parts = urlsplit(uri)
+    transport = parts.scheme.partition("+")[2]
+    return not parts.netloc and transport in ("", "unix")
+
+
+# -------------------------------------------------------------------------------------- the connector
+
+
+class LibvirtConnector:
+    """Opens links to one URI. See `virtbus.sources.link.Connector`."""
+
+    def __init__(self, uri: str, options: SourceOptions) -> None:
+        self.uri = uri
+        self._interval = options.keepalive_interval_seconds
+        self._count = options.keepalive_count
+
+    def open(self, handler: Handler | None) -> LibvirtLink:
+        """See Connector."""
+        _EventLoop.ensure()
+        try:
+            connection = libvirt.openReadOnly(self.uri)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() in _MISUSED:
+                raise ConfigError(f"libvirt.uri {self.uri}: {error.get_error_message()}") from error
+            raise _translated(error, self.uri) from error
+        registered: list[int] = []
+
+        def closing() -> None:
+            # Each registration holds the connection: without this nothing is ever freed.
+            for number in registered:
+                try:
+                    connection.domainEventDeregisterAny(number)
+                except libvirt.libvirtError:
+                    continue
+            try:
+                connection.unregisterCloseCallback()
+            except libvirt.libvirtError:
+                return
+
+        link = LibvirtLink(connection, self.uri, closing)
+        try:
+            connection.setKeepAlive(self._interval, self._count)
+        except libvirt.libvirtError as error:
+            # Drivers inside this process (test:///) have none, and need none.
+            emit(LibvirtSaid(f"keepalive: {error.get_error_message()}"))
+        if handler is None:
+            return link
+        _EventLoop.handlers.add(handler)
+        try:
+            self._watch_closing(connection, handler)
+            self._register(connection, handler, registered)
+        except libvirt.libvirtError as error:
+            link.close()
+            raise _translated(error, f"{self.uri}: event registration") from error
+        return link
+
+    def _watch_closing(self, connection: Any, handler: Handler) -> None:
+        def closed(_connection: object, reason: int, _opaque: object) -> None:
+            deaf = reason == libvirt.VIR_CONNECT_CLOSE_REASON_KEEPALIVE
+            silent = float(self._interval * (self._count + 1)) if deaf else 0.0
+            handler.closed(_CLOSE_REASONS.get(reason, f"closed, reason {reason}"), silent)
+
+        try:
+            connection.registerCloseCallback(closed, None)
+        except libvirt.libvirtError as error:
+            if error.get_error_code() != libvirt.VIR_ERR_NO_SUPPORT:
+                raise
+
+    def _register(self, connection: Any, handler: Handler, registered: list[int]) -> None:
+        """Every event we use. One that the daemon does not know costs a log line, not the others."""
+        callbacks = _callbacks(handler)
+        for names, key in _EVENTS:
+            for name in names:
+                number = getattr(libvirt, f"VIR_DOMAIN_EVENT_ID_{name}", None)
+                if number is None:
+                    continue
+                try:
+                    registered.append(connection.domainEventRegisterAny(None, number, callbacks[key], name))
+                except libvirt.libvirtError as error:
+                    if not connection.isAlive():
+                        raise
+                    emit(EventUnsupported(name, error.get_error_message() or str(error)))
+                else:
+                    break
+            else:
+                if names[0] in ("LIFECYCLE", "IO_ERROR_REASON"):
+                    raise SourceUnavailable(f"{self.uri} offers none of the events {', '.join(names)}")
+
+
+def _ignore(*_: object) -> None:
+    """A callback that does nothing."""
+
+
+# For each callback the events that call it: the first that the daemon knows is registered.
+_EVENTS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("LIFECYCLE",), "lifecycle"),
+    (("IO_ERROR_REASON", "IO_ERROR"), "io_error"),
+    (("DEVICE_REMOVED",), "removed"),
+    (("DEVICE_ADDED",), "changed"),
+    (("DISK_CHANGE",), "changed"),
+    (("BLOCK_JOB_2", "BLOCK_JOB"), "job"),
+    (("METADATA_CHANGE",), "changed"),
+)
+
+
+def _callbacks(handler: Handler) -> Mapping[str, Callable[..., None]]:
+    """The callbacks by the names that `_EVENTS` uses. All run on libvirt's thread.
+
+    name(), UUIDString() and ID() read the domain object at hand; they do not ask the daemon.
+    """
+
+    def lifecycle(_c: Any, dom: Any, event: int, detail: int, _o: object) -> None:
+        number = dom.ID()
+        handler.lifecycle(dom.UUIDString(), dom.name(), number if number >= 0 else None, event, detail)
+
+    def io_error(_c: Any, dom: Any, path: str, alias: str, action: int, *rest: Any) -> None:
+        # IO_ERROR_REASON gives (reason, opaque), the older IO_ERROR only (opaque).
+        reason = rest[0] if len(rest) > 1 else ""
+        number = dom.ID()
+        handler.io_error(
+            RawIoError(
+                dom.UUIDString(),
+                dom.name(),
+                number if number >= 0 else None,
+                path or "",
+                alias or "",
+                action,
+                reason or "",
+                time.time_ns(),
+            )
+        )
+
+    def removed(_c: Any, dom: Any, alias: str, _o: object) -> None:
+        handler.device_removed(dom.UUIDString(), alias or "")
+
+    def changed(_c: Any, dom: Any, *_rest: object) -> None:
+        handler.changed(dom.UUIDString())
+
+    def job(_c: Any, dom: Any, _disk: str, _kind: int, status: int, _o: object) -> None:
+        # A finished copy or commit changes the chain; progress does not.
+        if status in (libvirt.VIR_DOMAIN_BLOCK_JOB_COMPLETED, libvirt.VIR_DOMAIN_BLOCK_JOB_CANCELED):
+            handler.changed(dom.UUIDString())
+
+    return {"lifecycle": lifecycle, "io_error": io_error, "removed": removed, "changed": changed, "job": job}
+
+
+# --------------------------------------------------------------------------------------- the source
+
+
+class LibvirtSource:
+    """Observes the hypervisor of one libvirt URI, read-only; see `virtbus.sources.Source`."""
+
+    def __init__(self, uri: str, *, options: SourceOptions | None = None) -> None:
+        """Connect to nothing yet."""
+        self.uri = uri
+        options = options or SourceOptions()
+        self._connector = LibvirtConnector(uri, options)
+        self._observer = Observer(self._connector, options=options)
+
+    def run(self, sink: Sink, stop: threading.Event) -> None:
+        """See Source. Raises ConfigError too, for a URI that no libvirt driver takes."""
+        self._observer.run(sink, stop)
+
+    def describe(self, domain_uuid: str) -> Description | None:
+        """See Source."""
+        return self._observer.describe(domain_uuid)
+
+    def snapshot(self) -> SourceReady:
+        """See Source. Raises SourceUnavailable, SourceDenied, ConfigError."""
+        return self._observer.snapshot()
+
+    def probe(self) -> Sequence[Check]:
+        """See Source: connection, versions, and each event's registration, with what it means."""
+        try:
+            link = self._connector.open(None)
+        except VirtbusError as error:
+            remedy = {
+                SourceDenied: "let this user open libvirt's read-only socket (unix_sock_ro_perms)",
+                ConfigError: "mend libvirt.uri, e.g. qemu:///system",
+            }.get(type(error), "start libvirtd or virtqemud, and see that its socket is reachable from here")
+            return [Check("libvirt", "failed", str(error), remedy, error.exit_code)]
+        try:
+            facts = link.facts()
+            domains = link.domains()
+            events = link.probe_events()
+        except VirtbusError as error:
+            return [Check("libvirt", "failed", str(error), "see the daemon's own log", error.exit_code)]
+        finally:
+            link.close()
+        kind, version = facts.hypervisor.kind, facts.hypervisor.version
+        summary = (
+            f"{facts.name}: {kind} {version} behind libvirt {facts.hypervisor.libvirt_version}, "
+            f"{len(domains)} domain(s) active"
+        )
+        details = {
+            "uri": self.uri,
+            "hypervisor": kind,
+            "hypervisor_version": version,
+            "libvirt_version": facts.hypervisor.libvirt_version,
+            "domains": len(domains),
+            "throttles": facts.throttles,
+        }
+        checks = [Check("libvirt", "ok", summary, details=details)]
+        missing = [name for name, error in events.items() if error is not None]
+        if not missing:
+            checks.append(Check("libvirt events", "ok", f"{len(events)} kinds of events can be registered"))
+        else:
+            fatal = {"LIFECYCLE", "IO_ERROR_REASON"} <= set(missing)
+            checks.append(
+                Check(
+                    "libvirt events",
+                    "failed" if fatal else "warning",
+                    "not offered: " + ", ".join(f"{name} ({events[name]})" for name in missing),
+                    "what depends on them is found later, by looking; a newer libvirt offers them",
+                    SourceUnavailable.exit_code if fatal else 0,
+                )
+            )
+        if facts.throttles:
+            checks.append(
+                Check(
+                    "error counts",
+                    "warning",
+                    f"{kind} {version} merges a device's errors, one event a second: counts are lower bounds",
+                )
+            )
+        return checks

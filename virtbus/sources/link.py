@@ -1,0 +1,148 @@
+"""What the observer needs of a hypervisor's connection, and libvirt's numbers for what it says.
+
+`libvirt.py` is the real one; tests put a simulated host behind the same words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from virtbus.errors import SourceUnavailable
+from virtbus.model import Hypervisor, RawIoError
+
+# virDomainState
+RUNNING, PAUSED, SHUTDOWN, SHUTOFF, CRASHED = 1, 3, 4, 5, 6
+STATES = {
+    0: "no state",
+    1: "running",
+    2: "blocked",
+    3: "paused",
+    4: "shutting down",
+    5: "shut off",
+    6: "crashed",
+    7: "pmsuspended",
+}
+# virDomainPausedReason
+PAUSED_UNKNOWN, PAUSED_IOERROR = 0, 5
+# virDomainEventType
+DEFINED, UNDEFINED, STARTED, SUSPENDED, RESUMED, STOPPED = 0, 1, 2, 3, 4, 5
+# virDomainEventSuspendedDetailType
+SUSPENDED_PAUSED, SUSPENDED_IOERROR = 0, 2
+# virDomainEventStoppedDetailType
+STOPPED_MIGRATED = 3
+# virDomainDiskErrorCode
+DISK_ERROR_UNSPECIFIED, DISK_ERROR_NO_SPACE = 1, 2
+DISK_ERRORS = {DISK_ERROR_UNSPECIFIED: "unspecified", DISK_ERROR_NO_SPACE: "no_space"}
+# virDomainEventIOErrorAction
+ACTION_PAUSE, ACTION_REPORT = 1, 2
+
+
+class NoSuchDomain(SourceUnavailable):
+    """The domain is not there (any more): nothing to look at."""
+
+    retryable = False
+
+
+class Unsupported(SourceUnavailable):
+    """The libvirt or hypervisor at hand does not have the call: don't ask again."""
+
+    retryable = False
+
+
+class DomainAt(NamedTuple):
+    """One active domain in a listing: state and reason are libvirt's numbers."""
+
+    uuid: str
+    name: str
+    id: int | None
+    state: int
+    reason: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """What a connection says about its host; asking never blocks on a guest."""
+
+    name: str
+    hypervisor: Hypervisor
+    throttles: bool  # errors are merged before we see them: counts are lower bounds
+    keeps_messages: bool  # virDomainGetMessages tells of I/O errors (libvirt 11.1 and later)
+    local: bool  # paths in domain XML are paths of the machine we run on
+
+
+class Space(NamedTuple):
+    """Sizes of one disk in bytes (virDomainGetBlockInfo)."""
+
+    capacity: int
+    allocation: int
+    physical: int
+
+
+class Handler(Protocol):
+    """Takes what the connection tells, on libvirt's thread: every call ends within microseconds."""
+
+    def io_error(self, raw: RawIoError) -> None:
+        """One I/O-error callback."""
+
+    def lifecycle(self, uuid: str, name: str, number: int | None, event: int, detail: int) -> None:
+        """One lifecycle callback (virDomainEventType and its detail)."""
+
+    def device_removed(self, uuid: str, alias: str) -> None:
+        """A device is gone."""
+
+    def changed(self, uuid: str) -> None:
+        """The domain's XML is not what it was."""
+
+    def undecodable(self) -> None:
+        """A callback was lost: its text is not UTF-8, and nobody knows which domain it spoke of."""
+
+    def closed(self, why: str, silent_seconds: float) -> None:
+        """The connection is gone; it may have been deaf for `silent_seconds` before."""
+
+
+class Link(Protocol):
+    """One connection. Calls may block for ever and raise SourceUnavailable."""
+
+    def facts(self) -> HostFacts:
+        """The host and its versions."""
+
+    def capabilities(self) -> str:
+        """The capabilities XML; the daemon may probe for seconds."""
+
+    def domains(self) -> Sequence[DomainAt]:
+        """All active domains, in one call to the hypervisor where it has one."""
+
+    def state(self, uuid: str) -> tuple[int, int]:
+        """State and reason of one domain."""
+
+    def xml(self, uuid: str) -> str:
+        """The live XML of one domain."""
+
+    def disk_errors(self, uuid: str) -> Mapping[str, int]:
+        """Disk errors by target (virDomainGetDiskErrors); asks the guest's QEMU, which may hang."""
+
+    def messages(self, uuid: str) -> Sequence[str]:
+        """What virDomainGetMessages says. Raises Unsupported where libvirt is older than 7.1."""
+
+    def space(self, uuid: str, target: str) -> Space:
+        """Sizes of one disk; asks the guest's QEMU, which may hang."""
+
+    def alive(self) -> bool:
+        """Whether it is still connected, as far as it knows; never blocks."""
+
+    def close(self) -> None:
+        """Let go of it; never blocks."""
+
+
+class Connector(Protocol):
+    """Makes links; `open` blocks, `abandoned` links close themselves when their calls return."""
+
+    uri: str
+
+    def open(self, handler: Handler | None) -> Link:
+        """Connect read-only, keepalive set, and with a handler register every callback.
+
+        Raises SourceUnavailable, SourceDenied, or ConfigError for a URI that nobody can open.
+        """

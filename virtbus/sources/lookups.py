@@ -1,0 +1,213 @@
+"""Looks at domains on connections of their own, so that a guest that hangs never blinds the agent.
+
+A call into libvirt can't be cancelled, and a guest whose QEMU hangs holds it for ever. Guarantees:
+
+1. at most `in_flight` calls run at a time, at most one a domain, never on the event connection;
+2. a call that outlives its deadline is given up by whoever waits; its late answer is still used;
+3. a connection whose places are all taken by calls that hang is replaced, at most once: no more than
+   twice `in_flight` of the daemon's workers are ever held by us, also when every guest hangs;
+4. a domain that hangs is not asked again before its call has come back.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Flag, auto
+
+from virtbus.errors import VirtbusError
+from virtbus.sources.link import Connector, Link
+from virtbus.telemetry import LookupFinished, LookupsReplaced, Trouble, emit
+
+
+class Want(Flag):
+    """What is asked about a domain."""
+
+    NOTHING = 0
+    DESCRIPTION = auto()
+    TROUBLE = auto()
+    HOST = auto()  # asked under the key "", which is no domain's
+
+
+Job = Callable[[Link, str, Want], None]
+"""Asks what is wanted of one domain on a link and delivers it; raises VirtbusError."""
+
+
+@dataclass(slots=True, eq=False)
+class _Connection:
+    """One connection's worth of workers."""
+
+    link: Link | None = None
+    opening: threading.Lock = field(default_factory=threading.Lock)
+    running: dict[str, float] = field(default_factory=dict)  # uuid → when its call began
+    workers: int = 0
+    idle: int = 0
+
+
+class Lookups:
+    """The pool. Thread-safe; workers are made when needed and kept."""
+
+    def __init__(
+        self,
+        connector: Connector,
+        job: Job,
+        *,
+        in_flight: int,
+        deadline: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._connector = connector
+        self._job = job
+        self._limit = in_flight
+        self._deadline = deadline
+        self._clock = clock
+        self._lock = threading.Condition()
+        self._waiting: dict[str, Want] = {}
+        self._current = _Connection()
+        self._abandoned: list[_Connection] = []
+        self._late: set[str] = set()
+        self._closed = False
+        self._paused = True
+
+    def request(self, uuid: str, want: Want) -> None:
+        """Ask; wants of one domain are put together. Never blocks for longer than a lock."""
+        with self._lock:
+            self._waiting[uuid] = self._waiting.get(uuid, Want.NOTHING) | want
+            self._dispatch()
+
+    def forget(self, uuid: str) -> None:
+        """The domain is gone: don't ask about it any more."""
+        with self._lock:
+            self._waiting.pop(uuid, None)
+
+    def pause(self) -> None:
+        """The hypervisor is away: drop the connection and what waits; calls that hang are left to fail."""
+        with self._lock:
+            self._paused = True
+            self._waiting.clear()
+            self._abandon()
+
+    def resume(self) -> None:
+        """The hypervisor is back."""
+        with self._lock:
+            self._paused = False
+            self._dispatch()
+
+    def close(self) -> None:
+        """End idle workers; those that hang are daemon threads."""
+        with self._lock:
+            self._closed = True
+            self._waiting.clear()
+            self._abandon()
+            self._lock.notify_all()
+
+    def busy(self) -> bool:
+        """Whether anything waits that can be asked, or is being asked within its deadline."""
+        with self._lock:
+            now = self._clock()
+            if any(now - began < self._deadline for began in self._current.running.values()):
+                return True
+            return len(self._current.running) < self._limit and self._next() is not None
+
+    def check(self) -> float | None:
+        """Note calls beyond their deadline, replace a saturated connection; when to check again, or None."""
+        with self._lock:
+            now = self._clock()
+            running = self._current.running
+            for uuid, began in running.items():
+                if now - began >= self._deadline and uuid not in self._late:
+                    self._late.add(uuid)
+                    emit(LookupFinished("late", uuid))
+            hanging = sum(1 for began in running.values() if now - began >= self._deadline)
+            if hanging >= self._limit and not any(old.running for old in self._abandoned):
+                self._abandon()
+                emit(LookupsReplaced(hanging))
+                self._dispatch()
+            pending = [b + self._deadline for b in running.values() if now - b < self._deadline]
+            return min(pending) if pending else None
+
+    @property
+    def hanging(self) -> int:
+        """How many calls are beyond their deadline, on all connections."""
+        with self._lock:
+            now = self._clock()
+            every = [self._current, *self._abandoned]
+            return sum(1 for c in every for began in c.running.values() if now - began >= self._deadline)
+
+    # ---- inside; the lock is held
+
+    def _abandon(self) -> None:
+        old, self._current = self._current, _Connection()
+        if old.running:
+            self._abandoned.append(old)
+        elif old.link is not None:
+            old.link.close()
+        self._lock.notify_all()
+
+    def _next(self) -> str | None:
+        for uuid in self._waiting:
+            if uuid not in self._current.running and not any(uuid in old.running for old in self._abandoned):
+                return uuid
+        return None
+
+    def _dispatch(self) -> None:
+        if self._paused or self._closed or not self._waiting:
+            return
+        connection = self._current
+        if connection.idle:
+            self._lock.notify_all()
+        elif connection.workers < self._limit:
+            connection.workers += 1
+            threading.Thread(target=self._work, args=(connection,), name="virtbus-look", daemon=True).start()
+
+    def _work(self, connection: _Connection) -> None:
+        while True:
+            with self._lock:
+                while True:
+                    if connection is not self._current or self._closed:
+                        return
+                    uuid = None if self._paused else self._next()
+                    if uuid is not None:
+                        break
+                    connection.idle += 1
+                    self._lock.wait()
+                    connection.idle -= 1
+                want = self._waiting.pop(uuid)
+                connection.running[uuid] = self._clock()
+                self._dispatch()  # more may wait than one worker serves
+            result = "failed"
+            try:
+                self._job(self._link(connection), uuid, want)
+                result = "found"
+            except VirtbusError as error:
+                emit(LookupFinished("failed", uuid, error))
+            except Exception as error:  # noqa: BLE001 - a worker must not die of one strange domain
+                emit(Trouble("look-up", error))
+            finally:
+                self._finished(connection, uuid, want, result)
+
+    def _finished(self, connection: _Connection, uuid: str, want: Want, result: str) -> None:
+        with self._lock:
+            connection.running.pop(uuid, None)
+            self._late.discard(uuid)
+            link = connection.link
+            if connection is not self._current:
+                if not connection.running and connection in self._abandoned:
+                    self._abandoned.remove(connection)
+                    if link is not None:
+                        link.close()
+            elif result == "failed" and link is not None and not link.alive():
+                self._abandon()
+                if not self._paused:  # the domain is not to blame: ask again on the next connection
+                    self._waiting[uuid] = self._waiting.get(uuid, Want.NOTHING) | want
+            self._dispatch()
+        if result == "found":
+            emit(LookupFinished("found", uuid))
+
+    def _link(self, connection: _Connection) -> Link:
+        with connection.opening:
+            if connection.link is None:
+                connection.link = self._connector.open(None)
+            return connection.link
