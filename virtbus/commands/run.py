@@ -29,12 +29,12 @@ def run(loaded: Loaded) -> None:
     with ExitStack() as stack:
         bus = wiring.open_bus(config)
         stack.callback(bus.close)
-        source = wiring.open_source(config)
         state_dir = Path(config.state_dir)
         prepare_state_dir(state_dir)
         agent_id, previous = load_agent_id(state_dir)
         spool = Spool.open(state_dir, limits=wiring.spool_limits(config), agent_id=agent_id, clock=clock)
         stack.callback(spool.close)
+        source = wiring.open_source(config, since_ns=spool.opening.last_alive_ns)
         METRICS.spool_max_bytes.set(config.spool.max_bytes)
         agent = Agent(
             source=source,

@@ -10,7 +10,7 @@ from virtbus.bus import Bus, BusOptions
 from virtbus.config import Config, bus_url
 from virtbus.errors import ConfigError
 from virtbus.incidents import IncidentLimits
-from virtbus.sources import Source, SourceOptions
+from virtbus.sources import Source, SourceFactory, SourceOptions
 from virtbus.spool import SpoolLimits
 
 
@@ -72,26 +72,33 @@ def open_bus(config: Config) -> Bus:
     return bus.open_bus(bus_url(config), bus_options(config))
 
 
-def open_source(config: Config) -> Source:
-    """The source of `libvirt.uri`: a scheme that an entry point of `virtbus.sources` names, else libvirt."""
+def open_source(config: Config, *, since_ns: int | None = None) -> Source:
+    """The source of `libvirt.uri`: a scheme that an entry point of `virtbus.sources` names, else libvirt.
+
+    `since_ns` is the agent's last sign of life: what the hypervisor remembers from after it is told.
+    """
     uri = config.libvirt.uri
-    scheme = uri.partition(":")[0]
-    for point in entry_points(group="virtbus.sources", name=scheme):
-        source: Source = point.load()(uri)
-        return source
+    for point in entry_points(group="virtbus.sources", name=uri.partition(":")[0]):
+        factory: SourceFactory = point.load()
+        return factory(uri, options=source_options(config, since_ns))
     try:
         from virtbus.sources.libvirt import LibvirtSource
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"{uri} needs the Python module {error.name}: pip install 'virtbus[agent]'"
         ) from error
-    return LibvirtSource(uri, options=source_options(config))
+    return LibvirtSource(uri, options=source_options(config, since_ns))
 
 
-def source_options(config: Config) -> SourceOptions:
+def source_options(config: Config, since_ns: int | None = None) -> SourceOptions:
     """How the hypervisor is observed."""
     settings = config.libvirt
     return SourceOptions(
         lookup_deadline_seconds=settings.lookup_deadline_seconds,
         lookups_in_flight=settings.lookups_in_flight,
+        keepalive_interval_seconds=settings.keepalive_interval_seconds,
+        keepalive_count=settings.keepalive_count,
+        grace_seconds=settings.grace_seconds,
+        owner_rules=settings.owner_rules,
+        since_ns=since_ns,
     )
