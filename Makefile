@@ -32,18 +32,19 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml $(VENV)/bin/python
+	@echo "Installing .[agent,kafka,dev] into $(VENV)"
 	$(PIP) install --editable '.[agent,kafka,dev]'
 	@touch $@
 
 setup: packages
-	@$(MAKE) --no-print-directory $(VENV)/.installed
+	@$(MAKE) --silent --no-print-directory $(VENV)/.installed
 
 # --- for a stranger
 
 # Where packages can't be had, the demo says so and replays recorded errors, which needs no libvirt.
 demo:
 	@tests/install-packages python demo || true
-	@$(MAKE) --no-print-directory $(VENV)/.demo
+	@$(MAKE) --silent --no-print-directory $(VENV)/.demo
 	@$(BIN)/python -m tests.lab.demo
 
 $(VENV)/.demo: pyproject.toml $(VENV)/bin/python
