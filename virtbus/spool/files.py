@@ -1,0 +1,409 @@
+"""The spool's file: its schema and versions, its checksums, its lock, and how SQLite is opened.
+
+What a row holds is covered by a checksum of ours, because a flipped bit can pass SQLite's own check.
+It is BLAKE2b cut to 16 bytes: from the standard library, about 1.5 µs for an event of 1.5 KB, and wide
+enough that no damage ever passes by chance, which a 32-bit CRC over millions of rows can't promise.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import NoReturn
+
+from virtbus.errors import ConfigError, SpoolBusy, SpoolCorrupt, SpoolFull, VirtbusError
+
+DATABASE = "spool.db"
+LOCK = "lock"
+
+# PRAGMA user_version is major * 1000 + minor. A minor step only adds (a nullable column, a table), so
+# the release before it still reads and writes the file; a major step would be a file of another name.
+MAJOR = 1
+APPLICATION_ID = 0x76627573  # "vbus", for file(1)
+
+# One step a minor version: MIGRATIONS[n] leads to version MAJOR.n. The first is the whole schema.
+MIGRATIONS: tuple[str, ...] = (
+    """
+    CREATE TABLE meta (name TEXT PRIMARY KEY NOT NULL, value TEXT NOT NULL, checksum BLOB NOT NULL)
+        WITHOUT ROWID;
+    CREATE TABLE runs (run INTEGER PRIMARY KEY, epoch TEXT NOT NULL, started_ns INTEGER NOT NULL,
+        alive_ns INTEGER NOT NULL, last INTEGER NOT NULL, below INTEGER NOT NULL, checksum BLOB NOT NULL);
+    CREATE TABLE accounts (slot INTEGER PRIMARY KEY, settled BLOB NOT NULL, checksum BLOB NOT NULL);
+    CREATE TABLE events (position INTEGER PRIMARY KEY, epoch TEXT NOT NULL, seq INTEGER NOT NULL,
+        id TEXT NOT NULL, key TEXT NOT NULL, class INTEGER NOT NULL, count INTEGER NOT NULL,
+        bytes INTEGER NOT NULL, created_ns INTEGER NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
+        checksum BLOB NOT NULL, names TEXT, attributes TEXT NOT NULL, body BLOB NOT NULL);
+    CREATE TABLE dead (position INTEGER PRIMARY KEY, epoch TEXT NOT NULL, seq INTEGER NOT NULL,
+        id TEXT NOT NULL, key TEXT NOT NULL, class INTEGER NOT NULL, count INTEGER NOT NULL,
+        bytes INTEGER NOT NULL, created_ns INTEGER NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
+        checksum BLOB NOT NULL, names TEXT, attributes TEXT NOT NULL, body BLOB NOT NULL,
+        why TEXT NOT NULL, error TEXT NOT NULL, died_ns INTEGER NOT NULL);
+    CREATE TABLE losses (number INTEGER PRIMARY KEY, epoch TEXT NOT NULL, first INTEGER NOT NULL,
+        last INTEGER NOT NULL, reason TEXT NOT NULL, occurrences INTEGER NOT NULL,
+        started_ns INTEGER, detail TEXT, checksum BLOB NOT NULL);
+    CREATE TABLE states (name TEXT PRIMARY KEY NOT NULL, value BLOB NOT NULL, checksum BLOB NOT NULL)
+        WITHOUT ROWID;
+    CREATE TABLE requests (number INTEGER PRIMARY KEY, action TEXT NOT NULL, position INTEGER NOT NULL);
+    """,
+)
+
+# The columns this release needs; a later minor version may have more.
+EVENT = (
+    "position",
+    "epoch",
+    "seq",
+    "id",
+    "key",
+    "class",
+    "count",
+    "bytes",
+    "created_ns",
+    "attempts",
+    "checksum",
+    "names",
+    "attributes",
+    "body",
+)
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "meta": ("name", "value", "checksum"),
+    "runs": ("run", "epoch", "started_ns", "alive_ns", "last", "below", "checksum"),
+    "accounts": ("slot", "settled", "checksum"),
+    "events": EVENT,
+    "dead": (*EVENT, "why", "error", "died_ns"),
+    "losses": (
+        "number",
+        "epoch",
+        "first",
+        "last",
+        "reason",
+        "occurrences",
+        "started_ns",
+        "detail",
+        "checksum",
+    ),
+    "states": ("name", "value", "checksum"),
+    "requests": ("number", "action", "position"),
+}
+UNCHECKED = frozenset({"requests"})  # an operator's wishes: nothing of it is published
+
+# Columns a checksum leaves out: `position` is only where a row lies, `attempts` only counts tries, and
+# why, error and died_ns are for people.
+_NOT_SEALED = frozenset({"position", "number", "attempts", "checksum", "why", "error", "died_ns"})
+SEALED: dict[str, tuple[int, ...]] = {
+    table: tuple(at for at, name in enumerate(columns) if name not in _NOT_SEALED)
+    for table, columns in COLUMNS.items()
+}
+CHECKSUM_AT: dict[str, int] = {
+    table: columns.index("checksum") for table, columns in COLUMNS.items() if table not in UNCHECKED
+}
+
+SqlValue = int | str | bytes | None
+
+
+def seal(values: Sequence[SqlValue]) -> bytes:
+    """The checksum of a row's sealed values; a value's type and length are part of it."""
+    state = blake2b(digest_size=16)
+    for value in values:
+        if isinstance(value, bytes):
+            state.update(b"b%d:" % len(value))
+            state.update(value)
+        elif isinstance(value, str):
+            raw = value.encode("utf-8", "surrogatepass")
+            state.update(b"s%d:" % len(raw))
+            state.update(raw)
+        else:
+            state.update(repr(value).encode() + b";")
+    return state.digest()
+
+
+def sealed(table: str, values: Sequence[SqlValue]) -> tuple[SqlValue, ...]:
+    """`values` of all columns (the checksum's place holds anything) with the checksum put in."""
+    at = CHECKSUM_AT[table]
+    checksum = seal([values[index] for index in SEALED[table]])
+    return (*values[:at], checksum, *values[at + 1 :])
+
+
+def is_whole(table: str, values: Sequence[SqlValue]) -> bool:
+    """Whether a row that was read is the row that was written."""
+    if table in UNCHECKED:
+        return True
+    return values[CHECKSUM_AT[table]] == seal([values[index] for index in SEALED[table]])
+
+
+def insert_sql(table: str) -> str:
+    """INSERT OR REPLACE of all columns that this release knows."""
+    columns = COLUMNS[table]
+    marks = ",".join("?" * len(columns))
+    return f"INSERT OR REPLACE INTO {table} ({','.join(columns)}) VALUES ({marks})"  # noqa: S608 - our names
+
+
+# ------------------------------------------------------------------------------- folder and lock
+
+
+def prepare_state_dir(state_dir: Path) -> None:
+    """Make the folder (0700) when it is not there. Raises ConfigError when it can't be used."""
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"state_dir {state_dir} can't be made: {error.strerror}; make it, or set --state-dir"
+        ) from error
+    if not os.access(state_dir, os.R_OK | os.W_OK | os.X_OK) and not _is_read_only(state_dir):
+        raise ConfigError(
+            f"state_dir {state_dir} can't be written by uid {os.geteuid()}; change its owner, or set --state-dir"
+        )
+
+
+def _is_read_only(path: Path) -> bool:
+    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """What the lock file says: who holds or held the spool, and the last epoch it began."""
+
+    pid: int | None
+    command: str | None
+    epoch: str | None
+
+
+class Lock:
+    """The exclusive lock on a state folder, held until `close` or the end of the process."""
+
+    def __init__(self, state_dir: Path) -> None:
+        """Take it. Raises SpoolBusy naming the other process; SpoolFull when the file can't be opened."""
+        self.path = state_dir / LOCK
+        try:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise SpoolFull(
+                f"{self.path} can't be opened: {error.strerror}; check rights and space"
+            ) from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = read_holder(state_dir)
+            os.close(self._fd)
+            who = "another process" if holder.pid is None else f"process {holder.pid} ({holder.command})"
+            raise SpoolBusy(
+                f"the spool in {state_dir} is in use by {who}; stop it first, or set another --state-dir"
+            ) from error
+        self.before = read_holder(state_dir)
+
+    def sign(self, epoch: str | None) -> None:
+        """Write who holds it; on a full disk the lock holds all the same."""
+        with open("/proc/self/cmdline", "rb") as stream:
+            command = stream.read(400).replace(b"\0", b" ").decode(errors="replace").strip()
+        text = f"{os.getpid()}\n{command}\n{epoch or self.before.epoch or ''}\n".encode()
+        try:
+            os.pwrite(self._fd, text, 0)
+            os.ftruncate(self._fd, len(text))
+        except OSError:
+            return
+
+    def close(self) -> None:
+        """Let go. The file stays: removing it would let two processes lock two files of one name."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def read_holder(state_dir: Path) -> Holder:
+    """What the lock file says; the lock itself may be free."""
+    try:
+        lines = (state_dir / LOCK).read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return Holder(None, None, None)
+    pid = int(lines[0]) if lines[0].isdigit() else None
+    return Holder(pid, lines[1] if len(lines) > 1 else None, (lines[2] or None) if len(lines) > 2 else None)
+
+
+# --------------------------------------------------------------------------------- SQLite
+
+
+class Damaged(Exception):
+    """The file can't be trusted as it is; the text says what was seen."""
+
+
+def code_of(error: sqlite3.Error) -> int:
+    """SQLite's primary result code of an exception; 1 (SQLITE_ERROR) when it has none."""
+    return getattr(error, "sqlite_errorcode", None) or sqlite3.SQLITE_ERROR
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Whether the error says that the content, not the disk or the moment, is bad."""
+    return code_of(error) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def translate(error: sqlite3.Error, path: Path) -> VirtbusError:
+    """A SQLite error while the spool runs, as one of ours."""
+    name = getattr(error, "sqlite_errorname", None) or type(error).__name__
+    if is_damage(error):
+        return SpoolCorrupt(f"{path} is damaged ({name}: {error}); restart: it is set aside then and rescued")
+    hint = {
+        sqlite3.SQLITE_FULL: "the disk is full: make room",
+        sqlite3.SQLITE_READONLY: "the file system is read-only: remount it",
+        sqlite3.SQLITE_IOERR: "the disk reports errors: check it",
+        sqlite3.SQLITE_CANTOPEN: "the file can't be opened: check that the folder is there, and its rights",
+        sqlite3.SQLITE_BUSY: "another program holds a lock on it",
+    }.get(code_of(error) & 0xFF, "check the disk")
+    return SpoolFull(f"{path} can't be written ({name}: {error}); {hint}")
+
+
+def raise_translated(error: sqlite3.Error, path: Path) -> NoReturn:
+    """Raise `translate(error, path)` from `error`."""
+    raise translate(error, path) from error
+
+
+def connect(path: Path, *, sync: str = "FULL", busy_seconds: float = 2.0) -> sqlite3.Connection:
+    """Open an existing database for reading and writing, in autocommit (transactions are spelled out)."""
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode=rw",
+        uri=True,
+        timeout=busy_seconds,
+        isolation_level=None,
+        check_same_thread=False,
+        cached_statements=64,
+    )
+    try:
+        for pragma in (
+            f"synchronous={sync}",
+            "journal_mode=WAL",
+            "wal_autocheckpoint=1000",
+            f"journal_size_limit={8 << 20}",
+            "secure_delete=OFF",  # no zeros over what was confirmed: they would be written twice
+            "trusted_schema=OFF",
+            "cell_size_check=ON",
+            "temp_store=MEMORY",
+            "cache_size=-2048",
+        ):
+            connection.execute(f"PRAGMA {pragma}").fetchall()
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def connect_to_read(path: Path) -> sqlite3.Connection:
+    """Open a database that may be damaged, or another process's: nothing is written, not even at close."""
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=2.0, isolation_level=None
+    )
+    connection.text_factory = decode_text
+    for pragma in ("trusted_schema=OFF", "cell_size_check=ON"):
+        connection.execute(f"PRAGMA {pragma}").fetchall()
+    return connection
+
+
+def decode_text(raw: bytes) -> str:
+    """Text of a file that may be damaged: never fails, and never passes for what was written."""
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def create(path: Path) -> sqlite3.Connection:
+    """A new empty database at `path`, which must not exist (0600), with the schema of this release."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA page_size=4096")
+        connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
+        connection.execute("PRAGMA journal_mode=MEMORY").fetchall()  # nobody sees the file before it is whole
+        connection.execute("PRAGMA synchronous=OFF")
+        connection.execute("BEGIN")
+        connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
+        for minor in range(len(MIGRATIONS)):
+            apply_step(connection, minor)
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def apply_step(connection: sqlite3.Connection, minor: int) -> None:
+    """Run one migration inside the caller's transaction; the version is also kept under a checksum."""
+    for statement in MIGRATIONS[minor].split(";"):
+        if statement.strip():
+            connection.execute(statement)
+    version = MAJOR * 1000 + minor
+    connection.execute(insert_sql("meta"), sealed("meta", ("version", str(version), b"")))
+    connection.execute(f"PRAGMA user_version={version}")
+
+
+def finish(connection: sqlite3.Connection, path: Path) -> None:
+    """Close a database made by `create` and put it on the disk, whole."""
+    connection.execute("PRAGMA journal_mode=WAL").fetchall()
+    connection.close()
+    for leftover in siblings(path):
+        leftover.unlink(missing_ok=True)
+    sync_file(path)
+
+
+def siblings(path: Path) -> tuple[Path, Path]:
+    """SQLite's files beside a database: the write-ahead log and its index."""
+    return path.with_name(path.name + "-wal"), path.with_name(path.name + "-shm")
+
+
+def sync_file(path: Path) -> None:
+    """Fsync a file or a folder."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def check_version(connection: sqlite3.Connection, path: Path) -> int:
+    """The file's minor version.
+
+    Raises SpoolCorrupt for a major version that this release does not know: that file is whole, and must
+    be left alone. Raises Damaged when the version is not what was written: a flipped bit in it must not
+    look like a file from the future.
+    """
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    row = connection.execute("SELECT name, value, checksum FROM meta WHERE name='version'").fetchone()
+    if row is None or not is_whole("meta", row) or row[1] != str(version) or application != APPLICATION_ID:
+        raise Damaged(f"the version of the file is not what was written ({version})")
+    major, minor = divmod(version, 1000)
+    if major != MAJOR:
+        raise SpoolCorrupt(
+            f"{path} has format {major}.{minor}, and this release knows {MAJOR}: start the release that wrote "
+            f"it, or move the file away (its events are then not sent)"
+        )
+    return minor
+
+
+def migrate(connection: sqlite3.Connection, minor: int) -> None:
+    """Bring an older file up to this release, one transaction a step; a newer one stays as it is."""
+    for step in range(minor + 1, len(MIGRATIONS)):
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            apply_step(connection, step)
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+
+def check_schema(connection: sqlite3.Connection) -> None:
+    """Raise Damaged when a table or a column that this release needs is not there."""
+    for table, columns in COLUMNS.items():
+        found = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
+        if not found.issuperset(columns):
+            raise Damaged(f"table {table} lacks {', '.join(sorted(set(columns) - found))}")
+
+
+def is_regular(path: Path) -> bool:
+    """Whether the path is a plain file (not a folder, a socket or nothing)."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        return False

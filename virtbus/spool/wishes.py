@@ -1,0 +1,70 @@
+"""What an operator asks of a spool: send a dead letter again, or drop an event.
+
+A wish is a row in the file, so it can be made beside a running agent, which grants it within about ten
+seconds, as well as while none runs. What is dropped is named in a gap event by the next commit.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from virtbus.model import SequenceRange
+from virtbus.spool import contents, files
+from virtbus.spool.contents import GapFacts, Loss
+
+RETRY, DROP = "retry", "drop"
+
+
+@dataclass(slots=True)
+class Granted:
+    """What was done to the file, for whoever holds an index of it."""
+
+    dropped: list[tuple[int, str, int]] = field(default_factory=list)  # position, key, bytes
+    revived: list[tuple[int, str, int, int]] = field(default_factory=list)  # new position, key, class, bytes
+    buried: list[int] = field(default_factory=list)  # bytes of dead letters that are gone for good
+    losses: list[Loss] = field(default_factory=list)
+
+
+def wish(db: sqlite3.Connection, action: str, positions: Iterable[int]) -> None:
+    """Write wishes into the file, in one transaction."""
+    db.execute("BEGIN IMMEDIATE")
+    for position in positions:
+        db.execute("INSERT INTO requests (action, position) VALUES (?, ?)", (action, position))
+    db.execute("COMMIT")
+
+
+def grant(
+    db: sqlite3.Connection,
+    wishes: Sequence[tuple[int, str, int]],
+    next_position: int,
+    next_loss: int,
+    wall_ns: int,
+) -> Granted:
+    """Grant (number, action, position) inside the caller's transaction; what is gone already is no error."""
+    done = Granted()
+    for number, action, position in wishes:
+        db.execute("DELETE FROM requests WHERE number=?", (number,))
+        event = db.execute(contents.select_sql("events", "WHERE position=?"), (position,)).fetchone()
+        dead = db.execute(contents.select_sql("dead", "WHERE position=?"), (position,)).fetchone()
+        if event is not None and action == DROP:
+            db.execute("DELETE FROM events WHERE position=?", (position,))
+            done.dropped.append((position, event[4], event[7]))
+            ranges = [SequenceRange(event[1], event[2], event[2])]
+            if event[11] is not None:  # a gap event: what it named is to be named again
+                ranges += GapFacts.parse(event[11]).ranges
+            for item in ranges:
+                loss = Loss(next_loss, (item,), "operator_dropped", event[6], wall_ns, None)
+                db.execute(files.insert_sql("losses"), contents.loss_row(loss))
+                done.losses.append(loss)
+                next_loss += 1
+        elif dead is not None and action == DROP:
+            db.execute("DELETE FROM dead WHERE position=?", (position,))
+            done.buried.append(dead[7])
+        elif dead is not None and action == RETRY and dead[14] == "refused" and files.is_whole("dead", dead):
+            db.execute("DELETE FROM dead WHERE position=?", (position,))
+            db.execute(files.insert_sql("events"), (next_position, *dead[1:14]))
+            done.revived.append((next_position, dead[4], dead[5], dead[7]))
+            next_position += 1
+    return done
