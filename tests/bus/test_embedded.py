@@ -29,9 +29,10 @@ from tests.bus.embedded_parts import (
     receive,
     wait_until,
 )
-from virtbus.bus import BusOptions
-from virtbus.bus.embedded import TRANSPORT, EmbeddedBus, EmbeddedSubscription
+from virtbus.bus import REASON_HEADER, BusOptions
+from virtbus.bus.embedded import EmbeddedBus, EmbeddedSubscription
 from virtbus.bus.embedded_log import Entry, Log, topic_matches
+from virtbus.bus.embedded_transport import TRANSPORT
 from virtbus.errors import BusUnavailable, ConfigError
 from virtbus.model import Confirmed, Deferred, Refused
 
@@ -190,7 +191,7 @@ def test_a_dead_letter_is_kept_with_its_reason_and_gone_for_its_group_only(bus, 
     subscription.dead_letter(receive(subscription), "schema: /error is missing")
     assert subscription.receive(0.2) is None
     [dead] = bus.dead_letters("g")
-    assert dead.headers["x-virtbus-dead-reason"] == "schema: /error is missing"
+    assert dead.headers[REASON_HEADER] == "schema: /error is missing"
     assert (event_id(dead), dead.body) == (record.id, record.body)
     assert drain(consume(bus, "other")) == [record.id]
 
@@ -581,7 +582,7 @@ def test_the_probe_warns_of_a_log_that_is_nearly_full(open_embedded, consume):
     bus = open_embedded(max_bytes=SMALL)
     consume(bus)
     publish(bus, [make_record(n, f"k{n}", size=3000) for n in range(30)])
-    room = next(check for check in bus.probe() if check.name == "bus.room")
+    room = next(check for check in bus.probe() if check.name == "bus room")
     assert (room.status, room.remedy) == ("warning", "consume group g")
 
 
@@ -653,7 +654,7 @@ def test_a_rejected_message_of_a_plain_kombu_consumer_is_a_dead_letter(tmp_path)
         queue.get(timeout=2).reject()
         dead = kombu.Queue("jobs.dead")(connection.default_channel).get()
         assert dead.payload == {"n": 1}
-        assert dead.headers["x-virtbus-dead-reason"] == "rejected"
+        assert dead.headers[REASON_HEADER] == "rejected"
         queue.close()
 
 

@@ -21,275 +21,25 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from queue import Empty
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from uuid import uuid4
 
 import kombu
-from kombu.exceptions import ChannelError
-from kombu.transport import TRANSPORT_ALIASES, virtual
 
 from virtbus import envelope
 from virtbus.bus import BusOptions, Feed, checked_group
-from virtbus.bus.embedded_log import (
-    DEFAULT_MAX_BYTES,
-    SMALLEST_MAX_BYTES,
-    Entry,
-    Leased,
-    Log,
-    LogFull,
-    LogState,
-    look,
-    peek,
-)
+from virtbus.bus.embedded_log import DEFAULT_MAX_BYTES, SMALLEST_MAX_BYTES, LogFull, LogState, look, peek
+from virtbus.bus.embedded_transport import KEY, Channel, connect, payload_of
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError, RecordRefused
 from virtbus.model import Binding, Check, Confirmed, Deferred, Message, Outcome, Record, Refused
 from virtbus.telemetry import BusConnected, BusLost, emit
 
-TRANSPORT = "virtbus-embedded"
 FILE_NAME = "bus.db"
-# The property that carries the partition key also where the CloudEvent is inside the body. Other
-# producers' messages have the key of their `ce-partitionkey` header, or their routing key.
-_KEY = "virtbus_key"
-# How many messages a consumer leases at once: fewer commits; a killed one's come back all the same.
-LEASE_BLOCK = 64
-
-TRANSPORT_ALIASES[TRANSPORT] = f"{__name__}:Transport"
-
-# ------------------------------------------------------------------------------- the kombu transport
-
-
-class QoS(virtual.QoS):
-    """Counts what is unacknowledged for the prefetch limit; the truth about it is in the log."""
-
-    def ack(self, delivery_tag: str) -> None:
-        """Settle the message in the log."""
-        self.channel.log.settle(*_place(delivery_tag))
-        super().ack(delivery_tag)
-
-    def reject(self, delivery_tag: str, requeue: bool = False) -> None:
-        """Hand the message out again (`requeue`), or move it to the queue's dead letters."""
-        if requeue:
-            self.channel.delay(delivery_tag, 0.0)
-        else:
-            self.channel.dead_letter(delivery_tag, "rejected")
-
-    def forget(self, delivery_tag: str) -> None:
-        """Stop counting a message whose verdict the log already has."""
-        super().ack(delivery_tag)
-
-
-class Channel(virtual.Channel):
-    """Topic exchanges and durable queues over the log; transport options: `path`, `max_bytes`.
-
-    A publish is on disk when it returns, or with `tx_select` when `tx_commit` returns. An `exclusive` or
-    `auto_delete` queue goes with its connection.
-    """
-
-    QoS = QoS
-    do_restore = False  # closing ends the leases in the log: nothing is put anywhere
-
-    def __init__(self, connection: Any, **kwargs: Any) -> None:
-        super().__init__(connection, **kwargs)
-        self._leased: dict[str, deque[Leased]] = {}
-        self._transaction: list[Entry] | None = None
-
-    @property
-    def log(self) -> Log:
-        """The log of this connection."""
-        if self.connection is None:
-            raise BusUnavailable("embedded bus: the channel is closed")
-        log: Log = self.connection.log
-        return log
-
-    # publishing ------------------------------------------------------------------------------
-
-    def exchange_declare(self, exchange: str | None = None, type: str = "topic", **kwargs: Any) -> None:
-        """Only topic exchanges; they live in their bindings."""
-        if type not in ("topic", "", None):
-            raise ChannelError(f"the embedded bus has topic exchanges only, not {type!r}")
-        super().exchange_declare(exchange, "topic", **kwargs)
-
-    def basic_publish(self, message: dict[str, Any], exchange: str, routing_key: str, **_: Any) -> None:
-        """Store a message, or keep it for `tx_commit`. The empty exchange names a queue by routing key."""
-        headers, properties, body = message["headers"], message["properties"], message["body"]
-        key = properties.get(_KEY) or headers.get("ce-partitionkey") or routing_key or ""
-        entry = Entry(
-            exchange=exchange or "",
-            routing_key=routing_key or "",
-            key=str(key),
-            content_type=message["content-type"],
-            content_encoding=message["content-encoding"],
-            headers=headers,
-            properties={k: v for k, v in properties.items() if k not in ("delivery_info", _KEY)},
-            body=body.encode() if isinstance(body, str) else bytes(body),
-            queue=None if exchange else routing_key,
-        )
-        if self._transaction is None:
-            self.log.append([entry])
-        else:
-            self._transaction.append(entry)
-
-    def tx_select(self) -> None:
-        """From now on publishes wait for `tx_commit`."""
-        self._transaction = []
-
-    def tx_commit(self) -> None:
-        """Store what was published since the last commit: all of it durably, or none (and it raises)."""
-        entries, self._transaction = self._transaction or [], []
-        if entries:
-            self.log.append(entries)
-
-    # queues ----------------------------------------------------------------------------------
-
-    def _new_queue(self, queue: str, **kwargs: Any) -> None:
-        self.log.declare(queue, temporary=bool(kwargs.get("exclusive") or kwargs.get("auto_delete")))
-
-    def _has_queue(self, queue: str, **_: Any) -> bool:
-        return self.log.exists(queue)
-
-    def _size(self, queue: str) -> int:
-        return self.log.size(queue)
-
-    def _purge(self, queue: str) -> int:
-        return self.log.purge(queue)
-
-    def queue_bind(self, queue: str, exchange: str | None = None, routing_key: str = "", **_: Any) -> None:
-        """Durable, and seen by every process at once."""
-        self.log.bind(queue, exchange or "", routing_key)
-
-    def queue_unbind(self, queue: str, exchange: str | None = None, routing_key: str = "", **_: Any) -> None:
-        """Take a binding back."""
-        self.log.unbind(queue, exchange or "", routing_key)
-
-    def queue_delete(self, queue: str, if_unused: bool = False, if_empty: bool = False, **_: Any) -> None:
-        """Forget a queue: what it had not read no longer holds room in the log."""
-        if not (if_empty and self._size(queue)):
-            self.log.delete(queue)
-
-    # consuming -------------------------------------------------------------------------------
-
-    def _get(self, queue: str, timeout: float | None = None) -> dict[str, Any]:
-        ready = self._leased.setdefault(queue, deque())
-        if not ready:
-            room = self.qos.can_consume_max_estimate()
-            ready.extend(self.log.take(queue, LEASE_BLOCK if room is None else min(LEASE_BLOCK, room)))
-        if not ready:
-            raise Empty
-        return _payload(ready.popleft())
-
-    def delay(self, delivery_tag: str, seconds: float) -> None:
-        """Hand a message out again after `seconds`, and nothing of its key before it.
-
-        Messages of the key that were delivered before this call stay with whoever has them.
-        """
-        queue, pos = _place(delivery_tag)
-        ready = self._leased.get(queue, deque())
-        key = self.qos.get(delivery_tag).properties[_KEY]
-        later = [item for item in ready if item.entry.key == key]
-        self.log.give_back([(queue, item.pos) for item in later], delivered=False)
-        for item in later:
-            ready.remove(item)
-        self.log.give_back([(queue, pos)], after=seconds)
-        self.qos.forget(delivery_tag)
-
-    def dead_letter(self, delivery_tag: str, reason: str) -> None:
-        """Move a message to the queue `<queue>.dead`, durably, with the reason in its headers."""
-        queue, pos = _place(delivery_tag)
-        self.log.dead_letter(
-            queue,
-            pos,
-            f"{queue}.dead",
-            {
-                "x-virtbus-dead-reason": reason,
-                "x-virtbus-dead-queue": queue,
-                "x-virtbus-dead-at": time.time(),
-            },
-        )
-        self.qos.forget(delivery_tag)
-
-
-class Transport(virtual.Transport):
-    """kombu's door to the embedded bus, under the name `virtbus-embedded`."""
-
-    Channel = Channel
-    driver_type = "sqlite"
-    driver_name = "sqlite3"
-    log: Log
-
-    def establish_connection(self) -> Any:
-        """Open the log; raises BusUnavailable, BusDenied."""
-        options = self.client.transport_options
-        self.log = Log(Path(options["path"]), max_bytes=options.get("max_bytes", DEFAULT_MAX_BYTES))
-        try:
-            return super().establish_connection()
-        except BaseException:
-            self.log.close()
-            raise
-
-    def close_connection(self, connection: Any) -> None:
-        """Close the channels, give back the leases, let go of the file."""
-        try:
-            super().close_connection(connection)
-        finally:
-            self.log.close()
-
-    def drain_events(self, connection: Any, timeout: float | None = None) -> None:
-        """Deliver one message to its callback; TimeoutError after `timeout` seconds without any."""
-        end = None if timeout is None else time.monotonic() + timeout
-        while True:
-            seen = self.log.version()
-            try:
-                self.cycle.get(self._deliver)
-            except Empty:
-                left = 1.0 if end is None else end - time.monotonic()
-                if left <= 0:
-                    raise TimeoutError from None
-                self.log.wait(seen, left)
-            else:
-                return
-
-
-def _place(delivery_tag: str) -> tuple[str, int]:
-    queue, _, pos = delivery_tag.rpartition("#")
-    return queue, int(pos)
-
-
-def _payload(lease: Leased) -> dict[str, Any]:
-    """A leased message as kombu's virtual transport wants it."""
-    entry = lease.entry
-    return {
-        "body": entry.body,
-        "content-type": entry.content_type,
-        "content-encoding": entry.content_encoding,
-        "headers": dict(entry.headers),
-        "properties": {
-            **entry.properties,
-            _KEY: entry.key,
-            "body_encoding": None,
-            "delivery_tag": f"{lease.queue}#{lease.pos}",
-            "delivery_info": {
-                "exchange": entry.exchange,
-                "routing_key": entry.routing_key,
-                "redelivered": lease.deliveries > 1,
-            },
-        },
-    }
-
-
-def _connect(path: Path, max_bytes: int) -> kombu.Connection:
-    connection = kombu.Connection(
-        transport=TRANSPORT, transport_options={"path": str(path), "max_bytes": max_bytes}
-    )
-    connection.connect()
-    return connection
-
 
 # ------------------------------------------------------------------------------------------ the bus
 
@@ -303,11 +53,12 @@ class EmbeddedBus:
         self._options = options
         self._name = f"embedded://{self.path}"
         self._connection: kombu.Connection | None = None
+        self._producer: kombu.Producer | None = None
         self._closed = threading.Event()
 
     def publish(self, feed: Feed) -> Iterator[tuple[Record, Outcome]]:
         """One transaction a window; see `Bus.publish`. A full log or disk is `Deferred` and ends the call."""
-        producer = self._producer()
+        producer = self._connected()
         while records := feed.take(self._options.window, frozenset()):
             outcomes = self._publish_window(producer, records)
             yield from zip(records, outcomes, strict=True)
@@ -364,21 +115,22 @@ class EmbeddedBus:
                 headers=dict(wire.headers),
                 message_id=record.id,
                 retry=False,
-                **{_KEY: record.key},
+                **{KEY: record.key},
             )
         channel.tx_commit()
 
-    def _producer(self) -> kombu.Producer:
+    def _connected(self) -> kombu.Producer:
         if self._closed.is_set():
             raise BusUnavailable(f"embedded bus {self.path}: closed")
-        if self._connection is None:
-            self._connection = _connect(self.path, self.max_bytes)
+        if self._producer is None:
+            self._connection = connect(self.path, self.max_bytes)
+            exchange = kombu.Exchange(self._options.exchange, type="topic", durable=True)
+            self._producer = kombu.Producer(self._connection.channel(), exchange=exchange, auto_declare=False)
             emit(BusConnected(self._name))
-        exchange = kombu.Exchange(self._options.exchange, type="topic", durable=True)
-        return kombu.Producer(self._connection.channel(), exchange=exchange, auto_declare=False)
+        return self._producer
 
     def _drop_connection(self) -> None:
-        connection, self._connection = self._connection, None
+        connection, self._connection, self._producer = self._connection, None, None
         if connection is not None:
             connection.release()
 
@@ -397,10 +149,10 @@ class EmbeddedBus:
 
     def dead_letters(self, group: str, limit: int = 100) -> list[Message]:
         """The oldest dead letters of a group, unchanged where they are; the reason is in the header
-        `x-virtbus-dead-reason`. They stay until somebody consumes the queue `virtbus.<group>.dead`.
+        `x-virtbus-reason`. They stay until somebody consumes the queue `virtbus.<group>.dead`.
         """
         queue = f"virtbus.{checked_group(group)}.dead"
-        return [_message(_payload(lease), handle=None) for lease in peek(self.path, queue, limit)]
+        return [_message(payload_of(lease), handle=None) for lease in peek(self.path, queue, limit)]
 
     def probe(self) -> Sequence[Check]:
         """Whether the file can be made or used, is whole, and has room; changes nothing."""
@@ -430,9 +182,9 @@ class EmbeddedBus:
         summary = f"{state.bytes} of {self.max_bytes} bytes used"
         behind = max(state.queues, key=lambda queue: queue.waiting, default=None)
         if state.bytes < 0.9 * self.max_bytes or (behind is not None and behind.waiting == 0):
-            return Check("bus.room", "ok", summary, details=details)
+            return Check("bus room", "ok", summary, details=details)
         who = f"consume group {behind.name.removeprefix('virtbus.')}" if behind else "start a consumer"
-        return Check("bus.room", "warning", f"{summary}; full means deferred", remedy=who, details=details)
+        return Check("bus room", "warning", f"{summary}; full means deferred", remedy=who, details=details)
 
     def close(self) -> None:
         """Let go of the publisher's connection; idempotent. Subscriptions are closed by their owners."""
@@ -466,7 +218,7 @@ class EmbeddedSubscription:
             raise BusUnavailable(f"embedded bus {self._path}: this subscription is closed")
         if self._connection is not None:
             return
-        connection = _connect(self._path, self._max_bytes)
+        connection = connect(self._path, self._max_bytes)
         try:
             channel = connection.channel()
             consumer = kombu.Consumer(channel, [self._queue], on_message=self._inbox.append)
@@ -555,7 +307,7 @@ def _message(payload: Mapping[str, Any], *, handle: object) -> Message:
         headers=headers,
         content_type=payload["content-type"],
         body=payload["body"],
-        key=properties[_KEY],
+        key=properties[KEY],
         redelivered=properties["delivery_info"]["redelivered"],
         user_id=None,
         position=properties["delivery_tag"],

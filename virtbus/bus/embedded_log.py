@@ -32,6 +32,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from virtbus.bus.embedded_file import (
+    boot_id,
+    boottime,
+    check_format,
+    damaged,
+    denied,
+    identity,
+    open_file,
+    pid_namespace,
+    read_only,
+    started_at,
+    translated,
+)
 from virtbus.errors import BusDenied, BusUnavailable, RecordRefused
 
 LEASE_SECONDS = 30.0
@@ -41,43 +54,11 @@ SMALLEST_MAX_BYTES = 64 * 1024
 LOOK_AHEAD = 10_000
 ROW_OVERHEAD_BYTES = 128
 
-_APPLICATION_ID = 0x76627573  # "vbus"
-_FORMAT = 1
-_BUSY_SECONDS = 10.0
 _REAP_SECONDS = 1.0
 _POLL_FIRST_SECONDS, _POLL_LAST_SECONDS = 0.002, 0.05
 # Dead letters may use this much beyond the bound, so that a full log does not stop them at once.
 _DEAD_LETTER_SHARE = 0.25
 
-_SCHEMA = """
-CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
-INSERT INTO meta VALUES ('bytes', 0), ('boot', '');
-CREATE TABLE messages (
-    pos INTEGER PRIMARY KEY AUTOINCREMENT, -- never used twice
-    exchange TEXT NOT NULL, routing_key TEXT NOT NULL,
-    queue TEXT,                            -- set: for this queue alone, and gone when it is settled
-    key TEXT NOT NULL, content_type TEXT, content_encoding TEXT,
-    headers TEXT NOT NULL, properties TEXT NOT NULL, body BLOB NOT NULL, size INTEGER NOT NULL);
-CREATE INDEX messages_queue ON messages (queue, pos) WHERE queue IS NOT NULL;
-CREATE TABLE queues (
-    name TEXT PRIMARY KEY,
-    start INTEGER NOT NULL,                -- it has a claim to what stands behind this position
-    cursor INTEGER NOT NULL,               -- up to here messages are settled, or stand in `pending`
-    owner TEXT) WITHOUT ROWID;             -- set: temporary, goes with its owner
-CREATE TABLE bindings (
-    queue TEXT NOT NULL, exchange TEXT NOT NULL, pattern TEXT NOT NULL,
-    PRIMARY KEY (queue, exchange, pattern)) WITHOUT ROWID;
-CREATE TABLE pending (
-    queue TEXT NOT NULL, pos INTEGER NOT NULL, key TEXT NOT NULL,
-    owner TEXT,                            -- who holds the lease
-    due REAL NOT NULL,                     -- not handed out before (CLOCK_BOOTTIME)
-    deliveries INTEGER NOT NULL,
-    PRIMARY KEY (queue, pos)) WITHOUT ROWID;
-CREATE INDEX pending_key ON pending (queue, key, pos);
-CREATE TABLE owners (
-    id TEXT PRIMARY KEY, pid INTEGER NOT NULL, started TEXT NOT NULL, namespace TEXT NOT NULL,
-    deadline REAL NOT NULL) WITHOUT ROWID; -- leases end here (CLOCK_BOOTTIME) unless renewed
-"""
 
 _COLUMNS = "pos, exchange, routing_key, key, content_type, content_encoding, headers, properties, body"
 
@@ -149,66 +130,6 @@ def _words_match(pattern: tuple[str, ...], words: tuple[str, ...]) -> bool:
     return bool(words) and pattern[0] in ("*", words[0]) and _words_match(pattern[1:], words[1:])
 
 
-def _translate(error: sqlite3.Error, path: Path) -> BusUnavailable | BusDenied:
-    """One clear line for what SQLite said about `path`."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    if code == sqlite3.SQLITE_FULL:
-        return BusUnavailable(f"embedded bus {path}: the disk is full; make room on it")
-    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-        return BusUnavailable(f"embedded bus {path}: another process kept it locked for {_BUSY_SECONDS:g} s")
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-        return _damaged(path, str(error))
-    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH):
-        return _denied(path, str(error))
-    return BusUnavailable(f"embedded bus {path}: {error}; see the kernel log for disk errors")
-
-
-def _damaged(path: Path, why: str) -> BusUnavailable:
-    return BusUnavailable(
-        f"embedded bus {path}: the file is damaged or is no bus ({' '.join(why.split())}); stop its users,"
-        f" move {path}* away and start again: what consumers had not read is only in the moved files"
-    )
-
-
-def _denied(path: Path, why: str) -> BusDenied:
-    return BusDenied(
-        f"embedded bus {path}: can't be opened for writing ({why}); run as the user who owns the file and"
-        f" its folder, or name another file: embedded:///path"
-    )
-
-
-# ------------------------------------------------------------------------------ processes and clocks
-
-
-def _boottime() -> float:
-    """Seconds since boot, also those in suspend: the one clock that all processes of a host share."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-def _boot_id() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return "unknown"
-
-
-def _pid_namespace() -> str:
-    try:
-        return str(Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        return "unknown"
-
-
-def _started(pid: int) -> str | None:
-    """When a process started, in ticks (proc(5), stat field 22); None when it is gone or a zombie."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    fields = stat.rpartition(")")[2].split()
-    return None if fields[0] in ("Z", "X", "x") else fields[19]
-
-
 # -------------------------------------------------------------------------------------- the log
 
 
@@ -227,40 +148,24 @@ class Log:
         self.owner = uuid.uuid4().hex
         self._lease_seconds = lease_seconds
         self._lock = threading.RLock()
-        self._db: sqlite3.Connection | None = None
         self._synchronous = ""
         self._registered = False
         self._stop_renewing = threading.Event()
         self._next_reap = 0.0
         self._next_due: dict[str, float] = {}
+        self._db: sqlite3.Connection | None = open_file(path)
+        self._identity = identity(path)
         try:
-            _make_file(path)
-        except PermissionError as error:
-            raise _denied(path, str(error)) from error
-        except OSError as error:
-            raise BusUnavailable(f"embedded bus {path}: can't be made: {error}; name another file") from error
-        with _translated(path):
-            self._db = sqlite3.connect(
-                path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
-            )
-        try:
-            with _translated(path):
-                self._prepare(self._db)
+            self._after_boot(boot_id())
         except BaseException:
             self.close()
             raise
 
-    def _prepare(self, db: sqlite3.Connection) -> None:
-        if _is_empty(db):
-            _create(db)
-        _check_format(db, self.path)
-        self._identity = _identity(self.path)
-        db.execute("PRAGMA journal_size_limit = 4194304")
-        boot = _boot_id()
-        if db.execute("SELECT value FROM meta WHERE name = 'boot'").fetchone() == (boot,):
-            return
-        # Another boot: its owners are gone, and its clock says nothing today.
-        with self._transaction(durable=True):
+    def _after_boot(self, boot: str) -> None:
+        """After another boot: its owners are gone, and its clock says nothing today."""
+        with self._transaction(durable=True) as db:
+            if db.execute("SELECT value FROM meta WHERE name = 'boot'").fetchone() == (boot,):
+                return
             db.execute("DELETE FROM owners")
             db.execute("UPDATE pending SET owner = NULL, due = 0")
             for (name,) in db.execute("SELECT name FROM queues WHERE owner IS NOT NULL").fetchall():
@@ -270,7 +175,7 @@ class Log:
     @contextmanager
     def _transaction(self, *, durable: bool) -> Iterator[sqlite3.Connection]:
         """The write lock is taken at the start, so that two writers wait and never deadlock."""
-        with self._lock, _translated(self.path):
+        with self._lock, translated(self.path):
             if self._db is None:
                 raise BusUnavailable(f"embedded bus {self.path}: closed")
             db, synchronous = self._db, "FULL" if durable else "NORMAL"
@@ -304,7 +209,7 @@ class Log:
 
     def check_file(self) -> None:
         """Raise BusUnavailable when the path no longer names the file that is open here."""
-        if _identity(self.path) != self._identity:
+        if identity(self.path) != self._identity:
             raise BusUnavailable(f"embedded bus {self.path}: the file was removed or replaced while in use")
 
     def _make_room(self, db: sqlite3.Connection, need: int) -> None:
@@ -373,7 +278,7 @@ class Log:
 
     def exists(self, queue: str) -> bool:
         """Whether the queue has been declared."""
-        with self._lock, _translated(self.path):
+        with self._lock, translated(self.path):
             assert self._db is not None
             return self._db.execute("SELECT 1 FROM queues WHERE name = ?", (queue,)).fetchone() is not None
 
@@ -395,7 +300,7 @@ class Log:
 
     def size(self, queue: str) -> int:
         """How many messages wait in a queue, not counting those that are leased."""
-        with self._lock, _translated(self.path):
+        with self._lock, translated(self.path):
             assert self._db is not None
             return _waiting(self._db, queue)
 
@@ -427,7 +332,7 @@ class Log:
             taken += self._take_new(db, queue, limit - len(taken), row[0])
             (due,) = db.execute(
                 "SELECT min(due) FROM pending WHERE queue = ? AND owner IS NULL AND due > ?",
-                (queue, _boottime()),
+                (queue, boottime()),
             ).fetchone()
             self._next_due[queue] = due if due is not None else float("inf")
             return taken
@@ -441,7 +346,7 @@ class Log:
             "  SELECT 1 FROM pending e WHERE e.queue = p.queue AND e.key = p.key AND e.pos < p.pos"
             "  AND NOT (e.owner IS :me OR (e.owner IS NULL AND e.due <= :now)))"
             " ORDER BY p.pos LIMIT :limit",
-            {"queue": queue, "now": _boottime(), "me": self.owner, "limit": limit},
+            {"queue": queue, "now": boottime(), "me": self.owner, "limit": limit},
         ).fetchall()
         db.executemany(
             "UPDATE pending SET owner = ?, deliveries = deliveries + 1 WHERE queue = ? AND pos = ?",
@@ -505,7 +410,7 @@ class Log:
 
         `delivered` False: nobody has seen them, so the next delivery does not count as a repetition.
         """
-        due = _boottime() + after if after > 0 else 0.0
+        due = boottime() + after if after > 0 else 0.0
         with self._transaction(durable=False) as db:
             db.executemany(
                 "UPDATE pending SET owner = NULL, due = ?, deliveries = deliveries - ?"
@@ -563,25 +468,25 @@ class Log:
                 (
                     self.owner,
                     os.getpid(),
-                    _started(os.getpid()) or "",
-                    _pid_namespace(),
-                    _boottime() + self._lease_seconds,
+                    started_at(os.getpid()) or "",
+                    pid_namespace(),
+                    boottime() + self._lease_seconds,
                 ),
             )
 
     def _reap(self, db: sqlite3.Connection) -> None:
         """Take back what dead or silent owners hold; looks at most once a second."""
-        now = _boottime()
+        now = boottime()
         if now < self._next_reap:
             return
         self._next_reap = now + _REAP_SECONDS
-        namespace = _pid_namespace()
+        namespace = pid_namespace()
         owners = db.execute(
             "SELECT id, pid, started, namespace, deadline FROM owners WHERE id <> ?", (self.owner,)
         )
         for owner, pid, started, where, deadline in owners.fetchall():
             # In another container's pid namespace pids mean nothing to us: only its silence does.
-            gone = _started(pid) != started if where == namespace else now > deadline
+            gone = started_at(pid) != started if where == namespace else now > deadline
             if gone or now > deadline:
                 db.execute("UPDATE pending SET owner = NULL WHERE owner = ?", (owner,))
             if gone:
@@ -597,7 +502,7 @@ class Log:
 
     def version(self) -> int:
         """A number that changes when another connection has committed."""
-        with self._lock, _translated(self.path):
+        with self._lock, translated(self.path):
             if self._db is None:
                 raise BusUnavailable(f"embedded bus {self.path}: closed")
             return int(self._db.execute("PRAGMA data_version").fetchone()[0])
@@ -607,7 +512,7 @@ class Log:
 
         Never longer than about a second: the caller's next `take` also looks for dead owners.
         """
-        due = min(self._next_due.values(), default=float("inf")) - _boottime()
+        due = min(self._next_due.values(), default=float("inf")) - boottime()
         # A caller that can't take now (its prefetch is used up) must not spin on what is overdue.
         end = time.monotonic() + min(timeout, _REAP_SECONDS, max(due, _POLL_LAST_SECONDS))
         pause = _POLL_FIRST_SECONDS
@@ -638,12 +543,12 @@ def look(path: Path) -> LogState:
     Raises BusUnavailable when it is damaged or not ours, BusDenied when it can't be read.
     """
     if not os.access(path, os.R_OK):
-        raise _denied(path, "no read permission")
-    with _translated(path), contextlib.closing(_read_only(path)) as db:
-        _check_format(db, path)
+        raise denied(path, "no read permission")
+    with translated(path), contextlib.closing(read_only(path)) as db:
+        check_format(db, path)
         (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
         if verdict != "ok":
-            raise _damaged(path, verdict)
+            raise damaged(path, verdict)
         (used,) = db.execute("SELECT value FROM meta WHERE name = 'bytes'").fetchone()
         (count,) = db.execute("SELECT count(*) FROM messages").fetchone()
         queues = [
@@ -664,8 +569,8 @@ def peek(path: Path, queue: str, limit: int) -> list[Leased]:
     """The oldest messages that were put into `queue` alone (dead letters, say); takes none of them."""
     if not os.access(path, os.F_OK):
         return []
-    with _translated(path), contextlib.closing(_read_only(path)) as db:
-        _check_format(db, path)
+    with translated(path), contextlib.closing(read_only(path)) as db:
+        check_format(db, path)
         rows = db.execute(
             f"SELECT {_COLUMNS} FROM messages WHERE queue = ? ORDER BY pos LIMIT ?",  # noqa: S608
             (queue, limit),
@@ -673,81 +578,7 @@ def peek(path: Path, queue: str, limit: int) -> list[Leased]:
     return [_leased(queue, 0, row) for row in rows]
 
 
-def _read_only(path: Path) -> sqlite3.Connection:
-    return sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=_BUSY_SECONDS, isolation_level=None
-    )
-
-
 # -------------------------------------------------------------------------------- small parts
-
-
-@contextmanager
-def _translated(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise _translate(error, path) from error
-
-
-def _make_file(path: Path) -> None:
-    """An empty file with its final mode, so that nobody else can open it in between."""
-    if not path.parent.is_dir():
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _check_format(db: sqlite3.Connection, path: Path) -> None:
-    (application,) = db.execute("PRAGMA application_id").fetchone()
-    (version,) = db.execute("PRAGMA user_version").fetchone()
-    if application != _APPLICATION_ID:
-        raise BusUnavailable(
-            f"embedded bus {path}: this file is no virtbus bus; name another: embedded:///path"
-        )
-    if version != _FORMAT:
-        raise BusUnavailable(
-            f"embedded bus {path}: format {version}, this release knows {_FORMAT}; use the release that made"
-            f" it, or name another file: embedded:///path"
-        )
-
-
-def _is_empty(db: sqlite3.Connection) -> bool:
-    return bool(db.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,))
-
-
-def _create(db: sqlite3.Connection) -> None:
-    """Make the tables in an empty file; several processes may try at once."""
-    deadline = time.monotonic() + _BUSY_SECONDS
-    while True:
-        try:
-            db.execute("PRAGMA journal_mode = WAL")
-            break
-        except sqlite3.OperationalError:
-            # SQLite does not wait for this one lock by itself.
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        if _is_empty(db):
-            for statement in _SCHEMA.split(";"):
-                db.execute(statement)
-            db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-            db.execute(f"PRAGMA user_version = {_FORMAT}")
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        raise
 
 
 def _row(entry: Entry, path: Path, largest: int) -> tuple[Any, ...]:
