@@ -16,11 +16,13 @@ import pytest
 
 from tests.brokers import rabbitmq as rabbitmq_module
 from tests.brokers.rabbitmq import RabbitMQ
+from tests.kafka.fixtures import kafka_cluster, kafka_topic, kafka_url, own_kafka  # noqa: F401
 from tests.lab import lab as lab_module
 from tests.lab.lab import Lab
 
 # A test that uses a fixture of the left bears the marker of the right.
 MARKERS = {"lab": "lab", "rabbitmq": "rabbitmq", "rabbitmq_alone": "rabbitmq"}
+MARKERS |= {"kafka_cluster": "kafka", "own_kafka": "kafka"}
 
 # Shared by the processes of one run (pytest-xdist's workers inherit the environment).
 RUN_FOLDER = "VIRTBUS_TEST_RUN"

@@ -114,7 +114,8 @@ class Cluster:
             Broker(node + 1, folder / f"broker-{node + 1}", *ports[5 * node : 5 * node + 5])
             for node in range(brokers)
         ]
-        self.cluster_id = urlsafe_b64encode(os.urandom(16)).decode().rstrip("=")
+        # The first byte keeps it from beginning with "-", which Kafka's tool takes for a flag.
+        self.cluster_id = urlsafe_b64encode(b"v" + os.urandom(15)).decode().rstrip("=")
         self._certificates()
         for broker in self.brokers:
             broker.folder.mkdir(parents=True)
@@ -270,7 +271,7 @@ class Cluster:
     def _format(self) -> None:
         running = []
         for broker in self.brokers:
-            command = [*self.java("-Xmx256m"), "kafka.tools.StorageTool", "format", "-t", self.cluster_id]
+            command = [*self.java("-Xmx256m"), "kafka.tools.StorageTool", "format", f"--cluster-id={self.cluster_id}"]
             command += ["-c", str(broker.folder / "server.properties")]
             for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512"):
                 command += ["--add-scram", f"{mechanism}=[name={SCRAM_USER},password={SCRAM_PASSWORD}]"]

@@ -20,12 +20,11 @@ from virtbus.bus import BusOptions, Feed, Subscription, checked_group
 from virtbus.bus.kafka_client import (
     Admin,
     KafkaSettings,
-    Verdict,
     Watch,
     check,
+    is_purged,
     oneline,
     translate,
-    verdict,
 )
 from virtbus.bus.kafka_transport import TRANSPORT
 from virtbus.envelope import to_kafka
@@ -41,6 +40,7 @@ _Producer: Any = kombu_messaging.Producer
 # How long `close` waits for what is in flight, in seconds.
 CLOSE_SECONDS = 5.0
 _POLL_SECONDS = 0.1
+_CONFIRMED = Confirmed()
 _BATCH = 500  # records taken at a time, so that the first are on their way while the rest are encoded
 
 
@@ -104,7 +104,10 @@ class _Link:
 
     def serve(self, timeout: float) -> None:
         """Let librdkafka call back for up to `timeout` seconds."""
-        self._kombu.channel.drain_events(timeout)
+        try:
+            self._kombu.channel.drain_events(timeout)
+        except KafkaException as error:  # a fatal error is raised by poll instead of given to error_cb
+            self.watch(error.args[0])
 
     def take_reports(self) -> list[tuple[Record, Any]]:
         """The records whose delivery report came, each with None or its KafkaError; in flight no more."""
@@ -170,8 +173,8 @@ class KafkaBus:
         self._idle = threading.Event()
         self._idle.set()
         self._closed_at: float | None = None
-        # Kafka refuses a batch as a whole: after "too large", each record goes alone until one is named.
-        self._alone = False
+        # Kafka refuses a batch as a whole: so many records more go alone, to find the one that is meant.
+        self._suspects = 0
 
     def __repr__(self) -> str:
         """Without credentials."""
@@ -197,51 +200,59 @@ class KafkaBus:
         window = options.window
         patience = options.confirm_timeout + 5.0  # librdkafka's own time-out comes first
         while True:
-            room = window - len(link.flying) if self._closed_at is None else 0
+            room = window - len(link.flying)
+            if self._is_closed() or (not link.batching and self._suspects <= 0):
+                room = 0
             records: Sequence[Record] = ()
             # Not for each single place that gets free: a look into the spool costs more than a record.
             if room > 0 and (not link.flying or room * 4 >= window):
                 records = feed.take(min(room, _BATCH), link.flying.keys())
+            fault: Exception | None = None
             for record in records:
-                outcome = link.send(record)
+                outcome = Deferred(fault) if fault is not None else link.send(record)
+                if isinstance(outcome, Deferred):
+                    fault = fault or outcome.error
                 if outcome is not None:
                     yield record, outcome
-            if not link.flying:
+            if not link.flying and fault is None:
                 if records:
                     continue
-                self._alone = False
                 if not link.batching:
+                    self._suspects = 0
                     self._drop(link, None)
                 return
-            more = records and len(records) == _BATCH and len(link.flying) < window
+            more = len(records) == _BATCH and len(link.flying) < window
             link.serve(0.0 if more else _POLL_SECONDS)
-            fault: VirtbusError | None = None
-            for record, error in link.take_reports():
-                if error is None:
-                    yield record, Confirmed()
-                    continue
-                outcome, fatal = self._judge(link, record, error)
-                fault = fault or fatal
+            reports = link.take_reports()
+            if any(error is not None for _, error in reports):
+                link.serve(0.0)  # a fatal error's cause comes after the reports of what it purged
+            fault = link.fault(patience, options.connect_timeout) or self._closing() or fault
+            for record, error in reports:
+                outcome, reason = self._judge(link, record, error, fault)
+                fault = fault or reason
                 yield record, outcome
-            fault = fault or link.fault(patience, options.connect_timeout) or self._closing()
             if fault is not None:
                 yield from self._give_up(link, fault)
                 return
 
-    def _judge(self, link: _Link, record: Record, error: Any) -> tuple[Outcome, VirtbusError | None]:
-        """What a failed delivery means: the record's outcome, and why the producer must go, if it must."""
+    def _judge(
+        self, link: _Link, record: Record, error: Any, fault: Exception | None
+    ) -> tuple[Outcome, Exception | None]:
+        """What a delivery report means: the record's outcome, and why the producer must go, if it must."""
+        if not link.batching:
+            self._suspects -= 1
+        if error is None:
+            return _CONFIRMED, None
+        if fault is not None and is_purged(error):
+            return Deferred(fault), fault
         translated = translate(error, f"publishing event {record.id} to {self._options.topic}")
-        match verdict(error):
-            case Verdict.REFUSED:
-                return Refused(translated), None
-            case Verdict.TOO_LARGE if link.batching:
-                self._alone = True
-                unclear = BusUnavailable(f"{translated}: its whole batch was refused; each is sent alone now")
-                return Deferred(unclear), unclear
-            case Verdict.TOO_LARGE:
-                return Refused(translated), None
-            case _:
-                return Deferred(translated), translated
+        if not isinstance(translated, RecordRefused):
+            return Deferred(translated), translated
+        if not link.batching:
+            return Refused(translated), None
+        unclear = BusUnavailable(f"{translated}: its batch was refused as a whole; each is sent alone now")
+        self._suspects = self._options.window  # the bad one is among the first of those that come again
+        return Deferred(unclear), unclear
 
     def _is_closed(self) -> bool:
         return self._closed_at is not None
@@ -252,7 +263,7 @@ class KafkaBus:
             return None
         return BusUnavailable("the bus was closed before the broker confirmed")
 
-    def _give_up(self, link: _Link, fault: VirtbusError) -> Iterator[tuple[Record, Outcome]]:
+    def _give_up(self, link: _Link, fault: Exception) -> Iterator[tuple[Record, Outcome]]:
         """Throw the producer away; the outcomes of what was unconfirmed."""
         link.serve(0.0)  # what was confirmed meanwhile is confirmed
         reports = link.take_reports()
@@ -260,7 +271,7 @@ class KafkaBus:
         link.flying.clear()
         self._drop(link, fault)
         for record, error in reports:
-            yield record, Confirmed() if error is None else self._judge(link, record, error)[0]
+            yield record, self._judge(link, record, error, fault)[0]
         for record in left:
             yield record, Deferred(fault)
 
@@ -286,7 +297,7 @@ class KafkaBus:
     def _connect(self) -> _Link:
         display = self._settings.display
         try:
-            link = _Link(self._settings, batching=not self._alone)
+            link = _Link(self._settings, batching=self._suspects <= 0)
         except (BusUnavailable, BusDenied) as error:
             emit(BusLost(display, error))
             raise
@@ -295,7 +306,7 @@ class KafkaBus:
             emit(InsecureTransport(display))
         return link
 
-    def _drop(self, link: _Link, why: VirtbusError | str | None) -> None:
+    def _drop(self, link: _Link, why: Exception | str | None) -> None:
         with self._lock:
             if self._link is link:
                 self._link = None

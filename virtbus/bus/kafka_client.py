@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import logging
 import re
 import subprocess
 import time
@@ -63,6 +64,8 @@ _OWNED: Mapping[str, str] = {
         "at-least-once consuming rests on it",
     ),
 }
+
+_NO_LOG = logging.Logger("librdkafka", level=logging.CRITICAL + 1)
 
 T = TypeVar("T")
 
@@ -128,9 +131,11 @@ class KafkaSettings:
             # A broker that is back is found within a second, not within librdkafka's ten.
             "reconnect.backoff.ms": 50,
             "reconnect.backoff.max.ms": 1000,
+            "enable.metrics.push": False,  # the compute host reports to nobody behind its operator's back
             "topic.metadata.refresh.fast.interval.ms": 100,
-            # Errors reach us by error_cb and outcomes; raw lines on stderr would be a second log.
+            # Errors reach us by error_cb and outcomes; librdkafka's own lines would be a second log.
             "log_level": 0,
+            "logger": _NO_LOG,
             "error_cb": watch,
         }
         if self.tls:
@@ -148,7 +153,10 @@ class KafkaSettings:
             config["sasl.mechanism"] = self.mechanism
             config["sasl.username"] = self.username
             config["sasl.password"] = self.password()
-        return config | dict(options.extra)
+        config |= options.extra
+        if "debug" in options.extra or "log_level" in options.extra:
+            del config["logger"]  # an operator is looking: to stderr, as librdkafka does by itself
+        return config
 
     def producer(self, watch: Watch, *, batching: bool = True) -> dict[str, Any]:
         """The options of our producer; `batching` False sends every record in a request of its own."""
@@ -164,7 +172,7 @@ class KafkaSettings:
             "queue.buffering.max.kbytes": max(1024, min(2097151, options.window * 64)),
             "message.max.bytes": min(max(options.max_record_bytes + 65536, 1000), 1_000_000_000),
             # The window is handed over in one go: waiting long for more only adds latency.
-            "linger.ms": 1,
+            "linger.ms": 5,
             "retry.backoff.ms": 50,
             "retry.backoff.max.ms": 500,
             "message.timeout.ms": timeout_ms,
@@ -388,14 +396,20 @@ def _option_problems(options: BusOptions) -> Iterator[str]:
 class Verdict(Enum):
     """What a delivery error means for the record and for the producer."""
 
-    REFUSED = "refused"  # this record will never be taken
-    TOO_LARGE = "too large"  # its batch was too large: refused when it was sent alone
+    # The broker will never take it. It says so of the whole batch: true of a record only when sent alone.
+    REFUSED = "refused"
     DENIED = "denied"  # an operator has to act
     UNCLEAR = "unclear"  # it may or may not be stored: new producer, send again
 
 
-_REFUSED = frozenset({KafkaError.INVALID_RECORD, KafkaError.INVALID_TIMESTAMP})
-_TOO_LARGE = frozenset({KafkaError.MSG_SIZE_TOO_LARGE, KafkaError.RECORD_LIST_TOO_LARGE})
+_REFUSED = frozenset(
+    {
+        KafkaError.MSG_SIZE_TOO_LARGE,
+        KafkaError.RECORD_LIST_TOO_LARGE,
+        KafkaError.INVALID_RECORD,
+        KafkaError.INVALID_TIMESTAMP,
+    }
+)
 _DENIED = frozenset(
     {
         KafkaError._AUTHENTICATION,
@@ -424,9 +438,6 @@ def verdict(error: Any) -> Verdict:
     code = error.code()
     if code in _REFUSED:
         return Verdict.REFUSED
-    if code in _TOO_LARGE:
-        return Verdict.TOO_LARGE
-    # A fatal error wraps its cause; authorisation stays an operator's affair even then.
     if code in _DENIED:
         return Verdict.DENIED
     return Verdict.UNCLEAR
@@ -436,7 +447,7 @@ def translate(error: Any, doing: str) -> VirtbusError:
     """A KafkaError as ours, with what was being done: the one place where they are translated."""
     text = f"{doing}: {oneline(error.str())} ({error.name()})"
     match verdict(error):
-        case Verdict.REFUSED | Verdict.TOO_LARGE:
+        case Verdict.REFUSED:
             return RecordRefused(text)
         case Verdict.DENIED:
             return BusDenied(text)
@@ -447,6 +458,11 @@ def translate(error: Any, doing: str) -> VirtbusError:
 def is_missing(error: Any) -> bool:
     """Whether the error says that the topic is not there."""
     return error.code() in _MISSING
+
+
+def is_purged(error: Any) -> bool:
+    """Whether the record was only given up because the whole producer was."""
+    return error.code() in (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT, KafkaError._FATAL)
 
 
 class Watch:

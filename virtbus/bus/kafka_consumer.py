@@ -11,6 +11,7 @@ from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
+from virtbus.bus import REASON_HEADER
 from virtbus.bus.kafka_client import Admin, KafkaSettings, Watch, is_missing, make, oneline, translate
 from virtbus.errors import BusDenied, BusUnavailable, VirtbusError
 from virtbus.model import Binding, Message
@@ -123,7 +124,11 @@ class KafkaSubscription:
             if self._due:
                 wait = min(wait, max(0.0, self._due[0].at - now))
             self._throttle()
-            polled = self._consumer.poll(min(wait, 0.5))
+            try:
+                polled = self._consumer.poll(min(wait, 0.5))
+            except KafkaException as error:  # a fatal error is raised by poll instead of given to error_cb
+                self._raise_for(error.args[0], over=True)
+                raise translate(error.args[0], f"consuming from {self._settings.display}") from error
             if polled is not None and polled.error() is None:
                 message = self._took(polled)
                 if message is not None:
@@ -388,7 +393,7 @@ class KafkaSubscription:
             self._dead_letters = make(Producer, settings.producer(Watch()))
         headers = [
             *handle.headers,
-            ("x-virtbus-reason", oneline(reason).encode()[:1024]),
+            (REASON_HEADER, oneline(reason)[:1024].encode()),
             ("x-virtbus-position", message.position.encode()),
             ("x-virtbus-group", (self._group or "").encode()),
         ]

@@ -1,0 +1,70 @@
+"""librdkafka's own mock cluster, for faults that a real broker does not make to order.
+
+confluent-kafka shows it only as a producer option (`test.mock.num.brokers`), without a way to push errors;
+so this goes to the C library that the wheel brings along (rdkafka_mock.h).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+
+import confluent_kafka
+
+PRODUCE, METADATA, INIT_PRODUCER_ID = 0, 3, 22  # Kafka's protocol guide, "API keys"
+
+_ERROR_TEXT = 512
+_PRODUCER = 0  # RD_KAFKA_PRODUCER
+
+
+def _library() -> ctypes.CDLL:
+    """The very librdkafka that confluent_kafka uses."""
+    folder = Path(confluent_kafka.__file__).parent.with_name("confluent_kafka.libs")
+    library = ctypes.CDLL(str(next(folder.glob("librdkafka*"))))
+    for name in ("rd_kafka_new", "rd_kafka_mock_cluster_new"):
+        getattr(library, name).restype = ctypes.c_void_p
+    library.rd_kafka_mock_cluster_bootstraps.restype = ctypes.c_char_p
+    return library
+
+
+class MockCluster:
+    """Mock brokers on loopback with one topic; errors are answered to the next requests of a kind."""
+
+    def __init__(self, topic: str, *, brokers: int = 1, partitions: int = 4) -> None:
+        """Start it with `topic` already there: the mock answers no CreateTopics."""
+        self._library = _library()
+        text = ctypes.create_string_buffer(_ERROR_TEXT)
+        handle = self._library.rd_kafka_new(_PRODUCER, None, text, ctypes.c_size_t(_ERROR_TEXT))
+        assert handle, text.value
+        self._handle = ctypes.c_void_p(handle)
+        self._cluster = ctypes.c_void_p(self._library.rd_kafka_mock_cluster_new(self._handle, brokers))
+        # Topics are described by the controller, which the mock has only when told.
+        self._library.rd_kafka_mock_set_controller_id(self._cluster, ctypes.c_int32(1))
+        error = self._library.rd_kafka_mock_topic_create(self._cluster, topic.encode(), partitions, brokers)
+        assert error == 0, error
+        self.hosts: str = self._library.rd_kafka_mock_cluster_bootstraps(self._cluster).decode()
+
+    @property
+    def url(self) -> str:
+        """The cluster as a bus URL."""
+        return f"kafka://{self.hosts}"
+
+    def push_errors(self, api: int, *codes: int) -> None:
+        """Answer the next `len(codes)` requests of kind `api` with these error codes."""
+        array = (ctypes.c_int * len(codes))(*codes)
+        self._library.rd_kafka_mock_push_request_errors_array(
+            self._cluster, ctypes.c_int16(api), ctypes.c_size_t(len(codes)), array
+        )
+
+    def down(self, broker: int) -> None:
+        """Take a broker (1…) down: connections break, none is accepted."""
+        self._library.rd_kafka_mock_broker_set_down(self._cluster, ctypes.c_int32(broker))
+
+    def up(self, broker: int) -> None:
+        """Bring it back."""
+        self._library.rd_kafka_mock_broker_set_up(self._cluster, ctypes.c_int32(broker))
+
+    def close(self) -> None:
+        """End it."""
+        self._library.rd_kafka_mock_cluster_destroy(self._cluster)
+        self._library.rd_kafka_destroy(self._handle)
