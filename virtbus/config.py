@@ -274,7 +274,7 @@ def load(
 
     schema = json_schema()
     for name, raw in sorted((environment if environment is not None else os.environ).items()):
-        if not name.startswith(ENVIRONMENT_PREFIX) or name in _NOT_SETTINGS:
+        if not name.startswith(ENVIRONMENT_PREFIX) or _NOT_SETTINGS.fullmatch(name):
             continue
         key = name[len(ENVIRONMENT_PREFIX) :].lower().replace("__", ".")
         try:
@@ -299,8 +299,11 @@ def load(
     raise ConfigError("\n".join(problems))
 
 
-# Read elsewhere: not settings of the model.
-_NOT_SETTINGS = frozenset({"VIRTBUS_CONFIG", "VIRTBUS_DEBUG", "VIRTBUS_CI", "VIRTBUS_FAULTS"})
+# Not settings: what is read elsewhere, what the tests use, and what Kubernetes puts into every pod beside
+# a Service that is named like us (VIRTBUS_SERVICE_HOST, VIRTBUS_PORT_9466_TCP, …).
+_NOT_SETTINGS = re.compile(
+    r"VIRTBUS_(CONFIG|DEBUG|CI|FAULTS|TEST_.*|([A-Z0-9]+_)*SERVICE_(HOST|PORT(_.*)?)|([A-Z0-9]+_)*PORT(_.*)?)"
+)
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

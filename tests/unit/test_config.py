@@ -93,6 +93,16 @@ def test_text_that_is_not_toml_is_one_clear_line(settings_file):
     assert "not valid TOML" in problem
 
 
+def test_what_kubernetes_puts_into_every_pod_is_no_setting():
+    environment = {
+        "VIRTBUS_SERVICE_HOST": "10.0.0.1",
+        "VIRTBUS_METRICS_SERVICE_PORT_HTTP": "1",
+        "VIRTBUS_PORT_9466_TCP_ADDR": "x",
+    }
+    config.load(environment=environment)
+    assert problems_of(environment={"VIRTBUS_STATE_DRI": "/x"})
+
+
 def test_without_a_bus_url_the_message_says_how_to_name_one():
     loaded = config.load(environment={})
     with pytest.raises(ConfigError, match="--bus amqp://"):

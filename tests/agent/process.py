@@ -1,0 +1,120 @@
+"""`virtbus run` as a process of its own, as an operator starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tests.ports import free_ports
+
+COMMAND = [sys.executable, "-m", "virtbus"]
+
+
+def virtbus(*words: str, timeout: float = 60, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run one command to its end."""
+    return subprocess.run(
+        [*COMMAND, *words],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+class AgentProcess:
+    """One run of an agent; `ready()` waits for its callbacks to be registered."""
+
+    def __init__(
+        self, folder: Path, *, libvirt: str, bus: str, settings: str = "", **environment: str
+    ) -> None:
+        self.folder = folder
+        self.state_dir = folder / "state"
+        self.socket = folder / "control.sock"
+        self._log = folder / f"agent-{time.monotonic_ns()}.log"
+        self.http = f"127.0.0.1:{free_ports(1)[0]}"
+        config = folder / "virtbus.toml"
+        config.write_text(settings)
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*COMMAND, "run", "--config", str(config), "--libvirt", libvirt, "--bus", bus,
+                 "--state-dir", str(self.state_dir), "--http-listen", self.http,
+                 "--control-socket", str(self.socket), "--log-format", "json"],
+                stdin=subprocess.DEVNULL,
+                stderr=log,
+                env={**os.environ, **environment},
+            )  # fmt: skip
+
+    def __enter__(self) -> AgentProcess:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            self.kill()
+
+    @property
+    def log(self) -> str:
+        """What it wrote on stderr."""
+        return self._log.read_text()
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and body of one of its HTTP pages."""
+        try:
+            with urllib.request.urlopen(f"http://{self.http}{path}", timeout=5) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric over its labels."""
+        lines = self.get("/metrics")[1].splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.split("{")[0].split(" ")[0] == name)
+
+    def status(self) -> dict[str, Any]:
+        """What `virtbus status --json` says."""
+        answer = virtbus("status", "--json", "--control-socket", str(self.socket))
+        assert answer.returncode == 0, answer.stderr
+        found: dict[str, Any] = json.loads(answer.stdout)
+        return found
+
+    def ready(self, seconds: float = 30) -> AgentProcess:
+        """Wait until it observes."""
+        self.until(lambda: self.get("/readyz")[0] == 200, "ready", seconds)
+        return self
+
+    def until(self, check: Any, what: str, seconds: float = 20) -> None:
+        """Wait until `check()` is true; the agent's log is in the failure's message."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                if check():
+                    return
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                pass
+            if self.process.poll() is not None:
+                raise AssertionError(f"the agent ended with {self.process.returncode}:\n{self.log}")
+            if time.monotonic() > deadline:
+                raise AssertionError(f"not {what} after {seconds} s:\n{self.log}")
+            time.sleep(0.05)
+
+    def stop(self, seconds: float = 20) -> int:
+        """SIGTERM; the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(seconds)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self.process.kill()
+        self.process.wait(10)
