@@ -94,7 +94,7 @@ def open_as(uid: str, url: str) -> None:
     os.setuid(int(uid))
     say(" ".join(check.status for check in bus.probe()))
     try:
-        bus.consume("g")
+        bus.consume("g").receive(5)
     except VirtbusError as error:
         say(f"{type(error).__name__} {error}")
     try:

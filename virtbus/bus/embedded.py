@@ -19,8 +19,10 @@ What differs from a broker with a server:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import count
@@ -37,9 +39,11 @@ from virtbus.bus.embedded_log import DEFAULT_MAX_BYTES, SMALLEST_MAX_BYTES, LogF
 from virtbus.bus.embedded_transport import KEY, Channel, connect, payload_of
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError, RecordRefused
 from virtbus.model import Binding, Check, Confirmed, Deferred, Message, Outcome, Record, Refused
+from virtbus.retry import Backoff
 from virtbus.telemetry import BusConnected, BusLost, emit
 
 FILE_NAME = "bus.db"
+_RECONNECT_CEILING_SECONDS = 1.0
 
 # ------------------------------------------------------------------------------------------ the bus
 
@@ -138,13 +142,17 @@ class EmbeddedBus:
         """Nothing to serve: there is no peer."""
 
     def consume(self, group: str | None, *, prefetch: int = 100) -> EmbeddedSubscription:
-        """Subscribe; see `Bus.consume`. A new group begins with the oldest event that the log still has."""
+        """Subscribe; see `Bus.consume`. A new group begins with the oldest event that the log still has.
+
+        It takes effect at once when the file can be used, else when `receive` can use it.
+        """
         if self._closed.is_set():
             raise BusUnavailable(f"embedded bus {self.path}: closed")
         subscription = EmbeddedSubscription(
             self.path, self.max_bytes, self._options.exchange, checked_group(group), prefetch
         )
-        subscription.connect()
+        with contextlib.suppress(BusUnavailable, BusDenied):  # receive() tries again, and raises
+            subscription.connect()
         return subscription
 
     def dead_letters(self, group: str, limit: int = 100) -> list[Message]:
@@ -158,13 +166,13 @@ class EmbeddedBus:
         """Whether the file can be made or used, is whole, and has room; changes nothing."""
         found = _nearest_folder(self.path.parent)
         if not os.access(self.path, os.F_OK):
+            if not found.is_dir():
+                away = BusUnavailable(f"embedded bus {self.path}: can't be made: {found} is no folder")
+                return [_failed(away, "choose another folder")]
             if os.access(found, os.W_OK | os.X_OK):
                 return [Check("bus", "ok", f"{self._name}: no file yet; the first use makes it")]
-            return [
-                _failed(
-                    BusDenied(f"embedded bus {self.path}: {found} is not writable"), "choose another folder"
-                )
-            ]
+            refused = BusDenied(f"embedded bus {self.path}: {found} is not writable")
+            return [_failed(refused, "choose another folder")]
         try:
             state = look(self.path)
         except (BusUnavailable, BusDenied) as error:
@@ -209,13 +217,12 @@ class EmbeddedSubscription:
         self._channel: Channel | None = None
         self._inbox: deque[Any] = deque()
         self._connections = count(1)
+        self._backoff = Backoff("consume", ceiling=_RECONNECT_CEILING_SECONDS)
         self._generation = 0
         self._closed = False
 
     def connect(self) -> None:
         """Open the log and declare the queue, unless that is done. Raises BusUnavailable, BusDenied."""
-        if self._closed:
-            raise BusUnavailable(f"embedded bus {self._path}: this subscription is closed")
         if self._connection is not None:
             return
         connection = connect(self._path, self._max_bytes)
@@ -229,20 +236,34 @@ class EmbeddedSubscription:
             raise
         self._connection, self._channel = connection, channel
         self._generation = next(self._connections)
+        self._backoff.reset()
 
     def receive(self, timeout: float) -> Message | None:
-        """The next message, or None after `timeout` seconds."""
-        try:
-            self.connect()
-            assert self._connection is not None
-            self._connection.drain_events(timeout=timeout)
-        except TimeoutError:
-            return None
-        except (BusUnavailable, BusDenied):
-            self._drop()
-            raise
-        received = self._inbox.popleft()
-        return _message(received._raw, handle=(self._generation, received.delivery_tag))
+        """The next message, or None after `timeout` seconds or once it is closed.
+
+        While the file can't be used it is tried again until the time is up, and then BusUnavailable is
+        raised; BusDenied is raised at once.
+        """
+        end = time.monotonic() + timeout
+        while not self._closed:
+            try:
+                self.connect()
+                assert self._connection is not None
+                self._connection.drain_events(timeout=max(0.0, end - time.monotonic()))
+                received = self._inbox.popleft()
+                return _message(received._raw, handle=(self._generation, received.delivery_tag))
+            except TimeoutError:
+                return None
+            except BusDenied:
+                self._drop()
+                raise
+            except BusUnavailable as error:
+                self._lost(error)
+                left = end - time.monotonic()
+                if left <= 0:
+                    raise
+                time.sleep(min(left, self._backoff.next_wait()))
+        return None
 
     def ack(self, message: Message) -> None:
         """Settle it; over a lost connection it comes again."""
@@ -281,7 +302,8 @@ class EmbeddedSubscription:
         return self._channel if same else None
 
     def _lost(self, error: BusUnavailable) -> None:
-        emit(BusLost(f"embedded://{self._path}", error))
+        if self._connection is not None:
+            emit(BusLost(f"embedded://{self._path}", error))
         self._drop()
 
     def _drop(self) -> None:

@@ -617,10 +617,11 @@ def _settle(db: sqlite3.Connection, queue: str, pos: int) -> None:
 
 def _leased(queue: str, deliveries: int, row: Sequence[Any]) -> Leased:
     pos, exchange, routing_key, key, content_type, content_encoding, headers, properties, body = row
-    entry = Entry(
-        exchange, routing_key, key, content_type, content_encoding,
-        json.loads(headers), json.loads(properties), body,
-    )  # fmt: skip
+    try:
+        extras = json.loads(headers), json.loads(properties)
+    except ValueError as error:
+        raise sqlite3.DatabaseError(f"message {pos} is damaged: {error}") from error
+    entry = Entry(exchange, routing_key, key, content_type, content_encoding, *extras, body)
     return Leased(queue, pos, deliveries, entry)
 
 
