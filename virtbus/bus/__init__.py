@@ -20,6 +20,9 @@ from virtbus.model import Check, Message, Outcome, Record
 
 ENTRY_POINT_GROUP = "virtbus.buses"
 
+REASON_HEADER = "x-virtbus-reason"
+"""The header of a dead letter that says why it was put aside; at most 1,024 bytes of UTF-8."""
+
 # What ships with virtbus, for a checkout whose package metadata is not installed (or is older).
 _BUILT_IN: Mapping[str, str] = {
     "amqp": "virtbus.bus.amqp:AmqpBus",
@@ -125,7 +128,7 @@ class Subscription(Protocol):
         """
 
     def dead_letter(self, message: Message, reason: str) -> None:
-        """Put it aside with the reason, durably, then treat it as acknowledged.
+        """Put it aside as it came, with the reason in REASON_HEADER, durably; then it is acknowledged.
 
         Raises BusDenied where that is refused, BusUnavailable when the broker went away in between; the
         message then comes again. Without a group there is nowhere to put it: it is only logged.

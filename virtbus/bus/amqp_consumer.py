@@ -23,14 +23,13 @@ from typing import Any
 import amqp
 from amqp.exceptions import AMQPError
 
-from virtbus.bus import BusOptions
+from virtbus.bus import REASON_HEADER, BusOptions
 from virtbus.bus.amqp_link import LINK_FAULTS, Dialer, Link, ProtocolViolation, Waker, lost, translated
 from virtbus.errors import BusDenied, BusUnavailable, VirtbusError
 from virtbus.model import Binding, Message
 from virtbus.retry import Backoff
 from virtbus.telemetry import Notice, Trouble, emit
 
-REASON_HEADER = "x-virtbus-reason"
 USER_HEADER = "x-virtbus-user-id"
 _REASON_LIMIT = 1024
 _BEAT_SECONDS = 1.0

@@ -176,12 +176,13 @@ class _Connection(pyamqp.Connection):
                     return
             del out[:sent]
 
-    def pump(self, timeout: float) -> bool:
+    def pump(self, timeout: float, *, one: bool = False) -> bool:
         """Write, wait up to `timeout` seconds for something to read, dispatch it; True when a method came.
 
-        Serves heartbeats about once a second. Raises what LINK_FAULTS names when the connection is over.
+        With `one` it stops after one method. Serves heartbeats about once a second. Raises what
+        LINK_FAULTS names when the connection is over.
         """
-        if self._dispatch():  # left over when a handler raised in the middle of a chunk
+        if self._dispatch(one):  # left over by `one`, or by a handler that raised
             return True
         self.flush()
         wanted = select.POLLIN | (select.POLLOUT if self._out else 0)
@@ -195,8 +196,8 @@ class _Connection(pyamqp.Connection):
                 self._receive()
         if self._out:
             self.flush()
-        handled = self._dispatch()
-        if self._eof:
+        handled = self._dispatch(one)
+        if self._eof and not handled:
             raise ConnectionResetError("the broker closed the connection")
         now = time.monotonic()
         if now >= self._next_tick:
@@ -218,7 +219,7 @@ class _Connection(pyamqp.Connection):
             if len(chunk) < _CHUNK and not isinstance(self._socket, ssl.SSLSocket):
                 return
 
-    def _dispatch(self) -> bool:
+    def _dispatch(self, one: bool) -> bool:
         data = self._in
         position, end, handled = 0, len(data), False
         try:
@@ -235,6 +236,8 @@ class _Connection(pyamqp.Connection):
                 position = last + 1
                 if self.on_inbound_frame((kind, channel, payload)):
                     handled = True
+                    if one:
+                        break
         except (LookupError, ValueError, TypeError, AttributeError, struct.error) as error:
             # What py-amqp does with frames that make no sense: unknown channels, half a table, …
             raise ProtocolViolation(f"a frame that can't be read ({type(error).__name__})") from error
@@ -264,9 +267,13 @@ class _Connection(pyamqp.Connection):
     # -- what py-amqp calls
 
     def drain_events(self, timeout: float | None = None) -> None:
-        """Wait for a method, at most until `limit` however many heartbeats come in between."""
+        """Wait for a method, at most until `limit` however many heartbeats come in between.
+
+        One method and no more: py-amqp registers a consumer's callback only after it has seen the
+        broker's consume-ok, and gives back, out of order, what was dispatched before.
+        """
         limit = self.limit if timeout is None else min(self.limit, time.monotonic() + timeout)
-        while not self.pump(min(1.0, limit - time.monotonic())):
+        while not self.pump(min(1.0, limit - time.monotonic()), one=True):
             if time.monotonic() >= limit:
                 raise TimeoutError("the broker does not answer")
 
@@ -341,7 +348,7 @@ class Link:
     def _open(self, waker: Waker) -> _Connection:
         options, endpoint = self.options, self.endpoint
         try:
-            client = Connection(  # type: ignore[no-untyped-call]
+            client = Connection(
                 hostname=endpoint.host,
                 port=endpoint.port,
                 userid=endpoint.username,
