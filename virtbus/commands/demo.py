@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 from typing import TextIO
+from urllib.parse import quote
 
 from virtbus.errors import InputMissing, VirtbusError
 
@@ -31,7 +32,7 @@ def run(*, recording: Path | None, out: TextIO, debug: bool) -> int:
         bus = f"embedded://{folder}/bus.db"
         command = [sys.executable, "-m", "virtbus"]
         agent = subprocess.Popen(
-            [*command, "run", "--libvirt", f"replay:{path.resolve()}", "--bus", bus, "--state-dir",
+            [*command, "run", "--libvirt", f"replay:{quote(str(path.resolve()))}?speed=full", "--bus", bus, "--state-dir",
              f"{folder}/state", "--http-listen", "", "--control-socket", ""],
             stderr=None if debug else subprocess.PIPE,
         )  # fmt: skip
