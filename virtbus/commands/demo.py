@@ -31,8 +31,9 @@ def run(*, recording: Path | None, out: TextIO, debug: bool) -> int:
     with tempfile.TemporaryDirectory(prefix="virtbus-demo-") as folder:
         bus = f"embedded://{folder}/bus.db"
         command = [sys.executable, "-m", "virtbus"]
+        source = f"replay:{quote(str(path.resolve()))}?speed=full"
         agent = subprocess.Popen(
-            [*command, "run", "--libvirt", f"replay:{quote(str(path.resolve()))}?speed=full", "--bus", bus, "--state-dir",
+            [*command, "run", "--libvirt", source, "--bus", bus, "--state-dir",
              f"{folder}/state", "--http-listen", "", "--control-socket", ""],
             stderr=None if debug else subprocess.PIPE,
         )  # fmt: skip
