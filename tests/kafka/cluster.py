@@ -55,7 +55,9 @@ def jars() -> Path:
     command += [f"-DoutputDirectory={partial}", "-DincludeScope=runtime"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode != 0 or not any(partial.glob("kafka_2.13-*.jar")):
-        raise KafkaMissing(f"Maven could not fetch Kafka's jars for {POM}: {(done.stdout + done.stderr)[-800:]}")
+        raise KafkaMissing(
+            f"Maven could not fetch Kafka's jars for {POM}: {(done.stdout + done.stderr)[-800:]}"
+        )
     (partial / "complete").touch()
     try:
         partial.rename(folder)
@@ -271,7 +273,12 @@ class Cluster:
     def _format(self) -> None:
         running = []
         for broker in self.brokers:
-            command = [*self.java("-Xmx256m"), "kafka.tools.StorageTool", "format", f"--cluster-id={self.cluster_id}"]
+            command = [
+                *self.java("-Xmx256m"),
+                "kafka.tools.StorageTool",
+                "format",
+                f"--cluster-id={self.cluster_id}",
+            ]
             command += ["-c", str(broker.folder / "server.properties")]
             for mechanism in ("SCRAM-SHA-256", "SCRAM-SHA-512"):
                 command += ["--add-scram", f"{mechanism}=[name={SCRAM_USER},password={SCRAM_PASSWORD}]"]

@@ -65,8 +65,6 @@ _OWNED: Mapping[str, str] = {
     ),
 }
 
-_NO_LOG = logging.Logger("librdkafka", level=logging.CRITICAL + 1)
-
 T = TypeVar("T")
 
 
@@ -134,8 +132,8 @@ class KafkaSettings:
             "enable.metrics.push": False,  # the compute host reports to nobody behind its operator's back
             "topic.metadata.refresh.fast.interval.ms": 100,
             # Errors reach us by error_cb and outcomes; librdkafka's own lines would be a second log.
-            "log_level": 0,
-            "logger": _NO_LOG,
+            "log_level": 6 if watch.listening else 0,
+            "logger": watch.logger,
             "error_cb": watch,
         }
         if self.tls:
@@ -465,10 +463,31 @@ def is_purged(error: Any) -> bool:
     return error.code() in (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT, KafkaError._FATAL)
 
 
+class _Ear(logging.Handler):
+    """Keeps the last thing that librdkafka logged about a failed connection."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """`FAIL [client] [thread]: broker: what happened (after N ms in state S)`."""
+        kind, _, text = record.getMessage().partition(" ")
+        if kind == "FAIL":
+            told = oneline(text.rpartition("]: ")[2])
+            if "in state APIVERSION_QUERY" in told and "Disconnected" in told:
+                told += "; is it a TLS listener, and the URL kafka://, or the other way round?"
+            self._watch.last = told
+
+
 class Watch:
     """Hears a client's errors (librdkafka's error_cb, from inside poll) and remembers what they mean."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, listening: bool = False) -> None:
+        """`listening` reads librdkafka's log lines too: some failures to connect are told nowhere else."""
+        self.listening = listening
+        self.logger = logging.Logger("librdkafka")
+        self.logger.addHandler(_Ear(self) if listening else logging.NullHandler())
         self.denied: Any = None  # the KafkaError by which a broker refused us, until forgotten
         self.denied_at = 0.0
         self.all_down = False
@@ -511,7 +530,7 @@ class Admin:
     def __init__(self, settings: KafkaSettings) -> None:
         """Raises ConfigError when librdkafka refuses the options as a whole."""
         self.settings = settings
-        self.watch = Watch()
+        self.watch = Watch(listening=True)
         self._deadline = time.monotonic() + settings.options.connect_timeout
         self._client = make(AdminClient, settings.client(self.watch))
 
