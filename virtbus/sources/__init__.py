@@ -50,3 +50,13 @@ class Source(Protocol):
 
     def probe(self) -> Sequence[Check]:
         """Look at socket, rights, version and event registration; changes nothing."""
+
+
+class SourceFactory(Protocol):
+    """What an entry point of the group `virtbus.sources` names; its name is the URI scheme that it serves.
+
+    Raises ConfigError when the URI can't be used. It opens no connection.
+    """
+
+    def __call__(self, uri: str, *, options: SourceOptions) -> Source:
+        """Make the source of `uri`."""

@@ -2,8 +2,8 @@
 
 libvirt and QEMU lose I/O-error events (unnamed network disks up to libvirt 9.0, daemon restarts, merged
 ones from QEMU 9.2 on); what they rarely lose is the pause that follows. So every pause by I/O error is
-paired with an event; one that stays alone for a grace time becomes a finding. Guarantees, while no event is
-later than the grace time:
+paired with an event; one that stays alone for a grace time becomes a finding. Guarantees, while no event
+comes later than the grace time, nor after the resume that follows it:
 
 1. an error whose event comes is told by its event, exactly once, whichever of event, pause and look is first;
 2. a pause by I/O error whose event never comes is told exactly once, with the devices that a look found;
@@ -13,96 +13,24 @@ later than the grace time:
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from enum import Enum
 
-from virtbus.model import Burst, Device, Evidence, Origin, RawIoError, to_ns
+from virtbus.model import Burst, Device, Origin, RawIoError
 from virtbus.sources.link import (
     ACTION_PAUSE,
     ACTION_REPORT,
     DISK_ERROR_NO_SPACE,
     DISK_ERRORS,
     PAUSED,
-    PAUSED_IOERROR,
-    PAUSED_UNKNOWN,
-    STATES,
-    Space,
 )
+from virtbus.sources.looks import Look, Message, disk_errors_by_alias, gather, stamps_by_alias
 
 LATE_SECONDS = 10.0  # an event that is later than this after its finding is an error of its own
 EVIDENCE_SECONDS = 60.0  # at most one look for evidence a device in this time
 ACTION_UNKNOWN = -1  # the guest runs, and the policy does not tell whether it was ever paused
 STAMP_SLACK_NS = 2_000_000_000  # between libvirt's own stamp of an error and our callback
-
-
-# -------------------------------------------------------------------------- what a look at a domain found
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """One "I/O error" line of virDomainGetMessages, as far as it could be read."""
-
-    target: str
-    at_ns: int | None
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class FreeSpace:
-    """What the file system under an image has left (statvfs), on a host whose paths we see."""
-
-    free_bytes: int
-    path: str
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """What was asked about a domain in trouble, and answered; None is "could not be had"."""
-
-    state: int
-    reason: int
-    disk_errors: Mapping[str, int] | None = None
-    messages: tuple[Message, ...] | None = None
-    spaces: Mapping[str, Space] = field(default_factory=dict)
-    free: Mapping[str, FreeSpace] = field(default_factory=dict)
-
-    @property
-    def paused_by_io_error(self) -> bool:
-        """PAUSED/IOERROR, or a pause of unknown reason (STOP came first) with a disk in error."""
-        if self.state != PAUSED:
-            return False
-        return self.reason == PAUSED_IOERROR or (self.reason == PAUSED_UNKNOWN and bool(self.disk_errors))
-
-
-_MESSAGE = re.compile(r"^I/O error: disk='(?P<disk>[^']*)'")
-_STAMP = re.compile(r"timestamp='(\d{4})-(\d\d)-(\d\d) (\d\d):(\d\d):(\d\d)\.(\d{1,6})\+0000'")
-_TEXT = re.compile(r"message='(.*)'\s*$", re.DOTALL)
-
-
-def read_messages(lines: Sequence[str]) -> tuple[Message, ...]:
-    """The I/O errors among a domain's messages (libvirt 11.1 and later); other lines are left out."""
-    found = []
-    for line in lines:
-        head = _MESSAGE.match(line)
-        if head is None:
-            continue
-        stamp, text = _STAMP.search(line), _TEXT.search(line)
-        at_ns = None
-        if stamp is not None:
-            *parts, fraction = stamp.groups()
-            try:
-                moment = datetime(*map(int, parts), int(fraction.ljust(6, "0")), tzinfo=UTC)  # type: ignore[arg-type, misc]
-            except ValueError:
-                moment = None
-            at_ns = None if moment is None else to_ns(moment)
-        found.append(Message(head["disk"], at_ns, text[1] if text else line))
-    return tuple(found)
-
-
-# ------------------------------------------------------------------------------------------ the decisions
 
 
 class Verdict(Enum):
@@ -113,24 +41,47 @@ class Verdict(Enum):
     KNOWN = "known"  # the same error was told as a finding: it adds facts, no count
 
 
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What is told of one pause: findings, and (bursts of no count) evidence for what was told before."""
+
+    bursts: list[Burst]
+    over: bool  # the guest runs again by now
+
+
+@dataclass(slots=True, eq=False)
+class _Pause:
+    """One pause that is not decided yet."""
+
+    ns: int
+    began: float
+    due: float
+    certain: bool  # libvirt said that it is by an I/O error
+    told: dict[str, RawIoError]  # the events of this pause, by alias
+    over: bool = False
+    look: Look | None = None
+    wrong: dict[str, int] = field(default_factory=dict)  # what the look found: alias → disk error
+    waited: bool = False
+
+
 @dataclass(slots=True)
 class _Case:
-    """A domain in trouble, since its last resume."""
+    """A domain in trouble."""
 
     name: str
     number: int | None
     paused: bool = False
-    credit: bool = False  # the next pause is already told
-    unpaired: list[tuple[int, bool]] = field(default_factory=list)  # (wall ns, surely by I/O error)
-    verify: bool = False  # look whether another device failed in the same pause
-    due: float | None = None
-    told: dict[str, RawIoError] = field(default_factory=dict)  # alias → its last event since the last resume
-    synthesised: dict[str, float] = field(default_factory=dict)  # alias → when its finding was told
-    last_ns: dict[str, int] = field(default_factory=dict)  # alias → last error told, also before a resume
-    evidence_at: dict[str, float] = field(default_factory=dict)
+    pauses: list[_Pause] = field(default_factory=list)  # undecided, oldest first
+    credit: dict[str, RawIoError] = field(default_factory=dict)  # events whose pause is still to come
+    found_ahead: bool = False  # a finding whose pause is still to come
+    # Since the last resume: alias → its event, or when its finding was told.
+    told: dict[str, RawIoError] = field(default_factory=dict)
+    synthesised: dict[str, float] = field(default_factory=dict)
+    # Also before it:
+    last_ns: dict[str, int] = field(default_factory=dict)  # alias → the last error told
+    reports: dict[str, RawIoError] = field(default_factory=dict)  # alias → the last one without a pause
+    looked_for: dict[str, float] = field(default_factory=dict)  # alias → when evidence was last asked for
     wanting: set[str] = field(default_factory=set)  # aliases whose evidence is being looked for
-    look: Look | None = None
-    waited: bool = False
 
 
 class CrossCheck:
@@ -153,26 +104,24 @@ class CrossCheck:
         case = self._case(raw.domain_uuid, raw.domain_name, raw.domain_id)
         alias = raw.alias
         case.last_ns[alias] = raw.observed_at
-        verdict = Verdict.TELL
         if raw.action_code != ACTION_PAUSE:
-            if mono - case.evidence_at.get(alias, float("-inf")) >= EVIDENCE_SECONDS:
-                case.evidence_at[alias] = mono
-                case.wanting.add(alias)
-                verdict = Verdict.TELL_AND_LOOK
-            case.told[alias] = raw
-            return verdict
+            case.reports[alias] = raw
+            if mono - case.looked_for.get(alias, float("-inf")) < EVIDENCE_SECONDS:
+                return Verdict.TELL
+            case.looked_for[alias] = mono
+            case.wanting.add(alias)
+            return Verdict.TELL_AND_LOOK
+        case.told[alias] = raw
         for told in (alias, ""):  # "": a finding that could not name its device
             at = case.synthesised.pop(told, None)
             if at is not None and mono - at <= LATE_SECONDS:
-                verdict = Verdict.KNOWN
-                break
-        case.told[alias] = raw
-        if case.unpaired and verdict is not Verdict.KNOWN:
-            case.unpaired.pop(0)
-            case.verify = True
+                return Verdict.KNOWN
+        pause = _pause_of(case, alias)
+        if pause is None:
+            case.credit[alias] = raw
         else:
-            case.credit = True
-        return verdict
+            pause.told[alias] = raw
+        return Verdict.TELL
 
     def suspended(
         self, uuid: str, name: str, number: int | None, *, by_io_error: bool, mono: float, ns: int
@@ -180,86 +129,81 @@ class CrossCheck:
         """A pause by I/O error, or one of unknown reason, which only a look can tell from an operator's."""
         case = self._case(uuid, name, number)
         case.paused = True
-        if case.credit:
-            case.credit = False
-            case.verify = True
-        else:
-            case.unpaired.append((ns, by_io_error))
-        case.look = None
-        case.waited = False
-        case.due = mono + self._grace
+        if case.found_ahead:
+            case.found_ahead = False
+            case.credit = {}
+            return
+        case.pauses.append(_Pause(ns, mono, mono + self._grace, by_io_error, case.credit))
+        case.credit = {}
 
     def resumed(self, uuid: str) -> None:
         """The guest runs again: whatever fails from now on is new."""
         case = self._cases.get(uuid)
         if case is None:
             return
-        case.paused = case.credit = False
+        case.paused = case.found_ahead = False
+        for pause in case.pauses:
+            pause.over = True
+        case.credit = {}
+        case.told.clear()
         case.synthesised.clear()
-        if case.due is None:
-            case.told.clear()
 
     def gone(self, uuid: str) -> list[Burst]:
         """The domain left: what is still undecided is told now, the rest is forgotten."""
+        case = self._cases.pop(uuid, None)
+        if case is None:
+            return []
+        return [b for pause in case.pauses for b in self._decide(uuid, case, pause, 0.0, {}) if b.count]
+
+    def looked(self, uuid: str, look: Look, devices: Mapping[str, Device]) -> list[Burst]:
+        """What a look found: kept for the undecided pause that it saw.
+
+        What it says about errors without a pause is returned as bursts of no count.
+        """
         case = self._cases.get(uuid)
         if case is None:
             return []
-        found = self._decide(uuid, case, 0.0, {}) if case.due is not None else []
-        del self._cases[uuid]
-        return found
-
-    def looked(self, uuid: str, look: Look) -> None:
-        """What a look at the domain found; counts only while the pause is undecided."""
-        case = self._cases.get(uuid)
-        if case is None:
-            return
-        if case.due is not None and case.look is None:
-            case.look = look
+        seen = [pause for pause in case.pauses if pause.began <= look.asked_at and pause.look is None]
+        if seen:
+            seen[-1].look = look
+            seen[-1].wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
+        wanting, case.wanting = case.wanting, set()
+        return [
+            _burst(raw, 0, Origin.EVENT, look, devices.get(alias), pause=False)
+            for alias, raw in case.reports.items()
+            if alias in wanting
+        ]
 
     # ---- what follows
 
     def next_due(self) -> float | None:
         """When `due` has something to say (monotonic), or None."""
-        return min((c.due for c in self._cases.values() if c.due is not None), default=None)
+        return min((p.due for case in self._cases.values() for p in case.pauses), default=None)
 
-    def due(self, mono: float, aliases: Mapping[str, Mapping[str, Device]]) -> list[tuple[list[Burst], bool]]:
-        """The decisions whose grace is over, a domain each: (findings and evidence, it runs again by now).
-
-        `aliases` gives the devices of each domain by alias, as far as they are known.
-        """
-        decided = []
+    def due(self, mono: float, devices: Mapping[str, Mapping[str, Device]]) -> list[Decision]:
+        """The decisions about pauses whose grace is over; `devices` by domain, as far as they are known."""
+        decisions = []
         for uuid, case in self._cases.items():
-            if case.due is None or case.due > mono:
-                continue
-            if case.look is None and not case.waited:
-                case.waited, case.due = True, mono + self._grace  # once: late is better than nameless
-                continue
-            found = self._decide(uuid, case, mono, aliases.get(uuid, {}))
-            decided.append((found, not case.paused))
-        return decided
+            for pause in [pause for pause in case.pauses if pause.due <= mono]:
+                if pause.look is None and not pause.waited:
+                    pause.waited, pause.due = True, mono + self._grace  # once: late is better than nameless
+                    continue
+                case.pauses.remove(pause)
+                bursts = self._decide(uuid, case, pause, mono, devices.get(uuid, {}))
+                decisions.append(Decision(bursts, not case.paused))
+        return decisions
 
     def undecided(self) -> list[str]:
         """The domains that wait for a decision."""
-        return [uuid for uuid, case in self._cases.items() if case.due is not None]
-
-    def evidence(self, uuid: str, look: Look, devices: Mapping[str, Device]) -> list[Burst]:
-        """What a look says about errors that events told of without a pause: bursts of no count."""
-        case = self._cases.get(uuid)
-        if case is None:
-            return []
-        wanting, case.wanting = case.wanting, set()
-        return [
-            _burst(raw, 0, Origin.EVENT, look, devices.get(alias), pause=False)
-            for alias, raw in case.told.items()
-            if alias in wanting
-        ]
+        return [uuid for uuid, case in self._cases.items() if case.pauses]
 
     def out_of_space(self, uuid: str) -> frozenset[str]:
         """The aliases whose last error was told with reason "enospc"."""
         case = self._cases.get(uuid)
-        return frozenset(
-            () if case is None else (a for a, raw in case.told.items() if raw.reason == "enospc")
-        )
+        if case is None:
+            return frozenset()
+        last = {**case.reports, **case.told}
+        return frozenset(alias for alias, raw in last.items() if raw.reason == "enospc")
 
     def known(self, raw: RawIoError) -> Burst:
         """An event of verdict KNOWN, as it is passed on: its facts, no count."""
@@ -293,11 +237,11 @@ class CrossCheck:
             case = self._case(uuid, name, number)
             case.paused = True
             told = case.told.keys() | case.synthesised.keys()
-            wrong = _aliases(look.disk_errors or {}, devices)
+            wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
             fresh = [alias for alias in wrong if alias not in told or alias in newer]
             if not fresh and not told:
                 fresh = [""]
-            stamps = _stamps(look, devices)
+            stamps = stamps_by_alias(look, devices)
             for alias in fresh:
                 at = stamps.get(alias, ns)
                 raw = _raw(
@@ -307,10 +251,10 @@ class CrossCheck:
                 case.synthesised[alias] = mono
                 case.last_ns[alias] = at
             if fresh:
-                # Its pause may still be on its way to us. A pause that waits for its event is this one.
-                case.credit = not case.unpaired
-                case.unpaired.clear()
-                case.due = None
+                # Its pause may still be on its way to us, unless it is the one that waits for its event.
+                waits = [pause for pause in case.pauses if not pause.over]
+                case.found_ahead = not waits
+                case.pauses = [pause for pause in case.pauses if pause.over]
         for alias, message in newer.items():
             if alias in found:
                 continue
@@ -338,62 +282,44 @@ class CrossCheck:
             case.number = number
         return case
 
-    def _decide(self, uuid: str, case: _Case, mono: float, devices: Mapping[str, Device]) -> list[Burst]:
-        look, told = case.look, dict(case.told)
-        pauses = case.unpaired
-        if look is not None and not look.paused_by_io_error:
-            pauses = [pause for pause in pauses if pause[1]]  # an operator's pause, or it never was one
-        elif look is None:
-            pauses = [pause for pause in pauses if pause[1]]
-        verify, ns = case.verify, pauses[0][0] if pauses else 0
-        case.unpaired, case.verify, case.due, case.look = [], False, None, None
-        if not case.paused:
-            case.told.clear()
-
-        wrong = _aliases(look.disk_errors or {}, devices) if look is not None else {}
+    def _decide(
+        self, uuid: str, case: _Case, pause: _Pause, mono: float, devices: Mapping[str, Device]
+    ) -> list[Burst]:
+        look, told = pause.look, pause.told
+        by_error = look.paused_by_io_error if look is not None else False
+        missed: list[str] = []
+        if by_error:
+            missed = [alias for alias in pause.wrong if alias not in told and alias not in case.synthesised]
+        if not missed and not told and (pause.certain or by_error):
+            missed = [""]
         found = []
-        untold = [a for a in wrong if a not in told and a not in case.synthesised] if pauses or verify else []
-        if not untold and pauses:
-            untold = [""]
-        for alias in untold:
-            at = ns or max((raw.observed_at for raw in told.values()), default=0)
+        for alias in missed:
+            code = pause.wrong.get(alias)
             raw = _raw(
-                (uuid, case.name, case.number), alias=alias, code=wrong.get(alias), action=ACTION_PAUSE, ns=at
+                (uuid, case.name, case.number), alias=alias, code=code, action=ACTION_PAUSE, ns=pause.ns
             )
-            last = pauses[-1][0] if pauses else at
-            found.append(
-                _burst(
-                    raw,
-                    max(1, len(pauses)),
-                    Origin.LIFECYCLE,
-                    look,
-                    devices.get(alias),
-                    pause=True,
-                    last_ns=last,
-                )
-            )
-            case.last_ns[alias] = last
-            if case.paused:
+            found.append(_burst(raw, 1, Origin.LIFECYCLE, look, devices.get(alias), pause=True))
+            case.last_ns[alias] = pause.ns
+            if not pause.over:
                 case.synthesised[alias] = mono
         if look is not None:
             found += [
                 _burst(raw, 0, Origin.EVENT, look, devices.get(alias), pause=True)
                 for alias, raw in told.items()
-                if raw.action_code == ACTION_PAUSE
             ]
         return found
 
 
-def _aliases(disk_errors: Mapping[str, int], devices: Mapping[str, Device]) -> dict[str, int]:
-    """Disk errors by alias, which libvirt gives by target; an alias nobody knows becomes ""."""
-    by_target = {device.target: alias for alias, device in devices.items() if device.target}
-    return {by_target.get(target, ""): code for target, code in disk_errors.items()}
-
-
-def _stamps(look: Look, devices: Mapping[str, Device]) -> dict[str, int]:
-    """When each device's last error was, as far as libvirt kept a message of it."""
-    by_target = {device.target: alias for alias, device in devices.items() if device.target}
-    return {by_target.get(m.target, ""): m.at_ns for m in look.messages or () if m.at_ns is not None}
+def _pause_of(case: _Case, alias: str) -> _Pause | None:
+    """The pause that an event of this device belongs to, if it came before the event."""
+    if not case.pauses:
+        return None
+    last = case.pauses[-1]
+    if not last.over:
+        return last
+    # The guest ran again: a new error, unless it is what a pause still waits for.
+    waits = [p for p in case.pauses if not p.told and (p.look is None or alias in p.wrong)]
+    return waits[0] if waits else None
 
 
 def _newer_messages(
@@ -432,9 +358,6 @@ def _raw(
     return RawIoError(*domain, path="", alias=alias, action_code=action, reason=reason, observed_at=ns)
 
 
-# ------------------------------------------------------------------------------------------ evidence
-
-
 def _burst(
     raw: RawIoError,
     count: int,
@@ -443,7 +366,6 @@ def _burst(
     device: Device | None,
     *,
     pause: bool,
-    last_ns: int | None = None,
 ) -> Burst:
     target = None if device is None else device.target
     message = None
@@ -456,79 +378,9 @@ def _burst(
         raw=raw,
         count=count,
         first_ns=raw.observed_at,
-        last_ns=last_ns if last_ns is not None else raw.observed_at,
+        last_ns=raw.observed_at,
         origin=origin,
         message=message,
         disk_error=None if code is None else DISK_ERRORS.get(code, f"code {code}"),
         evidence=evidence,
     )
-
-
-CONFIRMS, CONTRADICTS, INCONCLUSIVE, UNAVAILABLE = "confirms", "contradicts", "inconclusive", "unavailable"
-FULL_BELOW_BYTES = 1 << 20  # less than a guest's single write: full for it
-
-
-def gather(
-    look: Look | None, device: Device | None, reason: str, *, lifecycle: bool, pause: bool
-) -> tuple[Evidence, ...]:
-    """What was looked at and what it says, in the order of the checks."""
-    out = []
-    if lifecycle:
-        out.append(Evidence("lifecycle", CONFIRMS, "the guest was suspended by an I/O error"))
-    if look is None:
-        return (*out, Evidence("state", UNAVAILABLE, "the look-up did not end in time"))
-    if pause:
-        verdict = CONFIRMS if look.paused_by_io_error else INCONCLUSIVE
-        out.append(Evidence("state", verdict, f"{STATES.get(look.state, look.state)}, reason {look.reason}"))
-    target = None if device is None else device.target
-    if look.disk_errors is None:
-        if look.state == PAUSED:
-            out.append(Evidence("disk_errors", UNAVAILABLE))
-    elif target is not None:
-        code = look.disk_errors.get(target)
-        name = None if code is None else DISK_ERRORS.get(code, f"code {code}")
-        verdict = INCONCLUSIVE if code is None else CONFIRMS
-        out.append(Evidence("disk_errors", verdict, f"{target}: {name or 'none'}"))
-    if look.messages is not None and target is not None:
-        texts = [m.text for m in look.messages if m.target == target]
-        out.append(Evidence("messages", CONFIRMS if texts else INCONCLUSIVE, texts[-1] if texts else None))
-    no_space = reason == "enospc" or (
-        target is not None and (look.disk_errors or {}).get(target) == DISK_ERROR_NO_SPACE
-    )
-    if no_space and target is not None:
-        out += _space_evidence(look, device, target)
-    return tuple(out)
-
-
-def _space_evidence(look: Look, device: Device | None, target: str) -> list[Evidence]:
-    """Is there really no space? A stale device says so too."""
-    out = []
-    space = look.spaces.get(target)
-    kind = device.source.type if device is not None and device.source is not None else None
-    if space is None:
-        out.append(Evidence("block_info", UNAVAILABLE))
-    else:
-        verdict, found = INCONCLUSIVE, "says nothing about the space below"
-        if kind == "block" and space.physical:
-            left = space.physical - space.allocation
-            verdict = CONFIRMS if left < FULL_BELOW_BYTES else INCONCLUSIVE
-            found = f"{left} bytes of the block device were never written"
-        elif kind == "file" and space.capacity and space.allocation >= space.capacity:
-            verdict, found = CONTRADICTS, "the image is wholly allocated: it needs no more space"
-        out.append(
-            Evidence(
-                "block_info",
-                verdict,
-                found,
-                capacity_bytes=space.capacity,
-                allocation_bytes=space.allocation,
-                physical_bytes=space.physical,
-            )
-        )
-    free = look.free.get(target)
-    if free is None:
-        out.append(Evidence("file_system", UNAVAILABLE, "the image's file system is not visible here"))
-    else:
-        verdict = CONFIRMS if free.free_bytes < FULL_BELOW_BYTES else CONTRADICTS
-        out.append(Evidence("file_system", verdict, f"{free.free_bytes} bytes free at {free.path}"))
-    return out

@@ -36,7 +36,7 @@ from virtbus.model import (
 from virtbus.retry import Backoff
 from virtbus.sources import Sink, SourceOptions, domain_xml
 from virtbus.sources.cache import Cache
-from virtbus.sources.crosscheck import CrossCheck, FreeSpace, Look, Verdict, read_messages
+from virtbus.sources.crosscheck import CrossCheck, Verdict
 from virtbus.sources.link import (
     DISK_ERROR_NO_SPACE,
     PAUSED,
@@ -58,6 +58,7 @@ from virtbus.sources.link import (
     Space,
     Unsupported,
 )
+from virtbus.sources.looks import FreeSpace, Look, read_messages
 from virtbus.sources.lookups import Lookups, Want
 from virtbus.telemetry import DomainUnreadable, LookupFinished, SourceCutOff, SourceRegistered, Trouble, emit
 
@@ -491,8 +492,7 @@ class Observer:
                     snapshot.findings += found
                 else:
                     session.tell(found)
-            self.check.looked(uuid, look)
-            session.tell(self.check.evidence(uuid, look, entry.devices))
+            session.tell(self.check.looked(uuid, look, entry.devices))
 
     def _decide(self, session: _Session, sink: Sink) -> None:
         now = self.clock()
@@ -504,11 +504,11 @@ class Observer:
             for uuid in self.check.undecided():
                 entry = self.cache.get(uuid)
                 devices[uuid] = {} if entry is None else entry.devices
-            for bursts, runs in self.check.due(now.monotonic, devices):
-                session.tell(bursts)
-                if runs and any(burst.count for burst in bursts):
+            for decision in self.check.due(now.monotonic, devices):
+                session.tell(decision.bursts)
+                if decision.over and any(burst.count for burst in decision.bursts):
                     # The pause is told after its end: say again that it is over.
-                    sink(DomainResumed(bursts[0].raw.domain_uuid, now.wall_ns))
+                    sink(DomainResumed(decision.bursts[0].raw.domain_uuid, now.wall_ns))
 
     # ---- the first look of a session
 
@@ -634,8 +634,9 @@ class Observer:
             self.cache.read(uuid, xml)
 
     def _look(self, link: Link, uuid: str) -> Look:
+        asked_at = self.clock().monotonic
         state, reason = link.state(uuid)
-        look = Look(state, reason)
+        look = Look(state, reason, asked_at=asked_at)
         if self._messages_offered:
             try:
                 look = replace(look, messages=read_messages(link.messages(uuid)))

@@ -1,0 +1,433 @@
+"""The pairing of pauses and events: every error is told, and told once, whatever comes first."""
+
+from __future__ import annotations
+
+import heapq
+from dataclasses import dataclass, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from virtbus.model import Burst, Device, DeviceSource, ErrorPolicy, Evidence, Origin, RawIoError
+from virtbus.sources.crosscheck import ACTION_UNKNOWN, CrossCheck, Verdict
+from virtbus.sources.link import (
+    ACTION_PAUSE,
+    ACTION_REPORT,
+    PAUSED,
+    PAUSED_IOERROR,
+    PAUSED_UNKNOWN,
+    RUNNING,
+    Space,
+)
+from virtbus.sources.looks import FreeSpace, Look, gather, read_messages
+
+GRACE = 1.0
+UUID = "4a1e599b-c22b-493a-85b4-40a340b65693"
+S = 1_000_000_000
+DEVICES = {
+    "virtio-disk0": Device("virtio-disk0", target="vda", policy=ErrorPolicy("stop", "report")),
+    "virtio-disk1": Device("virtio-disk1", target="vdb", policy=ErrorPolicy("report", "report")),
+}
+IO_PAUSE = Look(PAUSED, PAUSED_IOERROR, {"vda": 1})
+
+
+def raw(
+    alias: str = "virtio-disk0", at: float = 0.0, action: int = ACTION_PAUSE, reason: str = ""
+) -> RawIoError:
+    return RawIoError(UUID, "db1", 1, "disk0", alias, action, reason, int(at * S))
+
+
+def suspend(check: CrossCheck, at: float, *, by_io_error: bool = True) -> None:
+    check.suspended(UUID, "db1", 1, by_io_error=by_io_error, mono=at, ns=int(at * S))
+
+
+def look_at(check: CrossCheck, found: Look, at: float = 9.0) -> list[Burst]:
+    return check.looked(UUID, replace(found, asked_at=at), DEVICES)
+
+
+def decide(check: CrossCheck, at: float) -> list[Burst]:
+    return [burst for decision in check.due(at, {UUID: DEVICES}) for burst in decision.bursts]
+
+
+def findings(check: CrossCheck, at: float) -> list[Burst]:
+    return [burst for burst in decide(check, at) if burst.count]
+
+
+def reconcile(check: CrossCheck, look: Look, at: float, since: float | None = None) -> list[Burst]:
+    since_ns = None if since is None else int(since * S)
+    return check.reconcile(UUID, "db1", 1, look, DEVICES, since_ns=since_ns, mono=at, ns=int(at * S))
+
+
+# ------------------------------------------------------------------------------------------ one error
+
+
+def test_an_event_followed_by_its_pause_is_told_by_the_event_alone() -> None:
+    check = CrossCheck(GRACE)
+    assert check.event(raw(), 0.0) is Verdict.TELL
+    suspend(check, 0.0)
+    look_at(check, IO_PAUSE)
+    assert findings(check, 5.0) == []
+
+
+def test_a_pause_that_comes_before_its_event_waits_for_it() -> None:
+    check = CrossCheck(GRACE)
+    suspend(check, 0.0, by_io_error=False)
+    look_at(check, Look(PAUSED, PAUSED_UNKNOWN, {"vda": 1}))
+    assert findings(check, 0.9) == []
+    assert check.event(raw(at=0.9), 0.9) is Verdict.TELL
+    assert findings(check, 5.0) == []
+
+
+def test_a_pause_whose_event_never_comes_is_told_with_the_device_that_a_look_found() -> None:
+    check = CrossCheck(GRACE)
+    suspend(check, 2.0)
+    look_at(check, Look(PAUSED, PAUSED_IOERROR, {"vdb": 2}))
+    assert findings(check, 2.9) == []
+    (found,) = findings(check, 3.0)
+    assert (found.origin, found.count, found.raw.alias) == (Origin.LIFECYCLE, 1, "virtio-disk1")
+    assert (found.raw.action_code, found.raw.reason, found.disk_error) == (ACTION_PAUSE, "enospc", "no_space")
+    assert found.first_ns == 2 * S
+    assert [item.check for item in found.evidence][:3] == ["lifecycle", "state", "disk_errors"]
+
+
+def test_a_pause_of_unknown_reason_with_a_disk_error_is_a_pause_by_io_error() -> None:
+    check = CrossCheck(GRACE)
+    suspend(check, 0.0, by_io_error=False)
+    look_at(check, Look(PAUSED, PAUSED_UNKNOWN, {"vda": 1}))
+    assert [burst.raw.alias for burst in findings(check, 1.0)] == ["virtio-disk0"]
+
+
+@pytest.mark.parametrize("look", [Look(PAUSED, 1, {}), Look(PAUSED, PAUSED_UNKNOWN, {}), Look(RUNNING, 1)])
+def test_an_operators_pause_is_no_error(look: Look) -> None:
+    check = CrossCheck(GRACE)
+    suspend(check, 0.0, by_io_error=False)
+    look_at(check, look)
+    assert findings(check, 5.0) == []
+
+
+def test_without_a_look_the_pause_is_told_late_and_without_a_device() -> None:
+    check = CrossCheck(GRACE)
+    suspend(check, 0.0)
+    assert findings(check, 1.0) == []
+    (found,) = findings(check, 2.0)
+    assert found.raw.alias == ""
+    assert found.evidence[-1] == Evidence("state", "unavailable", "the look-up did not end in time")
+
+
+def test_an_event_that_comes_after_its_finding_adds_facts_and_no_count() -> None:
+    check = CrossCheck(GRACE)
+    suspend(check, 0.0)
+    look_at(check, IO_PAUSE)
+    assert len(findings(check, 1.0)) == 1
+    late = raw(at=1.5, reason="message")
+    assert check.event(late, 1.5) is Verdict.KNOWN
+    assert check.known(late).count == 0
+    assert check.event(raw(at=1.6), 1.6) is Verdict.TELL
+
+
+def test_a_second_disk_of_the_same_pause_is_found_although_the_first_had_its_event() -> None:
+    check = CrossCheck(GRACE)
+    check.event(raw("virtio-disk0"), 0.0)
+    suspend(check, 0.0)
+    look_at(check, Look(PAUSED, PAUSED_IOERROR, {"vda": 1, "vdb": 1}))
+    assert [(b.raw.alias, b.count) for b in findings(check, 1.0)] == [("virtio-disk1", 1)]
+
+
+def test_two_quick_pauses_without_events_are_two_errors() -> None:
+    check = CrossCheck(GRACE)
+    suspend(check, 0.0)
+    look_at(check, IO_PAUSE, 0.1)
+    check.resumed(UUID)
+    suspend(check, 0.3)
+    look_at(check, IO_PAUSE, 0.4)
+    assert [(b.count, b.first_ns) for b in findings(check, 1.3)] == [(1, 0), (1, 300_000_000)]
+
+
+def test_a_pause_that_ended_before_it_was_told_says_that_the_guest_runs() -> None:
+    check = CrossCheck(GRACE)
+    suspend(check, 0.0)
+    look_at(check, IO_PAUSE)
+    check.resumed(UUID)
+    (decision,) = check.due(1.0, {UUID: DEVICES})
+    assert [burst.count for burst in decision.bursts] == [1]
+    assert decision.over
+
+
+def test_a_pause_of_a_guest_that_leaves_is_told_at_once() -> None:
+    check = CrossCheck(GRACE)
+    suspend(check, 0.0)
+    assert [burst.count for burst in check.gone(UUID)] == [1]
+    assert len(check) == 0
+    assert check.next_due() is None
+
+
+def test_a_paused_guests_event_brings_its_evidence_later_without_a_count() -> None:
+    check = CrossCheck(GRACE)
+    check.event(raw(reason="enospc"), 0.0)
+    suspend(check, 0.0)
+    look_at(check, Look(PAUSED, PAUSED_IOERROR, {"vda": 2}))
+    (more,) = decide(check, 1.0)
+    assert (more.count, more.origin, more.raw.alias, more.disk_error) == (
+        0,
+        Origin.EVENT,
+        "virtio-disk0",
+        "no_space",
+    )
+
+
+def test_reported_errors_are_looked_at_once_a_minute_and_device() -> None:
+    check = CrossCheck(GRACE)
+    verdicts = [check.event(raw(action=ACTION_REPORT), at) for at in (0.0, 1.0, 59.9, 60.0)]
+    assert verdicts == [Verdict.TELL_AND_LOOK, Verdict.TELL, Verdict.TELL, Verdict.TELL_AND_LOOK]
+    (more,) = look_at(check, Look(RUNNING, 1))
+    assert (more.count, more.raw.action_code) == (0, ACTION_REPORT)
+    assert look_at(check, Look(RUNNING, 1)) == []
+
+
+# ----------------------------------------------------------------------------------- after a reconnect
+
+
+def test_a_guest_found_paused_is_a_finding() -> None:
+    (found,) = reconcile(CrossCheck(GRACE), IO_PAUSE, 5.0)
+    assert (found.origin, found.raw.alias, found.count) == (Origin.RECONCILE, "virtio-disk0", 1)
+
+
+def test_a_guest_found_paused_without_a_disk_error_is_a_finding_without_a_device() -> None:
+    (found,) = reconcile(CrossCheck(GRACE), Look(PAUSED, PAUSED_IOERROR, {}), 5.0)
+    assert found.raw.alias == ""
+
+
+def test_a_pause_that_was_told_before_the_cut_is_not_found_again() -> None:
+    check = CrossCheck(GRACE)
+    check.event(raw(), 0.0)
+    suspend(check, 0.0)
+    look_at(check, IO_PAUSE)
+    decide(check, 1.0)
+    assert reconcile(check, IO_PAUSE, 5.0, since=2.0) == []
+    assert reconcile(check, IO_PAUSE, 9.0, since=6.0) == []
+
+
+def test_a_pause_that_waited_for_its_event_when_the_connection_went_is_told_once() -> None:
+    check = CrossCheck(GRACE)
+    suspend(check, 0.0)
+    assert len(reconcile(check, IO_PAUSE, 0.5, since=0.1)) == 1
+    assert findings(check, 9.0) == []
+
+
+def test_an_error_found_before_its_event_and_pause_arrive_is_told_once() -> None:
+    check = CrossCheck(GRACE)
+    assert len(reconcile(check, IO_PAUSE, 0.0)) == 1
+    assert check.event(raw(), 0.01) is Verdict.KNOWN
+    suspend(check, 0.01)
+    look_at(check, IO_PAUSE)
+    assert findings(check, 9.0) == []
+
+
+def test_a_pause_found_before_it_arrives_without_its_event_is_told_once() -> None:
+    check = CrossCheck(GRACE)
+    assert len(reconcile(check, IO_PAUSE, 0.0)) == 1
+    suspend(check, 0.01)
+    look_at(check, IO_PAUSE)
+    assert findings(check, 9.0) == []
+
+
+def test_a_guest_that_ran_and_failed_again_while_we_were_away_is_found() -> None:
+    check = CrossCheck(GRACE)
+    check.event(raw(at=1), 1.0)
+    suspend(check, 1.0)
+    look_at(check, IO_PAUSE)
+    decide(check, 2.0)
+    assert reconcile(check, Look(RUNNING, 1), 5.0, since=3.0) == []  # resumed, unseen
+    assert len(reconcile(check, IO_PAUSE, 9.0, since=6.0)) == 1
+
+
+def line(target: str, second: int, text: str = "Input/output error") -> str:
+    stamp = f"1970-01-01 00:00:{second:02}.000+0000"
+    return f"I/O error: disk='{target}', index='1', path='disk0', timestamp='{stamp}', message='{text}'"
+
+
+def test_an_error_that_libvirt_remembers_from_the_gap_is_found_with_its_time_and_text() -> None:
+    look = Look(RUNNING, 1, None, read_messages([line("vdb", 7)]))
+    (found,) = reconcile(CrossCheck(GRACE), look, 20.0, since=5.0)
+    assert (found.raw.alias, found.first_ns, found.message) == ("virtio-disk1", 7 * S, "Input/output error")
+    assert found.raw.action_code == ACTION_REPORT  # what its policy asks for
+
+
+def test_what_was_done_about_a_remembered_error_is_not_guessed() -> None:
+    look = Look(RUNNING, 1, None, read_messages([line("vda", 7)]))
+    (found,) = reconcile(CrossCheck(GRACE), look, 20.0, since=5.0)
+    assert found.raw.action_code == ACTION_UNKNOWN
+
+
+@pytest.mark.parametrize("since", [None, 7.0, 8.0])
+def test_a_remembered_error_from_before_the_gap_is_no_finding(since: float | None) -> None:
+    look = Look(RUNNING, 1, None, read_messages([line("vdb", 7)]))
+    assert reconcile(CrossCheck(GRACE), look, 20.0, since=since) == []
+
+
+def test_a_remembered_error_that_an_event_told_of_is_no_finding() -> None:
+    check = CrossCheck(GRACE)
+    check.event(raw("virtio-disk1", at=7.5, action=ACTION_REPORT), 7.5)
+    look = Look(RUNNING, 1, None, read_messages([line("vdb", 7)]))
+    assert reconcile(check, look, 20.0, since=5.0) == []
+
+
+def test_a_paused_guests_finding_has_the_time_that_libvirt_remembers() -> None:
+    look = Look(PAUSED, PAUSED_IOERROR, {"vda": 1}, read_messages([line("vda", 7)]))
+    (found,) = reconcile(CrossCheck(GRACE), look, 20.0)
+    assert (found.first_ns, found.last_ns, found.message) == (7 * S, 7 * S, "Input/output error")
+
+
+def test_a_guest_that_was_started_anew_unseen_begins_without_a_past() -> None:
+    check = CrossCheck(GRACE)
+    check.event(raw(), 0.0)
+    suspend(check, 0.0)
+    look = check.reconcile(UUID, "db1", 2, IO_PAUSE, DEVICES, since_ns=None, mono=5.0, ns=5 * S)
+    assert len(look) == 1
+
+
+def test_domains_that_are_gone_are_forgotten_and_their_open_pause_told() -> None:
+    check = CrossCheck(GRACE)
+    suspend(check, 0.0)
+    assert len(check.keep_only(frozenset({"another"}))) == 1
+    assert len(check) == 0
+
+
+# ----------------------------------------------------------------------------------------- any history
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One error of a guest, and what becomes of its traces."""
+
+    named: bool  # its disk has a name: its event comes
+    lateness: float  # of the event after the pause, as a part of `hold`; below the grace time
+    event_first: bool
+    hold: float  # how long the guest stays paused
+    calm: float  # how long it runs then
+    look_delay: float  # as a part of `hold`: a look at a guest that runs again finds nothing
+
+
+failures = st.builds(
+    Failure,
+    named=st.booleans(),
+    lateness=st.floats(0, 0.9),
+    event_first=st.booleans(),
+    hold=st.floats(0.05, 4),
+    calm=st.floats(0.02, 3),
+    look_delay=st.floats(0.001, 0.9),
+)
+
+
+@settings(max_examples=500)
+@given(st.lists(failures, max_size=8))
+def test_any_history_tells_each_error_once(history: list[Failure]) -> None:
+    check, told = CrossCheck(GRACE), {"virtio-disk0": 0, "virtio-disk1": 0, "": 0}
+    agenda: list[tuple[float, int, str, Failure]] = []
+    at, order = 10.0, 0
+    for failure in history:
+        event_at = at if failure.event_first else at + min(failure.lateness * failure.hold, 0.9)
+        for when, what in (
+            *(((event_at, "event"),) if failure.named else ()),
+            (at, "suspended"),
+            (at + min(failure.look_delay * failure.hold, 0.9), "look"),
+            (at + failure.hold, "resumed"),
+        ):
+            first = what == "event" and failure.event_first
+            heapq.heappush(agenda, (when, order - 10 * first, what, failure))
+            order += 1
+        at += failure.hold + failure.calm
+
+    def settle(until: float) -> None:
+        while (due := check.next_due()) is not None and due <= until:
+            for burst in findings(check, due):
+                told[burst.raw.alias] += burst.count
+
+    while agenda:
+        now, _, what, failure = heapq.heappop(agenda)
+        settle(now)
+        alias = "virtio-disk0" if failure.named else "virtio-disk1"
+        surely = failure.event_first or not failure.named
+        if what == "event":
+            told[alias] += check.event(raw(alias, now), now) is Verdict.TELL
+        elif what == "suspended":
+            suspend(check, now, by_io_error=surely)
+        elif what == "look":
+            reason = PAUSED_IOERROR if surely else PAUSED_UNKNOWN
+            target = "vda" if failure.named else "vdb"
+            look_at(check, Look(PAUSED, reason, {target: 1}), now)
+        else:
+            check.resumed(UUID)
+    settle(1e9)
+    assert told == {
+        "virtio-disk0": sum(failure.named for failure in history),
+        "virtio-disk1": sum(not failure.named for failure in history),
+        "": 0,
+    }
+
+
+# -------------------------------------------------------------------------------- messages and evidence
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (line("vda", 3), [("vda", 3 * S, "Input/output error")]),
+        (line("vda", 3, "it's 'odd'"), [("vda", 3 * S, "it's 'odd'")]),
+        ("I/O error: disk='vda', something new", [("vda", None, "I/O error: disk='vda', something new")]),
+        ("I/O error: disk='vda', timestamp='9999-99-99 00:00:00.000+0000'", None),
+        ("tainted: custom monitor control", []),
+        ("", []),
+    ],
+)
+def test_messages_are_read_as_far_as_they_can_be(
+    text: str, expected: list[tuple[object, ...]] | None
+) -> None:
+    read = [(m.target, m.at_ns, m.text) for m in read_messages([text])]
+    assert read == ([("vda", None, text)] if expected is None else expected)
+
+
+@given(st.text(max_size=200))
+def test_any_message_is_survived(text: str) -> None:
+    read_messages([text, f"I/O error: disk='{text}', timestamp='{text}'"])
+
+
+def verdict(check_name: str, look: Look, device: Device, reason: str = "enospc") -> str:
+    evidence = gather(look, device, reason, lifecycle=False, pause=True)
+    return next(item.verdict for item in evidence if item.check == check_name)
+
+
+def test_a_full_file_system_confirms_no_space() -> None:
+    look = Look(PAUSED, 5, {"vda": 2}, None, {"vda": Space(10, 5, 10)}, {"vda": FreeSpace(0, "/img")})
+    assert verdict("file_system", look, DEVICES["virtio-disk0"]) == "confirms"
+
+
+def test_a_file_system_with_space_left_contradicts_no_space() -> None:
+    look = Look(PAUSED, 5, {"vda": 2}, None, {"vda": Space(10, 5, 10)}, {"vda": FreeSpace(1 << 30, "/img")})
+    assert verdict("file_system", look, DEVICES["virtio-disk0"]) == "contradicts"
+
+
+def test_a_file_system_that_is_not_ours_to_see_says_nothing() -> None:
+    look = Look(PAUSED, 5, {"vda": 2})
+    assert verdict("file_system", look, DEVICES["virtio-disk0"]) == "unavailable"
+    assert verdict("block_info", look, DEVICES["virtio-disk0"]) == "unavailable"
+
+
+@pytest.mark.parametrize(
+    ("kind", "space", "expected"),
+    [
+        ("block", Space(100 << 20, 50 << 20, 50 << 20), "confirms"),
+        ("block", Space(100 << 20, 10 << 20, 50 << 20), "inconclusive"),
+        ("file", Space(100 << 20, 100 << 20, 100 << 20), "contradicts"),
+        ("file", Space(100 << 20, 10 << 20, 100 << 20), "inconclusive"),
+    ],
+)
+def test_an_images_sizes_say_what_they_can_about_no_space(kind: str, space: Space, expected: str) -> None:
+    device = Device("virtio-disk0", target="vda", source=DeviceSource(type=kind))
+    assert verdict("block_info", Look(PAUSED, 5, {"vda": 2}, None, {"vda": space}), device) == expected
+
+
+def test_space_is_no_evidence_for_another_reason() -> None:
+    evidence = gather(Look(PAUSED, 5, {"vda": 1}), DEVICES["virtio-disk0"], "", lifecycle=False, pause=True)
+    assert [item.check for item in evidence] == ["state", "disk_errors"]

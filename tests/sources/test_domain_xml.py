@@ -1,0 +1,263 @@
+"""A domain's XML is somebody else's text: what is read of it, what is refused, and what never leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from virtbus.config import OwnerRule
+from virtbus.errors import SchemaError
+from virtbus.model import DeviceSource, ErrorPolicy, Owner
+from virtbus.sources.domain_xml import MAX_BYTES, host_uuid, parse, redact
+
+UUID = "4a1e599b-c22b-493a-85b4-40a340b65693"
+
+
+def domain(devices: str = "", metadata: str = "", name: str = "db1") -> str:
+    return (
+        f"<domain type='qemu' id='7'><name>{name}</name><uuid>{UUID}</uuid>"
+        f"<metadata>{metadata}</metadata><os><type>hvm</type></os><devices>{devices}</devices></domain>"
+    )
+
+
+def disk(source: str, kind: str = "file", more: str = "") -> str:
+    return (
+        f"<disk type='{kind}' device='disk'><driver name='qemu' type='qcow2'/>{source}{more}"
+        "<target dev='vda' bus='virtio'/><alias name='virtio-disk0'/></disk>"
+    )
+
+
+def source_of(xml: str) -> DeviceSource:
+    found = parse(xml).devices["virtio-disk0"].source
+    assert found is not None
+    return found
+
+
+# ---------------------------------------------------------------------------------------- what is read
+
+
+def test_a_file_disk_is_described_with_its_policies_serial_and_backing_chain() -> None:
+    chain = (
+        "<backingStore type='file'><format type='qcow2'/><source file='/img/base1'/>"
+        "<backingStore type='file'><source file='/img/base0'/><backingStore/></backingStore></backingStore>"
+    )
+    xml = domain(
+        "<disk type='file' device='disk'>"
+        "<driver name='qemu' type='qcow2' error_policy='enospace' rerror_policy='report'/>"
+        f"<source file='/img/top' index='1'/>{chain}<target dev='sda' bus='scsi'/>"
+        "<serial>abc</serial><alias name='scsi0-0-0-0'/></disk>"
+    )
+    device = parse(xml).devices["scsi0-0-0-0"]
+    assert (device.target, device.bus, device.kind, device.serial) == ("sda", "scsi", "disk", "abc")
+    assert device.policy == ErrorPolicy(write="enospace", read="report")
+    assert device.source == DeviceSource(
+        type="file", path="/img/top", format="qcow2", backing=("/img/base1", "/img/base0")
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "expected"),
+    [
+        ("block", "<source dev='/dev/vg/lv'/>", {"path": "/dev/vg/lv"}),
+        ("volume", "<source pool='ssd' volume='db1'/>", {"pool": "ssd", "volume": "db1"}),
+        (
+            "network",
+            "<source protocol='rbd' name='vms/db1'><host name='mon1' port='6789'/>"
+            "<host name='::1' port='6789'/></source>",
+            {"protocol": "rbd", "path": "vms/db1", "hosts": ("mon1:6789", "[::1]:6789")},
+        ),
+        (
+            "network",
+            "<source protocol='nbd' name=''><host transport='unix' socket='/run/nbd'/></source>",
+            {"protocol": "nbd", "path": "", "hosts": ("unix:/run/nbd",)},
+        ),
+        ("network", "<source protocol='nbd'><host name='h'/></source>", {"protocol": "nbd", "hosts": ("h",)}),
+        (
+            "nvme",
+            "<source type='pci'><address domain='0x0000' bus='0x01' slot='0x00' function='0x0'/></source>",
+            {"path": "0000:01:00.0"},
+        ),
+        ("vhostuser", "<source type='unix' path='/run/vhost.sock'/>", {"path": "/run/vhost.sock"}),
+    ],
+)  # fmt: skip
+def test_each_kind_of_source_says_where_the_data_lives(
+    kind: str, source: str, expected: dict[str, object]
+) -> None:
+    assert source_of(domain(disk(source, kind))) == DeviceSource(type=kind, format="qcow2", **expected)  # type: ignore[arg-type]
+
+
+def test_an_empty_cdrom_has_a_device_and_no_path() -> None:
+    xml = domain("<disk type='file' device='cdrom'><target dev='hda' bus='ide'/><alias name='ide0'/></disk>")
+    device = parse(xml).devices["ide0"]
+    assert device.kind == "cdrom"
+    assert device.source == DeviceSource(type="file")
+
+
+def test_a_device_that_is_no_disk_is_described_too() -> None:
+    xml = domain(
+        "<serial type='file'><source path='/var/log/db1.log'/><target port='0'/>"
+        "<alias name='serial0'/></serial>"
+    )
+    device = parse(xml).devices["serial0"]
+    assert device.kind == "serial"
+    assert device.target is None
+    assert device.source == DeviceSource(type="file", path="/var/log/db1.log")
+
+
+def test_a_device_without_an_alias_is_left_out() -> None:
+    assert parse(domain("<disk type='file'><target dev='vda'/></disk>")).devices == {}
+
+
+@pytest.mark.parametrize(
+    "name", ["база-данных", "データベース", "قاعدة", "a&amp;b &lt;c&gt;", "🦀", "x" * 5000]
+)
+def test_names_in_any_script_come_through(name: str) -> None:
+    read = parse(domain(name=name))
+    assert read.name == name.replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">")
+    assert (read.uuid, read.id) == (UUID, 7)
+
+
+def test_the_hosts_uuid_is_read_from_capabilities() -> None:
+    assert host_uuid(f"<capabilities><host><uuid>{UUID}</uuid><cpu/></host><guest/></capabilities>") == UUID
+
+
+# ---------------------------------------------------------------------------------------------- owner
+
+NOVA = """
+<nova:instance xmlns:nova="http://openstack.org/xmlns/libvirt/nova/1.1">
+  <nova:package version="28.0.0"/><nova:name>web-1</nova:name>
+  <nova:owner><nova:user uuid="u1">alice</nova:user><nova:project uuid="p1">shop</nova:project></nova:owner>
+</nova:instance>"""
+
+
+def test_a_nova_instance_names_its_owner() -> None:
+    assert parse(domain(metadata=NOVA)).owner == Owner(
+        "openstack", UUID, "web-1", "p1", "shop", "u1", "alice"
+    )
+
+
+def test_a_kubevirt_machine_names_its_namespace_and_uid() -> None:
+    metadata = "<kubevirt xmlns='http://kubevirt.io'><uid>11-22</uid></kubevirt>"
+    owner = parse(domain(metadata=metadata, name="shop_web-1")).owner
+    assert owner == Owner("kubevirt", "11-22", "web-1", "shop", "shop")
+
+
+def test_an_ovirt_machine_is_known_by_its_metadata() -> None:
+    metadata = "<ovirt-vm:vm xmlns:ovirt-vm='http://ovirt.org/vm/1.0'/>"
+    assert parse(domain(metadata=metadata)).owner == Owner("ovirt", UUID, "db1")
+
+
+def test_a_configured_rule_wins_over_the_known_platforms() -> None:
+    rule = OwnerRule(
+        platform="acme", namespace="urn:acme", id="owner/@id", name="owner/name", project_id="missing/@x"
+    )
+    mine = "<a:vm xmlns:a='urn:acme'><a:owner id='42'><a:name> Ann </a:name></a:owner></a:vm>"
+    assert parse(domain(metadata=NOVA + mine), owner_rules=[rule]).owner == Owner("acme", "42", "Ann")
+
+
+def test_metadata_of_nobody_gives_no_owner() -> None:
+    assert parse(domain(metadata="<x xmlns='urn:x'/><y/>")).owner is None
+
+
+# ------------------------------------------------------------------------------------------- refusals
+
+
+def test_xml_of_ten_megabytes_is_refused_before_it_is_parsed() -> None:
+    with pytest.raises(SchemaError, match="more than the limit"):
+        parse(domain(metadata="x" * (10 << 20)))
+    assert MAX_BYTES == 4 << 20
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!DOCTYPE domain [<!ENTITY a 'b'>]>" + domain(),
+        "<!DOCTYPE domain SYSTEM 'file:///etc/passwd'>" + domain(),
+        "<!DOCTYPE lolz [<!ENTITY a 'aaaa'><!ENTITY b '&a;&a;&a;'>]><domain><name>&b;</name></domain>",
+    ],
+)
+def test_a_document_type_declaration_is_refused(text: str) -> None:
+    with pytest.raises(SchemaError, match="document type declaration"):
+        parse(text)
+
+
+def test_an_entity_that_nobody_declared_is_refused() -> None:
+    with pytest.raises(SchemaError, match="not well-formed"):
+        parse("<domain><name>&secret;</name></domain>")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "<domain>", "<domain></x>", "\0", "plain", "<a/><b/>", "<domain a='1' a='2'/>"]
+)
+def test_what_is_not_well_formed_is_refused(text: str) -> None:
+    with pytest.raises(SchemaError, match="not well-formed"):
+        parse(text)
+
+
+def test_another_root_element_is_refused() -> None:
+    with pytest.raises(SchemaError, match="expected <domain>"):
+        parse("<network/>")
+
+
+def test_too_many_levels_are_refused() -> None:
+    with pytest.raises(SchemaError, match="levels deep"):
+        parse(domain(metadata="<a>" * 1000 + "</a>" * 1000))
+
+
+def test_too_many_elements_are_refused_in_bounded_time() -> None:
+    began = time.monotonic()
+    with pytest.raises(SchemaError, match="elements"):
+        parse(domain(metadata="<a/>" * 800_000))
+    assert time.monotonic() - began < 2
+
+
+def test_an_encoding_declaration_does_not_change_how_bytes_are_read() -> None:
+    assert parse("<?xml version='1.0' encoding='UTF-16'?>" + domain(name="é")).name == "é"
+
+
+@given(st.text(max_size=300) | st.binary(max_size=300))
+def test_any_text_is_either_read_or_refused(text: str | bytes) -> None:
+    with contextlib.suppress(SchemaError):
+        parse(text)
+
+
+# -------------------------------------------------------------------------------------------- secrets
+
+
+@pytest.mark.parametrize(
+    ("path", "network", "shown"),
+    [
+        ("/var/lib/a?b=c@d:e.img", False, "/var/lib/a?b=c@d:e.img"),
+        ("relative/file.img", False, "relative/file.img"),
+        ("vms/db1@snap", True, "vms/db1@snap"),
+        ("iqn.2013-07.com.example:storage/1", True, "iqn.2013-07.com.example:storage/1"),
+        ("https://user:hunter2@host/p.iso", True, "https://***@host/p.iso"),
+        ("https://user:hun/ter2@host/p.iso", True, "https://***@host/p.iso"),
+        ("https://host/p.iso?sig=hunter2#x", False, "https://host/p.iso"),
+        ("p.iso?token=hunter2", True, "p.iso"),
+        ("user:hunter2@host/share", True, "***@host/share"),
+        ("rbd:vms/db1:id=admin:key=hunter2==:mon_host=m", False, "rbd:vms/db1"),
+        ("vms/db1:id=admin:key=hunter2", True, "vms/db1"),
+        ('json:{"file.password":"hunter2"}', False, "json:***"),
+        ("nbd+unix:///export?socket=/run/x", False, "nbd+unix:///export"),
+    ],
+)
+def test_what_may_be_a_secret_is_cut_from_a_source_path(path: str, network: bool, shown: str) -> None:
+    assert redact(path, network=network) == shown
+
+
+def test_no_secret_of_a_source_leaves_in_any_field() -> None:
+    xml = domain(
+        "<disk type='network' device='disk'>"
+        "<auth username='hunter1'><secret type='ceph' uuid='hunter2'/></auth>"
+        "<source protocol='https' name='p.iso?sig=hunter3' query='token=hunter4'>"
+        "<host name='hunter5:hunter6@host' port='443'/><auth username='hunter7'/>"
+        "<cookies><cookie name='a'>hunter8</cookie></cookies><initiator><iqn name='x'/></initiator></source>"
+        "<backingStore type='file'><source file='https://hunter9:hunterA@h/b.img?hunterB=1'/><backingStore/>"
+        "</backingStore><target dev='vda'/><alias name='virtio-disk0'/></disk>"
+    )
+    assert "hunter" not in repr(parse(xml))

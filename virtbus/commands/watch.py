@@ -1,0 +1,138 @@
+"""`virtbus watch`: libvirt's events on the terminal, as they come: no broker, no spool, no folding."""
+
+from __future__ import annotations
+
+import queue
+import time
+from datetime import UTC, datetime
+from typing import TextIO
+
+from virtbus.errors import SourceUnavailable, VirtbusError
+from virtbus.model import Action, Description, Domain, Host, RawIoError
+from virtbus.sources import SourceOptions, domain_xml, recording
+from virtbus.sources.libvirt import LibvirtConnector
+from virtbus.sources.link import STARTED, STATES, Handler, Link
+
+_EVENTS = ("defined", "undefined", "started", "suspended", "resumed", "stopped", "shutdown", "pmsuspended")
+_SUSPENDED = ("paused", "migrated", "I/O error", "watchdog", "restored", "from snapshot", "API error")
+_STOPPED = ("shutdown", "destroyed", "crashed", "migrated", "saved", "failed", "from snapshot")
+
+
+def run(uri: str, *, as_json: bool, out: TextIO, timeout: float | None = None) -> None:
+    """Print until `timeout` seconds are over or an interrupt.
+
+    With `as_json` each line is one of a recording (virtbus.sources.recording), which the replay source
+    plays. Raises SourceUnavailable when libvirt is away or goes away, SourceDenied, ConfigError.
+    """
+    watch = _Watch(as_json)
+    link = LibvirtConnector(uri, SourceOptions()).open(watch)
+    deadline = None if timeout is None else time.monotonic() + timeout
+    try:
+        facts = link.facts()
+        watch.say(recording.host_line(Host(facts.name, hypervisor=facts.hypervisor)), facts.name)
+        for domain in link.domains():
+            watch.describe(link, domain.uuid, domain.name, STATES.get(domain.state, ""))
+        while True:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return
+            try:
+                # Not for ever: an interrupt must be seen.
+                line = watch.lines.get(timeout=1.0 if left is None else min(1.0, left))
+            except queue.Empty:
+                continue
+            if isinstance(line, _Ended):
+                raise SourceUnavailable(f"{uri}: {line.why}")
+            if isinstance(line, _Started):
+                watch.describe(link, line.uuid, line.name, "running")
+                continue
+            out.write(line + "\n")
+            out.flush()
+    except BrokenPipeError:
+        return
+    finally:
+        link.close()
+
+
+class _Ended:
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+
+class _Started:
+    def __init__(self, uuid: str, name: str) -> None:
+        self.uuid, self.name = uuid, name
+
+
+class _Watch(Handler):
+    """Turns callbacks into lines, for the thread that writes them."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.lines: queue.SimpleQueue[str | _Ended | _Started] = queue.SimpleQueue()
+        self._as_json = as_json
+
+    def say(self, as_json: str, as_text: str) -> None:
+        """Queue a line in the form that was asked for."""
+        self.lines.put(as_json if self._as_json else as_text)
+
+    def describe(self, link: Link, uuid: str, name: str, state: str) -> None:
+        """Queue what is known of a domain; in text only its name."""
+        try:
+            xml = domain_xml.parse(link.xml(uuid))
+        except VirtbusError as error:
+            self.lines.put(recording.problem_line(str(error)) if self._as_json else _plain(str(error)))
+            return
+        domain = Domain(uuid, name, xml.id, state, xml.owner)
+        self.say(recording.domain_line(Description(domain, xml.devices)), f"{_plain(name)} {uuid} {state}")
+
+    def io_error(self, raw: RawIoError) -> None:
+        """See Handler."""
+        action = Action.from_code(raw.action_code).value
+        reason, path = _plain(raw.reason) or "-", _plain(raw.path) or "-"
+        text = (
+            f"{_at(raw.observed_at)} {_plain(raw.domain_name)} I/O ERROR device={_plain(raw.alias)} "
+            f"action={action}({raw.action_code}) reason={reason} path={path}"
+        )
+        self.say(recording.io_error_line(raw), text)
+
+    def lifecycle(self, uuid: str, name: str, number: int | None, event: int, detail: int) -> None:
+        """See Handler."""
+        ns = time.time_ns()
+        words = {3: _SUSPENDED, 5: _STOPPED}.get(event, ())
+        why = f" ({words[detail] if detail < len(words) else detail})" if words else ""
+        what = _EVENTS[event] if event < len(_EVENTS) else f"lifecycle event {event}"
+        if event == STARTED:
+            self.lines.put(_Started(uuid, name))
+        self.say(
+            recording.lifecycle_line(uuid, name, number, event=event, detail=detail, ns=ns),
+            f"{_at(ns)} {_plain(name)} {what}{why}",
+        )
+
+    def device_removed(self, uuid: str, alias: str) -> None:
+        """See Handler."""
+        ns = time.time_ns()
+        self.say(
+            recording.device_removed_line(uuid, alias, ns),
+            f"{_at(ns)} {uuid} device removed: {_plain(alias)}",
+        )
+
+    def changed(self, uuid: str) -> None:
+        """Nothing to print."""
+
+    def undecodable(self) -> None:
+        """See Handler."""
+        text = "a callback was lost: its text is not UTF-8"
+        self.say(recording.problem_line(text), text)
+
+    def closed(self, why: str, silent_seconds: float) -> None:
+        """See Handler."""
+        self.lines.put(_Ended(why))
+
+
+def _plain(text: str) -> str:
+    """Text of others on a terminal: no control characters, no bidirectional tricks."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
+
+
+def _at(ns: int) -> str:
+    return datetime.fromtimestamp(ns // 1000 / 1e6, UTC).isoformat(timespec="milliseconds")
