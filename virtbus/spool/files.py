@@ -156,7 +156,8 @@ def prepare_state_dir(state_dir: Path) -> None:
         ) from error
     if not os.access(state_dir, os.R_OK | os.W_OK | os.X_OK) and not _is_read_only(state_dir):
         raise ConfigError(
-            f"state_dir {state_dir} can't be written by uid {os.geteuid()}; change its owner, or set --state-dir"
+            f"state_dir {state_dir} can't be written by uid {os.geteuid()}; "
+            "change its owner, or set --state-dir"
         )
 
 
@@ -198,8 +199,8 @@ class Lock:
 
     def sign(self, epoch: str | None) -> None:
         """Write who holds it; on a full disk the lock holds all the same."""
-        with open("/proc/self/cmdline", "rb") as stream:
-            command = stream.read(400).replace(b"\0", b" ").decode(errors="replace").strip()
+        raw = Path("/proc/self/cmdline").read_bytes()[:400]
+        command = raw.replace(b"\0", b" ").decode(errors="replace").strip()
         text = f"{os.getpid()}\n{command}\n{epoch or self.before.epoch or ''}\n".encode()
         try:
             os.pwrite(self._fd, text, 0)
@@ -374,10 +375,10 @@ def check_version(connection: sqlite3.Connection, path: Path) -> int:
     major, minor = divmod(version, 1000)
     if major != MAJOR:
         raise SpoolCorrupt(
-            f"{path} has format {major}.{minor}, and this release knows {MAJOR}: start the release that wrote "
-            f"it, or move the file away (its events are then not sent)"
+            f"{path} has format {major}.{minor}, and this release knows {MAJOR}: start the release that "
+            "wrote it, or move the file away (its events are then not sent)"
         )
-    return minor
+    return int(minor)
 
 
 def migrate(connection: sqlite3.Connection, minor: int) -> None:

@@ -223,7 +223,7 @@ class Index:
     # ---- the commit's side
 
     def oldest(self, rank: int) -> Iterator[int]:
-        """Rows of one class, oldest first, that are neither taken nor held. Don't change the index meanwhile."""
+        """Rows of a class, oldest first, neither taken nor held. Don't change the index meanwhile."""
         for page, codes in self._codes.items():
             at = codes.find(rank + 1)
             while at >= 0:

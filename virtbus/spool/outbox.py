@@ -59,7 +59,9 @@ from virtbus.telemetry import EventDeadLettered, EventsGaveWay, SpoolSetAside, T
 ALIVE_SECONDS = 10.0
 MAX_RANGES = 400  # in one gap event: about 42 KB of JSON, and 64 KiB must hold the whole message
 MAX_UNSETTLED = 1024  # confirmed in memory and not in the file: so many duplicates at worst after a kill
-MERGE_AT_ONCE = 256  # gap events that become one when a full spool holds nothing else
+STEP = 100  # a full spool makes room for a hundredth of its size at once
+MANY_GAPS = 32  # so many gap events become one before anything else gives way
+MERGE_AT_ONCE = 256
 SETTLE_PATIENCE_SECONDS = 0.25  # how long the publisher waits for a commit that hangs on the disk
 COMPACT_PAGES = 256  # free pages given back to the file system in one step
 
@@ -78,7 +80,7 @@ _fault: Callable[[str], None] = _no_fault
 
 @dataclass(frozen=True, slots=True)
 class SpoolLimits:
-    """The spool's bounds. `max_age_seconds` counts time that passed, not what a clock says; None: no limit."""
+    """The spool's bounds. `max_age_seconds` counts time that passed, whatever a clock says."""
 
     max_bytes: int = 256 << 20
     max_age_seconds: float | None = None
@@ -209,16 +211,6 @@ class _Fallen:
     created_ns: int
 
 
-@dataclass(slots=True, eq=False)
-class _OpenGap:
-    """A gap event of ours that nobody has seen yet: it can still be widened in place."""
-
-    position: int
-    size: int
-    stamp: Stamp
-    claim: _Claim
-
-
 @dataclass(slots=True)
 class _Draft:
     """Everything one commit is about to do."""
@@ -229,8 +221,6 @@ class _Draft:
     claims: list[_Claim] = field(default_factory=list)
     victims: list[_Victim] = field(default_factory=list)
     named_losses: list[int] = field(default_factory=list)
-    rewritten: list[tuple[_OpenGap, _New, _Claim]] = field(default_factory=list)
-    made: list[tuple[_New, Stamp, _Claim]] = field(default_factory=list)  # gap events of ours
     held: list[tuple[int, str]] = field(default_factory=list)
     dead_dropped: list[tuple[int, int]] = field(default_factory=list)  # (position, bytes)
     gave_way: int = 0
@@ -307,7 +297,6 @@ class Spool:
         self._bytes, self._dead, self._dead_bytes = found.bytes, found.dead, found.dead_bytes
         self._next_position = found.next_position
         self._losses = list(found.losses)
-        self._open_gaps: dict[str, _OpenGap] = {}
         self._taken: dict[int, _Taken] = {}  # the publisher's alone
         self._untold_opening = True
         self._done: list[tuple[Record, Outcome]] = []  # settled here, not in the file yet
@@ -631,7 +620,10 @@ class Spool:
             need += _GAP_RESERVE
         if need <= 0:
             return
-        need = self._drop_dead(draft, need + (0 if draft.claims else _GAP_RESERVE))
+        # In steps, so that each step is one gap event and not each commit.
+        need += self._limits.max_bytes // STEP + (0 if draft.claims else _GAP_RESERVE)
+        need = self._drop_dead(draft, need)
+        need = self._merge_gaps(draft, need, MANY_GAPS)
         victims: list[_Fallen] = []
         for rank in (UPDATED, RESOLVED, OPENED):
             need = self._choose(draft, rank, need, victims)
@@ -641,8 +633,7 @@ class Spool:
                 draft.new.remove(item)
                 need -= item.size
                 victims.append(_Fallen(item.epoch, item.seq, item.count, item.created_ns))
-        if need > 0:
-            self._merge_gaps(draft)
+        self._merge_gaps(draft, need, 2)
         self._claim_victims(draft, victims, "spool_full")
 
     def _expire(self, draft: _Draft, born_before: float) -> None:
@@ -710,69 +701,58 @@ class Spool:
             need -= size
         return need
 
-    def _merge_gaps(self, draft: _Draft) -> None:
-        """Nothing but gap events is left: many of them become one that says what they all said."""
+    def _merge_gaps(self, draft: _Draft, need: int, least: int) -> int:
+        """Make one gap event of `least` or more of the oldest, which says what they all said."""
+        if need <= 0:
+            return need
         with self._memory:
             rows = [row for row, _ in zip(self._index.oldest(GAP), range(MERGE_AT_ONCE), strict=False)]
-        mine = {gap.position for gap in self._open_gaps.values()}
-        chosen: list[tuple[int, str, int, SequenceRange, GapFacts]] = []
-        ranges = 0
+        if len(rows) < least:
+            return need
+        said: list[_Claim] = []
+        ranges: tuple[SequenceRange, ...] = ()
+        chosen: list[_Victim] = []
         for position, epoch, seq, key, size, names in self._select(
-            self._writer, "position, epoch, seq, key, bytes, names", [row for row in rows if row not in mine]
+            self._writer, "position, epoch, seq, key, bytes, names", rows
         ):
             facts = GapFacts.parse(names)
-            ranges += len(facts.ranges) + 1
-            if ranges > MAX_RANGES:
+            wider = merge_ranges([*ranges, SequenceRange(epoch, seq, seq), *facts.ranges])
+            if len(wider) > MAX_RANGES:
                 break
-            chosen.append((position, key, size, SequenceRange(epoch, seq, seq), facts))
-        if len(chosen) < 3:
-            return
-        kept: list[tuple[SequenceRange, GapFacts]] = []
-        for position, key, size, own, facts in chosen:
-            with self._memory:
-                held = self._index.hold(position)
-            if held:
-                draft.held.append((position, key))
-                draft.victims.append(_Victim(position, key, size))
-                kept.append((own, facts))
-        if not kept:
-            return
-        starts = [facts.started_ns for _, facts in kept]
-        draft.claims.append(
-            _Claim(
-                "spool_full",
-                merge_ranges([own for own, _ in kept] + [item for _, facts in kept for item in facts.ranges]),
-                sum(facts.occurrences for _, facts in kept),
-                None if None in starts else min(start for start in starts if start is not None),
-                f"{len(kept)} gap events were merged into this one",
-                sum(facts.found for _, facts in kept),
-                next((facts.previous for _, facts in reversed(kept) if facts.previous), None),
+            ranges = wider
+            chosen.append(_Victim(position, key, size))
+            said.append(
+                _Claim("", (), facts.occurrences, facts.started_ns, None, facts.found, facts.previous)
             )
-        )
+        if len(chosen) < least:
+            return need
+        with self._memory:
+            if not all(self._index.hold(each.position) for each in chosen):
+                # The publisher took one meanwhile; there will be another commit.
+                for each in chosen:
+                    self._index.release(each.position, each.key)
+                return need
+        draft.held += [(each.position, each.key) for each in chosen]
+        draft.victims += chosen
+        detail = f"{len(chosen)} gap events were merged into this one"
+        draft.claims.append(replace(_join(said), reason="spool_full", ranges=ranges, detail=detail))
+        return need - sum(each.size for each in chosen) + _GAP_RESERVE
 
     # ---- naming
 
     def _draft_gaps(self, draft: _Draft) -> None:
-        """Turn the claims into gap events, one a reason: a wider one of those nobody has seen, or a new one."""
-        reasons = dict.fromkeys(claim.reason for claim in draft.claims)
-        for reason in reasons:
+        """Turn the claims into gap events, one a reason (or several, when one can't hold all ranges).
+
+        Each is an event of its own and never changes: a file that loses its last commits may bring an
+        event back as it was before, and the same id must not have gone out with other words.
+        """
+        for reason in dict.fromkeys(claim.reason for claim in draft.claims):
             claim = _join([each for each in draft.claims if each.reason == reason])
-            with self._memory:
-                known = self._open_gaps.get(reason)
-                wider = _join([known.claim, claim]) if known else claim
-                held = known and len(wider.ranges) <= MAX_RANGES and self._index.hold(known.position)
-            if known and held:
-                draft.held.append((known.position, self._agent_id))
-                draft.rewritten.append((known, self._gap(draft, known.stamp, wider), wider))
-                continue
             for at in range(0, max(1, len(claim.ranges)), MAX_RANGES):
                 part = replace(claim, ranges=claim.ranges[at : at + MAX_RANGES])
                 if at:
                     part = replace(part, occurrences=0, found=0)
-                stamp = self._stamp(draft)
-                item = self._gap(draft, stamp, part)
-                draft.new.append(item)
-                draft.made.append((item, stamp, part))
+                draft.new.append(self._gap(draft, self._stamp(draft), part))
 
     def _gap(self, draft: _Draft, stamp: Stamp, claim: _Claim) -> _New:
         started_ns = None if claim.started_ns is None else min(claim.started_ns, draft.wall_ns)
@@ -811,8 +791,6 @@ class Spool:
             else:
                 db.execute(insert_sql("dead"), (*row, "invalid", str(item.error), draft.wall_ns))
             position += 1
-        for known, item, _ in draft.rewritten:
-            db.execute(insert_sql("events"), item.row(known.position))
         db.executemany("DELETE FROM events WHERE position=?", [(each.position,) for each in draft.victims])
         db.executemany("DELETE FROM dead WHERE position=?", [(each,) for each, _ in draft.dead_dropped])
         db.executemany("DELETE FROM losses WHERE number=?", [(each,) for each in draft.named_losses])
@@ -842,17 +820,12 @@ class Spool:
 
     def _publish_draft(self, draft: _Draft, now: float) -> None:
         """The transaction is durable: let the publisher see it."""
-        made = {id(item): (stamp, claim) for item, stamp, claim in draft.made}
         with self._memory:
             self._account.last = draft.seq
             self._account.alive_ns = max(self._account.alive_ns, draft.wall_ns)
             for victim in draft.victims:
                 self._index.remove(victim.position, victim.key)
                 self._bytes -= victim.size
-            for known, item, claim in draft.rewritten:
-                self._bytes += item.size - known.size
-                known.size, known.claim = item.size, claim
-                self._index.release(known.position, item.key)
             for item in draft.new:
                 position = self._next_position
                 self._next_position += 1
@@ -862,9 +835,6 @@ class Spool:
                     continue
                 self._index.add(position, item.key, item.rank)
                 self._bytes += item.size
-                if id(item) in made:
-                    stamp, claim = made[id(item)]
-                    self._open_gaps[claim.reason] = _OpenGap(position, item.size, stamp, claim)
             for _, size in draft.dead_dropped:
                 self._dead -= 1
                 self._dead_bytes -= size
@@ -966,12 +936,6 @@ class Spool:
             if self._closed or len(self._done) >= MAX_UNSETTLED:
                 return []
             chosen = self._index.take(limit, busy, now)
-            if chosen and self._open_gaps:
-                # Somebody may see them now: from here on their bytes never change.
-                rows = {row for row, _ in chosen}
-                for reason, gap in list(self._open_gaps.items()):
-                    if gap.position in rows:
-                        del self._open_gaps[reason]
         if not chosen:
             return []
         try:
@@ -1211,7 +1175,7 @@ class Spool:
         db.execute("COMMIT")
 
     def wait(self, timeout: float, stop: threading.Event) -> bool:
-        """Sleep until something can be taken, `timeout` seconds, or `stop` (looked at each 0.25 s, or `wake`)."""
+        """Sleep until something can be taken, `timeout` seconds, or `stop` (seen each 0.25 s, or `wake`)."""
         deadline = self._clock().monotonic + timeout
         with self._changed:
             while True:
