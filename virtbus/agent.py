@@ -25,7 +25,7 @@ from pathlib import Path
 from virtbus import __version__, envelope
 from virtbus.bus import Bus
 from virtbus.control import Taps
-from virtbus.errors import BusDenied, BusUnavailable, SpoolFull, VirtbusError
+from virtbus.errors import BusDenied, BusUnavailable, SpoolCorrupt, SpoolFull, VirtbusError
 from virtbus.incidents import Incidents
 from virtbus.intake import FOLD_LIMIT, IntakeQueue, aggregate, callbacks_in
 from virtbus.model import (
@@ -212,9 +212,11 @@ class Agent:
             thread = self._threads.get(name)
             # libvirt may be frozen inside a call; the source's thread must not hold up the drain.
             limit = 2.0 if name == "source" else max(0.1, deadline - time.monotonic())
-            while thread is not None and thread.is_alive() and limit > 0 and not self._abort.is_set():
-                thread.join(min(0.2, limit))
-                limit -= 0.2
+            while thread is not None and thread.is_alive() and limit > 0:
+                if self._abort.is_set():
+                    limit = min(limit, 1.0)  # long enough to leave the spool in order
+                thread.join(0.1)
+                limit -= 0.1
         self.bus.close()
         left = self.spool.stats().pending
         self.spool.close()
@@ -222,14 +224,18 @@ class Agent:
         if self._failure is not None:
             raise self._failure
 
+    def _fail(self, error: VirtbusError) -> None:
+        """End the agent with this error."""
+        self._failure = self._failure or error
+        self.stop()
+
     # ---- source thread
 
     def _observe(self) -> None:
         try:
             self.source.run(self.queue.put, self._stop)
         except VirtbusError as error:
-            self._failure = error
-            self.stop()
+            self._fail(error)
         except Exception as error:  # noqa: BLE001 - the thread's last line of defence; livez shows it dead
             emit(Trouble("source thread", error))
 
@@ -240,6 +246,8 @@ class Agent:
             self._open_epoch()
             while not (self._stop.is_set() and len(self.queue) == 0) and not self._abort.is_set():
                 self._intake_once(self._intake_timeout())
+        except SpoolCorrupt as error:
+            self._fail(error)  # the next start rescues what can be read
         except Exception as error:
             emit(Trouble("intake thread", error))
             raise
@@ -369,16 +377,6 @@ class Agent:
             METRICS.dropped.inc(dropped)
             why = f"more than {FOLD_LIMIT} different errors were waiting for the disk"
             events.append(self._gap("observations_dropped", why, ended_at=at, missing_occurrences=dropped))
-        for loss in self.spool.take_losses():
-            events.append(
-                self._gap(
-                    "dead_letter",
-                    loss.why,
-                    ended_at=at,
-                    missing=loss.ranges,
-                    missing_occurrences=loss.occurrences,
-                )
-            )
         self._commit(events)
         self.spool.alive(now.wall_ns)
 
@@ -401,7 +399,7 @@ class Agent:
 
     def _source_is_up(self, ready: SourceReady) -> None:
         self.host = ready.host
-        self.incidents.host = ready.host
+        self.incidents.host = self.spool.host = ready.host
         self._source_state, self._source_since_ns = "connected", ready.at_ns
 
     def _commit(self, events: list[Event]) -> None:
@@ -412,8 +410,8 @@ class Agent:
         """
         self._pending += events
         self._pending_states.update(self.incidents.changes())
-        if not self._pending and not self._pending_states:
-            return
+        if not self._pending and not self._pending_states and not self.spool.stats().unnamed:
+            return  # what is lost and unnamed is named by the spool itself, with any commit
         backoff = Backoff("commit", ceiling=2.0)
         failed: Now | None = None
         begun = self._intake_busy_since = time.monotonic()
@@ -482,6 +480,9 @@ class Agent:
             except SpoolFull as error:
                 emit(SpoolUnwritable(str(self.spool.path), error))
                 backoff.wait(self._abort, error)
+            except SpoolCorrupt as error:
+                self._fail(error)
+                break
             except Exception as error:  # noqa: BLE001 - an unknown fault must not end publishing
                 emit(Trouble("publisher thread", error))
                 backoff.wait(self._abort, error)

@@ -1,0 +1,290 @@
+"""The agent's threads between a source, a spool and a bus: what goes in comes out, or is told."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from virtbus.agent import Agent, AgentOptions, load_agent_id
+from virtbus.envelope import uuid7
+from virtbus.errors import BusUnavailable, SourceDenied, SpoolFull
+from virtbus.incidents import IncidentLimits, Incidents
+from virtbus.model import Confirmed, Deferred, Refused, SourceLost, SourceReady, Unroutable
+from virtbus.spool import Spool, SpoolLimits
+from virtbus.telemetry import METRICS
+from virtbus.testing import FakeBus, FakeSource, a_host, a_raw_io_error, no_waiting, wait_until
+
+AGENT = "11111111-2222-4333-8444-555555555555"
+
+
+class House:
+    """An agent on fakes and a real spool."""
+
+    def __init__(self, folder: Path, script: Any = (), decide: Any = None, **options: Any) -> None:
+        self.source = FakeSource(script)
+        self.bus = FakeBus(decide) if decide else FakeBus()
+        self.folder = folder
+        self.spool = Spool.open(folder, limits=SpoolLimits(), agent_id=AGENT)
+        self.agent = Agent(
+            source=self.source,
+            bus=self.bus,
+            spool=self.spool,
+            incidents=Incidents(IncidentLimits(), new_id=lambda: uuid7(time.time_ns())),
+            agent_id=AGENT,
+            options=AgentOptions(**{"heartbeat_seconds": 0.0, "drain_seconds": 5.0, **options}),
+        )
+
+    def start(self) -> House:
+        self.agent.start()
+        return self
+
+    def delivered(self, kind: str = "") -> list[dict[str, Any]]:
+        return [
+            {**record.attributes, "data": msgspec.json.decode(record.body)}
+            for record in list(self.bus.delivered)
+            if kind in record.attributes["type"]
+        ]
+
+    def wait(self, kind: str, count: int = 1) -> list[dict[str, Any]]:
+        wait_until(lambda: len(self.delivered(kind)) >= count, what=f"{count} {kind}")
+        return self.delivered(kind)
+
+    def counted(self) -> int:
+        return sum(event["data"]["occurrences"]["count"] for event in self.delivered("io_error.v1"))
+
+    def end(self) -> None:
+        self.agent.stop()
+        self.agent.join()
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> Iterator[Any]:
+    made: list[House] = []
+
+    def make(*script: Any, **more: Any) -> House:
+        made.append(House(tmp_path / "state", script, **more))
+        return made[-1].start()
+
+    yield make
+    for one in made:
+        one.agent.abort()
+        one.agent.join()
+
+
+def test_the_first_event_of_every_start_says_how_long_nobody_looked(house):
+    first = house(a_raw_io_error())
+    opening, error = first.wait("", 2)
+    assert (opening["sequence"], opening["data"]["reason"]) == ("000000000001", "agent_down")
+    assert opening["data"]["previous"] is None
+    assert error["sequence"] == "000000000002"
+    first.end()
+    second = house()
+    (gap,) = second.wait("gap")
+    assert gap["data"]["previous"] == {"epoch": opening["epoch"], "last_sequence": 2}
+    assert gap["data"]["started_at"] <= gap["data"]["ended_at"]
+    assert gap["epoch"] != opening["epoch"]
+
+
+def test_a_source_that_is_not_there_does_not_hold_up_the_backlog(house, monkeypatch):
+    monkeypatch.setattr("virtbus.agent.SOURCE_GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(FakeSource, "run", lambda self, sink, stop: stop.wait())
+    one = house()
+    (gap,) = one.wait("gap")
+    assert gap["data"]["reason"] == "agent_down"
+    assert one.agent.not_ready() == ["source is starting"]
+    # When it comes at last, what lies between is a gap of its own.
+    one.agent.queue.put(SourceReady(a_host(), time.time_ns(), ()))
+    assert one.wait("gap", 2)[1]["data"]["reason"] == "source_lost"
+    assert one.agent.not_ready() == []
+
+
+def test_being_cut_off_is_a_gap_from_the_last_sign_of_life_to_the_next_look(house):
+    one = house()
+    one.wait("gap")
+    one.source.play(SourceLost(1_000_000_000, "the daemon went away"))
+    wait_until(lambda: one.agent.not_ready() == ["source is disconnected"])
+    one.source.play(SourceReady(a_host(), 5_000_000_000, ()))
+    gap = one.wait("gap", 2)[1]["data"]
+    assert (gap["reason"], gap["detail"]) == ("source_lost", "the daemon went away")
+    assert gap["started_at"] == "1970-01-01T00:00:01.000000Z"
+    assert gap["ended_at"] == "1970-01-01T00:00:05.000000Z"
+
+
+def test_a_storm_becomes_few_events_that_lose_no_count(house):
+    one = house()
+    one.wait("gap")
+    one.source.play(*(a_raw_io_error() for _ in range(5000)))
+    wait_until(lambda: one.counted() == 5000, what="all counts")
+    assert len(one.delivered("io_error.v1")) < 20
+
+
+def test_a_disk_that_fails_for_a_while_costs_no_count_and_is_told(house, monkeypatch):
+    commit, broken = Spool.commit, threading.Event()
+
+    def fails(self, *words):
+        if broken.is_set():
+            raise SpoolFull("the disk is full")
+        return commit(self, *words)
+
+    monkeypatch.setattr(Spool, "commit", fails)
+    with no_waiting():
+        one = house()
+        one.wait("gap")
+        dropped = METRICS.registry.get_sample_value("virtbus_dropped_total")
+        broken.set()
+        one.source.play(*(a_raw_io_error() for _ in range(30_000)))
+        wait_until(lambda: one.agent.not_ready() == ["spool: the disk is full"])
+        assert METRICS.registry.get_sample_value("virtbus_spool_writable") == 0
+        wait_until(lambda: one.source._more.empty())
+        assert len(one.agent.queue) <= 10_001
+        broken.clear()
+        wait_until(lambda: one.counted() == 30_000, what="all counts")
+        reasons = [event["data"]["reason"] for event in one.delivered("gap")]
+        assert "spool_unwritable" in reasons
+        assert one.agent.not_ready() == []
+        assert METRICS.registry.get_sample_value("virtbus_dropped_total") == dropped
+
+
+def test_an_observation_that_cant_be_handled_is_named_and_the_next_one_goes_on(house, monkeypatch):
+    one = house()
+    one.wait("gap")
+    apply = one.agent.incidents.apply
+
+    def poisoned(observation, *words):
+        if getattr(observation, "raw", None) and observation.raw.alias == "poison":
+            raise RuntimeError("a bug")
+        return apply(observation, *words)
+
+    monkeypatch.setattr(one.agent.incidents, "apply", poisoned)
+    one.source.play(a_raw_io_error(alias="poison"), a_raw_io_error())
+    one.wait("io_error.v1")
+    gap = one.wait("gap", 2)[1]["data"]
+    assert (gap["reason"], gap["missing_occurrences"]) == ("observations_dropped", 1)
+
+
+def test_a_broker_that_is_away_costs_nothing_but_time(house):
+    one = house()
+    one.bus.unavailable = BusUnavailable("no route")
+    with no_waiting():
+        one.source.play(a_raw_io_error())
+        wait_until(lambda: one.spool.stats().pending >= 2)
+        assert one.agent.not_ready() == []
+        assert one.agent.dead_threads() == []
+        wait_until(lambda: one.agent.status()["bus"]["error"] == "no route")
+        one.bus.unavailable = None
+        one.wait("io_error.v1")
+    wait_until(lambda: one.spool.stats().pending == 0)
+
+
+def test_what_nobody_is_bound_for_waits_and_other_domains_go_on(house):
+    lonely = "aaaaaaaa-0000-4000-8000-000000000001"
+    one = house(decide=lambda record: Unroutable() if record.key == lonely else Confirmed())
+    one.source.play(a_raw_io_error(domain_uuid=lonely), a_raw_io_error())
+    one.wait("io_error.v1")
+    wait_until(lambda: one.agent.status()["spool"]["parked_keys"] == 1)
+    assert one.spool.stats().pending == 1
+
+
+def test_what_the_broker_refuses_is_set_aside_and_named_in_a_gap(house):
+    def decide(record):
+        return (
+            Refused(BusUnavailable("too large"))
+            if "io_error.v1" in record.attributes["type"]
+            else Confirmed()
+        )
+
+    one = house(decide=decide)
+    one.source.play(a_raw_io_error())
+    gap = one.wait("gap", 2)[1]["data"]
+    assert gap["reason"] == "dead_letter"
+    assert gap["missing"] == [{"epoch": one.spool.epoch, "first": 2, "last": 2}]
+    assert gap["missing_occurrences"] == 1
+    assert one.agent.status()["spool"]["dead"] == 1
+
+
+def test_a_deferred_event_is_sent_again_with_the_same_id(house):
+    seen: list[str] = []
+
+    def decide(record):
+        seen.append(record.id)
+        return Deferred(BusUnavailable("cut")) if len(seen) == 2 else Confirmed()
+
+    with no_waiting():
+        one = house(decide=decide)
+        one.source.play(a_raw_io_error())
+        one.wait("io_error.v1")
+    assert seen.count(seen[1]) == 2
+
+
+def test_a_heartbeat_has_no_sequence_and_is_not_spooled(house):
+    one = house(heartbeat_seconds=0.05)
+    beats = one.wait("heartbeat", 3)
+    assert "sequence" not in beats[0]
+    assert beats[-1]["data"]["source"]["state"] == "connected"
+    assert beats[-1]["data"]["committed_sequence"] == 1
+
+
+def test_a_drain_publishes_what_is_there(house):
+    one = house()
+    one.wait("gap")
+    one.source.play(*(a_raw_io_error(domain_uuid=uuid7(number)) for number in range(200)))
+    wait_until(lambda: one.source._more.empty())
+    one.end()
+    assert len(one.delivered("io_error.v1")) == 200
+
+
+def test_a_drain_ends_at_its_deadline_and_the_rest_stays(house, tmp_path):
+    one = house(drain_seconds=0.3)
+    one.wait("gap")
+    one.bus.unavailable = BusUnavailable("away")
+    one.source.play(a_raw_io_error())
+    wait_until(lambda: one.spool.stats().pending == 1)
+    begun = time.monotonic()
+    one.end()
+    assert time.monotonic() - begun < 5
+    again = house()
+    assert [event["type"] for event in again.wait("io_error.v1")]
+
+
+def test_a_source_that_refuses_us_ends_the_agent_with_its_error(house, monkeypatch):
+    def refuse(self, sink, stop):
+        raise SourceDenied("no rights on the socket")
+
+    monkeypatch.setattr(FakeSource, "run", refuse)
+    one = house()
+    assert one.agent.wait(5)
+    with pytest.raises(SourceDenied):
+        one.agent.join()
+
+
+def test_a_dead_thread_is_told(house, monkeypatch):
+    monkeypatch.setattr(FakeSource, "run", lambda self, sink, stop: None)
+    one = house()
+    wait_until(lambda: one.agent.dead_threads() == ["source"])
+
+
+def test_an_agent_keeps_its_id_and_a_cloned_disk_gets_a_new_one(tmp_path):
+    machine = tmp_path / "machine-id"
+    machine.write_text("0123456789abcdef0123456789abcdef\n")
+    first, previous = load_agent_id(tmp_path, machine)
+    assert previous is None
+    assert load_agent_id(tmp_path, machine) == (first, None)
+    assert machine.read_text().strip() not in (tmp_path / "agent-id").read_text()
+    machine.write_text("fedcba9876543210fedcba9876543210\n")
+    second, previous = load_agent_id(tmp_path, machine)
+    assert (second != first, previous) == (True, first)
+    assert load_agent_id(tmp_path, tmp_path / "none") == (second, None)
+
+
+def test_a_changed_identity_is_a_gap(tmp_path):
+    one = House(tmp_path / "state")
+    one.agent._previous_agent_id = "before"
+    one.start()
+    assert [event["data"]["reason"] for event in one.wait("gap", 2)] == ["agent_down", "identity_changed"]
+    one.end()
