@@ -152,8 +152,10 @@ class TcpFaultProxy(_Listener):
     def _connect(self, client: socket.socket) -> None:
         while not self._open.wait(0.05):
             if self._closing.is_set():
-                _shut(client)
-                return
+                break
+        if self._closing.is_set():
+            _shut(client)
+            return
         try:
             target = socket.create_connection(self._target, timeout=5.0)
         except OSError:
@@ -186,6 +188,10 @@ class TcpFaultProxy(_Listener):
         except OSError:
             _shut(source)
             _shut(sink)
+        finally:
+            if self._closing.is_set():
+                _shut(source)
+                _shut(sink)
 
     def _wait(self, seconds: float) -> None:
         if seconds > 0:
@@ -226,9 +232,8 @@ class FakeAmqpPeer(_Listener):
     """Enough of an AMQP 0-9-1 broker for a publisher with confirms, whose acks are a script's to send.
 
     It takes any user, exchange and key; `published` has every publish in the order it was read. The peer
-    counts what it truly vouched for: `vouched` holds the ids of messages it acked without having returned
-    them, each on the connection and with the tag it came with. A publisher that reports another id as
-    confirmed has believed a lie.
+    knows what it truly vouched for, see `vouches_for`: a publisher that reports anything else as confirmed
+    has believed a lie.
     """
 
     def __init__(self, script: Script = _acks, *, heartbeat: int = 0) -> None:
@@ -236,7 +241,8 @@ class FakeAmqpPeer(_Listener):
         self.script = script
         self.heartbeat = heartbeat
         self.published: list[Published] = []
-        self.vouched: set[str] = set()
+        self._vouched: set[tuple[int, int]] = set()  # connection, tag
+        self._latest: dict[str, tuple[int, int]] = {}  # message id -> its newest publish
         self.connections: list[FakeAmqpConnection] = []
         super().__init__("fake-amqp-peer")
 
@@ -247,6 +253,10 @@ class FakeAmqpPeer(_Listener):
     def url(self) -> str:
         """Where a publisher connects to."""
         return f"amqp://guest:guest@{self.host}:{self.port}//"
+
+    def vouches_for(self, message_id: str) -> bool:
+        """Whether the newest publish of this id was acked, on its connection and by its tag, not returned."""
+        return self._latest.get(message_id) in self._vouched
 
     def _accepted(self, sock: socket.socket) -> None:
         connection = FakeAmqpConnection(self, sock, len(self.connections) + 1)
@@ -278,9 +288,9 @@ class FakeAmqpConnection:
         """basic.ack; counts as vouched for every publish it covers that has come and was not returned."""
         covered = [one for one in self._by_tag if one == tag or (multiple and one <= tag)]
         for one in covered:
-            published = self._by_tag.pop(one)
+            del self._by_tag[one]
             if one not in self._returned:
-                self._peer.vouched.add(published.message_id)
+                self._peer._vouched.add((self.number, one))
         self._method(60, 80, struct.pack(">QB", tag, multiple))
 
     def nack(self, tag: int, *, multiple: bool = False) -> None:
@@ -347,6 +357,7 @@ class FakeAmqpConnection:
                 self._channel = channel
                 published = self._publish(count, payload)
                 self._by_tag[count] = published
+                self._peer._latest[published.message_id] = self.number, count
                 self._peer.published.append(published)
                 self._peer.script(self, published)
             else:

@@ -84,6 +84,11 @@ class AmqpBus:
         publisher = self._connected()
         self._running = True
         try:
+            # What came while nothing was under way: a farewell is better read before anything is taken.
+            fault = publisher.step(0.0)
+            if fault is not None:
+                self._drop(publisher, translated(fault, publisher.link.name, doing="idle"))
+                publisher = self._connected()
             yield from self._publish(publisher, feed)
         finally:
             self._running = False

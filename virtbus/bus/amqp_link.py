@@ -146,6 +146,14 @@ class _Connection(pyamqp.Connection):
         self._next_tick = 0.0
         self.limit = time.monotonic() + patience  # when a synchronous call gives up
 
+    def connect(self, callback: Callable[[], None] | None = None) -> None:
+        """The handshake; whatever ends it, the socket is closed."""
+        try:
+            super().connect(callback)
+        except BaseException:
+            self.abort()
+            raise
+
     # -- the socket
 
     def start_io(self, sock: Any) -> None:
@@ -259,9 +267,10 @@ class _Connection(pyamqp.Connection):
                 sock.close()
             except OSError:
                 pass  # it is gone already, which is what we want
+            if self._transport is not None:
+                self._transport.sock = None
         self._out.clear()
         if self._transport is not None:
-            self._transport.sock = None
             self.collect()
 
     # -- what py-amqp calls
