@@ -476,16 +476,16 @@ class Agent:
             except (BusUnavailable, BusDenied) as error:
                 self._bus_error = str(error)
                 emit(BusLost(self._bus_name, error))
-                backoff.wait(self._stop if deadline is None else self._abort, error)
+                self._back_off(backoff, error, deadline)
             except SpoolFull as error:
                 emit(SpoolUnwritable(str(self.spool.path), error))
-                backoff.wait(self._abort, error)
+                self._back_off(backoff, error, deadline)
             except SpoolCorrupt as error:
                 self._fail(error)
                 break
             except Exception as error:  # noqa: BLE001 - an unknown fault must not end publishing
                 emit(Trouble("publisher thread", error))
-                backoff.wait(self._abort, error)
+                self._back_off(backoff, error, deadline)
         feed.settle()
 
     def _publish_once(self, feed: _SpoolFeed, backoff: Backoff, deadline: float | None) -> None:
@@ -508,7 +508,14 @@ class Agent:
         feed.settle()
         if deferred is not None:
             self._bus_error = str(deferred)
-            backoff.wait(self._abort if deadline is not None else self._stop, deferred)
+            self._back_off(backoff, deferred, deadline)
+
+    def _back_off(self, backoff: Backoff, error: Exception, deadline: float | None) -> None:
+        """Wait before the next attempt; the beginning of a drain, and its deadline, end the wait."""
+        if deadline is None:
+            backoff.wait(self._intake_done, error)
+        else:
+            backoff.wait(self._abort, error, limit=deadline - time.monotonic())
 
     # ---- what it is like
 

@@ -7,6 +7,7 @@ the wait and the error; never tenacity's own objects, which can print secrets.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Event as StopEvent
@@ -62,9 +63,9 @@ class Backoff:
         state.attempt_number = self._attempt
         return float(self._policy(state)) * _scale
 
-    def wait(self, stop: StopEvent, error: Exception | str) -> bool:
-        """Tell the hook, then sleep the next wait. False when `stop` ended it."""
-        seconds = self.next_wait()
+    def wait(self, stop: StopEvent, error: Exception | str, *, limit: float = math.inf) -> bool:
+        """Tell the hook, then sleep the next wait, `limit` seconds at most. False when `stop` ended it."""
+        seconds = max(0.0, min(limit, self.next_wait()))
         self._hook(RetryScheduled(self._stage, self._attempt, round(seconds, 3), error))
         return not stop.wait(seconds)
 
