@@ -379,6 +379,14 @@ def test_an_event_that_breaks_its_schema_is_told_and_still_handed_over() -> None
     assert envelope.record(encoded, STAMP).id == STAMP.id
 
 
+def test_a_value_that_no_schema_takes_is_a_dead_letter_and_no_crash() -> None:
+    bad: Any = {"a", "set"}
+    with pytest.raises(InvalidEvent, match="/domain/state"):
+        envelope.encode(
+            dataclasses.replace(golden.FULL, domain=Domain(golden.DOMAIN, "web-1", 7, bad)), STAMP
+        )
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_not_a_number_never_goes_out(value: float) -> None:
     beat = dataclasses.replace(golden.HEARTBEAT, backlog=Backlog(0, 0, value))
