@@ -16,7 +16,7 @@ PYTEST_ARGS ?=
 help:
 	@echo "make demo    a real guest's disk fails, and the error comes out as a CloudEvent"
 	@echo "make test    all tests, with real QEMU guests and a real RabbitMQ (TESTS=…, PYTEST_ARGS=…)"
-	@echo "make check   ruff, mypy --strict, import-linter"
+	@echo "make check   ruff, mypy --strict, import-linter, the schemas' compatibility"
 	@echo "make setup   system packages and .venv, as make test needs them"
 	@echo "make faults | matrix | soak | bench | chart   one family of tests alone"
 	@echo "make sbom    a bill of materials of the installed package (CycloneDX)"
@@ -59,6 +59,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/virtbus schema check schemas
 
 test: setup
 	$(PYTEST) $(PYTEST_ARGS) $(TESTS)

@@ -47,6 +47,13 @@ def test_every_event_ever_released_is_still_read(file: golden.Path) -> None:
     assert schema.validate(f"{schema.PREFIX}{file.parts[-3]}:{version}", structured.data) == []
 
 
+def test_the_recorded_event_on_the_events_page_is_a_golden_one() -> None:
+    page = (golden.DATA.parents[1] / "docs" / "events.md").read_text(encoding="utf-8")
+    shown = page.partition("## A recorded one")[2].partition("```json\n")[2].partition("```")[0]
+    file = golden.GOLDEN / golden.FULL.TYPE / "1.0" / "trixie-stop-enospc-0.json"
+    assert json.loads(shown) == json.loads(json.loads(file.read_text(encoding="utf-8"))["structured"])
+
+
 def test_accepting_golden_events_never_touches_one_that_is_there(
     tmp_path: golden.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

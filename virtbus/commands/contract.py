@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from virtbus import schema
+from virtbus.bus import BusOptions
 from virtbus.envelope import CONTENT_TYPE, ROUTING_WORDS, STRUCTURED_CONTENT_TYPE
 from virtbus.errors import InputMissing, SchemaError
 
-EXCHANGE = TOPIC = "virtbus.events"
 _MARKER = re.compile(r"<!-- generated: (?P<name>[\w.]+) -->\n.*?<!-- end -->", re.DOTALL)
 # AsyncAPI's schema object is draft-07: it has no $defs, and these keywords mean something else there.
 _LEFT_OUT = {"$schema", "$id", "$defs", "examples"}
@@ -47,6 +47,7 @@ def reference(out: TextIO, *, page: Path | None = None) -> None:
 
 def asyncapi_document() -> dict[str, Any]:
     """The AsyncAPI 3.0 document of everything an agent publishes."""
+    names = BusOptions()
     components: dict[str, Any] = {}
     messages: dict[str, Any] = {}
     for type_, word in ROUTING_WORDS.items():
@@ -78,7 +79,7 @@ def asyncapi_document() -> dict[str, Any]:
             "amqp": {
                 "address": "{word}.{agent}.{domain}",
                 "title": "AMQP 0-9-1 topic exchange",
-                "description": f"Exchange {EXCHANGE}; the address is the routing key.",
+                "description": f"Exchange {names.exchange}; the address is the routing key.",
                 "parameters": {
                     "word": {
                         "description": "What the event is.",
@@ -92,7 +93,7 @@ def asyncapi_document() -> dict[str, Any]:
                     "amqp": {
                         "is": "routingKey",
                         "exchange": {
-                            "name": EXCHANGE,
+                            "name": names.exchange,
                             "type": "topic",
                             "durable": True,
                             "autoDelete": False,
@@ -102,11 +103,11 @@ def asyncapi_document() -> dict[str, Any]:
                 },
             },
             "kafka": {
-                "address": TOPIC,
+                "address": names.topic,
                 "title": "Kafka topic",
                 "description": "The key of each record is its partition key.",
                 "messages": _channel_messages("kafka", messages),
-                "bindings": {"kafka": {"topic": TOPIC, "bindingVersion": "0.5.0"}},
+                "bindings": {"kafka": {"topic": names.topic, "bindingVersion": "0.5.0"}},
             },
         },
         "operations": {
