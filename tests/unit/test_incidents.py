@@ -277,6 +277,18 @@ def test_a_change_that_had_to_wait_is_told_within_a_second():
     assert event.error.reason == "the newest"
 
 
+def test_a_change_that_had_to_wait_is_not_held_up_by_further_errors_nor_by_a_wide_window():
+    bench = Bench()
+    for _ in range(40):
+        bench.see(an_error())
+        bench.wait(1)
+    for number in range(10):
+        bench.see(an_error(reason=str(number)))
+    bench.see(an_error(reason="the newest"))
+    bench.see(an_error(reason="the newest"))
+    assert bench.wait(1)[-1].error.reason == "the newest"
+
+
 # -------------------------------------------------------------------------------------------- origins
 
 
@@ -616,6 +628,23 @@ def test_a_host_wide_incident_waits_for_each_guest_that_it_paused():
     assert told(bench.wait(301)) == [("resolved", "resumed")]
 
 
+def test_a_guest_that_a_host_wide_incident_holds_paused_keeps_its_other_incidents_open():
+    bench = Bench(max_open=5)
+    for domain in ("guest-a", "guest-b", "guest-c"):
+        bench.see(an_error(domain=domain))
+    (wide,) = bench.see(an_error(OTHER_DISK, domain="guest-a", action=PAUSE))
+    assert wide.incident.scope is Scope.HOST
+    ended = {event.domain.uuid for event in bench.wait(1000)}
+    assert ended == {"guest-b", "guest-c"}
+
+
+def test_a_host_wide_incident_lets_go_of_guests_that_were_gone_when_we_looked_again():
+    bench = Bench(max_open=1)
+    bench.see(an_error(domain="guest-a", action=PAUSE))
+    bench.ready(a_state("guest-b"))
+    assert told(bench.wait(301)) == [("resolved", "quiet")]
+
+
 def test_ten_thousand_guests_that_come_and_go_leave_nothing():
     bench = Bench()
     for number in range(10_000):
@@ -733,6 +762,14 @@ def test_a_guest_that_was_found_paused_keeps_its_incidents_open():
     bench.see(an_error(action=PAUSE))
     bench.see(DomainResumed("guest-a", bench.wall_ns))
     bench.see(SourceLost(bench.wall_ns, "libvirtd is gone"))
+    bench.ready(a_state(state="paused", paused=True))
+    assert bench.wait(1000) == []
+
+
+def test_a_guest_that_was_found_paused_keeps_its_live_incident_open_although_a_drill_holds_it_too():
+    bench = Bench()
+    bench.see(an_error(action=PAUSE, origin=Origin.REPLAY))
+    bench.see(an_error())
     bench.ready(a_state(state="paused", paused=True))
     assert bench.wait(1000) == []
 
