@@ -1,0 +1,57 @@
+# The agent's image: Python, libvirt's client library, virtbus in a virtual environment, and nothing to
+# build with. Builds with docker, podman and buildah (with buildah and podman add --format docker, which
+# keeps the health check):
+#
+#   buildah build --format docker --tag virtbus:0.1.0 .
+#
+# The base is Debian 13 with Python 3.13; both stages must use the same one. Renew the digest with the tag.
+ARG BASE=docker.io/library/python:3.13-slim-trixie@sha256:ffb752e139c0a19692a43af8d8523b274222dd68eebad5d583b45c2201c6e30a
+
+FROM ${BASE} AS build
+ENV DEBIAN_FRONTEND=noninteractive PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends binutils gcc libc6-dev libvirt-dev pkg-config \
+      $(python3 -c 'import sys; print("" if sys.executable.startswith("/usr/local") else "python3-dev python3-venv")')
+WORKDIR /build
+# The dependencies first: they change less often than we do. Every file's hash is pinned.
+COPY .docker/requirements.txt .docker/build.txt ./
+RUN python3 -m venv tool \
+ && tool/bin/pip install --require-hashes --requirement build.txt \
+ && python3 -m venv --without-pip /opt/virtbus \
+ && tool/bin/pip --python /opt/virtbus/bin/python install \
+      --require-hashes --no-build-isolation --requirement requirements.txt
+COPY pyproject.toml README.md LICENSE ./
+COPY schemas schemas
+COPY virtbus virtbus
+RUN tool/bin/pip --python /opt/virtbus/bin/python install --no-deps --no-build-isolation . \
+ && find /opt/virtbus -name '*.so*' -type f -exec strip --strip-unneeded {} + \
+ && find /opt/virtbus -type d -name tests -prune -exec rm -rf {} +
+
+FROM ${BASE}
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="virtbus" \
+      org.opencontainers.image.description="Every guest I/O error that libvirt reports, as a durable CloudEvent" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"
+RUN apt-get update \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ca-certificates libvirt0 \
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/dpkg.log /var/cache/debconf/*-old \
+ && mkdir -p /etc/virtbus /var/lib/virtbus /run/virtbus \
+ && chown 65532:65532 /var/lib/virtbus /run/virtbus \
+ && chmod 0700 /var/lib/virtbus
+COPY --from=build /opt/virtbus /opt/virtbus
+# The root file system may be read-only; what is written goes to /var/lib/virtbus, /run/virtbus and /tmp.
+ENV PATH=/opt/virtbus/bin:/usr/local/bin:/usr/bin:/bin \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    HOME=/tmp
+USER 65532:65532
+VOLUME ["/var/lib/virtbus"]
+EXPOSE 9466/tcp
+STOPSIGNAL SIGTERM
+# The agent answers on its control socket; a broker outage is no ill health. Kubernetes has its own probes.
+HEALTHCHECK --interval=30s --timeout=5s --start-period=15s CMD ["virtbus", "status", "--json"]
+ENTRYPOINT ["virtbus"]
+CMD ["run"]

@@ -1,0 +1,59 @@
+{{/* Values that are each right but contradict each other. Each message says what to change. */}}
+{{- define "virtbus.checks" -}}
+{{- $owned := dict
+      "VIRTBUS_BUS__URL" "bus.existingSecret"
+      "VIRTBUS_BUS__URL_FILE" "bus.existingSecret"
+      "VIRTBUS_BUS__PASSWORD_FILE" "bus.passwordKey"
+      "VIRTBUS_STATE_DIR" "spool"
+      "VIRTBUS_HTTP__LISTEN" "http"
+      "VIRTBUS_CONTROL__SOCKET" "the chart: probes and helm test rely on it" -}}
+{{- if not .Values.bus.existingSecret -}}
+{{- fail "\n\nbus.existingSecret is empty: the agent needs to know its broker. Make a Secret with the URL and name it:\n  kubectl create secret generic virtbus-bus --from-literal=url='amqps://user:password@broker:5671//'\n  helm … --set bus.existingSecret=virtbus-bus" -}}
+{{- end -}}
+{{- range $where := list "extraEnv" "react.extraEnv" -}}
+{{- $list := ternary $.Values.extraEnv $.Values.react.extraEnv (eq $where "extraEnv") -}}
+{{- range $list -}}
+{{- if hasKey $owned .name -}}
+{{- fail (printf "\n\n%s sets %s, which belongs to %s" $where .name (get $owned .name)) -}}
+{{- end -}}
+{{- if and (regexMatch "(?i)pass|secret|token|credential" .name) (not (hasSuffix "_FILE" .name)) (hasKey . "value") -}}
+{{- fail (printf "\n\n%s: %s looks like a secret and stands in plain text; use valueFrom.secretKeyRef" $where .name) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- with .Values.bus.tls -}}
+{{- if ne (empty .certKey) (empty .keyKey) -}}
+{{- fail "\n\nbus.tls.certKey and bus.tls.keyKey go together: set both, or neither" -}}
+{{- end -}}
+{{- if and .certKey (not .existingSecret) -}}
+{{- fail "\n\nbus.tls.certKey names a key of a Secret, but bus.tls.existingSecret is empty" -}}
+{{- end -}}
+{{- if and .existingSecret (not .caKey) (not .certKey) -}}
+{{- fail "\n\nbus.tls.existingSecret is set, but neither bus.tls.caKey nor bus.tls.certKey: nothing of it would be used" -}}
+{{- end -}}
+{{- end -}}
+{{- if and (eq (dig "bus" "auth" "plain" .Values.config) "external") (not .Values.bus.tls.certKey) -}}
+{{- fail "\n\nconfig.bus.auth is external, which needs a client certificate: set bus.tls.existingSecret, certKey and keyKey" -}}
+{{- end -}}
+{{- $drain := dig "drain_seconds" 10 .Values.config -}}
+{{- if lt (include "virtbus.grace" . | int64) (add (ceil $drain | int64) 10) -}}
+{{- fail (printf "\n\nterminationGracePeriodSeconds = %s is too short: draining may take config.drain_seconds = %v, and 10 more to end; leave it unset, or make it at least %d" (include "virtbus.grace" .) $drain (add (ceil $drain | int64) 10)) -}}
+{{- end -}}
+{{- $first := dig "incidents" "first_window_seconds" 1 .Values.config -}}
+{{- $last := dig "incidents" "max_window_seconds" 60 .Values.config -}}
+{{- if lt (float64 $last) (float64 $first) -}}
+{{- fail "\n\nconfig.incidents.max_window_seconds is less than config.incidents.first_window_seconds" -}}
+{{- end -}}
+{{- if and .Values.podMonitor.enabled .Values.serviceMonitor.enabled -}}
+{{- fail "\n\npodMonitor.enabled and serviceMonitor.enabled would scrape every agent twice: keep one" -}}
+{{- end -}}
+{{- if hasPrefix .Values.libvirt.socketDir .Values.spool.hostPath -}}
+{{- fail "\n\nspool.hostPath lies in libvirt.socketDir, which is mounted read-only: choose another folder" -}}
+{{- end -}}
+{{- if and .Values.react.enabled (not .Values.react.with) -}}
+{{- fail "\n\nreact.enabled is set, but react.with names no integration, e.g. --set 'react.with={kubernetes}'" -}}
+{{- end -}}
+{{- if and (eq .Values.spool.type "emptyDir") (hasKey .Values.spool "hostPath") (ne .Values.spool.hostPath "/var/lib/virtbus") -}}
+{{- fail "\n\nspool.hostPath is set, but spool.type is emptyDir: keep one" -}}
+{{- end -}}
+{{- end -}}
