@@ -469,12 +469,26 @@ def to_event(envelope: Envelope) -> Event | None:
             f"event {envelope.attributes['id'][:80]!r} of type {type_} breaks its schema: {shown}"
         )
     try:
-        event: Event = msgspec.convert(envelope.data, cls)
-    except (msgspec.ValidationError, ValueError, OverflowError) as error:
+        try:
+            event: Event = msgspec.convert(envelope.data, cls)
+        except msgspec.ValidationError:
+            event = msgspec.convert(_whole_numbers(envelope.data), cls)
+    except (msgspec.ValidationError, ValueError, OverflowError, RecursionError) as error:
         raise SchemaError(
             f"event {envelope.attributes['id'][:80]!r} of type {type_} can't be read: {error}"
         ) from error
     return event
+
+
+def _whole_numbers(value: Any) -> Any:
+    """The same data with 3.0 as 3: one number in JSON, and some tools on the way write it so."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list):
+        return [_whole_numbers(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _whole_numbers(item) for key, item in value.items()}
+    return value
 
 
 _NAME = re.compile("[a-z0-9]{1,64}")
@@ -505,7 +519,7 @@ def _text(value: object, where: str, what: str) -> str:
         return value
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, int):
+    if isinstance(value, int) and -(2**63) <= value < 2**63:
         return str(value)
     if isinstance(value, bytes | bytearray | memoryview):
         try:

@@ -584,6 +584,7 @@ JUNK_HEADERS: dict[str, dict[Any, Any]] = {
     "an odd name": {**AMQP, "ce-odd_name": "x"},
     "an empty name": {**AMQP, "ce-": "x"},
     "a value that is a list": {**AMQP, "ce-x": ["a"]},
+    "a number of 5,000 digits": {**AMQP, "ce-x": 10**5000},
     "a value that is nothing": {**AMQP, "ce-x": None},
     "a value that is not UTF-8": {**AMQP, "ce-x": b"\xff"},
     "a name that is not UTF-8": {**AMQP, b"ce-\xff": "x"},
@@ -611,6 +612,7 @@ JUNK_BODIES = {
     "a list": b"[]",
     "two values": b"{}{}",
     "not a number": b'{"a":NaN}',
+    "a number of 5,000 digits": b'{"a":' + b"9" * 5000 + b"}",
     "infinite": b'{"a":1e999}',
     "a lone surrogate": b'{"a":"\\ud800"}',
     "cut off": b'{"a":',
@@ -742,6 +744,11 @@ def test_new_words_of_a_later_minor_are_read_as_unknown() -> None:
         Origin.UNKNOWN,
         Scope.UNKNOWN,
     )
+
+
+def test_a_whole_number_that_came_with_a_fraction_is_the_same_number() -> None:
+    read = envelope.to_event(later({"occurrences.count": 3.0, "domain.id": 7.0}))
+    assert read == golden.FULL
 
 
 def test_an_unknown_type_or_major_is_handed_over_raw() -> None:

@@ -101,6 +101,15 @@ def test_a_broken_line_does_not_stop_the_others() -> None:
     assert "-:4: /: expected object, found []" in told
 
 
+@pytest.mark.parametrize(
+    "raw", [b"[" * 100_000, b'{"a":' + b"9" * 5000 + b"}", b'{"a":"\\ud800"}', b"\xff\xfe"]
+)
+def test_what_no_parser_takes_is_told_and_no_crash(raw: bytes) -> None:
+    code, told = run("-", stdin=raw + b"\n" + LINE)
+    assert code == 65
+    assert told.splitlines()[-1] == "2 checked, 1 invalid"
+
+
 def test_data_of_a_named_schema_is_checked_without_an_envelope() -> None:
     data = json.dumps(event()["data"]).encode()
     assert run("-", stdin=data, schema_name=golden.FULL.TYPE)[0] == 0
