@@ -6,6 +6,7 @@ run that is killed with SIGKILL; otherwise it ends by its pid.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
@@ -43,7 +44,8 @@ def kafka_version() -> str:
 
 def jars() -> Path:
     """The folder with Kafka's jars, fetched by Maven on first use into the checkout's .cache."""
-    folder = CHECKOUT / ".cache" / f"kafka-{kafka_version()}"
+    pinned = hashlib.sha256(POM.read_bytes()).hexdigest()[:8]
+    folder = CHECKOUT / ".cache" / f"kafka-{kafka_version()}-{pinned}"
     if (folder / "complete").exists():
         return folder
     if shutil.which("java") is None:

@@ -38,6 +38,7 @@ class MockCluster:
         assert handle, text.value
         self._handle = ctypes.c_void_p(handle)
         self._cluster = ctypes.c_void_p(self._library.rd_kafka_mock_cluster_new(self._handle, brokers))
+        self._library.rd_kafka_mock_group_initial_rebalance_delay_ms(self._cluster, ctypes.c_int32(0))
         # Topics are described by the controller, which the mock has only when told.
         self._library.rd_kafka_mock_set_controller_id(self._cluster, ctypes.c_int32(1))
         error = self._library.rd_kafka_mock_topic_create(self._cluster, topic.encode(), partitions, brokers)

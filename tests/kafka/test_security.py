@@ -52,9 +52,9 @@ def publishes(url: str, topic: str, **options: Any) -> bool:
 
 def refused(url: str, topic: str, error: type[Exception], **options: Any) -> str:
     begun = time.monotonic()
-    with opened(url, topic, **options) as bus, pytest.raises(error) as caught:
+    with opened(url, topic, **({"connect_timeout": 30.0} | options)) as bus, pytest.raises(error) as caught:
         ListFeed([a_record()]).publish(bus)
-    assert time.monotonic() - begun < 4.0, "a refusal must not wait for the time-out"
+    assert time.monotonic() - begun < 15.0, "a refusal must not wait for the time-out"
     return str(caught.value)
 
 
@@ -131,8 +131,8 @@ def test_a_token_command_that_fails_is_named_with_its_last_words(
     url = f"kafka://{kafka_cluster.hosts('sasl')}"
     command = (sys.executable, "-c", script)
     with (
-        opened(url, kafka_topic, oauth_token_command=command, connect_timeout=2.0) as bus,
-        pytest.raises((BusDenied, BusUnavailable), match="the identity provider is away"),
+        opened(url, kafka_topic, oauth_token_command=command) as bus,
+        pytest.raises(BusUnavailable, match=r"no OAuth token: .* the identity provider is away"),
     ):
         ListFeed([a_record()]).publish(bus)
 
@@ -175,11 +175,14 @@ def test_scram_over_tls_is_accepted(kafka_cluster: Cluster, kafka_topic: str) ->
     assert publishes(url, kafka_topic, sasl_mechanism="SCRAM-SHA-512", tls_ca_file=kafka_cluster.ca)
 
 
-def test_a_tls_url_to_a_plaintext_listener_is_an_error_that_names_tls(
+def test_a_tls_url_to_a_plaintext_listener_is_told_from_a_broker_that_is_away(
     kafka_cluster: Cluster, kafka_topic: str
 ) -> None:
-    told = refused(f"kafkas://{kafka_cluster.hosts()}", kafka_topic, BusDenied, tls_ca_file=kafka_cluster.ca)
-    assert "SSL" in told
+    url, options = (
+        f"kafkas://{kafka_cluster.hosts()}",
+        {"connect_timeout": 2.0, "tls_ca_file": kafka_cluster.ca},
+    )
+    assert "PLAINTEXT broker listener?" in refused(url, kafka_topic, BusUnavailable, **options)
 
 
 # --------------------------------------------------------------------------------------- permissions
@@ -252,7 +255,7 @@ def test_a_topic_that_may_not_be_created_is_a_clear_error(
     kafka_cluster: Cluster, kafka_topic: str, rules: Rules
 ) -> None:
     rules.add(ResourceType.TOPIC, kafka_topic, AclOperation.DESCRIBE, AclPermissionType.ALLOW)
-    rules.add(ResourceType.CLUSTER, "kafka-cluster", AclOperation.CREATE, AclPermissionType.DENY)
+    rules.add(ResourceType.BROKER, "kafka-cluster", AclOperation.CREATE, AclPermissionType.DENY)
     told = refused(limited(kafka_cluster), kafka_topic, BusDenied)
     assert f'creating topic "{kafka_topic}"' in told
     assert "permit it, or create it" in told

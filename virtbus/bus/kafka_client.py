@@ -146,7 +146,9 @@ class KafkaSettings:
                 config["ssl.key.location"] = str(options.tls_key_file or options.tls_cert_file)
         if self.mechanism == "OAUTHBEARER":
             config["sasl.mechanism"] = self.mechanism
-            config["oauth_cb"] = lambda _config: self._token(watch)
+            # The first one here: a client without a token would only wait, and hide why there is none.
+            ready = [self._token(watch)]
+            config["oauth_cb"] = lambda _config: ready.pop() if ready else self._token(watch)
         elif sasl:
             config["sasl.mechanism"] = self.mechanism
             config["sasl.username"] = self.username
@@ -207,13 +209,13 @@ class KafkaSettings:
     # ------------------------------------------------------------------------------------ OAuth
 
     def _token(self, watch: Watch) -> tuple[str, float]:
-        """Called by librdkafka when it needs a token: (token, expiry in Unix seconds)."""
+        """What librdkafka takes: (token, expiry in Unix seconds). Raises BusUnavailable with the reason."""
         try:
             text = self._token_text()
             return _token_and_expiry(text, time.time())
         except (OSError, subprocess.SubprocessError, ValueError) as error:
-            watch.token_failed(error)
-            raise
+            watch.last = oneline(error)
+            raise BusUnavailable(f"no OAuth token: {watch.last}") from error
 
     def _token_text(self) -> str:
         options = self.options
@@ -478,6 +480,8 @@ class _Ear(logging.Handler):
             if "in state APIVERSION_QUERY" in told and "Disconnected" in told:
                 told += "; is it a TLS listener, and the URL kafka://, or the other way round?"
             self._watch.last = told
+            if "SSL alert" in told:  # with TLS 1.3 the broker's refusal comes after our side's handshake
+                self._watch(KafkaError(KafkaError._SSL, told))
 
 
 class Watch:
@@ -506,10 +510,6 @@ class Watch:
         if code in _DENIED and self.denied is None:
             self.denied = error
             self.denied_at = time.monotonic()
-
-    def token_failed(self, error: Exception) -> None:
-        """The OAuth token's source failed."""
-        self.last = oneline(error)
 
     def forget(self) -> None:
         """The brokers answered: what was heard before is over."""

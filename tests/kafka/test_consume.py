@@ -1,0 +1,255 @@
+"""Consuming from a real Kafka: what may be committed, rebalances, kills. The rest is the bus contract's."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.kafka.cluster import Cluster
+from tests.kafka.help import hosts, opened, read
+from virtbus import envelope
+from virtbus.bus import Subscription
+from virtbus.bus.kafka import KafkaBus
+from virtbus.bus.kafka_consumer import Track
+from virtbus.errors import BusUnavailable
+from virtbus.model import Message
+from virtbus.testing import ListFeed, records
+
+
+@contextmanager
+def joined(bus: KafkaBus, group: str | None, prefetch: int = 100) -> Iterator[Subscription]:
+    subscription = bus.consume(group, prefetch=prefetch)
+    try:
+        yield subscription
+    finally:
+        subscription.close()
+
+
+def take(subscription: Subscription, count: int, *, ack: bool = True, seconds: float = 20.0) -> list[Message]:
+    got: list[Message] = []
+    limit = time.monotonic() + seconds
+    while len(got) < count and time.monotonic() < limit:
+        message = subscription.receive(0.5)
+        if message is not None:
+            got.append(message)
+            if ack:
+                subscription.ack(message)
+    return got
+
+
+def event_id(message: Message) -> str:
+    return envelope.decode(message).attributes["id"]
+
+
+# ---------------------------------------------------------------------------------------- offsets
+
+
+def test_an_offset_moves_only_when_everything_before_it_is_acknowledged() -> None:
+    track = Track()
+    for offset in (10, 11, 13, 20):  # a compacted log has holes
+        track.took(offset)
+    assert track.done(11) is None
+    assert track.done(20) is None
+    assert len(track) == 2
+    assert track.done(10) == 12
+    assert track.done(13) == 21
+    assert (len(track), track.span) == (0, 0)
+
+
+def test_what_comes_after_an_unacknowledged_message_is_delivered_again(
+    kafka_url: str, kafka_topic: str
+) -> None:
+    items = records(6)
+    with opened(kafka_url, kafka_topic, topic_partitions=1) as bus:
+        ListFeed(items).publish(bus)
+        with joined(bus, "g") as first:
+            messages = take(first, 6, ack=False)
+            for number in (0, 1, 3, 4, 5):
+                first.ack(messages[number])
+        with joined(bus, "g") as second:
+            again = take(second, 4)
+    assert [event_id(message) for message in again] == [record.id for record in items[2:]]
+
+
+def test_a_new_group_begins_with_the_oldest_event_the_topic_holds(kafka_url: str, kafka_topic: str) -> None:
+    items = records(5, keys=2)
+    with opened(kafka_url, kafka_topic) as bus:
+        ListFeed(items).publish(bus)
+        with joined(bus, "late") as subscription:
+            assert len(take(subscription, 5)) == 5
+
+
+def test_the_groups_offsets_are_committed_in_the_background(kafka_url: str, kafka_topic: str) -> None:
+    from confluent_kafka import Consumer, TopicPartition
+
+    with opened(kafka_url, kafka_topic, topic_partitions=1) as bus:
+        ListFeed(records(3)).publish(bus)
+        with joined(bus, "g") as subscription:
+            take(subscription, 3)
+            settings = {"bootstrap.servers": hosts(kafka_url), "group.id": "virtbus.g", "log_level": 0}
+            bare = Consumer(settings)
+            limit = time.monotonic() + 10
+            offset = -1
+            while offset != 3 and time.monotonic() < limit:
+                offset = bare.committed([TopicPartition(kafka_topic, 0)], timeout=5)[0].offset
+            bare.close()
+    assert offset == 3
+
+
+# -------------------------------------------------------------------------------------- rebalance
+
+
+def test_a_rebalance_loses_nothing_and_repeats_only_what_was_not_acknowledged(
+    kafka_url: str, kafka_topic: str
+) -> None:
+    items = records(40, keys=20)
+    seen: dict[str, int] = {}
+
+    def note(messages: list[Message]) -> None:
+        for message in messages:
+            seen[event_id(message)] = seen.get(event_id(message), 0) + 1
+
+    with opened(kafka_url, kafka_topic, topic_partitions=6) as bus:
+        ListFeed(items).publish(bus)
+        with joined(bus, "g") as first:
+            note(take(first, 15))
+            open_ones = take(first, 5, ack=False)
+            note(open_ones)
+            with joined(bus, "g") as second:
+                limit = time.monotonic() + 30
+                while time.monotonic() < limit and len(seen) < 40:
+                    for member in (first, second):
+                        note(take(member, 1, seconds=0.5))
+                for message in open_ones:  # some of these belong to the other member by now
+                    first.ack(message)
+                note(take(second, 20, seconds=1.5))
+    assert set(seen) == {record.id for record in items}
+    repeated = {event for event, times in seen.items() if times > 1}
+    assert len(repeated) <= 40 - 15, "what had been acknowledged before came again"
+
+
+def test_a_message_of_a_partition_that_is_gone_can_be_acknowledged_without_effect(
+    kafka_url: str, kafka_topic: str
+) -> None:
+    with opened(kafka_url, kafka_topic, topic_partitions=1) as bus:
+        ListFeed(records(2)).publish(bus)
+        first = bus.consume("g")
+        (message,) = take(first, 1, ack=False)
+        first.close()
+        first.ack(message)
+        with joined(bus, "g") as second:
+            assert len(take(second, 2)) == 2
+
+
+def test_a_killed_consumer_repeats_and_loses_nothing(kafka_url: str, kafka_topic: str) -> None:
+    items = records(30, keys=5)
+    with opened(kafka_url, kafka_topic) as bus:
+        ListFeed(items).publish(bus)
+    code = (
+        "import sys, os, signal\n"
+        "from virtbus.bus import BusOptions, open_bus\n"
+        "from virtbus import envelope\n"
+        "s = open_bus(sys.argv[1], BusOptions(topic=sys.argv[2])).consume('g')\n"
+        "got = 0\n"
+        "while got < 10:\n"
+        "    m = s.receive(1.0)\n"
+        "    if m is not None:\n"
+        "        print(envelope.decode(m).attributes['id'], flush=True)\n"
+        "        s.ack(m)\n"
+        "        got += 1\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, kafka_url, kafka_topic],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    handled = set(done.stdout.split())
+    with opened(kafka_url, kafka_topic) as bus, joined(bus, "g") as subscription:
+        rest = {event_id(message) for message in take(subscription, 30, seconds=20.0)}
+    assert len(handled) == 10
+    assert handled | rest == {record.id for record in items}
+
+
+# ------------------------------------------------------------------------------ holding back, limits
+
+
+def test_a_key_that_waits_for_a_retry_does_not_grow_without_bound(kafka_url: str, kafka_topic: str) -> None:
+    items = records(200)
+    with opened(kafka_url, kafka_topic, topic_partitions=1, window=16) as bus:
+        ListFeed(items).publish(bus)
+        with joined(bus, "g", prefetch=5) as subscription:
+            (first,) = take(subscription, 1, ack=False)
+            subscription.retry(first, 3.0)
+            assert subscription.receive(1.5) is None
+            assert subscription._outstanding() <= 5 * 10 + 1  # type: ignore[attr-defined]
+            got = take(subscription, 200, seconds=30.0)
+    assert [event_id(message) for message in got] == [record.id for record in items]
+
+
+def test_a_dead_letter_keeps_key_and_headers_and_tells_reason_position_and_group(
+    kafka_url: str, kafka_topic: str
+) -> None:
+    (item,) = records(1)
+    with opened(kafka_url, kafka_topic) as bus:
+        ListFeed([item]).publish(bus)
+        with joined(bus, "g") as subscription:
+            (message,) = take(subscription, 1, ack=False)
+            subscription.dead_letter(message, "no such host")
+    (dead,) = read(kafka_url, f"{kafka_topic}.dead", 1)
+    found = dict(dead.headers())
+    assert (dead.key(), dead.value()) == (item.key.encode(), item.body)
+    assert found["ce_id"] == item.id.encode()
+    assert found["x-virtbus-reason"] == b"no such host"
+    assert found["x-virtbus-position"] == message.position.encode()
+    assert found["x-virtbus-group"] == b"g"
+
+
+# ---------------------------------------------------------------------------------------- outages
+
+
+@pytest.mark.slow
+def test_a_subscription_outlives_its_brokers_restart_and_loses_nothing(
+    own_kafka: Cluster, kafka_topic: str
+) -> None:
+    before, after = records(5, keys=3), records(5, keys=3)
+    broker = own_kafka.brokers[0]
+    with (
+        opened(own_kafka.url, kafka_topic) as bus,
+        joined(bus, "g") as subscription,
+        joined(bus, None) as tap,
+    ):
+        assert ListFeed(before).drain(bus) == 5
+        assert len(take(subscription, 5)) == 5
+        assert len(take(tap, 5)) == 5
+        own_kafka.kill(broker)
+        with pytest.raises(BusUnavailable):
+            for _ in range(20):
+                subscription.receive(1.0)
+        own_kafka.restart(broker)
+        assert ListFeed(after).drain(bus, timeout=60) == 5
+
+        def patient(one: Subscription) -> set[str]:
+            got: set[str] = set()
+            limit = time.monotonic() + 40
+            while not got >= {record.id for record in after} and time.monotonic() < limit:
+                try:
+                    got |= {event_id(message) for message in take(one, 1, seconds=1.0)}
+                except BusUnavailable:
+                    continue
+            return got
+
+        assert patient(subscription) >= {record.id for record in after}
+        assert patient(tap) >= {record.id for record in after}
