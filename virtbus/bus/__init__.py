@@ -221,9 +221,17 @@ def split_url(url: str) -> SplitResult:
         port = parts.port
     except ValueError:
         parts, port = None, None
+    if parts is not None and (parts.query or parts.fragment):
+        raise ConfigError(
+            f"the bus URL of host {parts.hostname} has a query or fragment: settings go to bus.* in the "
+            'configuration (a "?" or "#" inside a password is written %3F or %23)'
+        )
     if parts is None or not parts.hostname:
         scheme = url.partition(":")[0]
-        raise ConfigError(f"the bus URL names no usable host and port: write {scheme}://[user@]host[:port]")
+        raise ConfigError(
+            f"the bus URL names no usable host and port: write {scheme}://[user@]host[:port] (inside a user "
+            "or password every / ? # @ ; , is percent-encoded)"
+        )
     if port == 0:
         raise ConfigError(f"the bus URL of host {parts.hostname} has port 0: use 1 to 65535, or leave it out")
     return parts

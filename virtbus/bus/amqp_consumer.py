@@ -32,7 +32,6 @@ from virtbus.telemetry import Notice, Trouble, emit
 
 USER_HEADER = "x-virtbus-user-id"
 _REASON_LIMIT = 1024
-_BEAT_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +248,7 @@ class AmqpSubscription:
 
     def _keep_alive(self) -> None:
         """Heartbeats while the caller works on a message; `receive` does it itself while it waits."""
-        while not self._closed.wait(_BEAT_SECONDS):
+        while not self._closed.wait(min(1.0, (self._options.heartbeat or 4.0) / 4)):
             if self._lock.acquire(blocking=False):
                 try:
                     self._pump(0.0)

@@ -91,11 +91,6 @@ def _endpoint(url: str, options: BusOptions) -> Endpoint:
     parts = split_url(url)
     tls = parts.scheme == "amqps"
     assert parts.hostname is not None
-    if parts.query or parts.fragment:
-        raise ConfigError(
-            f"the URL of broker {parts.hostname} has a query or fragment: settings go to bus.* in the "
-            'configuration (a "?" or "#" inside a password is written %3F or %23)'
-        )
     if options.auth == "external" and not tls:
         raise ConfigError(
             f'bus.auth is "external" but broker {parts.hostname} is amqp://: the identity is the TLS '
@@ -187,8 +182,8 @@ class _Connection(pyamqp.Connection):
     def pump(self, timeout: float, *, one: bool = False) -> bool:
         """Write, wait up to `timeout` seconds for something to read, dispatch it; True when a method came.
 
-        With `one` it stops after one method. Serves heartbeats about once a second. Raises what
-        LINK_FAULTS names when the connection is over.
+        With `one` it stops after one method. Serves heartbeats about once a second, or as often as a
+        short interval asks for. Raises what LINK_FAULTS names when the connection is over.
         """
         if self._dispatch(one):  # left over by `one`, or by a handler that raised
             return True
@@ -209,7 +204,7 @@ class _Connection(pyamqp.Connection):
             raise ConnectionResetError("the broker closed the connection")
         now = time.monotonic()
         if now >= self._next_tick:
-            self._next_tick = now + 1.0
+            self._next_tick = now + min(1.0, (self.heartbeat or 4.0) / 4)
             self.heartbeat_tick()
         return handled
 
