@@ -215,11 +215,14 @@ def check(base: Base, folder: Path, what: str, tally: Tally) -> None:
         tally.id_reused += 1
         tally.notes.append(f"{what}: {book.problems}")
     tally.named += len(book.named - base.book.named)
+    missing = []
     for place in book.unaccounted(tails=True):
         at = base.recorded.get(book.owed[place], clock.wall_ns)
         if not any((start is None or start <= at) and at <= end for start, end in intervals):
-            tally.unnamed_missing += 1
-            tally.notes.append(f"{what}: {place} is missing; opening {spool.opening}")
+            missing.append(place)
+    if missing:
+        tally.unnamed_missing += len(missing)
+        tally.notes.append(f"{what}: {missing} are missing; opening {spool.opening}")
 
 
 def parse(text: str) -> int:

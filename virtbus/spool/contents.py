@@ -21,7 +21,7 @@ from virtbus.spool.index import Index
 from virtbus.spool.ledger import CHUNK_BYTES, FULL, Account, mark
 
 KEEP_SET_ASIDE = 2  # damaged files that are kept: they hold up to the spool's whole size each
-_MAX_PROBES = 50_000  # single look-ups between two unreadable places
+_MAX_PROBES = 500  # look-ups between two unreadable places
 _BIRTHS = 4096
 
 # Whatever a damaged file can make SQLite or a conversion of its values raise.
@@ -254,7 +254,7 @@ class Rescue:
 
 
 def readable(connection: sqlite3.Connection, table: str) -> Iterator[tuple[SqlValue, ...]]:
-    """Rows of a damaged table: from the front, from the back, and one by one between what is broken."""
+    """Rows of a damaged table: from the front, from the back, and then between what is broken."""
     columns = COLUMNS[table]
     key = columns[0]
     low: Any = None
@@ -274,17 +274,23 @@ def readable(connection: sqlite3.Connection, table: str) -> Iterator[tuple[SqlVa
             high = row[0]
     except UNREADABLE:
         pass
-    if not isinstance(low, int | None) or not isinstance(high, int | None):
+    if isinstance(low, str) or isinstance(high, str):
         return
-    start = 1 if low is None else low + 1
-    stop = start + _MAX_PROBES if high is None else min(high, start + _MAX_PROBES)
-    for probe in range(start, stop):
+    probe, step, tries = (low or 0) + 1, 1, 0
+    while (high is None or probe < high) and tries < _MAX_PROBES:
+        tries += 1
+        found = False
         try:
-            found = connection.execute(select_sql(table, f"WHERE {key}=?"), (probe,)).fetchone()
+            for row in connection.execute(select_sql(table, f"WHERE {key}>=? ORDER BY {key}"), (probe,)):
+                if not isinstance(row[0], int) or row[0] < probe or (high is not None and row[0] >= high):
+                    return
+                found, probe, step = True, row[0] + 1, 1
+                yield row
+            return
         except UNREADABLE:
-            continue
-        if found is not None:
-            yield found
+            if not found:
+                # Past the broken page, at first row by row: most pages hold few.
+                probe, step = probe + step, min(step * 2, 64) if tries % 8 == 0 else step
 
 
 def copy_readable(source: sqlite3.Connection, target: sqlite3.Connection) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import sqlite3
 import stat
 from collections.abc import Sequence
@@ -200,8 +201,8 @@ class Lock:
     def sign(self, epoch: str | None) -> None:
         """Write who holds it; on a full disk the lock holds all the same."""
         raw = Path("/proc/self/cmdline").read_bytes()[:400]
-        command = raw.replace(b"\0", b" ").decode(errors="replace").strip()
-        text = f"{os.getpid()}\n{command}\n{epoch or self.before.epoch or ''}\n".encode()
+        command = " ".join(raw.replace(b"\0", b" ").decode(errors="replace").split())
+        text = f"{os.getpid()}\n{epoch or self.before.epoch or ''}\n{command}\n".encode()
         try:
             os.pwrite(self._fd, text, 0)
             os.ftruncate(self._fd, len(text))
@@ -221,8 +222,10 @@ def read_holder(state_dir: Path) -> Holder:
         lines = (state_dir / LOCK).read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
         return Holder(None, None, None)
+    lines += [""] * 3
     pid = int(lines[0]) if lines[0].isdigit() else None
-    return Holder(pid, lines[1] if len(lines) > 1 else None, (lines[2] or None) if len(lines) > 2 else None)
+    epoch = lines[1] if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", lines[1]) else None
+    return Holder(pid, lines[2] or None, epoch)
 
 
 # --------------------------------------------------------------------------------- SQLite

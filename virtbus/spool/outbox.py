@@ -19,6 +19,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -68,6 +69,7 @@ COMPACT_PAGES = 256  # free pages given back to the file system in one step
 UPDATED, RESOLVED, OPENED, GAP = range(4)  # classes, in the order in which they give way
 
 _GAP_RESERVE = 2048
+_NOT_DAMAGE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY)  # at the start; what else fails then is damage
 _READ_SIZES = (1, 8, 64, 256)  # rows a SELECT, so that few statements are cached
 
 
@@ -380,30 +382,19 @@ class Spool:
         if not files.is_regular(path) or path.stat().st_size == 0:
             raise Damaged("the file is empty")
         try:
-            connection = files.connect_to_read(path)
-            try:
+            with closing(files.connect_to_read(path)) as connection:
                 minor = files.check_version(connection, path)
-            finally:
-                connection.close()
             if minor < len(files.MIGRATIONS) - 1:
-                connection = files.connect(path)
-                try:
+                with closing(files.connect(path)) as connection:
                     files.migrate(connection, minor)
-                finally:
-                    connection.close()
                 minor = len(files.MIGRATIONS) - 1
-        except sqlite3.Error as error:
-            if files.code_of(error) & 0xFF in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY):
+            with closing(files.connect_to_read(path)) as connection:
+                files.check_schema(connection)
+                return contents.load(connection), minor
+        except contents.UNREADABLE as error:
+            if isinstance(error, sqlite3.Error) and files.code_of(error) & 0xFF in _NOT_DAMAGE:
                 raise
             raise Damaged(f"{type(error).__name__}: {error}") from error
-        connection = files.connect_to_read(path)
-        try:
-            files.check_schema(connection)
-            return contents.load(connection), minor
-        except contents.UNREADABLE as error:
-            raise Damaged(f"{type(error).__name__}: {error}") from error
-        finally:
-            connection.close()
 
     @staticmethod
     def _check_writable(path: Path) -> None:
@@ -561,7 +552,15 @@ class Spool:
             claim = _Claim("dead_letter", mine, item.count, draft.wall_ns, str(item.error)[:200])
             draft.claims.append(claim)
             if facts is not None:  # what it was going to name is still to be named
-                draft.claims.append(replace(claim, ranges=facts.ranges, occurrences=facts.occurrences))
+                draft.claims.append(
+                    replace(
+                        claim,
+                        ranges=facts.ranges,
+                        occurrences=facts.occurrences,
+                        started_ns=facts.started_ns,
+                        found=facts.found,
+                    )
+                )
         return stamp
 
     def _stamp(self, draft: _Draft) -> Stamp:
