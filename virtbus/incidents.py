@@ -10,10 +10,11 @@ Guarantees, for any order of observations, clock jumps and restarts:
 5. Memory is bounded by `IncidentLimits.max_open`.
 
 The windows. A message opens a window; errors in it are counted and told when it ends, and the next
-window is twice as wide, up to the limit. An error after a window without any goes out at once, and opens a
-window of the same width: rare errors are told without delay, and never more than one a window. A change
-of action or reason, or the start of flapping, goes out at once where guarantee 3 allows it, else
-as soon as it does; what was counted by then goes with it, under the newest action and reason.
+window is twice as wide, up to the limit. An error after a silent window goes out at once; if it came within
+another such time the errors go on and the window widens, else it stays as wide as it was: rare errors are
+told without delay, and never more than one a window. A change of action or reason, or the start of
+flapping, goes out at once where guarantee 3 allows it, else as soon as it does; what was counted by then goes
+with it, under the newest action and reason.
 
 A burst of count 0 is what was found out about errors that were told already (evidence, a text): it is
 told like an error of its incident, as an update of count 0, but opens none and does not disturb the quiet.
@@ -354,7 +355,9 @@ class Incidents:
         window_over = now.monotonic >= incident.window_ends_at
         incident.urgent = incident.urgent or news
         if incident.urgent or window_over or not self._limits.fold:
-            widen = window_over and had_counts and not incident.urgent
+            # Errors as far apart as a window (QEMU from 9.2 on lets one a second pass) go on, too.
+            goes_on = had_counts or now.monotonic < incident.window_ends_at + incident.width
+            widen = window_over and goes_on and bool(incident.messages) and not incident.urgent
             events += self._tell(incident, now, describe, widen=widen)
         self._schedule(incident)
         return events

@@ -208,6 +208,28 @@ def test_an_hour_of_storm_costs_few_messages_and_loses_no_count():
     assert len(events) < 80
 
 
+@pytest.mark.parametrize("seconds", [1.0, 1.02, 0.98])
+def test_a_storm_that_the_hypervisor_throttles_to_one_a_second_is_folded_too(seconds):
+    bench = Bench()
+    events = []
+    for _ in range(3600):
+        events += bench.see(an_error()) + bench.wait(seconds)
+    events += bench.wait(60)
+    assert counted(events) == 3600
+    assert len(events) < 80
+
+
+def test_a_rare_error_is_told_at_once_however_wide_the_window_is():
+    bench = Bench()
+    for _ in range(200):
+        bench.see(an_error())
+        bench.wait(1)
+    bench.wait(125)
+    for _ in range(10):
+        assert told(bench.see(an_error())) == [("updated", 1)]
+        assert bench.wait(130) == []
+
+
 def test_an_error_after_a_silent_window_goes_out_at_once():
     bench = Bench()
     bench.see(an_error())
@@ -281,7 +303,7 @@ def test_a_change_that_had_to_wait_is_not_held_up_by_further_errors_nor_by_a_wid
     bench = Bench()
     for _ in range(40):
         bench.see(an_error())
-        bench.wait(1)
+        bench.wait(0.9)
     for number in range(10):
         bench.see(an_error(reason=str(number)))
     bench.see(an_error(reason="the newest"))
