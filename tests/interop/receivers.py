@@ -57,9 +57,10 @@ class Receiver:
     def built(self) -> Path:
         """Fetch and build it unless that was done; only one process does."""
         folder = self.folder()
-        with locked(folder.with_suffix(".lock")):
+        with locked(CACHE / f"{self.name}.lock"):
             if not (folder / ".done").exists():
-                shutil.rmtree(folder, ignore_errors=True)
+                for stale in CACHE.glob(f"{self.name}-*"):
+                    shutil.rmtree(stale, ignore_errors=True)
                 folder.mkdir(parents=True)
                 for name in self.sources:
                     shutil.copy(HERE / name, folder)
@@ -77,10 +78,11 @@ def locked(file: Path) -> Iterator[None]:
         yield
 
 
-def run(command: list[str], folder: Path, *, timeout: float) -> str:
+def run(command: list[str], folder: Path, *, timeout: float, stdin: str = "") -> str:
     """Run a command; its output, or an AssertionError with all it said."""
     done = subprocess.run(
         command,
+        input=stdin,
         cwd=folder,
         capture_output=True,
         text=True,
@@ -104,6 +106,7 @@ JAVASCRIPT = Receiver(
             "read_amqp.mjs",
             "read_kafka.mjs",
             "asyncapi.mjs",
+            "json_format.mjs",
         )
     ),
     prepare=lambda folder: void(
