@@ -29,6 +29,11 @@ DEVICES = {
     "virtio-disk0": Device("virtio-disk0", target="vda", policy=ErrorPolicy("stop", "report")),
     "virtio-disk1": Device("virtio-disk1", target="vdb", policy=ErrorPolicy("report", "report")),
 }
+# As libvirt up to 9.0 has them: the second disk's events are lost.
+UNNAMED = {
+    **DEVICES,
+    "virtio-disk1": replace(DEVICES["virtio-disk1"], source=DeviceSource("network", protocol="nbd")),
+}
 IO_PAUSE = Look(PAUSED, PAUSED_IOERROR, {"vda": 1})
 
 
@@ -132,6 +137,52 @@ def test_a_second_disk_of_the_same_pause_is_found_although_the_first_had_its_eve
     suspend(check, 0.0)
     look_at(check, Look(PAUSED, PAUSED_IOERROR, {"vda": 1, "vdb": 1}))
     assert [(b.raw.alias, b.count) for b in findings(check, 1.0)] == [("virtio-disk1", 1)]
+
+
+def test_a_disk_error_that_an_earlier_pause_left_is_not_told_again() -> None:
+    check = CrossCheck(GRACE)
+    check.event(raw(), 0.0)
+    suspend(check, 0.0)
+    look_at(check, IO_PAUSE, 0.1)
+    findings(check, 1.0)
+    check.resumed(UUID)
+    check.event(raw("virtio-disk1", 5.0), 5.0)
+    suspend(check, 5.0)
+    look_at(check, Look(PAUSED, PAUSED_IOERROR, {"vda": 1, "vdb": 1}), 5.1)
+    assert findings(check, 6.0) == []
+
+
+def test_a_disk_error_that_was_there_while_the_guest_ran_is_not_told() -> None:
+    check = CrossCheck(GRACE)
+    check.baseline(UUID, "db1", 1, {"virtio-disk0": 1})
+    suspend(check, 5.0)
+    look_at(check, Look(PAUSED, PAUSED_IOERROR, {"vda": 1, "vdb": 1}), 5.1)
+    assert [burst.raw.alias for burst in findings(check, 6.0)] == ["virtio-disk1"]
+
+
+def test_the_same_disk_that_fails_again_without_an_event_is_told_again() -> None:
+    check = CrossCheck(GRACE)
+    for at in (0.0, 5.0):
+        suspend(check, at)
+        look_at(check, IO_PAUSE, at + 0.1)
+        assert [burst.raw.alias for burst in findings(check, at + 1)] == ["virtio-disk0"]
+        check.resumed(UUID)
+
+
+def test_which_of_two_disks_with_old_errors_failed_again_is_not_guessed() -> None:
+    check = CrossCheck(GRACE)
+    check.baseline(UUID, "db1", 1, {"virtio-disk0": 1, "virtio-disk1": 1})
+    suspend(check, 5.0)
+    look_at(check, Look(PAUSED, PAUSED_IOERROR, {"vda": 1, "vdb": 1}), 5.1)
+    assert [burst.raw.alias for burst in findings(check, 6.0)] == [""]
+
+
+def test_an_operators_pause_of_a_guest_with_an_old_disk_error_is_no_error() -> None:
+    check = CrossCheck(GRACE)
+    check.baseline(UUID, "db1", 1, {"virtio-disk0": 1})
+    suspend(check, 5.0, by_io_error=False)
+    look_at(check, Look(PAUSED, PAUSED_UNKNOWN, {"vda": 1}), 5.1)
+    assert findings(check, 6.0) == []
 
 
 def test_two_quick_pauses_without_events_are_two_errors() -> None:
@@ -324,6 +375,7 @@ failures = st.builds(
 @given(st.lists(failures, max_size=8))
 def test_any_history_tells_each_error_once(history: list[Failure]) -> None:
     check, told = CrossCheck(GRACE), {"virtio-disk0": 0, "virtio-disk1": 0, "": 0}
+    wrong: set[str] = set()
     agenda: list[tuple[float, int, str, Failure]] = []
     at, order = 10.0, 0
     for failure in history:
@@ -341,8 +393,9 @@ def test_any_history_tells_each_error_once(history: list[Failure]) -> None:
 
     def settle(until: float) -> None:
         while (due := check.next_due()) is not None and due <= until:
-            for burst in findings(check, due):
-                told[burst.raw.alias] += burst.count
+            for decision in check.due(due, {UUID: UNNAMED}):
+                for burst in decision.bursts:
+                    told[burst.raw.alias] += burst.count
 
     while agenda:
         now, _, what, failure = heapq.heappop(agenda)
@@ -355,8 +408,8 @@ def test_any_history_tells_each_error_once(history: list[Failure]) -> None:
             suspend(check, now, by_io_error=surely)
         elif what == "look":
             reason = PAUSED_IOERROR if surely else PAUSED_UNKNOWN
-            target = "vda" if failure.named else "vdb"
-            look_at(check, Look(PAUSED, reason, {target: 1}), now)
+            wrong.add("vda" if failure.named else "vdb")  # QEMU keeps them
+            look_at(check, Look(PAUSED, reason, dict.fromkeys(wrong, 1)), now)
         else:
             check.resumed(UUID)
     settle(1e9)

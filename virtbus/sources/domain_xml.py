@@ -54,11 +54,11 @@ def parse(
         raise SchemaError(f"domain XML: the root element is <{root.tag[:40]}>, expected <domain>")
     uuid, name = root.findtext("uuid"), root.findtext("name")
     number = root.get("id", "")
-    devices = {}
+    devices: dict[str, Device] = {}
     for element in root.iterfind("devices/*"):
         device = _device(element)
         if device is not None and device.alias is not None:
-            devices[device.alias] = device
+            devices.setdefault(device.alias, device)  # a <console> bears its <serial>'s alias, after it
     return DomainXml(
         uuid=uuid.strip() if uuid else None,
         name=name,

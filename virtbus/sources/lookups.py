@@ -28,6 +28,7 @@ class Want(Flag):
     NOTHING = 0
     DESCRIPTION = auto()
     TROUBLE = auto()
+    BASELINE = auto()  # the disk errors that a running guest has left over
     HOST = auto()  # asked under the key "", which is no domain's
 
 

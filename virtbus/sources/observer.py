@@ -58,7 +58,7 @@ from virtbus.sources.link import (
     Space,
     Unsupported,
 )
-from virtbus.sources.looks import FreeSpace, Look, read_messages
+from virtbus.sources.looks import FreeSpace, Look, disk_errors_by_alias, read_messages
 from virtbus.sources.lookups import Lookups, Want
 from virtbus.telemetry import DomainUnreadable, LookupFinished, SourceCutOff, SourceRegistered, Trouble, emit
 
@@ -111,6 +111,12 @@ class _Looked:
 
 
 @dataclass(frozen=True, slots=True)
+class _Baseline:
+    uuid: str
+    disk_errors: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class _Undecodable:
     pass
 
@@ -121,7 +127,7 @@ class _Closed:
     silent_seconds: float = 0.0
 
 
-_Note: TypeAlias = _Lifecycle | _Changed | _LookAt | _Looked | _Undecodable | _Closed
+_Note: TypeAlias = _Lifecycle | _Changed | _LookAt | _Looked | _Baseline | _Undecodable | _Closed
 
 
 @dataclass(slots=True)
@@ -396,6 +402,9 @@ class Observer:
                     self._connector.uri, hypervisor.libvirt_version, hypervisor.version, len(ready.domains)
                 )
             )
+            for domain in ready.domains:
+                if domain.state == "running":
+                    self._lookups.request(domain.uuid, Want.BASELINE)
             closed = self._listen(session, opened.link, sink, stop)
         finally:
             self._session = None
@@ -449,6 +458,12 @@ class Observer:
             self._lookups.request(note.uuid, Want.TROUBLE)
         elif isinstance(note, _Looked):
             self._on_look(session, note, snapshot)
+        elif isinstance(note, _Baseline):
+            entry = self.cache.get(note.uuid)
+            if entry is not None:
+                wrong = disk_errors_by_alias(note.disk_errors, entry.devices)
+                with self.lock:
+                    self.check.baseline(entry.uuid, entry.name, entry.number, wrong)
         elif isinstance(note, _Undecodable):
             for entry in self.cache.active():
                 self._reconciling.add(entry.uuid)
@@ -591,7 +606,7 @@ class Observer:
         boot_id = None
         if facts.local:
             try:
-                boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+                boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
             except OSError:
                 boot_id = None
         return Host(name=facts.name, uuid=self._host_uuid, boot_id=boot_id, hypervisor=facts.hypervisor)
@@ -614,11 +629,11 @@ class Observer:
                 self._host_uuid = domain_xml.host_uuid(link.capabilities())
             if want & Want.DESCRIPTION:
                 self._read(link, uuid)
-            if want & Want.TROUBLE:
-                look = self._look(link, uuid)
-                session = self._session
-                if session is not None:
-                    session.notes.put(_Looked(uuid, look))
+            session = self._session
+            if want & Want.TROUBLE and session is not None:
+                session.notes.put(_Looked(uuid, self._look(link, uuid)))
+            if want & Want.BASELINE and session is not None:
+                session.notes.put(_Baseline(uuid, link.disk_errors(uuid)))
         except NoSuchDomain:
             return  # its end is on its way to us
         except SchemaError as error:
@@ -647,7 +662,7 @@ class Observer:
             except SourceUnavailable as error:
                 emit(LookupFinished("failed", uuid, error))
         if state == PAUSED:
-            # Only of a paused guest: of one that runs it says nothing, and asking QEMU may hang.
+            # Only of a paused guest: of one that runs it tells of what is over.
             try:
                 look = replace(look, disk_errors=link.disk_errors(uuid))
             except NoSuchDomain:
@@ -688,7 +703,8 @@ def _free_space(path: str, space: Space) -> FreeSpace | None:
     if not path.startswith("/"):
         return None
     try:
-        if os.stat(path).st_size != space.physical:  # noqa: PTH116 - a plain call, as its neighbour
+        image = Path(path).stat()
+        if space.physical not in (image.st_size, image.st_blocks * 512):
             return None
         found = os.statvfs(path)
     except OSError:
