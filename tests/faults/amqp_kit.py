@@ -5,11 +5,16 @@ The obligations are the records that were made, never what is read back from the
 
 from __future__ import annotations
 
+import shutil
 import signal
+import sys
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import kombu
 
@@ -19,10 +24,40 @@ from virtbus.bus.amqp import AmqpBus
 from virtbus.errors import BusDenied, BusUnavailable
 from virtbus.model import Confirmed, Deferred, Record
 from virtbus.retry import Backoff
-from virtbus.telemetry import METRICS
+from virtbus.telemetry import METRICS, configure
 from virtbus.testing import ListFeed, TcpFaultProxy, records, wait_until
 
 QUEUE = "load"
+
+
+@contextmanager
+def private_broker() -> Iterator[RabbitMQ]:
+    """A node of this scenario's own."""
+    configure(level="error")
+    folder = Path(tempfile.mkdtemp(prefix="vbfaults-", dir="/tmp"))  # short, for its sockets
+    broker = RabbitMQ.shared(folder / "rabbitmq")
+    try:
+        yield broker
+    finally:
+        broker.close()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def report(name: str, runs: int, accounts: Sequence[Account], *, good: bool = True, **more: object) -> None:
+    """Print the scenario's one line, and end the process: 0 when nothing was lost and all else is `good`."""
+    lost = sum(account.lost + account.changed for account in accounts)
+    disorder = sum(account.out_of_order for account in accounts)
+    words = {
+        "runs": runs,
+        "events": sum(account.sent for account in accounts),
+        "lost": lost,
+        "duplicates": sum(account.duplicates for account in accounts),
+        "out_of_order": disorder,
+        "reconnect_max_seconds": round(max(one.reconnect_max_seconds for one in accounts), 2),
+        **more,
+    }
+    print(name, *(f"{key}={value}" for key, value in words.items()), flush=True)
+    sys.exit(0 if good and lost == 0 and disorder == 0 else 1)
 
 
 @dataclass
@@ -38,7 +73,8 @@ class Account:
     found_seconds: float = 0.0
     blocked_seconds: float = 0.0
     reconnects: int = 0
-    drain_rate: float = 0.0
+    drain_rate: float = 0.0  # events a second
+    raw_rate: float = 0.0  # the same of raw pipelined kombu over the same proxy, when asked for
 
     def assert_nothing_lost_and_ordered(self) -> None:
         assert (self.lost, self.out_of_order, self.changed) == (0, 0, 0), self
@@ -179,9 +215,14 @@ def restart(broker: RabbitMQ, *, runs: int, events: int, kill: bool = False) -> 
 
 
 def black_hole(
-    broker: RabbitMQ, vhost: str, *, seconds: float, heartbeat: float, backlog: int, keys: int = 1000
-) -> Account:
-    """The network swallows everything for `seconds` under load; then a backlog drains."""
+    broker: RabbitMQ, vhost: str, *, seconds: float, heartbeat: float, backlog: int, keys: int = 1000,
+    raw: Callable[[str, list[Record], int], float] | None = None,
+) -> Account:  # fmt: skip
+    """The network swallows everything for `seconds` under load; then a backlog drains.
+
+    `raw` publishes the backlog another way, for comparison: see tests/bench/bench_amqp.py.
+    """
+    raw_rate = 0.0
     direct = broker.url(vhost)
     make_queue(direct)
     items = records(200 + backlog, keys=keys)
@@ -202,10 +243,13 @@ def black_hole(
         more.finish(600)
         drained = time.monotonic()
         bus.close()
-    account = check(items, drain_queue(direct, QUEUE))
+        account = check(items, drain_queue(direct, QUEUE))
+        if raw is not None:
+            raw_rate = raw(url, late, 256)
     account.found_seconds = more.troubles[0][0] - began if more.troubles else 0.0
     account.reconnect_max_seconds = more.confirmed_at[0] - healed
     account.drain_rate = len(late) / (drained - more.confirmed_at[0])
+    account.raw_rate = raw_rate
     return account
 
 
