@@ -168,7 +168,7 @@ def _is_read_only(path: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """What the lock file says: who holds or held the spool, and the last epoch it began."""
+    """What the lock file says: who holds or held the spool, and the last epoch that committed something."""
 
     pid: int | None
     command: str | None

@@ -301,9 +301,10 @@ class Spool:
         self._losses = list(found.losses)
         self._taken: dict[int, _Taken] = {}  # the publisher's alone
         self._untold_opening = True
+        self._signed = False  # the lock file names this run: it has committed something
         self._done: list[tuple[Record, Outcome]] = []  # settled here, not in the file yet
         self._damaged: list[tuple[int, str, str]] = []  # (position, key, error), not in the file yet
-        self._alive_at = now.monotonic
+        self._alive_at = self._wishes_at = now.monotonic
         self._naming_at = 0.0
         self._compact_at = now.monotonic
         self._settle_again_at = 0.0
@@ -429,7 +430,7 @@ class Spool:
         previous = PreviousRun(told[-1].epoch, told[-1].last) if told else None
         last_alive_ns = told[-1].alive_ns or None if told else None
         before = lock.before.epoch
-        if before is not None and before not in found.accounts:
+        if before is not None and (before not in found.accounts or not found.accounts[before].last):
             # The file went back to before that run began: SQLite dropped its log, or it was replaced.
             damage = damage or f"the file does not know of the last run ({before}): what it committed is lost"
             previous = PreviousRun(before, 0)
@@ -465,7 +466,7 @@ class Spool:
             connection.execute("COMMIT")
         finally:
             connection.close()
-        lock.sign(account.epoch)
+        lock.sign(None)
         found.accounts[account.epoch] = account
         aside = note.get("set_aside")
         missing = [item for loss in found.losses if loss.reason == "spool_damaged" for item in loss.ranges]
@@ -843,6 +844,9 @@ class Spool:
                 self._births.add(self._next_position - 1, now)
             self._births.forget(self._index.oldest_row() or self._next_position)
             self._changed.notify_all()
+        if not self._signed:
+            self._signed = True
+            self._lock_file.sign(self.epoch)
         self._untold_opening &= not draft.tells_opening
         self._alive_at = now
 
@@ -856,9 +860,9 @@ class Spool:
             if self._losses and now >= self._naming_at:
                 self._naming_at = now + 1.0
                 self.commit(())
-            if now - self._alive_at < ALIVE_SECONDS:
+            if now - min(self._alive_at, self._wishes_at) < ALIVE_SECONDS:
                 return True
-            self._alive_at = now
+            self._alive_at = self._wishes_at = now
             with self._writing:
                 self._heal()
                 try:
@@ -938,7 +942,10 @@ class Spool:
         if not chosen:
             return []
         try:
-            return self._read(chosen)
+            records = self._read(chosen)
+            if self._damaged:
+                self._settle_later(now, 0.0)
+            return records
         except sqlite3.Error as error:
             with self._memory:
                 for row, key in chosen:
@@ -1168,8 +1175,8 @@ class Spool:
         (pages,) = db.execute("PRAGMA page_count").fetchone()
         if free < COMPACT_PAGES or free * 2 < pages:
             return
-        db.execute("BEGIN IMMEDIATE")
-        db.execute(f"PRAGMA incremental_vacuum({COMPACT_PAGES * 4})").fetchall()
+        # A script, because this PRAGMA frees a page a step and `execute` would take only one step of it.
+        db.executescript(f"BEGIN IMMEDIATE; PRAGMA incremental_vacuum({COMPACT_PAGES * 4})")
         _fault("during_compaction")
         db.execute("COMMIT")
 
