@@ -1,0 +1,222 @@
+"""Messages of either binding and mode as envelopes and typed events: what comes in is trusted in nothing."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from virtbus import schema
+from virtbus.envelope.canonical import timestamp
+from virtbus.envelope.encoding import CONTENT_TYPE, STRUCTURED_CONTENT_TYPE
+from virtbus.errors import SchemaError
+from virtbus.model import Binding, Event, Gap, Heartbeat, IoError, IoErrorResolved, Message
+
+MAX_DECODE_BYTES = 1024 * 1024
+
+_TYPES: dict[str, type[Any]] = {cls.TYPE: cls for cls in (IoError, IoErrorResolved, Gap, Heartbeat)}
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """A message that is a CloudEvent with a JSON object as its data; nothing is said of its schema yet."""
+
+    attributes: dict[str, str]
+    body: bytes
+    data: dict[str, Any]
+
+
+def decode(message: Message) -> Envelope:
+    """The CloudEvent in a message of either binding and content mode; raises SchemaError for all else."""
+    _check_size(message.body, message.position)
+    headers = _headers(message)
+    content_type = message.content_type or headers.get("content-type") or ""
+    media_type = content_type.partition(";")[0].strip().lower()
+    if media_type.startswith("application/cloudevents"):
+        if media_type != STRUCTURED_CONTENT_TYPE:
+            raise SchemaError(
+                f"{message.position}: can't read {content_type[:80]!r}: only {STRUCTURED_CONTENT_TYPE}"
+            )
+        return _structured(message.body, message.position)
+    prefix = "ce-" if message.binding is Binding.AMQP else "ce_"
+    attributes = {name[3:]: value for name, value in headers.items() if name.startswith(prefix)}
+    if not attributes:
+        raise SchemaError(
+            f"{message.position}: not a CloudEvent: no {prefix}* headers and no {STRUCTURED_CONTENT_TYPE}"
+        )
+    if content_type:
+        attributes["datacontenttype"] = content_type
+    _check_attributes(attributes, message.position)
+    return Envelope(attributes, message.body, _object(message.body, message.position))
+
+
+def decode_structured(line: bytes) -> Envelope:
+    """The CloudEvent in one structured JSON text; raises SchemaError."""
+    _check_size(line, "event")
+    return _structured(line, "event")
+
+
+def to_event(envelope: Envelope) -> Event | None:
+    """The typed event; None for a type or major version that this release does not know.
+
+    A later minor version is read as the newest we know. Raises SchemaError when the data breaks its schema.
+    """
+    type_ = envelope.attributes["type"]
+    cls = _TYPES.get(type_)
+    if cls is None:
+        return None
+    dataschema = envelope.attributes.get("dataschema", type_)
+    urn = schema.parse_urn(dataschema)
+    if urn is not None and (urn[0] != type_ or urn[1] != schema.latest(type_).order[0]):
+        return None
+    problems = schema.validate(dataschema if urn else type_, envelope.data)
+    if problems:
+        shown = "; ".join(str(problem) for problem in problems[:3])
+        raise SchemaError(
+            f"event {envelope.attributes['id'][:80]!r} of type {type_} breaks its schema: {shown}"
+        )
+    try:
+        try:
+            event: Event = msgspec.convert(envelope.data, cls)
+        except msgspec.ValidationError:
+            event = msgspec.convert(_whole_numbers(envelope.data), cls)
+    except (msgspec.ValidationError, ValueError, OverflowError, RecursionError) as error:
+        raise SchemaError(
+            f"event {envelope.attributes['id'][:80]!r} of type {type_} can't be read: {error}"
+        ) from error
+    return event
+
+
+def _whole_numbers(value: Any) -> Any:
+    """The same data with 3.0 as 3: one number in JSON, and some tools on the way write it so."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list):
+        return [_whole_numbers(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _whole_numbers(item) for key, item in value.items()}
+    return value
+
+
+_NAME = re.compile("[a-z0-9]{1,64}")
+_RFC3339 = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
+)
+_FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def _headers(message: Message) -> dict[str, str]:
+    """The headers that matter, names in lower case, values as text."""
+    prefix = "ce-" if message.binding is Binding.AMQP else "ce_"
+    headers: dict[str, str] = {}
+    for raw_name, raw_value in message.headers.items():
+        name = _text(raw_name, message.position, "a header's name").lower()
+        if not (name.startswith(prefix) or name == "content-type"):
+            continue
+        value = _text(raw_value, message.position, f"header {name[:40]!r}")
+        if headers.setdefault(name, value) != value:
+            raise SchemaError(
+                f"{message.position}: header {name[:40]!r} is there twice with different values"
+            )
+    return headers
+
+
+def _text(value: object, where: str, what: str) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int) and -(2**63) <= value < 2**63:
+        return str(value)
+    if isinstance(value, bytes | bytearray | memoryview):
+        try:
+            return bytes(value).decode()
+        except UnicodeDecodeError as error:
+            raise SchemaError(f"{where}: {what} is not UTF-8") from error
+    if isinstance(value, datetime) and value.tzinfo is not None:
+        return timestamp(value)
+    raise SchemaError(f"{where}: {what} is a {type(value).__name__}, not text")
+
+
+def _structured(text: bytes, where: str) -> Envelope:
+    parts = _parse(text, where, _PARTS)
+    data = parts.pop("data", None)
+    encoded = parts.pop("data_base64", None)
+    attributes: dict[str, str] = {}
+    for name, raw in parts.items():
+        value = _parse(bytes(raw), where, _ANY)
+        if value is None:  # the JSON format lets an absent attribute be null
+            continue
+        if not isinstance(value, str | int):
+            raise SchemaError(f"{where}: attribute {name[:40]!r} is not text, a number or a boolean")
+        attributes[name] = _text(value, where, name)
+    _check_attributes(attributes, where)
+    if data is not None and encoded is not None:
+        raise SchemaError(f"{where}: both data and data_base64")
+    if data is not None:
+        body = bytes(data)
+    elif encoded is not None:
+        body = _from_base64(_parse(bytes(encoded), where, _ANY), where)
+    else:
+        raise SchemaError(f"{where}: no data")
+    return Envelope(attributes, body, _object(body, where))
+
+
+def _from_base64(value: object, where: str) -> bytes:
+    try:
+        if isinstance(value, str):
+            return base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError):
+        pass
+    raise SchemaError(f"{where}: data_base64 is not base64")
+
+
+_PARTS: msgspec.json.Decoder[dict[str, msgspec.Raw]] = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_ANY: msgspec.json.Decoder[Any] = msgspec.json.Decoder()
+
+
+def _parse(text: bytes, where: str, decoder: msgspec.json.Decoder[Any]) -> Any:
+    try:
+        return decoder.decode(text)
+    except (msgspec.MsgspecError, UnicodeError, ValueError, RecursionError) as error:
+        raise SchemaError(f"{where}: not a JSON object: {error}") from error
+
+
+def _object(body: bytes, where: str) -> dict[str, Any]:
+    data = _parse(body, where, _ANY)
+    if not isinstance(data, dict):
+        raise SchemaError(f"{where}: the data is {type(data).__name__}, not a JSON object")
+    return data
+
+
+def _check_size(body: bytes, where: str) -> None:
+    if len(body) > MAX_DECODE_BYTES:
+        raise SchemaError(f"{where}: {len(body)} bytes are more than the {MAX_DECODE_BYTES} that are read")
+
+
+def _check_attributes(attributes: Mapping[str, str], where: str) -> None:
+    """The rules of CloudEvents 1.0 for attributes, and JSON as the content type."""
+    if attributes.get("specversion") != "1.0":
+        raise SchemaError(
+            f"{where}: specversion is {attributes.get('specversion', 'absent')[:40]!r}, not '1.0'"
+        )
+    for name in ("id", "source", "type"):
+        if not attributes.get(name):
+            raise SchemaError(f"{where}: attribute {name!r} is required")
+    for name, value in attributes.items():
+        if not _NAME.fullmatch(name) or name == "data":
+            raise SchemaError(f"{where}: {name[:40]!r} is no name for an attribute")
+        if _FORBIDDEN.search(value):
+            raise SchemaError(f"{where}: attribute {name!r} holds a control character")
+    time = attributes.get("time")
+    if time is not None and not _RFC3339.fullmatch(time):
+        raise SchemaError(f"{where}: time {time[:40]!r} is not RFC 3339")
+    content_type = attributes.get("datacontenttype", CONTENT_TYPE).partition(";")[0].strip().lower()
+    if not re.fullmatch(r"(application|text)/([a-z0-9.-]+\+)?json", content_type):
+        raise SchemaError(f"{where}: the data is {content_type[:80]!r}, not JSON")

@@ -1,0 +1,256 @@
+"""Events of the model as attributes and data, and those in the form that each binding takes."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Mapping
+from datetime import datetime
+from functools import cache
+from typing import Any, NamedTuple
+from urllib.parse import quote
+
+import msgspec
+
+from virtbus import schema
+from virtbus.envelope.canonical import MAX_DATA_BYTES, SURROGATES, clean, dump, fit, plain, scrub, timestamp
+from virtbus.errors import SchemaError
+from virtbus.model import (
+    Action,
+    Event,
+    Gap,
+    Heartbeat,
+    IoError,
+    IoErrorResolved,
+    Record,
+    Stamp,
+    to_datetime,
+)
+
+CONTENT_TYPE = "application/json"
+STRUCTURED_CONTENT_TYPE = "application/cloudevents+json"
+
+# First word of the routing key by event type.
+ROUTING_WORDS = {
+    IoError.TYPE: "io_error",
+    IoErrorResolved.TYPE: "resolved",
+    Gap.TYPE: "gap",
+    Heartbeat.TYPE: "heartbeat",
+}
+_SEVERITIES = {Action.PAUSE: ("ERROR", "17"), Action.REPORT: ("WARN", "13")}
+_INFO, _WARN, _DEBUG = ("INFO", "9"), ("WARN", "13"), ("DEBUG", "5")
+# CloudEvents attributes of type Integer: numbers in structured JSON, decimal text in headers.
+_INTEGERS = frozenset({"severitynumber"})
+
+
+class Encoded(NamedTuple):
+    """An event ready for any binding: attributes as plain strings, and the data's canonical bytes."""
+
+    attributes: dict[str, str]
+    body: bytes
+
+
+class InvalidEvent(SchemaError):
+    """An event of ours that breaks its own schema: a bug; `encoded` is what would have gone out."""
+
+    def __init__(self, message: str, encoded: Encoded) -> None:
+        super().__init__(message)
+        self.encoded = encoded
+
+
+class AmqpWire(NamedTuple):
+    """What an AMQP 0-9-1 message takes: headers, the content-type property, the body."""
+
+    headers: dict[str, str]
+    content_type: str
+    body: bytes
+
+
+class KafkaWire(NamedTuple):
+    """What a Kafka record takes: headers in a fixed order, key, value."""
+
+    headers: list[tuple[str, bytes]]
+    key: bytes
+    value: bytes
+
+
+_uuid_lock = threading.Lock()
+_last_tick = 0
+
+
+def uuid7(wall_ns: int) -> str:
+    """A UUIDv7 (RFC 9562) of a wall time in ns since the Unix epoch; later calls give greater ones, also
+    within a millisecond and when the clock steps back.
+    """
+    global _last_tick
+    # 48 bits of milliseconds, then 12 bits of the fraction (RFC 9562, 6.2, method 3).
+    millis, rest = divmod(wall_ns, 1_000_000)
+    tick = millis << 12 | (rest << 12) // 1_000_000
+    with _uuid_lock:
+        _last_tick = tick = max(tick, _last_tick + 1)
+    random = int.from_bytes(os.urandom(8), "big") & 0x3FFF_FFFF_FFFF_FFFF
+    value = (tick >> 12) << 80 | 0x7 << 76 | (tick & 0xFFF) << 64 | 0x2 << 62 | random
+    text = f"{value:032x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+def partition_key(event: Event) -> str:
+    """Order is kept within this key: the domain's UUID; for a gap or heartbeat the agent's id."""
+    if isinstance(event, IoError | IoErrorResolved):
+        return event.domain.uuid
+    return event.agent_id
+
+
+def encode(event: Event, stamp: Stamp) -> Encoded:
+    """The event's attributes and data, checked against its schema.
+
+    Raises InvalidEvent, which carries what was encoded, when the event breaks its schema. Too large data is
+    cut visibly and `truncated` names the places. A gap of more than about 500 ranges would be cut: make two.
+    """
+    data: dict[str, Any] = plain(event)
+    try:
+        body = dump(data)
+    except (UnicodeEncodeError, ValueError):
+        data = scrub(data)
+        body = dump(data)
+    if len(body) > MAX_DATA_BYTES:
+        body = fit(data)
+    dataschema = _dataschema(event.TYPE)
+    encoded = Encoded(_attributes(event, stamp, dataschema), body)
+    problems = schema.validate(dataschema, data)
+    if problems:
+        shown = "; ".join(str(problem) for problem in problems[:3])
+        raise InvalidEvent(f"event {stamp.id} of type {event.TYPE} breaks its schema: {shown}", encoded)
+    return encoded
+
+
+def record(encoded: Encoded, stamp: Stamp, row: int = 0) -> Record:
+    """The record a bus publishes; `row` is the spool's handle."""
+    return Record(
+        row=row,
+        epoch=stamp.epoch,
+        seq=stamp.sequence or 0,
+        id=stamp.id,
+        key=encoded.attributes["partitionkey"],
+        attributes=encoded.attributes,
+        body=encoded.body,
+        created_ns=stamp.recorded_ns,
+    )
+
+
+@cache
+def _dataschema(type_: str) -> str:
+    return schema.latest(type_).id
+
+
+def _attributes(event: Event, stamp: Stamp, dataschema: str) -> dict[str, str]:
+    agent = clean(stamp.agent_id)
+    if isinstance(event, IoError):
+        happened = event.occurrences.last
+        severity = _SEVERITIES.get(event.error.action, _INFO)
+    elif isinstance(event, IoErrorResolved):
+        happened, severity = event.resolution.resolved_at, _INFO
+    elif isinstance(event, Gap):
+        happened, severity = event.ended_at, _WARN
+    else:
+        happened, severity = event.sent_at, _DEBUG
+    if isinstance(event, IoError | IoErrorResolved):
+        key = clean(event.domain.uuid)
+        subject = f"{key}/{_quoted(event.device.alias)}"
+    else:
+        key = subject = clean(event.agent_id)
+    attributes = {
+        "specversion": "1.0",
+        "id": clean(stamp.id),
+        "source": f"/virtbus/agents/{agent}",
+        "type": event.TYPE,
+        "subject": subject,
+        "time": timestamp(happened),
+        "datacontenttype": CONTENT_TYPE,
+        "dataschema": dataschema,
+        "partitionkey": key,
+        "epoch": clean(stamp.epoch),
+        "recordedtime": timestamp(to_datetime(stamp.recorded_ns)),
+        "severitytext": severity[0],
+        "severitynumber": severity[1],
+    }
+    if stamp.sequence is not None:
+        attributes["sequence"] = f"{stamp.sequence:012d}"
+    return attributes
+
+
+def _quoted(alias: str | None) -> str:
+    if not alias:
+        return "-"
+    cut = alias[:80] + "…" if len(alias) > 80 else alias
+    return quote(SURROGATES.sub("\ufffd", cut), safe="")
+
+
+def routing_key(attributes: Mapping[str, str]) -> str:
+    """`<io_error|resolved|gap|heartbeat>.<agent-id>.<domain uuid|->` for the topic exchange."""
+    type_ = attributes["type"]
+    agent = attributes["source"].rpartition("/")[2]
+    domain = attributes["partitionkey"] if type_ in (IoError.TYPE, IoErrorResolved.TYPE) else "-"
+    # A dot would be another word of the key: none of the three may hold one.
+    word = ROUTING_WORDS.get(type_) or type_.replace(".", "_")
+    return f"{word}.{agent.replace('.', '_')}.{domain.replace('.', '_')}"[:255]
+
+
+def to_amqp(attributes: Mapping[str, str], body: bytes, *, structured: bool = False) -> AmqpWire:
+    """The AMQP 0-9-1 form. The content type is a `content-type` header too: Knative's receiver reads that."""
+    if structured:
+        return AmqpWire(
+            {"content-type": STRUCTURED_CONTENT_TYPE},
+            STRUCTURED_CONTENT_TYPE,
+            structured_json(attributes, body),
+        )
+    from cloudevents.core.bindings import rabbitmq
+
+    message = rabbitmq.to_binary(_sdk_event(attributes, body), _sdk_format())
+    headers = dict(message.headers)
+    headers["ce-time"] = attributes["time"]  # the SDK leaves out microseconds that are zero
+    content_type = message.content_type or CONTENT_TYPE
+    headers["content-type"] = content_type
+    return AmqpWire(headers, content_type, message.body)
+
+
+def to_kafka(attributes: Mapping[str, str], body: bytes, *, structured: bool = False) -> KafkaWire:
+    """The Kafka form; the key is the partition key."""
+    key = attributes["partitionkey"].encode()
+    if structured:
+        headers = [("content-type", STRUCTURED_CONTENT_TYPE.encode())]
+        return KafkaWire(headers, key, structured_json(attributes, body))
+    from cloudevents.core.bindings import kafka
+
+    message = kafka.to_binary(_sdk_event(attributes, body), _sdk_format())
+    named = {**message.headers, "ce_time": attributes["time"].encode()}
+    return KafkaWire(sorted(named.items()), key, message.value)
+
+
+def _sdk_event(attributes: Mapping[str, str], body: bytes) -> Any:
+    from cloudevents.core.v1.event import CloudEvent
+
+    # A dict of its own: the SDK keeps and changes the one it is given.
+    own: dict[str, Any] = dict(attributes)
+    own["time"] = datetime.fromisoformat(own["time"])
+    return CloudEvent(own, body)
+
+
+@cache
+def _sdk_format() -> Any:
+    from cloudevents.core.formats.json import JSONFormat
+
+    return JSONFormat()
+
+
+def structured_json(attributes: Mapping[str, str], body: bytes) -> bytes:
+    """The whole event as one line of JSON, keys sorted, the data spliced in byte for byte."""
+    if b"\n" in body or b"\r" in body:
+        body = dump(msgspec.json.decode(body))
+    event: dict[str, Any] = dict(attributes)
+    for name in _INTEGERS & event.keys():
+        if re.fullmatch("-?[0-9]{1,9}", event[name]):
+            event[name] = int(event[name])
+    event["data"] = msgspec.Raw(body)
+    return dump(event)
