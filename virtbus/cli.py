@@ -214,6 +214,25 @@ def tap(stage: str | None, domain: str | None, **options: Any) -> None:
     command.tap(_load(options).config, stage=stage, domain=domain, out=sys.stdout)
 
 
+@cli.command()
+@_common
+@_libvirt
+@_bus
+@_state_dir
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--timeout", type=click.FloatRange(0.1), default=15.0, show_default=True, metavar="S",
+              help="How long one part may take to answer.")  # fmt: skip
+def doctor(as_json: bool, timeout: float, **options: Any) -> None:
+    """Look at every part: what is wrong, on what, and what to do.
+
+    libvirt and its events, the broker with credentials, TLS and topology, one confirmed probe event, the
+    spool's disk, the clock, the schemas. Ends with the first failure's exit code.
+    """
+    from virtbus.commands import doctor as command
+
+    sys.exit(command.run(_load(options), as_json=as_json, timeout=timeout, out=sys.stdout))
+
+
 @cli.group()
 def config() -> None:
     """Show and check the settings."""

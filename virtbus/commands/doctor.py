@@ -1,0 +1,69 @@
+"""`virtbus doctor`: look at every part, print the findings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TextIO
+
+from virtbus import doctor
+from virtbus.agent import load_agent_id
+from virtbus.commands import wiring
+from virtbus.config import Loaded
+from virtbus.errors import VirtbusError
+from virtbus.model import Check
+
+_MARKS = {"ok": ("ok  ", "32"), "warning": ("WARN", "33"), "failed": ("FAIL", "31"), "skipped": ("skip", "2")}
+
+
+def run(loaded: Loaded, *, as_json: bool, timeout: float, out: TextIO) -> int:
+    """Print each check as it is done; the exit code of the first failure, or 0."""
+    config = loaded.config
+    state_dir = Path(config.state_dir)
+    checks: list[Check] = []
+    for check in doctor.examine(
+        source=lambda: wiring.open_source(config),
+        bus=lambda: wiring.open_bus(config),
+        state_dir=state_dir,
+        max_bytes=config.spool.max_bytes,
+        agent_id=_agent_id(state_dir),
+        timeout=timeout,
+    ):
+        checks.append(check)
+        if not as_json:
+            out.write(_lines(check, colour=out.isatty()))
+            out.flush()
+    code = doctor.exit_code(checks)
+    if as_json:
+        found = [
+            {
+                "name": check.name,
+                "status": check.status,
+                "summary": check.summary,
+                "remedy": check.remedy,
+                "exit_code": check.exit_code,
+                "details": dict(check.details),
+            }
+            for check in checks
+        ]
+        out.write(json.dumps({"ok": code == 0, "checks": found}, indent=2, ensure_ascii=False) + "\n")
+    return code
+
+
+def _agent_id(state_dir: Path) -> str | None:
+    """The agent's id if there is one; doctor makes none."""
+    if not (state_dir / "agent-id").exists():
+        return None
+    try:
+        return load_agent_id(state_dir)[0]
+    except VirtbusError:
+        return None
+
+
+def _lines(check: Check, *, colour: bool) -> str:
+    mark, code = _MARKS[check.status]
+    shown = f"\x1b[{code}m{mark}\x1b[0m" if colour else mark
+    text = f"{shown} {check.name}: {check.summary}\n"
+    if check.remedy and check.status != "ok":
+        text += f"     → {check.remedy}\n"
+    return text

@@ -1,0 +1,290 @@
+"""Looks at every part once and says what is wrong, on what, and what to do: checks as data.
+
+`examine` changes nothing but one thing it says: a probe event (type PROBE_TYPE) goes to the bus and is
+confirmed, because only that shows that this identity may publish. Consumers that know our types only
+hand it over as an unknown type.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
+from pathlib import Path
+
+from virtbus import envelope, schema
+from virtbus.bus import Bus
+from virtbus.errors import BusDenied, BusUnavailable, ConfigError, SpoolFull, VirtbusError
+from virtbus.model import Check, Checks, Confirmed, Outcome, Record, Refused, Unroutable, to_datetime
+from virtbus.sources import Source
+from virtbus.spool import prepare_state_dir
+from virtbus.spool.files import DATABASE, LOCK, read_holder
+
+PROBE_TYPE = "io.virtbus.agent.probe.v1"
+SLOW_SYNC_SECONDS = 0.1
+_STA_UNSYNC = 0x0040  # adjtimex(2): the kernel's clock is not synchronised
+_EARLIEST_NS = 1_704_067_200 * 10**9  # 2024-01-01: no host of this program ran before
+
+
+def examine(
+    *,
+    source: Callable[[], Source],
+    bus: Callable[[], Bus],
+    state_dir: Path,
+    max_bytes: int,
+    agent_id: str | None,
+    timeout: float = 10.0,
+) -> Iterator[Check]:
+    """Every check, one after the other. `source` and `bus` make the parts; their errors are findings too."""
+    yield from _schemas()
+    yield from _clock(state_dir)
+    yield from _spool(state_dir, max_bytes)
+    yield from _part("libvirt", lambda: source().probe(), timeout)
+    made: list[Bus] = []
+
+    def probe() -> Checks:
+        made.append(bus())
+        return made[0].probe()
+
+    checks = list(_part("bus", probe, timeout))
+    yield from checks
+    if made and not any(check.status == "failed" for check in checks):
+        yield from _part("bus round trip", lambda: [_round_trip(made[0], agent_id or "doctor")], timeout)
+    else:
+        yield Check("bus round trip", "skipped", "the bus can't be used: see above")
+    for each in made:
+        each.close()
+
+
+def exit_code(checks: Sequence[Check]) -> int:
+    """0 when nothing failed, else the first failure's code."""
+    return next(
+        (check.exit_code or VirtbusError.exit_code for check in checks if check.status == "failed"), 0
+    )
+
+
+def _part(name: str, look: Callable[[], Checks], timeout: float) -> Iterator[Check]:
+    """The checks of a part, on a thread: one that hangs (a frozen libvirt) is a finding, not our end."""
+    found: list[Check] = []
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            found.extend(look())
+        except VirtbusError as error:
+            found.append(Check(name, "failed", str(error), _REMEDIES.get(type(error)), error.exit_code))
+        except Exception as error:  # noqa: BLE001 - a part that breaks is a finding
+            found.append(
+                Check(name, "failed", f"unexpected {type(error).__name__}: {error}", "report it", 70)
+            )
+        finally:
+            done.set()
+
+    threading.Thread(target=run, name=f"virtbus-doctor-{name}", daemon=True).start()
+    if done.wait(timeout):
+        yield from found
+    else:
+        yield Check(
+            name,
+            "failed",
+            f"no answer within {timeout:g} s: it hangs",
+            "look at its process and log; a frozen libvirtd shows as state T in ps"
+            if name == "libvirt"
+            else "look at the network path and at the broker's log",
+            69,
+        )
+
+
+_REMEDIES: dict[type[VirtbusError], str] = {
+    ConfigError: "mend the setting; `virtbus config show` says where it comes from",
+    BusDenied: "check user, password, certificate and the broker's permissions",
+    BusUnavailable: "check address, firewall and that the broker runs",
+}
+
+
+# ---------------------------------------------------------------------------------------- one by one
+
+
+def _schemas() -> Iterator[Check]:
+    """The bundled schemas are whole."""
+    wrong = []
+    for entry in schema.entries():
+        try:
+            schema.load(entry.id)
+        except VirtbusError as error:
+            wrong.append(str(error))
+    if wrong:
+        yield Check("schemas", "failed", "; ".join(wrong), "install the package again", 65)
+    else:
+        yield Check("schemas", "ok", f"{len(schema.entries())} bundled schemas are whole")
+
+
+class _Timex(ctypes.Structure):
+    """The head of struct timex (adjtimex(2)); the rest only has to be there."""
+
+    _fields_ = (
+        ("modes", ctypes.c_uint),
+        ("offset", ctypes.c_long),
+        ("freq", ctypes.c_long),
+        ("maxerror", ctypes.c_long),
+        ("esterror", ctypes.c_long),
+        ("status", ctypes.c_int),
+        ("rest", ctypes.c_byte * 256),
+    )
+
+
+def _is_synchronised() -> bool | None:
+    with suppress(OSError, AttributeError):
+        timex = _Timex()
+        if ctypes.CDLL(None, use_errno=True).adjtimex(ctypes.byref(timex)) >= 0:
+            return not timex.status & _STA_UNSYNC
+    return None
+
+
+def _clock(state_dir: Path) -> Iterator[Check]:
+    """The wall clock only stamps; but consumers compare the stamps of many hosts."""
+    now = time.time_ns()
+    newest = 0
+    with suppress(OSError):
+        newest = (state_dir / DATABASE).stat().st_mtime_ns
+    remedy = "set the clock (chronyd, systemd-timesyncd)"
+    if now < _EARLIEST_NS:
+        yield Check("clock", "failed", f"it is {time.strftime('%Y-%m-%d', time.gmtime())} here", remedy, 69)
+    elif newest > now + 60 * 10**9:
+        late = (newest - now) / 1e9
+        yield Check("clock", "failed", f"the spool was written {late:.0f} s in the future", remedy, 69)
+    elif _is_synchronised() is False:
+        yield Check("clock", "warning", "the kernel says that nobody synchronises the clock", remedy)
+    else:
+        yield Check("clock", "ok", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(now // 10**9)))
+
+
+def _spool(state_dir: Path, max_bytes: int) -> Iterator[Check]:
+    """The folder can be written and synced, has room, and says who uses it."""
+    try:
+        prepare_state_dir(state_dir)
+        seconds = _sync_time(state_dir)
+    except VirtbusError as error:
+        yield Check("spool", "failed", str(error), "make the folder writable for this user", error.exit_code)
+        return
+    except OSError as error:
+        yield Check(
+            "spool",
+            "failed",
+            f"{state_dir} can't be written: {error.strerror}",
+            "make room, or make it writable; until then errors are only counted in memory",
+            SpoolFull.exit_code,
+        )
+        return
+    used = f", in use by pid {read_holder(state_dir).pid}" if _is_held(state_dir) else ""
+    slow = seconds > SLOW_SYNC_SECONDS
+    yield Check(
+        "spool",
+        "warning" if slow else "ok",
+        f"{state_dir} is writable, a sync takes {seconds * 1000:.1f} ms{used}",
+        "put it on a faster disk: each event waits for a sync" if slow else None,
+        details={"sync_seconds": round(seconds, 6)},
+    )
+    free = shutil.disk_usage(state_dir).free
+    if free < 2 * max_bytes:
+        yield Check(
+            "spool space",
+            "warning",
+            f"{free >> 20} MiB free in {state_dir}, spool.max_bytes may need {2 * max_bytes >> 20} MiB",
+            "make room, or lower spool.max_bytes",
+        )
+    else:
+        yield Check("spool space", "ok", f"{free >> 20} MiB free")
+
+
+def _is_held(state_dir: Path) -> bool:
+    """Whether an agent runs on this spool."""
+    try:
+        with (state_dir / LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _sync_time(folder: Path) -> float:
+    """Seconds of the fastest of three synced writes."""
+    path = folder / f".doctor-{os.getpid()}"
+    best = float("inf")
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        for _ in range(3):
+            begun = time.monotonic()
+            os.write(descriptor, b"\0" * 4096)
+            os.fsync(descriptor)
+            best = min(best, time.monotonic() - begun)
+    finally:
+        os.close(descriptor)
+        path.unlink()
+    return best
+
+
+class _OneRecord:
+    """A feed of a single record."""
+
+    def __init__(self, record: Record) -> None:
+        self._records = [record]
+
+    def take(self, limit: int, busy: AbstractSet[str]) -> Sequence[Record]:
+        """See virtbus.bus.Feed."""
+        taken, self._records = self._records, []
+        return taken
+
+
+def _round_trip(bus: Bus, agent_id: str) -> Check:
+    """Publish one probe event and wait for the broker's word."""
+    now = time.time_ns()
+    event_id = envelope.uuid7(now)
+    record = Record(
+        row=0,
+        epoch=event_id,
+        seq=0,
+        id=event_id,
+        key=agent_id,
+        attributes={
+            "specversion": "1.0",
+            "id": event_id,
+            "type": PROBE_TYPE,
+            "source": f"/virtbus/agents/{agent_id}",
+            "subject": agent_id,
+            "time": to_datetime(now).isoformat(timespec="microseconds").replace("+00:00", "Z"),
+            "datacontenttype": "application/json",
+            "partitionkey": agent_id,
+        },
+        body=b"{}",
+        created_ns=now,
+    )
+    begun = time.monotonic()
+    outcomes: list[Outcome] = [outcome for _, outcome in bus.publish(_OneRecord(record))]
+    outcome = outcomes[-1] if outcomes else None
+    seconds = time.monotonic() - begun
+    if isinstance(outcome, Confirmed):
+        return Check(
+            "bus round trip",
+            "ok",
+            f"a probe event was confirmed in {seconds * 1000:.0f} ms",
+            details={"seconds": round(seconds, 6)},
+        )
+    if isinstance(outcome, Unroutable):
+        return Check(
+            "bus round trip",
+            "warning",
+            f"the broker takes our events, but {outcome.reason}",
+            "bind a consumer's queue: events wait in the spool until somebody does",
+        )
+    error = outcome.error if outcome is not None else BusUnavailable("the broker gave no answer")
+    kind = BusDenied if isinstance(outcome, Refused) or isinstance(error, BusDenied) else BusUnavailable
+    return Check("bus round trip", "failed", str(error), _REMEDIES[kind], kind.exit_code)
