@@ -449,17 +449,21 @@ class Incidents:
 
     def _removed(self, removed: DeviceRemoved, now: Now, describe: Describe) -> list[Event]:
         events: list[Event] = []
-        siblings = self._of_domain.get(removed.domain_uuid, [])
-        for incident in siblings:
+        for incident in self._of_domain.get(removed.domain_uuid, ()):
             if incident.scope is Scope.DEVICE and incident.device.alias == removed.alias:
-                for other in siblings:
-                    # The guest stands still as before; its other incidents must not grow quiet by that.
-                    if incident.paused and incident.drill == other.drill:
-                        other.paused |= incident.paused
-                        self._changed[other.key] = None
-                events += self._resolve(incident, "device_removed", removed.at_ns, now, describe)
+                events += self._resolve_removed(incident, removed.at_ns, now, describe)
         self._forget(lambda uuid, alias: (uuid, alias) == (removed.domain_uuid, removed.alias))
         return events
+
+    def _resolve_removed(
+        self, incident: IncidentState, at_ns: int, now: Now, describe: Describe
+    ) -> list[Event]:
+        """The device is gone; a guest that it holds paused stands still as before, for its other incidents."""
+        for other in self._of_domain[uuid_in(incident.key)]:
+            if incident.paused and incident.drill == other.drill:
+                other.paused |= incident.paused
+                self._changed[other.key] = None
+        return self._resolve(incident, "device_removed", at_ns, now, describe)
 
     def _resolve(
         self, incident: IncidentState, cause: str, at_ns: int, now: Now, describe: Describe
@@ -531,7 +535,7 @@ class Incidents:
                 and domain.aliases is not None
                 and incident.device.alias not in domain.aliases
             ):
-                events += self._resolve(incident, "device_removed", ready.at_ns, now, describe)
+                events += self._resolve_removed(incident, ready.at_ns, now, describe)
         self._forget(lambda uuid, _alias: uuid not in domains)
         self._blind = False
         for finding in ready.findings:

@@ -759,6 +759,16 @@ def test_a_guest_that_is_gone_leaves_no_state():
     assert set(bench.states) == {"incidents/meta"}
 
 
+def test_a_drill_of_a_device_that_is_gone_keeps_the_guests_other_drills_held():
+    bench = Bench()
+    bench.see(an_error(DISK, action=PAUSE, origin=Origin.REPLAY))
+    bench.see(an_error(OTHER_DISK, origin=Origin.REPLAY))
+    look = a_state(state="paused", paused=True, aliases=frozenset({OTHER_DISK}))
+    assert told(bench.ready(look)) == [("resolved", "device_removed")]
+    bench.see(an_error(domain="guest-b"))
+    assert [event.domain.uuid for event in bench.wait(1000)] == ["guest-b"]
+
+
 def test_a_device_that_the_xml_never_had_was_not_removed():
     bench = Bench()
     bench.see(an_error("not-in-the-xml"))
