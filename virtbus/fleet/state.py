@@ -1,0 +1,466 @@
+"""Folds events into what is known of each host: pure, bounded, the clock passed in."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from virtbus.fleet.storage import Backend, StorageRules, backend_of
+from virtbus.fleet.verdict import Blame, Trouble, Verdict, VerdictRules, Verdicts, assess
+from virtbus.model import (
+    Action,
+    Device,
+    Event,
+    Heartbeat,
+    Host,
+    IoError,
+    IoErrorResolved,
+    Now,
+    OpenIncident,
+    Origin,
+    to_ns,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FleetRules:
+    """How events are read; times in seconds."""
+
+    storage: StorageRules = field(default_factory=StorageRules)
+    verdict: VerdictRules = field(default_factory=VerdictRules)
+    silent_intervals: float = 3.0  # heartbeats that may be missed
+    round_seconds: float = 60.0  # a round of heartbeats, until one tells its own interval
+    remember_seconds: float = 900.0  # how long an incident that ended is evidence
+    after_boot_seconds: float = 1800.0  # how long a reboot is a likely cause
+    rate_seconds: float = 300.0  # the time constant of rates
+    forget_seconds: float = 86_400.0  # a host that was silent so long is no part of the fleet
+    drills: bool = False  # count replayed errors as if they were live
+
+
+@dataclass(frozen=True, slots=True)
+class HostHealth:
+    """One host as the fleet sees it now."""
+
+    name: str
+    agent_id: str
+    state: str  # "observing", "blind" (cut off from its hypervisor) or "silent" (its agent is not heard)
+    heard_seconds: float  # since its last sign of life
+    blame: Blame
+    why: str
+    since: float | None  # Unix seconds: when its oldest open incident began
+    incidents: int  # open ones
+    guests: int  # with open incidents
+    paused: int  # of them, stopped by the hypervisor
+    flapping: int  # incidents in a pause/resume loop
+    errors_per_minute: float
+    backends: tuple[str, ...]  # the storage systems it has trouble with
+    fresh: bool  # a heartbeat told everything that is open: what is not here is not
+
+
+@dataclass(frozen=True, slots=True)
+class BackendHealth:
+    """One storage system in trouble."""
+
+    name: str
+    kind: str
+    blame: Blame  # BACKEND or UNDETERMINED
+    why: str
+    full: bool
+    since: float  # Unix seconds
+    hosts: tuple[str, ...]
+    guests: int
+    incidents: int
+    errors_per_minute: float
+    parts: tuple[str, ...]  # pools, exports, folders in trouble
+
+
+@dataclass(frozen=True, slots=True)
+class FleetView:
+    """The whole fleet at one moment; hosts and backends by name."""
+
+    hosts: tuple[HostHealth, ...]
+    backends: tuple[BackendHealth, ...]
+    silent: int
+    incidents: int
+    errors_per_minute: float
+    suspect_ourselves: bool  # most agents are silent at once: rather our own connection
+
+    def host(self, name: str) -> HostHealth | None:
+        """One host, by the name libvirt gives it."""
+        return next((one for one in self.hosts if one.name == name), None)
+
+
+class _Rate:
+    """Events a minute, forgotten exponentially."""
+
+    __slots__ = ("_at", "_value")
+
+    def __init__(self) -> None:
+        self._value, self._at = 0.0, 0.0
+
+    def add(self, count: int, now: float, constant: float) -> None:
+        self._value = self._value * math.exp(-(now - self._at) / constant) + count
+        self._at = now
+
+    def per_minute(self, now: float, constant: float) -> float:
+        return self._value * math.exp(-(now - self._at) / constant) * 60.0 / constant
+
+
+_Version = tuple[str, int]  # (epoch, sequence): epochs are UUIDv7, so a later run compares greater
+
+
+@dataclass(slots=True)
+class _Incident:
+    domain: str
+    backend: Backend
+    onset: float
+    action: Action
+    paused: bool
+    flapping: bool
+    full: bool
+    doubtful: bool
+    after_boot: bool
+    version: _Version
+    total: int
+
+
+@dataclass(slots=True)
+class _Ended:
+    trouble: Trouble | None  # None: an incident that is not ours to count (a drill)
+    at: float  # monotonic
+    version: _Version
+
+
+@dataclass(slots=True)
+class _Agent:
+    id: str
+    name: str | None = None
+    host: Host | None = None
+    heard: float = 0.0
+    interval: float = 0.0
+    blind: bool = False
+    epoch: str = ""
+    heartbeat: _Version = ("", -1)
+    complete: bool = False
+    booted: float | None = None  # Unix seconds: when a new boot id was first seen
+    incidents: dict[str, _Incident] = field(default_factory=dict)
+    ended: dict[str, _Ended] = field(default_factory=dict)
+    rate: _Rate = field(default_factory=_Rate)
+
+
+_MAX_ENDED = 1000  # an agent
+_MAX_INCIDENTS = 5000
+_MAX_USERS = 50_000
+
+
+class Fleet:
+    """What all events so far say. `saw` each event in the order it comes, then ask `view`.
+
+    - Order between an agent's events does not matter: each incident keeps the (epoch, sequence) of what
+      was last heard of it, and a heartbeat says up to which sequence it speaks.
+    - After a restart one round of heartbeats rebuilds it, because each carries what is open.
+    - A sign of life is its arrival, by our monotonic clock: hosts' clocks decide nothing but which
+      troubles began together.
+    - Errors that a drill or a recording replayed are not counted, unless the rules say so.
+    """
+
+    def __init__(self, rules: FleetRules | None = None) -> None:
+        """An empty fleet."""
+        self.rules = rules or FleetRules()
+        self._agents: dict[str, _Agent] = {}
+        self._users: dict[str, set[str]] = defaultdict(set)
+        self._backend_rates: dict[str, _Rate] = {}
+        self._since: float | None = None  # monotonic: when we began to listen
+        self._interval = 0.0  # the longest heartbeat interval that was heard of
+
+    def __len__(self) -> int:
+        return len(self._agents)
+
+    def saw(self, event: Event, attributes: Mapping[str, str], now: Now) -> str | None:
+        """Fold one event in; the name of the host it speaks of, or None when it names none.
+
+        `attributes` are its CloudEvents attributes: `source`, `epoch` and `sequence` are read.
+        """
+        id_ = attributes["source"].rpartition("/")[2]
+        agent = self._agents.get(id_)
+        if agent is None:
+            agent = self._agents[id_] = _Agent(id_)
+        agent.heard = now.monotonic
+        if self._since is None:
+            self._since = now.monotonic
+        epoch = attributes.get("epoch", "")
+        agent.epoch = max(agent.epoch, epoch)
+        if event.host is not None:
+            self._met(agent, event.host, now)
+        if agent.name is None:
+            return None
+        sequence = attributes.get("sequence")
+        version = (epoch, int(sequence) if sequence is not None and sequence.isdigit() else 0)
+        if isinstance(event, IoError):
+            self._error(agent, event, version, now)
+        elif isinstance(event, IoErrorResolved):
+            self._resolved(agent, event, version, now)
+        elif isinstance(event, Heartbeat):
+            self._heartbeat(agent, event, now)
+        return agent.name
+
+    # ---- folding
+
+    def _met(self, agent: _Agent, host: Host, now: Now) -> None:
+        before = agent.host.boot_id if agent.host is not None else None
+        if before is not None and host.boot_id not in (None, before):
+            agent.booted = now.wall_ns / 1e9
+        if agent.name != host.name:
+            agent.name = host.name
+            self._replace_older(agent, host)
+        agent.host = host
+
+    def _replace_older(self, agent: _Agent, host: Host) -> None:
+        """A host that was installed anew has a new agent: the silent one of that name is the past."""
+        for other in [one for one in self._agents.values() if one.name == host.name and one is not agent]:
+            same = other.host is None or None in (other.host.uuid, host.uuid) or other.host.uuid == host.uuid
+            if same and other.epoch < agent.epoch:
+                del self._agents[other.id]
+
+    def _error(self, agent: _Agent, event: IoError, version: _Version, now: Now) -> None:
+        assert agent.name is not None
+        id_ = event.incident.id
+        if event.origin is Origin.REPLAY and not self.rules.drills:
+            self._end(agent, id_, _Ended(None, now.monotonic, ("~", 0)))
+            return
+        agent.rate.add(event.occurrences.count, now.monotonic, self.rules.rate_seconds)
+        backend = self._backend(agent.name, event.device)
+        self._rate_of(backend).add(event.occurrences.count, now.monotonic, self.rules.rate_seconds)
+        known = agent.incidents.get(id_)
+        if (known is not None and known.version >= version) or self._ended_after(agent, id_, version):
+            return
+        full = event.error.reason == "enospc" or event.error.disk_error == "no_space"
+        verdicts = {one.verdict for one in event.error.evidence}
+        self._keep(
+            agent,
+            id_,
+            _Incident(
+                domain=event.domain.uuid,
+                backend=backend,
+                onset=to_ns(event.incident.opened_at) / 1e9,
+                action=event.error.action,
+                paused=event.domain.state == "paused" or event.error.action is Action.PAUSE,
+                flapping=event.incident.flapping,
+                full=full,
+                doubtful="contradicts" in verdicts and "confirms" not in verdicts,
+                after_boot=self._after_boot(agent, to_ns(event.incident.opened_at) / 1e9),
+                version=version,
+                total=event.occurrences.total,
+            ),
+        )
+
+    def _resolved(self, agent: _Agent, event: IoErrorResolved, version: _Version, now: Now) -> None:
+        assert agent.name is not None
+        id_ = event.incident.id
+        known = agent.incidents.pop(id_, None)
+        trouble = None
+        if known is not None:
+            trouble = self._trouble(agent.name, known, is_open=False)
+        elif id_ in agent.ended:
+            trouble = agent.ended[id_].trouble
+        self._end(agent, id_, _Ended(trouble, now.monotonic, version))
+
+    def _heartbeat(self, agent: _Agent, event: Heartbeat, now: Now) -> None:
+        assert agent.name is not None
+        version = (event.epoch, event.committed_sequence)
+        if version < agent.heartbeat:
+            return
+        agent.heartbeat = version
+        agent.interval = event.interval_seconds
+        self._interval = max(self._interval, event.interval_seconds)
+        agent.blind = event.source.state != "connected"
+        agent.complete = event.incidents.total == len(event.incidents.items)
+        listed = set()
+        for item in event.incidents.items:
+            listed.add(item.id)
+            if self._ended_after(agent, item.id, version):
+                continue
+            known = agent.incidents.get(item.id)
+            if known is None or known.version <= version:
+                self._keep(agent, item.id, self._from_heartbeat(agent, item, known, version))
+        if agent.complete:
+            for id_ in [
+                id_ for id_, one in agent.incidents.items() if id_ not in listed and one.version <= version
+            ]:
+                gone = agent.incidents.pop(id_)
+                self._end(
+                    agent, id_, _Ended(self._trouble(agent.name, gone, is_open=False), now.monotonic, version)
+                )
+
+    def _from_heartbeat(
+        self, agent: _Agent, item: OpenIncident, known: _Incident | None, version: _Version
+    ) -> _Incident:
+        assert agent.name is not None
+        onset = to_ns(item.opened_at) / 1e9
+        return _Incident(
+            domain=item.domain_uuid,
+            backend=self._backend(agent.name, item.device),
+            onset=onset,
+            action=item.action,
+            paused=item.paused,
+            flapping=item.flapping,
+            full=item.reason == "enospc" or (known is not None and known.full),
+            # A heartbeat carries no evidence: whether space is really short there, it does not tell.
+            doubtful=known.doubtful if known is not None else item.reason == "enospc",
+            after_boot=known.after_boot if known is not None else self._after_boot(agent, onset),
+            version=version,
+            total=item.total,
+        )
+
+    def _keep(self, agent: _Agent, id_: str, incident: _Incident) -> None:
+        if id_ not in agent.incidents and len(agent.incidents) >= _MAX_INCIDENTS:
+            del agent.incidents[next(iter(agent.incidents))]
+        agent.incidents[id_] = incident
+
+    def _end(self, agent: _Agent, id_: str, ended: _Ended) -> None:
+        agent.ended.pop(id_, None)
+        agent.ended[id_] = ended
+        while len(agent.ended) > _MAX_ENDED:
+            del agent.ended[next(iter(agent.ended))]
+
+    def _ended_after(self, agent: _Agent, id_: str, version: _Version) -> bool:
+        ended = agent.ended.get(id_)
+        return ended is not None and ended.version >= version
+
+    def _after_boot(self, agent: _Agent, onset: float) -> bool:
+        return agent.booted is not None and 0 <= onset - agent.booted <= self.rules.after_boot_seconds
+
+    def _backend(self, host: str, device: Device) -> Backend:
+        backend = backend_of(host, device, self.rules.storage)
+        for name in backend.names:
+            if len(self._users) < _MAX_USERS or name in self._users:
+                self._users[name].add(host)
+        return backend
+
+    def _rate_of(self, backend: Backend) -> _Rate:
+        rate = self._backend_rates.get(backend.names[0])
+        if rate is None:
+            if len(self._backend_rates) >= _MAX_USERS:
+                del self._backend_rates[next(iter(self._backend_rates))]
+            rate = self._backend_rates[backend.names[0]] = _Rate()
+        return rate
+
+    def _trouble(self, host: str, one: _Incident, *, is_open: bool) -> Trouble:
+        return Trouble(
+            host, one.domain, one.backend, one.onset, is_open, one.full, one.doubtful, one.after_boot
+        )
+
+    # ---- asking
+
+    def view(self, now: Now) -> FleetView:
+        """Everything, judged now."""
+        rules = self.rules
+        self._forget(now)
+        states = {agent.id: self._state(agent, now) for agent in self._agents.values()}
+        named = [agent for agent in self._agents.values() if agent.name is not None]
+        verdicts = self._judge(named, states, now)
+        constant = rules.rate_seconds
+        hosts = []
+        for agent in named:
+            assert agent.name is not None
+            verdict = verdicts.hosts.get(agent.name)
+            open_ = agent.incidents.values()
+            hosts.append(
+                HostHealth(
+                    name=agent.name,
+                    agent_id=agent.id,
+                    state=states[agent.id],
+                    heard_seconds=now.monotonic - agent.heard,
+                    blame=Blame.NONE if verdict is None else verdict.blame,
+                    why="" if verdict is None else verdict.why,
+                    since=min((one.onset for one in open_), default=None),
+                    incidents=len(open_),
+                    guests=len({one.domain for one in open_}) if open_ else 0,
+                    paused=len({one.domain for one in open_ if one.paused}) if open_ else 0,
+                    flapping=sum(one.flapping for one in open_) if open_ else 0,
+                    errors_per_minute=agent.rate.per_minute(now.monotonic, constant),
+                    backends=tuple(sorted({verdicts.system_of[one.backend] for one in open_}))
+                    if open_
+                    else (),
+                    fresh=agent.complete and agent.heartbeat[0] == agent.epoch,
+                )
+            )
+        hosts.sort(key=lambda one: one.name)
+        silent = sum(state == "silent" for state in states.values())
+        return FleetView(
+            hosts=tuple(hosts),
+            backends=tuple(self._backends(named, verdicts, now)),
+            silent=silent,
+            incidents=sum(len(agent.incidents) for agent in named),
+            errors_per_minute=sum(one.errors_per_minute for one in hosts),
+            suspect_ourselves=silent * 2 > len(states) and len(states) > 1,
+        )
+
+    def _state(self, agent: _Agent, now: Now) -> str:
+        if agent.interval and now.monotonic - agent.heard > agent.interval * self.rules.silent_intervals:
+            return "silent"
+        return "blind" if agent.blind else "observing"
+
+    def _forget(self, now: Now) -> None:
+        horizon = now.monotonic - self.rules.forget_seconds
+        for agent in [one for one in self._agents.values() if one.heard < horizon]:
+            del self._agents[agent.id]
+
+    def _judge(self, named: Iterable[_Agent], states: Mapping[str, str], now: Now) -> Verdicts:
+        troubles = list(self._evidence(named, now))
+        return assess(
+            troubles,
+            observed={
+                one.name for one in named if one.name and one.interval and states[one.id] == "observing"
+            },
+            users=self._users,
+            now=now.wall_ns / 1e9,
+            rules=self.rules.verdict,
+            blame_nobody=self._too_early(now),
+        )
+
+    def _too_early(self, now: Now) -> str | None:
+        """Until one round of heartbeats has been heard, who has no trouble is not known."""
+        round_ = (self._interval or self.rules.round_seconds) * 1.1
+        if self._since is None or now.monotonic - self._since < round_:
+            return f"listening for less than a round of heartbeats ({round_:.0f} s)"
+        return None
+
+    def _evidence(self, named: Iterable[_Agent], now: Now) -> Iterator[Trouble]:
+        horizon = now.monotonic - self.rules.remember_seconds
+        for agent in named:
+            assert agent.name is not None
+            for incident in agent.incidents.values():
+                yield self._trouble(agent.name, incident, is_open=True)
+            for ended in agent.ended.values():
+                if ended.trouble is not None and ended.at >= horizon:
+                    yield ended.trouble
+
+    def _backends(self, named: Iterable[_Agent], verdicts: Verdicts, now: Now) -> Iterator[BackendHealth]:
+        found: dict[str, list[tuple[str, _Incident]]] = defaultdict(list)
+        for agent in named:
+            assert agent.name is not None
+            for incident in agent.incidents.values():
+                found[verdicts.system_of[incident.backend]].append((agent.name, incident))
+        for name in sorted(found):
+            verdict: Verdict = verdicts.systems[name]
+            incidents = [incident for _, incident in found[name]]
+            keys = {incident.backend.names[0] for incident in incidents}
+            rates = [self._backend_rates[key] for key in keys if key in self._backend_rates]
+            yield BackendHealth(
+                name=name,
+                kind="/".join(sorted({incident.backend.kind for incident in incidents})),
+                blame=verdict.blame,
+                why=verdict.why,
+                full=verdict.full,
+                since=min(incident.onset for incident in incidents),
+                hosts=tuple(sorted({host for host, _ in found[name]})),
+                guests=len({incident.domain for incident in incidents}),
+                incidents=len(incidents),
+                errors_per_minute=sum(
+                    rate.per_minute(now.monotonic, self.rules.rate_seconds) for rate in rates
+                ),
+                parts=tuple(sorted({incident.backend.part for incident in incidents})),
+            )
