@@ -69,9 +69,11 @@ class AmqpBus:
         self._urls = url
         self._dialer = Dialer(url, options)
         self._waker = Waker()
-        self._lock = threading.Lock()  # guards _publisher against close() from another thread
+        # close() may come from another thread. Whoever works on the connection sets _working; close() then
+        # only wakes it, and it lets go itself: two threads never touch one connection.
+        self._lock = threading.Lock()
         self._publisher: _Publisher | None = None
-        self._running = False
+        self._working = False
         self._closed = False
         self._suspects = 0  # records to be sent alone, because one of so many closed a channel
 
@@ -81,9 +83,10 @@ class AmqpBus:
         """See virtbus.bus.Bus. While the broker blocks publishers it returns within a second, so that
         the caller keeps control; call it again.
         """
-        publisher = self._connected()
-        self._running = True
+        publisher: _Publisher | None = None
+        self._begin()
         try:
+            publisher = self._connected()
             # What came while nothing was under way: a farewell is better read before anything is taken.
             fault = publisher.step(0.0)
             if fault is not None:
@@ -91,9 +94,26 @@ class AmqpBus:
                 publisher = self._connected()
             yield from self._publish(publisher, feed)
         finally:
-            self._running = False
-            if publisher.flying or self._closed:  # the caller let go in the middle, or of the whole bus
+            if publisher is not None and publisher.flying:  # the caller let go in the middle
                 self._drop(publisher)
+            self._end()
+
+    def _begin(self) -> None:
+        with self._lock:
+            self._working = True
+
+    def _end(self) -> None:
+        """Let go of the connection, and close it when somebody asked for that meanwhile."""
+        with self._lock:
+            self._working = False
+            publisher = self._publisher if self._closed else None
+        if publisher is not None:
+            self._farewell(publisher)
+
+    def _farewell(self, publisher: _Publisher) -> None:
+        self._publisher = None
+        publisher.set_blocked(False, None)
+        publisher.link.close()
 
     def _publish(self, publisher: _Publisher, feed: Feed) -> Iterator[tuple[Record, Outcome]]:
         look = _FIRST_LOOK
@@ -149,27 +169,22 @@ class AmqpBus:
 
     def tick(self) -> None:
         """See virtbus.bus.Bus."""
-        with self._lock:
-            publisher = None if self._running else self._publisher
-        if publisher is not None:
-            fault = publisher.step(0.0)
-            if fault is not None:
+        self._begin()
+        try:
+            publisher = None if self._closed else self._publisher
+            fault = publisher.step(0.0) if publisher is not None else None
+            if publisher is not None and fault is not None:
                 self._drop(publisher, translated(fault, publisher.link.name, doing="idle"))
+        finally:
+            self._end()
 
     def _connected(self) -> _Publisher:
-        with self._lock:
-            publisher, closed = self._publisher, self._closed
-        if publisher is None and not closed:
-            publisher = self._open_publisher()
-            with self._lock:
-                closed = self._closed  # may have come while we connected
-                if not closed:
-                    self._publisher = publisher
-            if closed:
-                publisher.link.close()
-        if publisher is None or closed:
+        """The publisher that stands, or a new one; between `_begin` and `_end`."""
+        if self._closed:
             raise BusUnavailable("the bus was closed")
-        return publisher
+        if self._publisher is None:
+            self._publisher = self._open_publisher()
+        return self._publisher
 
     def _open_publisher(self) -> _Publisher:
         """Try each broker once. Raises BusUnavailable or BusDenied."""
@@ -188,9 +203,8 @@ class AmqpBus:
             raise told from error
 
     def _drop(self, publisher: _Publisher, error: VirtbusError | None = None) -> None:
-        with self._lock:
-            if self._publisher is publisher:
-                self._publisher = None
+        if self._publisher is publisher:
+            self._publisher = None
         publisher.set_blocked(False, None)
         if error is not None:
             lost(publisher.link, error)
@@ -218,12 +232,10 @@ class AmqpBus:
         """See virtbus.bus.Bus."""
         with self._lock:
             self._closed = True
-            publisher, self._publisher = self._publisher, None
-            running = self._running
+            publisher = None if self._working else self._publisher
+        if publisher is not None:
+            self._farewell(publisher)
         self._waker.wake()
-        if publisher is not None and not running:
-            publisher.set_blocked(False, None)
-            publisher.link.close()
 
 
 def _probe(endpoint: Endpoint, options: BusOptions, waker: Waker) -> list[Check]:
