@@ -45,7 +45,7 @@ class Channel(_VirtualChannel):
             exchange or "", declare=not passive
         )
 
-    def prepare_message(  # noqa: PLR0917 - kombu calls it by position
+    def prepare_message(
         self,
         body: bytes,
         priority: int | None = None,
