@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
-from tests.lab.lab import PAUSED_IOERROR, RUNNING, Guest, Lab, NbdDisk, ThinDisk, wait_until
+from tests.lab.lab import PAUSED_IOERROR, RUNNING, Guest, Lab, LabError, NbdDisk, ThinDisk, wait_until
 from tests.sources.simulated import Seen
 from virtbus.model import (
     Burst,
@@ -366,3 +367,63 @@ def test_an_observation_is_made_as_nobody_over_the_read_only_socket(lab: Lab) ->
     )
     assert done.returncode == 0, done.stderr
     assert [domain["name"] for domain in json.loads(done.stdout)["domains"]] == [guest.name]
+
+
+# SIOCSIFFLAGS with IFF_UP: the lab's network has a loopback device, and it is down.
+LOOPBACK_UP = (
+    "import fcntl, socket, struct;fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sh14x', b'lo', 1))"
+)
+
+
+def listen_on_network(lab: Lab, settings: str) -> None:
+    """Start libvirtd anew, with a network listener inside the lab."""
+    lab.run(sys.executable, "-c", LOOPBACK_UP)
+    conf = lab.folder / "etc" / "libvirtd.conf"
+    conf.write_text(conf.read_text() + settings)
+    lab.kill_libvirtd()
+    lab.spawn("libvirtd", "--listen", log=lab.folder / "log" / "libvirtd.log")
+    wait_until(lambda: lab.socket.exists(), "libvirtd listens", 20)
+
+
+def names_seen(lab: Lab, uri: str) -> list[str]:
+    end = time.monotonic() + 20
+    while True:
+        try:
+            return [domain["name"] for domain in look_inside(lab, uri)["domains"]]
+        except LabError:  # it listens on the Unix socket first
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+
+
+def test_libvirt_is_observed_over_tcp(lab: Lab) -> None:
+    lab.guest("far").start()
+    listen_on_network(lab, 'listen_tls = 0\nlisten_tcp = 1\nauth_tcp = "none"\nlisten_addr = "127.0.0.1"\n')
+    assert names_seen(lab, "qemu+tcp://127.0.0.1/system") == ["far"]
+
+
+def test_libvirt_is_observed_over_tls_and_a_stranger_is_refused(lab: Lab) -> None:
+    lab.guest("far").start()
+    ours, theirs = lab.folder / "pki", lab.folder / "strangers"
+    authority = write_pki(ours)
+    write_pki(theirs)
+    listen_on_network(
+        lab,
+        'listen_tls = 1\nlisten_tcp = 0\nauth_tls = "none"\nlisten_addr = "127.0.0.1"\n'
+        f'ca_file = "{authority}"\ncert_file = "{ours}/servercert.pem"\nkey_file = "{ours}/serverkey.pem"\n',
+    )
+    assert names_seen(lab, f"qemu+tls://127.0.0.1/system?pkipath={ours}") == ["far"]
+    with pytest.raises(LabError, match="certificate"):
+        look_inside(lab, f"qemu+tls://127.0.0.1/system?pkipath={theirs}")
+
+
+def write_pki(folder: Path) -> Path:
+    """A certificate authority, and a certificate for both sides, as libvirt's client wants them named."""
+    folder.mkdir()
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(folder / "cacert.pem"))
+    for side in ("server", "client"):
+        made = authority.issue_cert("127.0.0.1")
+        made.private_key_pem.write_to_path(str(folder / f"{side}key.pem"))
+        made.cert_chain_pems[0].write_to_path(str(folder / f"{side}cert.pem"))
+    return folder / "cacert.pem"
