@@ -195,6 +195,116 @@ class Log(_Section, frozen=True):
     ] = "auto"
 
 
+class ReactFleet(_Section, frozen=True):
+    """What the operator knows of storage and racks, and no device tells."""
+
+    local_paths: Annotated[
+        tuple[str, ...], Meta(description="Folders (globs) that are the host's own disks, not a share")
+    ] = ()
+    shared_paths: Annotated[
+        tuple[str, ...], Meta(description="Further mount points (globs) that are one share on every host")
+    ] = ()
+    groups: Annotated[
+        dict[str, tuple[str, ...]],
+        Meta(description="Storage systems: name = globs of addresses, pools and paths that belong to it"),
+    ] = {}
+    racks: Annotated[dict[str, str], Meta(description="Host = rack: hosts that share power or a switch")] = {}
+
+
+class ReactNova(_Section, frozen=True):
+    """`virtbus react --with nova`."""
+
+    cloud: Annotated[str | None, Meta(description="Name in clouds.yaml; none: OS_* variables")] = None
+    binary: Annotated[str, Meta(min_length=1, description="The service to disable")] = "nova-compute"
+
+
+class ReactKubernetes(_Section, frozen=True):
+    """`virtbus react --with kubernetes`."""
+
+    kubeconfig: Annotated[Path_ | None, Meta(description="File; none: in the cluster, or the user's")] = None
+    context: Annotated[str | None, Meta(description="Context of the kubeconfig")] = None
+    taint: Annotated[str, Meta(min_length=1, description="Key of the NoSchedule taint")] = (
+        "virtbus.io/storage-unhealthy"
+    )
+
+
+class ReactMasakari(_Section, frozen=True):
+    """`virtbus react --with masakari`."""
+
+    cloud: Annotated[str | None, Meta(description="Name in clouds.yaml; none: OS_* variables")] = None
+    send_report: Annotated[
+        bool,
+        Meta(description="Also send errors that were reported to the guest: Masakari restarts it for one"),
+    ] = False
+
+
+class ReactExec(_Section, frozen=True):
+    """`virtbus react --with exec`."""
+
+    command: Annotated[
+        tuple[str, ...], Meta(description="Command (a list, no shell); the event is its standard input")
+    ] = ()
+    timeout_seconds: Annotated[Seconds, Meta(description="It is killed after so long")] = 60.0
+
+
+class ReactWebhook(_Section, frozen=True):
+    """`virtbus react --with webhook`."""
+
+    url: Annotated[str | None, Meta(description="http:// or https:// address to POST to")] = None
+    token_file: Annotated[Path_ | None, Meta(description="File with a bearer token, read each time")] = None
+    ca_file: Annotated[Path_ | None, Meta(description="CA certificates (PEM); default: the system's")] = None
+    content_mode: Annotated[Literal["binary", "structured"], Meta(description="CloudEvents content mode")] = (
+        "binary"
+    )
+    timeout_seconds: Annotated[Seconds, Meta(description="For an answer")] = 10.0
+
+
+class React(_Section, frozen=True):
+    """`virtbus react`: how a control plane is told, and how often."""
+
+    state_dir: Annotated[Path_ | None, Meta(description="Folder of its state; none: state_dir/react")] = None
+    publishers: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Broker users (globs) whose events are believed; {host} is the event's host name",
+            examples=[["virtbus-{host}"]],
+        ),
+    ] = ()
+    types: Annotated[
+        tuple[str, ...], Meta(description="Event types for exec and webhook (the last words suffice)")
+    ] = ("io_error.v1", "io_error_resolved.v1", "gap.v1")
+    when: Annotated[
+        Literal["host", "undetermined", "any"],
+        Meta(
+            description="A host is held back when it is at fault; also when that can't be told; "
+            "or for any trouble, a backend's too"
+        ),
+    ] = "undetermined"
+    min_guests: Annotated[int, Meta(ge=1, description="Guests in trouble before a host is held back")] = 2
+    raise_seconds: Annotated[float, Meta(ge=0, description="Trouble lasts so long before a host is held")] = (
+        30.0
+    )
+    clear_seconds: Annotated[
+        float, Meta(ge=0, description="Well for so long before it is released; doubles when it comes again")
+    ] = 300.0
+    max_share: Annotated[
+        float, Meta(gt=0, le=1, description="Share of all hosts that may be held at once (one always may)")
+    ] = 0.1
+    actions_per_minute: Annotated[float, Meta(gt=0, description="Upper limit")] = 600.0
+    hosts: Annotated[
+        dict[str, str], Meta(description="libvirt's host name = the control plane's, where they differ")
+    ] = {}
+    fleet: Annotated[ReactFleet, Meta(description="What is known of storage and racks")] = ReactFleet()
+    nova: Annotated[ReactNova, Meta(description="OpenStack Nova")] = ReactNova()
+    kubernetes: Annotated[ReactKubernetes, Meta(description="Kubernetes")] = ReactKubernetes()
+    masakari: Annotated[ReactMasakari, Meta(description="OpenStack Masakari")] = ReactMasakari()
+    exec: Annotated[ReactExec, Meta(description="A command an event")] = ReactExec()
+    webhook: Annotated[ReactWebhook, Meta(description="An HTTP request an event")] = ReactWebhook()
+    options: Annotated[
+        dict[str, str], Meta(description="For integrations of third parties, handed over as they are")
+    ] = {}
+
+
 class Config(_Section, frozen=True):
     """All settings of virtbus."""
 
@@ -209,6 +319,7 @@ class Config(_Section, frozen=True):
     heartbeat: Annotated[HeartbeatSettings, Meta(description="The sign of life")] = HeartbeatSettings()
     http: Annotated[Http, Meta(description="The HTTP listener")] = Http()
     control: Annotated[Control, Meta(description="The control socket")] = Control()
+    react: Annotated[React, Meta(description="virtbus react")] = React()
     log: Annotated[Log, Meta(description="The log")] = Log()
 
 
