@@ -223,7 +223,8 @@ def test_one_confirmed_key_after_a_wait_lets_all_parked_keys_try_at_once(spool, 
     for _ in range(4):
         spool.settle([(record, Unroutable()) for record in spool.take(10, NOBODY)])
         clock.pass_time(8)
-    assert len(taken := spool.take(10, NOBODY)) == 5
+    taken = spool.take(10, NOBODY)
+    assert len(taken) == 5
     spool.settle([(record, Unroutable()) for record in taken])
     clock.pass_time(15.9)
     assert spool.take(10, NOBODY) == []
@@ -395,8 +396,7 @@ def test_every_counted_error_is_published_or_counted_as_missing(folder, clock):
     published = sum(
         json.loads(record.body)["occurrences"]["count"]
         for record in found
-        if record.attributes["type"].endswith("io_error.v1")
-        and json.loads(record.body)["origin"] == "event"
+        if record.attributes["type"].endswith("io_error.v1") and json.loads(record.body)["origin"] == "event"
     )
     missing = sum(data["missing_occurrences"] for data in gaps_of(found))
     spool.close()
@@ -432,7 +432,9 @@ def test_a_record_in_flight_never_gives_way(folder, clock):
 def test_a_spool_full_of_gap_events_merges_them_and_stays_bounded(folder, clock):
     spool, book = open_spool(folder, limits=small(40), clock=clock), Book()
     for number in range(400):
-        book.promise(spool.commit([gap(occurrences=1, missing=(SequenceRange(OLDER, number + 1, number + 1),))]))
+        book.promise(
+            spool.commit([gap(occurrences=1, missing=(SequenceRange(OLDER, number + 1, number + 1),))])
+        )
     assert spool.stats().bytes <= 45 * 2048
     found = records(spool)
     for record in found:

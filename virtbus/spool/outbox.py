@@ -310,6 +310,9 @@ class Spool:
         self._settle_again_at = 0.0
         self._read_again_at = 0.0
         self._writer_sick: sqlite3.Error | None = None
+        self._reader_stale = (
+            False  # the writer had to be opened anew: what the reader holds may be another file
+        )
         self._closed = False
         self._writer = self._connect("FULL")
         self._reader = self._connect("NORMAL")
@@ -951,6 +954,7 @@ class Spool:
                 for row, key in chosen:
                     self._index.give_back(row, key)
             self._read_again_at = now + 1.0
+            self._reader_stale = True
             if files.is_damage(error):
                 self._suspect()
                 raise files.translate(error, self.path) from error
@@ -958,6 +962,7 @@ class Spool:
             return []
 
     def _read(self, chosen: list[tuple[int, str]]) -> list[Record]:
+        self._refresh_reader()
         columns = ",".join(files.EVENT)
         found = {row[0]: row for row in self._select(self._reader, columns, [row for row, _ in chosen])}
         records = []
@@ -1042,14 +1047,14 @@ class Spool:
         if now < self._settle_again_at or not self._writing.acquire(timeout=patience):
             return
         try:
+            self._refresh_reader()
             if self._settle_again_at:
                 self._free_log()
             self._write_outcomes()
             self._compact(now)
             self._settle_again_at = 0.0
         except sqlite3.Error as error:
-            if self._reader.in_transaction:
-                self._reader.execute("ROLLBACK")
+            self._reader_stale = True  # and closing it rolls back
             self._settle_again_at = now + 1.0
             if files.is_damage(error):
                 self._suspect()
@@ -1291,6 +1296,14 @@ class Spool:
         except sqlite3.Error as error:
             files.raise_translated(error, self.path)
         self._writer_sick = None
+        self._reader_stale = True
+
+    def _refresh_reader(self) -> None:
+        """Open the publisher's connection anew after a failure; its own thread, before it is used."""
+        if self._reader_stale:
+            self._reader.close()
+            self._reader = self._connect("NORMAL")
+            self._reader_stale = False
 
 
 def _ns(moment: datetime | None) -> int | None:

@@ -1,0 +1,209 @@
+"""The spool on disks that are full, broken or read-only: real ones, so these tests need root (mount)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+
+import pytest
+
+from tests.faults.spool_kit import HandClock, gaps_of, io_error, open_spool, records
+from virtbus.errors import SpoolFull
+from virtbus.model import Confirmed, Phase
+
+NOBODY = frozenset()
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0, reason="needs root: mounts a small tmpfs and a loop device"
+)
+
+
+def sh(*command):
+    done = subprocess.run([str(each) for each in command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise OSError(f"{command}: {done.stderr}")
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A tmpfs of 4 MiB, mounted."""
+    at = tmp_path / "small"
+    at.mkdir()
+    sh("mount", "-t", "tmpfs", "-o", "size=4m", "virtbus-test", at)
+    yield at
+    sh("umount", "-l", at)
+
+
+@pytest.fixture
+def bad_disk(tmp_path):
+    """(mount point, break it, mend it): ext2 on a loop device whose own disk takes no new blocks.
+
+    A write then fails in the block layer: what the spool sees is a true EIO, at fsync.
+    """
+    for tool in ("mkfs.ext2", "losetup"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"needs {tool}")
+    below, at = tmp_path / "below", tmp_path / "bad"
+    below.mkdir()
+    at.mkdir()
+    sh("mount", "-t", "tmpfs", "-o", "size=96m", "virtbus-test", below)
+    image, filler = below / "image", below / "filler"
+    with image.open("wb") as stream:
+        stream.truncate(64 << 20)
+    sh("mkfs.ext2", "-q", "-F", image)
+    try:
+        device = sh("losetup", "--show", "-f", image)
+    except OSError as error:
+        sh("umount", below)
+        pytest.skip(f"needs a loop device: {error}")
+    sh("mount", "-o", "errors=continue", device, at)
+
+    yield at, lambda: fill(below), filler.unlink
+    filler.unlink(missing_ok=True)
+    sh("umount", "-l", at)
+    sh("losetup", "-d", device)
+    sh("umount", "-l", below)
+
+
+def fill(disk):
+    filler = disk / "filler"
+    with filler.open("ab", buffering=0) as stream:
+        try:
+            while True:
+                stream.write(b"\0" * 4096)
+        except OSError:
+            return filler
+
+
+def test_a_full_disk_refuses_the_commit_and_takes_it_as_soon_as_there_is_room(small_disk):
+    spool = open_spool(small_disk / "state")
+    before = spool.commit([io_error(1)])
+    filler = fill(small_disk)
+    refused = 0
+    while refused < 3:  # what the log still had room for is taken
+        try:
+            before += spool.commit([io_error(1), io_error(2)], {"a": b"new"})
+        except SpoolFull as error:
+            refused += "the disk is full: make room" in str(error)
+    stats = spool.stats()
+    filler.unlink()
+    begun = time.monotonic()
+    after = spool.commit([io_error(3)], {"a": b"newer"})
+    assert time.monotonic() - begun < 5
+    assert stats.committed_sequence == before[-1].sequence
+    assert [stamp.sequence for stamp in before + after] == list(range(1, len(before) + 2))
+    found = records(spool)
+    assert {record.id for record in found} == {stamp.id for stamp in before + after}
+    assert spool.states() == {"a": b"newer"}
+    spool.close()
+
+
+def test_a_full_disk_loses_no_settlement_and_sends_nothing_twice(small_disk):
+    clock = HandClock()
+    spool = open_spool(small_disk / "state", clock=clock)
+    for _ in range(20):
+        spool.commit([io_error(number) for number in range(30)])
+    filler = fill(small_disk)
+    sent: list[str] = []
+    for _ in range(2000):
+        batch = spool.take(10, NOBODY)
+        sent += [record.id for record in batch]
+        spool.settle([(record, Confirmed()) for record in batch])
+        clock.pass_time(1.1)
+        if not batch and not spool.stats().unsettled:
+            break
+    filler.unlink()
+    while batch := spool.take(10, NOBODY) or spool.stats().unsettled:
+        clock.pass_time(1.1)
+        if isinstance(batch, list):
+            sent += [record.id for record in batch]
+            spool.settle([(record, Confirmed()) for record in batch])
+    assert len(sent) == len(set(sent)) == 600
+    spool.close()
+    again = open_spool(small_disk / "state", clock=clock)
+    assert again.stats().pending == 0
+    again.close()
+
+
+def test_a_start_on_a_full_disk_is_refused_and_touches_nothing(small_disk):
+    spool = open_spool(small_disk / "state")
+    spool.commit([io_error(1)])
+    spool.close()
+    filler = fill(small_disk)
+    with pytest.raises(SpoolFull):
+        open_spool(small_disk / "state")
+    filler.unlink()
+    after = open_spool(small_disk / "state")
+    assert after.opening.damage is None
+    assert len(records(after)) == 1
+    after.close()
+
+
+def test_a_disk_with_errors_refuses_commits_and_is_used_again_when_it_is_mended(bad_disk):
+    disk, broken, mended = bad_disk
+    clock = HandClock()
+    spool = open_spool(disk / "state", clock=clock)
+    stamps = spool.commit([io_error(1)])
+    broken()
+    errors: list[str] = []
+    for _ in range(400):
+        try:
+            stamps += spool.commit([io_error(number, padding=3000) for number in range(10)])
+        except SpoolFull as error:
+            errors.append(str(error))
+            if len(errors) == 5:
+                break
+    assert any("IOERR" in error and "check it" in error for error in errors), errors
+    mended()
+    begun, back = time.monotonic(), None
+    while back is None and time.monotonic() < begun + 5:
+        try:
+            back = spool.commit([io_error(2)])
+        except SpoolFull as error:
+            errors.append(str(error))
+            time.sleep(0.1)
+    assert back is not None, errors[-1]
+    assert back[0].sequence == stamps[-1].sequence + 1
+    clock.pass_time(5)
+    found = records(spool)
+    spool.close()
+    assert {record.id for record in found} == {stamp.id for stamp in stamps + back}
+
+
+def test_a_read_only_disk_is_told_and_the_start_works_when_it_is_writable(small_disk):
+    spool = open_spool(small_disk / "state")
+    spool.commit([io_error(1, phase=Phase.UPDATED)])
+    spool.close()
+    sh("mount", "-o", "remount,ro", small_disk)
+    with pytest.raises(SpoolFull, match="Read-only file system"):
+        open_spool(small_disk / "state")
+    sh("mount", "-o", "remount,rw", small_disk)
+    after = open_spool(small_disk / "state")
+    assert (after.opening.damage, len(records(after))) == (None, 1)
+    after.close()
+
+
+def test_a_disk_that_was_replaced_under_the_spool_is_used_again(small_disk, tmp_path):
+    """As after a lazy unmount and a mount: the old files are gone for everybody but us."""
+    spool = open_spool(small_disk / "state")
+    stamps = spool.commit([io_error(1)])
+    away = tmp_path / "away"
+    shutil.copytree(small_disk / "state", away)
+    filler = fill(small_disk)
+    with pytest.raises(SpoolFull):
+        for _ in range(100):
+            stamps += spool.commit([io_error(number, padding=3000) for number in range(10)])
+            shutil.rmtree(away)
+            shutil.copytree(small_disk / "state", away)
+    sh("umount", "-l", small_disk)
+    shutil.copytree(away, small_disk / "state")
+    stamps += spool.commit([io_error(2)])
+    found = records(spool)
+    spool.close()
+    assert {record.id for record in found} == {stamp.id for stamp in stamps}
+    assert gaps_of(found) == []
+    sh("mount", "-t", "tmpfs", "-o", "size=4m", "virtbus-test", small_disk)
+    del filler
