@@ -458,7 +458,7 @@ class Incidents:
     def _resolve_removed(
         self, incident: IncidentState, at_ns: int, now: Now, describe: Describe
     ) -> list[Event]:
-        """The device is gone; a guest that it holds paused stands still as before, for its other incidents."""
+        """The device is gone; a guest that it holds paused still stands, for its other incidents."""
         for other in self._of_domain[uuid_in(incident.key)]:
             if incident.paused and incident.drill == other.drill:
                 other.paused |= incident.paused
