@@ -11,6 +11,7 @@ import socket
 import struct
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -90,6 +91,7 @@ class TcpFaultProxy(_Listener):
         self._target = (target_host, target_port)
         self._lock = threading.Lock()
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._cut: weakref.WeakSet[socket.socket] = weakref.WeakSet()
         self._open = threading.Event()
         self._open.set()
         self._refusing = False
@@ -127,11 +129,13 @@ class TcpFaultProxy(_Listener):
         """Reset every connection; the number of them."""
         with self._lock:
             pairs, self._pairs = self._pairs, []
-        for pair in pairs:
-            for sock in pair:
-                with contextlib.suppress(OSError):
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-                _shut(sock)
+        ends = [sock for pair in pairs for sock in pair]
+        self._cut.update(ends)
+        for sock in ends:
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+                sock.shutdown(socket.SHUT_RD)  # wakes the thread that reads it, and says nothing outside
+            sock.close()
         return len(pairs)
 
     def half_close(self, towards: str) -> None:
@@ -178,6 +182,8 @@ class TcpFaultProxy(_Listener):
                 while not self._open.wait(0.05):
                     if self._closing.is_set():
                         return
+                if source in self._cut:
+                    return
                 if not data:
                     sink.shutdown(socket.SHUT_WR)
                     return
