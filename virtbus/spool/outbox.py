@@ -123,10 +123,12 @@ class SpoolStats:
 
 def disk_bytes(payload: int) -> int:
     """Bytes of 4096-byte pages that a row of so many bytes takes (SQLite file format, 1.6 and 1.7)."""
-    cell = payload + 12
-    if payload <= 4061:
-        return 4096 // max(1, 4084 // cell)
-    return 512 + 4096 * -(-(payload - 489) // 4092)
+    local, overflow = payload, 0
+    if payload > 4061:
+        local = 489 + (payload - 489) % 4092
+        local = local if local <= 4061 else 489
+        overflow = -(-(payload - local) // 4092)
+    return 4096 // max(1, 4084 // (local + 12)) + 4096 * overflow
 
 
 # ------------------------------------------------------------------------------------- a commit's draft
@@ -847,7 +849,7 @@ class Spool:
                 self._births.add(self._next_position - 1, now)
             self._births.forget(self._index.oldest_row() or self._next_position)
             self._changed.notify_all()
-        if not self._signed:
+        if not self._signed and draft.seq:
             self._signed = True
             self._lock_file.sign(self.epoch)
         self._untold_opening &= not draft.tells_opening
