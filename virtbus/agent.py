@@ -24,15 +24,17 @@ from pathlib import Path
 
 from virtbus import __version__, envelope
 from virtbus.bus import Bus
-from virtbus.control import Taps
+from virtbus.control import Drill, Taps
 from virtbus.errors import BusDenied, BusUnavailable, SpoolCorrupt, SpoolFull, VirtbusError
 from virtbus.incidents import Incidents
 from virtbus.intake import FOLD_LIMIT, IntakeQueue, aggregate, callbacks_in
 from virtbus.model import (
     Backlog,
+    Burst,
     Clock,
     Confirmed,
     Deferred,
+    DomainGone,
     Event,
     Gap,
     Heartbeat,
@@ -46,6 +48,7 @@ from virtbus.model import (
     Outcome,
     Phase,
     PreviousRun,
+    RawIoError,
     Record,
     Refused,
     SequenceRange,
@@ -64,6 +67,7 @@ from virtbus.telemetry import (
     AgentStarted,
     AgentStopped,
     BusLost,
+    DrillAsked,
     EventUnroutable,
     SpoolUnwritable,
     SpoolWritable,
@@ -73,7 +77,6 @@ from virtbus.telemetry import (
 
 SOURCE_GRACE_SECONDS = 5.0  # how long the first event of a start waits for the first snapshot
 ALIVE_SECONDS = 5.0  # between two signs of life in the spool (the promise is 10 s)
-SETTLE_AT = 256  # outcomes a settling transaction, when nothing forces it earlier
 
 
 # ------------------------------------------------------------------------------------------ identity
@@ -167,6 +170,7 @@ class Agent:
         self._pending: list[Event] = []
         self._pending_states: dict[str, bytes | None] = {}
         self._bus_error: str | None = None
+        self._unreadable: tuple[str, ...] = ()
         self.host: Host | None = None
 
     # ---- life
@@ -178,7 +182,8 @@ class Agent:
         )
         METRICS.spool_writable.set(1)
         self._bind_gauges()
-        self.incidents.restore(self.spool.states(), self._started)
+        # An incident whose state can't be read has lost its pending count: the first events tell.
+        self._unreadable = self.incidents.restore(self.spool.states(), self._started)
         for name, target in (
             ("source", self._observe),
             ("intake", self._take_in),
@@ -296,6 +301,8 @@ class Agent:
         ]
         if opening.damage:
             gaps.append(gap("spool_damaged", opening.damage, missing=opening.missing))
+        if self._unreadable:
+            gaps.append(gap("spool_damaged", "; ".join(self._unreadable)[:1000]))
         if self._previous_agent_id is not None:
             was = self._previous_agent_id
             gaps.append(gap("identity_changed", f"the machine id changed (a cloned disk?); before: {was}"))
@@ -370,7 +377,7 @@ class Agent:
                 events += self._apply(item, now)
             else:
                 events += self._apply(item, now)
-        events += self.incidents.tick(now)
+        events += self.incidents.tick(now, self.source.describe)
         at = to_datetime(now.wall_ns)
         dropped = self.queue.take_dropped()
         if dropped:
@@ -569,6 +576,36 @@ class Agent:
             reasons.append(f"spool: a commit has been hanging for {time.monotonic() - busy:.0f} s")
         return reasons
 
+    def summary(self) -> str:
+        """One line for a service manager."""
+        stats = self.spool.stats()
+        trouble = "; ".join([*self.not_ready(), *([] if self._bus_error is None else ["broker away"])])
+        return (
+            f"{self._source_state}; {stats.pending} events wait; {self.incidents.open_count} incidents open"
+            + (f"; {trouble}" if trouble else "")
+        )
+
+    def drill(self, asked: Drill) -> None:
+        """Take an error that did not happen, or the end of one, for an alert drill; origin `replay`."""
+        now = self._clock()
+        emit(DrillAsked(asked.domain_name, asked.domain_uuid, asked.action.value, asked.count))
+        if asked.resolve:
+            self.queue.put(DomainGone(asked.domain_uuid, now.wall_ns, "domain_stopped"))
+            return
+        raw = RawIoError(
+            domain_uuid=asked.domain_uuid,
+            domain_name=asked.domain_name,
+            domain_id=None,
+            path="",
+            alias=asked.alias,
+            action_code=ACTION_CODES[asked.action],
+            reason=asked.reason,
+            observed_at=now.wall_ns,
+        )
+        self.queue.put(
+            Burst(raw, asked.count, now.wall_ns, now.wall_ns, Origin.REPLAY, message="alert drill")
+        )
+
     def status(self) -> Mapping[str, object]:
         """A snapshot for `virtbus status`, as plain JSON data."""
         stats = self.spool.stats()
@@ -607,9 +644,12 @@ class _SpoolFeed:
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
         self._outcomes: list[tuple[Record, Outcome]] = []
-        self._interval = agent.options.heartbeat_seconds
         # A random phase: a thousand agents that start together must not beat together.
         self._next_beat = time.monotonic() + random.uniform(0, self._interval)  # noqa: S311 - no secret
+
+    @property
+    def _interval(self) -> float:
+        return self._agent.options.heartbeat_seconds  # a reload may change it
 
     def heartbeat_in(self) -> float:
         """Seconds until the next heartbeat is due."""
@@ -617,8 +657,10 @@ class _SpoolFeed:
 
     def take(self, limit: int, busy: AbstractSet[str]) -> Sequence[Record]:
         """See virtbus.bus.Feed."""
-        if len(self._outcomes) >= SETTLE_AT:
+        # What was sent and is not settled comes twice after a kill: it must fit into the bus's window.
+        if len(self._outcomes) * 2 > limit:
             self.settle()
+        limit -= len(self._outcomes)
         if self._interval and self.heartbeat_in() <= 0 and self._agent.agent_id not in busy:
             self._next_beat = time.monotonic() + self._interval
             return [self._agent._heartbeat()]

@@ -159,6 +159,8 @@ class IncidentSettings(_Section, frozen=True):
     max_window_seconds: Annotated[Seconds, Meta(description="Widest window")] = 60.0
     quiet_seconds: Annotated[Seconds, Meta(description="Quiet for so long resolves an incident")] = 300.0
     max_open: Annotated[int, Meta(ge=1, description="Open incidents before they are folded wider")] = 1000
+    flapping_pauses: Annotated[int, Meta(ge=2, description="So many pauses are a pause/resume loop")] = 3
+    flapping_window_seconds: Annotated[Seconds, Meta(description="… within this time")] = 600.0
 
 
 class HeartbeatSettings(_Section, frozen=True):
@@ -629,6 +631,12 @@ def redact_url(url: str) -> str:
 def _redact_one(url: str) -> str:
     hidden = re.sub(r"^([^:/]*:/*)([^:@]*):.*@", rf"\1\2:{REDACTED}@", url, flags=re.DOTALL)
     return re.sub(r"=[^&]*", f"={REDACTED}", hidden)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """The dotted keys whose values differ, sorted."""
+    before, after = (dict(_leaves(msgspec.to_builtins(config))) for config in (old, new))
+    return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
 
 
 def effective(config: Config) -> dict[str, Any]:

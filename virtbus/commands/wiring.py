@@ -28,6 +28,8 @@ def incident_limits(config: Config) -> IncidentLimits:
         max_window_seconds=settings.max_window_seconds,
         quiet_seconds=settings.quiet_seconds,
         max_open=settings.max_open,
+        flapping_pauses=settings.flapping_pauses,
+        flapping_window_seconds=settings.flapping_window_seconds,
     )
 
 
