@@ -138,6 +138,7 @@ class Consumer:
         check_gaps: bool = False,
         reorder_seconds: float = REORDER_SECONDS,
         patient: bool = True,
+        exclusive: bool = False,
         on_missing: Callable[[MissingEvents], None] = emit,
     ) -> None:
         """Subscribe to the bus at `url`.
@@ -146,6 +147,7 @@ class Consumer:
         `dedupe` is a SQLite file of at most `dedupe_rows` marks; without it duplicates are recognised
         only while this object lives. `check_gaps` is for whoever reads everything alone: `on_missing`
         is told of a hole in an agent's sequence that no gap event explains within `reorder_seconds`.
+        With `exclusive` only one member of the group is active (see `Bus.consume`).
         Without `patient` a broker that can't be reached at first is an error (BusUnavailable).
 
         Raises ConfigError for a bad URL or dedupe file.
@@ -155,6 +157,7 @@ class Consumer:
         self._bus = open_bus(url, options)
         self._subscription: Subscription | None = None
         self._group, self._prefetch, self._validate = group, prefetch, validate
+        self._exclusive = exclusive
         self._seen = _SeenStore(dedupe, dedupe_rows)
         self._sequences = _SequenceCheck(reorder_seconds, on_missing) if check_gaps else None
         self._in_flight: dict[tuple[str, str], list[Message]] = {}
@@ -190,7 +193,9 @@ class Consumer:
             left = max(0.0, deadline - time.monotonic())
             try:
                 if self._subscription is None:
-                    self._subscription = self._bus.consume(self._group, prefetch=self._prefetch)
+                    self._subscription = self._bus.consume(
+                        self._group, prefetch=self._prefetch, exclusive=self._exclusive
+                    )
                 message = self._subscription.receive(min(left, FLUSH_SECONDS) if self._done else left)
             except BusUnavailable as error:
                 self._lost(error)

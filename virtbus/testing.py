@@ -482,7 +482,7 @@ class FakeBus:
         """See virtbus.bus.Bus; counts in `ticks`."""
         self.ticks += 1
 
-    def consume(self, group: str | None, *, prefetch: int = 100) -> FakeSubscription:
+    def consume(self, group: str | None, *, prefetch: int = 100, exclusive: bool = False) -> FakeSubscription:
         """See virtbus.bus.Bus."""
         name = group if group is not None else f"tap-{len(self._groups)}"
         with self._changed:

@@ -160,8 +160,12 @@ class Bus(Protocol):
         found dead is thrown away; the next `publish` connects anew. Without a connection it does nothing.
         """
 
-    def consume(self, group: str | None, *, prefetch: int = 100) -> Subscription:
-        """Subscribe: a durable group shared by its members, or (None) all from now on, for this one."""
+    def consume(self, group: str | None, *, prefetch: int = 100, exclusive: bool = False) -> Subscription:
+        """Subscribe: a durable group shared by its members, or (None) all from now on, for this one.
+
+        With `exclusive` one member at a time is active: another one stands by until it is gone (AMQP,
+        embedded), or takes over at once and the older one gets BusDenied (Kafka).
+        """
 
     def probe(self) -> Sequence[Check]:
         """Look at reachability, credentials, TLS and topology; changes nothing."""

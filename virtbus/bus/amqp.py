@@ -213,8 +213,8 @@ class AmqpBus:
 
     # -- the rest of the contract
 
-    def consume(self, group: str | None, *, prefetch: int = 100) -> Subscription:
-        """See virtbus.bus.Bus. Connects at the first `receive`."""
+    def consume(self, group: str | None, *, prefetch: int = 100, exclusive: bool = False) -> Subscription:
+        """See virtbus.bus.Bus. Connects at the first `receive`; each group has one active consumer anyway."""
         from virtbus.bus.amqp_consumer import AmqpSubscription
 
         return AmqpSubscription(

@@ -20,6 +20,7 @@ What differs from a broker with a server:
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import threading
 import time
@@ -141,7 +142,9 @@ class EmbeddedBus:
     def tick(self) -> None:
         """Nothing to serve: there is no peer."""
 
-    def consume(self, group: str | None, *, prefetch: int = 100) -> EmbeddedSubscription:
+    def consume(
+        self, group: str | None, *, prefetch: int = 100, exclusive: bool = False
+    ) -> EmbeddedSubscription:
         """Subscribe; see `Bus.consume`. A new group begins with the oldest event that the log still has.
 
         It takes effect at once when the file can be used, else when `receive` can use it.
@@ -149,7 +152,7 @@ class EmbeddedBus:
         if self._closed.is_set():
             raise BusUnavailable(f"embedded bus {self.path}: closed")
         subscription = EmbeddedSubscription(
-            self.path, self.max_bytes, self._options.exchange, checked_group(group), prefetch
+            self.path, self.max_bytes, self._options.exchange, checked_group(group), prefetch, exclusive
         )
         with contextlib.suppress(BusUnavailable, BusDenied):  # receive() tries again, and raises
             subscription.connect()
@@ -203,7 +206,15 @@ class EmbeddedBus:
 class EmbeddedSubscription:
     """One consumer's stream of the embedded bus; see `Subscription`."""
 
-    def __init__(self, path: Path, max_bytes: int, exchange: str, group: str | None, prefetch: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        max_bytes: int,
+        exchange: str,
+        group: str | None,
+        prefetch: int,
+        exclusive: bool = False,
+    ) -> None:
         self._path, self._max_bytes, self._prefetch = path, max_bytes, prefetch
         name = f"virtbus.anonymous.{uuid4().hex}" if group is None else f"virtbus.{group}"
         self._queue = kombu.Queue(
@@ -213,6 +224,8 @@ class EmbeddedSubscription:
             exclusive=group is None,
             auto_delete=group is None,
         )
+        self._lock_path = path.with_name(f"{path.name}.{name}.lock") if exclusive and group else None
+        self._lock_file: int | None = None
         self._connection: kombu.Connection | None = None
         self._channel: Channel | None = None
         self._inbox: deque[Any] = deque()
@@ -225,6 +238,7 @@ class EmbeddedSubscription:
         """Open the log and declare the queue, unless that is done. Raises BusUnavailable, BusDenied."""
         if self._connection is not None:
             return
+        self._claim()
         connection = connect(self._path, self._max_bytes)
         try:
             channel = connection.channel()
@@ -294,6 +308,26 @@ class EmbeddedSubscription:
         """Leave; idempotent."""
         self._closed = True
         self._drop()
+        if self._lock_file is not None:
+            os.close(self._lock_file)
+            self._lock_file = None
+
+    def _claim(self) -> None:
+        """An exclusive member holds a lock beside the log; the kernel lets go of it when we are killed."""
+        if self._lock_path is None or self._lock_file is not None:
+            return
+        try:
+            handle = os.open(self._lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise BusUnavailable(f"embedded bus {self._path}: {self._lock_path}: {error.strerror}") from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(handle)
+            raise BusUnavailable(
+                f"embedded bus {self._path}: another consumer of {self._queue.name} is active; standing by"
+            ) from error
+        self._lock_file = handle
 
     def _holder(self, message: Message) -> Channel | None:
         """The channel of a message, or None when its connection is gone: then it comes again."""

@@ -347,14 +347,14 @@ class KafkaBus:
 
     # -------------------------------------------------------------------------------------- consuming
 
-    def consume(self, group: str | None, *, prefetch: int = 100) -> Subscription:
+    def consume(self, group: str | None, *, prefetch: int = 100, exclusive: bool = False) -> Subscription:
         """See virtbus.bus.Bus. A group is Kafka's consumer group `virtbus.<group>`; a new one begins with
         the oldest event that the topic still holds. Without a group it connects at once, to
         know what "now" is.
         """
         from virtbus.bus.kafka_consumer import KafkaSubscription
 
-        return KafkaSubscription(self._settings, checked_group(group), prefetch)
+        return KafkaSubscription(self._settings, checked_group(group), prefetch, exclusive)
 
     # ---------------------------------------------------------------------------------------- probing
 

@@ -412,6 +412,7 @@ _REFUSED = frozenset(
 )
 _DENIED = frozenset(
     {
+        KafkaError.FENCED_INSTANCE_ID,  # a newer exclusive member of the group took over
         KafkaError._AUTHENTICATION,
         KafkaError._SSL,
         KafkaError.SASL_AUTHENTICATION_FAILED,

@@ -93,11 +93,14 @@ class KafkaSubscription:
     for what this subscription was told to `retry`.
     """
 
-    def __init__(self, settings: KafkaSettings, group: str | None, prefetch: int) -> None:
+    def __init__(
+        self, settings: KafkaSettings, group: str | None, prefetch: int, exclusive: bool = False
+    ) -> None:
         """Without a group: raises BusUnavailable or BusDenied when "now" can't be found out."""
         self._settings = settings
         self._group = group
         self._prefetch = max(1, prefetch)
+        self._exclusive = exclusive and group is not None
         self._tracks: dict[int, Track] = {}
         self._held: dict[tuple[int, bytes], _Held] = {}
         self._due: list[_Due] = []
@@ -307,7 +310,11 @@ class KafkaSubscription:
         Admin(settings).ensure(topic, declare=settings.options.declare)
         self._watch = Watch()
         group_id = f"virtbus.{self._group}" if self._group else f"virtbus.tap.{uuid.uuid4()}"
-        consumer: Any = make(Consumer, settings.consumer(self._watch, group_id, self._prefetch))
+        config = settings.consumer(self._watch, group_id, self._prefetch)
+        if self._exclusive:
+            # Static membership: the broker knows one member by this name, and fences off the older one.
+            config["group.instance.id"] = group_id
+        consumer: Any = make(Consumer, config)
         try:
             if self._group is not None:
                 consumer.subscribe(
