@@ -185,12 +185,12 @@ def _load(connection: sqlite3.Connection) -> Contents:
             raise Damaged("a bitmap belongs to no run")
         account.bitmaps[slot & 0xFFFF_FFFF] = FULL if settled == FULL else bytearray(settled)
     present: dict[str, dict[int, bytearray]] = {epoch: {} for epoch in found.accounts}
+    _load_events(connection, found, present)
     for item in _whole_rows(connection, "losses"):
         number, epoch, first, last, reason, occurrences, started_ns, detail, _ = item
         ranges = (SequenceRange(epoch, first, last),)
         found.losses.append(Loss(number, ranges, reason, occurrences, started_ns, detail))
         mark(present.setdefault(epoch, {}), first, last)
-    _load_events(connection, found, present)
     dead = connection.execute("SELECT count(*), total(bytes), max(position) FROM dead").fetchone()
     found.dead, found.dead_bytes = dead[0], int(dead[1])
     found.next_position = max(found.next_position, int(dead[2] or 0) + 1)
@@ -344,8 +344,10 @@ def _mend_runs(target: sqlite3.Connection, last: dict[str, int]) -> None:
             target.execute("DELETE FROM accounts WHERE slot=?", (slot,))
 
 
-def rescue(path: Path, wall_ns: int, why: str) -> Rescue:
+def rescue(path: Path, wall_ns: int, why: str, *, copy: bool = True) -> Rescue:
     """Copy what can be read of the damaged `path` into a new file in its place; set the old one aside.
+
+    Without `copy` the new file is empty: for when a copy turned out unusable too.
 
     May be killed at any point: the copy counts once it has the name `spool.db.rescued-<time>`, and
     `finish_rescue` at the next start does what was left. Raises sqlite3.Error or OSError when the new
@@ -360,7 +362,7 @@ def rescue(path: Path, wall_ns: int, why: str) -> Rescue:
         rescued = 0
         source: sqlite3.Connection | None = None
         try:
-            source = files.connect_to_read(path)
+            source = files.connect_to_read(path) if copy else None
         except UNREADABLE:
             source = None
         stamp = to_datetime(wall_ns).strftime("%Y%m%dT%H%M%S.%fZ")

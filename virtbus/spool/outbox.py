@@ -372,13 +372,14 @@ class Spool:
             _fault("before_rescue")
             rescue = contents.rescue(path, now.wall_ns, str(damage))
             suspect.unlink(missing_ok=True)
-            emit(SpoolSetAside(str(path), str(rescue.set_aside), rescue.rescued, str(damage)))
             try:
                 found, minor = cls._examine(path)
             except Damaged as again:
-                raise SpoolCorrupt(
-                    f"{path} can't be used even after a rescue ({again}); check the disk and the memory"
-                ) from again
+                # Not to start would lose more than what is set aside here.
+                why = f"{damage}; and what was rescued: {again}"
+                rescue = contents.rescue(path, now.wall_ns + 1000, why, copy=False)
+                found, minor = cls._examine(path)
+            emit(SpoolSetAside(str(path), str(rescue.set_aside), rescue.rescued, str(damage)))
         note = {**note, **found.opening}
         return cls._begin(path, lock, limits, agent_id, clock, found, minor, note, fresh)
 

@@ -1,0 +1,257 @@
+"""`virtbus spool status|list|show|retry|drop`: the outbox as an operator sees it, also beside an agent."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from virtbus.errors import InputMissing, SpoolBusy, SpoolCorrupt
+from virtbus.model import to_datetime
+from virtbus.spool import files, wishes
+
+_LIST = "position, id, epoch, seq, key, class, count, bytes, created_ns, attempts"
+_CLASSES = ("updated", "resolved", "opened", "gap")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One event in the spool as `list` shows it; `why` and `error` only for a dead letter."""
+
+    position: int
+    id: str
+    epoch: str
+    sequence: int
+    key: str
+    kind: str
+    count: int
+    bytes: int
+    committed_at: str
+    age_seconds: float
+    attempts: int
+    state: str
+    why: str | None = None
+    error: str | None = None
+
+
+def _open(state_dir: Path) -> sqlite3.Connection:
+    """Open for reading. Raises InputMissing when there is no spool here, SpoolCorrupt when it is damaged."""
+    path = state_dir / files.DATABASE
+    if not path.exists():
+        raise InputMissing(f"there is no spool in {state_dir}; name its folder with --state-dir")
+    try:
+        connection = files.connect_to_read(path)
+        try:
+            files.check_version(connection, path)
+        except BaseException:
+            connection.close()
+            raise
+    except sqlite3.Error as error:
+        if files.is_damage(error):
+            raise _damaged(path, error) from error
+        raise InputMissing(f"{path} can't be read: {error}; run as the agent's user") from error
+    except files.Damaged as error:
+        raise _damaged(path, error) from error
+    return connection
+
+
+def _damaged(path: Path, error: Exception) -> SpoolCorrupt:
+    return SpoolCorrupt(f"{path} is damaged ({error}); the agent's next start sets it aside and rescues it")
+
+
+def _holder(state_dir: Path) -> str | None:
+    """Who holds the spool now, or None; found by the lock itself, for the file outlives its writer."""
+    try:
+        files.Lock(state_dir).close()
+    except SpoolBusy:
+        holder = files.read_holder(state_dir)
+        return f"{holder.pid} ({holder.command})"
+    return None
+
+
+def _entries(db: sqlite3.Connection, *, dead: bool, limit: int | None) -> list[Entry]:
+    table, more = ("dead", ", why, error") if dead else ("events", ", NULL, NULL")
+    sql = f"SELECT {_LIST}{more} FROM {table} ORDER BY position LIMIT ?"  # noqa: S608 - our own names
+    now = time.time_ns()
+    return [
+        Entry(
+            position=row[0],
+            id=row[1],
+            epoch=row[2],
+            sequence=row[3],
+            key=row[4],
+            kind=_CLASSES[row[5]] if row[5] in range(4) else str(row[5]),
+            count=row[6],
+            bytes=row[7],
+            committed_at=to_datetime(row[8]).isoformat(),
+            age_seconds=round(max(0.0, (now - row[8]) / 1e9), 1),
+            attempts=row[9],
+            state="dead" if dead else "pending",
+            why=row[10],
+            error=row[11],
+        )
+        for row in db.execute(sql, (-1 if limit is None else limit,))
+    ]
+
+
+def status(state_dir: Path, out: TextIO, *, as_json: bool = False) -> None:
+    """How much waits and since when, who holds the spool, and which runs are not settled yet."""
+    with closing(_open(state_dir)) as db:
+        pending, size, oldest = db.execute(
+            "SELECT count(*), total(bytes), min(created_ns) FROM events"
+        ).fetchone()
+        dead, dead_size = db.execute("SELECT count(*), total(bytes) FROM dead").fetchone()
+        (unnamed,) = db.execute("SELECT total(last - first + 1) FROM losses").fetchone()
+        (asked,) = db.execute("SELECT count(*) FROM requests").fetchone()
+        runs = db.execute("SELECT epoch, last, alive_ns FROM runs ORDER BY run").fetchall()
+    path = state_dir / files.DATABASE
+    aside = sorted(each.name for each in state_dir.glob(f"{files.DATABASE}.damaged-*Z"))
+    data: dict[str, Any] = {
+        "path": str(path),
+        "held_by": _holder(state_dir),
+        "pending": pending,
+        "bytes": int(size),
+        "oldest_seconds": None if oldest is None else round(max(0.0, (time.time_ns() - oldest) / 1e9), 1),
+        "dead": dead,
+        "dead_bytes": int(dead_size),
+        "unnamed": int(unnamed),
+        "requests": asked,
+        "file_bytes": sum(each.stat().st_size for each in (path, *files.siblings(path)) if each.exists()),
+        "runs": [
+            {"epoch": epoch, "last_sequence": last, "alive_at": to_datetime(alive).isoformat()}
+            for epoch, last, alive in runs
+        ],
+        "set_aside": aside,
+    }
+    if as_json:
+        out.write(json.dumps(data, indent=2) + "\n")
+        return
+    out.write(f"spool      {data['path']} ({data['file_bytes']} bytes on the disk)\n")
+    out.write(f"held by    {data['held_by'] or 'nobody'}\n")
+    since = "" if oldest is None else f", the oldest for {data['oldest_seconds']:.0f} s"
+    out.write(f"waiting    {pending} events, {data['bytes']} bytes{since}\n")
+    out.write(f"dead       {dead} events, {data['dead_bytes']} bytes\n")
+    if data["unnamed"]:
+        out.write(f"lost       {data['unnamed']} events, to be named in the agent's next gap event\n")
+    if asked:
+        out.write(f"asked      {asked} wishes, to be granted by the agent\n")
+    for name in aside:
+        out.write(f"set aside  {state_dir / name}\n")
+
+
+def list_events(
+    state_dir: Path, out: TextIO, *, dead: bool = False, limit: int | None = 100, as_json: bool = False
+) -> None:
+    """The events that wait (or the dead letters), the oldest first; as JSON one object a line."""
+    with closing(_open(state_dir)) as db:
+        entries = _entries(db, dead=dead, limit=limit)
+        table = "dead" if dead else "events"
+        (total,) = db.execute(f"SELECT count(*) FROM {table}").fetchone()  # noqa: S608 - our own names
+    if as_json:
+        for entry in entries:
+            out.write(json.dumps({name: getattr(entry, name) for name in Entry.__slots__}) + "\n")
+        return
+    if not entries:
+        out.write("no dead letters\n" if dead else "nothing waits\n")
+        return
+    out.write(f"{'#':>8}  {'kind':8}  {'count':>7}  {'age':>9}  {'tries':>5}  {'key':36}  id\n")
+    for entry in entries:
+        out.write(
+            f"{entry.position:>8}  {entry.kind:8}  {entry.count:>7}  {entry.age_seconds:>7.0f} s  "
+            f"{entry.attempts:>5}  {entry.key:36}  {entry.id}\n"
+        )
+        if entry.why is not None:
+            out.write(f"{'':10}{entry.why}: {entry.error}\n")
+    if total > len(entries):
+        out.write(f"… and {total - len(entries)} more (--limit)\n")
+
+
+def show(state_dir: Path, which: str, out: TextIO) -> None:
+    """One event as it would go out, attributes and data. `which` is its id or its number in `list`."""
+    with closing(_open(state_dir)) as db:
+        for table in ("events", "dead"):
+            for position in _find(db, table, [which]):
+                sql = f"SELECT attributes, body FROM {table} WHERE position=?"  # noqa: S608 - our own names
+                attributes, body = db.execute(sql, (position,)).fetchone()
+                try:
+                    event = {**json.loads(attributes), "data": json.loads(body)}
+                except ValueError:
+                    event = {"attributes": attributes, "body": repr(body)}
+                out.write(json.dumps(event, indent=2, ensure_ascii=False) + "\n")
+                return
+    raise InputMissing(f"no event {which} in the spool; `virtbus spool list` shows what there is")
+
+
+def _find(db: sqlite3.Connection, table: str, which: Iterable[str]) -> list[int]:
+    sql = f"SELECT position FROM {table} WHERE id=? OR position=?"  # noqa: S608 - our own names
+    return [
+        position
+        for item in which
+        for (position,) in db.execute(sql, (item, int(item) if item.isdecimal() else -1))
+    ]
+
+
+def retry(state_dir: Path, which: Sequence[str], out: TextIO) -> None:
+    """Send refused dead letters again, with their ids; all of them when none is named.
+
+    Invalid and damaged ones stay: nobody could read them.
+    """
+    with closing(_open(state_dir)) as db:
+        if which:
+            chosen = _find(db, "dead", which)
+        else:
+            chosen = [row for (row,) in db.execute("SELECT position FROM dead WHERE why='refused'")]
+    _wish(state_dir, wishes.RETRY, chosen, out, "to be sent again")
+
+
+def drop(
+    state_dir: Path,
+    which: Sequence[str],
+    out: TextIO,
+    *,
+    dead: bool = False,
+    confirm: Callable[[str], bool],
+) -> None:
+    """Give up events that wait, or dead letters; each event is named in a gap event (operator_dropped).
+
+    `which` are ids or numbers of `list`; none means all. `confirm` is asked once, with the whole question.
+    """
+    table = "dead" if dead else "events"
+    with closing(_open(state_dir)) as db:
+        if which:
+            chosen = _find(db, table, which)
+        else:
+            chosen = [row for (row,) in db.execute(f"SELECT position FROM {table}")]  # noqa: S608 - our own names
+    if chosen:
+        what = "dead letters" if dead else "waiting events"
+        if not confirm(f"Drop {len(chosen)} {what} of {state_dir} for good?"):
+            out.write("nothing was dropped\n")
+            return
+    _wish(state_dir, wishes.DROP, chosen, out, "to be dropped")
+
+
+def _wish(state_dir: Path, action: str, chosen: Sequence[int], out: TextIO, what: str) -> None:
+    if not chosen:
+        raise InputMissing("no such event in the spool; `virtbus spool list` and `list --dead` show them")
+    path = state_dir / files.DATABASE
+    try:
+        lock = files.Lock(state_dir)
+    except SpoolBusy:
+        lock = None  # the agent runs: it grants the wish itself
+    try:
+        with closing(files.connect(path)) as db:
+            wishes.wish(db, action, chosen)
+            if lock is not None:
+                wishes.grant_all(db, time.time_ns())
+    except sqlite3.Error as error:
+        files.raise_translated(error, path)
+    finally:
+        if lock is not None:
+            lock.close()
+    when = "done" if lock is not None else "the agent does it within 15 s"
+    out.write(f"{len(chosen)} events {what}: {when}\n")
