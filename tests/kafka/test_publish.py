@@ -14,7 +14,8 @@ from tests.kafka.cluster import Cluster
 from tests.kafka.help import admin, headers, opened, read, topic_settings
 from virtbus import envelope
 from virtbus.bus import BusOptions
-from virtbus.bus.kafka_client import Watch, check
+from virtbus.bus.kafka_errors import Watch
+from virtbus.bus.kafka_settings import check
 from virtbus.bus.kafka_transport import TRANSPORT
 from virtbus.errors import BusDenied, BusUnavailable
 from virtbus.model import Binding, Confirmed, Deferred, Message, Record, Refused

@@ -17,15 +17,9 @@ from kombu import connection as kombu_connection
 from kombu import messaging as kombu_messaging
 
 from virtbus.bus import BusOptions, Feed, Subscription, checked_group
-from virtbus.bus.kafka_client import (
-    Admin,
-    KafkaSettings,
-    Watch,
-    check,
-    is_purged,
-    oneline,
-    translate,
-)
+from virtbus.bus.kafka_admin import Admin
+from virtbus.bus.kafka_errors import Watch, is_purged, oneline, translate
+from virtbus.bus.kafka_settings import KafkaSettings, check
 from virtbus.bus.kafka_transport import TRANSPORT
 from virtbus.envelope import to_kafka
 from virtbus.errors import BusDenied, BusUnavailable, RecordRefused, VirtbusError

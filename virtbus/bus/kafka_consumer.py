@@ -12,7 +12,9 @@ from typing import Any
 from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
 
 from virtbus.bus import REASON_HEADER
-from virtbus.bus.kafka_client import Admin, KafkaSettings, Watch, is_missing, make, oneline, translate
+from virtbus.bus.kafka_admin import Admin, make
+from virtbus.bus.kafka_errors import Watch, is_missing, oneline, translate
+from virtbus.bus.kafka_settings import KafkaSettings
 from virtbus.errors import BusDenied, BusUnavailable, VirtbusError
 from virtbus.model import Binding, Message
 from virtbus.telemetry import Notice, Trouble, emit

@@ -13,7 +13,8 @@ from typing import Any
 from confluent_kafka import KafkaException, Producer
 from kombu.transport import TRANSPORT_ALIASES, virtual
 
-from virtbus.bus.kafka_client import Admin, KafkaSettings, make
+from virtbus.bus.kafka_admin import Admin, make
+from virtbus.bus.kafka_settings import KafkaSettings
 from virtbus.errors import VirtbusError
 
 TRANSPORT = "virtbus-kafka"

@@ -1,7 +1,6 @@
-"""What a Kafka client is told and what its errors mean: URL, credentials, topics. No record passes here.
+"""What a Kafka client is told: URL, credentials, librdkafka's options; every problem is named at once.
 
-Facts about options are librdkafka's (its CONFIGURATION reference), about error codes Apache Kafka's
-protocol guide.
+Facts about options are librdkafka's (its CONFIGURATION reference).
 """
 
 from __future__ import annotations
@@ -9,24 +8,20 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import logging
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import unquote
 
-from confluent_kafka import KafkaError, KafkaException, Producer, TopicCollection
-from confluent_kafka.admin import AdminClient
-from confluent_kafka.cimpl import NewTopic
+from confluent_kafka import KafkaException, Producer
 
 from virtbus.bus import BusOptions, is_loopback
-from virtbus.errors import BusDenied, BusUnavailable, ConfigError, RecordRefused, VirtbusError
+from virtbus.bus.kafka_errors import Watch, oneline
+from virtbus.errors import BusDenied, BusUnavailable, ConfigError
 
 DEFAULT_PORT = 9092
 DEAD_LETTER_SUFFIX = ".dead"
@@ -35,8 +30,6 @@ MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER")
 # A token without an expiry of its own is fetched again after this long, in seconds.
 _OPAQUE_TOKEN_SECONDS = 300.0
 _TOKEN_COMMAND_SECONDS = 10.0
-# Once one broker has refused us, how long another one may still accept, in seconds.
-_DENIAL_GRACE = 0.3
 # Kafka's rule for a topic: these characters, at most 249 (and neither "." nor ".."); room for ".dead".
 _TOPIC = re.compile(r"[A-Za-z0-9._-]+\Z")
 _TOPIC_LENGTH = 249 - len(DEAD_LETTER_SUFFIX)
@@ -64,11 +57,6 @@ _OWNED: Mapping[str, str] = {
         "at-least-once consuming rests on it",
     ),
 }
-
-T = TypeVar("T")
-
-
-# ------------------------------------------------------------------------------------------ settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -388,233 +376,3 @@ def _option_problems(options: BusOptions) -> Iterator[str]:
             yield f"bus.kafka.options: {name} = {value!r}: {oneline(error)}"
     if options.topic_replication is not None and options.topic_replication < -1:
         yield f"bus.kafka.topic.replication: {options.topic_replication}: at least 1, or -1 for the default"
-
-
-# -------------------------------------------------------------------------------------------- errors
-
-
-class Verdict(Enum):
-    """What a delivery error means for the record and for the producer."""
-
-    # The broker will never take it. It says so of the whole batch: true of a record only when sent alone.
-    REFUSED = "refused"
-    DENIED = "denied"  # an operator has to act
-    UNCLEAR = "unclear"  # it may or may not be stored: new producer, send again
-
-
-_REFUSED = frozenset(
-    {
-        KafkaError.MSG_SIZE_TOO_LARGE,
-        KafkaError.RECORD_LIST_TOO_LARGE,
-        KafkaError.INVALID_RECORD,
-        KafkaError.INVALID_TIMESTAMP,
-    }
-)
-_DENIED = frozenset(
-    {
-        KafkaError.FENCED_INSTANCE_ID,  # a newer exclusive member of the group took over
-        KafkaError._AUTHENTICATION,
-        KafkaError._SSL,
-        KafkaError.SASL_AUTHENTICATION_FAILED,
-        KafkaError.UNSUPPORTED_SASL_MECHANISM,
-        KafkaError.ILLEGAL_SASL_STATE,
-        KafkaError.TOPIC_AUTHORIZATION_FAILED,
-        KafkaError.GROUP_AUTHORIZATION_FAILED,
-        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-        KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
-        KafkaError.POLICY_VIOLATION,
-        KafkaError.SECURITY_DISABLED,
-    }
-)
-_MISSING = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC})
-
-
-def oneline(text: object) -> str:
-    """Anything as one line."""
-    return " ".join(str(text).split())
-
-
-def verdict(error: Any) -> Verdict:
-    """Classify a KafkaError by its code: its own `retriable()` says no to a time-out that may be stored."""
-    code = error.code()
-    if code in _REFUSED:
-        return Verdict.REFUSED
-    if code in _DENIED:
-        return Verdict.DENIED
-    return Verdict.UNCLEAR
-
-
-def translate(error: Any, doing: str) -> VirtbusError:
-    """A KafkaError as ours, with what was being done: the one place where they are translated."""
-    text = f"{doing}: {oneline(error.str())} ({error.name()})"
-    match verdict(error):
-        case Verdict.REFUSED:
-            return RecordRefused(text)
-        case Verdict.DENIED:
-            return BusDenied(text)
-        case Verdict.UNCLEAR:
-            return BusUnavailable(text)
-
-
-def is_missing(error: Any) -> bool:
-    """Whether the error says that the topic is not there."""
-    return error.code() in _MISSING
-
-
-def is_purged(error: Any) -> bool:
-    """Whether the record was only given up because the whole producer was."""
-    return error.code() in (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT, KafkaError._FATAL)
-
-
-class _Ear(logging.Handler):
-    """Keeps the last thing that librdkafka logged about a failed connection."""
-
-    def __init__(self, watch: Watch) -> None:
-        super().__init__()
-        self._watch = watch
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """`FAIL [client] [thread]: broker: what happened (after N ms in state S)`."""
-        kind, _, text = record.getMessage().partition(" ")
-        if kind == "FAIL":
-            told = oneline(text.rpartition("]: ")[2])
-            if "in state APIVERSION_QUERY" in told and "Disconnected" in told:
-                told += "; is it a TLS listener, and the URL kafka://, or the other way round?"
-            self._watch.last = told
-            if "SSL alert" in told:  # with TLS 1.3 the broker's refusal comes after our side's handshake
-                self._watch(KafkaError(KafkaError._SSL, told))
-
-
-class Watch:
-    """Hears a client's errors (librdkafka's error_cb, from inside poll) and remembers what they mean."""
-
-    def __init__(self, *, listening: bool = False) -> None:
-        """`listening` reads librdkafka's log lines too: some failures to connect are told nowhere else."""
-        self.listening = listening
-        self.logger = logging.Logger("librdkafka")
-        self.logger.addHandler(_Ear(self) if listening else logging.NullHandler())
-        self.denied: Any = None  # the KafkaError by which a broker refused us, until forgotten
-        self.denied_at = 0.0
-        self.all_down = False
-        self.fatal: Any = None
-        self.last: str | None = None
-
-    def __call__(self, error: Any) -> None:
-        """Remember one error."""
-        code = error.code()
-        if code == KafkaError._ALL_BROKERS_DOWN:
-            self.all_down = True
-            return
-        self.last = oneline(error.str())
-        if error.fatal():
-            self.fatal = error
-        if code in _DENIED and self.denied is None:
-            self.denied = error
-            self.denied_at = time.monotonic()
-
-    def forget(self) -> None:
-        """The brokers answered: what was heard before is over."""
-        self.denied = None
-        self.all_down = False
-
-    def denial(self, now: float) -> Any:
-        """The refusal, once no other broker has accepted us for a moment; else None."""
-        return self.denied if self.denied is not None and now - self.denied_at > _DENIAL_GRACE else None
-
-
-# -------------------------------------------------------------------------------------------- topics
-
-
-class Admin:
-    """One admin client for the time of a connect or a probe: who can be reached, and with which topics."""
-
-    def __init__(self, settings: KafkaSettings) -> None:
-        """Raises ConfigError when librdkafka refuses the options as a whole."""
-        self.settings = settings
-        self.watch = Watch(listening=True)
-        self._deadline = time.monotonic() + settings.options.connect_timeout
-        self._client = make(AdminClient, settings.client(self.watch))
-
-    def describe(self, topic: str, *, operations: bool = False) -> Any:
-        """confluent_kafka's TopicDescription, or None when the topic is missing; never creates it."""
-        futures = self._client.describe_topics(
-            TopicCollection([topic]), include_authorized_operations=operations, request_timeout=self._left()
-        )
-        try:
-            return self._result(futures[topic], f'asking {self.settings.display} about topic "{topic}"')
-        except _TopicMissing:
-            return None
-
-    def ensure(self, topic: str, *, declare: bool) -> None:
-        """Create the topic when it is missing and we may.
-
-        Raises BusDenied when it is missing and may not be created, BusUnavailable when it can't be now.
-        """
-        if self.describe(topic) is not None:
-            return
-        options = self.settings.options
-        remedy = f'create it (kafka-topics.sh --create --topic "{topic}" --partitions …)'
-        if not declare:
-            raise BusDenied(f'topic "{topic}" does not exist and bus.declare is false: {remedy}')
-        new = NewTopic(
-            topic,
-            num_partitions=options.topic_partitions,
-            replication_factor=-1 if options.topic_replication is None else options.topic_replication,
-            config=dict(options.topic_config),
-        )
-        future = self._client.create_topics([new], request_timeout=self._left())[topic]
-        try:
-            self._result(future, f'creating topic "{topic}"')
-        except BusDenied as error:
-            raise BusDenied(f"{error}: permit it, or {remedy}") from error
-        while self.describe(topic) is None:  # every broker learns of it a moment later
-            if time.monotonic() > self._deadline:
-                raise BusUnavailable(f'topic "{topic}" was created, but is not to be seen yet')
-            time.sleep(0.05)
-
-    def call(self, doing: str, start: Callable[[AdminClient], Future[T]]) -> T:
-        """The result of any other admin request."""
-        return self._result(start(self._client), doing)
-
-    def _left(self) -> float:
-        return max(0.1, self._deadline - time.monotonic())
-
-    def _result(self, future: Future[T], doing: str) -> T:
-        """Wait, serving callbacks; a refusal ends the wait before the deadline."""
-        while not future.done():
-            self._client.poll(0.02)
-            now = time.monotonic()
-            denied = self.watch.denial(now)
-            if denied is not None:
-                raise translate(denied, doing)
-            if now > self._deadline:
-                last = self.watch.last or "nobody answers"
-                seconds = self.settings.options.connect_timeout
-                raise BusUnavailable(f"{doing}: no answer within {seconds:g} s: {last}")
-        try:
-            return future.result()
-        except KafkaException as error:
-            cause = error.args[0]
-            if is_missing(cause):
-                raise _TopicMissing(doing) from error
-            if cause.code() == KafkaError.TOPIC_ALREADY_EXISTS:
-                return None  # type: ignore[return-value]  # somebody else created it just now
-            if self.watch.denied is not None:
-                raise translate(self.watch.denied, doing) from error
-            translated = translate(cause, doing)
-            if self.watch.last and isinstance(translated, BusUnavailable):
-                raise BusUnavailable(f"{translated}; last heard: {self.watch.last}") from error
-            raise translated from error
-
-
-class _TopicMissing(BusUnavailable):
-    """The topic is not there; inside this module only."""
-
-
-def make(factory: Callable[[dict[str, Any]], T], config: dict[str, Any]) -> T:
-    """A librdkafka client; ConfigError when it refuses the configuration as a whole."""
-    try:
-        return factory(config)
-    except KafkaException as error:
-        reason = oneline(error.args[0].str())
-        raise ConfigError(f"bus.kafka: librdkafka refuses the settings: {reason}") from error
