@@ -7,7 +7,8 @@ What becomes of a record (`Outcome`), and what of the connection:
 | acks | Confirmed | stays |
 | returns it (mandatory, nobody bound), then acks | Unroutable | stays |
 | nacks it (a full queue with reject-publish, a queue that failed) | Unroutable: its key is parked | stays |
-| closes the channel over one record: 406 too large or malformed, 311, 501, 502 | Refused | thrown away |
+| closes the channel over one record: 406 too large or malformed, 311 | Refused | thrown away |
+| closes the connection over one record, twice: 501, 502 | Refused | thrown away |
 | refuses one routing key (topic permission, 403), fails on one record (541, 505) | Unroutable | thrown away |
 | closes the channel for all: 403, 404, user-id mismatch | Deferred(BusDenied) | thrown away |
 | goes away, misses heartbeats or a confirm deadline, acks what it was not sent | Deferred | thrown away |
@@ -76,6 +77,7 @@ class AmqpBus:
         self._working = False
         self._closed = False
         self._suspects = 0  # records to be sent alone, because one of so many closed a channel
+        self._accused: str | None = None  # the id of a record that closed a connection alone, once
 
     # -- publishing
 
@@ -162,9 +164,15 @@ class AmqpBus:
         if verdict is not None and len(records) > 1:
             self._suspects = len(records)
         elif verdict is not None and records:
+            (record,) = records
+            # These two close the whole connection and may come of a byte that was damaged on the way: no
+            # event is given up before it has done it twice.
+            if getattr(fault, "reply_code", 0) in (501, 502) and self._accused != record.id:
+                self._accused, self._suspects = record.id, 1
+                return [(record, Deferred(error))]
             if alone:
                 self._suspects = 0
-            return [(records[0], verdict)]
+            return [(record, verdict)]
         return [(record, Deferred(error)) for record in records]
 
     def tick(self) -> None:
@@ -290,11 +298,12 @@ def _verdict_on_one(fault: BaseException, error: VirtbusError) -> Outcome | None
     """What a closed channel or connection says about the one record that was under way; None: nothing."""
     code = getattr(fault, "reply_code", 0) or 0
     text = str(getattr(fault, "reply_text", ""))
-    if not isinstance(fault, AMQPError) or isinstance(fault, ProtocolViolation):
+    # Without a method it is not the broker's word: py-amqp raises the same classes for what it can't read.
+    if not isinstance(fault, AMQPError) or getattr(fault, "method_sig", None) is None:
         return None
     if code in _REFUSING and isinstance(error, BusUnavailable):  # not a user-id mismatch: that is all of them
         return Refused(RecordRefused(f"the broker refuses it: {text} ({code})"))
-    if code in _PARKING and getattr(fault, "method_sig", None) is not None:
+    if code in _PARKING:
         return Unroutable(f"the broker fails on it: {text} ({code})")
     if code == 403 and "topic" in text:
         return Unroutable(f"the broker refuses its routing key: {text}")

@@ -1,0 +1,82 @@
+"""A bus is found by its URL, and what can't be used is named with its remedy."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+import virtbus.bus as bus_module
+from virtbus.bus import BusOptions, checked_group, known_schemes, open_bus
+from virtbus.bus.amqp import AmqpBus
+from virtbus.errors import ConfigError
+
+
+def test_each_built_in_scheme_opens_its_bus_without_connecting(tmp_path: Path) -> None:
+    urls = {
+        "amqp": "amqp://127.0.0.1:1//",
+        "amqps": "amqps://broker.example//",
+        "kafka": "kafka://127.0.0.1:1",
+        "kafkas": "kafkas://broker.example",
+        "embedded": "embedded:",
+    }
+    assert set(urls) <= set(known_schemes())
+    for url in urls.values():
+        open_bus(url, BusOptions(state_dir=tmp_path)).close()
+
+
+def test_several_brokers_may_stand_in_one_url() -> None:
+    bus = open_bus("amqp://one;amqps://two")
+    assert isinstance(bus, AmqpBus)
+    bus.close()
+
+
+def test_an_unknown_scheme_names_the_known_ones_and_the_fix() -> None:
+    with pytest.raises(ConfigError, match="redis") as caught:
+        open_bus("redis://user:s3cret@host")
+    assert "amqps" in str(caught.value)
+    assert "embedded" in str(caught.value)
+    assert "virtbus.buses" in str(caught.value)
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["", "host:5672/x y", "//host", "rabbit"])
+def test_what_is_no_url_is_refused_with_an_example(url: str) -> None:
+    with pytest.raises(ConfigError):
+        open_bus(url)
+
+
+def test_a_third_partys_entry_point_wins_over_the_built_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = EntryPoint("amqp", "tests.bus.test_open_bus:FakeFactory", bus_module.ENTRY_POINT_GROUP)
+    monkeypatch.setattr(bus_module, "entry_points", lambda **which: [mine])
+    assert open_bus("amqp://host") == "made for amqp://host"
+
+
+class FakeFactory:
+    def __new__(cls, url: str, *, options: BusOptions) -> str:  # type: ignore[misc]
+        return f"made for {url}"
+
+
+def test_a_missing_module_names_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load() -> object:
+        raise ModuleNotFoundError("No module named 'confluent_kafka'", name="confluent_kafka")
+
+    with pytest.raises(ConfigError, match=r"pip install 'virtbus\[kafka\]'"):
+        bus_module._load("kafka", load)
+
+
+def test_every_problem_of_the_options_is_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        BusOptions(window=0, auth="magic", exchange="", confirm_timeout=0, tls_key_file=Path("key"))
+    for word in ("bus.window", "bus.auth", "bus.exchange", "bus.confirm_timeout", "tls_cert_file"):
+        assert word in str(caught.value)
+
+
+def test_extra_options_that_may_hold_secrets_are_not_shown() -> None:
+    assert "hunter2" not in repr(BusOptions(extra={"sasl.password": "hunter2"}))
+
+
+def test_a_group_name_that_every_broker_can_carry_is_taken_as_it_is() -> None:
+    assert checked_group("nova-react_1.x") == "nova-react_1.x"
+    assert checked_group(None) is None
