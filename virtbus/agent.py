@@ -588,7 +588,7 @@ class Agent:
     def drill(self, asked: Drill) -> None:
         """Take an error that did not happen, or the end of one, for an alert drill; origin `replay`."""
         now = self._clock()
-        emit(DrillAsked(asked.domain_name, asked.domain_uuid, asked.action.value, asked.count))
+        emit(DrillAsked(asked.domain_name, asked.domain_uuid, asked.action, asked.count))
         if asked.resolve:
             self.queue.put(DomainGone(asked.domain_uuid, now.wall_ns, "domain_stopped"))
             return
@@ -598,7 +598,7 @@ class Agent:
             domain_id=None,
             path="",
             alias=asked.alias,
-            action_code=ACTION_CODES[asked.action],
+            action_code=asked.action_code,
             reason=asked.reason,
             observed_at=now.wall_ns,
         )

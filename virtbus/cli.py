@@ -86,18 +86,26 @@ _state_dir = _setting("state_dir", "--state-dir", metavar="DIR", help="Folder of
 
 def _load(options: Mapping[str, Any]) -> Any:
     """Settings from file, environment and this command's flags; the log is set up from them."""
-    from virtbus import config, telemetry
+    from virtbus import telemetry
+
+    loaded = _read(options)
+    telemetry.configure(level=loaded.config.log.level, fmt=loaded.config.log.format)
+    return loaded
+
+
+def _read(options: Mapping[str, Any]) -> Any:
+    """Settings from file, environment and this command's flags."""
+    from virtbus import config
 
     flags = {
         key.replace("__", "."): value
         for key, value in options.items()
         if key not in ("config_file", "debug") and value is not None
     }
+    if options.get("debug"):
+        flags["log.level"] = "debug"
     named = options.get("config_file") or os.environ.get("VIRTBUS_CONFIG")
-    loaded = config.load(file=Path(named) if named else None, flags=flags)
-    level = "debug" if options.get("debug") else loaded.config.log.level
-    telemetry.configure(level=level, fmt=loaded.config.log.format)
-    return loaded
+    return config.load(file=Path(named) if named else None, flags=flags)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -131,7 +139,7 @@ def run(**options: Any) -> None:
     """
     from virtbus.commands import run as command
 
-    command.run(_load(options))
+    command.run(_load(options), again=lambda: _read(options))
 
 
 @cli.command()
@@ -214,6 +222,53 @@ def tap(stage: str | None, domain: str | None, **options: Any) -> None:
     command.tap(_load(options).config, stage=stage, domain=domain, out=sys.stdout)
 
 
+@cli.command("emit")
+@_common
+@_setting("control.socket", "--control-socket", metavar="PATH", help="The agent's control socket.")
+@click.option("--domain-name", default="virtbus-drill", show_default=True, metavar="NAME",
+              help="The guest that the event names.")  # fmt: skip
+@click.option("--action", type=click.Choice(["none", "pause", "report"]), default="report",
+              show_default=True, help="What the hypervisor is said to have done.")  # fmt: skip
+@click.option("--reason", default="drill", show_default=True, metavar="TEXT", help="libvirt's reason.")
+@click.option("--count", type=click.IntRange(1, 1000), default=1, show_default=True, help="Errors in it.")
+@click.option("--resolve", is_flag=True, help="End the drill: its incidents are resolved.")
+@click.option("--timeout", type=click.FloatRange(0.1), default=10.0, show_default=True, metavar="S",
+              help="How long to wait for the broker's confirmation.")  # fmt: skip
+def emit_(timeout: float, domain_name: str, action: str, reason: str, count: int, resolve: bool,
+          **options: Any) -> None:  # fmt: skip
+    """Run an alert drill: an event that says `replay`, through the running agent to the broker.
+
+    It takes the way of a real error: incident, spool, broker. The guest it names does not exist; consumers
+    that act must leave events of origin `replay` alone, and every event of the drill carries it.
+
+    \b
+    Example: virtbus emit --action pause --reason enospc
+             virtbus emit --resolve
+    """
+    from virtbus.commands import emit as command
+
+    request = {"domain_name": domain_name, "action": action, "reason": reason, "count": count,
+               "resolve": resolve}  # fmt: skip
+    command.run(_load(options).config, request, timeout=timeout, out=sys.stdout)
+
+
+@cli.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the completion script of a shell.
+
+    \b
+    bash:  virtbus completion bash > /etc/bash_completion.d/virtbus
+    zsh:   virtbus completion zsh > "${fpath[1]}/_virtbus"
+    fish:  virtbus completion fish > ~/.config/fish/completions/virtbus.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    made = get_completion_class(shell)
+    assert made is not None  # click knows each shell of the choice
+    click.echo(made(cli, {}, "virtbus", "_VIRTBUS_COMPLETE").source())
+
+
 @cli.command()
 @_common
 @_libvirt
@@ -231,6 +286,65 @@ def doctor(as_json: bool, timeout: float, **options: Any) -> None:
     from virtbus.commands import doctor as command
 
     sys.exit(command.run(_load(options), as_json=as_json, timeout=timeout, out=sys.stdout))
+
+
+@cli.command()
+@_common
+@_bus
+@_state_dir
+@click.option("--once", is_flag=True, help="Listen for one round of heartbeats, print, and end.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON, a line each second.")
+@click.option("--write", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="Keep FILE up to date instead, as JSON: for a scheduler on this machine.")  # fmt: skip
+@click.option("--listen", type=click.FloatRange(0), metavar="S", help="End after S seconds.")
+def fleet(once: bool, as_json: bool, write: Path | None, listen: float | None, **options: Any) -> None:
+    """Show which hosts and storage systems are in trouble, and whose fault it is.
+
+    It knows a host once it has heard its agent: complete after one round of heartbeats (60 s).
+
+    \b
+    Example: virtbus fleet --bus amqp://guest:guest@127.0.0.1// --once --json
+    """
+    from virtbus.commands import fleet as command
+
+    sys.exit(command.run(_load(options), once=once, as_json=as_json, write=write, listen=listen,
+                         out=sys.stdout))  # fmt: skip
+
+
+@cli.command()
+@_common
+@_bus
+@_state_dir
+@click.option("--with", "name", required=True, metavar="NAME",
+              help="exec, webhook, kubernetes, nova, masakari, or one that a package adds.")  # fmt: skip
+@click.option("--group", metavar="NAME", help="Durable group to consume as [default: react-NAME].")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done; takes no event from the group.")
+@click.option("--probe", is_flag=True, help="Only look whether the control plane lets us, and end.")
+@click.option("--option", "settings", multiple=True, metavar="KEY=VALUE",
+              help="A setting of react.NAME, e.g. --option 'command=[\"/usr/bin/logger\"]'.")  # fmt: skip
+def react(name: str, group: str | None, dry_run: bool, probe: bool, settings: tuple[str, ...],
+          **options: Any) -> None:  # fmt: skip
+    """Tell a control plane: run one integration until a signal.
+
+    Actions are stored before they are done, limited, and each is a line in the log. Guests are never moved
+    or restarted.
+
+    \b
+    Example: virtbus react --with kubernetes --bus amqps://scheduler@broker//
+    """
+    from virtbus import config as settings_module
+    from virtbus.commands import react as command
+
+    for text in settings:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise ConfigError(f"--option {text}: write KEY=VALUE")
+        dotted = f"react.{name}.{key}"
+        if not settings_module.knows(dotted):
+            dotted = f"react.options.{key}"
+        options[dotted] = settings_module.from_text(dotted, value)
+    sys.exit(command.run(_load(options), name=name, group=group, dry_run=dry_run, probe=probe,
+                         out=sys.stdout))  # fmt: skip
 
 
 @cli.group()

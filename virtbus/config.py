@@ -492,6 +492,19 @@ def _from_text(schema: Mapping[str, Any], key: str, raw: str) -> object:
         raise ValueError(f"{raw!r} is not a TOML {wanted}") from None
 
 
+def knows(key: str) -> bool:
+    """Whether a dotted key is a setting (or a place for free ones)."""
+    return _schema_at(json_schema(), key) is not None
+
+
+def from_text(key: str, raw: str) -> object:
+    """A setting's value from text, as in the environment. Raises ConfigError naming the key."""
+    try:
+        return _from_text(json_schema(), key, raw)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}") from None
+
+
 def _check(schema: dict[str, Any], merged: dict[str, Any], origins: Mapping[str, str]) -> list[str]:
     problems = []
     for error in jsonschema_rs.validator_for(schema).iter_errors(merged):

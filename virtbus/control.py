@@ -2,8 +2,8 @@
 
 HTTP (loopback by default): /metrics, /livez (fails only for a dead thread), /readyz (source registered
 and spool writable; a broker outage is neither). Unix socket (0600, the peer's uid is checked): one JSON
-request a line; `status` answers once, `tap` streams until the peer leaves, lossy and bounded: a slow
-reader loses lines, never slows the path.
+request a line; `status` answers once, `drill` makes an event of origin replay, `tap` streams until the peer
+leaves, lossy and bounded: a slow reader loses lines, never slows the path.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ import os
 import socket
 import struct
 import threading
+import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from datetime import datetime
 from enum import Enum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from virtbus.errors import ConfigError
-from virtbus.telemetry import METRICS, Notice, Trouble, emit
+from virtbus.telemetry import METRICS, PeerRefused, Trouble, emit
 
 TAP_STAGES = ("raw", "incident", "published")
 TAP_BUFFER = 1000  # lines a reader may lag behind
@@ -129,6 +130,51 @@ def plain(value: object) -> Any:
     return value
 
 
+@dataclass(frozen=True, slots=True)
+class Drill:
+    """An error that did not happen, for an alert drill; `resolve` ends it."""
+
+    domain_name: str
+    alias: str
+    action: str
+    reason: str
+    count: int
+    resolve: bool
+
+    _CODES: ClassVar[Mapping[str, int]] = {"none": 0, "pause": 1, "report": 2}
+    _NAMESPACE: ClassVar[uuid.UUID] = uuid.UUID("6f0d6c3e-8a4e-4d57-9c0e-6f5d1c1b7a10")
+
+    @property
+    def domain_uuid(self) -> str:
+        """Made of the name: no guest of a hypervisor has it, and a second drill finds the first one."""
+        return str(uuid.uuid5(self._NAMESPACE, self.domain_name))
+
+    @property
+    def action_code(self) -> int:
+        """As libvirt numbers it."""
+        return self._CODES[self.action]
+
+    @classmethod
+    def parse(cls, request: Mapping[str, Any]) -> Drill:
+        """What a peer asked for; raises ConfigError."""
+        drill = cls(
+            domain_name=request.get("domain_name", "virtbus-drill"),
+            alias=request.get("alias", "drill-disk0"),
+            action=request.get("action", "report"),
+            reason=request.get("reason", "drill"),
+            count=request.get("count", 1),
+            resolve=request.get("resolve", False),
+        )
+        texts = (drill.domain_name, drill.alias, drill.reason)
+        if not all(isinstance(text, str) and len(text) <= 200 and text.isprintable() for text in texts):
+            raise ConfigError("domain_name, alias and reason are texts of at most 200 printable characters")
+        if not drill.domain_name or str(drill.action) not in cls._CODES:
+            raise ConfigError(f"domain_name is not empty; action is one of {', '.join(cls._CODES)}")
+        if type(drill.count) is not int or not 1 <= drill.count <= 1000 or type(drill.resolve) is not bool:
+            raise ConfigError("count is a whole number from 1 to 1000; resolve is true or false")
+        return drill
+
+
 # --------------------------------------------------------------------------------------------- HTTP
 
 
@@ -206,11 +252,18 @@ class HttpServer:
 
 
 class ControlSocket:
-    """`status` and `tap` over a Unix socket that only our own user and root may use."""
+    """`status`, `tap` and `drill` over a Unix socket that only our own user and root may use."""
 
-    def __init__(self, path: Path, *, status: Callable[[], Mapping[str, object]], taps: Taps) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        status: Callable[[], Mapping[str, object]],
+        taps: Taps,
+        drill: Callable[[Drill], None] | None = None,
+    ) -> None:
         """Bind the socket; raises ConfigError when it can't be made."""
-        self._path, self._status, self._taps = path, status, taps
+        self._path, self._status, self._taps, self._drill = path, status, taps, drill
         self._stop = threading.Event()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         old_umask = os.umask(0o177)
@@ -263,7 +316,7 @@ class ControlSocket:
                 ucred = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
                 _, uid, _ = struct.unpack("3i", ucred)
                 if uid not in (0, os.geteuid()):
-                    emit(Notice(f"control socket: refused uid {uid}"))
+                    emit(PeerRefused(uid))
                     peer.sendall(b'{"error": "only the agent\'s own user and root may ask"}\n')
                     return
                 request = _read_request(peer)
@@ -271,8 +324,14 @@ class ControlSocket:
                     peer.sendall(json.dumps(plain(self._status())).encode() + b"\n")
                 elif request.get("command") == "tap":
                     self._tap(peer, request)
+                elif request.get("command") == "drill" and self._drill is not None:
+                    drill = Drill.parse(request)
+                    self._drill(drill)
+                    peer.sendall(json.dumps(plain(drill)).encode() + b"\n")
                 else:
-                    peer.sendall(b'{"error": "unknown command; known: status, tap"}\n')
+                    peer.sendall(b'{"error": "unknown command; known: status, tap, drill"}\n')
+            except ConfigError as error:
+                peer.sendall(json.dumps({"error": str(error)}).encode() + b"\n")
             except (OSError, ValueError) as error:
                 if isinstance(error, ValueError):
                     peer.sendall(b'{"error": "send one JSON object on one line"}\n')
@@ -290,6 +349,7 @@ class ControlSocket:
             peer.sendall(json.dumps({"error": str(error)}).encode() + b"\n")
             return
         try:
+            peer.sendall(b"\n")  # from here on nothing is missed
             while not self._stop.is_set():
                 lines = reader.take(1.0)
                 peer.sendall(
@@ -306,7 +366,10 @@ def _read_request(peer: socket.socket) -> dict[str, Any]:
         if not chunk:
             break
         data += chunk
-    request = json.loads(data)
+    try:
+        request = json.loads(data)
+    except RecursionError as error:  # thousands of opening brackets
+        raise ValueError("nested too deeply") from error
     if not isinstance(request, dict):
         raise ValueError("not an object")  # noqa: TRY004 - as for text that is no JSON
     return request

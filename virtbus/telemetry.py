@@ -495,3 +495,53 @@ class DomainUnreadable(TelemetryEvent):
     def limit_key(self) -> object:
         """A line a domain."""
         return self.domain_uuid
+
+
+@dataclass(frozen=True, slots=True)
+class RunningAsRoot(TelemetryEvent):
+    """The agent has more rights than it needs."""
+
+    LEVEL: ClassVar[str] = "warning"
+    MESSAGE: ClassVar[str] = (
+        "running as root; a user of its own that may open libvirt's read-only socket is enough"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigReloaded(TelemetryEvent):
+    """SIGHUP: the settings were read anew."""
+
+    MESSAGE: ClassVar[str] = "settings read anew; passwords and certificates are, at each connection"
+    applied: list[str]
+    needs_restart: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigRefused(TelemetryEvent):
+    """SIGHUP: the new settings can't be used."""
+
+    LEVEL: ClassVar[str] = "error"
+    MESSAGE: ClassVar[str] = "settings refused; going on with those in force"
+    error: Exception | str
+
+
+@dataclass(frozen=True, slots=True)
+class DrillAsked(TelemetryEvent):
+    """Somebody runs an alert drill over the control socket."""
+
+    LEVEL: ClassVar[str] = "warning"
+    MESSAGE: ClassVar[str] = "alert drill: an event of origin replay is made"
+    domain_name: str
+    domain_uuid: str
+    action: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class PeerRefused(TelemetryEvent):
+    """A user who is neither ours nor root connected to the control socket."""
+
+    LEVEL: ClassVar[str] = "warning"
+    MESSAGE: ClassVar[str] = "control socket: another user was refused"
+    LIMIT_SECONDS: ClassVar[float] = 30.0
+    uid: int

@@ -4,27 +4,39 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
+from virtbus import telemetry
 from virtbus.agent import Agent, AgentOptions, load_agent_id
 from virtbus.commands import wiring
-from virtbus.config import Loaded, bus_url, redact_url
+from virtbus.config import Config, Loaded, bus_url, differences, redact_url
 from virtbus.control import ControlSocket, HttpServer
 from virtbus.envelope import uuid7
-from virtbus.errors import ConfigError
+from virtbus.errors import ConfigError, VirtbusError
 from virtbus.incidents import Incidents
 from virtbus.model import Clock
+from virtbus.sdnotify import Systemd
 from virtbus.spool import Spool, prepare_state_dir
-from virtbus.telemetry import METRICS, Notice, emit
+from virtbus.telemetry import METRICS, ConfigRefused, ConfigReloaded, Notice, RunningAsRoot, emit
+
+# What SIGHUP applies; passwords, tokens and certificates are read anew at each connection anyway.
+RELOADED = ("drain_seconds", "heartbeat.interval_seconds", "log.format", "log.level")
+STATUS_SECONDS = 5.0  # between two lines to the service manager
 
 
-def run(loaded: Loaded) -> None:
-    """Run until a signal. Raises VirtbusError when the agent can't start or was refused by libvirt."""
+def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
+    """Run until a signal. Raises VirtbusError when the agent can't start or was refused by libvirt.
+
+    `again` reads the settings anew, for SIGHUP.
+    """
     config = loaded.config
     os.umask(0o077)
     if os.geteuid() == 0:
-        emit(Notice("running as root; a user in libvirt's group is enough"))
+        emit(RunningAsRoot())
     clock = Clock()
     with ExitStack() as stack:
         bus = wiring.open_bus(config)
@@ -57,17 +69,65 @@ def run(loaded: Loaded) -> None:
             stack.callback(http.close)
         if config.control.socket:
             _open_control(config.control.socket, agent, stack, named="control.socket" in loaded.origins)
-        _on_signals(agent)
+        reload_asked = _on_signals(agent)
         agent.start()
-        while not agent.wait(1.0):
-            pass  # a bounded wait lets Python run the signal handlers
-        agent.join()
+        _supervise(agent, loaded.config, again, reload_asked)
+
+
+def _supervise(
+    agent: Agent, config: Config, again: Callable[[], Loaded] | None, reload_asked: list[bool]
+) -> None:
+    """Wait for the end; meanwhile answer SIGHUP and keep the service manager informed."""
+    systemd = Systemd()
+    current = config
+    # Ready: the spool is open and the threads run. libvirt and the broker may come later: /readyz knows.
+    systemd.tell(READY=1, STATUS="started")
+    told = fed = time.monotonic()
+    # A bounded wait lets Python run the signal handlers.
+    while not agent.wait(min(1.0, systemd.watchdog_seconds or 1.0)):
+        if reload_asked and again is not None:
+            reload_asked.clear()
+            systemd.reloading()
+            current = _reload(agent, config, current, again)
+            systemd.tell(READY=1)
+        now = time.monotonic()
+        if systemd.watchdog_seconds is not None and now - fed >= systemd.watchdog_seconds / 2:
+            fed = now
+            if not agent.dead_threads():  # what /livez says; a hung disk or broker is no reason to be killed
+                systemd.tell(WATCHDOG=1)
+        if now - told >= STATUS_SECONDS:
+            told = now
+            systemd.tell(STATUS=agent.summary())
+    systemd.tell(STOPPING=1, STATUS="draining")
+    agent.join()
+
+
+def _reload(agent: Agent, started: Config, current: Config, again: Callable[[], Loaded]) -> Config:
+    """Apply what can be applied, and say what still waits for a restart. Bad settings change nothing."""
+    try:
+        new = again().config
+    except VirtbusError as error:
+        emit(ConfigRefused(error))
+        return current
+    telemetry.configure(level=new.log.level, fmt=new.log.format)
+    agent.options = replace(
+        agent.options,
+        drain_seconds=new.drain_seconds,
+        heartbeat_seconds=new.heartbeat.interval_seconds,
+    )
+    emit(
+        ConfigReloaded(
+            applied=[key for key in differences(current, new) if key in RELOADED],
+            needs_restart=[key for key in differences(started, new) if key not in RELOADED],
+        )
+    )
+    return new
 
 
 def _open_control(path: str, agent: Agent, stack: ExitStack, *, named: bool) -> None:
     """The control socket; a default path that can't be had costs `status` and `tap`, not the agent."""
     try:
-        control = ControlSocket(Path(path), status=agent.status, taps=agent.taps)
+        control = ControlSocket(Path(path), status=agent.status, taps=agent.taps, drill=agent.drill)
     except ConfigError as error:
         if named:
             raise
@@ -77,9 +137,10 @@ def _open_control(path: str, agent: Agent, stack: ExitStack, *, named: bool) -> 
     stack.callback(control.close)
 
 
-def _on_signals(agent: Agent) -> None:
-    """The first SIGTERM or SIGINT drains, the second aborts."""
+def _on_signals(agent: Agent) -> list[bool]:
+    """The first SIGTERM or SIGINT drains, the second aborts; SIGHUP is noted in the list returned."""
     asked = 0
+    reload_asked: list[bool] = []
 
     def on_signal(number: int, frame: object) -> None:
         nonlocal asked
@@ -91,3 +152,5 @@ def _on_signals(agent: Agent) -> None:
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGHUP, lambda number, frame: reload_asked.append(True))
+    return reload_asked

@@ -13,14 +13,22 @@ from virtbus.control import ask
 from virtbus.errors import ConfigError, SourceUnavailable
 
 
-def _lines(path: str, request: Mapping[str, object], *, timeout: float) -> Iterator[dict[str, Any]]:
+def answers(
+    path: str, request: Mapping[str, object], *, timeout: float, blanks: bool = False
+) -> Iterator[dict[str, Any]]:
+    """What the agent answers, a JSON object a line; `blanks` gives a tap's signs of life as empty ones.
+
+    Raises ConfigError when no agent answers, SourceUnavailable when it does not go on.
+    """
     if not path:
         raise ConfigError("control.socket is empty: this agent has no control socket")
     with ask(Path(path), request) as peer:
         peer.settimeout(timeout)
         try:
             for line in peer.makefile("rb"):
-                if line.strip():
+                if blanks and not line.strip():
+                    yield {}
+                elif line.strip():
                     answer = json.loads(line)
                     if "error" in answer:
                         raise ConfigError(f"{path}: {answer['error']}")
@@ -32,7 +40,7 @@ def _lines(path: str, request: Mapping[str, object], *, timeout: float) -> Itera
 def status(config: Config, *, as_json: bool, watching: bool, out: TextIO) -> None:
     """Print the agent's status, once or every second."""
     while True:
-        for answer in _lines(config.control.socket, {"command": "status"}, timeout=5.0):
+        for answer in answers(config.control.socket, {"command": "status"}, timeout=5.0):
             if as_json:
                 out.write(json.dumps(answer, sort_keys=True) + "\n")
             else:
@@ -65,7 +73,7 @@ def _table(answer: Mapping[str, Any]) -> str:
 
 def tap(config: Config, *, stage: str | None, domain: str | None, out: TextIO) -> None:
     """Print what passes until interrupted."""
-    for answer in _lines(
+    for answer in answers(
         config.control.socket, {"command": "tap", "stage": stage, "domain": domain}, timeout=30
     ):
         out.write(json.dumps(answer, ensure_ascii=False, sort_keys=True) + "\n")

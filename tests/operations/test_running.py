@@ -1,0 +1,182 @@
+"""What an operator does to a running agent: reload it, drill it, watch it under systemd."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+
+import pytest
+
+from tests.agent.process import AgentProcess, virtbus
+from virtbus.sdnotify import Systemd
+
+SILENCE = "replay:/dev/null"  # a source that observes, and has nothing to tell
+
+
+@pytest.fixture
+def agent(tmp_path):
+    with AgentProcess(tmp_path, libvirt=SILENCE, bus=f"embedded://{tmp_path}/bus.db").ready() as agent:
+        yield agent
+
+
+def lines(agent, event):
+    """The log lines with this message, as objects."""
+    found = [json.loads(line) for line in agent.log.splitlines() if line.startswith("{")]
+    return [line for line in found if event in line["event"]]
+
+
+# ------------------------------------------------------------------------------------------ reload
+
+
+def reload(agent, settings):
+    before = len(lines(agent, "settings"))
+    (agent.folder / "virtbus.toml").write_text(settings)
+    agent.process.send_signal(signal.SIGHUP)
+    agent.until(lambda: len(lines(agent, "settings")) > before, "reloaded")
+    return lines(agent, "settings")[-1]
+
+
+def test_a_reload_applies_what_it_can_and_says_what_waits_for_a_restart(agent):
+    said = reload(agent, '[log]\nlevel = "debug"\n[bus]\nwindow = 7\n[heartbeat]\ninterval_seconds = 0.2\n')
+    assert said["applied"] == ["heartbeat.interval_seconds", "log.level"]
+    assert said["needs_restart"] == ["bus.window"]
+    again = reload(agent, '[log]\nlevel = "debug"\n[bus]\nwindow = 7\n[heartbeat]\ninterval_seconds = 0.2\n')
+    assert again["applied"] == []
+    assert again["needs_restart"] == ["bus.window"]
+    assert agent.stop() == 0
+
+
+def test_a_reload_with_bad_settings_changes_nothing(agent):
+    said = reload(agent, "[bus]\nwindwo = 7\n")
+    assert "refused" in said["event"]
+    assert "did you mean window?" in said["error"]
+    assert agent.get("/readyz")[0] == 200
+
+
+# ----------------------------------------------------------------------------------------- systemd
+
+
+@pytest.fixture
+def manager(tmp_path):
+    """A service manager's socket."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(20)
+        yield manager
+
+
+def until_told(manager, wanted):
+    """Read states until one begins with `wanted`; all of them."""
+    told = []
+    while not any(state.startswith(wanted) for state in told):
+        told += manager.recv(4096).decode().split("\n")
+    return told
+
+
+def test_systemd_hears_ready_status_watchdog_reload_and_stopping(tmp_path, manager):
+    with AgentProcess(
+        tmp_path,
+        libvirt=SILENCE,
+        bus=f"embedded://{tmp_path}/bus.db",
+        NOTIFY_SOCKET=str(tmp_path / "notify"),
+        WATCHDOG_USEC="400000",
+    ) as agent:
+        assert until_told(manager, "READY=1")[0] == "READY=1"
+        until_told(manager, "WATCHDOG=1")
+        agent.process.send_signal(signal.SIGHUP)
+        until_told(manager, "RELOADING=1")
+        until_told(manager, "READY=1")
+        status = [state for state in until_told(manager, "STATUS=connected") if state.startswith("STATUS")]
+        assert "0 incidents open" in status[-1]
+        agent.process.terminate()
+        until_told(manager, "STOPPING=1")
+        assert agent.process.wait(20) == 0
+
+
+def test_without_systemd_nothing_is_told():
+    silent = Systemd({})
+    assert silent.watchdog_seconds is None
+    assert not silent.tell(READY=1)
+
+
+def test_a_state_is_one_line_whatever_is_in_it(tmp_path, manager):
+    told = Systemd({"NOTIFY_SOCKET": str(tmp_path / "notify")}).tell(STATUS="first\nREADY=1")
+    assert told
+    assert manager.recv(4096) == b"STATUS=first"
+
+
+def test_a_watchdog_that_is_meant_for_another_process_is_left_alone():
+    assert Systemd({"WATCHDOG_USEC": "2000000", "WATCHDOG_PID": "1"}).watchdog_seconds is None
+    assert Systemd({"WATCHDOG_USEC": "2000000"}).watchdog_seconds == 1.0
+
+
+# ------------------------------------------------------------------------------------------ drills
+
+
+def emit(agent, *words):
+    return virtbus("emit", "--control-socket", str(agent.socket), *words)
+
+
+def test_a_drill_goes_through_spool_and_broker_and_is_marked(agent, tmp_path):
+    virtbus("consume", "--bus", f"embedded://{tmp_path}/bus.db", "--group", "g", "--timeout", "0.5")
+    drilled = emit(agent, "--action", "pause", "--reason", "enospc", "--count", "3")
+    assert drilled.returncode == 0, drilled.stderr
+    event_id = drilled.stdout.split("confirmed")[1].strip()
+    read = virtbus("consume", "--bus", f"embedded://{tmp_path}/bus.db", "--group", "g", "--timeout", "2")
+    events = [json.loads(line) for line in read.stdout.splitlines()]
+    (event,) = [event for event in events if event["id"] == event_id]
+    assert event["data"]["origin"] == "replay"
+    assert event["data"]["domain"]["name"] == "virtbus-drill"
+    assert event["data"]["error"]["action"] == "pause"
+    assert event["data"]["error"]["reason"] == "enospc"
+    assert event["data"]["occurrences"]["count"] == 3
+    assert agent.metric("virtbus_callbacks_total") == 0
+    assert lines(agent, "alert drill")
+
+
+def test_a_drill_is_ended_by_its_resolution(agent):
+    assert emit(agent).returncode == 0
+    assert agent.status()["incidents"]["open"] == 1
+    resolved = emit(agent, "--resolve")
+    assert resolved.returncode == 0, resolved.stderr
+    assert agent.status()["incidents"]["open"] == 0
+
+
+def test_a_drill_without_an_agent_says_so(tmp_path):
+    drilled = virtbus("emit", "--control-socket", str(tmp_path / "none"))
+    assert drilled.returncode == 78
+    assert "no agent answers at" in drilled.stderr
+
+
+def test_a_drill_whose_broker_is_away_is_in_the_spool(tmp_path):
+    with AgentProcess(tmp_path, libvirt=SILENCE, bus="amqp://127.0.0.1:1//").ready() as agent:
+        drilled = emit(agent, "--timeout", "2")
+        assert drilled.returncode == 69
+        assert "in the spool" in drilled.stderr
+
+
+# -------------------------------------------------------------------------------------------- rest
+
+
+def test_running_as_root_is_warned_of(agent):
+    assert bool(lines(agent, "running as root")) == (os.geteuid() == 0)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_printed_for_each_shell(shell):
+    made = virtbus("completion", shell)
+    assert made.returncode == 0
+    assert "_VIRTBUS_COMPLETE" in made.stdout
+
+
+def test_completion_knows_the_commands():
+    made = virtbus("x", _VIRTBUS_COMPLETE="bash_complete", COMP_WORDS="virtbus doc", COMP_CWORD="1")
+    assert "doctor" in made.stdout
+
+
+def test_a_completion_script_is_valid_bash(tmp_path):
+    (tmp_path / "script").write_text(virtbus("completion", "bash").stdout)
+    assert subprocess.run(["bash", "-n", str(tmp_path / "script")], check=False).returncode == 0
