@@ -30,7 +30,7 @@ from tests.faults.spool_kit import (
 )
 from virtbus.errors import ConfigError, SpoolBusy, SpoolCorrupt
 from virtbus.model import Confirmed, Deferred, Origin, Phase, Refused, SequenceRange, Unroutable
-from virtbus.spool import SpoolLimits, files, outbox, wishes
+from virtbus.spool import SpoolLimits, faults, files, publisher, wishes
 
 NOBODY = frozenset()
 UPDATED = Phase.UPDATED
@@ -163,7 +163,7 @@ def test_states_and_events_are_one_transaction(folder, clock, monkeypatch):
         if point == "before_commit":
             raise RuntimeError(point)
 
-    monkeypatch.setattr(outbox, "_fault", killed)
+    monkeypatch.setattr(faults, "hook", killed)
     with pytest.raises(RuntimeError):
         spool.commit([io_error(2)], {"a": b"changed", "b": None})
     monkeypatch.undo()
@@ -274,7 +274,7 @@ def test_the_confirmed_sequence_is_the_end_of_the_unbroken_front(spool):
 def test_settling_waits_in_memory_while_a_commit_hangs_and_taking_does_not_wait(spool):
     spool.commit([io_error(1), io_error(2)])
     one, two = spool.take(10, NOBODY)
-    with spool._writing:  # as a commit whose fsync hangs
+    with spool._state.writing:  # as a commit whose fsync hangs
         spool.settle([(one, Confirmed())])
         assert spool.stats().unsettled == 1
         begun = time.monotonic()
@@ -285,10 +285,10 @@ def test_settling_waits_in_memory_while_a_commit_hangs_and_taking_does_not_wait(
 
 
 def test_nothing_more_is_taken_while_too_much_is_unsettled(spool, monkeypatch):
-    monkeypatch.setattr(outbox, "MAX_UNSETTLED", 2)
+    monkeypatch.setattr(publisher, "MAX_UNSETTLED", 2)
     spool.commit([io_error(number) for number in range(3)])
     taken = spool.take(2, NOBODY)
-    with spool._writing:
+    with spool._state.writing:
         spool.settle([(record, Confirmed()) for record in taken])
         assert spool.take(10, NOBODY) == []
     assert len(spool.take(10, NOBODY)) == 1
@@ -569,6 +569,30 @@ def test_a_gap_event_that_rots_is_named_with_all_that_it_named(spool):
     spool.commit(())
     (data,) = gaps_of(records(spool))
     assert ranges_of(data) == [(spool.epoch, 1, 2)]
+
+
+def test_damage_to_what_no_checksum_covers_loses_no_event(folder, clock):
+    spool = open_spool(folder, clock=clock)
+    spool.commit([io_error(1), io_error(2)])
+    (one,) = spool.take(1, NOBODY)
+    spool.settle([(one, Refused(ValueError("no")))])
+    spool.close()
+    db = sqlite3.connect(spool.path)
+    db.execute("PRAGMA writable_schema=ON")
+    db.execute("UPDATE sqlite_master SET sql = replace(replace(sql, 'why TEXT NOT NULL', 'why TEXT'),"
+               " 'attempts INTEGER NOT NULL', 'attempts INTEGER')")  # fmt: skip
+    db.commit()
+    db.close()
+    db = sqlite3.connect(spool.path)
+    db.execute("UPDATE dead SET why = NULL")
+    db.execute("UPDATE events SET attempts = NULL")
+    db.commit()
+    db.close()
+    after = open_spool(folder, clock=clock)
+    assert (after.opening.rescued, after.opening.missing) == (1, ())
+    assert [record.attempts for record in records(after) if record.key == domain_uuid(2)] == [0]
+    assert after.stats().dead == 1
+    after.close()
 
 
 def test_damage_is_told_again_until_a_gap_event_was_committed(folder, clock):

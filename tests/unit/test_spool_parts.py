@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from virtbus.model import SequenceRange
 from virtbus.spool import files
 from virtbus.spool.contents import Births, GapFacts
+from virtbus.spool.draft import disk_bytes
 from virtbus.spool.index import Index
 from virtbus.spool.ledger import CHUNK, Account, count_events, mark, merge_ranges, subtract_ranges
-from virtbus.spool.outbox import disk_bytes
 
 SETS = st.sets(st.integers(1, 60))
 NOBODY = frozenset()

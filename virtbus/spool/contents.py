@@ -59,6 +59,24 @@ def loss_row(loss: Loss) -> tuple[SqlValue, ...]:
     )
 
 
+def run_row(
+    account: Account, *, last: int | None = None, alive_ns: int | None = None
+) -> tuple[SqlValue, ...]:
+    """The values of table runs."""
+    return files.sealed(
+        "runs",
+        (
+            account.run,
+            account.epoch,
+            account.started_ns,
+            account.alive_ns if alive_ns is None else alive_ns,
+            account.last if last is None else last,
+            account.below,
+            b"",
+        ),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class GapFacts:
     """What a gap event's row says in its `names` column, independent of any schema version."""
@@ -209,7 +227,9 @@ def _load_events(
     unsorted: set[str] = set()
     named: list[SequenceRange] = []
     for row in _whole_rows(connection, "events"):
-        position, epoch, seq, _, key, rank, _, size, created_ns, _, _, names, _, _ = row
+        position, epoch, seq, _, key, rank, _, size, created_ns, attempts, _, names, _, _ = row
+        if not isinstance(attempts, int):
+            raise Damaged(f"the number of attempts of event {seq} of run {epoch} is not what was written")
         account = found.accounts.get(epoch)
         if account is None or seq > account.last:
             # The run's row is older than its events, or gone: they tell what it would have said.
@@ -316,9 +336,22 @@ def copy_readable(source: sqlite3.Connection, target: sqlite3.Connection) -> int
                 rescued += 1
             if table == "meta" and values[0] == "version":
                 continue
-            target.execute(sql, values)
+            target.execute(sql, _sane(table, values))
     _mend_runs(target, last)
     return rescued
+
+
+def _sane(table: str, values: Sequence[Any]) -> Sequence[Any]:
+    """The row with columns that no checksum covers made usable: they are not worth losing an event."""
+    if table not in ("events", "dead"):
+        return values
+    sane = [*values]
+    sane[9] = values[9] if isinstance(values[9], int) else 0
+    if table == "dead":
+        sane[14] = values[14] if values[14] in ("refused", "invalid") else "damaged"
+        sane[15] = values[15] if isinstance(values[15], str) else "the reason is damaged"
+        sane[16] = values[16] if isinstance(values[16], int) else 0
+    return sane
 
 
 def _mend_runs(target: sqlite3.Connection, last: dict[str, int]) -> None:

@@ -1,0 +1,400 @@
+"""The intake thread's side of the spool: commits, what gives way in them, and healing after a failure.
+
+Its connection is synchronous=FULL, so a commit that returned is on the disk.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NoReturn
+
+from virtbus.errors import SpoolFull
+from virtbus.model import Event, SequenceRange, Stamp
+from virtbus.spool import contents, faults, files, wishes
+from virtbus.spool.contents import GapFacts, run_row
+from virtbus.spool.draft import (
+    GAP,
+    MAX_RANGES,
+    OPENED,
+    RESOLVED,
+    UPDATED,
+    Claim,
+    Draft,
+    Fallen,
+    Scribe,
+    Victim,
+    join,
+)
+from virtbus.spool.files import insert_sql, sealed
+from virtbus.spool.ledger import merge_ranges
+from virtbus.spool.state import SharedState, select_events
+from virtbus.telemetry import EventDeadLettered, EventsGaveWay, Trouble, emit
+
+ALIVE_SECONDS = 10.0
+STEP = 100  # a full spool makes room for a hundredth of its size at once
+MANY_GAPS = 32  # so many gap events become one before anything else gives way
+MERGE_AT_ONCE = 256
+
+_GAP_RESERVE = 2048
+
+
+class IntakeSide:
+    """Commits. One thread uses it."""
+
+    def __init__(self, state: SharedState, lock: files.Lock, scribe: Scribe) -> None:
+        """Open the connection that commits."""
+        self._state = state
+        self._lock_file = lock
+        self._scribe = scribe
+        self._untold_opening = True
+        self._signed = False  # the lock file names this run: it has committed something
+        self._alive_at = self._wishes_at = state.clock().monotonic
+        self._naming_at = 0.0
+        self._writer_sick: sqlite3.Error | None = None
+        self._writer = state.connect("FULL")
+
+    def commit(
+        self, events: Sequence[Event], states: Mapping[str, bytes | None] | None = None
+    ) -> list[Stamp]:
+        """Make events and incident states (None deletes one) durable in one transaction → a stamp an event.
+
+        An event that breaks its schema becomes a dead letter; when the spool is full the least important
+        give way. Either is named in a gap event of the same transaction, as is what got lost since the
+        last commit. Raises SpoolFull when the disk does not take it: nothing has changed then, call again.
+        Raises SpoolCorrupt when the file turned out damaged: end, the next start rescues it.
+        """
+        now = self._state.clock()
+        draft = Draft(seq=self._state.account.last, wall_ns=now.wall_ns)
+        stamps = [self._scribe.event(draft, event) for event in events]
+        with self._state.writing:
+            self._heal()
+            try:
+                with self._state.memory:
+                    losses = list(self._state.losses)
+                self._scribe.claim_losses(draft, losses, events)
+                self._make_room(draft, now.monotonic)
+                self._scribe.name_claims(draft)
+                self._write(draft, states or {})
+            except sqlite3.Error as error:
+                self._roll_back(draft.held)
+                self._fail(error)
+            except BaseException:
+                self._roll_back(draft.held)
+                raise
+            faults.reach("after_commit")
+            self._publish_draft(draft, now.monotonic)
+        for item in draft.new:
+            if item.error is not None:
+                emit(EventDeadLettered(item.id, "invalid", item.error))
+        if draft.gave_way:
+            emit(EventsGaveWay(draft.gave_way))
+        return stamps
+
+    def _make_room(self, draft: Draft, now: float) -> None:
+        if self._state.limits.max_age_seconds is not None:
+            self._expire(draft, now - self._state.limits.max_age_seconds)
+        with self._state.memory:
+            total = self._state.bytes + self._state.dead_bytes
+        total -= sum(victim.size for victim in draft.victims)
+        need = total + sum(item.size for item in draft.new) - self._state.limits.max_bytes
+        if draft.claims:
+            need += _GAP_RESERVE
+        if need <= 0:
+            return
+        # In steps, so that each step is one gap event and not each commit.
+        need += self._state.limits.max_bytes // STEP + (0 if draft.claims else _GAP_RESERVE)
+        need = self._drop_dead(draft, need)
+        need = self._merge_gaps(draft, need, MANY_GAPS)
+        victims: list[Fallen] = []
+        for rank in (UPDATED, RESOLVED, OPENED):
+            need = self._choose(draft, rank, need, victims)
+            for item in [item for item in draft.new if item.rank == rank and item.error is None]:
+                if need <= 0:
+                    break
+                draft.new.remove(item)
+                need -= item.size
+                victims.append(Fallen(item.epoch, item.seq, item.count, item.created_ns))
+        self._merge_gaps(draft, need, 2)
+        self._claim_victims(draft, victims, "spool_full")
+
+    def _expire(self, draft: Draft, born_before: float) -> None:
+        victims: list[Fallen] = []
+        for rank in (UPDATED, RESOLVED, OPENED):
+            rows: list[int] = []
+            with self._state.memory:
+                for row in self._state.index.oldest(rank):
+                    born = self._state.births.of(row)
+                    if born is None or born > born_before or len(rows) >= 1000:
+                        break
+                    rows.append(row)
+            self._take_victims(draft, rows, len(rows) << 40, victims)
+        self._claim_victims(draft, victims, "spool_expired")
+
+    def _choose(self, draft: Draft, rank: int, need: int, victims: list[Fallen]) -> int:
+        """Hold the oldest rows of a class until `need` bytes are free; what is still needed."""
+        while need > 0:
+            with self._state.memory:
+                rows = [row for row, _ in zip(self._state.index.oldest(rank), range(256), strict=False)]
+            if not rows:
+                break
+            before = need
+            need = self._take_victims(draft, rows, need, victims)
+            if need == before:
+                break
+        return need
+
+    def _take_victims(self, draft: Draft, rows: list[int], need: int, victims: list[Fallen]) -> int:
+        for position, epoch, seq, key, count, size, created_ns in select_events(
+            self._writer, "position, epoch, seq, key, count, bytes, created_ns", rows
+        ):
+            if need <= 0:
+                break
+            with self._state.memory:
+                held = self._state.index.hold(position)
+            if held:
+                draft.held.append((position, key))
+                draft.victims.append(Victim(position, key, size))
+                victims.append(Fallen(epoch, seq, count, created_ns))
+                need -= size
+        return need
+
+    def _claim_victims(self, draft: Draft, victims: list[Fallen], reason: str) -> None:
+        if not victims:
+            return
+        draft.gave_way += len(victims)
+        draft.claims.append(
+            Claim(
+                reason,
+                merge_ranges(SequenceRange(each.epoch, each.seq, each.seq) for each in victims),
+                sum(each.count for each in victims),
+                min(each.created_ns for each in victims),
+            )
+        )
+
+    def _drop_dead(self, draft: Draft, need: int) -> int:
+        """Dead letters go first, oldest first: a gap event has named them already."""
+        if not self._state.dead:
+            return need
+        for position, size in self._writer.execute("SELECT position, bytes FROM dead ORDER BY position"):
+            if need <= 0:
+                break
+            draft.dead_dropped.append((position, size))
+            need -= size
+        return need
+
+    def _merge_gaps(self, draft: Draft, need: int, least: int) -> int:
+        """Make one gap event of `least` or more of the oldest, which says what they all said."""
+        if need <= 0:
+            return need
+        with self._state.memory:
+            rows = [row for row, _ in zip(self._state.index.oldest(GAP), range(MERGE_AT_ONCE), strict=False)]
+        if len(rows) < least:
+            return need
+        said: list[Claim] = []
+        ranges: tuple[SequenceRange, ...] = ()
+        chosen: list[Victim] = []
+        for position, epoch, seq, key, size, names in select_events(
+            self._writer, "position, epoch, seq, key, bytes, names", rows
+        ):
+            facts = GapFacts.parse(names)
+            wider = merge_ranges([*ranges, SequenceRange(epoch, seq, seq), *facts.ranges])
+            if len(wider) > MAX_RANGES:
+                break
+            ranges = wider
+            chosen.append(Victim(position, key, size))
+            said.append(Claim("", (), facts.occurrences, facts.started_ns, None, facts.found, facts.previous))
+        if len(chosen) < least:
+            return need
+        with self._state.memory:
+            if not all(self._state.index.hold(each.position) for each in chosen):
+                # The publisher took one meanwhile; there will be another commit.
+                for each in chosen:
+                    self._state.index.release(each.position, each.key)
+                return need
+        draft.held += [(each.position, each.key) for each in chosen]
+        draft.victims += chosen
+        detail = f"{len(chosen)} gap events were merged into this one"
+        draft.claims.append(replace(join(said), reason="spool_full", ranges=ranges, detail=detail))
+        return need - sum(each.size for each in chosen) + _GAP_RESERVE
+
+    def _write(self, draft: Draft, states: Mapping[str, bytes | None]) -> None:
+        db = self._writer
+        db.execute("BEGIN IMMEDIATE")
+        position = self._state.next_position
+        for item in draft.new:
+            row = item.row(position)
+            if item.error is None:
+                db.execute(insert_sql("events"), row)
+            else:
+                db.execute(insert_sql("dead"), (*row, "invalid", str(item.error), draft.wall_ns))
+            position += 1
+        db.executemany("DELETE FROM events WHERE position=?", [(each.position,) for each in draft.victims])
+        db.executemany("DELETE FROM dead WHERE position=?", [(each,) for each, _ in draft.dead_dropped])
+        db.executemany("DELETE FROM losses WHERE number=?", [(each,) for each in draft.named_losses])
+        for name, value in states.items():
+            if value is None:
+                db.execute("DELETE FROM states WHERE name=?", (name,))
+            else:
+                db.execute(insert_sql("states"), sealed("states", (name, value, b"")))
+        if draft.tells_opening and self._untold_opening:
+            db.execute("DELETE FROM meta WHERE name='opening'")
+        alive_ns = max(self._state.account.alive_ns, draft.wall_ns)
+        db.execute(insert_sql("runs"), run_row(self._state.account, last=draft.seq, alive_ns=alive_ns))
+        faults.reach("before_commit")
+        db.execute("COMMIT")
+
+    def _roll_back(self, held: Sequence[tuple[int, str]]) -> None:
+        """Nothing of a transaction stays: not in the file, and no row is held."""
+        if self._writer.in_transaction:
+            try:
+                self._writer.execute("ROLLBACK")
+            except sqlite3.Error as error:
+                self._writer_sick = error
+        with self._state.memory:
+            for row, key in held:
+                self._state.index.release(row, key)
+            self._state.changed.notify_all()
+
+    def _publish_draft(self, draft: Draft, now: float) -> None:
+        """The transaction is durable: let the publisher see it."""
+        with self._state.memory:
+            self._state.account.last = draft.seq
+            self._state.account.alive_ns = max(self._state.account.alive_ns, draft.wall_ns)
+            for victim in draft.victims:
+                self._state.index.remove(victim.position, victim.key)
+                self._state.bytes -= victim.size
+            for item in draft.new:
+                position = self._state.next_position
+                self._state.next_position += 1
+                if item.error is not None:
+                    self._state.dead += 1
+                    self._state.dead_bytes += item.size
+                    continue
+                self._state.index.add(position, item.key, item.rank)
+                self._state.bytes += item.size
+            for _, size in draft.dead_dropped:
+                self._state.dead -= 1
+                self._state.dead_bytes -= size
+            named = set(draft.named_losses)
+            self._state.losses = [loss for loss in self._state.losses if loss.number not in named]
+            if draft.new:
+                self._state.births.add(self._state.next_position - 1, now)
+            self._state.births.forget(self._state.index.oldest_row() or self._state.next_position)
+            self._state.changed.notify_all()
+        if not self._signed and draft.seq:
+            self._signed = True
+            self._lock_file.sign(self._scribe.epoch)
+        self._untold_opening &= not draft.tells_opening
+        self._alive_at = now
+
+    def alive(self, wall_ns: int) -> bool:
+        """A sign of life at most every 10 s, and what waits to be named or done; cheap to call often.
+
+        False when the disk did not take it: the next commit will say so.
+        """
+        now = self._state.clock().monotonic
+        try:
+            if self._state.losses and now >= self._naming_at:
+                self._naming_at = now + 1.0
+                self.commit(())
+            if now - min(self._alive_at, self._wishes_at) < ALIVE_SECONDS:
+                return True
+            self._alive_at = self._wishes_at = now
+            with self._state.writing:
+                self._heal()
+                try:
+                    self._grant_wishes(wall_ns)
+                    alive_ns = max(self._state.account.alive_ns, wall_ns)
+                    self._writer.execute(insert_sql("runs"), run_row(self._state.account, alive_ns=alive_ns))
+                    self._state.account.alive_ns = alive_ns
+                except sqlite3.Error as error:
+                    self._fail(error)
+        except SpoolFull:
+            return False
+        return True
+
+    def _grant_wishes(self, wall_ns: int) -> None:
+        """Do what an operator asked for beside us; what is in flight waits for another round."""
+        db = self._writer
+        asked = db.execute(contents.select_sql("requests", "ORDER BY number LIMIT 1000")).fetchall()
+        if not asked:
+            return
+        keys = {row[0]: row[1] for row in select_events(db, "position, key", [each[2] for each in asked])}
+        held: list[tuple[int, str]] = []
+        free: list[tuple[int, str, int]] = []
+        with self._state.memory:
+            for number, action, position in asked:
+                if action == wishes.DROP and position in keys:
+                    if not self._state.index.hold(position):
+                        continue
+                    held.append((position, keys[position]))
+                free.append((number, action, position))
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            done = wishes.grant(db, free, self._state.next_position, self._state.next_loss(), wall_ns)
+            db.execute("COMMIT")
+        except BaseException:
+            self._roll_back(held)
+            raise
+        now = self._state.clock().monotonic
+        with self._state.memory:
+            for position, key, size in done.dropped:
+                self._state.index.remove(position, key)
+                self._state.bytes -= size
+            for position, key, rank, size in done.revived:
+                self._state.index.add(position, key, rank)
+                self._state.next_position = position + 1
+                self._state.bytes += size
+                self._state.births.add(position, now)
+            for size in [each[3] for each in done.revived] + done.buried:
+                self._state.dead -= 1
+                self._state.dead_bytes -= size
+            self._state.losses += done.losses
+            self._state.changed.notify_all()
+
+    def states(self) -> dict[str, bytes]:
+        """The incident states as last committed."""
+        with self._state.writing:
+            return {name: value for name, value, _ in self._writer.execute(contents.select_sql("states"))}
+
+    def _fail(self, error: sqlite3.Error) -> NoReturn:
+        self._writer_sick = error
+        if files.is_damage(error):
+            self._state.suspect()
+        files.raise_translated(error, self._state.path)
+
+    def _heal(self) -> None:
+        """After a failed transaction: make sure of the log before anything is built on it.
+
+        A failed fsync is reported once and its pages then count as clean, so frames that the log holds
+        may never have reached the disk; and what follows them in the log hangs on them. So the whole
+        log is folded into the file (which syncs it) and begun anew. On a full disk this also finds room.
+        """
+        if self._writer_sick is None:
+            return
+        try:
+            self._writer.close()
+        except sqlite3.Error as error:
+            emit(Trouble("closing the spool after a failure", error))
+        try:
+            self._writer = self._state.connect("FULL")
+            busy, log, folded = self._writer.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
+            full = files.code_of(self._writer_sick) & 0xFF == sqlite3.SQLITE_FULL
+            if (busy or log != folded) and not full:
+                raise SpoolFull(f"{self._state.path} can't be synced yet; check the disk")
+        except sqlite3.Error as error:
+            files.raise_translated(error, self._state.path)
+        self._writer_sick = None
+        self._state.reader_stale = True
+
+    def close(self) -> None:
+        """A last sign of life, and let go of the file."""
+        try:
+            with self._state.writing:
+                alive_ns = max(self._state.account.alive_ns, self._state.clock().wall_ns)
+                self._writer.execute(insert_sql("runs"), run_row(self._state.account, alive_ns=alive_ns))
+            self._writer.close()
+        except sqlite3.Error as error:
+            emit(Trouble("closing the spool", error))

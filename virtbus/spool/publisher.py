@@ -1,0 +1,331 @@
+"""The publisher thread's side of the spool: taking records, and settling what became of them.
+
+Its connection is synchronous=NORMAL: losing a settlement in a power cut only sends an event again, and a
+later commit syncs the whole log, also the frames before its own, so no commit is weakened by it.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+import msgspec
+
+from virtbus.errors import SpoolCorrupt
+from virtbus.model import Confirmed, Deferred, Outcome, Record, Refused, SequenceRange, Unroutable
+from virtbus.spool import contents, faults, files
+from virtbus.spool.contents import GapFacts, Loss, run_row
+from virtbus.spool.files import insert_sql, sealed
+from virtbus.spool.ledger import mark
+from virtbus.spool.state import SharedState, select_events
+from virtbus.telemetry import EventDeadLettered, Trouble, emit
+
+MAX_UNSETTLED = 1024  # confirmed in memory and not in the file: so many duplicates at worst after a kill
+SETTLE_PATIENCE_SECONDS = 0.25  # how long settling waits for a commit that hangs on the disk
+COMPACT_PAGES = 256  # so many free pages, and half of the file, are given back to the file system
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """What the publisher has to know of a row that it took, beside the record."""
+
+    size: int
+    count: int
+    facts: GapFacts | None
+
+
+class PublisherSide:
+    """Takes and settles. One thread uses it."""
+
+    def __init__(self, state: SharedState) -> None:
+        """Open the connection that settles."""
+        self._state = state
+        self._taken: dict[int, _Taken] = {}
+        self._done: list[tuple[Record, Outcome, _Taken]] = []  # settled here, not in the file yet
+        self._damaged: list[tuple[int, str, str]] = []  # (position, key, error), not in the file yet
+        self._compact_at = state.clock().monotonic
+        self._settle_again_at = 0.0
+        self._read_again_at = 0.0
+        self._reader = state.connect("NORMAL")
+
+    def take(self, limit: int, busy: AbstractSet[str]) -> list[Record]:
+        """The oldest row of each key that is neither in `busy`, taken, nor parked; see virtbus.bus.Feed.
+
+        Never waits for a commit. A row that is not what was written is set aside and named, not returned.
+        """
+        now = self._state.clock().monotonic
+        if self._done or self._damaged:
+            self._settle_later(now, 0.0)
+        if now < self._read_again_at:
+            return []
+        with self._state.memory:
+            if self._state.closed or len(self._done) >= MAX_UNSETTLED:
+                return []
+            chosen = self._state.index.take(limit, busy, now)
+        if not chosen:
+            return []
+        try:
+            records = self._read(chosen)
+            if self._damaged:
+                self._settle_later(now, 0.0)
+            return records
+        except sqlite3.Error as error:
+            with self._state.memory:
+                for row, key in chosen:
+                    self._state.index.give_back(row, key)
+            self._read_again_at = now + 1.0
+            self._state.reader_stale = True
+            if files.is_damage(error):
+                self._state.suspect()
+                raise files.translate(error, self._state.path) from error
+            emit(Trouble("reading the spool; tried again", error))
+            return []
+
+    def _read(self, chosen: list[tuple[int, str]]) -> list[Record]:
+        self._refresh_reader()
+        columns = ",".join(files.EVENT)
+        found = {row[0]: row for row in select_events(self._reader, columns, [row for row, _ in chosen])}
+        records = []
+        for position, key in chosen:
+            row = found.get(position)
+            try:
+                if row is None or row[4] != key or not files.is_whole("events", row):
+                    raise ValueError("the row is not what was written")
+                facts = GapFacts.parse(row[11]) if row[11] is not None else None
+                self._taken[position] = _Taken(row[7], row[6], facts)
+                records.append(
+                    Record(
+                        row=position,
+                        epoch=row[1],
+                        seq=row[2],
+                        id=row[3],
+                        key=key,
+                        attributes=msgspec.json.decode(row[12]),
+                        body=row[13],
+                        created_ns=row[8],
+                        attempts=row[9],
+                    )
+                )
+            except contents.UNREADABLE as error:
+                self._damaged.append((position, key, str(error)))
+                emit(EventDeadLettered(f"row {position}", "damaged", str(error)))
+        return records
+
+    def settle(self, outcomes: Sequence[tuple[Record, Outcome]]) -> None:
+        """What became of records that were taken, in one transaction.
+
+        Confirmed deletes; Deferred gives back; Unroutable parks the key (1 s, doubling to 60 s, or until
+        a parked key is confirmed); Refused makes a dead letter that is named in a gap event. A gap event
+        that is refused is parked instead: it must not take with it what it names. What the disk does not
+        take now is kept in memory and tried again; beyond MAX_UNSETTLED nothing more is taken.
+        """
+        now = self._state.clock().monotonic
+        with self._state.memory:
+            for record, outcome in outcomes:
+                row, key, what = record.row, record.key, outcome
+                taken = self._taken.pop(row, None)
+                if taken is None:
+                    continue  # not from here, or settled before
+                if isinstance(what, Refused) and taken.facts is not None:
+                    emit(Trouble("a gap event was refused; parked", what.error))
+                    what = Unroutable("refused")
+                if isinstance(what, Confirmed):
+                    self._state.index.confirm(row, key)
+                    self._settle_account(record, taken)
+                elif isinstance(what, Deferred):
+                    self._state.index.give_back(row, key)
+                elif isinstance(what, Unroutable):
+                    self._state.index.park(row, key, now)
+                else:
+                    self._state.index.remove(row, key)
+                self._done.append((record, what, taken))
+            self._state.changed.notify_all()
+        self._settle_later(now, SETTLE_PATIENCE_SECONDS)
+
+    def _settle_account(self, record: Record, taken: _Taken) -> None:
+        facts = taken.facts
+        for item in (SequenceRange(record.epoch, record.seq, record.seq), *(facts.ranges if facts else ())):
+            account = self._state.accounts.get(item.epoch)
+            if account is not None:
+                account.settle(item.first, item.last)
+
+    def _settle_later(self, now: float, patience: float) -> None:
+        """Write what was settled, unless the disk just refused or a commit hangs on it."""
+        if now < self._settle_again_at or not self._state.writing.acquire(timeout=patience):
+            return
+        try:
+            self._refresh_reader()
+            if self._settle_again_at:
+                self._free_log()
+            self._write_outcomes()
+            self._compact(now)
+            self._settle_again_at = 0.0
+        except sqlite3.Error as error:
+            self._state.reader_stale = True  # and closing it rolls back
+            self._settle_again_at = now + 1.0
+            if files.is_damage(error):
+                self._state.suspect()
+                raise files.translate(error, self._state.path) from error
+            emit(Trouble("settling in the spool; tried again", error))
+        finally:
+            self._state.writing.release()
+
+    def _free_log(self) -> None:
+        """On a full disk: fold the log into the file, so that deletions find room in the log again."""
+        try:
+            self._reader.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
+        except sqlite3.Error:
+            return
+
+    def _write_outcomes(self) -> None:
+        done, damaged = list(self._done), list(self._damaged)
+        if not done and not damaged:
+            return
+        db = self._reader
+        wall_ns = self._state.clock().wall_ns
+        losses: list[Loss] = []
+        number = self._state.next_loss()
+        db.execute("BEGIN IMMEDIATE")
+        confirmed = [(record.row,) for record, outcome, _ in done if isinstance(outcome, Confirmed)]
+        db.executemany("DELETE FROM events WHERE position=?", confirmed)
+        again = [(record.row,) for record, outcome, _ in done if isinstance(outcome, Deferred | Unroutable)]
+        db.executemany("UPDATE events SET attempts=attempts+1 WHERE position=?", again)
+        faults.reach("during_settle")
+        freed = sum(taken.size for _, outcome, taken in done if isinstance(outcome, Confirmed | Refused))
+        buried = 0
+        for record, outcome, taken in done:
+            if isinstance(outcome, Refused):
+                buried += taken.size
+                mine = (SequenceRange(record.epoch, record.seq, record.seq),)
+                why = str(outcome.error)[:200]
+                losses.append(
+                    Loss(number + len(losses), mine, "dead_letter", taken.count, record.created_ns, why)
+                )
+                self._bury(record.row, "refused", str(outcome.error), wall_ns)
+        for position, _, error in damaged:
+            self._bury(position, "damaged", error, wall_ns)
+        if damaged:
+            # What they were is not to be trusted: the ledger tells which sequences are missing now.
+            detail = "rows of the spool were not what was written"
+            for item in self._holes(db, losses):
+                losses.append(Loss(number + len(losses), (item,), "spool_damaged", 0, None, detail))
+            (stored,) = db.execute("SELECT total(bytes) FROM events").fetchone()
+        for loss in losses:
+            db.execute(insert_sql("losses"), contents.loss_row(loss))
+        self._write_accounts(db)
+        db.execute("COMMIT")
+        with self._state.memory:
+            for account in self._state.accounts.values():
+                account.touched.clear()
+                account.finished.clear()
+            self._state.bytes = int(stored) if damaged else self._state.bytes - freed
+            self._state.dead += len(damaged) + sum(isinstance(outcome, Refused) for _, outcome, _ in done)
+            self._state.dead_bytes += buried
+            self._state.losses += losses
+            for position, key, _ in damaged:
+                self._state.index.remove(position, key)
+            self._state.changed.notify_all()
+        for record, outcome, _ in done:
+            if isinstance(outcome, Refused):
+                emit(EventDeadLettered(record.id, "refused", outcome.error))
+        del self._done[: len(done)], self._damaged[: len(damaged)]
+        faults.reach("after_settle")
+
+    def _bury(self, position: int, why: str, error: str, wall_ns: int) -> None:
+        """Move a row to the dead letters, as it is."""
+        columns = ",".join(files.EVENT)
+        self._reader.execute(
+            f"INSERT OR REPLACE INTO dead ({columns}, why, error, died_ns) "  # noqa: S608 - our own names
+            f"SELECT {columns}, ?, ?, ? FROM events WHERE position=?",
+            (why, error, wall_ns, position),
+        )
+        self._reader.execute("DELETE FROM events WHERE position=?", (position,))
+
+    def _holes(self, db: sqlite3.Connection, losses: Sequence[Loss]) -> list[SequenceRange]:
+        """Sequences that nothing accounts for any more; reads every row's number, so only after damage."""
+        present: dict[str, dict[int, bytearray]] = {epoch: {} for epoch in self._state.accounts}
+        for epoch, seq, names in db.execute("SELECT epoch, seq, names FROM events"):
+            ranges = [SequenceRange(epoch, seq, seq)]
+            if names is not None:
+                ranges += GapFacts.parse(names).ranges
+            for item in ranges:
+                if item.epoch in present:
+                    mark(present[item.epoch], item.first, item.last)
+        with self._state.memory:
+            waiting = [*self._state.losses, *losses]
+        for loss in waiting:
+            for item in loss.ranges:
+                mark(present.setdefault(item.epoch, {}), item.first, item.last)
+        return [item for epoch, each in self._state.accounts.items() for item in each.holes(present[epoch])]
+
+    def _write_accounts(self, db: sqlite3.Connection) -> None:
+        """Bring the ledger in the file up to what is settled in memory."""
+        with self._state.memory:
+            for account in self._state.accounts.values():
+                if not account.touched and not account.finished:
+                    continue
+                base = account.run << 32
+                rows = [
+                    sealed("accounts", (base + chunk, bytes(account.bitmaps[chunk]), b""))
+                    for chunk in account.touched
+                ]
+                db.executemany(insert_sql("accounts"), rows)
+                if account.finished:
+                    done = [(base + chunk,) for chunk in account.finished]
+                    db.executemany("DELETE FROM accounts WHERE slot=?", done)
+                    db.execute(insert_sql("runs"), run_row(account))
+
+    def _compact(self, now: float) -> None:
+        """Give free pages back to the file system, a little at a time, when most of the file is free."""
+        if now - self._compact_at < 1.0:
+            return
+        self._compact_at = now
+        db = self._reader
+        (free,) = db.execute("PRAGMA freelist_count").fetchone()
+        (pages,) = db.execute("PRAGMA page_count").fetchone()
+        if free < COMPACT_PAGES or free * 2 < pages:
+            return
+        # A script, because this PRAGMA frees a page a step and `execute` would take only one step of it.
+        db.executescript(f"BEGIN IMMEDIATE; PRAGMA incremental_vacuum({COMPACT_PAGES * 4})")
+        faults.reach("during_compaction")
+        db.execute("COMMIT")
+
+    def wait(self, timeout: float, stop: threading.Event) -> bool:
+        """Sleep until something can be taken, `timeout` seconds, or `stop` (seen each 0.25 s, or `wake`)."""
+        deadline = self._state.clock().monotonic + timeout
+        with self._state.changed:
+            while True:
+                now = self._state.clock().monotonic
+                due = self._state.index.next_due(now)
+                if due is not None:
+                    due = max(due, self._read_again_at - now)
+                    if due <= 0 and len(self._done) < MAX_UNSETTLED:
+                        return True
+                left = deadline - now
+                if left <= 0 or stop.is_set() or self._state.closed:
+                    return False
+                self._state.changed.wait(max(0.001, min(left, 0.25, due or 0.25)))
+
+    def _refresh_reader(self) -> None:
+        """Open the publisher's connection anew after a failure; its own thread, before it is used."""
+        if self._state.reader_stale:
+            self._reader.close()
+            self._reader = self._state.connect("NORMAL")
+            self._state.reader_stale = False
+
+    @property
+    def unsettled(self) -> int:
+        """Outcomes that the file does not know yet."""
+        return len(self._done)
+
+    def close(self) -> None:
+        """Settle what is left, and let go of the file."""
+        try:
+            self._settle_again_at = 0.0
+            self._settle_later(self._state.clock().monotonic, 2.0)
+            self._reader.close()
+        except (sqlite3.Error, SpoolCorrupt) as error:
+            emit(Trouble("closing the spool", error))
