@@ -59,3 +59,16 @@ def test_retryable_errors_are_tried_again_and_others_raised_at_once():
 
     with pytest.raises(BusDenied):
         until_done(denied, stage="test", stop=threading.Event())
+
+
+def test_a_thousand_agents_do_not_come_back_as_a_herd():
+    """The broker is away for 30 s: when it is back, the first successful attempts are spread over seconds."""
+    back_at, arrivals = 30.0, []
+    for _ in range(1000):
+        backoff, now = Backoff("test"), 0.0
+        while now < back_at:
+            now += backoff.next_wait()
+        arrivals.append(now - back_at)
+    busiest = max(sum(start <= at < start + 0.1 for at in arrivals) for start in (n / 20 for n in range(200)))
+    assert busiest < 60  # of 1,000 in a tenth of a second; all at once would be 1,000
+    assert max(arrivals) <= CEILING_SECONDS
