@@ -464,3 +464,74 @@ def schema_reference(page: Path | None) -> None:
     from virtbus.commands import contract as command
 
     command.reference(sys.stdout, page=page)
+
+
+@cli.group()
+def spool() -> None:
+    """Look into the spool, and let an operator decide what becomes of an event.
+
+    Works beside a running agent: it does what was asked within seconds.
+    """
+
+
+@spool.command("status")
+@_common
+@_state_dir
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def spool_status(as_json: bool, **options: Any) -> None:
+    """How much waits and since when, who holds the spool, what was set aside."""
+    from virtbus.commands import spool as command
+
+    command.status(Path(_load(options).config.state_dir), sys.stdout, as_json=as_json)
+
+
+@spool.command("list")
+@_common
+@_state_dir
+@click.option("--dead", is_flag=True, help="The dead letters instead of what waits.")
+@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="At most so many.")
+@click.option("--json", "as_json", is_flag=True, help="JSON lines.")
+def spool_list(dead: bool, limit: int, as_json: bool, **options: Any) -> None:
+    """List what waits, the oldest first."""
+    from virtbus.commands import spool as command
+
+    folder = Path(_load(options).config.state_dir)
+    command.list_events(folder, sys.stdout, dead=dead, limit=limit, as_json=as_json)
+
+
+@spool.command("show")
+@_common
+@_state_dir
+@click.argument("event", metavar="ID|NUMBER")
+def spool_show(event: str, **options: Any) -> None:
+    """Print one event as it would go out."""
+    from virtbus.commands import spool as command
+
+    command.show(Path(_load(options).config.state_dir), event, sys.stdout)
+
+
+@spool.command("retry")
+@_common
+@_state_dir
+@click.argument("events", nargs=-1, metavar="[ID|NUMBER]…")
+def spool_retry(events: tuple[str, ...], **options: Any) -> None:
+    """Send refused dead letters again, with the same ids; all of them when none is named."""
+    from virtbus.commands import spool as command
+
+    command.retry(Path(_load(options).config.state_dir), events, sys.stdout)
+
+
+@spool.command("drop")
+@_common
+@_state_dir
+@click.argument("events", nargs=-1, metavar="[ID|NUMBER]…")
+@click.option("--dead", is_flag=True, help="Dead letters instead of what waits.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def spool_drop(events: tuple[str, ...], dead: bool, yes: bool, **options: Any) -> None:
+    """Give events up; each is named in a gap event. All of them when none is named."""
+    from virtbus.commands import spool as command
+
+    def confirm(question: str) -> bool:
+        return yes or click.confirm(question, err=True)
+
+    command.drop(Path(_load(options).config.state_dir), events, sys.stdout, dead=dead, confirm=confirm)

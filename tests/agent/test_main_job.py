@@ -99,7 +99,7 @@ def test_an_event_survives_a_kill_between_commit_and_confirm(
     listed = virtbus("spool", "list", "--json", "--state-dir", str(tmp_path / "state"))
     assert listed.returncode == 0, listed.stderr
     committed = [json.loads(line) for line in listed.stdout.splitlines()]
-    (event_id,) = [row["id"] for row in committed if row["type"] == IO_ERROR]
+    (event_id,) = [row["id"] for row in committed if row["kind"] == "opened"]
     assert {message.headers["ce-type"] for message in bare.messages} == {GAP}
 
     with AgentProcess(tmp_path, libvirt=lab.uri_ro, bus=amqp_url).ready() as agent:
