@@ -293,6 +293,9 @@ class React(_Section, frozen=True):
         float, Meta(gt=0, le=1, description="Share of all hosts that may be held at once (one always may)")
     ] = 0.1
     actions_per_minute: Annotated[float, Meta(gt=0, description="Upper limit")] = 600.0
+    drills: Annotated[
+        bool, Meta(description="Act on replayed errors (drills, recordings) too, as if they were live")
+    ] = False
     hosts: Annotated[
         dict[str, str], Meta(description="libvirt's host name = the control plane's, where they differ")
     ] = {}

@@ -49,6 +49,7 @@ class HostHealth:
     heard_seconds: float  # since its last sign of life
     blame: Blame
     why: str
+    full: bool  # all its trouble is for want of space
     since: float | None  # Unix seconds: when its oldest open incident began
     incidents: int  # open ones
     guests: int  # with open incidents
@@ -236,6 +237,8 @@ class Fleet:
         known = agent.incidents.get(id_)
         if (known is not None and known.version >= version) or self._ended_after(agent, id_, version):
             return
+        if known is None and agent.complete and version <= agent.heartbeat:
+            return  # a heartbeat that already speaks for this error does not list it: it is over
         full = event.error.reason == "enospc" or event.error.disk_error == "no_space"
         verdicts = {one.verdict for one in event.error.evidence}
         self._keep(
@@ -375,6 +378,7 @@ class Fleet:
                     heard_seconds=now.monotonic - agent.heard,
                     blame=Blame.NONE if verdict is None else verdict.blame,
                     why="" if verdict is None else verdict.why,
+                    full=bool(open_) and all(one.full for one in open_),
                     since=min((one.onset for one in open_), default=None),
                     incidents=len(open_),
                     guests=len({one.domain for one in open_}) if open_ else 0,

@@ -1,0 +1,327 @@
+"""The common rules: stored before done, in order, limited, believed, one at a time, told."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import uuid
+
+import pytest
+
+from tests.integrations.parts import Recording, errors, eventually, heartbeat, publish, running
+from virtbus.config import React
+from virtbus.errors import ConfigError
+from virtbus.integrations import (
+    EVENT,
+    HOLD,
+    RELEASE,
+    Action,
+    ActionRefused,
+    NotOurs,
+    TargetUnavailable,
+    open_integration,
+)
+from virtbus.integrations.policy import HoldRules
+from virtbus.integrations.reactor import ActionGivenUp, Audited, Withheld, believed
+from virtbus.integrations.store import ActionStore
+from virtbus.testing import a_record, an_io_error, no_waiting
+
+
+class Forwarding(Recording):
+    """Wants every event."""
+
+    name = "forwarding"
+    holds = False
+
+    def wants(self, delivery):
+        return Action(f"{delivery.source}#{delivery.id}", delivery.key, EVENT, delivery.type, {})
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"embedded://{tmp_path}/bus.db"
+
+
+def test_each_event_is_done_once_and_audited(url, tmp_path):
+    told, target = [], Forwarding()
+    publish(url, *errors(5))
+    with running(target, url, tmp_path, told=told):
+        eventually(lambda: len(target.done) == 5, "all done")
+        time.sleep(0.2)
+    lines = [line for line in told if isinstance(line, Audited)]
+    assert [line.outcome for line in lines] == ["done"] * 5
+    assert len({line.key for line in lines}) == 5
+
+
+def test_what_was_done_is_not_done_again_after_a_restart_even_when_the_event_comes_again(url, tmp_path):
+    target, records = Forwarding(), errors(3)
+    publish(url, *records)
+    with running(target, url, tmp_path):
+        eventually(lambda: len(target.done) == 3, "all done")
+    publish(url, *records, *errors(1, first=9))
+    with running(target, url, tmp_path):
+        eventually(lambda: len(target.done) == 4, "the new one done")
+        time.sleep(0.3)
+    assert len(target.done) == 4
+
+
+def test_an_action_that_fails_is_tried_until_it_succeeds_and_others_go_on(url, tmp_path):
+    target, told, tries = Forwarding(), [], []
+
+    def fails(action):
+        if action.target.endswith("0001"):
+            tries.append(action.key)
+            if len(tries) < 4:
+                raise TargetUnavailable("not now")
+
+    target.fails = fails
+    publish(url, *errors(3))
+    with running(target, url, tmp_path, told=told), no_waiting():
+        eventually(lambda: len(target.done) == 3, "all done")
+    assert len(tries) == 4
+    assert target.done[-1][1].endswith("0001")
+
+
+def test_a_target_keeps_its_order_while_its_first_action_fails(url, tmp_path):
+    target, order = Forwarding(), []
+
+    def fails(action):
+        order.append(action.key.rpartition("#")[2])
+        if len(order) < 3:
+            raise TargetUnavailable("not now")
+
+    target.fails = fails
+    records = [a_record(an_io_error(), sequence=number) for number in (1, 2, 3)]
+    publish(url, *records)
+    with running(target, url, tmp_path), no_waiting():
+        eventually(lambda: len(target.done) == 3, "all done")
+    assert order == [records[0].id] * 3 + [records[1].id, records[2].id]
+
+
+def test_an_unknown_exception_of_a_client_library_is_tried_again(url, tmp_path):
+    target, raised = Forwarding(), []
+
+    def fails(action):
+        if not raised:
+            raised.append(action)
+            raise KeyError("surprise")
+
+    target.fails = fails
+    publish(url, *errors(1))
+    with running(target, url, tmp_path), no_waiting():
+        eventually(lambda: target.done, "done in the end")
+
+
+def test_a_refused_action_is_given_up_aloud(url, tmp_path):
+    target, told = Forwarding(), []
+
+    def fails(action):
+        if action.target.endswith("0001"):
+            raise ActionRefused("never")
+
+    target.fails = fails
+    publish(url, *errors(2))
+    with running(target, url, tmp_path, told=told):
+        eventually(lambda: target.done, "the other done")
+        eventually(lambda: any(isinstance(line, ActionGivenUp) for line in told), "told")
+
+
+def test_a_dry_run_does_nothing_and_says_what_it_would_do(url, tmp_path):
+    target, told = Forwarding(), []
+    publish(url, *errors(2))
+    with running(target, url, tmp_path, told=told, dry_run=True):
+        eventually(lambda: sum(isinstance(line, Audited) for line in told) == 2, "told")
+    assert target.done == []
+    assert {line.outcome for line in told if isinstance(line, Audited)} == {"would"}
+
+
+def test_the_rate_of_actions_is_limited(url, tmp_path):
+    target = Forwarding()
+    publish(url, *errors(6))
+    begun = time.monotonic()
+    with running(target, url, tmp_path, actions_per_minute=240.0):  # a burst of 4, then 4 a second
+        eventually(lambda: len(target.done) == 6, "all done")
+    assert time.monotonic() - begun > 0.4
+
+
+def test_an_event_of_a_publisher_who_may_not_speak_for_the_host_is_put_aside(url, tmp_path):
+    target, told = Forwarding(), []
+    publish(url, *errors(1))
+    with running(target, url, tmp_path, told=told, publishers=["virtbus-{host}"]):
+        eventually(lambda: told, "told")  # the embedded bus proves no publisher
+    assert target.done == []
+
+
+@pytest.mark.parametrize(
+    ("patterns", "publisher", "host", "expected"),
+    [
+        ([], None, "compute-1", True),
+        (["agent"], "agent", "compute-1", True),
+        (["agent"], None, "compute-1", False),
+        (["virtbus-{host}"], "virtbus-compute-1", "compute-1", True),
+        (["virtbus-{host}"], "virtbus-compute-1", "compute-2", False),
+        (["virtbus-{host}"], "virtbus-compute-1", "*", False),
+        (["virtbus-{host}"], "virtbus-compute-1", "compute-[1]", False),
+        (["virtbus-{host}"], "virtbus-compute-1", None, True),
+        (["virtbus-{host}"], "somebody", None, False),
+    ],
+)
+def test_a_publisher_is_bound_to_its_host(patterns, publisher, host, expected):
+    assert believed(patterns, publisher, host) is expected
+
+
+def test_a_second_instance_on_the_same_state_is_refused(tmp_path):
+    first = ActionStore(tmp_path / "x.db")
+    with pytest.raises(ConfigError, match="another process .* runs this integration"):
+        ActionStore(tmp_path / "x.db")
+    first.close()
+    ActionStore(tmp_path / "x.db").close()
+
+
+def test_an_action_stored_before_a_kill_is_done_after_it(tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "from virtbus.integrations import Action\n"
+        "from virtbus.integrations.store import ActionStore\n"
+        "store = ActionStore(Path(sys.argv[1]))\n"
+        "(entry,) = store.add([Action('k', 't', 'event', 'why', {'a': 1})], 1.0)\n"
+        "store.tried(entry[0]); os.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.db")], check=False, timeout=60)
+    assert done.returncode == -9
+    store = ActionStore(tmp_path / "x.db")
+    ((_, action, attempts),) = store.waiting()
+    store.close()
+    assert (action.key, dict(action.body), attempts) == ("k", {"a": 1}, 1)
+
+
+# ---- hosts
+
+
+def test_a_host_in_trouble_is_held_and_released_when_it_is_well(url, tmp_path):
+    target = Recording()
+    publish(url, heartbeat("compute-1"), *errors(2))
+    with running(target, url, tmp_path):
+        eventually(lambda: target.done == [(HOLD, "compute-1")], "held")
+        publish(url, heartbeat("compute-1", sequence=200))
+        eventually(lambda: target.done[1:] == [(RELEASE, "compute-1")], "released")
+
+
+def test_a_restart_does_not_release_before_the_host_was_heard(url, tmp_path):
+    target = Recording()
+    publish(url, heartbeat("compute-1", guests=2))
+    with running(target, url, tmp_path):
+        eventually(lambda: target.done == [(HOLD, "compute-1")], "held")
+    with running(target, url, tmp_path) as reactor:
+        time.sleep(1.5)
+        publish(url, heartbeat("compute-1", guests=2))
+        eventually(lambda: len(reactor.fleet), "heard")
+        time.sleep(1.5)
+        assert target.done == [(HOLD, "compute-1")]
+        publish(url, heartbeat("compute-1", sequence=200))
+        eventually(lambda: target.done[1:] == [(RELEASE, "compute-1")], "released")
+
+
+def test_never_more_than_the_share_is_held_and_what_is_withheld_is_told(url, tmp_path):
+    target, told = Recording(), []
+    hosts = [f"compute-{number}" for number in range(10)]
+    publish(url, *(heartbeat(host, guests=1, agent=str(uuid.uuid4())) for host in hosts))
+    with running(target, url, tmp_path, told=told, rules=HoldRules("any", 1, 0.0, 0.0, 0.3)):
+        eventually(lambda: any(isinstance(line, Withheld) for line in told), "withheld")
+        time.sleep(1.2)
+    assert len({host for _, host in target.done}) == len(target.done) == 3
+
+
+def test_a_host_that_somebody_else_holds_is_left_alone(url, tmp_path):
+    target, told = Recording(), []
+
+    def fails(action):
+        raise NotOurs("an operator has it")
+
+    target.fails = fails
+    publish(url, heartbeat("compute-1", guests=2))
+    with running(target, url, tmp_path, told=told):
+        eventually(lambda: any(isinstance(line, Audited) for line in told), "told")
+        time.sleep(1.5)
+        publish(url, heartbeat("compute-1", sequence=200))
+        time.sleep(1.5)
+    assert [line.outcome for line in told if isinstance(line, Audited)] == ["left alone"]
+
+
+def test_one_guest_alone_holds_no_host_by_default(url, tmp_path):
+    target = Recording()
+    publish(url, heartbeat("compute-1"), *errors(1))
+    with running(target, url, tmp_path, rules=HoldRules(raise_seconds=0.0)) as reactor:
+        eventually(lambda: len(reactor.fleet), "heard")
+        time.sleep(1.5)
+    assert target.done == []
+
+
+# ---- exec and the command line
+
+
+def test_exec_gets_each_event_on_its_standard_input(url, tmp_path):
+    out = tmp_path / "out"
+    script = f"cat >> {out}; echo $VIRTBUS_EVENT_TYPE >> {out}.types"
+    settings = React(exec=type(React().exec)(command=("/bin/sh", "-c", script)))
+    publish(url, *errors(2))
+    with running(open_integration("exec", settings), url, tmp_path):
+        eventually(lambda: out.exists() and len(out.read_text().splitlines()) == 2, "two lines")
+    events = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {event["data"]["domain"]["name"] for event in events} == {"guest-1", "guest-2"}
+    assert {event["specversion"] for event in events} == {"1.0"}
+
+
+@pytest.mark.parametrize(
+    ("code", "error"), [(65, ActionRefused), (1, TargetUnavailable), (75, TargetUnavailable)]
+)
+def test_what_a_commands_exit_code_means(code, error):
+    settings = React(exec=type(React().exec)(command=("/bin/sh", "-c", f"echo no; exit {code}")))
+    action = Action("k", "t", EVENT, "", {"attributes": dict(a_record().attributes), "data": "{}"})
+    with pytest.raises(error, match="no$"):
+        open_integration("exec", settings).execute(action)
+
+
+def test_a_command_that_hangs_is_killed_with_all_it_started(tmp_path):
+    mark = tmp_path / "mark"
+    command = ("/bin/sh", "-c", f"(sleep 1; touch {mark}) & wait")
+    settings = React(exec=type(React().exec)(command=command, timeout_seconds=0.2))
+    action = Action("k", "t", EVENT, "", {"attributes": dict(a_record().attributes), "data": "{}"})
+    with pytest.raises(TargetUnavailable, match="longer than 0.2 s"):
+        open_integration("exec", settings).execute(action)
+    time.sleep(1.2)
+    assert not mark.exists()
+
+
+def test_the_command_runs_until_a_signal_and_ends_clean(url, tmp_path):
+    out = tmp_path / "out"
+    publish(url, *errors(1))
+    option = "command=" + json.dumps(["/bin/sh", "-c", f"cat >> {out}"])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "virtbus", "react", "--with", "exec", "--bus", url, "--state-dir", str(tmp_path),
+         "--option", option],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        eventually(out.exists, "run")
+        process.terminate()
+        _, log = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert process.returncode == 0, log
+    assert json.loads(out.read_text())["type"] == "io.virtbus.domain.io_error.v1"
+    audits = [line for line in map(json.loads, log.splitlines()) if line["event"] == "action"]
+    assert [line["outcome"] for line in audits] == ["done"]
+
+
+@pytest.mark.parametrize("name", ["exec", "webhook"])
+def test_an_integration_without_its_setting_says_which(name):
+    with pytest.raises(ConfigError, match=f"set react.{name}"):
+        open_integration(name, React())
+
+
+def test_an_unknown_integration_names_the_known_ones():
+    with pytest.raises(ConfigError, match="exec, kubernetes, masakari, nova, webhook"):
+        open_integration("nomad", React())

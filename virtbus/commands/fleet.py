@@ -1,0 +1,170 @@
+"""`virtbus fleet`: the health of the fleet, live."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from virtbus.commands import wiring
+from virtbus.commands.react import fleet_rules
+from virtbus.config import Loaded, bus_url
+from virtbus.consumer import Consumer
+from virtbus.errors import ConfigError
+from virtbus.fleet import Blame, Fleet, FleetView, HostHealth
+from virtbus.model import Clock
+
+_REDRAW_SECONDS = 1.0
+_WRITE_SECONDS = 2.0
+ROUND_SECONDS = 65.0  # one round of heartbeats, and a little
+
+
+def run(
+    loaded: Loaded,
+    *,
+    once: bool,
+    as_json: bool,
+    write: Path | None,
+    listen: float | None,
+    out: TextIO,
+) -> int:
+    """Show the fleet until an interrupt; with `once` after listening for `listen` seconds (one round)."""
+    config = loaded.config
+    fleet, clock = Fleet(fleet_rules(config)), Clock()
+    seconds = listen if listen is not None else (ROUND_SECONDS if once else None)
+    end = None if seconds is None else time.monotonic() + seconds
+    live = not once and not as_json and write is None and out.isatty()
+    drawn = 0.0
+    with Consumer(
+        bus_url(config), group=None, options=wiring.bus_options(config), prefetch=1000, patient=False
+    ) as consumer:
+        while end is None or time.monotonic() < end:
+            delivery = consumer.receive(0.2)
+            if delivery is not None:
+                if delivery.event is not None:
+                    fleet.saw(delivery.event, delivery.attributes, clock())
+                delivery.ack()
+            if not once and time.monotonic() - drawn >= (_WRITE_SECONDS if write else _REDRAW_SECONDS):
+                drawn = time.monotonic()
+                _show(fleet.view(clock()), as_json=as_json, write=write, live=live, out=out)
+    view = fleet.view(clock())
+    _show(view, as_json=as_json, write=write, live=live, out=out)
+    return 0
+
+
+def _show(view: FleetView, *, as_json: bool, write: Path | None, live: bool, out: TextIO) -> None:
+    if write is not None:
+        _write(write, json.dumps(as_data(view), sort_keys=True))
+    elif as_json:
+        out.write(json.dumps(as_data(view), sort_keys=True) + "\n")
+    else:
+        size = shutil.get_terminal_size()
+        text = "\n".join(table(view, rows=size.lines - 1 if live else None, columns=size.columns))
+        out.write(("\x1b[H\x1b[2J" if live else "") + text + "\n")
+    out.flush()
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace the file in one step: a reader sees the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path} can't be written: {error.strerror}; name another file") from error
+
+
+def as_data(view: FleetView) -> dict[str, Any]:
+    """The view as plain data: a stable contract with whoever reads the file or the output."""
+    return {
+        "written_at": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "hosts": {host.name: _host_data(host) for host in view.hosts},
+        "backends": [
+            {
+                "name": one.name,
+                "kind": one.kind,
+                "blame": one.blame.value,
+                "why": one.why,
+                "full": one.full,
+                "since": _time(one.since),
+                "hosts": list(one.hosts),
+                "guests": one.guests,
+                "incidents": one.incidents,
+                "errors_per_minute": round(one.errors_per_minute, 3),
+                "parts": list(one.parts),
+            }
+            for one in view.backends
+        ],
+        "incidents": view.incidents,
+        "silent": view.silent,
+        "errors_per_minute": round(view.errors_per_minute, 3),
+        "suspect_ourselves": view.suspect_ourselves,
+    }
+
+
+def _host_data(host: HostHealth) -> dict[str, Any]:
+    return {
+        "agent_id": host.agent_id,
+        "state": host.state,
+        "heard_seconds": round(host.heard_seconds, 1),
+        "blame": host.blame.value,
+        "why": host.why,
+        "full": host.full,
+        "since": None if host.since is None else _time(host.since),
+        "incidents": host.incidents,
+        "guests": host.guests,
+        "paused": host.paused,
+        "flapping": host.flapping,
+        "errors_per_minute": round(host.errors_per_minute, 3),
+        "backends": list(host.backends),
+        "fresh": host.fresh,
+    }
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+_ORDER = {Blame.HOST: 0, Blame.UNDETERMINED: 1, Blame.BACKEND: 2, Blame.NONE: 3}
+
+
+def table(view: FleetView, *, rows: int | None, columns: int) -> list[str]:
+    """Lines for a terminal: the summary, storage in trouble, hosts in trouble or not observing."""
+    lines = [
+        f"{len(view.hosts)} hosts, {view.silent} silent; {view.incidents} open incidents, "
+        f"{view.errors_per_minute:.1f} errors/min, {len(view.backends)} storage systems in trouble"
+    ]
+    if view.suspect_ourselves:
+        lines.append("most agents are silent at once: rather our own connection than theirs")
+    if view.backends:
+        lines += ["", f"{'STORAGE':<32} {'BLAME':<13} {'HOSTS':>5} {'GUESTS':>6}  WHY"]
+        worst = sorted(view.backends, key=lambda one: (_ORDER[one.blame], -one.guests, one.name))
+        lines += [
+            f"{_cut(one.name, 32):<32} {one.blame.value + ('/full' if one.full else ''):<13} "
+            f"{len(one.hosts):>5} {one.guests:>6}  {one.why}"
+            for one in worst
+        ]
+    shown = [host for host in view.hosts if host.incidents or host.state != "observing"]
+    if shown:
+        header = f"{'HOST':<32} {'BLAME':<13} {'STATE':<9} {'GUESTS':>6} {'PAUSED':>6} {'ERR/MIN':>7}  WHY"
+        lines += ["", header]
+        shown.sort(key=lambda one: (_ORDER[one.blame], one.state == "observing", -one.guests, one.name))
+        lines += [
+            f"{_cut(one.name, 32):<32} {one.blame.value if one.incidents else '-':<13} {one.state:<9} "
+            f"{one.guests:>6} {one.paused:>6} {one.errors_per_minute:>7.1f}  {one.why}"
+            for one in shown
+        ]
+    if rows is not None and len(lines) > rows:
+        left = len(lines) - rows + 1
+        lines = [*lines[: rows - 1], f"… {left} more lines"]
+    return [_cut(line, columns) if rows is not None else line for line in lines]
+
+
+def _cut(text: str, width: int) -> str:
+    # Names come from hosts: nothing in them may move the terminal's cursor.
+    clean = "".join(letter if letter.isprintable() else "?" for letter in text)
+    return clean if len(clean) <= width else clean[: width - 1] + "…"

@@ -1,0 +1,242 @@
+"""For everything that has no integration of its own: run a command, or POST the event.
+
+Both get each event at least once, in the order of its domain, with the same CloudEvents `id` each time.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import socket
+import ssl
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import ClassVar
+from urllib.parse import quote, urlsplit
+
+from virtbus import envelope
+from virtbus.bus import is_loopback
+from virtbus.config import React, read_secret
+from virtbus.consumer import Delivery
+from virtbus.errors import ConfigError
+from virtbus.integrations import EVENT, Action, ActionRefused, Integration, TargetUnavailable
+from virtbus.model import Check, Origin
+from virtbus.telemetry import Notice, emit
+
+_TOLD_BYTES = 500  # of a command's or server's answer, in messages
+
+
+class _Hook(Integration):
+    """What both have in common: which events, and how one is stored."""
+
+    def __init__(self, settings: React) -> None:
+        self._types, self._drills = tuple(settings.types), settings.drills
+
+    def wants(self, delivery: Delivery) -> Action | None:
+        """The event as it came, when its type is asked for and it is no drill (or drills are)."""
+        if not delivery.type.endswith(self._types):
+            return None
+        if delivery.data.get("origin") == Origin.REPLAY.value and not self._drills:
+            return None
+        body = {"attributes": dict(delivery.attributes), "data": delivery.body.decode("utf-8")}
+        return Action(
+            key=f"{delivery.source}#{delivery.id}",
+            target=delivery.key or delivery.source,
+            verb=EVENT,
+            why=delivery.type,
+            body=body,
+        )
+
+
+class Exec(_Hook):
+    """Run `react.exec.command`: the event is its standard input as structured JSON.
+
+    The environment has VIRTBUS_EVENT_TYPE, _ID, _SOURCE, _SUBJECT and _TIME beside ours. It ends with 0:
+    done; with 65: never again (an operator is told); with anything else, or not in time: once more later.
+    """
+
+    name: ClassVar[str] = "exec"
+
+    def __init__(self, settings: React) -> None:
+        """Raises ConfigError without a command."""
+        super().__init__(settings)
+        if not settings.exec.command:
+            raise ConfigError("no command to run: set react.exec.command, or --option command='[\"/path\"]'")
+        self._command, self._timeout = list(settings.exec.command), settings.exec.timeout_seconds
+
+    def execute(self, action: Action) -> str:
+        """See virtbus.integrations.Integration."""
+        attributes: Mapping[str, str] = action.body["attributes"]
+        event = envelope.structured_json(attributes, action.body["data"].encode())
+        environment = {
+            f"VIRTBUS_EVENT_{name.upper()}": attributes[name]
+            for name in ("type", "id", "source", "subject", "time")
+            if name in attributes
+        }
+        try:
+            process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise TargetUnavailable(f"{self._command[0]} can't be started: {error.strerror}") from error
+        try:
+            output, _ = process.communicate(event + b"\n", timeout=self._timeout)
+        except subprocess.TimeoutExpired as error:
+            raise TargetUnavailable(f"{self._command[0]} ran longer than {self._timeout:g} s") from error
+        finally:
+            _end_group(process)
+        told = output.decode("utf-8", "replace").strip()[-_TOLD_BYTES:]
+        if process.returncode == ActionRefused.exit_code:
+            raise ActionRefused(f"{self._command[0]} refused the event: {told}")
+        if process.returncode != 0:
+            raise TargetUnavailable(f"{self._command[0]} ended with {process.returncode}: {told}")
+        return told or "exit 0"
+
+    def probe(self) -> Sequence[Check]:
+        """See virtbus.integrations.Integration."""
+        from shutil import which
+
+        found = which(self._command[0])
+        if found is None:
+            return [Check("exec", "failed", f"{self._command[0]} is no command", "mend react.exec.command")]
+        return [Check("exec", "ok", found)]
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """Nothing that the command started outlives it."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None and not pipe.closed:
+            pipe.close()
+
+
+# The event itself is what the server does not want: once more would change nothing.
+_REFUSED_STATUS = frozenset({400, 413, 415, 422})
+
+
+class Webhook(_Hook):
+    """POST to `react.webhook.url` in the CloudEvents HTTP binding (1.0), over one kept connection.
+
+    2xx: done. 400, 413, 415, 422: never again (an operator is told). Anything else, also a redirect: once
+    more later; nothing is lost by a wrong path or an expired token.
+    """
+
+    name: ClassVar[str] = "webhook"
+
+    def __init__(self, settings: React) -> None:
+        """Raises ConfigError for a URL or CA file that can't be used."""
+        super().__init__(settings)
+        self._settings = settings.webhook
+        parts = urlsplit(self._settings.url or "")
+        try:
+            port = parts.port
+        except ValueError:
+            port = 0
+        if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+            raise ConfigError("no address to POST to: set react.webhook.url to http://… or https://…")
+        if parts.username or parts.password:
+            raise ConfigError("react.webhook.url holds a user: put a token into react.webhook.token_file")
+        self._host, self._port, self._tls = parts.hostname, port, parts.scheme == "https"
+        self._path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        self._name = f"{parts.scheme}://{parts.netloc}{parts.path}"
+        self._context: ssl.SSLContext | None = None
+        if self._tls:
+            try:
+                self._context = ssl.create_default_context(cafile=self._settings.ca_file)
+            except (OSError, ssl.SSLError) as error:
+                raise ConfigError(f"react.webhook.ca_file {self._settings.ca_file}: {error}") from error
+        elif not is_loopback(self._host):
+            emit(Notice(f"{self._name} is plaintext: events and token can be read on the way"))
+        self._connection: http.client.HTTPConnection | None = None
+
+    def execute(self, action: Action) -> str:
+        """See virtbus.integrations.Integration."""
+        attributes: Mapping[str, str] = action.body["attributes"]
+        data: bytes = action.body["data"].encode()
+        if self._settings.content_mode == "structured":
+            headers = {"Content-Type": "application/cloudevents+json"}
+            data = envelope.structured_json(attributes, data)
+        else:
+            headers = {f"ce-{name}": _header(value) for name, value in attributes.items()}
+            headers["Content-Type"] = headers.pop("ce-datacontenttype", "application/json")
+        if self._settings.token_file is not None:
+            headers["Authorization"] = f"Bearer {self._token(self._settings.token_file)}"
+        try:
+            status, reason, told = self._post(data, headers)
+        except (OSError, http.client.HTTPException) as error:
+            self.close()
+            raise TargetUnavailable(f"{self._name}: {error or type(error).__name__}") from error
+        if 200 <= status < 300:
+            return f"{status} {reason}"
+        text = f"{self._name} answered {status} {reason}: {told}"
+        if status in _REFUSED_STATUS:
+            raise ActionRefused(text)
+        if 300 <= status < 400:
+            text += "; a redirect is not followed: put the right address into react.webhook.url"
+        raise TargetUnavailable(text)
+
+    def _token(self, path: str) -> str:
+        try:
+            return read_secret(path, "react.webhook.token_file")
+        except ConfigError as error:  # it may be in the middle of being replaced
+            raise TargetUnavailable(str(error)) from error
+
+    def _post(self, data: bytes, headers: Mapping[str, str]) -> tuple[int, str, str]:
+        kept = self._connection is not None
+        while True:
+            connection = self._connection or self._connect()
+            try:
+                connection.request("POST", self._path, data, dict(headers))
+                answer = connection.getresponse()
+                told = answer.read().decode("utf-8", "replace").strip()[:_TOLD_BYTES]
+            except (ConnectionError, http.client.RemoteDisconnected):
+                self.close()
+                if not kept:
+                    raise
+                kept = False  # the server had closed the idle connection: once more on a new one
+                continue
+            return answer.status, answer.reason, told
+
+    def _connect(self) -> http.client.HTTPConnection:
+        timeout = self._settings.timeout_seconds
+        if self._context is not None:
+            made: http.client.HTTPConnection = http.client.HTTPSConnection(
+                self._host, self._port, timeout=timeout, context=self._context
+            )
+        else:
+            made = http.client.HTTPConnection(self._host, self._port, timeout=timeout)
+        self._connection = made
+        return made
+
+    def probe(self) -> Sequence[Check]:
+        """See virtbus.integrations.Integration. Connects (and checks TLS), sends nothing."""
+        try:
+            with socket.create_connection(
+                (self._host, self._port or (443 if self._tls else 80)), self._settings.timeout_seconds
+            ) as plain:
+                if self._context is not None:
+                    with self._context.wrap_socket(plain, server_hostname=self._host):
+                        pass
+        except OSError as error:
+            return [Check("webhook", "failed", f"{self._name}: {error}", "mend react.webhook.url", 69)]
+        return [Check("webhook", "ok", self._name)]
+
+    def close(self) -> None:
+        """See virtbus.integrations.Integration."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+def _header(value: str) -> str:
+    """A header's value as the HTTP binding wants it: printable ASCII, the rest percent-encoded."""
+    return quote(value, safe="".join(chr(code) for code in range(0x21, 0x7F) if chr(code) not in '"%'))
