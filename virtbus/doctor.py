@@ -11,25 +11,44 @@ import ctypes
 import fcntl
 import os
 import shutil
+import socket
+import sqlite3
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import suppress
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from virtbus import envelope, schema
 from virtbus.bus import Bus
-from virtbus.errors import BusDenied, BusUnavailable, ConfigError, SpoolFull, VirtbusError
+from virtbus.errors import BusDenied, BusUnavailable, ConfigError, SpoolCorrupt, SpoolFull, VirtbusError
 from virtbus.model import Check, Checks, Confirmed, Outcome, Record, Refused, Unroutable, to_datetime
 from virtbus.sources import Source
 from virtbus.spool import prepare_state_dir
-from virtbus.spool.files import DATABASE, LOCK, read_holder
+from virtbus.spool.files import DATABASE, LOCK, connect_to_read, read_holder
 
 PROBE_TYPE = "io.virtbus.agent.probe.v1"
 SLOW_SYNC_SECONDS = 0.1
+FULL = 0.9  # of spool.max_bytes; what is left is kept for gap events
+FILLING = 0.5
+SOON_DAYS = 14.0  # a certificate that ends within so many days is a warning
 _STA_UNSYNC = 0x0040  # adjtimex(2): the kernel's clock is not synchronised
 _EARLIEST_NS = 1_704_067_200 * 10**9  # 2024-01-01: no host of this program ran before
+
+
+@dataclass(frozen=True, slots=True)
+class TlsTarget:
+    """A broker's TLS port, and what is trusted there; `server_name` is the name to be verified."""
+
+    host: str
+    port: int
+    server_name: str
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
 
 
 def examine(
@@ -39,6 +58,7 @@ def examine(
     state_dir: Path,
     max_bytes: int,
     agent_id: str | None,
+    tls: Callable[[], Sequence[TlsTarget]] = tuple,
     timeout: float = 10.0,
 ) -> Iterator[Check]:
     """Every check, one after the other. `source` and `bus` make the parts; their errors are findings too."""
@@ -46,6 +66,7 @@ def examine(
     yield from _clock(state_dir)
     yield from _spool(state_dir, max_bytes)
     yield from _part("libvirt", lambda: source().probe(), timeout)
+    yield from _part("tls", lambda: [_tls(target, timeout) for target in tls()], timeout + 1.0)
     made: list[Bus] = []
 
     def probe() -> Checks:
@@ -88,13 +109,14 @@ def _part(name: str, look: Callable[[], Checks], timeout: float) -> Iterator[Che
 
     threading.Thread(target=run, name=f"virtbus-doctor-{name}", daemon=True).start()
     if done.wait(timeout):
-        yield from found
+        for check in found:  # whoever looked, a failure is never without a next step
+            yield check if check.status != "failed" or check.remedy else replace(check, remedy=_next(check))
     else:
         yield Check(
             name,
             "failed",
             f"no answer within {timeout:g} s: it hangs",
-            "look at its process and log; a frozen libvirtd shows as state T in ps"
+            "look at libvirtd's process and log; one that was stopped shows as state T in ps (kill -CONT)"
             if name == "libvirt"
             else "look at the network path and at the broker's log",
             69,
@@ -106,6 +128,11 @@ _REMEDIES: dict[type[VirtbusError], str] = {
     BusDenied: "check user, password, certificate and the broker's permissions",
     BusUnavailable: "check address, firewall and that the broker runs",
 }
+
+
+def _next(check: Check) -> str:
+    kinds = (kind for kind in _REMEDIES if kind.exit_code == check.exit_code)
+    return next((_REMEDIES[kind] for kind in kinds), "see the message")
 
 
 # ---------------------------------------------------------------------------------------- one by one
@@ -182,12 +209,11 @@ def _spool(state_dir: Path, max_bytes: int) -> Iterator[Check]:
             SpoolFull.exit_code,
         )
         return
-    used = f", in use by pid {read_holder(state_dir).pid}" if _is_held(state_dir) else ""
     slow = seconds > SLOW_SYNC_SECONDS
     yield Check(
         "spool",
         "warning" if slow else "ok",
-        f"{state_dir} is writable, a sync takes {seconds * 1000:.1f} ms{used}",
+        f"{state_dir} is writable, a sync takes {seconds * 1000:.1f} ms",
         "put it on a faster disk: each event waits for a sync" if slow else None,
         details={"sync_seconds": round(seconds, 6)},
     )
@@ -201,6 +227,56 @@ def _spool(state_dir: Path, max_bytes: int) -> Iterator[Check]:
         )
     else:
         yield Check("spool space", "ok", f"{free >> 20} MiB free")
+    yield from _backlog(state_dir / DATABASE, max_bytes)
+    if _is_held(state_dir):
+        pid = read_holder(state_dir).pid
+        yield Check(
+            "agent",
+            "ok",
+            f"an agent runs on {state_dir}, pid {pid}; a second one needs a --state-dir of its own",
+            details={"pid": pid},
+        )
+    else:
+        yield Check("agent", "ok", f"no agent runs on {state_dir} now")
+
+
+def _backlog(path: Path, max_bytes: int) -> Iterator[Check]:
+    """How full the spool is; read beside a running agent, without disturbing it."""
+    if not path.exists():
+        yield Check("spool backlog", "ok", "no spool yet; the agent's first start makes it")
+        return
+    try:
+        with closing(connect_to_read(path)) as connection:
+            waiting, size = connection.execute("SELECT count(*), total(bytes) FROM events").fetchone()
+            dead, aside = connection.execute("SELECT count(*), total(bytes) FROM dead").fetchone()
+    except sqlite3.Error as error:
+        yield Check(
+            "spool backlog",
+            "failed",
+            f"{path} can't be read: {error}",
+            "start the agent: it sets a damaged file aside, rescues what can be read, and tells of the gap",
+            SpoolCorrupt.exit_code,
+        )
+        return
+    used = (size + aside) / max_bytes
+    told = f"{waiting} events wait, {dead} were set aside, {used:.0%} of spool.max_bytes"
+    details = {"waiting": waiting, "dead": dead, "bytes": int(size + aside), "max_bytes": max_bytes}
+    if used >= FULL:
+        yield Check(
+            "spool backlog",
+            "failed",
+            f"the spool is full: {told}; the least important events give way, each named in a gap event",
+            "see why the broker does not take them (below), or raise spool.max_bytes",
+            SpoolFull.exit_code,
+            details,
+        )
+    elif used >= FILLING or dead:
+        remedy = "see why the broker does not take them (below)"
+        if dead:
+            remedy = "look at what was set aside: virtbus spool list --dead"
+        yield Check("spool backlog", "warning", told, remedy, details=details)
+    else:
+        yield Check("spool backlog", "ok", told, details=details)
 
 
 def _is_held(state_dir: Path) -> bool:
@@ -230,6 +306,68 @@ def _sync_time(folder: Path) -> float:
         os.close(descriptor)
         path.unlink()
     return best
+
+
+# X509_V_ERR_* (openssl-verification-options(1)) → what to do.
+_VERIFY_REMEDIES = {
+    9: "set this host's clock, or the certificate is not valid yet",
+    10: "renew the broker's certificate (or is this host's clock wrong?)",
+    18: "set bus.tls.ca_file to the broker's own certificate or to its authority",
+    19: "set bus.tls.ca_file to the authority that signed the broker's certificate",
+    20: "set bus.tls.ca_file to the authority that signed the broker's certificate",
+    21: "set bus.tls.ca_file to the authority that signed the broker's certificate",
+    62: "use a name of the certificate as the host in bus.url, or set bus.tls.server_name",
+    64: "use a name of the certificate as the host in bus.url, or set bus.tls.server_name",
+}
+
+
+def _tls(target: TlsTarget, timeout: float) -> Check:
+    """One handshake with our trust and our certificate: chain, host name, days left."""
+    where = f"{target.host}:{target.port}"
+    try:
+        context = ssl.create_default_context(cafile=target.ca_file)
+        if target.cert_file is not None:
+            context.load_cert_chain(target.cert_file, target.key_file)
+    except OSError as error:  # ssl.SSLError is one
+        files = ", ".join(name for name in (target.ca_file, target.cert_file, target.key_file) if name)
+        return Check(
+            "tls",
+            "failed",
+            f"{files}: can't be used: {error.strerror or error}",
+            "bus.tls.* name PEM files that this user can read; the key belongs to the certificate",
+            ConfigError.exit_code,
+        )
+    try:
+        with (
+            socket.create_connection((target.host, target.port), timeout) as plain,
+            context.wrap_socket(plain, server_hostname=target.server_name) as secure,
+        ):
+            certificate, version = secure.getpeercert() or {}, secure.version()
+    except ssl.SSLCertVerificationError as error:
+        return Check(
+            "tls",
+            "failed",
+            f"{where}: the broker's certificate is refused: {error.verify_message}",
+            _VERIFY_REMEDIES.get(error.verify_code, "check bus.tls.ca_file and the broker's certificate"),
+            BusDenied.exit_code,
+        )
+    except OSError as error:
+        reason = getattr(error, "reason", None) or error.strerror or str(error)
+        return Check(
+            "tls",
+            "failed",
+            f"{where}: no TLS connection: {reason}",
+            "check that this is the broker's TLS port, and that it runs",
+            BusUnavailable.exit_code,
+        )
+    days = (ssl.cert_time_to_seconds(str(certificate["notAfter"])) - time.time()) / 86400
+    return Check(
+        "tls",
+        "warning" if days < SOON_DAYS else "ok",
+        f"{where}: {version}, verified for {target.server_name}, {days:.0f} days left",
+        "renew the broker's certificate" if days < SOON_DAYS else None,
+        details={"days_left": round(days, 1), "protocol": version},
+    )
 
 
 class _OneRecord:

@@ -273,7 +273,17 @@ def _probe(endpoint: Endpoint, options: BusOptions, waker: Waker) -> list[Check]
         told = translated(error, name, doing=f"looking for exchange {options.exchange}")
         checks.append(Check("bus exchange", "failed", str(told), exit_code=told.exit_code))
     else:
-        if found:
+        if found and (refused := link.exchange_differs()) is not None:
+            checks.append(
+                Check(
+                    "bus exchange",
+                    "failed",
+                    f"{name}: exchange {options.exchange} is not a durable topic exchange: {refused}",
+                    remedy="events may reach nobody: delete it, or name another with bus.exchange",
+                    exit_code=BusDenied.exit_code,
+                )
+            )
+        elif found:
             checks.append(Check("bus exchange", "ok", f"{name}: exchange {options.exchange} is there"))
         elif options.declare:
             checks.append(

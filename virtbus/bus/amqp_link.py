@@ -418,6 +418,20 @@ class Link:
         if isinstance(refusal, amqp.PreconditionFailed):
             emit(Notice(f"{self.name}: exchange {exchange} has other arguments than ours; used as it is"))
 
+    def exchange_differs(self) -> str | None:
+        """The broker's words when the exchange that is there has another type or durability than ours.
+
+        Declaring what is there as it is changes nothing; whoever may not declare can't learn it (None).
+        Raises as LINK_FAULTS.
+        """
+        try:
+            self._exchange_declare(passive=False)
+        except amqp.PreconditionFailed as error:
+            return str(error.reply_text)
+        except amqp.AccessRefused:
+            return None
+        return None
+
     def has_exchange(self) -> bool:
         """Whether the exchange is there; changes nothing. Raises as LINK_FAULTS."""
         try:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import TextIO
 
 from virtbus import doctor
 from virtbus.agent import load_agent_id
 from virtbus.commands import wiring
-from virtbus.config import Loaded
-from virtbus.errors import VirtbusError
+from virtbus.config import Config, Loaded, bus_url
+from virtbus.errors import ConfigError, VirtbusError
 from virtbus.model import Check
 
 _MARKS = {"ok": ("ok  ", "32"), "warning": ("WARN", "33"), "failed": ("FAIL", "31"), "skipped": ("skip", "2")}
@@ -27,6 +28,7 @@ def run(loaded: Loaded, *, as_json: bool, timeout: float, out: TextIO) -> int:
         state_dir=state_dir,
         max_bytes=config.spool.max_bytes,
         agent_id=_agent_id(state_dir),
+        tls=lambda: _tls_targets(config),
         timeout=timeout,
     ):
         checks.append(check)
@@ -48,6 +50,34 @@ def run(loaded: Loaded, *, as_json: bool, timeout: float, out: TextIO) -> int:
         ]
         out.write(json.dumps({"ok": code == 0, "checks": found}, indent=2, ensure_ascii=False) + "\n")
     return code
+
+
+def _tls_targets(config: Config) -> list[doctor.TlsTarget]:
+    """Every broker that the bus URL reaches by TLS."""
+    tls = config.bus.tls
+    targets = []
+    try:
+        urls = re.split(r";(?=[a-z][a-z0-9+.-]*:)", bus_url(config))
+    except ConfigError:
+        return []  # the bus's own check tells
+    for url in urls:
+        scheme, _, rest = url.partition("://")
+        default = {"amqps": 5671, "kafkas": 9093}.get(scheme)
+        if default is None:
+            continue
+        for place in rest.partition("/")[0].rpartition("@")[2].split(","):
+            host, port = _host_and_port(place.strip(), default)
+            name = tls.server_name or host
+            targets.append(doctor.TlsTarget(host, port, name, tls.ca_file, tls.cert_file, tls.key_file))
+    return targets
+
+
+def _host_and_port(place: str, default: int) -> tuple[str, int]:
+    """Of `host`, `host:port` or `[::1]:port`; what is no port is told by the bus's own check."""
+    host, separator, port = place.rpartition(":")
+    if not separator or port.endswith("]"):
+        host, port = place, ""
+    return host.strip("[]"), int(port) if port.isdecimal() else default
 
 
 def _agent_id(state_dir: Path) -> str | None:

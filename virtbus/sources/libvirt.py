@@ -513,6 +513,7 @@ class LibvirtSource:
                     "error counts",
                     "warning",
                     f"{kind} {version} merges a device's errors, one event a second: counts are lower bounds",
+                    "nothing is broken: read counts of such hosts as lower bounds (docs/libvirt.md)",
                 )
             )
         return checks
