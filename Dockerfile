@@ -8,24 +8,27 @@
 ARG BASE=docker.io/library/python:3.13-slim-trixie@sha256:ffb752e139c0a19692a43af8d8523b274222dd68eebad5d583b45c2201c6e30a
 
 FROM ${BASE} AS build
+# For a package index of your own: --build-arg PIP_INDEX_URL=… and its CA, which must be in the build.
+ARG PIP_INDEX_URL
+ARG PIP_CERT
 ENV DEBIAN_FRONTEND=noninteractive PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN apt-get update \
  && apt-get install -y --no-install-recommends binutils gcc libc6-dev libvirt-dev pkg-config \
       $(python3 -c 'import sys; print("" if sys.executable.startswith("/usr/local") else "python3-dev python3-venv")')
 WORKDIR /build
-# The dependencies first: they change less often than we do. Every file's hash is pinned.
+# The dependencies first: they change less often than we do. Every file's hash is pinned, and what is built
+# from source (libvirt-python) is built with pinned tools.
 COPY .docker/requirements.txt .docker/build.txt ./
 RUN python3 -m venv tool \
  && tool/bin/pip install --require-hashes --requirement build.txt \
- && python3 -m venv --without-pip /opt/virtbus \
- && tool/bin/pip --python /opt/virtbus/bin/python install \
-      --require-hashes --no-build-isolation --requirement requirements.txt
+ && tool/bin/pip wheel --wheel-dir wheels --require-hashes --no-build-isolation --requirement requirements.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY schemas schemas
 COPY virtbus virtbus
-RUN tool/bin/pip --python /opt/virtbus/bin/python install --no-deps --no-build-isolation . \
- && find /opt/virtbus -name '*.so*' -type f -exec strip --strip-unneeded {} + \
- && find /opt/virtbus -type d -name tests -prune -exec rm -rf {} +
+RUN tool/bin/pip wheel --wheel-dir wheels --no-deps --no-build-isolation . \
+ && python3 -m venv --without-pip /opt/virtbus \
+ && tool/bin/pip --python /opt/virtbus/bin/python install --no-index --no-deps wheels/*.whl \
+ && find /opt/virtbus -name '*.so*' -type f -exec strip --strip-unneeded {} +
 
 FROM ${BASE}
 ARG VERSION=0.1.0
@@ -38,6 +41,10 @@ LABEL org.opencontainers.image.title="virtbus" \
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ca-certificates libvirt0 \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/dpkg.log /var/cache/debconf/*-old \
+ && find / -xdev -perm /6000 -type f -exec chmod a-s {} + \
+ # libvirt's client refuses a uid that has no user record.
+ && echo 'virtbus:x:65532:' >> /etc/group \
+ && echo 'virtbus:x:65532:65532:virtbus:/nonexistent:/usr/sbin/nologin' >> /etc/passwd \
  && mkdir -p /etc/virtbus /var/lib/virtbus /run/virtbus \
  && chown 65532:65532 /var/lib/virtbus /run/virtbus \
  && chmod 0700 /var/lib/virtbus

@@ -148,6 +148,8 @@ def chart_values() -> dict[str, Schema]:
                 keyKey=text("Its key with the client's private key"),
             ),
         ),
+        "runAsUser": whole("Uid of agents; libvirtd must know it, so it needs an account on the node", 1),
+        "runAsGroup": whole("Gid of agents; libvirtd must know it too", 1),
         "libvirt": strict(
             "How the agent reaches libvirt",
             socketDir=text("The host's folder of libvirt's sockets; mounted read-only at /run/libvirt", pattern=HOST_FOLDER),
@@ -161,7 +163,7 @@ def chart_values() -> dict[str, Schema]:
             "Where unconfirmed events are kept",
             type=text("hostPath outlives the pod; emptyDir is **lost with the pod**, events included", enum=["hostPath", "emptyDir"]),
             hostPath=text("The host's folder; one for each release", pattern=HOST_FOLDER),
-            initChown=flag("An init container (root, CHOWN only) gives the folder to uid 65532; false: you prepare it"),
+            initChown=flag("An init container (root, CHOWN only) gives the folder to runAsUser; false: you prepare it"),
             sizeLimit=text("Limit of the emptyDir", pattern=QUANTITY),
         ),
         "machineIdFile": text("The host's machine id, by which a cloned disk is noticed; empty: not mounted", pattern=r"^(/[^:]+)?$"),

@@ -16,6 +16,7 @@ import pytest
 
 from tests.brokers import rabbitmq as rabbitmq_module
 from tests.brokers.rabbitmq import RabbitMQ
+from tests.chart.fixtures import kube_apiserver  # noqa: F401
 from tests.kafka.fixtures import kafka_cluster, kafka_topic, kafka_url, own_kafka  # noqa: F401
 from tests.lab import lab as lab_module
 from tests.lab.lab import Lab

@@ -136,12 +136,24 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 
 {{- define "virtbus.podSecurityContext" -}}
 runAsNonRoot: true
-runAsUser: 65532
-runAsGroup: 65532
-fsGroup: 65532
+runAsUser: {{ int64 .user }}
+runAsGroup: {{ int64 .group }}
+fsGroup: {{ int64 .group }}
 fsGroupChangePolicy: OnRootMismatch
 seccompProfile:
   type: RuntimeDefault
+{{- end -}}
+
+{{/* The agents' own, and the doctor's: as whom libvirt is asked. */}}
+{{- define "virtbus.agentSecurityContext" -}}
+{{ include "virtbus.podSecurityContext" (dict "user" .Values.runAsUser "group" .Values.runAsGroup) }}
+{{- with .Values.libvirt.groups }}
+supplementalGroups: {{ toJson . }}
+{{- end }}
+{{- with .Values.seLinuxOptions }}
+seLinuxOptions:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end -}}
 
 {{- define "virtbus.containerSecurityContext" -}}

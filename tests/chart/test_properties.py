@@ -1,0 +1,273 @@
+"""What a security review asks of every render, as tests."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.chart import helm
+from tests.chart.helm import CI_VALUES, Object
+
+every_ci_file = pytest.mark.parametrize(
+    "values", CI_VALUES, ids=lambda path: path.stem.removesuffix("-values")
+)
+
+
+def _containers(spec: Object) -> list[tuple[bool, Object]]:
+    """(is it an init container, the container)."""
+    return [(True, item) for item in spec.get("initContainers", [])] + [
+        (False, item) for item in spec["containers"]
+    ]
+
+
+@every_ci_file
+def test_no_container_has_a_privilege_but_the_init_containers_chown(values: Path) -> None:
+    specs = helm.pod_specs(helm.render(values))
+    assert specs
+    for where, spec in specs:
+        for initial, container in _containers(spec):
+            context = container["securityContext"]
+            assert context["privileged"] is False, where
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["readOnlyRootFilesystem"] is True
+            assert context["capabilities"]["drop"] == ["ALL"]
+            added = context["capabilities"].get("add", [])
+            if initial:
+                assert container["name"] == "own-spool"
+                assert container["command"][0] == "chown"
+                assert added == ["CHOWN"]
+                assert [mount["name"] for mount in container["volumeMounts"]] == ["spool"]
+            else:
+                assert added == []
+                assert "runAsUser" not in context
+                assert "runAsNonRoot" not in context
+
+
+@every_ci_file
+def test_no_pod_shares_the_hosts_namespaces_or_runs_as_root(values: Path) -> None:
+    for where, spec in helm.pod_specs(helm.render(values)):
+        assert (spec["hostNetwork"], spec["hostPID"], spec["hostIPC"]) == (False, False, False), where
+        context = spec["securityContext"]
+        assert context["runAsNonRoot"] is True
+        assert context["runAsUser"] >= 1000
+        assert context["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert spec["enableServiceLinks"] is False
+
+
+@every_ci_file
+def test_only_react_with_kubernetes_has_a_service_account_token(values: Path) -> None:
+    found = helm.render(values)
+    for where, spec in helm.pod_specs(found):
+        assert spec["automountServiceAccountToken"] is where.startswith("Deployment/"), where
+    for item in found:
+        if item["kind"] == "ServiceAccount":
+            assert item["automountServiceAccountToken"] is False
+
+
+@every_ci_file
+def test_no_host_path_is_writable_but_the_spool(values: Path) -> None:
+    for where, spec in helm.pod_specs(helm.render(values)):
+        host = {item["name"]: item["hostPath"] for item in spec.get("volumes", []) if "hostPath" in item}
+        for _, container in _containers(spec):
+            for mount in container.get("volumeMounts", []):
+                if mount["name"] in host and not mount.get("readOnly"):
+                    assert mount["name"] == "spool", where
+
+
+@every_ci_file
+def test_libvirts_folder_is_mounted_and_never_its_socket(values: Path) -> None:
+    for where, spec in helm.pod_specs(helm.render(values)):
+        for volume in spec.get("volumes", []):
+            if "hostPath" not in volume:
+                continue
+            kind = volume["hostPath"]["type"]
+            assert kind in ("Directory", "DirectoryOrCreate", "File"), where
+            assert kind != "File" or volume["hostPath"]["path"] == "/etc/machine-id"
+        for _, container in _containers(spec):
+            for mount in container.get("volumeMounts", []):
+                assert "sock" not in mount["mountPath"]
+                assert "subPath" not in mount  # a bind of one file: it does not follow a renewal
+
+
+@every_ci_file
+def test_a_config_map_holds_no_secret_and_no_address_of_a_broker(values: Path) -> None:
+    for item in helm.render(values):
+        if item["kind"] == "ConfigMap":
+            text = json.dumps(item)
+            assert "amqp://" not in text
+            assert "amqps://" not in text
+            assert "kafka" not in text.replace("[bus.kafka", "") or "kafkas://" not in text
+            assert "password =" not in text
+
+
+def test_the_chart_makes_no_secret_at_all() -> None:
+    for values in CI_VALUES:
+        assert not [item for item in helm.render(values) if item["kind"] == "Secret"]
+
+
+@every_ci_file
+def test_every_secret_in_use_is_readable_for_the_agents_group_alone(values: Path) -> None:
+    for where, spec in helm.pod_specs(helm.render(values)):
+        for volume in spec.get("volumes", []):
+            if "secret" in volume:
+                assert volume["secret"]["defaultMode"] == 0o440, where
+                assert volume["secret"]["items"], "the whole secret would be mounted"
+
+
+@every_ci_file
+def test_selectors_and_pod_labels_hold_no_version(values: Path) -> None:
+    for item in helm.render(values):
+        spec = item.get("spec", {})
+        selector = spec.get("selector", {})
+        for labels in (
+            selector.get("matchLabels", {}),
+            spec.get("template", {}).get("metadata", {}).get("labels", {}),
+        ):
+            assert not {"app.kubernetes.io/version", "helm.sh/chart"} & set(labels)
+
+
+@every_ci_file
+def test_every_selector_selects_the_pods_it_means_and_no_others(values: Path) -> None:
+    found = helm.render(values)
+    pods = {
+        item["metadata"]["name"]: item["spec"]["template"]["metadata"]["labels"]
+        for item in found
+        if item["kind"] in ("DaemonSet", "Deployment")
+    }
+    for item in found:
+        if item["kind"] in ("DaemonSet", "Deployment"):
+            selector = item["spec"]["selector"]["matchLabels"]
+            assert [name for name, labels in pods.items() if selector.items() <= labels.items()] == [
+                item["metadata"]["name"]
+            ]
+
+
+def test_the_deployment_of_react_is_one_and_has_no_more_rights_than_it_needs() -> None:
+    found = helm.render(helm.CHART / "ci" / "everything-values.yaml")
+    deployment = helm.one(found, "Deployment")
+    assert deployment["spec"]["replicas"] == 1
+    assert deployment["spec"]["strategy"] == {"type": "Recreate"}
+    assert not [item for item in found if item["kind"] == "HorizontalPodAutoscaler"]
+    rules = helm.one(found, "ClusterRole")["rules"]
+    rights = {(resource, verb) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
+    assert rights == {
+        ("nodes", "get"), ("nodes", "list"), ("nodes", "patch"), ("nodes/status", "patch"),
+        ("events", "create"),
+    }  # fmt: skip
+
+
+def test_the_rights_go_where_no_kubernetes_integration_runs() -> None:
+    sets = ("react.enabled=true", "react.with={nova}")
+    found = helm.render(helm.MINIMAL, sets=sets)
+    assert not [item for item in found if item["kind"].startswith("ClusterRole")]
+    specs = dict(helm.pod_specs(found))
+    assert specs["Deployment/vb-virtbus-react"]["automountServiceAccountToken"] is False
+
+
+def test_termination_leaves_time_for_the_drain(tmp_path: Path) -> None:
+    for drain in (0, 10, 12.5, 120):
+        values = tmp_path / "values.yaml"
+        values.write_text(f"config: {{drain_seconds: {drain}}}\n", encoding="utf-8")
+        spec = helm.one(helm.render(helm.MINIMAL, values), "DaemonSet")
+        assert spec["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] >= drain + 15
+
+
+def test_no_probe_asks_about_the_broker() -> None:
+    container = helm.one(helm.render(helm.MINIMAL), "DaemonSet")["spec"]["template"]["spec"]["containers"][0]
+    paths = {
+        kind: container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("startup", "liveness", "readiness")
+    }
+    assert paths == {"startup": "/livez", "liveness": "/livez", "readiness": "/readyz"}
+
+
+def test_probes_reach_the_address_the_agent_listens_on() -> None:
+    found = helm.render(helm.MINIMAL, sets=("http.port=12345",))
+    container = helm.one(found, "DaemonSet")["spec"]["template"]["spec"]["containers"][0]
+    assert container["ports"] == [{"name": "metrics", "containerPort": 12345}]
+    assert 'listen = "0.0.0.0:12345"' in helm.one(found, "ConfigMap")["data"]["virtbus.toml"]
+
+
+# ------------------------------------------------------------------------------------- checksums
+
+# Each changes what an agent reads; nothing else may restart one. (Secrets: test_apiserver.py has a server.)
+SETTINGS = [
+    (),
+    ("config.bus.window=3",),
+    ("config.log.level=debug",),
+    ("http.port=9999",),
+    ("bus.passwordKey=p",),
+]
+NOT_SETTINGS = [
+    (),
+    ("config.bus.window=3",),
+    ("config.log.level=debug",),
+    ("http.port=9999",),
+    ("bus.passwordKey=p",),
+]
+NOT_SETTINGS = [
+    (),
+    ("podMonitor.enabled=true",),
+    ("dashboard.enabled=true",),
+    ("react.enabled=true", "react.with={nova}"),
+    ("prometheusRule.enabled=true",),
+    ("networkPolicy.enabled=true",),
+    ("tests.enabled=false",),
+]
+
+
+def _checksum(sets: tuple[str, ...]) -> str:
+    daemonset = helm.one(helm.render(helm.MINIMAL, sets=sets), "DaemonSet")
+    return str(daemonset["spec"]["template"]["metadata"]["annotations"]["checksum/config"])
+
+
+def test_the_checksum_changes_when_the_settings_do() -> None:
+    sums = [_checksum(sets) for sets in SETTINGS]
+    assert all(one != other for one, other in itertools.combinations(sums, 2))
+
+
+def test_the_checksum_stays_when_the_settings_do() -> None:
+    assert len({_checksum(sets) for sets in NOT_SETTINGS}) == 1
+
+
+def test_a_new_version_of_the_chart_alone_restarts_no_agent(tmp_path: Path) -> None:
+    import shutil
+
+    newer = tmp_path / "virtbus"
+    shutil.copytree(helm.CHART, newer)
+    text = (newer / "Chart.yaml").read_text(encoding="utf-8")
+    (newer / "Chart.yaml").write_text(text.replace("\nversion: ", "\nversion: 9"), encoding="utf-8")
+    old = helm.one(helm.render(helm.MINIMAL), "DaemonSet")
+    new = helm.one(helm.objects(helm.template("4", helm.MINIMAL, chart=newer)), "DaemonSet")
+    assert old["metadata"] != new["metadata"]
+    assert old["spec"] == new["spec"]
+
+
+# ----------------------------------------------------------------------------------------- notes
+
+
+def _notes(*sets: str) -> str:
+    arguments = ["install", "vb", str(helm.CHART), "--namespace", "virtbus", "--values", str(helm.MINIMAL)]
+    for one in sets:
+        arguments += ["--set", one]
+    done = helm.run("4", *arguments, "--dry-run=client")
+    assert done.returncode == 0, done.stderr
+    return done.stdout[done.stdout.index("NOTES:") :]
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("spool.type=emptyDir", "are LOST with the pod"),
+        ("spool.initChown=false", "d /var/lib/virtbus 0700 65534 65534 -"),
+        ("config.libvirt.uri=qemu+tls://host/system", "config.libvirt.uri is remote"),
+        ("config.heartbeat.interval_seconds=0", "heartbeats are off"),
+        ("networkPolicy.enabled=true", "networkPolicy.brokerPeers is empty"),
+        ("prometheusRule.enabled=true", "VirtbusNoAgents will fire"),
+    ],
+)
+def test_the_notes_tell_of_what_a_value_costs(setting: str, words: str) -> None:
+    assert words not in _notes()
+    assert words in _notes(setting)
