@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,14 +99,13 @@ def test_1_the_socket_is_missing(doctor: Doctor, tmp_path: Path) -> None:
 @needs_root
 def test_2_the_rights_are_wrong(lab: Lab, doctor: Doctor) -> None:
     socket = str(lab.uri_ro).partition("socket=")[2]
+    os.chown(socket, 65534, 65534)
     Path(socket).chmod(0o700)
-    with tempfile.TemporaryDirectory(dir="/tmp") as home:
-        os.chown(home, 65534, 65534)
-        done = subprocess.run(
-            [*COMMAND, *Doctor(Path(home)).words(libvirt=lab.uri_ro)],
-            capture_output=True, text=True, timeout=60, user=65534, group=65534, extra_groups=[],
-            env={**os.environ, "HOME": home}, check=False,
-        )  # fmt: skip
+    # Root without the right to pass over file modes: like any user who is not the socket's.
+    command = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", *COMMAND]
+    done = subprocess.run(
+        [*command, *doctor.words(libvirt=lab.uri_ro)], capture_output=True, text=True, timeout=60, check=False
+    )
     Report(done).names("libvirt", "Permission denied", "read-only socket", code=77)
 
 
@@ -193,6 +191,12 @@ def test_8_the_topic_is_missing(doctor: Doctor, own_kafka: Cluster, tmp_path: Pa
 # ------------------------------------------------------------------------------------------ spool
 
 
+def opened(state_dir: Path) -> Spool:
+    """A spool of the least size."""
+    limits, agent_id = SpoolLimits(max_bytes=1 << 20), "11111111-1111-4111-8111-111111111111"
+    return Spool.open(state_dir, limits=limits, agent_id=agent_id, clock=Clock())
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 64 KiB."""
@@ -242,7 +246,7 @@ def test_10_the_spool_is_read_only(doctor: Doctor, small_disk: Path) -> None:
 def test_11_the_clock_is_wrong(doctor: Doctor) -> None:
     prepare_state_dir(doctor.state)
     database = doctor.state / "spool.db"
-    Spool.open(doctor.state, agent_id="11111111-1111-4111-8111-111111111111", clock=Clock()).close()
+    opened(doctor.state).close()
     later = time.time() + datetime.timedelta(days=3).total_seconds()
     os.utime(database, (later, later))
     doctor().names("clock", "written 2[0-9]+ s in the future", "set the clock", code=69)
