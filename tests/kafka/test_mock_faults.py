@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 
@@ -132,3 +133,23 @@ def test_a_broker_that_goes_silent_defers_after_the_confirm_timeout(mock: MockCl
         begun = time.monotonic()
         until_empty(bus, feed)
         assert time.monotonic() - begun < REBUILT_SECONDS
+
+
+def test_closing_while_the_broker_is_away_ends_in_time_and_names_what_was_not_delivered(
+    mock: MockCluster,
+) -> None:
+    feed = ListFeed(records(20, keys=5))
+    with opened(mock.url, TOPIC) as bus:
+        ListFeed(records(1)).publish(bus)
+        mock.down(1)
+        thread = threading.Thread(target=feed.publish, args=(bus,), kwargs={"again": True})
+        thread.start()
+        time.sleep(0.3)
+        begun = time.monotonic()
+        bus.close()
+        thread.join(1.0)
+        assert not thread.is_alive()
+        assert 4.0 < time.monotonic() - begun < 10.0
+    assert len(feed.outcomes) == 5, "one a key was taken"
+    assert {type(outcome) for _, outcome in feed.outcomes} == {Deferred}
+    assert "closed" in str(deferred(feed.outcomes)[0])

@@ -24,14 +24,14 @@ from virtbus.bus.kafka_transport import TRANSPORT
 from virtbus.envelope import to_kafka
 from virtbus.errors import BusDenied, BusUnavailable, RecordRefused, VirtbusError
 from virtbus.model import Check, Confirmed, Deferred, Outcome, Record, Refused
-from virtbus.telemetry import METRICS, BusConnected, BusLost, InsecureTransport, Notice, emit
+from virtbus.telemetry import METRICS, BusConnected, BusLost, InsecureTransport, emit
 
 # kombu's classes carry no types.
 _Connection: Any = kombu_connection.Connection
 _ConfigResource: Any = kafka_admin.ConfigResource  # type: ignore[attr-defined]
 _Producer: Any = kombu_messaging.Producer
 
-# How long `close` waits for what is in flight, in seconds.
+# How long a closing bus waits for what is in flight, in seconds.
 CLOSE_SECONDS = 5.0
 _POLL_SECONDS = 0.1
 _CONFIRMED = Confirmed()
@@ -135,12 +135,6 @@ class _Link:
                 f"nothing confirmed for {silent:.0f} s: {watch.last or 'no broker answers'}"
             )
         return None
-
-    def flush(self, seconds: float) -> None:
-        """Wait for reports until nothing is in flight or the time is over."""
-        deadline = time.monotonic() + seconds
-        while self.flying and len(self._reports) < len(self.flying) and time.monotonic() < deadline:
-            self.serve(_POLL_SECONDS)
 
     def discard(self) -> None:
         """Throw the producer away; late reports go nowhere."""
@@ -320,7 +314,9 @@ class KafkaBus:
                 self._drop(link, fault)
 
     def close(self) -> None:
-        """See virtbus.bus.Bus. Waits up to five seconds for what is in flight; tells what was not."""
+        """See virtbus.bus.Bus. A running `publish` takes nothing more and has five seconds for what is in
+        flight; its last outcomes name, as `Deferred`, what the broker did not confirm by then.
+        """
         with self._lock:
             if self._closed_at is not None:
                 return
@@ -329,15 +325,9 @@ class KafkaBus:
             self._idle.wait(CLOSE_SECONDS + 2.0)
         with self._lock:
             link = self._link
-        if link is None:
-            return
-        if self._publishing is not None:  # called from inside the caller's loop: `publish` says the rest
-            return
-        link.flush(CLOSE_SECONDS)
-        left = len(link.flying)
-        if left:
-            emit(Notice(f"{self._settings.display} closed: {left} events not confirmed stay in the spool"))
-        self._drop(link, None)
+        # Called from inside the caller's own loop over `publish`, that loop ends it.
+        if link is not None and self._publishing is None:
+            self._drop(link, None)
 
     # -------------------------------------------------------------------------------------- consuming
 
