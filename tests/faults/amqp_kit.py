@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +40,10 @@ def private_broker() -> Iterator[RabbitMQ]:
         yield broker
     finally:
         broker.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(TimeoutError):  # the node writes until it has ended
+            wait_until(
+                lambda: shutil.rmtree(folder, ignore_errors=True) or not folder.exists(), what="cleaning up"
+            )
 
 
 def report(name: str, runs: int, accounts: Sequence[Account], *, good: bool = True, **more: object) -> None:
