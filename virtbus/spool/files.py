@@ -109,18 +109,10 @@ SqlValue = int | str | bytes | None
 
 def seal(values: Sequence[SqlValue]) -> bytes:
     """The checksum of a row's sealed values; a value's type and length are part of it."""
-    state = blake2b(digest_size=16)
-    for value in values:
-        if isinstance(value, bytes):
-            state.update(b"b%d:" % len(value))
-            state.update(value)
-        elif isinstance(value, str):
-            raw = value.encode("utf-8", "surrogatepass")
-            state.update(b"s%d:" % len(raw))
-            state.update(raw)
-        else:
-            state.update(repr(value).encode() + b";")
-    return state.digest()
+    # ascii() and not repr(): what repr() escapes depends on the Unicode version of the interpreter.
+    head = ascii([(len(value),) if isinstance(value, bytes) else value for value in values])
+    blobs = [value for value in values if isinstance(value, bytes)]
+    return blake2b(b"".join((head.encode("ascii"), *blobs)), digest_size=16).digest()
 
 
 def sealed(table: str, values: Sequence[SqlValue]) -> tuple[SqlValue, ...]:

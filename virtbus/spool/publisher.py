@@ -146,8 +146,10 @@ class PublisherSide:
         self._settle_later(now, SETTLE_PATIENCE_SECONDS)
 
     def _settle_account(self, record: Record, taken: _Taken) -> None:
-        facts = taken.facts
-        for item in (SequenceRange(record.epoch, record.seq, record.seq), *(facts.ranges if facts else ())):
+        account = self._state.accounts.get(record.epoch)
+        if account is not None:
+            account.settle(record.seq, record.seq)
+        for item in taken.facts.ranges if taken.facts else ():
             account = self._state.accounts.get(item.epoch)
             if account is not None:
                 account.settle(item.first, item.last)
@@ -295,7 +297,9 @@ class PublisherSide:
 
     def wait(self, timeout: float, stop: threading.Event) -> bool:
         """Sleep until something can be taken, `timeout` seconds, or `stop` (seen each 0.25 s, or `wake`)."""
-        deadline = self._state.clock().monotonic + timeout
+        begun = self._state.clock().monotonic
+        self._settle_later(begun, 0.0)  # what the disk refused before; and a time to tidy up
+        deadline = begun + timeout
         with self._state.changed:
             while True:
                 now = self._state.clock().monotonic
