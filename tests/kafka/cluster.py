@@ -49,7 +49,7 @@ def jars() -> Path:
     if (folder / "complete").exists():
         return folder
     if shutil.which("java") is None:
-        raise KafkaMissing("a real Kafka needs Java 17 or later: apt-get install openjdk-17-jre-headless")
+        raise KafkaMissing("a real Kafka needs Java 17 or later: apt-get install openjdk-17-jdk-headless")
     if shutil.which("mvn") is None:
         raise KafkaMissing(f"Kafka's jars come by Maven ({POM}): apt-get install maven")
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
