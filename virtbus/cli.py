@@ -315,16 +315,16 @@ def fleet(once: bool, as_json: bool, write: Path | None, listen: float | None, *
 @_common
 @_bus
 @_state_dir
-@click.option("--with", "name", required=True, metavar="NAME",
+@click.option("--with", "names", required=True, multiple=True, metavar="NAME",
               help="exec, webhook, kubernetes, nova, masakari, or one that a package adds.")  # fmt: skip
-@click.option("--group", metavar="NAME", help="Durable group to consume as [default: react-NAME].")
+@click.option("--group", metavar="GROUP", help="Durable group: GROUP-NAME [default: react-NAME].")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done; takes no event from the group.")
 @click.option("--probe", is_flag=True, help="Only look whether the control plane lets us, and end.")
 @click.option("--option", "settings", multiple=True, metavar="KEY=VALUE",
-              help="A setting of react.NAME, e.g. --option 'command=[\"/usr/bin/logger\"]'.")  # fmt: skip
-def react(name: str, group: str | None, dry_run: bool, probe: bool, settings: tuple[str, ...],
+              help="A setting of [react], e.g. --option 'exec.command=[\"/usr/bin/logger\"]'.")  # fmt: skip
+def react(names: tuple[str, ...], group: str | None, dry_run: bool, probe: bool, settings: tuple[str, ...],
           **options: Any) -> None:  # fmt: skip
-    """Tell a control plane: run one integration until a signal.
+    """Tell control planes: run integrations until a signal, each for itself.
 
     Actions are stored before they are done, limited, and each is a line in the log. Guests are never moved
     or restarted.
@@ -339,11 +339,11 @@ def react(name: str, group: str | None, dry_run: bool, probe: bool, settings: tu
         key, separator, value = text.partition("=")
         if not separator:
             raise ConfigError(f"--option {text}: write KEY=VALUE")
-        dotted = f"react.{name}.{key}"
+        dotted = f"react.{key}"
         if not settings_module.knows(dotted):
             dotted = f"react.options.{key}"
         options[dotted] = settings_module.from_text(dotted, value)
-    sys.exit(command.run(_load(options), name=name, group=group, dry_run=dry_run, probe=probe,
+    sys.exit(command.run(_load(options), names=names, group=group, dry_run=dry_run, probe=probe,
                          out=sys.stdout))  # fmt: skip
 
 

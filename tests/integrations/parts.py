@@ -63,15 +63,33 @@ def heartbeat(
     """A heartbeat that is sent now, with `guests` in trouble."""
     moment = datetime.now(UTC)
     items = tuple(
-        OpenIncident(f"incident-{host}-{number}", f"00000000-0000-4000-8000-{number:012d}", "guest", a_device(),
-                     Kind.PAUSE, "message", moment, moment, 1, 1, True, False)
+        OpenIncident(
+            f"incident-{host}-{number}",
+            f"00000000-0000-4000-8000-{number:012d}",
+            "guest",
+            a_device(),
+            Kind.PAUSE,
+            "message",
+            moment,
+            moment,
+            1,
+            1,
+            True,
+            False,
+        )
         for number in range(1, guests + 1)
-    )  # fmt: skip
+    )
     event = a_heartbeat(
-        host=a_host(name=host), agent_id=agent, sent_at=moment, started_at=moment, interval_seconds=60.0,
-        source=SourceHealth("connected", moment), committed_sequence=sequence, confirmed_sequence=sequence,
+        host=a_host(name=host),
+        agent_id=agent,
+        sent_at=moment,
+        started_at=moment,
+        interval_seconds=60.0,
+        source=SourceHealth("connected", moment),
+        committed_sequence=sequence,
+        confirmed_sequence=sequence,
         incidents=OpenIncidents(guests, items),
-    )  # fmt: skip
+    )
     return a_record(event, sequence=None, agent_id=agent)
 
 
@@ -107,8 +125,15 @@ def running(
     store = ActionStore(folder / f"{integration.name}.db")
     consumer = Consumer(url, group=f"react-{integration.name}", exclusive=True)
     policy = HoldPolicy(rules or HoldRules(min_guests=1, raise_seconds=0.0, clear_seconds=0.0))
-    reactor = Reactor(integration, consumer=consumer, store=store, fleet=Fleet(fleet), policy=policy,
-                      tell=lines.append, **more)  # fmt: skip
+    reactor = Reactor(
+        integration,
+        consumer=consumer,
+        store=store,
+        fleet=Fleet(fleet),
+        policy=policy,
+        tell=lines.append,
+        **more,
+    )
     failure: list[BaseException] = []
 
     def run() -> None:

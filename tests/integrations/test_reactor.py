@@ -174,7 +174,7 @@ def test_a_publisher_is_bound_to_its_host(patterns, publisher, host, expected):
 
 def test_a_second_instance_on_the_same_state_is_refused(tmp_path):
     first = ActionStore(tmp_path / "x.db")
-    with pytest.raises(ConfigError, match="another process .* runs this integration"):
+    with pytest.raises(ConfigError, match=r"another process .* runs this integration"):
         ActionStore(tmp_path / "x.db")
     first.close()
     ActionStore(tmp_path / "x.db").close()
@@ -280,7 +280,7 @@ def test_exec_gets_each_event_on_its_standard_input(url, tmp_path):
 def test_what_a_commands_exit_code_means(code, error):
     settings = React(exec=type(React().exec)(command=("/bin/sh", "-c", f"echo no; exit {code}")))
     action = Action("k", "t", EVENT, "", {"attributes": dict(a_record().attributes), "data": "{}"})
-    with pytest.raises(error, match="no$"):
+    with pytest.raises(error, match=r"no$"):
         open_integration("exec", settings).execute(action)
 
 
@@ -289,7 +289,7 @@ def test_a_command_that_hangs_is_killed_with_all_it_started(tmp_path):
     command = ("/bin/sh", "-c", f"(sleep 1; touch {mark}) & wait")
     settings = React(exec=type(React().exec)(command=command, timeout_seconds=0.2))
     action = Action("k", "t", EVENT, "", {"attributes": dict(a_record().attributes), "data": "{}"})
-    with pytest.raises(TargetUnavailable, match="longer than 0.2 s"):
+    with pytest.raises(TargetUnavailable, match=r"longer than 0.2 s"):
         open_integration("exec", settings).execute(action)
     time.sleep(1.2)
     assert not mark.exists()
@@ -298,12 +298,25 @@ def test_a_command_that_hangs_is_killed_with_all_it_started(tmp_path):
 def test_the_command_runs_until_a_signal_and_ends_clean(url, tmp_path):
     out = tmp_path / "out"
     publish(url, *errors(1))
-    option = "command=" + json.dumps(["/bin/sh", "-c", f"cat >> {out}"])
+    option = "exec.command=" + json.dumps(["/bin/sh", "-c", f"cat >> {out}"])
     process = subprocess.Popen(
-        [sys.executable, "-m", "virtbus", "react", "--with", "exec", "--bus", url, "--state-dir", str(tmp_path),
-         "--option", option],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "virtbus",
+            "react",
+            "--with",
+            "exec",
+            "--bus",
+            url,
+            "--state-dir",
+            str(tmp_path),
+            "--option",
+            option,
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         eventually(out.exists, "run")
         process.terminate()
@@ -318,10 +331,10 @@ def test_the_command_runs_until_a_signal_and_ends_clean(url, tmp_path):
 
 @pytest.mark.parametrize("name", ["exec", "webhook"])
 def test_an_integration_without_its_setting_says_which(name):
-    with pytest.raises(ConfigError, match=f"set react.{name}"):
+    with pytest.raises(ConfigError, match=rf"set react.{name}"):
         open_integration(name, React())
 
 
 def test_an_unknown_integration_names_the_known_ones():
-    with pytest.raises(ConfigError, match="exec, kubernetes, masakari, nova, webhook"):
+    with pytest.raises(ConfigError, match=r"exec, kubernetes, masakari, nova, webhook"):
         open_integration("nomad", React())

@@ -1,9 +1,11 @@
-"""`virtbus react`: run one integration."""
+"""`virtbus react`: run integrations."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
@@ -13,7 +15,7 @@ from virtbus.config import Config, Loaded, bus_url
 from virtbus.consumer import Consumer
 from virtbus.fleet import Fleet, FleetRules, StorageRules, VerdictRules
 from virtbus.fleet.storage import SHARED_PATHS
-from virtbus.integrations import open_integration
+from virtbus.integrations import Integration, open_integration
 from virtbus.integrations.policy import HoldPolicy, HoldRules
 from virtbus.integrations.reactor import Reactor
 from virtbus.integrations.store import ActionStore
@@ -42,49 +44,78 @@ def hold_rules(config: Config) -> HoldRules:
     return HoldRules(told.when, told.min_guests, told.raise_seconds, told.clear_seconds, told.max_share)
 
 
-def run(loaded: Loaded, *, name: str, group: str | None, dry_run: bool, probe: bool, out: TextIO) -> int:
-    """Run until a signal. Raises VirtbusError for what can't work."""
+def run(
+    loaded: Loaded, *, names: Sequence[str], group: str | None, dry_run: bool, probe: bool, out: TextIO
+) -> int:
+    """Run until a signal, or until one of them can't go on. Raises VirtbusError for what can't work."""
     config = loaded.config
+    reactors: list[Reactor] = []
     with ExitStack() as stack:
-        integration = open_integration(name, config.react)
-        stack.callback(integration.close)
+        integrations = [open_integration(name, config.react) for name in dict.fromkeys(names)]
+        for integration in integrations:
+            stack.callback(integration.close)
         if probe:
-            checks = integration.probe()
-            for check in checks:
-                remedy = f"; {check.remedy}" if check.remedy and check.status != "ok" else ""
-                out.write(f"{check.status}: {check.name}: {check.summary}{remedy}\n")
-            return max((check.exit_code or 69 for check in checks if check.status == "failed"), default=0)
-        folder = Path(config.react.state_dir or Path(config.state_dir) / "react")
-        store = ActionStore(None if dry_run else folder / f"{name}.db")
-        stack.callback(store.close)
-        # A dry run takes nothing away from the real one: it listens beside the group.
-        named = None if dry_run else (group or f"react-{name}")
-        consumer = Consumer(
-            bus_url(config), group=named, options=wiring.bus_options(config), prefetch=_PREFETCH,
-            exclusive=not dry_run,
-        )  # fmt: skip
-        stack.callback(consumer.close)
-        reactor = Reactor(
-            integration,
-            consumer=consumer,
-            store=store,
-            fleet=Fleet(fleet_rules(config)),
-            policy=HoldPolicy(hold_rules(config)),
-            publishers=config.react.publishers,
-            actions_per_minute=config.react.actions_per_minute,
-            dry_run=dry_run,
-        )
+            return max(_probe(integration, out) for integration in integrations)
         if not config.react.publishers:
             emit(Notice("every publisher is believed: name the agents' broker users in react.publishers"))
-        _on_signals(reactor.stop)
-        emit(Notice(f"{name}: {'dry run' if dry_run else f'group {named}, state in {folder}'}"))
-        reactor.run()
+        for integration in integrations:
+            reactors.append(_reactor(integration, config, group, dry_run, stack))
+        _on_signals(reactors)
+        with ThreadPoolExecutor(len(reactors), "virtbus-reactor") as pool:
+            running = [pool.submit(reactor.run) for reactor in reactors]
+            while not (done := [one for one in running if one.done()]):
+                time.sleep(0.2)  # a bounded wait lets Python run the signal handlers
+            for reactor in reactors:
+                reactor.stop()
+        for one in (*done, *running):
+            one.result()
     return 0
 
 
-def _on_signals(stop: Callable[[], None]) -> None:
+def _reactor(
+    integration: Integration, config: Config, group: str | None, dry_run: bool, stack: ExitStack
+) -> Reactor:
+    name = integration.name
+    folder = Path(config.react.state_dir or Path(config.state_dir) / "react")
+    store = ActionStore(None if dry_run else folder / f"{name}.db")
+    stack.callback(store.close)
+    # A dry run takes nothing away from the real one: it listens beside the group.
+    named = None if dry_run else f"{group or 'react'}-{name}"
+    consumer = Consumer(
+        bus_url(config),
+        group=named,
+        options=wiring.bus_options(config),
+        prefetch=_PREFETCH,
+        exclusive=not dry_run,
+    )
+    stack.callback(consumer.close)
+    emit(Notice(f"{name}: {'dry run' if dry_run else f'group {named}, state in {folder}'}"))
+    return Reactor(
+        integration,
+        consumer=consumer,
+        store=store,
+        fleet=Fleet(fleet_rules(config)),
+        policy=HoldPolicy(hold_rules(config)),
+        publishers=config.react.publishers,
+        actions_per_minute=config.react.actions_per_minute,
+        dry_run=dry_run,
+    )
+
+
+def _probe(integration: Integration, out: TextIO) -> int:
+    code = 0
+    for check in integration.probe():
+        remedy = f"; {check.remedy}" if check.remedy and check.status != "ok" else ""
+        out.write(f"{check.status}: {check.name}: {check.summary}{remedy}\n")
+        if check.status == "failed":
+            code = max(code, check.exit_code or 69)
+    return code
+
+
+def _on_signals(reactors: Sequence[Reactor]) -> None:
     def on_signal(number: int, frame: object) -> None:
-        stop()
+        for reactor in reactors:
+            reactor.stop()
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)

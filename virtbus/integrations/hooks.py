@@ -63,7 +63,9 @@ class Exec(_Hook):
         """Raises ConfigError without a command."""
         super().__init__(settings)
         if not settings.exec.command:
-            raise ConfigError("no command to run: set react.exec.command, or --option command='[\"/path\"]'")
+            raise ConfigError(
+                "no command to run: set react.exec.command, or --option exec.command='[\"/path\"]'"
+            )
         self._command, self._timeout = list(settings.exec.command), settings.exec.timeout_seconds
 
     def execute(self, action: Action) -> str:
