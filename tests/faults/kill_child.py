@@ -28,8 +28,8 @@ from virtbus.envelope import uuid7
 from virtbus.incidents import IncidentLimits, Incidents
 from virtbus.model import Event, Outcome, Record, Stamp
 from virtbus.sources import Sink
-from virtbus.spool import Spool, SpoolLimits, outbox
-from virtbus.testing import FakeSource, a_raw_io_error
+from virtbus.spool import Spool, SpoolLimits, faults
+from virtbus.testing import FakeSource, a_domain, a_raw_io_error, an_io_error
 
 AGENT = "11111111-2222-4333-8444-555555555555"
 DOMAINS = 50
@@ -85,7 +85,7 @@ def main() -> None:
     fd, state_dir, url, point, nth, rate = sys.argv[1:]
     telemetry.configure(level="error", fmt="json")
     killer = Killer(point, int(nth))
-    outbox._fault = killer.visit
+    faults.hook = killer.visit
     pipe = os.fdopen(int(fd), "w", buffering=1)
     spool = Spool.open(Path(state_dir), limits=SpoolLimits(), agent_id=AGENT)
     commit = spool.commit
@@ -97,6 +97,9 @@ def main() -> None:
         return stamps
 
     spool.commit = telling  # type: ignore[method-assign, assignment]
+    if point == "during_compaction":
+        # A backlog that is drained leaves free pages behind; only then there is something to compact.
+        telling([an_io_error(domain=a_domain(uuid=domain(number % DOMAINS))) for number in range(3000)])
     bus = open_bus(url, BusOptions())
     publish = bus.publish
 
