@@ -37,8 +37,6 @@ def test_the_peer_sees_that_py_amqps_own_confirm_believes_a_late_ack() -> None:
                 with pytest.raises(TimeoutError):
                     channel.basic_publish_confirm(message, exchange="x", confirm_timeout=0.2)
             else:
-                channel.basic_publish_confirm(
-                    message, exchange="x", confirm_timeout=2
-                )  # "confirmed"
+                channel.basic_publish_confirm(message, exchange="x", confirm_timeout=2)  # "confirmed"
         assert not peer.vouches_for("message-2")
         connection.collect()
