@@ -197,6 +197,7 @@ class Agent:
         """Stop observing, commit what was seen, publish up to the drain deadline. Returns at once."""
         self._stop.set()
         self.queue.wake()
+        self.spool.wake()
 
     def abort(self) -> None:
         """Stop at once; what is committed stays in the spool."""
@@ -258,6 +259,8 @@ class Agent:
             raise
         finally:
             self._intake_done.set()
+            self.spool.wake()
+            self.spool.wake()  # the publisher sleeps until there is something to do
 
     def _intake_timeout(self) -> float:
         if self._stop.is_set():
@@ -677,7 +680,7 @@ class _SpoolFeed:
             return
         self._outcomes.append((record, outcome))
         if isinstance(outcome, Unroutable):
-            emit(EventUnroutable(record.id, record.key))
+            emit(EventUnroutable(record.id, record.key, outcome.reason))
         if not isinstance(outcome, Confirmed):
             self.settle()  # the spool must know at once that this key waits
         if self._agent.taps.active and isinstance(outcome, Confirmed | Refused):

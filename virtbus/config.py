@@ -90,8 +90,12 @@ class Kafka(_Section, frozen=True):
     """Settings that only Kafka knows."""
 
     sasl_mechanism: Annotated[
-        Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] | None,
-        Meta(description="SASL mechanism; none without a user name"),
+        str | None,
+        Meta(
+            description="SASL mechanism; none without a user name",
+            # Not an enum: the bus checks it, so that it is told together with whatever else is wrong.
+            examples=["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"],
+        ),
     ] = None
     oauth_token_file: Annotated[Path_ | None, Meta(description="File with an OAuth bearer token")] = None
     oauth_token_command: Annotated[
@@ -645,8 +649,12 @@ def redact_url(url: str) -> str:
 
 
 def _redact_one(url: str) -> str:
-    hidden = re.sub(r"^([^:/]*:/*)([^:@]*):.*@", rf"\1\2:{REDACTED}@", url, flags=re.DOTALL)
-    return re.sub(r"=[^&]*", f"={REDACTED}", hidden)
+    return re.sub(r"=[^&]*", f"={REDACTED}", redact_password(url))
+
+
+def redact_password(url: str) -> str:
+    """One URL without the password before its host; for URLs whose query holds no secret (libvirt's)."""
+    return re.sub(r"^([^:/]*:/*)([^:@]*):.*@", rf"\1\2:{REDACTED}@", url, flags=re.DOTALL)
 
 
 def differences(old: Config, new: Config) -> list[str]:

@@ -312,13 +312,14 @@ class RetryScheduled(TelemetryEvent):
 
 @dataclass(frozen=True, slots=True)
 class EventUnroutable(TelemetryEvent):
-    """Nobody is bound to the exchange for this event; its key waits."""
+    """The broker has no place for this event now (nobody is bound, a full queue); its key waits."""
 
     LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "nobody is bound for this event; parked, will be tried again"
+    MESSAGE: ClassVar[str] = "the broker has no place for this event; parked, will be tried again"
     LIMIT_SECONDS: ClassVar[float] = 30.0
     event_id: str
     key: str
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
