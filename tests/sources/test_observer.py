@@ -397,3 +397,22 @@ def test_ten_thousand_domains_that_come_fail_and_go_leave_nothing_behind() -> No
         tracemalloc.stop()
         assert len(observer.check) == 0
     assert after - before < 2 << 20
+
+
+def test_an_attempt_to_connect_that_hangs_is_left_behind_and_another_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("virtbus.sources.connecting.OPEN_SECONDS", 0.1)
+    monkeypatch.setattr("virtbus.sources.connecting.POLL_SECONDS", 0.02)
+    host = SimulatedHost(1)
+    host.frozen.set()
+    with observed(host) as (_, seen):
+        until(lambda: sum(t.name == "virtbus-connect" for t in threading.enumerate()) == 4)
+        time.sleep(0.5)
+        assert sum(t.name == "virtbus-connect" for t in threading.enumerate()) == 4  # and no more
+        host.frozen.clear()
+        seen.wait(SourceReady)
+        until(lambda: len([link for link in host.links if link.open and link.handler]) == 1)
+        guest = next(iter(host.guests.values()))
+        host.io_error(guest, action=ACTION_REPORT)
+        assert len(seen.of(RawIoError)) == 1

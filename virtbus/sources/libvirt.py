@@ -18,11 +18,13 @@ from urllib.parse import urlsplit
 
 import libvirt
 
+from virtbus.config import redact_password
 from virtbus.errors import ConfigError, SourceDenied, SourceUnavailable, VirtbusError
 from virtbus.model import Check, Description, Hypervisor, RawIoError, SourceReady
 from virtbus.sources import Sink, SourceOptions
 from virtbus.sources.link import DomainAt, Handler, HostFacts, NoSuchDomain, Space, Unsupported
 from virtbus.sources.observer import Observer
+from virtbus.sources.probing import checks_of, unreachable
 from virtbus.telemetry import CallbackUndecodable, EventUnsupported, LibvirtSaid, Trouble, emit
 
 THROTTLES_FROM = (9, 2, 0)  # QEMU merges BLOCK_IO_ERROR events of a device, one a second
@@ -156,7 +158,8 @@ class LibvirtLink:
 
     def __init__(self, connection: Any, uri: str, closing: Callable[[], None]) -> None:
         self._connection = connection
-        self._uri = uri
+        self._local = is_local(uri)
+        self._uri = redact_password(uri)
         self._closing = closing
 
     def facts(self) -> HostFacts:
@@ -172,7 +175,7 @@ class LibvirtLink:
             hypervisor=Hypervisor(kind, _dotted(version), _dotted(libvirt_version)),
             throttles=kind == "QEMU" and version >= THROTTLES_FROM,
             keeps_messages=kind == "QEMU" and libvirt_version >= KEEPS_MESSAGES_FROM,
-            local=is_local(self._uri),
+            local=self._local,
         )
 
     def capabilities(self) -> str:
@@ -302,7 +305,8 @@ class LibvirtConnector:
     """Opens links to one URI. See `virtbus.sources.link.Connector`."""
 
     def __init__(self, uri: str, options: SourceOptions) -> None:
-        self.uri = uri
+        self.uri = redact_password(uri)  # what messages say
+        self._address = uri
         self._interval = options.keepalive_interval_seconds
         self._count = options.keepalive_count
 
@@ -310,7 +314,7 @@ class LibvirtConnector:
         """See Connector."""
         _EventLoop.ensure()
         try:
-            connection = libvirt.openReadOnly(self.uri)
+            connection = libvirt.openReadOnly(self._address)
         except libvirt.libvirtError as error:
             if error.get_error_code() in _MISUSED:
                 raise ConfigError(f"libvirt.uri {self.uri}: {error.get_error_message()}") from error
@@ -329,7 +333,7 @@ class LibvirtConnector:
             except libvirt.libvirtError:
                 return
 
-        link = LibvirtLink(connection, self.uri, closing)
+        link = LibvirtLink(connection, self._address, closing)
         try:
             connection.setKeepAlive(self._interval, self._count)
         except libvirt.libvirtError as error:
@@ -444,7 +448,7 @@ class LibvirtSource:
 
     def __init__(self, uri: str, *, options: SourceOptions | None = None) -> None:
         """Connect to nothing yet."""
-        self.uri = uri
+        self.uri = redact_password(uri)
         options = options or SourceOptions()
         self._connector = LibvirtConnector(uri, options)
         self._observer = Observer(self._connector, options=options)
@@ -466,11 +470,7 @@ class LibvirtSource:
         try:
             link = self._connector.open(None)
         except VirtbusError as error:
-            remedy = {
-                SourceDenied: "let this user open libvirt's read-only socket (unix_sock_ro_perms)",
-                ConfigError: "mend libvirt.uri, e.g. qemu:///system",
-            }.get(type(error), "start libvirtd or virtqemud, and see that its socket is reachable from here")
-            return [Check("libvirt", "failed", str(error), remedy, error.exit_code)]
+            return [unreachable(error)]
         try:
             facts = link.facts()
             domains = link.domains()
@@ -479,41 +479,4 @@ class LibvirtSource:
             return [Check("libvirt", "failed", str(error), "see the daemon's own log", error.exit_code)]
         finally:
             link.close()
-        kind, version = facts.hypervisor.kind, facts.hypervisor.version
-        summary = (
-            f"{facts.name}: {kind} {version} behind libvirt {facts.hypervisor.libvirt_version}, "
-            f"{len(domains)} domain(s) active"
-        )
-        details = {
-            "uri": self.uri,
-            "hypervisor": kind,
-            "hypervisor_version": version,
-            "libvirt_version": facts.hypervisor.libvirt_version,
-            "domains": len(domains),
-            "throttles": facts.throttles,
-        }
-        checks = [Check("libvirt", "ok", summary, details=details)]
-        missing = [name for name, error in events.items() if error is not None]
-        if not missing:
-            checks.append(Check("libvirt events", "ok", f"{len(events)} kinds of events can be registered"))
-        else:
-            fatal = {"LIFECYCLE", "IO_ERROR_REASON"} <= set(missing)
-            checks.append(
-                Check(
-                    "libvirt events",
-                    "failed" if fatal else "warning",
-                    "not offered: " + ", ".join(f"{name} ({events[name]})" for name in missing),
-                    "what depends on them is found later, by looking; a newer libvirt offers them",
-                    SourceUnavailable.exit_code if fatal else 0,
-                )
-            )
-        if facts.throttles:
-            checks.append(
-                Check(
-                    "error counts",
-                    "warning",
-                    f"{kind} {version} merges a device's errors, one event a second: counts are lower bounds",
-                    "nothing is broken: read counts of such hosts as lower bounds (docs/libvirt.md)",
-                )
-            )
-        return checks
+        return checks_of(self.uri, facts, len(domains), events)

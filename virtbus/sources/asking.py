@@ -1,0 +1,134 @@
+"""Asks about one domain, on a look-up's thread: its description, or what is known about its trouble."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from virtbus.config import OwnerRule
+from virtbus.errors import SchemaError, SourceUnavailable
+from virtbus.sources import domain_xml
+from virtbus.sources.link import (
+    DISK_ERROR_NO_SPACE,
+    PAUSED,
+    HostFacts,
+    Link,
+    NoSuchDomain,
+    Space,
+    Unsupported,
+)
+from virtbus.sources.looks import FreeSpace, Look, read_messages
+from virtbus.sources.lookups import Want
+from virtbus.sources.session import Baseline, Looked, Session, Shared
+from virtbus.telemetry import DomainUnreadable, LookupFinished, emit
+
+HOST = ""  # the look-up key of what is no domain's
+
+
+class Asker:
+    """What to ask, and where the answers go: the cache, and the present session's notes."""
+
+    def __init__(self, shared: Shared, owner_rules: Sequence[OwnerRule]) -> None:
+        self.session: Session | None = None
+        self.host_uuid: str | None = None
+        self.local = False  # paths in domain XML are paths of this machine
+        self.messages_offered = False
+        self._shared = shared
+        self._owner_rules = owner_rules
+
+    def begin(self, session: Session, facts: HostFacts) -> None:
+        """From now on answers belong to this session."""
+        self.session = session
+        self.local = facts.local
+        self.messages_offered = facts.keeps_messages
+
+    def ask(self, link: Link, uuid: str, want: Want) -> None:
+        """One look-up: what is wanted of a domain goes to the cache and to the session's notes."""
+        try:
+            if want & Want.HOST:
+                self.host_uuid = domain_xml.host_uuid(link.capabilities())
+            if want & Want.DESCRIPTION:
+                self._read(link, uuid)
+            session = self.session
+            if want & Want.TROUBLE and session is not None:
+                session.notes.put(Looked(uuid, self._look(link, uuid)))
+            if want & Want.BASELINE and session is not None:
+                session.notes.put(Baseline(uuid, link.disk_errors(uuid)))
+        except NoSuchDomain:
+            return  # its end is on its way to us
+        except SchemaError as error:
+            emit(DomainUnreadable(uuid or "the host", error))
+
+    def _read(self, link: Link, uuid: str) -> None:
+        try:
+            xml = domain_xml.parse(link.xml(uuid), owner_rules=self._owner_rules)
+        except SchemaError as error:
+            self._shared.cache.read(uuid, None)
+            emit(DomainUnreadable(uuid, error))
+        else:
+            self._shared.cache.read(uuid, xml)
+
+    def _look(self, link: Link, uuid: str) -> Look:
+        asked_at = self._shared.clock().monotonic
+        state, reason = link.state(uuid)
+        look = Look(state, reason, asked_at=asked_at)
+        if self.messages_offered:
+            try:
+                look = replace(look, messages=read_messages(link.messages(uuid)))
+            except Unsupported:
+                self.messages_offered = False
+            except NoSuchDomain:
+                raise
+            except SourceUnavailable as error:
+                emit(LookupFinished("failed", uuid, error))
+        if state == PAUSED:
+            # Only of a paused guest: of one that runs it tells of what is over.
+            try:
+                look = replace(look, disk_errors=link.disk_errors(uuid))
+            except NoSuchDomain:
+                raise
+            except SourceUnavailable as error:
+                emit(LookupFinished("failed", uuid, error))
+        return self._with_space(link, uuid, look)
+
+    def _with_space(self, link: Link, uuid: str, look: Look) -> Look:
+        """For devices that report no space: what their images and file systems have."""
+        entry = self._shared.cache.get(uuid)
+        devices = {} if entry is None else entry.devices
+        with self._shared.lock:
+            aliases = self._shared.check.out_of_space(uuid)
+        targets = {device.target for alias, device in devices.items() if alias in aliases}
+        targets |= {t for t, code in (look.disk_errors or {}).items() if code == DISK_ERROR_NO_SPACE}
+        spaces: dict[str, Space] = {}
+        free: dict[str, FreeSpace] = {}
+        for target in targets - {None}:
+            assert target is not None
+            try:
+                spaces[target] = link.space(uuid, target)
+            except SourceUnavailable:
+                continue
+            source = next((d.source for d in devices.values() if d.target == target), None)
+            if source is not None and source.type == "file" and self.local:
+                left = _free_space(source.path or "", spaces[target])
+                if left is not None:
+                    free[target] = left
+        return replace(look, spaces=spaces, free=free)
+
+
+def _free_space(path: str, space: Space) -> FreeSpace | None:
+    """What the file system of an image has left, if the path means the same file here as for the guest.
+
+    In a container the same path may be another file, or none.
+    """
+    if not path.startswith("/"):
+        return None
+    try:
+        image = Path(path).stat()
+        if space.physical not in (image.st_size, image.st_blocks * 512):
+            return None
+        found = os.statvfs(path)
+    except OSError:
+        return None
+    return FreeSpace(found.f_bavail * found.f_frsize, path)

@@ -1,0 +1,210 @@
+"""The callbacks of one connection: what they tell at once, and what they leave for the source thread.
+
+They run on libvirt's thread and end within microseconds: no call into libvirt, no log line, no waiting.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from virtbus.model import Burst, DeviceRemoved, DomainGone, DomainResumed, Now, RawIoError
+from virtbus.sources import Sink
+from virtbus.sources.cache import Cache
+from virtbus.sources.crosscheck import CrossCheck, Verdict
+from virtbus.sources.link import (
+    RESUMED,
+    STARTED,
+    STOPPED,
+    STOPPED_MIGRATED,
+    SUSPENDED,
+    SUSPENDED_IOERROR,
+    SUSPENDED_PAUSED,
+)
+from virtbus.sources.looks import Look
+
+# virDomainEventType → virDomainState's word
+STATE_AFTER = {
+    STARTED: "running",
+    SUSPENDED: "paused",
+    RESUMED: "running",
+    STOPPED: "shut off",
+    6: "shutting down",
+    7: "pmsuspended",
+}
+PAUSES = (SUSPENDED_IOERROR, SUSPENDED_PAUSED)
+
+
+# ------------------------------------------------------------------------ notes for the source thread
+
+
+@dataclass(frozen=True, slots=True)
+class Lifecycle:
+    """A lifecycle callback."""
+
+    uuid: str
+    name: str
+    number: int | None
+    event: int
+    detail: int
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """The domain's XML is to be read again."""
+
+    uuid: str
+
+
+@dataclass(frozen=True, slots=True)
+class LookAt:
+    """An error is worth a look for evidence."""
+
+    uuid: str
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What a look found."""
+
+    uuid: str
+    look: Look
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """The disk errors, by target, that a guest which runs has left over."""
+
+    uuid: str
+    disk_errors: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Undecodable:
+    """A callback was lost: every domain is to be looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The connection is gone; it may have been deaf for a while before."""
+
+    why: str
+    silent_seconds: float = 0.0
+
+
+Note: TypeAlias = Lifecycle | Changed | LookAt | Looked | Baseline | Undecodable | Closed
+
+
+# ------------------------------------------------------------------------------------------ callbacks
+
+
+class Shared:
+    """What callbacks, look-ups and the source thread of one hypervisor share, over all its connections.
+
+    `lock` is held around `check` and the sink, so that an error never changes sides with a resume.
+    """
+
+    def __init__(self, clock: Callable[[], Now], grace_seconds: float) -> None:
+        self.clock = clock
+        self.lock = threading.Lock()
+        self.check = CrossCheck(grace_seconds)
+        self.cache = Cache()
+
+
+class Session:
+    """The callbacks of one connection. Deaf once it is over: each registration tells at most once."""
+
+    def __init__(self, shared: Shared, sink: Sink) -> None:
+        self.notes: queue.SimpleQueue[Note] = queue.SimpleQueue()
+        self.heard_ns = 0
+        # What lifecycle callbacks said since the listing: (name, state), None when it left. Then None.
+        self.since_listing: dict[str, tuple[str, str] | None] | None = {}
+        self.live = True
+        self._shared = shared
+        self._sink = sink
+
+    def io_error(self, raw: RawIoError) -> None:
+        """Tell it at once; see Handler."""
+        now = self._now()
+        shared = self._shared
+        uuid, alias = raw.domain_uuid, raw.alias
+        with shared.lock:
+            if not self.live:
+                return
+            verdict = shared.check.event(raw, now.monotonic)
+            self._sink(raw if verdict is not Verdict.KNOWN else shared.check.known(raw))
+        if verdict is Verdict.TELL_AND_LOOK:
+            self.notes.put(LookAt(uuid))
+        if not shared.cache.knows(uuid, alias):
+            if shared.cache.get(uuid) is None:
+                shared.cache.saw(uuid, raw.domain_name, raw.domain_id, "running")
+            if shared.cache.may_ask(uuid, now.monotonic):
+                self.notes.put(Changed(uuid))
+
+    def lifecycle(self, uuid: str, name: str, number: int | None, event: int, detail: int) -> None:
+        """Tell what resolves, remember what pauses; see Handler."""
+        now = self._now()
+        check = self._shared.check
+        with self._shared.lock:
+            if not self.live:
+                return
+            if event == RESUMED:
+                check.resumed(uuid)
+                self._sink(DomainResumed(uuid, now.wall_ns))
+            elif event == SUSPENDED and detail in PAUSES:
+                check.suspended(
+                    uuid,
+                    name,
+                    number,
+                    by_io_error=detail == SUSPENDED_IOERROR,
+                    mono=now.monotonic,
+                    ns=now.wall_ns,
+                )
+            elif event in (STOPPED, STARTED):
+                for burst in check.gone(uuid):
+                    self._sink(burst)
+                if event == STOPPED:
+                    cause = "migrated" if detail == STOPPED_MIGRATED else "domain_stopped"
+                    self._sink(DomainGone(uuid, now.wall_ns, cause))
+            if self.since_listing is not None and event in STATE_AFTER:
+                self.since_listing[uuid] = (name, STATE_AFTER[event]) if event != STOPPED else None
+        self.notes.put(Lifecycle(uuid, name, number, event, detail))
+
+    def device_removed(self, uuid: str, alias: str) -> None:
+        """See Handler."""
+        now = self._now()
+        with self._shared.lock:
+            if self.live:
+                self._sink(DeviceRemoved(uuid, alias, now.wall_ns))
+        self.notes.put(Changed(uuid))
+
+    def changed(self, uuid: str) -> None:
+        """See Handler."""
+        self._now()
+        self.notes.put(Changed(uuid))
+
+    def undecodable(self) -> None:
+        """See Handler."""
+        self.notes.put(Undecodable())
+
+    def closed(self, why: str, silent_seconds: float) -> None:
+        """See Handler."""
+        self.notes.put(Closed(why, silent_seconds))
+
+    def tell(self, bursts: Sequence[Burst]) -> None:
+        """Tell findings; the observer's lock is held."""
+        for burst in bursts:
+            self._sink(burst)
+
+    def end(self) -> None:
+        """Hear nothing any more."""
+        with self._shared.lock:
+            self.live = False
+
+    def _now(self) -> Now:
+        now = self._shared.clock()
+        self.heard_ns = now.wall_ns
+        return now
