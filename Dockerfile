@@ -8,6 +8,8 @@
 ARG BASE=docker.io/library/python:3.13-slim-trixie@sha256:ffb752e139c0a19692a43af8d8523b274222dd68eebad5d583b45c2201c6e30a
 
 FROM ${BASE} AS build
+# agent, or react: no libvirt, but the control planes' clients.
+ARG FOR=agent
 # For a package index of your own: --build-arg PIP_INDEX_URL=… and its CA, which must be in the build.
 ARG PIP_INDEX_URL
 ARG PIP_CERT
@@ -18,10 +20,10 @@ RUN apt-get update \
 WORKDIR /build
 # The dependencies first: they change less often than we do. Every file's hash is pinned, and what is built
 # from source (libvirt-python) is built with pinned tools.
-COPY .docker/requirements.txt .docker/build.txt ./
+COPY .docker ./.docker
 RUN python3 -m venv tool \
- && tool/bin/pip install --require-hashes --requirement build.txt \
- && tool/bin/pip wheel --wheel-dir wheels --require-hashes --no-build-isolation --requirement requirements.txt
+ && tool/bin/pip install --require-hashes --requirement .docker/build.txt \
+ && tool/bin/pip wheel --wheel-dir wheels --require-hashes --no-build-isolation --requirement .docker/requirements-${FOR}.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY schemas schemas
 COPY virtbus virtbus
@@ -42,7 +44,7 @@ RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ca-certificates libvirt0 \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/dpkg.log /var/cache/debconf/*-old \
  && find / -xdev -perm /6000 -type f -exec chmod a-s {} + \
- # libvirt's client refuses a uid that has no user record.
+ # A name for the uid, for people; libvirtd looks for one on its own side.
  && echo 'virtbus:x:65532:' >> /etc/group \
  && echo 'virtbus:x:65532:65532:virtbus:/nonexistent:/usr/sbin/nologin' >> /etc/passwd \
  && mkdir -p /etc/virtbus /var/lib/virtbus /run/virtbus \

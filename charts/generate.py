@@ -25,8 +25,9 @@ OWNED = {
     "Config": ("state_dir", "http", "control"),
     "Bus": ("url", "url_file", "password_file"),
     "Tls": ("ca_file", "cert_file", "key_file"),
+    "React": ("state_dir",),
 }
-# A ConfigMap holds no secret: librdkafka options of these kinds belong into files.
+# A ConfigMap holds no secret: options with such names belong into files or a Secret's environment.
 SECRETS = r"password|secret|jaas|token|\.pem$"
 
 Schema = dict[str, Any]
@@ -105,6 +106,17 @@ def scheduling(whose: str) -> Schema:
     }
 
 
+def image(description: str) -> Schema:
+    """An image by tag or digest."""
+    return strict(
+        description,
+        repository=text("Registry and name, without tag", minLength=1, pattern=r"^[^@\s]+$"),
+        tag=text("Tag; default: the chart's appVersion", pattern=r"^[A-Za-z0-9_.-]*$"),
+        digest=text("Digest; wins over the tag", pattern=r"^(sha256:[0-9a-f]{64})?$"),
+        pullPolicy=text("When to pull", enum=["Always", "IfNotPresent", "Never"]),
+    )
+
+
 NAME = r"^([a-z0-9]([-a-z0-9.]*[a-z0-9])?)?$"
 HOST_FOLDER = r"^/[^:]+$"
 QUANTITY = r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$"
@@ -127,13 +139,7 @@ def chart_values() -> dict[str, Schema]:
         "nameOverride": text("Instead of the chart's name; also the `job` label of metrics", pattern=NAME, maxLength=50),
         "fullnameOverride": text("Instead of release and chart name", pattern=NAME, maxLength=50),
         "commonLabels": words("Labels on everything"),
-        "image": strict(
-            "The image",
-            repository=text("Registry and name, without tag", minLength=1, pattern=r"^[^@\s]+$"),
-            tag=text("Tag; default: the chart's appVersion", pattern=r"^[A-Za-z0-9_.-]*$"),
-            digest=text("Digest; wins over the tag", pattern=r"^(sha256:[0-9a-f]{64})?$"),
-            pullPolicy=text("When to pull", enum=["Always", "IfNotPresent", "Never"]),
-        ),
+        "image": image("The image"),
         "imagePullSecrets": named("Secrets to pull with"),
         "bus": strict(
             "The broker: where its secrets are",
@@ -244,11 +250,10 @@ def chart_values() -> dict[str, Schema]:
         "react": strict(
             "`virtbus react` as a Deployment of one replica: acts on events, with rights of its own",
             enabled=flag("Make it"),
-            **{"with": {
-                "type": "array",
-                "description": "Integrations to run, e.g. `[kubernetes]`",
-                "items": {"type": "string", "pattern": "^[a-z][a-z0-9_-]*$"},
-            }},
+            **{"with": text("The integration to run, e.g. `kubernetes`", pattern="^([a-z][a-z0-9_-]*)?$")},
+            group=text("Durable group to consume as; default: react-NAME"),
+            image=image("Its image, with a repository of its own; else as in `image`"),
+            existingClaim=text("PersistentVolumeClaim for its state; empty: an emptyDir, **lost with the pod**", pattern=NAME),
             extraArgs={"type": "array", "description": "Further arguments", "items": {"type": "string"}},
             extraEnv=named("Its environment, as in a container's `env`"),
             envFrom=kubernetes("array", "As in a container's `envFrom`"),
@@ -270,8 +275,8 @@ def agent_settings() -> Schema:
     for name, owned in OWNED.items():
         for key in owned:
             del definitions[name]["properties"][key]
-    options = definitions["Kafka"]["properties"]["options"]
-    options["patternProperties"] = {SECRETS: False}
+    for name in ("Kafka", "React"):
+        definitions[name]["properties"]["options"]["patternProperties"] = {SECRETS: False}
     schema: Schema = _inlined(definitions["Config"], definitions)
     schema["description"] = "The agent's settings, as in virtbus.toml; the defaults are the agent's own"
     return schema

@@ -160,7 +160,7 @@ def test_the_deployment_of_react_is_one_and_has_no_more_rights_than_it_needs() -
 
 
 def test_the_rights_go_where_no_kubernetes_integration_runs() -> None:
-    sets = ("react.enabled=true", "react.with={nova}")
+    sets = ("react.enabled=true", "react.with=nova")
     found = helm.render(helm.MINIMAL, sets=sets)
     assert not [item for item in found if item["kind"].startswith("ClusterRole")]
     specs = dict(helm.pod_specs(found))
@@ -211,10 +211,11 @@ NOT_SETTINGS = [
     (),
     ("podMonitor.enabled=true",),
     ("dashboard.enabled=true",),
-    ("react.enabled=true", "react.with={nova}"),
+    ("react.enabled=true", "react.with=nova"),
     ("prometheusRule.enabled=true",),
     ("networkPolicy.enabled=true",),
     ("tests.enabled=false",),
+    ("config.react.min_guests=7",),
 ]
 
 

@@ -213,7 +213,7 @@ def test_the_checksum_of_secrets_changes_when_and_only_when_their_content_does(
 
 
 def test_react_may_mark_nodes_and_nothing_else(kube_apiserver: ApiServer, namespace: str) -> None:
-    sets = ("--set", "react.enabled=true,react.with={kubernetes}")
+    sets = ("--set", "react.enabled=true,react.with=kubernetes")
     where = ("vb", str(CHART), "--namespace", namespace, "--values", str(helm.MINIMAL), *sets)
     _helm(kube_apiserver, "4", "install", *where)
 

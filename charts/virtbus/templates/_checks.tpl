@@ -51,7 +51,10 @@
 {{- fail "\n\nspool.hostPath lies in libvirt.socketDir, which is mounted read-only: choose another folder" -}}
 {{- end -}}
 {{- if and .Values.react.enabled (not .Values.react.with) -}}
-{{- fail "\n\nreact.enabled is set, but react.with names no integration, e.g. --set 'react.with={kubernetes}'" -}}
+{{- fail "\n\nreact.enabled is set, but react.with names no integration, e.g. --set react.with=kubernetes" -}}
+{{- end -}}
+{{- if and .Values.react.image (not .Values.react.image.repository) -}}
+{{- fail "\n\nreact.image has no repository: name one, or leave react.image empty" -}}
 {{- end -}}
 {{- if and (eq .Values.spool.type "emptyDir") (hasKey .Values.spool "hostPath") (ne .Values.spool.hostPath "/var/lib/virtbus") -}}
 {{- fail "\n\nspool.hostPath is set, but spool.type is emptyDir: keep one" -}}

@@ -37,11 +37,12 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- end }}
 {{- end -}}
 
+{{/* Of (dict "root" . "image" .Values.image). */}}
 {{- define "virtbus.image" -}}
-{{- if .Values.image.digest -}}
-{{ .Values.image.repository }}@{{ .Values.image.digest }}
+{{- if .image.digest -}}
+{{ .image.repository }}@{{ .image.digest }}
 {{- else -}}
-{{ .Values.image.repository }}:{{ default .Chart.AppVersion .Values.image.tag }}
+{{ .image.repository }}:{{ default .root.Chart.AppVersion .image.tag }}
 {{- end -}}
 {{- end -}}
 
@@ -100,25 +101,28 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- end }}
 {{- end -}}
 
-{{/* `config` from the values, and what only the chart knows: where it mounts things. */}}
+{{/* `config` from the values, and what only the chart knows: where it mounts things. Of (dict "root" .
+     "component" "agent"): agents know nothing of `react`, so that its settings restart none of them. */}}
 {{- define "virtbus.config" -}}
+{{- $values := .root.Values -}}
 {{- $tls := dict -}}
-{{- with .Values.bus.tls -}}
+{{- with $values.bus.tls -}}
 {{- if .existingSecret -}}
 {{- if .caKey }}{{ $_ := set $tls "ca_file" "/run/secrets/virtbus/tls/ca.crt" }}{{ end -}}
 {{- if .certKey }}{{ $_ := set $tls "cert_file" "/run/secrets/virtbus/tls/tls.crt" }}{{ end -}}
 {{- if .keyKey }}{{ $_ := set $tls "key_file" "/run/secrets/virtbus/tls/tls.key" }}{{ end -}}
 {{- end -}}
 {{- end -}}
-{{- $bus := dict "tls" $tls -}}
-{{- if .Values.bus.existingSecret -}}
-{{- $_ := set $bus "url_file" "/run/secrets/virtbus/bus/url" -}}
-{{- if .Values.bus.passwordKey }}{{ $_ := set $bus "password_file" "/run/secrets/virtbus/bus/password" }}{{ end -}}
+{{- $bus := dict "tls" $tls "url_file" "/run/secrets/virtbus/bus/url" -}}
+{{- if $values.bus.passwordKey }}{{ $_ := set $bus "password_file" "/run/secrets/virtbus/bus/password" }}{{ end -}}
+{{- $owned := dict "state_dir" "/var/lib/virtbus" "bus" $bus -}}
+{{- $config := deepCopy $values.config -}}
+{{- if eq .component "agent" -}}
+{{- $config = omit $config "react" -}}
+{{- $_ := set $owned "http" (dict "listen" (printf "%s:%d" $values.http.host (int64 $values.http.port))) -}}
+{{- $_ := set $owned "control" (dict "socket" "/run/virtbus/control.sock") -}}
 {{- end -}}
-{{- $owned := dict "state_dir" "/var/lib/virtbus" "bus" $bus
-      "http" (dict "listen" (printf "%s:%d" .Values.http.host (int64 .Values.http.port)))
-      "control" (dict "socket" "/run/virtbus/control.sock") -}}
-{{- include "virtbus.toml" (dict "path" "" "tree" (mergeOverwrite (deepCopy .Values.config) $owned)) | trim }}
+{{- include "virtbus.toml" (dict "path" "" "tree" (mergeOverwrite $config $owned)) | trim }}
 {{ end -}}
 
 {{/* Changes when the content of a Secret in use changes. Only a server can tell: without one (template,
