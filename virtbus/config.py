@@ -496,7 +496,9 @@ def _from_text(schema: Mapping[str, Any], key: str, raw: str) -> object:
         return tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
         wanted = " or ".join(sorted(types - {"null"}))
-        raise ValueError(f"{raw!r} is not a TOML {wanted}") from None
+        # A table or list may hold secrets; a number does not.
+        shown = "it" if types & {"object", "array"} else repr(raw)
+        raise ValueError(f"{shown} is not a TOML {wanted}") from None
 
 
 def knows(key: str) -> bool:
@@ -524,7 +526,9 @@ def _check(schema: dict[str, Any], merged: dict[str, Any], origins: Mapping[str,
                 key = f"{where}.{name}" if where else name
                 problems.append(f"{_place(key, origins)}: unknown setting {key}{_did_you_mean(name, known)}")
             continue
-        shown = REDACTED if _is_secret(where) else repr(error.instance)
+        shown = repr(error.instance)
+        if _is_secret(where) or ("://" in shown and "@" in shown):  # a URL, in whatever it was wrapped
+            shown = REDACTED
         message = error.message.replace(repr(error.instance), "").strip().strip('"')
         expected = _expected(schema, where) or message
         problems.append(f"{_place(where, origins)}: {where or 'the file'} = {shown}: expected {expected}")

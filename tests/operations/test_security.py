@@ -395,7 +395,10 @@ def test_a_host_cant_speak_for_another_on_rabbitmq(rabbitmq: RabbitMQ, vhost: st
     verdicts = {record.id: outcome for record, outcome in feed.outcomes}
     assert isinstance(verdicts[own.id], Confirmed)
     assert isinstance(verdicts[spoof.id], Unroutable)
-    assert rabbitmq.queues(vhost)["all"] == 1
+    with kombu.Connection(rabbitmq.url(vhost)) as connection:
+        queue = kombu.Queue("all", channel=connection.channel())
+        arrived = {message.headers["ce-id"] for message in iter(lambda: queue.get(no_ack=True), None)}
+    assert arrived == {own.id}
 
     forged = rabbitmq.url(vhost, user, "s3cret")
     with kombu.Connection(forged) as connection:
