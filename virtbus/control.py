@@ -16,6 +16,7 @@ import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import datetime
 from enum import Enum
@@ -32,6 +33,7 @@ TAP_STAGES = ("raw", "incident", "published")
 TAP_BUFFER = 1000  # lines a reader may lag behind
 MAX_READERS = 8
 MAX_REQUEST_BYTES = 4096
+IDLE_SECONDS = 3600.0  # nobody is waited for more often than this
 
 
 class Taps:
@@ -236,7 +238,10 @@ class HttpServer:
                 "choose another address with --http-listen, or '' for none"
             ) from error
         self.port = int(self._server.server_address[1])
-        self._thread = threading.Thread(target=self._server.serve_forever, name="virtbus-http", daemon=True)
+        # It sleeps until somebody comes: `close` wakes it by shutting the socket down.
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(IDLE_SECONDS,), name="virtbus-http", daemon=True
+        )
 
     def start(self) -> None:
         """Begin to answer."""
@@ -244,7 +249,11 @@ class HttpServer:
 
     def close(self) -> None:
         """Stop answering."""
-        self._server.shutdown()
+        ending = threading.Thread(target=self._server.shutdown, name="virtbus-http-close")
+        ending.start()
+        with suppress(OSError):  # not connected, says Linux, and wakes who waits for connections
+            self._server.socket.shutdown(socket.SHUT_RDWR)
+        ending.join()
         self._server.server_close()
 
 
@@ -280,7 +289,6 @@ class ControlSocket:
         finally:
             os.umask(old_umask)
         self._socket.listen(MAX_READERS)
-        self._socket.settimeout(1.0)
         self._thread = threading.Thread(target=self._accept, name="virtbus-control", daemon=True)
 
     def start(self) -> None:
@@ -290,6 +298,8 @@ class ControlSocket:
     def close(self) -> None:
         """Stop answering and remove the socket."""
         self._stop.set()
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self._socket.close()
         self._path.unlink(missing_ok=True)
 
@@ -297,8 +307,6 @@ class ControlSocket:
         while not self._stop.is_set():
             try:
                 peer, _ = self._socket.accept()
-            except TimeoutError:
-                continue
             except OSError as error:
                 if not self._stop.is_set():
                     emit(Trouble("control socket", error))

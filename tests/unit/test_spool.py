@@ -256,9 +256,14 @@ def test_wait_returns_when_something_is_committed(spool):
     assert time.monotonic() - begun < 5
 
 
-def test_wait_ends_when_stop_is_set(spool):
+def test_wait_ends_when_stop_is_set_and_it_is_woken(spool):
     stop = threading.Event()
-    threading.Timer(0.1, stop.set).start()
+
+    def end() -> None:
+        stop.set()
+        spool.wake()
+
+    threading.Timer(0.1, end).start()
     assert not spool.wait(20.0, stop)
 
 

@@ -296,7 +296,7 @@ class PublisherSide:
         db.execute("COMMIT")
 
     def wait(self, timeout: float, stop: threading.Event) -> bool:
-        """Sleep until something can be taken, `timeout` seconds, or `stop` (seen each 0.25 s, or `wake`)."""
+        """Sleep until something can be taken, `timeout` seconds, or `stop`: who sets it calls `wake`."""
         begun = self._state.clock().monotonic
         self._settle_later(begun, 0.0)  # what the disk refused before; and a time to tidy up
         deadline = begun + timeout
@@ -311,7 +311,8 @@ class PublisherSide:
                 left = deadline - now
                 if left <= 0 or stop.is_set() or self._state.closed:
                     return False
-                self._state.changed.wait(max(0.001, min(left, 0.25, due or 0.25)))
+                # Due, and yet nothing may be taken: settling, which the disk refused, is tried again soon.
+                self._state.changed.wait(max(0.001, left if due is None else min(left, due or 0.25)))
 
     def _refresh_reader(self) -> None:
         """Open the publisher's connection anew after a failure; its own thread, before it is used."""
