@@ -26,6 +26,9 @@ from tests.lab import chroot
 from tests.lab.demo import wait_ready
 from tests.lab.lab import PAUSED_IOERROR, Guest, Lab, missing, wait_until
 from tests.ports import free_ports
+from virtbus.sources import SourceOptions
+from virtbus.sources.libvirt import LibvirtSource
+from virtbus.sources.link import ACTION_REPORT
 
 pytestmark = [pytest.mark.lab, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -67,6 +70,7 @@ class Suite:
     libvirt: str = ""
     qemu: str = ""
     told: dict[str, Told] = field(default_factory=dict)
+    found: list[tuple[str, str, int, str | None]] = field(default_factory=list)  # after an absence
 
 
 @contextmanager
@@ -124,6 +128,19 @@ def run_scenario(lab: Lab, name: str) -> tuple[Guest, int]:
     return guest, sum(each["event"] == "io_error_reason" for each in heard)
 
 
+def found_after_absence(lab: Lab) -> list[tuple[str, str, int, str | None]]:
+    """An error that is only reported (no pause), with nobody there; what a look finds afterwards."""
+    guest = lab.guest("absent", bus="ide", policy="report", boot="tick").start()
+    since_ns = time.time_ns()
+    guest.fail()
+    wait_until(lambda: guest.injected() > 0, "an error is reported", 20)
+    guest.heal()
+    time.sleep(1.5)
+    ready = LibvirtSource(lab.uri_ro, options=SourceOptions(since_ns=since_ns)).snapshot()
+    guest.destroy()
+    return [(b.origin.value, b.raw.alias, b.raw.action_code, b.message) for b in ready.findings]
+
+
 _suites: dict[str, Suite] = {}
 
 
@@ -143,8 +160,11 @@ def suite(request: pytest.FixtureRequest) -> Suite:
                     guests[guest.uuid] = scenario
                     made.told[scenario] = Told(guest.injected(), callbacks)
                 time.sleep(2.0)
+                made.found = found_after_absence(lab)
             for event in events:
-                made.told[guests[event["domain"]["uuid"]]].events.append(event)
+                scenario = guests.get(event["domain"]["uuid"])
+                if scenario is not None:
+                    made.told[scenario].events.append(event)
                 made.libvirt = event["host"]["hypervisor"]["libvirt_version"]
                 made.qemu = event["host"]["hypervisor"]["version"]
         _suites[name] = made
@@ -206,3 +226,8 @@ def test_a_storms_count_is_every_callback_and_says_when_it_is_a_lower_bound(suit
     assert (told.count < told.injected) is merges
     assert told.values("occurrences", "lower_bound") == {merges}
     assert told.values("device", "alias") == {"ide0-0-0"}
+
+
+def test_an_error_reported_in_the_agents_absence_is_found_where_libvirt_remembers_it(suite: Suite) -> None:
+    remembered = [("reconcile", "ide0-0-0", ACTION_REPORT, "Input/output error")]
+    assert suite.found == (remembered if suite.name in MERGES else [])
