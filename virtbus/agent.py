@@ -196,8 +196,7 @@ class Agent:
     def stop(self) -> None:
         """Stop observing, commit what was seen, publish up to the drain deadline. Returns at once."""
         self._stop.set()
-        self.queue.wake()
-        self.spool.wake()
+        self.queue.wake()  # not the spool: a signal handler may not wait for its lock, and the intake wakes it
 
     def abort(self) -> None:
         """Stop at once; what is committed stays in the spool."""
@@ -259,7 +258,6 @@ class Agent:
             raise
         finally:
             self._intake_done.set()
-            self.spool.wake()
             self.spool.wake()  # the publisher sleeps until there is something to do
 
     def _intake_timeout(self) -> float:

@@ -10,6 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,7 +36,14 @@ class AgentProcess:
     """One run of an agent; `ready()` waits for its callbacks to be registered."""
 
     def __init__(
-        self, folder: Path, *, libvirt: str, bus: str, settings: str = "", **environment: str
+        self,
+        folder: Path,
+        *,
+        libvirt: str,
+        bus: str,
+        settings: str = "",
+        command: Sequence[str] = COMMAND,
+        **environment: str,
     ) -> None:
         self.folder = folder
         self.state_dir = folder / "state"
@@ -46,7 +54,7 @@ class AgentProcess:
         config.write_text(settings)
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                [*COMMAND, "run", "--config", str(config), "--libvirt", libvirt, "--bus", bus,
+                [*command, "run", "--config", str(config), "--libvirt", libvirt, "--bus", bus,
                  "--state-dir", str(self.state_dir), "--http-listen", self.http,
                  "--control-socket", str(self.socket), "--log-format", "json"],
                 stdin=subprocess.DEVNULL,
