@@ -1,0 +1,225 @@
+"""What the agent costs its host, on a private libvirtd with real QEMU guests and a real RabbitMQ.
+
+The agent runs as an operator runs it, `virtbus run`, with a Python that has `virtbus[agent]` and nothing else
+(development tools beside it change what structlog imports, for one).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import kombu
+
+from tests.agent.process import AgentProcess
+from tests.bench import peers
+from tests.bench.measure import Row, cpu_seconds, memory, wait_for, wakeups
+from tests.bench.publish import broker
+from tests.lab.lab import Lab
+from virtbus.bus import BusOptions, open_bus
+from virtbus.envelope import decode
+from virtbus.model import Confirmed
+from virtbus.testing import ListFeed, records
+
+IDLE_SECONDS = 60.0
+STORM_SECONDS = 60.0
+KAFKA = ("confluent_kafka", "librdkafka")
+
+
+def agent(folder: str, lab: Lab, bus: str, settings: str = "") -> AgentProcess:
+    """`virtbus run` in the clean environment."""
+    words = [str(peers.agent_python()), "-m", "virtbus"]
+    return AgentProcess(Path(folder), libvirt=lab.uri_ro, bus=bus, settings=settings, command=words)
+
+
+class Events:
+    """What arrives at the broker: (monotonic time, decoded envelope) of each, on a thread of its own."""
+
+    def __init__(self, url: str) -> None:
+        self.seen: list[tuple[float, dict]] = []
+        self._over = threading.Event()
+        self._ready = threading.Event()
+        self._url = url
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        self._ready.wait(10)
+
+    def _run(self) -> None:
+        stream = open_bus(self._url, BusOptions()).consume("bench")
+        stream.receive(0.2)
+        self._ready.set()
+        while not self._over.is_set():
+            message = stream.receive(0.2)
+            if message is not None:
+                envelope = decode(message)
+                self.seen.append((time.monotonic(), {**envelope.attributes, "data": envelope.data}))
+                stream.ack(message)
+        stream.close()
+
+    def of_type(self, name: str) -> list[tuple[float, dict]]:
+        """Those of one type, e.g. "io_error"."""
+        return [item for item in self.seen if item[1]["type"].endswith(f".{name}.v1")]
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+# ------------------------------------------------------------------------------------- idle
+
+
+def idle_rows(rounds: int, *, seconds: float = IDLE_SECONDS) -> list[Row]:
+    """An agent that watches one healthy guest and has nothing to tell; and how long its start takes."""
+    rss, anon, cpu, fastest, starts, kafka = [], [], [], [], [], []
+    with broker() as node, Lab() as lab:
+        lab.guest("quiet", error="EIO").start()
+        url = node.url(node.vhost())
+        for _ in range(rounds):
+            with tempfile.TemporaryDirectory() as folder:
+                starts.append(cold_start(folder, lab, url))
+        with tempfile.TemporaryDirectory() as folder, agent(folder, lab, url).ready() as one:
+            pid = one.process.pid
+            time.sleep(10)  # the start is over
+            for _ in range(rounds):
+                before, spent = wakeups(pid), cpu_seconds(pid)
+                time.sleep(seconds / rounds)
+                now = wakeups(pid)
+                cpu.append((cpu_seconds(pid) - spent) / (seconds / rounds) * 100)
+                rates = {key: (now[key] - before.get(key, 0)) / (seconds / rounds) for key in now}
+                fastest.append(max(rates.values()))
+                rss.append(memory(pid)["VmRSS"])
+                anon.append(memory(pid)["RssAnon"])
+            kafka.append(sum(word in Path(f"/proc/{pid}/maps").read_text() for word in KAFKA))
+    return [
+        Row("idle rss", "idle agent on AMQP: RSS", tuple(rss), "MiB", 60, least=False),
+        Row("idle anon", "idle agent on AMQP: RssAnon", tuple(anon), "MiB", 40, least=False),
+        Row("idle cpu", "idle agent on AMQP: CPU of one core", tuple(cpu), "%", 0.1, least=False),
+        Row("idle wake-ups", "idle agent: wake-ups a second of its busiest thread", tuple(fastest), "/s", 1.1, least=False),
+        Row("idle kafka", "idle agent on AMQP: Kafka libraries loaded", tuple(kafka), "", 0, least=False),
+        Row("cold start", "from exec to callbacks registered", tuple(starts), "s", 0.7, least=False),
+    ]  # fmt: skip
+
+
+def cold_start(folder: str, lab: Lab, url: str) -> float:
+    """Seconds from exec until libvirt's callbacks are registered, as the agent's own log has it."""
+    begun = time.time()
+    with agent(folder, lab, url) as one:
+        one.until(lambda: _connected_at(one.log) is not None, "connected", 30)
+        at = _connected_at(one.log)
+    assert at is not None
+    return at - begun
+
+
+def _connected_at(log: str) -> float | None:
+    from datetime import datetime
+
+    for line in log.splitlines():
+        found = json.loads(line)
+        if str(found.get("event")).startswith("libvirt connected"):
+            return datetime.fromisoformat(found["timestamp"]).timestamp()
+    return None
+
+
+# ------------------------------------------------------------------------------------- latency
+
+
+def fsync_seconds(folder: Path, times: int) -> list[float]:
+    """How long an append of 8 KiB and its fdatasync take, as a commit to a log does."""
+    took = []
+    with (folder / "probe").open("wb") as file:
+        for _ in range(times):
+            begun = time.perf_counter()
+            file.write(b"x" * 8192)
+            file.flush()
+            os.fdatasync(file.fileno())
+            took.append(time.perf_counter() - begun)
+            time.sleep(0.02)
+    return took
+
+
+def confirm_seconds(url: str, times: int) -> list[float]:
+    """How long one record takes from the bus to its confirmation, connection open, nothing else under way."""
+    bus = open_bus(url, BusOptions())
+    took = []
+    for record in records(times):
+        begun = time.perf_counter()
+        outcomes = ListFeed([record]).publish(bus)
+        took.append(time.perf_counter() - begun)
+        assert isinstance(outcomes[0], Confirmed)
+        time.sleep(0.02)
+    bus.close()
+    return took[5:]
+
+
+def percentile(values: list[float], share: float) -> float:
+    """The value below which `share` of them lie."""
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
+
+
+def latency_rows(rounds: int, *, errors: int = 40) -> list[Row]:
+    """From libvirt's callback (the event's `time`) to the broker's confirm, against fsync + confirm.
+
+    Each error is the first of an incident: the guest is resumed on a healed disk, and the next one is another
+    guest's turn. The end is the arrival at a consumer, so that clock and reader are ours: it comes a little later
+    than the confirm, which the publisher gets when the queue has the message on its disk.
+    """
+    over: dict[str, list[float]] = {"p50": [], "p99": []}
+    raw: dict[str, list[float]] = {"p50": [], "p99": []}
+    with broker() as node, Lab() as lab, tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        url = node.url(node.vhost())
+        events = Events(url)
+        guests = [lab.guest(f"g{number}", error="EIO").start() for number in range(4)]
+        time.sleep(1)
+        with agent(folder, lab, url, "[incidents]\nfold = false\n").ready() as one:
+            for _ in range(rounds):
+                seen = len(events.of_type("io_error"))
+                syncs = fsync_seconds(Path(folder), errors)
+                for number in range(errors):
+                    guest = guests[number % len(guests)]
+                    want = len(events.of_type("io_error")) + 1
+                    guest.fail()
+                    wait_for(lambda want=want: len(events.of_type("io_error")) >= want, "an event", 20)
+                    guest.heal()
+                    guest.wait_state(3)
+                    guest.resume()
+                    time.sleep(0.05)
+                confirms = confirm_seconds(url, errors)
+                # the wall clock of the callback against ours at arrival
+                latencies = [
+                    one.arrived - one.at for one in map(_Arrival.of, events.of_type("io_error")[seen:])
+                    if one.origin == "event"
+                ]  # fmt: skip
+                for name, share in (("p50", 0.5), ("p99", 0.99)):
+                    limit = percentile(syncs, share) + percentile(confirms, share)
+                    over[name].append((percentile(latencies, share) - limit) * 1000)
+                    raw[name].append(percentile(latencies, share) * 1000)
+        events.close()
+    return [
+        Row("latency p50", "error → at a consumer, p50", tuple(raw["p50"]), "ms"),
+        Row("latency p99", "error → at a consumer, p99", tuple(raw["p99"]), "ms"),
+        Row("latency p50 over", "error → at a consumer, p50, beyond fsync + confirm p50", tuple(over["p50"]), "ms", 1, least=False),
+        Row("latency p99 over", "error → at a consumer, p99, beyond fsync + confirm p99", tuple(over["p99"]), "ms", 5, least=False),
+    ]  # fmt: skip
+
+
+class _Arrival:
+    """One event at the consumer: seconds of the wall clock."""
+
+    def __init__(self, at: float, arrived: float, origin: str) -> None:
+        self.at, self.arrived, self.origin = at, arrived, origin
+
+    @classmethod
+    def of(cls, item: tuple[float, dict]) -> _Arrival:
+        from datetime import datetime
+
+        moment, event = item
+        wall = moment + (time.time() - time.monotonic())
+        return cls(datetime.fromisoformat(event["time"]).timestamp(), wall, event["data"]["origin"])
