@@ -422,7 +422,7 @@ def load(
 # Not settings: what is read elsewhere, what the tests use, and what Kubernetes puts into every pod beside
 # a Service that is named like us (VIRTBUS_SERVICE_HOST, VIRTBUS_PORT_9466_TCP, …).
 _NOT_SETTINGS = re.compile(
-    r"VIRTBUS_(CONFIG|DEBUG|CI|FAULTS|TEST_.*|([A-Z0-9]+_)*SERVICE_(HOST|PORT(_.*)?)|([A-Z0-9]+_)*PORT(_.*)?)"
+    r"VIRTBUS_(CONFIG|DEBUG|CI|FAULTS|SOAK_.*|FUZZ_.*|TEST_.*|([A-Z0-9]+_)*SERVICE_(HOST|PORT(_.*)?)|([A-Z0-9]+_)*PORT(_.*)?)"
 )
 
 

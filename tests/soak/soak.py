@@ -1,4 +1,4 @@
-"""An agent under load and faults for an hour (VIRTBUS_SOAK_SECONDS): nothing lost, nothing grown. `make soak`.
+"""An agent under load and faults for an hour (VIRTBUS_SOAK_SECONDS): nothing lost, nothing grown.
 
 Real guests write 100 failing blocks a second, ten times as many in bursts; a twentieth of the time something
 is broken: the network to the broker, the broker, or libvirt. Then everything is counted: what nbdkit refused,
@@ -101,7 +101,11 @@ class Vitals:
                 line.split(":", 1) for line in (self._proc / "status").read_text().splitlines() if ":" in line
             )
             self.samples.append(
-                (int(status["VmRSS"].split()[0]), len(os.listdir(self._proc / "fd")), int(status["Threads"]))
+                (
+                    int(status["VmRSS"].split()[0]),
+                    len(list((self._proc / "fd").iterdir())),
+                    int(status["Threads"]),
+                )
             )
 
     def stop(self) -> None:

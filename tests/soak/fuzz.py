@@ -1,0 +1,264 @@
+"""Random and damaged input for everything that reads what others wrote: it is refused, nothing breaks.
+
+A moment for each target in `make test`, ten minutes together in `make soak` (VIRTBUS_FUZZ_SECONDS).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from virtbus import config, envelope, schema
+from virtbus.control import ControlSocket, Drill, Taps
+from virtbus.errors import ConfigError, InputMissing, SchemaError
+from virtbus.model import Binding, Message
+from virtbus.sources import domain_xml
+from virtbus.testing import a_gap, a_heartbeat, a_resolved, a_stamp, an_io_error
+
+MANY = settings(
+    max_examples=200,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.generate, Phase.shrink),
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=30),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def damaged(good: bytes, where: list[tuple[int, int]]) -> bytes:
+    """`good` with bytes replaced, and cut where a replacement says so."""
+    data = bytearray(good)
+    for at, value in where:
+        if not data:
+            break
+        if value == 256:
+            del data[at % len(data) :]
+        else:
+            data[at % len(data)] = value
+    return bytes(data)
+
+
+DAMAGE = st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 256)), max_size=6)
+
+# ---------------------------------------------------------------------------------------- decoder
+
+ENCODED = [
+    envelope.encode(event, a_stamp()) for event in (an_io_error(), a_resolved(), a_gap(), a_heartbeat())
+]
+HEADER = st.one_of(st.text(max_size=40), st.binary(max_size=40), st.integers(), st.none(), st.booleans())
+
+
+def decode(message: Message) -> None:
+    """Decode, check and read an event: SchemaError is the only way out."""
+    with suppress(SchemaError):
+        opened = envelope.decode(message)
+        envelope.to_event(opened)
+        schema.validate(opened.attributes.get("dataschema", "?"), opened.data)
+
+
+@MANY
+@given(
+    which=st.integers(0, 3),
+    binding=st.sampled_from(Binding),
+    structured=st.booleans(),
+    damage=DAMAGE,
+    changed=st.dictionaries(
+        st.sampled_from(["id", "type", "source", "specversion", "dataschema", "time", "sequence", "odd"]),
+        HEADER,
+        max_size=3,
+    ),
+    content_type=st.none() | st.sampled_from(["application/json", "Application/CloudEvents+JSON", "x"]),
+)
+def fuzz_decoder(
+    which: int,
+    binding: Binding,
+    structured: bool,
+    damage: list[tuple[int, int]],
+    changed: dict[str, object],
+    content_type: str | None,
+) -> None:
+    good = ENCODED[which]
+    if binding is Binding.AMQP:
+        amqp = envelope.to_amqp(good.attributes, good.body, structured=structured)
+        headers: dict[str, object] = {**amqp.headers}
+        kind, body, prefix = amqp.content_type, amqp.body, "ce-"
+    else:
+        kafka = envelope.to_kafka(good.attributes, good.body, structured=structured)
+        headers = dict(kafka.headers)
+        kind, body, prefix = None, kafka.value, "ce_"
+    headers |= {prefix + name: value for name, value in changed.items()}
+    message = Message(
+        binding, headers, content_type or kind, damaged(body, damage), None, False, None, "fuzz", None
+    )
+    decode(message)
+    with suppress(SchemaError):
+        envelope.decode_structured(damaged(envelope.structured_json(good.attributes, good.body), damage))
+
+
+# ---------------------------------------------------------------------------------- configuration
+
+SECTIONS = ["bus", "libvirt", "spool", "incidents", "http", "log", "control", "heartbeat", "state_dir", "odd"]
+KEYS = ["url", "window", "tls", "kafka", "options", "listen", "level", "socket", "max_bytes", "odd key"]
+VALUE = JSON | st.sampled_from(["amqp://u:p@h", "", "127.0.0.1:1", "[::1]:70000", "a:b:c"])
+
+
+def toml(value: Any) -> str:
+    """TOML of what can be written in TOML."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(toml(item) for item in value) + "]"
+    return json.dumps("" if value is None else value)
+
+
+@MANY
+@given(
+    tree=st.dictionaries(
+        st.sampled_from(SECTIONS),
+        VALUE | st.dictionaries(st.sampled_from(KEYS), VALUE, max_size=3),
+        max_size=3,
+    ),
+    environment=st.dictionaries(
+        st.sampled_from(["VIRTBUS_BUS__WINDOW", "VIRTBUS_BUS", "VIRTBUS_BUS__KAFKA__OPTIONS",
+                         "VIRTBUS_X__Y__Z", "VIRTBUS___", "VIRTBUS_BUS__URL", "VIRTBUS_LIBVIRT__OWNER_RULES"]),
+        st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), max_size=20),
+        max_size=2,
+    ),
+    raw=st.binary(max_size=60),
+    damage=DAMAGE,
+)  # fmt: skip
+def fuzz_configuration(
+    tree: dict[str, Any], environment: dict[str, str], raw: bytes, damage: list[tuple[int, int]]
+) -> None:
+    text = "".join(f"{name} = {toml(value)}\n" for name, value in tree.items()).encode("utf-8", "replace")
+    with tempfile.NamedTemporaryFile(suffix=".toml") as file:
+        for content in (text, damaged(text, damage), raw):
+            Path(file.name).write_bytes(content)
+            with suppress(ConfigError, InputMissing):  # InputMissing: not UTF-8
+                config.effective(config.load(file=Path(file.name), environment=environment).config)
+
+
+# ---------------------------------------------------------------------------------- control socket
+
+
+class _Socket:
+    """One control socket for all examples; `broke` counts exceptions that reached a thread's end."""
+
+    def __init__(self) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="vbfuzz-", dir="/tmp")
+        self.path = Path(self.folder.name) / "s"
+        self.broke: list[object] = []
+        threading.excepthook = self.broke.append
+        self.drills: list[Drill] = []
+        self.control = ControlSocket(
+            self.path, status=lambda: {"fine": True}, taps=Taps(), drill=self.drills.append
+        )
+        self.control.start()
+
+    def send(self, data: bytes) -> bytes:
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.settimeout(5)
+            peer.connect(str(self.path))
+            try:
+                peer.sendall(data)
+                peer.shutdown(socket.SHUT_WR)
+                return peer.recv(65536)
+            except (BrokenPipeError, ConnectionResetError):
+                return b""
+
+
+_socket: list[_Socket] = []
+REQUEST = st.fixed_dictionaries(
+    {"command": st.sampled_from(["status", "drill", "tap", "x"]) | JSON},
+    optional=dict.fromkeys(("stage", "domain_name", "alias", "action", "reason", "count", "resolve"), JSON),
+)
+
+
+@MANY
+@given(request=REQUEST, damage=DAMAGE, raw=st.binary(max_size=200) | st.just(b"[" * 4096 + b"\n"))
+def fuzz_control_socket(request: dict[str, Any], damage: list[tuple[int, int]], raw: bytes) -> None:
+    if not _socket:
+        _socket.append(_Socket())
+    server = _socket[0]
+    line = json.dumps(request).encode() + b"\n"
+    for data in (line, damaged(line, damage), raw):
+        server.send(data)
+    assert not server.broke, server.broke
+    assert json.loads(server.send(b'{"command": "status"}\n')) == {"fine": True}
+    for drill in server.drills:
+        assert drill.action_code in (0, 1, 2)
+    server.drills.clear()
+
+
+# ------------------------------------------------------------------------------------- domain XML
+
+PIECES = st.sampled_from([
+    "<disk type='network' device='disk'>", "</disk>", "<source protocol='rbd' name='a/b'/>",
+    "<target dev='vda'/>",
+    "<alias name='virtio-disk0'/>", "<source file='json:{\"driver\":\"x\"}'/>", "<devices>", "</devices>",
+    "<metadata>", "</metadata>", "<!DOCTYPE a [<!ENTITY b 'c'>]>", "&b;", "<name>n</name>", "<uuid>u</uuid>",
+    "<![CDATA[x]]>", "<a xmlns='http://openstack.org/xmlns/libvirt/nova/1.1'/>", "\0", "é", "<serial/>",
+    "&#0;",
+    "<host name='h' port='p'/>", "<backingStore>", "</backingStore>", "<a" * 50, "<x>" * 600,
+])  # fmt: skip
+GOOD = (
+    "<domain type='qemu' id='3'><name>g</name><uuid>2554af7c-b775-4636-89df-b5b43afc47c0</uuid><devices>"
+    "<disk type='network' device='disk'><driver name='qemu' error_policy='stop'/><source protocol='nbd' "
+    "name='disk0'><host transport='unix' socket='/s'/></source><target dev='vda' bus='virtio'/>"
+    "<alias name='virtio-disk0'/></disk></devices></domain>"
+)
+
+
+@MANY
+@given(pieces=st.lists(PIECES | st.text(max_size=10), max_size=12), damage=DAMAGE, text=st.text(max_size=60))
+def fuzz_domain_xml(pieces: list[str], damage: list[tuple[int, int]], text: str) -> None:
+    made = "<domain>" + "".join(pieces) + "</domain>"
+    for xml in (made, damaged(GOOD.encode(), damage), GOOD.replace("virtio", text)):
+        with suppress(SchemaError):
+            for device in domain_xml.parse(xml).devices.values():
+                assert device.alias
+
+
+# ------------------------------------------------------------------------------------------ running
+
+TARGETS: dict[str, Callable[[], None]] = {
+    "decoder": fuzz_decoder,
+    "configuration": fuzz_configuration,
+    "control socket": fuzz_control_socket,
+    "domain XML": fuzz_domain_xml,
+}
+
+
+def run(target: Callable[[], None], seconds: float) -> int:
+    """Feed a target for so long; the number of examples. Raises what breaks, made small."""
+    end, examples, number = time.monotonic() + seconds, 0, 0
+    while examples == 0 or time.monotonic() < end:
+        number += 1
+        seed(time.time_ns() if seconds > 60 else number)(target)()
+        examples += 200
+    return examples
+
+
+if __name__ == "__main__":
+    each = float(os.environ.get("VIRTBUS_FUZZ_SECONDS", "600")) / len(TARGETS)
+    counts = {name: run(target, each) for name, target in TARGETS.items()}
+    print(json.dumps({"examples": counts, "crashes": 0}))
+    sys.exit(0)
