@@ -535,3 +535,24 @@ def spool_drop(events: tuple[str, ...], dead: bool, yes: bool, **options: Any) -
         return yes or click.confirm(question, err=True)
 
     command.drop(Path(_load(options).config.state_dir), events, sys.stdout, dead=dead, confirm=confirm)
+
+
+@cli.group("print")
+def print_group() -> None:
+    """Print files for the host that virtbus runs on."""
+
+
+@print_group.command("unit")
+@_common
+@click.option("--user", default="virtbus", show_default=True, help="The user it runs as.")
+@click.option("--command", "program", metavar="PATH", help="The program [default: this one].")
+def print_unit(user: str, program: str | None, **options: Any) -> None:
+    """Print a hardened systemd unit for `virtbus run`; its head says how to install it.
+
+    \b
+    Example: virtbus print unit > /etc/systemd/system/virtbus.service
+    """
+    from virtbus.commands import unit as command
+
+    drain = _load(options).config.drain_seconds
+    command.unit(sys.stdout, user=user, command=program, drain_seconds=drain)

@@ -78,9 +78,9 @@ def _make_base() -> None:
     tar.unlink()
 
 
-def size() -> str:
+def size(name: str = IMAGE) -> str:
     """The image's size, unpacked, as the engines print it."""
-    return buildah("images", "--format", "{{.Size}}", IMAGE)
+    return buildah("images", "--format", "{{.Size}}", name)
 
 
 @contextmanager

@@ -1,0 +1,325 @@
+"""The image, built here and run as the chart's pod: from a real libvirtd to a real RabbitMQ.
+
+`make chart` runs this: the first build makes a base and takes minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.chart import helm, image
+from tests.chart.pod import Pod, PodError, Process
+from tests.conftest import need
+from tests.lab.lab import Lab
+from tests.ports import free_ports
+
+OWN = 65532  # the image's own user
+# What the footprint may be before charts/virtbus/values.yaml must be thought over.
+MEMORY_REQUEST_KIB = 96 << 10
+
+
+@pytest.fixture(scope="session")
+def built() -> str:
+    need(image.missing())
+    return image.build()
+
+
+@pytest.fixture(scope="session")
+def root(built: str) -> Iterator[Path]:
+    with image.mounted() as folder:
+        yield folder
+
+
+# ------------------------------------------------------------------------------------- what is in it
+
+
+def test_no_compiler_no_headers_and_no_package_installer_are_left(root: Path) -> None:
+    folders = [root / name for name in ("usr/bin", "usr/local/bin", "opt/virtbus/bin")]
+    names = {path.name for folder in folders if folder.exists() for path in folder.iterdir()}
+    assert not names & {"gcc", "cc", "g++", "ld", "as", "make", "pkg-config", "strip"}
+    assert not [name for name in names if name.startswith("x86_64-linux-gnu-gcc")]
+    assert not list((root / "opt" / "virtbus").rglob("pip"))
+    assert not (root / "usr" / "include" / "libvirt").exists()
+
+
+def test_of_libvirt_there_is_the_client_library_alone(root: Path) -> None:
+    status = (root / "var/lib/dpkg/status").read_text(encoding="utf-8")
+    installed = set(re.findall(r"^Package: (.*libvirt.*|qemu.*)$", status, re.MULTILINE))
+    assert installed == {"libvirt0", "libvirt-common"}  # the latter: files that libvirt0 depends on
+    for daemon in ("libvirtd", "virtqemud", "virsh"):
+        assert not [path for folder in ("usr/sbin", "usr/bin") for path in (root / folder).glob(daemon)]
+
+
+def test_no_file_gives_its_user_more_rights(root: Path) -> None:
+    found = subprocess.run(
+        ["find", str(root), "-xdev", "-perm", "/6000", "-type", "f"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout == ""
+
+
+def test_nothing_is_writable_for_everyone_but_the_temporary_folders(root: Path) -> None:
+    found = subprocess.run(
+        ["find", str(root), "-xdev", "-perm", "-0002", "!", "-type", "l", "-printf", "/%P\n"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert set(found.stdout.split()) <= {"/tmp", "/var/tmp", "/run/lock", "/dev/shm"} | {
+        line for line in found.stdout.split() if line.startswith("/dev/")
+    }
+
+
+def test_the_configuration_says_user_labels_and_health_check(built: str) -> None:
+    config = json.loads(image.buildah("inspect", "--type", "image", image.IMAGE))["Docker"]["config"]
+    assert config["User"] == f"{OWN}:{OWN}"
+    assert config["Entrypoint"] == ["virtbus"]
+    assert config["Healthcheck"]["Test"][:2] == ["CMD", "virtbus"]
+    assert config["Labels"]["org.opencontainers.image.licenses"] == "Apache-2.0"
+    assert config["StopSignal"] == "SIGTERM"
+
+
+def test_the_image_is_small(built: str, record_figure: Any) -> None:
+    size = image.size()
+    record_figure(f"image: {size} unpacked, of which the base is {image.size(image.BASE)}")
+    number, unit = size.split()
+    assert unit == "MB"
+    assert float(number) < 300
+
+
+# ------------------------------------------------------------------------------------ run as a pod
+
+
+@pytest.fixture
+def record_figure(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Print a measured figure, past pytest's capture."""
+
+    def record(text: str) -> None:
+        with capsys.disabled():
+            print(f"\n  {text}", end="")
+
+    return record
+
+
+class Node:
+    """A pretended node: its libvirtd, its folders, and the chart's pod on it."""
+
+    def __init__(self, lab: Lab, folder: Path, url: str, *sets: str) -> None:
+        folder.chmod(0o755)
+        self.lab, self.folder = lab, folder
+        (self.port,) = free_ports(1)
+        (folder / "machine-id").write_text("0123456789abcdef0123456789abcdef\n")
+        found = helm.render(helm.MINIMAL, sets=(f"http.port={self.port}", *sets))
+        self.spec: dict[str, Any] = helm.one(found, "DaemonSet")["spec"]["template"]["spec"]
+        self.config = {"vb-virtbus": helm.one(found, "ConfigMap")["data"]}
+        self.secrets = {"virtbus-bus": {"url": url}}
+
+    def pod(self) -> Pod:
+        """The pod as rendered."""
+        host = {
+            "/run/libvirt": self.lab.folder / "run",
+            "/var/lib/virtbus": self.folder / "spool",
+            "/etc/machine-id": self.folder / "machine-id",
+        }
+        return Pod(self.spec, host=host, secrets=self.secrets, config_maps=self.config)
+
+    def ask(self, path: str) -> tuple[int, str]:
+        """GET from the agent, as kubelet's probes do → (status, body); 0 when it does not answer."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=2) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            with error:
+                return error.code, error.read().decode()
+        except OSError:
+            return 0, ""
+
+    def wait(self, path: str, status: int, agent: Process, seconds: float = 30) -> float:
+        """Seconds until the path answers with the status."""
+        begun = time.monotonic()
+        while time.monotonic() - begun < seconds:
+            if self.ask(path)[0] == status:
+                return time.monotonic() - begun
+            if agent.popen.poll() is not None:
+                raise AssertionError(f"the agent ended with {agent.popen.returncode}: {agent.output()}")
+            time.sleep(0.02)
+        raise AssertionError(f"{path} is {self.ask(path)}, not {status}: {agent.output()}")
+
+
+def _give_account(lab: Lab, folder: Path, uid: int) -> None:
+    """Give libvirtd an account for this uid, as useradd on the host would: it refuses strangers."""
+    for name, line in (
+        ("passwd", f"virtbus:x:{uid}:{uid}::/:/bin/false\n"),
+        ("group", f"virtbus:x:{uid}:\n"),
+    ):
+        file = folder / name
+        shutil.copyfile(Path("/etc") / name, file)
+        with file.open("a") as out:
+            out.write(line)
+        subprocess.run(
+            ["nsenter", "--target", str(lab.libvirtd_pid), "--mount",
+             "mount", "--bind", str(file), f"/etc/{name}"], check=True,
+        )  # fmt: skip
+
+
+def _consume(url: str, kind: str, seconds: float = 60) -> subprocess.Popen[str]:
+    """A consumer that ends with the first event of this type."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "virtbus", "consume", "--bus", url, "--type", kind, "--count", "1",
+         "--timeout", str(seconds)],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+
+
+def _event(consumer: subprocess.Popen[str]) -> Mapping[str, Any]:
+    out, _ = consumer.communicate(timeout=70)
+    event: Mapping[str, Any] = json.loads(out.splitlines()[0])
+    return event
+
+
+def _status(agent: Process) -> dict[str, str]:
+    text = Path(f"/proc/{agent.pid()}/status").read_text(encoding="utf-8")
+    return dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+
+
+@pytest.mark.usefixtures("built")
+@pytest.mark.parametrize("user", [OWN, 65534], ids=["its-own-user", "nobody"])
+def test_a_guests_error_goes_from_a_real_libvirtd_through_the_pod_to_rabbitmq(
+    user: int, lab: Lab, amqp_url: str, tmp_path: Path, record_figure: Any
+) -> None:
+    sets = (f"runAsUser={user}", f"runAsGroup={user}")
+    node = Node(lab, tmp_path, amqp_url, *sets)
+    if user == OWN:
+        _give_account(lab, tmp_path, user)
+    guest = lab.guest("db1", error="EIO", policy="stop")
+    guest.start()
+    with ExitStack() as stack:
+        pod = stack.enter_context(node.pod())
+        pod.init()
+        assert (tmp_path / "spool").stat().st_uid == user
+        consumer = _consume(amqp_url, "io_error.v1")
+        stack.callback(consumer.kill)
+        begun = time.monotonic()
+        agent = pod.main()
+        live = node.wait("/livez", 200, agent)
+        node.wait("/readyz", 200, agent)
+        ready = time.monotonic() - begun
+        guest.fail()
+        event = _event(consumer)
+        assert event["data"]["domain"]["name"] == "db1"
+        assert event["data"]["error"]["action"] == "pause"
+
+        status = _status(agent)
+        assert status["Uid"].split() == [str(user)] * 4
+        assert {status[name] for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
+        assert status["NoNewPrivs"] == "1"
+        assert status["Seccomp"] == "2"
+        peak = int(status["VmHWM"].split()[0])
+        assert peak < MEMORY_REQUEST_KIB
+        record_figure(
+            f"pod as {user}: alive after {live:.2f} s, ready after {ready:.2f} s, peak {peak >> 10} MiB"
+        )
+        inside = agent.run("virtbus", "status", "--json")
+        assert json.loads(inside.stdout)["not_ready"] == []
+        assert agent.run("touch", "/opt/virtbus/x").returncode != 0
+        assert agent.run("touch", "/run/libvirt/x").returncode != 0
+        assert agent.stop() == 0
+
+
+@pytest.mark.usefixtures("built")
+def test_the_health_check_of_the_image_is_well_while_the_broker_is_away(lab: Lab, tmp_path: Path) -> None:
+    """And so are all three probes: a restart would help nobody."""
+    node = Node(lab, tmp_path, "amqp://guest:guest@127.0.0.1:1//")
+    with node.pod() as pod:
+        pod.init()
+        agent = pod.main()
+        node.wait("/readyz", 200, agent)
+        time.sleep(2)
+        assert node.ask("/livez")[0] == 200
+        assert node.ask("/readyz")[0] == 200
+        assert "connection refused" in agent.output()
+        assert agent.run(*pod.image_config["Healthcheck"]["Test"][1:]).returncode == 0
+
+
+@pytest.mark.usefixtures("built")
+def test_an_agent_that_libvirtd_does_not_know_says_so_and_is_not_ready(lab: Lab, tmp_path: Path) -> None:
+    """Why the chart's default is nobody: libvirtd refuses a uid without an account on its own side."""
+    node = Node(lab, tmp_path, "amqp://127.0.0.1:1//", f"runAsUser={OWN}", f"runAsGroup={OWN}")
+    with node.pod() as pod:
+        pod.init()
+        agent = pod.main()
+        node.wait("/livez", 200, agent)
+        time.sleep(2)
+        assert node.ask("/readyz")[0] == 503
+        assert f"Failed to find user record for uid '{OWN}'" in agent.output()
+
+
+@pytest.mark.usefixtures("built")
+def test_the_pod_goes_on_after_libvirtd_was_restarted(lab: Lab, amqp_url: str, tmp_path: Path) -> None:
+    """The folder is mounted, not the socket: the new socket is seen through it."""
+    node = Node(lab, tmp_path, amqp_url)
+    guest = lab.guest("db1", error="EIO", policy="stop")
+    guest.start()
+    with node.pod() as pod:
+        pod.init()
+        agent = pod.main()
+        node.wait("/readyz", 200, agent)
+        lab.restart_libvirtd()
+        consumer = _consume(amqp_url, "io_error.v1")
+        deadline = time.monotonic() + 30
+        while agent.output().count("callbacks registered") < 2:
+            assert time.monotonic() < deadline, agent.output()
+            time.sleep(0.1)
+        guest.fail()
+        assert _event(consumer)["data"]["domain"]["name"] == "db1"
+
+
+@pytest.mark.usefixtures("built")
+def test_the_spool_and_the_identity_outlive_the_pod(lab: Lab, amqp_url: str, tmp_path: Path) -> None:
+    guest = lab.guest("db1", error="EIO", policy="stop")
+    guest.start()
+    away = Node(lab, tmp_path, "amqp://guest:guest@127.0.0.1:1//", "config.drain_seconds=0")
+    with away.pod() as pod:
+        pod.init()
+        agent = pod.main()
+        away.wait("/readyz", 200, agent)
+        guest.fail()
+        deadline = time.monotonic() + 20
+        while 'virtbus_events_total{origin="event"' not in away.ask("/metrics")[1]:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        first = json.loads(agent.run("virtbus", "status", "--json").stdout)["agent_id"]
+        agent.stop(9)
+    node = Node(lab, tmp_path, amqp_url)
+    with node.pod() as pod:
+        pod.init()
+        consumer = _consume(amqp_url, "io_error.v1")
+        agent = pod.main()
+        event = _event(consumer)
+        assert event["source"] == f"/virtbus/agents/{first}"
+        assert event["data"]["origin"] == "event"
+
+
+@pytest.mark.usefixtures("built")
+def test_a_node_without_libvirt_waits_instead_of_making_the_folder(lab: Lab, tmp_path: Path) -> None:
+    node = Node(lab, tmp_path, "amqp://127.0.0.1:1//")
+    missing = tmp_path / "no-libvirt-here"
+    with pytest.raises(PodError, match="is no Directory"):
+        pod = node.pod()
+        pod.host = {**pod.host, "/run/libvirt": missing}
+        with pod:
+            pass
+    assert not missing.exists()

@@ -1,0 +1,106 @@
+"""`virtbus print unit`: a hardened systemd unit for hosts without Kubernetes."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from virtbus.errors import ConfigError
+
+# systemd.exec(5), systemd.service(5). Not set, and why: PrivateUsers= would hide libvirt's group from us;
+# ProcSubset=pid would hide the boot id; PrivateNetwork= would hide the broker.
+_UNIT = """\
+# A system user of its own, whom libvirtd must know, and the broker's URL in a file for root alone:
+#   useradd --system --user-group --no-create-home --shell /usr/sbin/nologin {user}
+#   install -m 0600 /dev/stdin /etc/virtbus/bus-url <<< 'amqps://virtbus:password@broker:5671//'
+#   virtbus print unit > /etc/systemd/system/virtbus.service
+#   systemctl daemon-reload && systemctl enable --now virtbus
+# Without the file: take LoadCredential and the line after it out, and set bus.url in the configuration.
+
+[Unit]
+Description=virtbus: guest I/O errors as durable events
+Wants=network-online.target
+After=network-online.target libvirtd.service virtqemud.service
+# It waits for libvirt and the broker itself; if it ends all the same, it is started again for ever.
+StartLimitIntervalSec=0
+
+[Service]
+Type=notify
+ExecStart={command} run
+ExecReload=/bin/kill -HUP $MAINPID
+LoadCredential=bus-url:/etc/virtbus/bus-url
+Environment=VIRTBUS_BUS__URL_FILE=%d/bus-url
+Restart=on-failure
+RestartSec=5
+# 78: the settings are wrong. Starting again with the same ones would help nobody.
+RestartPreventExitStatus=78
+WatchdogSec=60
+# SIGTERM drains for at most {drain:g} s.
+TimeoutStopSec={stop}
+
+User={user}
+Group={user}
+StateDirectory=virtbus
+StateDirectoryMode=0700
+RuntimeDirectory=virtbus
+RuntimeDirectoryMode=0700
+ConfigurationDirectory=virtbus
+UMask=0077
+
+MemoryMax=256M
+TasksMax=64
+LimitCORE=0
+
+NoNewPrivileges=yes
+CapabilityBoundingSet=
+AmbientCapabilities=
+ProtectSystem=strict
+ProtectHome=yes
+PrivateTmp=yes
+PrivateDevices=yes
+PrivateMounts=yes
+DevicePolicy=closed
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+RemoveIPC=yes
+RestrictAddressFamilies=AF_UNIX AF_INET AF_INET6
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged @resources
+SystemCallErrorNumber=EPERM
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def unit(out: TextIO, *, user: str, command: str | None, drain_seconds: float) -> None:
+    """Print the unit; `command` is the program's absolute path, by default that of the one that runs now.
+
+    Raises ConfigError when that has no absolute path, or has one that systemd would read differently.
+    """
+    path = command or _this_program()
+    if not path.startswith("/") or any(sign in path for sign in " \t%\"'\\$"):
+        raise ConfigError(f"{path!r} is no plain absolute path; name the program with --command")
+    stop = math.ceil(drain_seconds) + 20
+    out.write(_UNIT.format(user=user, command=path, drain=drain_seconds, stop=stop))
+
+
+def _this_program() -> str:
+    found = Path(sys.argv[0])
+    if found.name == "virtbus" and found.exists():
+        return str(found.absolute())
+    return shutil.which("virtbus") or "/usr/bin/virtbus"
