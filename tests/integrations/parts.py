@@ -15,7 +15,7 @@ from virtbus.bus import BusOptions, open_bus
 from virtbus.config import React
 from virtbus.consumer import Consumer
 from virtbus.fleet import Fleet, FleetRules
-from virtbus.integrations import Action, Integration, open_integration
+from virtbus.integrations.base import Action, Integration, open_integration
 from virtbus.integrations.policy import HoldPolicy, HoldRules
 from virtbus.integrations.reactor import Reactor
 from virtbus.integrations.store import ActionStore

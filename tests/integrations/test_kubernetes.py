@@ -18,7 +18,15 @@ from tests.lab.lab import PAUSED_IOERROR, RUNNING, Lab
 from virtbus.config import React, ReactKubernetes
 from virtbus.errors import ConfigError
 from virtbus.fleet import Blame, HostHealth
-from virtbus.integrations import HOLD, RELEASE, REPORT, Action, NotOurs, TargetUnavailable, open_integration
+from virtbus.integrations.base import (
+    HOLD,
+    RELEASE,
+    REPORT,
+    Action,
+    NotOurs,
+    TargetUnavailable,
+    open_integration,
+)
 
 TAINT = "virtbus.io/storage-unhealthy"
 

@@ -13,7 +13,7 @@ import pytest
 from tests.integrations.parts import Recording, errors, eventually, heartbeat, publish, running
 from virtbus.config import React
 from virtbus.errors import ConfigError
-from virtbus.integrations import (
+from virtbus.integrations.base import (
     EVENT,
     HOLD,
     RELEASE,
@@ -183,7 +183,7 @@ def test_a_second_instance_on_the_same_state_is_refused(tmp_path):
 def test_an_action_stored_before_a_kill_is_done_after_it(tmp_path):
     code = (
         "import os, sys; from pathlib import Path\n"
-        "from virtbus.integrations import Action\n"
+        "from virtbus.integrations.base import Action\n"
         "from virtbus.integrations.store import ActionStore\n"
         "store = ActionStore(Path(sys.argv[1]))\n"
         "(entry,) = store.add([Action('k', 't', 'event', 'why', {'a': 1})], 1.0)\n"

@@ -15,7 +15,7 @@ from virtbus.config import Config, Loaded, bus_url
 from virtbus.consumer import Consumer
 from virtbus.fleet import Fleet, FleetRules, StorageRules, VerdictRules
 from virtbus.fleet.storage import SHARED_PATHS
-from virtbus.integrations import Integration, open_integration
+from virtbus.integrations.base import Integration, open_integration
 from virtbus.integrations.policy import HoldPolicy, HoldRules
 from virtbus.integrations.reactor import Reactor
 from virtbus.integrations.store import ActionStore

@@ -21,7 +21,7 @@ from virtbus.bus import is_loopback
 from virtbus.config import React, read_secret
 from virtbus.consumer import Delivery
 from virtbus.errors import ConfigError
-from virtbus.integrations import EVENT, Action, ActionRefused, Integration, TargetUnavailable
+from virtbus.integrations.base import EVENT, Action, ActionRefused, Integration, TargetUnavailable
 from virtbus.model import Check, Origin
 from virtbus.telemetry import Notice, emit
 

@@ -19,7 +19,15 @@ from kubernetes.config.config_exception import ConfigException
 from virtbus.config import React
 from virtbus.errors import ConfigError
 from virtbus.fleet import Blame, HostHealth
-from virtbus.integrations import HOLD, REPORT, Action, ActionRefused, Integration, NotOurs, TargetUnavailable
+from virtbus.integrations.base import (
+    HOLD,
+    REPORT,
+    Action,
+    ActionRefused,
+    Integration,
+    NotOurs,
+    TargetUnavailable,
+)
 from virtbus.model import Check
 
 CONDITION = "VirtbusStorageHealthy"

@@ -21,7 +21,7 @@ from virtbus.consumer import Consumer, Delivery
 from virtbus.envelope import uuid7
 from virtbus.errors import VirtbusError
 from virtbus.fleet import Fleet, HostHealth
-from virtbus.integrations import HOLD, RELEASE, REPORT, Action, Integration, NotOurs
+from virtbus.integrations.base import HOLD, RELEASE, REPORT, Action, Integration, NotOurs
 from virtbus.integrations.policy import Decision, HoldPolicy
 from virtbus.integrations.store import ActionStore
 from virtbus.model import Clock, Now

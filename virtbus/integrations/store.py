@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from virtbus.errors import ConfigError
-from virtbus.integrations import Action
+from virtbus.integrations.base import Action
 from virtbus.integrations.policy import Held
 
 KEPT_ROWS = 200_000  # finished actions: what comes again is recognised by them, and the audit can be read

@@ -1,0 +1,259 @@
+"""Against Nova's and Masakari's own code: a real nova-api, Nova's weight handler, Masakari's schema."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import need
+from tests.integrations import control_planes
+from tests.integrations.control_planes import NovaApi
+from tests.integrations.parts import Recording, errors, eventually, heartbeat, publish, running
+from virtbus.config import React, ReactMasakari, ReactNova
+from virtbus.consumer import Consumer
+from virtbus.integrations.base import (
+    HOLD,
+    RELEASE,
+    Action,
+    ActionRefused,
+    NotOurs,
+    TargetUnavailable,
+    open_integration,
+)
+from virtbus.model import Action as Kind
+from virtbus.model import Origin, Owner
+from virtbus.testing import a_domain, a_record, an_io_error
+
+pytestmark = [
+    pytest.mark.timeout(1800),  # the first run installs Nova
+    # openstacksdk uses what it deprecates itself.
+    pytest.mark.filterwarnings("ignore::openstack.warnings.RemovedInSDK50Warning"),
+    pytest.mark.filterwarnings("ignore::openstack.warnings.RemovedInSDK60Warning"),
+]
+
+
+@pytest.fixture(scope="session")
+def planes() -> None:
+    need(control_planes.missing())
+
+
+@pytest.fixture(scope="session")
+def nova_api(planes, tmp_path_factory):
+    with NovaApi(tmp_path_factory.mktemp("nova"), ["compute-1", "compute-2.example.org", "compute-3"]) as api:
+        yield api
+
+
+@pytest.fixture
+def nova(nova_api, tmp_path, monkeypatch):
+    monkeypatch.setenv("OS_CLIENT_CONFIG_FILE", str(nova_api.clouds(tmp_path / "clouds.yaml")))
+    made = open_integration("nova", React(nova=ReactNova(cloud="test")))
+    yield made
+    made.close()
+
+
+def an_action(verb: str, host: str, why: str = "host: two unrelated storage systems") -> Action:
+    return Action(f"{verb}/{host}/{uuid.uuid4()}", host, verb, why)
+
+
+def test_a_service_is_disabled_with_our_reason_and_enabled_again(nova, nova_api):
+    nova.execute(an_action(HOLD, "compute-1"))
+    nova.execute(an_action(HOLD, "compute-1"))
+    status, reason = nova_api.services()["compute-1"]
+    assert (status, reason) == ("disabled", "virtbus: host: two unrelated storage systems")
+    assert not reason.startswith("AUTO: ")
+    nova.execute(an_action(RELEASE, "compute-1"))
+    assert nova_api.services()["compute-1"] == ("enabled", None)
+
+
+def test_what_an_operator_disabled_is_neither_taken_over_nor_enabled(nova, nova_api):
+    _, found = nova_api.request("GET", "/v2.1/os-services?host=compute-3&binary=nova-compute")
+    path = f"/v2.1/os-services/{found['services'][0]['id']}"
+    nova_api.request("PUT", path, {"status": "disabled", "disabled_reason": "maintenance"})
+    for verb in (HOLD, RELEASE):
+        with pytest.raises(NotOurs, match="maintenance"):
+            nova.execute(an_action(verb, "compute-3"))
+    assert nova_api.services()["compute-3"] == ("disabled", "maintenance")
+    nova_api.request("PUT", path, {"status": "enabled"})
+
+
+def test_a_release_leaves_alone_what_an_operator_has_enabled_meanwhile(nova, nova_api):
+    with pytest.raises(NotOurs, match="enabled"):
+        nova.execute(an_action(RELEASE, "compute-1"))
+
+
+def test_a_host_is_found_by_its_short_name(nova, nova_api):
+    nova.execute(an_action(HOLD, "compute-2"))
+    assert nova_api.services()["compute-2.example.org"][0] == "disabled"
+    nova.execute(an_action(RELEASE, "compute-2.other.domain"))
+    with pytest.raises(NotOurs, match=r"react\.hosts"):
+        nova.execute(an_action(HOLD, "compute-9"))
+
+
+def test_a_long_reason_is_cut_to_what_nova_takes(nova, nova_api):
+    nova.execute(an_action(HOLD, "compute-1", "x" * 1000))
+    assert len(nova_api.services()["compute-1"][1]) == 255
+    nova.execute(an_action(RELEASE, "compute-1"))
+
+
+def test_this_nova_refuses_a_wrong_body_and_a_wrong_token(nova_api):
+    """The server of these tests is no yes-man."""
+    _, found = nova_api.request("GET", "/v2.1/os-services?host=compute-1")
+    path = f"/v2.1/os-services/{found['services'][0]['id']}"
+    assert nova_api.request("PUT", path, {"status": "tired"})[0] == 400
+    assert nova_api.request("GET", "/v2.1/os-services", token="nobody")[0] == 401
+
+
+def test_a_body_that_nova_refuses_is_given_up_and_a_nova_that_is_away_is_tried_again(
+    nova, nova_api, tmp_path, monkeypatch
+):
+    from virtbus.integrations.openstack import call
+
+    with pytest.raises(ActionRefused, match="400"):
+        call("x", lambda: nova._cloud.compute.update_service(nova._service("compute-1"), status="tired"))
+    file = tmp_path / "away.yaml"
+    file.write_text(nova_api.clouds(tmp_path / "c").read_text().replace(str(nova_api.port), "1"))
+    monkeypatch.setenv("OS_CLIENT_CONFIG_FILE", str(file))
+    away = open_integration("nova", React(nova=ReactNova(cloud="test")))
+    with pytest.raises(TargetUnavailable):
+        away.execute(an_action(HOLD, "compute-1"))
+    assert away.probe()[0].status == "failed"
+    away.close()
+
+
+def test_events_on_rabbitmq_disable_the_service_and_a_well_heartbeat_enables_it(
+    nova, nova_api, amqp_url, tmp_path
+):
+    bound = Consumer(amqp_url, group="react-nova")
+    bound.receive(1.0)  # the group's queue is there before the first event
+    bound.close()
+    publish(amqp_url, heartbeat("compute-1"), *errors(3))
+    with running(nova, amqp_url, tmp_path):
+        eventually(lambda: nova_api.services()["compute-1"][0] == "disabled", "disabled")
+        publish(amqp_url, heartbeat("compute-1", sequence=200))
+        eventually(lambda: nova_api.services()["compute-1"][0] == "enabled", "enabled")
+
+
+# ---- the weigher
+
+_WEIGH = """
+import collections, json, os, sys
+sys.path.insert(0, sys.argv[1])
+from nova import conf
+conf.CONF([], project="nova")
+ours = ["virtbus.integrations.nova_weigher.HealthWeigher"]
+conf.CONF.set_override("weight_classes", ours, "filter_scheduler")
+from nova.scheduler import weights
+handler = weights.HostWeightHandler()
+classes = handler.get_matching_classes(conf.CONF.filter_scheduler.weight_classes)
+Host = collections.namedtuple("Host", "host nodename")
+hosts = [Host(name, name) for name in sys.argv[2].split(",")]
+orders = []
+for file in sys.argv[3:]:
+    os.environ["VIRTBUS_FLEET_FILE"] = file
+    found = handler.get_weighed_objects([one() for one in classes], hosts, {})
+    orders.append([(one.obj.host, one.weight) for one in found])
+loaded = [name for name in ("kombu", "msgspec", "virtbus.config") if name in sys.modules]
+print(json.dumps({"orders": orders, "loaded": loaded}))
+"""
+
+
+def weigh(hosts: str, *files: Path) -> dict:
+    """What Nova's own handler makes of each file: hosts in order, with their weights."""
+    told = control_planes.python(_WEIGH, str(control_planes.ROOT), hosts, *map(str, files))
+    return json.loads(told.splitlines()[-1])
+
+
+def test_novas_own_handler_loads_the_weigher_and_prefers_well_hosts(planes, tmp_path):
+    file = tmp_path / "fleet.json"
+    blames = {"a": ("host", 4), "b": ("none", 0), "c": ("undetermined", 2), "d": ("backend", 9)}
+    hosts = {name: {"blame": blame, "guests": guests} for name, (blame, guests) in blames.items()}
+    file.write_text(json.dumps({"hosts": hosts}))
+    found = weigh("a,b.example.org,c,d,unknown", file)
+    (order,) = found["orders"]
+    assert [host for host, _ in order[2:]] == ["d", "c", "a"]
+    assert {host for host, _ in order[:2]} == {"b.example.org", "unknown"}
+    assert found["loaded"] == [], "nova-scheduler must not load what it has no need of"
+
+
+def test_a_missing_broken_or_old_file_weighs_nothing(planes, tmp_path):
+    files = [tmp_path / "missing"]
+    for content in ("{", "[]", '{"hosts": 3}', '{"hosts": {"a": 1}}'):
+        files.append(tmp_path / f"{len(files)}.json")
+        files[-1].write_text(content)
+    old = tmp_path / "old"
+    old.write_text(json.dumps({"hosts": {"a": {"blame": "host", "guests": 3}}}))
+    os.utime(old, (time.time() - 1000, time.time() - 1000))
+    for order in weigh("a,b", *files, old)["orders"]:
+        assert len({weight for _, weight in order}) == 1
+
+
+# ---- Masakari
+
+_VALIDATE = """
+import json, sys
+from masakari import conf
+from masakari.api.openstack.ha.schemas import notifications, payload
+from masakari.api.validation import validators
+body = json.loads(sys.argv[1])
+validators._SchemaValidator(notifications.create).validate({"notification": body})
+validators._SchemaValidator(payload.create_vm_payload).validate(body["payload"])
+print("accepted")
+"""
+
+
+class Capturing(Recording):
+    name = "capturing"
+    holds = False
+
+
+def masakari(tmp_path, monkeypatch, **settings):
+    file = tmp_path / "clouds.yaml"
+    file.write_text(
+        "clouds: {test: {auth_type: admin_token, auth: {endpoint: 'http://127.0.0.1:1', token: t}}}"
+    )
+    monkeypatch.setenv("OS_CLIENT_CONFIG_FILE", str(file))
+    return open_integration("masakari", React(masakari=ReactMasakari(cloud="test", **settings)))
+
+
+def actions_for(integration, url, event) -> list[Action]:
+    publish(url, a_record(event))
+    with Consumer(url, group=f"g{uuid.uuid4().hex}") as consumer:
+        wanted = integration.wants(consumer.receive(5))
+    return [] if wanted is None else [wanted]
+
+
+def test_masakaris_own_schema_accepts_our_notification_and_refuses_more(planes, tmp_path, monkeypatch):
+    made = masakari(tmp_path, monkeypatch)
+    owner = Owner("nova", id="1b2c3d4e-0000-4000-8000-000000000001")
+    (action,) = actions_for(made, f"embedded://{tmp_path}/bus.db", an_io_error(domain=a_domain(owner=owner)))
+    assert action.body["payload"]["instance_uuid"] == owner.id
+    assert action.body["payload"]["vir_domain_event"] == "IO_ERROR_PAUSE"
+    assert control_planes.python(_VALIDATE, json.dumps(dict(action.body))).strip() == "accepted"
+    more = {**action.body, "payload": {**action.body["payload"], "device": "vda"}}
+    with pytest.raises(AssertionError, match="device"):
+        control_planes.python(_VALIDATE, json.dumps(more))
+    made.close()
+
+
+def test_an_error_that_masakari_would_restart_a_guest_for_is_not_sent_unless_asked_for(tmp_path, monkeypatch):
+    error = an_io_error()
+    reported = an_io_error(
+        error=type(error.error)(Kind.REPORT, 2, "", "", None, None, error.error.occurred_at)
+    )
+    replayed = an_io_error(origin=Origin.REPLAY)
+    foreign = an_io_error(domain=a_domain(owner=Owner("ovirt", id="x")))
+    for settings, event, expected in (
+        ({}, reported, 0),
+        ({"send_report": True}, reported, 1),
+        ({}, replayed, 0),
+        ({}, foreign, 0),
+    ):
+        made = masakari(tmp_path, monkeypatch, **settings)
+        url = f"embedded://{tmp_path}/{uuid.uuid4().hex}.db"
+        assert len(actions_for(made, url, event)) == expected
+        made.close()

@@ -1,0 +1,150 @@
+"""The webhook speaks the CloudEvents HTTP binding, and loses nothing to a server's bad day."""
+
+from __future__ import annotations
+
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from tests.integrations.parts import errors, eventually, publish, running
+from virtbus.config import React, ReactWebhook
+from virtbus.errors import ConfigError
+from virtbus.integrations.base import EVENT, Action, ActionRefused, TargetUnavailable, open_integration
+from virtbus.testing import a_record, no_waiting
+
+
+class Server:
+    """Answers with the statuses it is given, then with 204; remembers (path, headers, body)."""
+
+    def __init__(self) -> None:
+        self.answers: list[int] = []
+        self.requests: list[tuple[str, dict[str, str], bytes]] = []
+        self.connections = 0
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            timeout = 0.5  # an idle connection is closed
+
+            def setup(self) -> None:
+                outer.connections += 1
+                super().setup()
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                outer.requests.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
+                self.send_response(outer.answers.pop(0) if outer.answers else 204)
+                self.send_header("content-length", "0")
+                self.end_headers()
+
+            def log_message(self, *words: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = False  # closing waits for them
+        self.url = f"http://127.0.0.1:{self._server.server_port}/hook?from=virtbus"
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+@pytest.fixture
+def server():
+    made = Server()
+    yield made
+    made.close()
+
+
+def a_hook(server: Server, **more):
+    return open_integration("webhook", React(webhook=ReactWebhook(url=server.url, **more)))
+
+
+def an_action(**attributes: str) -> Action:
+    record = a_record()
+    body = {"attributes": {**record.attributes, **attributes}, "data": record.body.decode()}
+    return Action("k", "t", EVENT, "", body)
+
+
+def test_binary_mode_has_the_attributes_as_headers_and_the_data_as_the_body(server):
+    hook = a_hook(server)
+    action = an_action(subject="web 1/größe%")
+    assert hook.execute(action).startswith("204")
+    hook.execute(action)
+    hook.close()
+    path, headers, body = server.requests[0]
+    assert path == "/hook?from=virtbus"
+    assert headers["ce-id"] == action.body["attributes"]["id"]
+    assert headers["ce-specversion"] == "1.0"
+    assert headers["ce-subject"] == "web%201/gr%C3%B6%C3%9Fe%25"
+    assert headers["content-type"] == "application/json"
+    assert "ce-datacontenttype" not in headers
+    assert body.decode() == action.body["data"]
+    assert server.connections == 1
+
+
+def test_structured_mode_and_a_token_from_a_file(server, tmp_path):
+    (tmp_path / "token").write_text("s3cret\n")
+    hook = a_hook(server, content_mode="structured", token_file=str(tmp_path / "token"))
+    hook.execute(an_action())
+    (tmp_path / "token").write_text("rotated\n")
+    hook.execute(an_action())
+    hook.close()
+    assert [headers["authorization"] for _, headers, _ in server.requests] == [
+        "Bearer s3cret",
+        "Bearer rotated",
+    ]
+    assert server.requests[0][1]["content-type"] == "application/cloudevents+json"
+    assert b'"specversion":"1.0"' in server.requests[0][2]
+
+
+@pytest.mark.parametrize("status", [301, 401, 404, 409, 410, 429, 500, 503])
+def test_an_answer_that_may_change_is_tried_again(server, status):
+    server.answers = [status]
+    hook = a_hook(server)
+    with pytest.raises(TargetUnavailable, match=str(status)):
+        hook.execute(an_action())
+    hook.close()
+
+
+@pytest.mark.parametrize("status", [400, 413, 415, 422])
+def test_an_answer_about_the_event_itself_is_final(server, status):
+    server.answers = [status]
+    hook = a_hook(server)
+    with pytest.raises(ActionRefused, match=str(status)):
+        hook.execute(an_action())
+    hook.close()
+
+
+def test_a_server_that_fails_three_times_gets_every_event_in_order_with_its_id(server, tmp_path):
+    server.answers = [503, 500, 429]
+    url = f"embedded://{tmp_path}/bus.db"
+    records = errors(3)
+    publish(url, *records)
+    with running(a_hook(server), url, tmp_path), no_waiting():
+        eventually(lambda: len(server.requests) == 6, "six requests")
+    ids = [headers["ce-id"] for _, headers, _ in server.requests]
+    assert set(ids) == {record.id for record in records}
+
+
+def test_a_server_that_is_away_is_tried_again(server):
+    hook = a_hook(server)
+    hook.execute(an_action())
+    server.close()
+    with pytest.raises(TargetUnavailable):
+        hook.execute(an_action())
+    assert hook.probe()[0].status == "failed"
+    hook.close()
+    server.close = lambda: None
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://x/", "http://", "http://user:pw@x/", "http://x:0/", "https://x:99999/"]
+)
+def test_an_address_that_cant_be_used_is_refused_at_the_start(url):
+    with pytest.raises(ConfigError, match=r"react\.webhook"):
+        open_integration("webhook", React(webhook=ReactWebhook(url=url)))
