@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import msgspec
 
@@ -37,6 +38,8 @@ META = "incidents/meta"
 LIVE = "incident/"
 DRILL = "drill/"
 SEEN = "seen/"
+
+PAUSE_CODE = 1  # VIR_DOMAIN_EVENT_IO_ERROR_PAUSE
 
 
 def uuid_in(key: str) -> str:
@@ -198,10 +201,14 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
     def io_error(self, host: Host, pending: Pending, incident: Incident) -> IoError:
         """The event of one pending count; `told` includes it already."""
         facts = pending.facts
+        domain = self.domain
+        if facts.action_code == PAUSE_CODE and self.paused:
+            # The error comes before the lifecycle event: the cache does not know of the pause yet.
+            domain = replace(domain, state="paused")
         return IoError(
             host=host,
-            domain=self.domain,
-            device=self.device,
+            domain=domain,
+            device=_at_image(self.device, facts.path),
             error=ErrorFacts(
                 action=Action.from_code(facts.action_code),
                 action_code=facts.action_code,
@@ -321,3 +328,15 @@ def read_state(key: str, state: bytes) -> IncidentState | Seen | Meta | None:
 def any_counts(pending: Iterable[Pending]) -> bool:
     """Whether errors are pending, and not only what was found out about older ones."""
     return any(one.count for one in pending)
+
+
+def _at_image(device: Device, path: str | None) -> Device:
+    """The device with the place in its backing chain that a path names: 0 is the top, None is unknown."""
+    source = device.source
+    if source is None or not path:
+        return device
+    if path == source.path:
+        return replace(device, chain_index=0)
+    if path in source.backing:
+        return replace(device, chain_index=source.backing.index(path) + 1)
+    return device

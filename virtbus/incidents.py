@@ -38,6 +38,7 @@ from virtbus.incident_state import (
     FORMAT,
     LIVE,
     META,
+    PAUSE_CODE,
     SEEN,
     Facts,
     IncidentState,
@@ -86,7 +87,6 @@ UNKNOWN_HOST = Host(name="unknown")
 _FREE_MESSAGES = 10  # after these an incident waits between messages …
 _MESSAGE_SPACING = 1.0  # … at least this many seconds
 _PAUSED_GUESTS = 10_000  # at most so many are remembered by one incident (scope host)
-_PAUSE_CODE = 1  # VIR_DOMAIN_EVENT_IO_ERROR_PAUSE
 # libvirt's words for states; virsh writes two of them with a blank.
 _STOPPED_STATES = frozenset({"shutoff", "shut off", "crashed"})
 _RUNNING_STATES = frozenset({"running", "blocked", "idle"})
@@ -345,7 +345,7 @@ class Incidents:
         if burst.count:
             incident.quiet_since_at = now.monotonic
             incident.lower_bound = incident.lower_bound or self._throttles
-            if facts.action_code == _PAUSE_CODE:
+            if facts.action_code == PAUSE_CODE:
                 # Only a pause that was told late counts more than one: callbacks come several a pause.
                 times = burst.count if burst.origin is Origin.LIFECYCLE else 1
                 self._pause(incident, burst.raw.domain_uuid, times, now)
@@ -563,7 +563,7 @@ class Incidents:
         Any other error: yes, if its device had one at that time or later.
         """
         uuid, alias = finding.raw.domain_uuid, finding.raw.alias
-        pause = finding.raw.action_code == _PAUSE_CODE and (domain is None or domain.paused_by_io_error)
+        pause = finding.raw.action_code == PAUSE_CODE and (domain is None or domain.paused_by_io_error)
         for incident in self._of_domain.get(uuid, ()):
             if incident.drill or (alias and incident.device.alias not in (None, alias)):
                 continue
@@ -587,7 +587,7 @@ class Incidents:
         incidents = [one for one in self._of_domain.get(domain_uuid, ()) if not one.drill]
         if any(domain_uuid in one.paused for one in incidents):
             return
-        pausing = [one for one in incidents if one.facts.action_code == _PAUSE_CODE]
+        pausing = [one for one in incidents if one.facts.action_code == PAUSE_CODE]
         for incident in pausing or incidents:
             self._pause(incident, domain_uuid, 1, now)
 

@@ -10,6 +10,7 @@ from virtbus.model import (
     Burst,
     Description,
     Device,
+    DeviceSource,
     DeviceRemoved,
     Domain,
     DomainGone,
@@ -1061,3 +1062,22 @@ def test_a_failing_look_up_costs_the_enrichment_and_no_count():
     (event,) = Bench(describe=broken).see(an_error())
     assert not event.enriched
     assert event.occurrences.count == 1
+
+
+def test_a_path_of_the_backing_chain_says_which_image_it_is():
+    def layered(uuid):
+        source = DeviceSource("file", path="/top.qcow2", backing=("/middle.qcow2", "/base.raw"))
+        return Description(Domain(uuid, "guest"), {DISK: Device(DISK, source=source)})
+
+    found = {}
+    for path in ("/top.qcow2", "/base.raw", "/elsewhere", ""):
+        (event,) = Bench(describe=layered).see(an_error(path=path))
+        found[path] = event.device.chain_index
+    assert found == {"/top.qcow2": 0, "/base.raw": 2, "/elsewhere": None, "": None}
+
+
+def test_an_error_that_paused_the_guest_says_so_before_the_cache_knows():
+    bench = Bench()
+    (event,) = bench.see(an_error(action=PAUSE))
+    assert described("guest-a").domain.state == "running"
+    assert event.domain.state == "paused"
