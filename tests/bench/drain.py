@@ -53,13 +53,17 @@ class Drained:
 def fill(state: Path, events: int, domains: int = 1000) -> None:
     """A spool with `events` io_error events of `domains` domains in it."""
     spool = Spool.open(state, limits=LIMITS, agent_id=AGENT)
-    made = [an_io_error(domain=a_domain(uuid=uuid7(number), name=f"guest-{number}")) for number in range(domains)]
+    made = [
+        an_io_error(domain=a_domain(uuid=uuid7(number), name=f"guest-{number}")) for number in range(domains)
+    ]
     for start in range(0, events, 500):
         spool.commit([made[n % domains] for n in range(start, min(start + 500, events))])
     spool.close()
 
 
-def drained(url: str, events: int, *, window: int, domains: int = 1000, filled: Path | None = None) -> Drained:
+def drained(
+    url: str, events: int, *, window: int, domains: int = 1000, filled: Path | None = None
+) -> Drained:
     """Fill a spool (or take the one in `filled`) and drain it in another process."""
     with tempfile.TemporaryDirectory(prefix="virtbus-bench-", dir="/var/tmp") as folder:
         state = filled or Path(folder) / "state"
@@ -106,7 +110,11 @@ def main() -> None:
     agent.stop()
     agent.join()
     later = [rss for pending, rss in samples if pending <= 0.95 * events] or [memory(me)["VmRSS"]]
-    print(json.dumps({"events": events, "seconds": seconds, "rss_begin": later[0], "rss_peak": max(later), "cpu": cpu}))
+    print(
+        json.dumps(
+            {"events": events, "seconds": seconds, "rss_begin": later[0], "rss_peak": max(later), "cpu": cpu}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -8,24 +8,22 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import tempfile
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
-
-import kombu
+from typing import Any
 
 from tests.agent.process import AgentProcess
 from tests.bench import peers
+from tests.bench.events import Events
 from tests.bench.measure import Row, cpu_seconds, memory, wait_for, wakeups
 from tests.bench.publish import broker
-from tests.lab.lab import Lab
+from tests.lab.lab import Guest, Lab
 from virtbus.bus import BusOptions, open_bus
-from virtbus.envelope import decode
 from virtbus.model import Confirmed
 from virtbus.testing import ListFeed, records
 
@@ -37,40 +35,15 @@ KAFKA = ("confluent_kafka", "librdkafka")
 def agent(folder: str, lab: Lab, bus: str, settings: str = "") -> AgentProcess:
     """`virtbus run` in the clean environment."""
     words = [str(peers.agent_python()), "-m", "virtbus"]
-    return AgentProcess(Path(folder), libvirt=lab.uri_ro, bus=bus, settings=settings, command=words)
-
-
-class Events:
-    """What arrives at the broker: (monotonic time, decoded envelope) of each, on a thread of its own."""
-
-    def __init__(self, url: str) -> None:
-        self.seen: list[tuple[float, dict]] = []
-        self._over = threading.Event()
-        self._ready = threading.Event()
-        self._url = url
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-        self._ready.wait(10)
-
-    def _run(self) -> None:
-        stream = open_bus(self._url, BusOptions()).consume("bench")
-        stream.receive(0.2)
-        self._ready.set()
-        while not self._over.is_set():
-            message = stream.receive(0.2)
-            if message is not None:
-                envelope = decode(message)
-                self.seen.append((time.monotonic(), {**envelope.attributes, "data": envelope.data}))
-                stream.ack(message)
-        stream.close()
-
-    def of_type(self, name: str) -> list[tuple[float, dict]]:
-        """Those of one type, e.g. "io_error"."""
-        return [item for item in self.seen if item[1]["type"].endswith(f".{name}.v1")]
-
-    def close(self) -> None:
-        self._over.set()
-        self._thread.join()
+    # An installed package has its byte code: compiling it at each start costs a second and 2 MiB.
+    return AgentProcess(
+        Path(folder),
+        libvirt=lab.uri_ro,
+        bus=bus,
+        settings=settings,
+        command=words,
+        PYTHONDONTWRITEBYTECODE="",
+    )
 
 
 # ------------------------------------------------------------------------------------- idle
@@ -82,9 +55,11 @@ def idle_rows(rounds: int, *, seconds: float = IDLE_SECONDS) -> list[Row]:
     with broker() as node, Lab() as lab:
         lab.guest("quiet", error="EIO").start()
         url = node.url(node.vhost())
-        for _ in range(rounds):
+        for turn in range(rounds + 1):
             with tempfile.TemporaryDirectory() as folder:
-                starts.append(cold_start(folder, lab, url))
+                took = cold_start(folder, lab, url)
+            if turn:  # the first one compiled
+                starts.append(took)
         with tempfile.TemporaryDirectory() as folder, agent(folder, lab, url).ready() as one:
             pid = one.process.pid
             time.sleep(10)  # the start is over
@@ -119,8 +94,6 @@ def cold_start(folder: str, lab: Lab, url: str) -> float:
 
 
 def _connected_at(log: str) -> float | None:
-    from datetime import datetime
-
     for line in log.splitlines():
         found = json.loads(line)
         if str(found.get("event")).startswith("libvirt connected"):
@@ -210,6 +183,96 @@ def latency_rows(rounds: int, *, errors: int = 40) -> list[Row]:
     ]  # fmt: skip
 
 
+# ------------------------------------------------------------------------------------- storm
+
+
+@contextmanager
+def virsh_listening(lab: Lab) -> Iterator[None]:
+    """`virsh event --loop`, the least that listens, its output thrown away."""
+    words = ["virsh", "--connect", lab.uri_ro, "event", "--all", "--loop"]
+    with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as listener:
+        time.sleep(1)
+        try:
+            yield
+        finally:
+            listener.kill()
+
+
+@contextmanager
+def storming(lab: Lab, name: str) -> Iterator[Guest]:
+    """A guest that writes to an IDE disk as fast as it can, policy `report`; not failing yet."""
+    guest = lab.guest(name, error="EIO", policy="report", bus="ide", boot="storm").start()
+    time.sleep(1)
+    yield guest
+    guest.heal()
+    guest.destroy()
+
+
+def storm_rows(seconds: float = STORM_SECONDS) -> list[Row]:
+    """A real storm, once with `virsh event` listening and once with the agent, each on a fresh libvirtd."""
+    daemon: dict[str, tuple[float, float, int]] = {}
+    with Lab() as lab, virsh_listening(lab), storming(lab, "storm") as guest:
+        daemon["virsh"] = _storm(lab, guest, seconds)
+    with broker() as node, Lab() as lab, tempfile.TemporaryDirectory() as folder:
+        url = node.url(node.vhost())
+        events = Events(url)
+        with agent(folder, lab, url).ready() as one, storming(lab, "storm") as guest:
+            pid = one.process.pid
+            samples: list[tuple[float, float]] = []
+            begun = time.monotonic()
+            cpu = cpu_seconds(pid)
+            daemon["virtbus"] = _storm(
+                lab, guest, seconds, lambda: samples.append((time.monotonic() - begun, memory(pid)["VmRSS"]))
+            )
+            cpu = (cpu_seconds(pid) - cpu) / (time.monotonic() - begun) * 100
+            injected = guest.injected()
+            one.until(lambda: one.metric("virtbus_callbacks_total") >= injected, "all callbacks counted", 30)
+            one.until(lambda: _counted(events) >= injected, "all counts at the consumer", 90)
+            counted = _counted(events)
+        events.close()
+    sent = [at for at, event in events.of_type("io_error") if event["data"]["origin"] == "event"]
+    rates = [1 / max(b - a, 1e-6) for a, b in zip(sent[10:], sent[11:], strict=False)]
+    # From a quarter on, which is a minute and more after the start of a storm of minutes.
+    settled = [rss for at, rss in samples if at >= seconds / 4]
+    alone, ours = daemon["virsh"], daemon["virtbus"]
+    per = [cpu_of / count * 1e6 for _, cpu_of, count in (alone, ours)]
+    what = f"storm of {seconds:g} s, {injected:,} errors"
+    return [
+        Row("storm counts", f"{what}: counted − injected", (float(counted - injected),), "", 0, least=False),
+        Row("storm rate", f"{what}: messages a second after the first ten", (max(rates, default=0.0),), "/s", 1.0, least=False),
+        Row("storm messages", f"{what}: messages in all", (float(len(sent)),), ""),
+        Row("storm cpu", f"{what}: agent's CPU of one core", (cpu,), "%", 25, least=False),
+        Row("storm rss", f"{what}: agent's RSS at the end ÷ after a quarter", (settled[-1] / settled[0],), goal=1.05, least=False),
+        Row("storm daemon rss", "libvirtd's RSS at its highest ÷ the same with `virsh event --loop`", (ours[0] / alone[0],), goal=1.05, least=False),
+        Row("storm daemon cpu", "libvirtd's CPU of an error ÷ the same with `virsh event --loop`", (per[1] / per[0],), goal=1.05, least=False),
+    ]  # fmt: skip
+
+
+def _counted(events: Events) -> int:
+    return sum(
+        event["data"]["occurrences"]["count"]
+        for _, event in list(events.of_type("io_error"))
+        if event["data"]["origin"] == "event"
+    )
+
+
+def _storm(
+    lab: Lab, guest: Guest, seconds: float, look: Callable[[], object] = lambda: None
+) -> tuple[float, float, int]:
+    """Let it rage: libvirtd's highest RSS in MiB, its CPU seconds, and how many errors were injected."""
+    pid = lab.libvirtd_pid
+    peak, cpu = memory(pid)["VmRSS"], cpu_seconds(pid)
+    guest.fail()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(0.25)
+        peak = max(peak, memory(pid)["VmRSS"])
+        look()
+    guest.heal()
+    time.sleep(1)
+    return peak, cpu_seconds(pid) - cpu, guest.injected()
+
+
 class _Arrival:
     """One event at the consumer: seconds of the wall clock."""
 
@@ -217,9 +280,8 @@ class _Arrival:
         self.at, self.arrived, self.origin = at, arrived, origin
 
     @classmethod
-    def of(cls, item: tuple[float, dict]) -> _Arrival:
-        from datetime import datetime
-
+    def of(cls, item: tuple[float, dict[str, Any]]) -> _Arrival:
+        """From what the consumer noted."""
         moment, event = item
         wall = moment + (time.time() - time.monotonic())
         return cls(datetime.fromisoformat(event["time"]).timestamp(), wall, event["data"]["origin"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from tests.bench import bench_amqp
+from tests.bench import publish
 from tests.faults.amqp_kit import black_hole, private_broker, report
 
 
@@ -12,7 +12,7 @@ def main() -> None:
     """Found within 30 s with the default heartbeat; the backlog drains at half of raw kombu at least."""
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
     backlog = int(sys.argv[2]) if len(sys.argv) > 2 else 60_000
-    bench_amqp.EXCHANGE = "virtbus.events"  # over the same exchange, queue and proxy
+    publish.EXCHANGE = "virtbus.events"  # over the same exchange, queue and proxy
     with private_broker() as broker:
         account = black_hole(
             broker,
@@ -20,7 +20,7 @@ def main() -> None:
             seconds=seconds,
             heartbeat=10,
             backlog=backlog,
-            raw=bench_amqp.raw_pipelined,
+            raw=publish.raw_pipelined,
         )
     ratio = account.drain_rate / account.raw_rate
     report(

@@ -223,7 +223,7 @@ def black_hole(
 ) -> Account:  # fmt: skip
     """The network swallows everything for `seconds` under load; then a backlog drains.
 
-    `raw` publishes the backlog another way, for comparison: see tests/bench/bench_amqp.py.
+    `raw` publishes the backlog another way, for comparison: see tests/bench/publish.py.
     """
     raw_rate = 0.0
     direct = broker.url(vhost)

@@ -60,13 +60,17 @@ def main(count: int) -> None:
         masakari.CONF([], project="bench", default_config_files=[])
         auth = token_endpoint.Token(address, "token")
         under_test = callback.Callback()
-        client = _proxy.Proxy(session.Session(auth=auth), service_type="instance-ha", endpoint_override=address)
+        client = _proxy.Proxy(
+            session.Session(auth=auth), service_type="instance-ha", endpoint_override=address
+        )
         client._connection = connection.Connection(session=session.Session(auth=auth))
         under_test.notifier._masakari_client = client
 
         def one(number):
             uuid = f"6ba7b810-9dad-11d1-80b4-{number % 1000:012d}"
-            under_test.libvirt_event_callback("IO_ERROR", "IO_ERROR_REPORT", uuid, "VM", "host", datetime.utcnow())
+            under_test.libvirt_event_callback(
+                "IO_ERROR", "IO_ERROR_REPORT", uuid, "VM", "host", datetime.utcnow()
+            )
 
         one(0)
         begun = time.perf_counter()

@@ -10,7 +10,9 @@ from oslo_config import cfg
 
 url, file = sys.argv[1:]
 messages = json.loads(Path(file).read_text())
-transport = oslo_messaging.get_notification_transport(cfg.ConfigOpts(), url=url.replace("amqp://", "rabbit://"))
+transport = oslo_messaging.get_notification_transport(
+    cfg.ConfigOpts(), url=url.replace("amqp://", "rabbit://")
+)
 notifier = oslo_messaging.Notifier(
     transport, driver="messagingv2", topics=["bench_oslo"], publisher_id="compute.host", retry=3
 )

@@ -1,0 +1,43 @@
+"""What arrives at a broker, with the moment of its arrival."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+from virtbus.bus import BusOptions, open_bus
+from virtbus.envelope import decode
+
+
+class Events:
+    """What arrives at the broker: (monotonic time, decoded envelope) of each, on a thread of its own."""
+
+    def __init__(self, url: str) -> None:
+        self.seen: list[tuple[float, dict[str, Any]]] = []
+        self._over = threading.Event()
+        self._ready = threading.Event()
+        self._url = url
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        self._ready.wait(10)
+
+    def _run(self) -> None:
+        stream = open_bus(self._url, BusOptions()).consume("bench")
+        stream.receive(0.2)
+        self._ready.set()
+        while not self._over.is_set():
+            message = stream.receive(0.2)
+            if message is not None:
+                envelope = decode(message)
+                self.seen.append((time.monotonic(), {**envelope.attributes, "data": envelope.data}))
+                stream.ack(message)
+        stream.close()
+
+    def of_type(self, name: str) -> list[tuple[float, dict[str, Any]]]:
+        """Those of one type, e.g. "io_error"."""
+        return [item for item in self.seen if item[1]["type"].endswith(f".{name}.v1")]
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join()
