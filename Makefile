@@ -11,7 +11,7 @@ TESTS ?= tests
 PYTEST := $(BIN)/python -m pytest
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test check faults matrix soak bench chart sbom clean packages
+.PHONY: help setup demo test check audit faults matrix soak bench chart sbom clean packages
 
 help:
 	@echo "make demo    a real guest's disk fails, and the error comes out as a CloudEvent"
@@ -19,6 +19,7 @@ help:
 	@echo "make check   ruff, mypy --strict, import-linter, the schemas' compatibility"
 	@echo "make setup   system packages and .venv, as make test needs them"
 	@echo "make faults | matrix | soak | bench | chart   one family of tests alone"
+	@echo "make audit   known vulnerabilities of the dependencies (asks the network)"
 	@echo "make sbom    a bill of materials of the installed package (CycloneDX)"
 	@echo "make clean   remove everything that was made here, .venv too"
 
@@ -64,20 +65,42 @@ check: setup
 test: setup
 	$(PYTEST) $(PYTEST_ARGS) $(TESTS)
 
-faults bench chart soak: setup
+faults chart: setup
 	$(PYTEST) $(PYTEST_ARGS) tests/$@
+
+# A table with pass or short a row; 1 below a committed floor. BENCH_ARGS="--only idle --quick", say.
+bench: setup
+	$(BIN)/python -m tests.bench $(BENCH_ARGS)
 
 matrix: setup
 	@tests/install-packages matrix
 	$(PYTEST) $(PYTEST_ARGS) tests/lab/matrix.py
 
+# An hour under load and faults, then ten minutes of fuzzing: VIRTBUS_SOAK_SECONDS, VIRTBUS_FUZZ_SECONDS.
+soak: setup
+	@$(BIN)/python -m tests.soak.soak
+	@$(BIN)/python -m tests.soak.fuzz
+
+# Asks the vulnerability databases (network); the tool lives in an environment of its own.
+audit: setup
+	@test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && \
+	  build/audit/bin/pip install --quiet --disable-pip-version-check pip-audit; }
+	@$(BIN)/python -m pip freeze --exclude-editable >build/audit/installed.txt
+	build/audit/bin/pip-audit --disable-pip --no-deps --strict --requirement build/audit/installed.txt
+
+# What is in the image: the Python packages that .docker/ pins, and the Debian packages of an image that
+# `make chart` built, if there is one.
 sbom: $(VENV)/bin/python
 	@rm -rf build/sbom && mkdir -p build
 	$(PYTHON) -m venv build/sbom/tool && $(PYTHON) -m venv --without-pip build/sbom/package
 	build/sbom/tool/bin/pip install --quiet --disable-pip-version-check cyclonedx-bom
-	build/sbom/tool/bin/pip --python build/sbom/package/bin/python install --quiet --disable-pip-version-check '.[agent,kafka]'
+	build/sbom/tool/bin/pip --python build/sbom/package/bin/python install --quiet --disable-pip-version-check \
+	  --require-hashes --requirement .docker/requirements-agent.txt
+	build/sbom/tool/bin/pip --python build/sbom/package/bin/python install --quiet --disable-pip-version-check \
+	  --no-deps .
 	build/sbom/tool/bin/cyclonedx-py environment build/sbom/package/bin/python --pyproject pyproject.toml \
 	  --output-file build/virtbus.cdx.json
+	@$(PYTHON) .docker/sbom.py build/virtbus.cdx.json
 	@echo "build/virtbus.cdx.json"
 
 clean:

@@ -94,6 +94,13 @@ class Metrics:
         self.started_seconds = Gauge(
             "virtbus_start_time_seconds", "Unix time of the agent's start", registry=r
         )
+        # A rate over a series that begins at 1 misses the first: closed sets of labels begin at 0.
+        for outcome in ("confirmed", "deferred", "unroutable", "refused"):
+            self.outcomes.labels(outcome)
+        for why in ("refused", "invalid", "damaged"):
+            self.dead_letters.labels(why)
+        for result in ("found", "failed", "late"):
+            self.lookups.labels(result)
 
 
 METRICS = Metrics()

@@ -28,7 +28,7 @@ from virtbus.sources import domain_xml
 from virtbus.testing import a_gap, a_heartbeat, a_resolved, a_stamp, an_io_error
 
 MANY = settings(
-    max_examples=200,
+    max_examples=100,
     deadline=None,
     database=None,
     suppress_health_check=list(HealthCheck),
@@ -138,7 +138,8 @@ def toml(value: Any) -> str:
     ),
     environment=st.dictionaries(
         st.sampled_from(["VIRTBUS_BUS__WINDOW", "VIRTBUS_BUS", "VIRTBUS_BUS__KAFKA__OPTIONS",
-                         "VIRTBUS_X__Y__Z", "VIRTBUS___", "VIRTBUS_BUS__URL", "VIRTBUS_LIBVIRT__OWNER_RULES"]),
+                         "VIRTBUS_X__Y__Z", "VIRTBUS___", "VIRTBUS_BUS__URL",
+                         "VIRTBUS_LIBVIRT__OWNER_RULES"]),
         st.text(st.characters(blacklist_characters="\0", blacklist_categories=("Cs",)), max_size=20),
         max_size=2,
     ),
@@ -253,7 +254,7 @@ def run(target: Callable[[], None], seconds: float) -> int:
     while examples == 0 or time.monotonic() < end:
         number += 1
         seed(time.time_ns() if seconds > 60 else number)(target)()
-        examples += 200
+        examples += 100
     return examples
 
 

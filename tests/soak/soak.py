@@ -1,8 +1,8 @@
 """An agent under load and faults for an hour (VIRTBUS_SOAK_SECONDS): nothing lost, nothing grown.
 
-Real guests write 100 failing blocks a second, ten times as many in bursts; a twentieth of the time something
-is broken: the network to the broker, the broker, or libvirt. Then everything is counted: what nbdkit refused,
-what libvirt told the agent, what the consumer got. Needs root, QEMU, nbdkit, libvirt and RabbitMQ.
+Real guests write 100 failing blocks a second, in bursts far more than ten times as many; a twentieth of the
+time something is broken: the network to the broker, the broker, or libvirt. Then everything is counted: what
+nbdkit refused, what libvirt told the agent, what the consumer got. Needs root, QEMU, nbdkit and RabbitMQ.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from tests.agent.process import AgentProcess
 from tests.brokers.rabbitmq import RabbitMQ
 from tests.lab.lab import Lab, NbdDisk
-from virtbus import Consumer, Delivery, Gap, IoError
+from virtbus import Consumer, Delivery, Gap, IoError, telemetry
 from virtbus.control import ask
 from virtbus.errors import VirtbusError
 from virtbus.testing import TcpFaultProxy
@@ -273,6 +273,7 @@ def verdict(figures: dict[str, object], seconds: float) -> list[str]:
 
 
 if __name__ == "__main__":
+    telemetry.configure(level="error")  # one line is all that is printed
     found = run(SECONDS)
     failures = verdict(found, SECONDS)
     print(json.dumps({**found, "failed": failures}))

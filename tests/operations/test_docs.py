@@ -1,0 +1,306 @@
+"""The documents tell the truth: each command in them is run, each name in them is there."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from confluent_kafka.admin import (
+    AclBinding,
+    AclOperation,
+    AclPermissionType,
+    ResourcePatternType,
+    ResourceType,
+)
+
+from tests.agent.process import COMMAND, AgentProcess
+from tests.brokers.rabbitmq import RabbitMQ
+from tests.kafka.cluster import LIMITED_PASSWORD, LIMITED_USER, SCRAM_PASSWORD, SCRAM_USER, Cluster
+from tests.kafka.help import admin, opened
+from tests.lab.lab import Lab
+from virtbus.bus import BusOptions, open_bus
+from virtbus.errors import BusDenied
+from virtbus.model import Confirmed, Deferred
+from virtbus.testing import ListFeed, records
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
+BLOCK = re.compile(r"^```(console|sh|bash)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """(page, command) of every command line in the documents."""
+    for page in PAGES:
+        for _, text in BLOCK.findall(page.read_text()):
+            for line in text.replace("\\\n", " ").splitlines():
+                if shlex.split(line, comments=True):
+                    yield page.name, line
+
+
+def ids(found: tuple[str, str]) -> str:
+    return f"{found[0]}: {' '.join(shlex.split(found[1], comments=True))[:60]}"
+
+
+ALL = sorted(set(commands()))
+# What a cluster's tools do is shown where a cluster is: tests/chart.
+ELSEWHERE = {"helm", "kubectl", "docker", "podman", "buildah"}
+
+
+def of(*programs: str) -> list[tuple[str, str]]:
+    return [found for found in ALL if shlex.split(found[1], comments=True)[0] in programs]
+
+
+def test_every_command_in_the_documents_is_run_by_some_test_here():
+    known = {"make", "pip", "virtbus", "rabbitmqctl", "kafka-acls.sh", *ELSEWHERE}
+    programs = {shlex.split(line, comments=True)[0] for _, line in ALL}
+    assert "virtbus" in programs
+    assert programs <= known, f"no test runs {programs - known}"
+
+
+@pytest.mark.parametrize("found", of("make"), ids=ids)
+def test_a_make_target_of_the_documents_is_there(found):
+    words = shlex.split(found[1], comments=True)
+    done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("found", of("pip"), ids=ids)
+def test_an_extra_of_the_documents_is_there(found):
+    import tomllib
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for word in shlex.split(found[1], comments=True)[2:]:
+        named = re.fullmatch(r"virtbus(?:\[([a-z,]+)\])?", word)
+        assert named, word
+        assert set((named[1] or "agent").split(",")) <= set(extras)
+
+
+# ------------------------------------------------------------------------------------------- ours
+
+LASTING = ("run", "consume", "tap", "watch", "react", "fleet")
+
+
+def ours(words: list[str], tmp_path: Path, rabbitmq: RabbitMQ, vhost: str, libvirt: str) -> list[str]:
+    """A command of the documents with the addresses of real parts."""
+    replaced = []
+    for word in words:
+        word = re.sub(
+            r"amqps?://[a-z]+@[a-z.]+//",
+            rabbitmq.tls_url(vhost) if "amqps" in word else rabbitmq.url(vhost),
+            word,
+        )
+        word = word.replace("qemu:///system", libvirt).replace("/tmp/virtbus", str(tmp_path / "virtbus"))
+        replaced.append(word.replace("DIR", str(tmp_path / "out")).replace("OLD", str(ROOT / "schemas")))
+    return replaced
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentProcess]:
+    """An agent for the commands that ask one."""
+    folder = tmp_path_factory.mktemp("running")
+    with AgentProcess(folder, libvirt="replay:/dev/null", bus=f"embedded://{folder}/bus.db").ready() as agent:
+        yield agent
+
+
+@pytest.mark.parametrize("found", of("virtbus"), ids=ids)
+def test_a_virtbus_command_of_the_documents_works(
+    found: tuple[str, str],
+    running: AgentProcess,
+    rabbitmq: RabbitMQ,
+    vhost: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+) -> None:
+    words = shlex.split(found[1], comments=True)[1:]
+    libvirt = "replay:/dev/null"
+    if words[0] in ("run", "watch", "doctor"):
+        lab: Lab = request.getfixturevalue("lab")
+        libvirt = lab.uri_ro
+    words = ours(words, tmp_path, rabbitmq, vhost, libvirt)
+    environment = {
+        **os.environ,
+        "VIRTBUS_CONTROL__SOCKET": str(running.socket),
+        "VIRTBUS_STATE_DIR": str(running.state_dir),
+        "VIRTBUS_BUS__TLS__CA_FILE": str(rabbitmq.ca_file),
+        "VIRTBUS_LIBVIRT__URI": libvirt,
+    }
+    if "--bus" not in words:
+        environment["VIRTBUS_BUS__URL"] = f"embedded://{running.folder}/bus.db"
+    if words[0] == "run":
+        environment["VIRTBUS_CONTROL__SOCKET"] = str(tmp_path / "control.sock")
+        environment["VIRTBUS_HTTP__LISTEN"] = ""
+        if "--state-dir" not in words:
+            environment["VIRTBUS_STATE_DIR"] = str(tmp_path / "state")
+    lasting = words[0] in LASTING and not {"--count", "--timeout", "--once"} & set(words)
+    process = subprocess.Popen(
+        [*COMMAND, *words], env=environment, cwd=ROOT, text=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    if lasting:
+        time.sleep(4.0)
+        assert process.poll() is None, process.communicate()
+        process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode in ((0, 130) if lasting else (0,)), out + err
+    assert "FAIL" not in out
+
+
+def python_blocks() -> list[tuple[str, str]]:
+    return [(page.name, text) for page in PAGES for text in PYTHON.findall(page.read_text())]
+
+
+@pytest.mark.parametrize("found", python_blocks(), ids=lambda found: found[0])
+def test_a_python_example_of_the_documents_handles_a_real_event(
+    found: tuple[str, str], tmp_path: Path
+) -> None:
+    url = f"embedded://{tmp_path}/bus.db"
+    code = re.sub(r"amqps?://[a-z]+@[a-z.]+//", url, found[1])
+    assert url in code
+    with (tmp_path / "out").open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-u", "-c", code], cwd=tmp_path, stdout=out, stderr=out,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+    bus = open_bus(url, BusOptions())
+    try:
+        wait_until(lambda: any(check.details for check in bus.probe() if check.name == "bus room"))
+        assert ListFeed(records(1)).drain(bus) == 1
+        wait_until(lambda: "failed:" in (tmp_path / "out").read_text())
+    finally:
+        process.kill()
+        process.wait()
+        bus.close()
+
+
+def wait_until(check: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not check():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+# ---------------------------------------------------------------------------------------- brokers
+
+
+@pytest.mark.parametrize(
+    "found", [found for found in of("rabbitmqctl") if found[0] != "security.md"], ids=ids
+)
+def test_a_rabbitmq_command_of_the_documents_is_taken(
+    found: tuple[str, str], rabbitmq: RabbitMQ, vhost: str
+) -> None:
+    """Those of security.md are run, and what they forbid is tried, in test_security.py."""
+    program, action, *words = shlex.split(found[1], comments=True)
+    assert program == "rabbitmqctl"
+    rabbitmq.rabbitmqctl(action, "--vhost", vhost, *words)
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("found", of("kafka-acls.sh"), ids=ids)
+def test_a_kafka_command_of_the_documents_does_what_it_says(
+    found: tuple[str, str], own_kafka: Cluster
+) -> None:
+    """The tool itself is not in Kafka's server library: its words become the same call of the admin API."""
+    words = shlex.split(found[1], comments=True)
+    given = [(words[at], words[at + 1]) for at in range(len(words) - 1) if words[at].startswith("--")]
+    (topic,) = [value for name, value in given if name == "--topic"]
+    assert ("--allow-principal", "User:compute-7") in given
+    assert "--add" in words
+    rules = [
+        AclBinding(
+            ResourceType.TOPIC, topic, ResourcePatternType.LITERAL, f"User:{LIMITED_USER}", "*",
+            AclOperation[value.upper()], AclPermissionType.ALLOW,
+        )
+        for name, value in given if name == "--operation"
+    ]  # fmt: skip
+    with opened(own_kafka.url, topic) as operator:
+        ListFeed(records(1)).publish(operator)  # makes the topic
+    client = admin(own_kafka.url)  # kept: a client that goes takes its requests along
+    for future in client.create_acls(rules).values():
+        future.result(10)
+    time.sleep(0.5)  # the broker's authorizer learns of it a moment later
+    mine = f"kafka://{LIMITED_USER}:{LIMITED_PASSWORD}@{own_kafka.hosts('sasl')}"
+    with opened(mine, topic, declare=False) as bus:
+        assert ListFeed(records(1)).publish(bus) == [Confirmed()]
+    stranger = f"kafka://{SCRAM_USER}:{SCRAM_PASSWORD}@{own_kafka.hosts('sasl')}"
+    with opened(stranger, topic, declare=False, sasl_mechanism="SCRAM-SHA-256") as bus:
+        try:
+            (outcome,) = ListFeed(records(1)).publish(bus)
+        except BusDenied:
+            return
+        assert isinstance(outcome, Deferred)
+        assert isinstance(outcome.error, BusDenied)
+
+
+# ------------------------------------------------------------------------------------------ names
+
+
+def test_every_alert_has_an_entry_in_the_runbook_and_no_entry_is_left_over():
+    rules = yaml.safe_load((ROOT / "charts" / "virtbus" / "files" / "alerts.yaml").read_text())
+    alerts = {rule["alert"] for group in rules["groups"] for rule in group["rules"]}
+    for group in rules["groups"]:
+        for rule in group["rules"]:
+            assert rule["annotations"]["runbook_url"].endswith(f"#{rule['alert'].lower()}")
+    assert set(re.findall(r"^### (Virtbus\w+)$", OPERATIONS, re.MULTILINE)) == alerts
+
+
+def test_every_check_of_doctor_has_an_entry():
+    made = set()
+    for path in (ROOT / "virtbus").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.Call)
+                and getattr(node.func, "id", "") == "Check"
+                and node.args
+                and isinstance(node.args[0], ast.Constant)
+                and "integrations" not in path.parts
+                and path.name != "testing.py"
+            ):
+                made.add(node.args[0].value)
+    table = OPERATIONS.partition("## What doctor finds")[2].partition("\n## ")[0]
+    told = {
+        name
+        for row in re.findall(r"^\| (`[^|]+) \|", table, re.MULTILINE)
+        for name in re.findall("`([^`]+)`", row)
+    }
+    assert told == made
+
+
+def test_every_metric_of_the_page_is_in_a_scrape_of_a_real_agent_and_the_other_way_round(
+    running: AgentProcess,
+) -> None:
+    table = OPERATIONS.partition("## Metrics")[2].partition("\n## ")[0]
+    told = set(re.findall(r"^\| `(virtbus_\w+)`", table, re.MULTILINE))
+    text = running.get("/metrics")[1]
+    scraped = set(re.findall(r"^# TYPE (\w+) ", text, re.MULTILINE))
+    scraped = {name for name in scraped if not name.endswith("_created")}
+    assert told == scraped
+    for name in told:
+        assert re.search(rf"^# HELP {name} \S", text, re.MULTILINE), name
+
+
+def test_no_metric_has_a_label_that_grows_with_guests(running: AgentProcess) -> None:
+    labels = set(re.findall(r"[{,](\w+)=", running.get("/metrics")[1]))
+    assert labels <= {"state", "type", "origin", "phase", "outcome", "le", "stage", "result", "reason", "why",
+                      "event", "version"}  # fmt: skip
+
+
+def test_every_link_between_the_documents_leads_somewhere():
+    broken = []
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+            if "://" not in target and not (page.parent / target).exists():
+                broken.append(f"{page.name}: {target}")
+    waiting = {"README.md: docs/kubernetes.md"}  # comes with the chart
+    assert set(broken) - waiting == set()
