@@ -209,21 +209,9 @@ def test_a_real_guests_disk_fails_and_its_node_is_tainted_until_it_is_resumed(
     )
     guest = lab.guest("victim", error="EIO").start()
     settings = "[incidents]\nquiet_seconds = 1.0\n[heartbeat]\ninterval_seconds = 1.0\n"
-    reacting = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "virtbus",
-            "react",
-            "--with",
-            "kubernetes",
-            "--bus",
-            amqp_url,
-            "--config",
-            str(config),
-        ],
-        stderr=(tmp_path / "react.log").open("wb"),
-    )
+    with (tmp_path / "react.log").open("wb") as log:
+        words = ["react", "--with", "kubernetes", "--bus", amqp_url, "--config", str(config)]
+        reacting = subprocess.Popen([sys.executable, "-m", "virtbus", *words], stderr=log)
     try:
         with AgentProcess(tmp_path, libvirt=lab.uri_ro, bus=amqp_url, settings=settings).ready() as agent:
             eventually(lambda: condition(kube_apiserver, name).get("status") == "True", "a healthy condition")
@@ -241,8 +229,9 @@ def test_a_real_guests_disk_fails_and_its_node_is_tainted_until_it_is_resumed(
         assert reacting.wait(20) == 0, (tmp_path / "react.log").read_text()
     finally:
         reacting.kill()
+        reacting.wait()
         kube_apiserver.kubectl("delete", "node", name)
     assert "VirtbusHeld" in events(kube_apiserver, name)
-    log = (tmp_path / "react.log").read_text().splitlines()
-    verbs = [line["verb"] for line in map(json.loads, log) if line["event"] == "action"]
+    lines = (tmp_path / "react.log").read_text().splitlines()
+    verbs = [line["verb"] for line in map(json.loads, lines) if line["event"] == "action"]
     assert [verb for verb in verbs if verb != "report"] == ["hold", "release"]
