@@ -260,5 +260,8 @@ class ApiServer:
 
 
 if __name__ == "__main__":
-    build()
+    try:
+        build()
+    except ToolMissing as error:
+        raise SystemExit(str(error)) from error
     print(BINARY)

@@ -89,6 +89,8 @@ def test_each_alert_links_to_its_own_runbook_entry() -> None:
         anchor = rule["alert"].lower()
         assert rule["annotations"]["runbook_url"] == f"docs/operations.md#{anchor}"
         assert rule["labels"]["severity"] in ("warning", "critical")
+        headings = (CHART.parents[1] / "docs" / "operations.md").read_text(encoding="utf-8").splitlines()
+        assert f"### {rule['alert']}" in headings
 
 
 def test_the_dashboard_config_map_is_the_dashboard() -> None:

@@ -272,3 +272,24 @@ def _notes(*sets: str) -> str:
 def test_the_notes_tell_of_what_a_value_costs(setting: str, words: str) -> None:
     assert words not in _notes()
     assert words in _notes(setting)
+
+
+# ------------------------------------------------------------------------------------ network policy
+
+
+def test_the_network_policy_lets_metrics_in_and_dns_and_the_broker_out_and_nothing_else() -> None:
+    sets = ("networkPolicy.enabled=true", "networkPolicy.brokerPorts={5671}")
+    found = helm.render(helm.MINIMAL, sets=sets)
+    spec = helm.one(found, "NetworkPolicy", "vb-virtbus-agent")["spec"]
+    assert spec["policyTypes"] == ["Ingress", "Egress"]
+    assert [rule["ports"] for rule in spec["ingress"]] == [[{"port": "metrics", "protocol": "TCP"}]]
+    out = [(port["port"], port["protocol"]) for rule in spec["egress"] for port in rule["ports"]]
+    assert out == [(53, "UDP"), (53, "TCP"), (5671, "TCP")]
+    labels = helm.one(found, "DaemonSet")["spec"]["template"]["metadata"]["labels"]
+    assert spec["podSelector"]["matchLabels"].items() <= labels.items()
+
+
+def test_the_network_policy_of_react_lets_nothing_in() -> None:
+    found = helm.render(helm.CHART / "ci" / "everything-values.yaml")
+    spec = helm.one(found, "NetworkPolicy", "vb-ioerrors-react")["spec"]
+    assert (spec["policyTypes"], spec["ingress"]) == (["Ingress", "Egress"], [])

@@ -124,17 +124,18 @@ class Node:
         (folder / "machine-id").write_text("0123456789abcdef0123456789abcdef\n")
         found = helm.render(helm.MINIMAL, sets=(f"http.port={self.port}", *sets))
         self.spec: dict[str, Any] = helm.one(found, "DaemonSet")["spec"]["template"]["spec"]
+        self.doctor: dict[str, Any] = helm.one(found, "Pod")["spec"]
         self.config = {"vb-virtbus": helm.one(found, "ConfigMap")["data"]}
         self.secrets = {"virtbus-bus": {"url": url}}
 
-    def pod(self) -> Pod:
-        """The pod as rendered."""
+    def pod(self, spec: Mapping[str, Any] | None = None) -> Pod:
+        """The pod as rendered: the agent's, if no other one is meant."""
         host = {
             "/run/libvirt": self.lab.folder / "run",
             "/var/lib/virtbus": self.folder / "spool",
             "/etc/machine-id": self.folder / "machine-id",
         }
-        return Pod(self.spec, host=host, secrets=self.secrets, config_maps=self.config)
+        return Pod(spec or self.spec, host=host, secrets=self.secrets, config_maps=self.config)
 
     def ask(self, path: str) -> tuple[int, str]:
         """GET from the agent, as kubelet's probes do → (status, body); 0 when it does not answer."""
@@ -323,3 +324,25 @@ def test_a_node_without_libvirt_waits_instead_of_making_the_folder(lab: Lab, tmp
         with pod:
             pass
     assert not missing.exists()
+
+
+@pytest.mark.usefixtures("built")
+def test_helm_test_passes_beside_a_running_agent(lab: Lab, amqp_url: str, tmp_path: Path) -> None:
+    """The doctor's pod, as the chart renders it: the same eyes as the agent's."""
+    node = Node(lab, tmp_path, amqp_url)
+    with node.pod() as pod:
+        pod.init()
+        node.wait("/readyz", 200, pod.main())
+        with node.pod(node.doctor) as other:
+            doctor = other.main()
+            assert doctor.popen.wait(120) == 0, doctor.output()
+            assert "libvirt" in doctor.output()
+
+
+@pytest.mark.usefixtures("built")
+def test_helm_test_fails_when_the_broker_is_away(lab: Lab, tmp_path: Path) -> None:
+    node = Node(lab, tmp_path, "amqp://guest:guest@127.0.0.1:1//")
+    with node.pod(node.doctor) as pod:
+        doctor = pod.main()
+        assert doctor.popen.wait(120) != 0
+        assert "127.0.0.1:1" in doctor.output()

@@ -3,10 +3,12 @@
 {{- $owned := dict
       "VIRTBUS_BUS__URL" "bus.existingSecret"
       "VIRTBUS_BUS__URL_FILE" "bus.existingSecret"
-      "VIRTBUS_BUS__PASSWORD_FILE" "bus.passwordKey"
       "VIRTBUS_STATE_DIR" "spool"
       "VIRTBUS_HTTP__LISTEN" "http"
       "VIRTBUS_CONTROL__SOCKET" "the chart: probes and helm test rely on it" -}}
+{{- if .Values.bus.passwordKey -}}
+{{- $_ := set $owned "VIRTBUS_BUS__PASSWORD_FILE" "bus.passwordKey" -}}
+{{- end -}}
 {{- if not .Values.bus.existingSecret -}}
 {{- fail "\n\nbus.existingSecret is empty: the agent needs to know its broker. Make a Secret with the URL and name it:\n  kubectl create secret generic virtbus-bus --from-literal=url='amqps://user:password@broker:5671//'\n  helm … --set bus.existingSecret=virtbus-bus" -}}
 {{- end -}}

@@ -1,0 +1,69 @@
+"""What the image is built from fits the package: every dependency is pinned, and nothing else is copied."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[2]
+EXTRAS = {"agent": ("agent", "kafka"), "react": ("kafka", "kubernetes", "nova")}
+
+
+def _pinned(name: str) -> dict[str, Version]:
+    text = (ROOT / ".docker" / name).read_text(encoding="utf-8")
+    return {
+        found[1]: Version(found[2]) for found in re.finditer(r"^([a-z0-9.-]+)==([^ ;]+)", text, re.MULTILINE)
+    }
+
+
+@pytest.mark.parametrize("kind", EXTRAS)
+def test_every_dependency_of_the_package_is_pinned_at_a_version_it_takes(kind: str) -> None:
+    """Renew: `uv pip compile --generate-hashes --universal --extra … pyproject.toml -o .docker/…`."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [*project["dependencies"]]
+    for extra in EXTRAS[kind]:
+        wanted += project["optional-dependencies"][extra]
+    pinned = _pinned(f"requirements-{kind}.txt")
+    for requirement in map(Requirement, wanted):
+        assert requirement.name in pinned
+        assert pinned[requirement.name] in requirement.specifier
+
+
+@pytest.mark.parametrize("name", ["requirements-agent.txt", "requirements-react.txt", "build.txt"])
+def test_every_pinned_package_has_its_hashes(name: str) -> None:
+    text = (ROOT / ".docker" / name).read_text(encoding="utf-8")
+    blocks = re.split(r"^(?=[a-z0-9])", text, flags=re.MULTILINE)[1:]
+    assert len(blocks) == len(_pinned(name)) >= 5
+    assert all("--hash=sha256:" in block for block in blocks)
+
+
+def test_the_base_is_pinned_by_its_digest() -> None:
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    assert re.search(r"^ARG BASE=\S+@sha256:[0-9a-f]{64}$", text, re.MULTILINE)
+    assert re.findall(r"^FROM (\S+)", text, re.MULTILINE) == ["${BASE}", "${BASE}"]
+
+
+def test_the_build_sees_only_what_it_copies() -> None:
+    allowed = {
+        line.removeprefix("!")
+        for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+        if line.startswith("!")
+    }
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    copied = {
+        word for line in re.findall(r"^COPY (?!--)(.*) \S+$", text, re.MULTILINE) for word in line.split()
+    }
+    assert copied == allowed
+
+
+def test_chart_image_and_package_have_one_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    chart = (ROOT / "charts" / "virtbus" / "Chart.yaml").read_text(encoding="utf-8")
+    assert f'appVersion: "{version}"' in chart
+    assert f"\nversion: {version}\n" in chart
+    assert f"ARG VERSION={version}\n" in (ROOT / "Dockerfile").read_text(encoding="utf-8")
