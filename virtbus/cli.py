@@ -347,6 +347,32 @@ def react(names: tuple[str, ...], group: str | None, dry_run: bool, probe: bool,
                          out=sys.stdout))  # fmt: skip
 
 
+@cli.command()
+@_common
+@_bus
+@_state_dir
+@click.option("--events", type=click.IntRange(1), default=10_000, show_default=True, metavar="N",
+              help="How many are published as fast as it goes.")  # fmt: skip
+@click.option("--domains", type=click.IntRange(1), default=1000, show_default=True, metavar="N",
+              help="Of how many domains: one event of each is under way at a time.")  # fmt: skip
+@click.option("--group", metavar="NAME",
+              help="Into this group's durable queue, which stays behind [default: a transient one].")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def bench(events: int, domains: int, group: str | None, as_json: bool, **options: Any) -> None:
+    """Measure a bus from this host: events confirmed a second, and how long a confirm takes.
+
+    The events are made up and go to an exchange or topic of their own, virtbus.bench: no consumer of real
+    events sees them.
+
+    \b
+    Example: virtbus bench --bus amqp://guest:guest@127.0.0.1//
+    """
+    from virtbus.commands import bench as command
+
+    command.run(_load(options).config, events=events, domains=domains, group=group, as_json=as_json,
+                out=sys.stdout, notices=sys.stderr)  # fmt: skip
+
+
 @cli.group()
 def config() -> None:
     """Show and check the settings."""

@@ -1,7 +1,7 @@
 """Publishing to RabbitMQ: the agent's publisher from its spool against its peers, in one run.
 
-Same events (1,000 domains, about 1,3 KB), same broker, all persistent into durable classic queues, each ended by
-the broker's confirm. Raw pipelined kombu is the limit: what a careful author would write who has no spool, no
+Same events (1,000 domains), same broker, all persistent into durable classic queues, each ended by the
+broker's confirm. Raw pipelined kombu is the limit: what a careful author would write who has no spool, no
 order a domain to keep and no outcome to tell. Peers that confirm each message get a part of the messages.
 """
 
