@@ -196,7 +196,8 @@ class Agent:
     def stop(self) -> None:
         """Stop observing, commit what was seen, publish up to the drain deadline. Returns at once."""
         self._stop.set()
-        self.queue.wake()  # not the spool: a signal handler may not wait for its lock, and the intake wakes it
+        # Not the spool: a signal handler may not wait for its lock, and the intake wakes it in the end.
+        self.queue.wake()
 
     def abort(self) -> None:
         """Stop at once; what is committed stays in the spool."""

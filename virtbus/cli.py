@@ -135,7 +135,7 @@ def run(**options: Any) -> None:
     ends at once. What no broker has confirmed stays in the spool.
 
     \b
-    Example: virtbus run --libvirt qemu:///system --bus amqp://guest:guest@127.0.0.1//
+    Example: virtbus run --libvirt qemu:///system --bus amqp://127.0.0.1//
     """
     from virtbus.commands import run as command
 
@@ -158,7 +158,7 @@ def consume(group: str | None, count: int | None, timeout: float | None, types: 
     behind on the broker when this ends.
 
     \b
-    Example: virtbus consume --bus amqp://guest:guest@127.0.0.1// --count 1 --timeout 60
+    Example: virtbus consume --bus amqp://127.0.0.1// --count 1 --timeout 60
     """
     from virtbus.commands import consume as command
 
@@ -356,7 +356,7 @@ def react(names: tuple[str, ...], group: str | None, dry_run: bool, probe: bool,
 @click.option("--domains", type=click.IntRange(1), default=1000, show_default=True, metavar="N",
               help="Of how many domains: one event of each is under way at a time.")  # fmt: skip
 @click.option("--group", metavar="NAME",
-              help="Into this group's durable queue, which stays behind [default: a transient one].")  # fmt: skip
+              help="Into this durable group, whose queue stays [default: a transient one].")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def bench(events: int, domains: int, group: str | None, as_json: bool, **options: Any) -> None:
     """Measure a bus from this host: events confirmed a second, and how long a confirm takes.

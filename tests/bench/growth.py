@@ -46,7 +46,7 @@ def cost(backlog: int, domains: int) -> tuple[float, float]:
 
 
 def rows(rounds: int, *, sizes: Sequence[int] = SIZES) -> list[Row]:
-    """The dearest size over the cheapest, and the dearest number of domains (beyond 100) over the cheapest."""
+    """Costs behind each backlog and with each number of domains; the largest over the smallest."""
     taken: dict[int, list[float]] = {}
     committed: dict[int, list[float]] = {}
     by_domains: dict[int, list[float]] = {}

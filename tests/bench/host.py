@@ -77,10 +77,17 @@ def idle_rows(rounds: int, *, seconds: float = IDLE_SECONDS) -> list[Row]:
         Row("idle rss", "idle agent on AMQP: RSS", tuple(rss), "MiB", 60, least=False),
         Row("idle anon", "idle agent on AMQP: RssAnon", tuple(anon), "MiB", 40, least=False),
         Row("idle cpu", "idle agent on AMQP: CPU of one core", tuple(cpu), "%", 0.1, least=False),
-        Row("idle wake-ups", "idle agent: wake-ups a second of its busiest thread", tuple(fastest), "/s", 1.1, least=False),
+        Row(
+            "idle wake-ups",
+            "idle agent: wake-ups a second of its busiest thread",
+            tuple(fastest),
+            "/s",
+            1.1,
+            least=False,
+        ),
         Row("idle kafka", "idle agent on AMQP: Kafka libraries loaded", tuple(kafka), "", 0, least=False),
         Row("cold start", "from exec to callbacks registered", tuple(starts), "s", 0.7, least=False),
-    ]  # fmt: skip
+    ]
 
 
 def cold_start(folder: str, lab: Lab, url: str) -> float:
@@ -140,9 +147,9 @@ def percentile(values: list[float], share: float) -> float:
 def latency_rows(rounds: int, *, errors: int = 40) -> list[Row]:
     """From libvirt's callback (the event's `time`) to the broker's confirm, against fsync + confirm.
 
-    Each error is the first of an incident: the guest is resumed on a healed disk, and the next one is another
-    guest's turn. The end is the arrival at a consumer, so that clock and reader are ours: it comes a little later
-    than the confirm, which the publisher gets when the queue has the message on its disk.
+    One error at a time, of guests in turn; each is resumed on a healed disk. The end is the arrival at a
+    consumer in this process, so that both clocks are one machine's: that is about when the publisher gets
+    its confirm, which RabbitMQ sends when the queue has the message on its disk.
     """
     over: dict[str, list[float]] = {"p50": [], "p99": []}
     raw: dict[str, list[float]] = {"p50": [], "p99": []}
@@ -167,9 +174,10 @@ def latency_rows(rounds: int, *, errors: int = 40) -> list[Row]:
                 confirms = confirm_seconds(url, errors)
                 # the wall clock of the callback against ours at arrival
                 latencies = [
-                    one.arrived - one.at for one in map(_Arrival.of, events.of_type("io_error")[seen:])
+                    one.arrived - one.at
+                    for one in map(_Arrival.of, events.of_type("io_error")[seen:])
                     if one.origin == "event"
-                ]  # fmt: skip
+                ]
                 for name, share in (("p50", 0.5), ("p99", 0.99)):
                     limit = percentile(syncs, share) + percentile(confirms, share)
                     over[name].append((percentile(latencies, share) - limit) * 1000)
@@ -178,9 +186,23 @@ def latency_rows(rounds: int, *, errors: int = 40) -> list[Row]:
     return [
         Row("latency p50", "error → at a consumer, p50", tuple(raw["p50"]), "ms"),
         Row("latency p99", "error → at a consumer, p99", tuple(raw["p99"]), "ms"),
-        Row("latency p50 over", "error → at a consumer, p50, beyond fsync + confirm p50", tuple(over["p50"]), "ms", 1, least=False),
-        Row("latency p99 over", "error → at a consumer, p99, beyond fsync + confirm p99", tuple(over["p99"]), "ms", 5, least=False),
-    ]  # fmt: skip
+        Row(
+            "latency p50 over",
+            "error → at a consumer, p50, beyond fsync + confirm p50",
+            tuple(over["p50"]),
+            "ms",
+            1,
+            least=False,
+        ),
+        Row(
+            "latency p99 over",
+            "error → at a consumer, p99, beyond fsync + confirm p99",
+            tuple(over["p99"]),
+            "ms",
+            5,
+            least=False,
+        ),
+    ]
 
 
 # ------------------------------------------------------------------------------------- storm
@@ -242,10 +264,28 @@ def storm_rows(seconds: float = STORM_SECONDS) -> list[Row]:
         Row("storm rate", f"{what}: messages a second after the first ten", (later,), "/s", 1.0, least=False),
         Row("storm messages", f"{what}: messages in all", (float(len(sent)),), ""),
         Row("storm cpu", f"{what}: agent's CPU of one core", (cpu,), "%", 25, least=False),
-        Row("storm rss", f"{what}: agent's RSS at the end ÷ after a quarter", (settled[-1] / settled[0],), goal=1.05, least=False),
-        Row("storm daemon rss", "libvirtd's RSS at its highest ÷ the same with `virsh event --loop`", (ours[0] / alone[0],), goal=1.05, least=False),
-        Row("storm daemon cpu", "libvirtd's CPU of an error ÷ the same with `virsh event --loop`", (per[1] / per[0],), goal=1.05, least=False),
-    ]  # fmt: skip
+        Row(
+            "storm rss",
+            f"{what}: agent's RSS at the end ÷ after a quarter",
+            (settled[-1] / settled[0],),
+            goal=1.05,
+            least=False,
+        ),
+        Row(
+            "storm daemon rss",
+            "libvirtd's RSS at its highest ÷ the same with `virsh event --loop`",
+            (ours[0] / alone[0],),
+            goal=1.05,
+            least=False,
+        ),
+        Row(
+            "storm daemon cpu",
+            "libvirtd's CPU of an error ÷ the same with `virsh event --loop`",
+            (per[1] / per[0],),
+            goal=1.05,
+            least=False,
+        ),
+    ]
 
 
 def _counted(events: Events) -> int:

@@ -1,4 +1,4 @@
-"""Publishing to a real Kafka: the agent's publisher from its spool, bare confluent-kafka, stock kombu, in one run.
+"""Publishing to a real Kafka: the agent's spool, bare confluent-kafka and stock kombu, in one run.
 
 Every way writes the same I/O error events of 1,000 domains to a topic of 12 partitions; all but the stock
 transport with acks=all and idempotence. The bare producer is the limit: its key, headers and value are ready

@@ -55,7 +55,8 @@ def _tables(families: Mapping[str, Sequence[Row]], data: Mapping[str, Mapping[st
     lines = [f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}.", ""]
     for name, rows in families.items():
         facts = data[name]
-        lines += [f"### {name}", "", f"`python -m tests.bench --only {name}`, {facts['day']}, load {facts['load']}.", ""]  # fmt: skip
+        command = f"`python -m tests.bench --only {name}`"
+        lines += [f"### {name}", "", f"{command}, {facts['day']}, load {facts['load']}.", ""]
         lines += ["| what | median | range | goal | |", "|---|---:|---:|---:|---|"]
         lines += [f"| {row.what} | {' | '.join(_figures(row))} | {row.verdict} |" for row in rows]
         lines.append("")

@@ -1,0 +1,39 @@
+"""`virtbus bench` on the bus that needs no server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tests.agent.process import virtbus
+
+
+def test_it_tells_rate_and_confirm_latency_as_json_and_its_progress_beside(tmp_path: Path) -> None:
+    told = virtbus("bench", "--bus", "embedded:", "--state-dir", str(tmp_path), "--events", "400", "--json")
+    assert told.returncode == 0, told.stderr
+    report = json.loads(told.stdout)
+    assert report["events"] == 400
+    assert report["events_per_second"] > 0
+    for name in ("confirm_ms_alone", "confirm_ms_busy"):
+        assert 0 < report[name]["p50"] <= report[name]["p95"] <= report[name]["p99"]
+    assert "publishing" in told.stderr
+
+
+def test_it_leaves_no_event_on_the_real_bus(tmp_path: Path) -> None:
+    bus = f"embedded://{tmp_path}/bus.db"
+    assert virtbus("bench", "--bus", bus, "--state-dir", str(tmp_path), "--events", "50").returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broker_that_is_away_is_one_clear_line_and_exit_code_69(tmp_path: Path) -> None:
+    told = virtbus("bench", "--bus", "amqp://127.0.0.1:1//", "--state-dir", str(tmp_path))
+    assert told.returncode == 69
+    assert told.stdout == ""
+    assert told.stderr.splitlines()[-1].startswith("virtbus: amqp://127.0.0.1:1/: ")
+
+
+def test_it_measures_a_real_rabbitmq(amqp_url: str, tmp_path: Path) -> None:
+    told = virtbus("bench", "--bus", amqp_url, "--state-dir", str(tmp_path), "--events", "300")
+    assert told.returncode == 0, told.stderr
+    assert "events a second, confirmed" in told.stdout
+    assert "guest:guest" not in told.stdout
