@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
+import pty
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -272,10 +273,28 @@ def test_15_a_key_is_unknown(doctor: Doctor, tmp_path: Path) -> None:
     assert "virtbus.toml:2: unknown setting bus.exchnage; did you mean exchange?" in report.stderr
 
 
-def test_what_doctor_prints_for_people_fits_a_terminal_and_holds_each_remedy(doctor: Doctor) -> None:
+def test_what_doctor_prints_for_people_holds_each_remedy_and_no_colours_for_a_pipe(doctor: Doctor) -> None:
     words = [word for word in doctor.words(libvirt="qemu:///system?socket=/none") if word != "--json"]
     said = virtbus(*words).stdout
     assert "FAIL libvirt: " in said
     assert "→ start libvirtd" in said
-    assert shutil.get_terminal_size().columns  # a pipe: no colours
     assert "\x1b[" not in said
+
+
+def test_on_a_terminal_of_80_columns_doctor_is_coloured_and_fits(doctor: Doctor) -> None:
+    words = [word for word in doctor.words(libvirt="qemu:///system?socket=/none") if word != "--json"]
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [*COMMAND, *words], stdout=follower, stderr=follower, env={**os.environ, "COLUMNS": "80"}
+    )
+    os.close(follower)
+    said = b""
+    with contextlib.suppress(OSError):  # the end of a terminal is an error (EIO)
+        while chunk := os.read(leader, 4096):
+            said += chunk
+    os.close(leader)
+    assert process.wait(30) == 69
+    assert b"\x1b[31mFAIL\x1b[0m libvirt" in said
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", said.decode()).splitlines()
+    breakable = [line for line in lines if max(len(word) for word in line.split()) < 60]  # no long path
+    assert max(len(line) for line in breakable) <= 80

@@ -8,9 +8,11 @@ import signal
 import socket
 import subprocess
 
+import click.testing
 import pytest
 
 from tests.agent.process import AgentProcess, virtbus
+from virtbus.cli import cli
 from virtbus.sdnotify import Systemd
 
 SILENCE = "replay:/dev/null"  # a source that observes, and has nothing to tell
@@ -180,3 +182,27 @@ def test_completion_knows_the_commands():
 def test_a_completion_script_is_valid_bash(tmp_path):
     (tmp_path / "script").write_text(virtbus("completion", "bash").stdout)
     assert subprocess.run(["bash", "-n", str(tmp_path / "script")], check=False).returncode == 0
+
+
+def test_status_fits_80_columns(tmp_path):
+    with AgentProcess(tmp_path, libvirt=SILENCE, bus="amqp://127.0.0.1:1//").ready() as agent:
+        agent.until(lambda: agent.status()["bus"]["error"], "refused by the broker")
+        said = virtbus("status", "--control-socket", str(agent.socket)).stdout
+    assert "refused" in said
+    assert max(len(line) for line in said.splitlines()) <= 80
+
+
+def walk(group, path=()):
+    for name, command in group.commands.items():
+        yield (*path, name), command
+        if hasattr(command, "commands"):
+            yield from walk(command, (*path, name))
+
+
+COMMANDS = dict(walk(cli))
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_each_commands_help_fits_80_columns(path):
+    said = click.testing.CliRunner().invoke(COMMANDS[path], ["--help"], terminal_width=80).output
+    assert max(len(line) for line in said.splitlines()) <= 80, said

@@ -402,7 +402,7 @@ def test_a_host_cant_speak_for_another_on_rabbitmq(rabbitmq: RabbitMQ, vhost: st
 
     forged = rabbitmq.url(vhost, user, "s3cret")
     with kombu.Connection(forged) as connection:
-        message = kombu.transport.pyamqp.Message(b"{}", user_id="somebody")
+        message = amqp.Message(b"{}", user_id="somebody")
         connection.channel().basic_publish(message, "virtbus.events", f"io_error.{AGENT}.-")
         with pytest.raises(amqp.exceptions.PreconditionFailed, match="user_id"):
             connection.drain_events(timeout=5)

@@ -176,7 +176,15 @@ def run(seconds: float) -> dict[str, object]:
     """The soak; its figures."""
     rng = random.Random(7)
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vbsoak-", dir="/tmp")))
+        folder = Path(
+            stack.enter_context(
+                tempfile.TemporaryDirectory(
+                    prefix="vbsoak-",
+                    dir="/tmp",
+                    ignore_cleanup_errors=True,  # the broker may still be ending
+                )
+            )
+        )
         broker = RabbitMQ.shared(folder / "rabbitmq")
         stack.callback(broker.close)
         vhost = broker.vhost()

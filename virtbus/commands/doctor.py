@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import textwrap
 from pathlib import Path
 from typing import TextIO
 
@@ -33,7 +35,7 @@ def run(loaded: Loaded, *, as_json: bool, timeout: float, out: TextIO) -> int:
     ):
         checks.append(check)
         if not as_json:
-            out.write(_lines(check, colour=out.isatty()))
+            out.write(_lines(check, terminal=out.isatty()))
             out.flush()
     code = doctor.exit_code(checks)
     if as_json:
@@ -90,10 +92,18 @@ def _agent_id(state_dir: Path) -> str | None:
         return None
 
 
-def _lines(check: Check, *, colour: bool) -> str:
+def _lines(check: Check, *, terminal: bool) -> str:
     mark, code = _MARKS[check.status]
-    shown = f"\x1b[{code}m{mark}\x1b[0m" if colour else mark
-    text = f"{shown} {check.name}: {check.summary}\n"
+    width = min(shutil.get_terminal_size().columns, 100)
+    lines = [f"{mark} {check.name}: {check.summary}"]
     if check.remedy and check.status != "ok":
-        text += f"     → {check.remedy}\n"
-    return text
+        lines.append(f"     → {check.remedy}")
+    if terminal:  # elsewhere one line each: for grep
+        lines = [
+            textwrap.fill(
+                line, width, subsequent_indent=" " * 7, break_long_words=False, break_on_hyphens=False
+            )
+            for line in lines
+        ]
+        lines[0] = f"\x1b[{code}m{mark}\x1b[0m{lines[0].removeprefix(mark)}"
+    return "\n".join(lines) + "\n"

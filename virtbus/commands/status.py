@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -68,7 +69,10 @@ def _table(answer: Mapping[str, Any]) -> str:
         ("incidents", f"{answer['incidents']['open']} open"),
         ("ready", "yes" if not answer["not_ready"] else "NO: " + "; ".join(answer["not_ready"])),
     ]  # fmt: skip
-    return "".join(f"{name:<10} {text}\n" for name, text in rows)
+    wrap = textwrap.TextWrapper(
+        80, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False
+    )
+    return "".join(wrap.fill(f"{name:<10} {text}") + "\n" for name, text in rows)
 
 
 def tap(config: Config, *, stage: str | None, domain: str | None, out: TextIO) -> None:
