@@ -166,6 +166,16 @@ def emit(event: TelemetryEvent) -> None:
     getattr(_log, event.LEVEL)(event.MESSAGE, **extra)
 
 
+def _printable(_log: Any, _method: str, line: Any) -> Any:
+    """Names and messages come from guests, tenants and daemons: no control characters on a terminal."""
+    for name, value in line.items():
+        if isinstance(value, str) and not value.isprintable():
+            line[name] = "".join(
+                c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in value
+            )
+    return line
+
+
 def configure(*, level: str = "info", fmt: str = "auto", stream: TextIO | None = None) -> None:
     """Set the log's level ("debug" … "error") and format ("text", "json", or "auto": text on a terminal)."""
     out = stream if stream is not None else sys.stderr
@@ -176,11 +186,12 @@ def configure(*, level: str = "info", fmt: str = "auto", stream: TextIO | None =
             colors=out.isatty(), exception_formatter=structlog.dev.plain_traceback
         )
     else:
-        renderer = structlog.processors.JSONRenderer(ensure_ascii=False)
+        renderer = structlog.processors.JSONRenderer()
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
+            *([_printable] if as_text else []),  # JSON escapes for itself
             structlog.processors.format_exc_info,
             renderer,
         ],

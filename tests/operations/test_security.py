@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import io
 import json
 import os
 import re
@@ -37,6 +38,7 @@ from tests.faults.amqp_kit import close_connections
 from tests.kafka.cluster import SCRAM_PASSWORD, SCRAM_USER, Cluster
 from tests.kafka.help import read
 from tests.ports import free_ports
+from virtbus import telemetry
 from virtbus.bus import Bus, BusOptions, open_bus
 from virtbus.errors import BusDenied, BusUnavailable
 from virtbus.model import Confirmed, Deferred, Unroutable
@@ -408,3 +410,16 @@ def test_a_host_cant_speak_for_another_on_rabbitmq(rabbitmq: RabbitMQ, vhost: st
             connection.drain_events(timeout=5)
     with kombu.Connection(forged) as connection, pytest.raises(amqp.exceptions.AccessRefused):
         connection.channel().queue_declare("mine")
+
+
+@pytest.mark.parametrize("fmt", ["text", "json"])
+def test_a_log_line_holds_no_control_characters_whatever_a_guest_is_called(fmt: str) -> None:
+    stream = io.StringIO()
+    telemetry.configure(fmt=fmt, stream=stream)
+    try:
+        telemetry.emit(telemetry.Notice("guest \x1b[31m\x9b2J\u202e\nINFO forged"))
+    finally:
+        telemetry.configure()
+    (line,) = stream.getvalue().splitlines()
+    assert line.isprintable()
+    assert "forged" in line

@@ -80,5 +80,5 @@ def tap(config: Config, *, stage: str | None, domain: str | None, out: TextIO) -
     for answer in answers(
         config.control.socket, {"command": "tap", "stage": stage, "domain": domain}, timeout=30
     ):
-        out.write(json.dumps(answer, ensure_ascii=False, sort_keys=True) + "\n")
+        out.write(json.dumps(answer, sort_keys=True) + "\n")
         out.flush()
