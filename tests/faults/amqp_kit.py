@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +77,6 @@ class Account:
     blocked_seconds: float = 0.0
     reconnects: int = 0
     drain_rate: float = 0.0  # events a second
-    raw_rate: float = 0.0  # the same of raw pipelined kombu over the same proxy, when asked for
 
     def assert_nothing_lost_and_ordered(self) -> None:
         assert (self.lost, self.out_of_order, self.changed) == (0, 0, 0), self
@@ -218,14 +217,9 @@ def restart(broker: RabbitMQ, *, runs: int, events: int, kill: bool = False) -> 
 
 
 def black_hole(
-    broker: RabbitMQ, vhost: str, *, seconds: float, heartbeat: float, backlog: int, keys: int = 1000,
-    raw: Callable[[str, list[Record], int], float] | None = None,
-) -> Account:  # fmt: skip
-    """The network swallows everything for `seconds` under load; then a backlog drains.
-
-    `raw` publishes the backlog another way, for comparison: see tests/bench/publish.py.
-    """
-    raw_rate = 0.0
+    broker: RabbitMQ, vhost: str, *, seconds: float, heartbeat: float, backlog: int, keys: int = 1000
+) -> Account:
+    """The network swallows everything for `seconds` under load; then a backlog drains."""
     direct = broker.url(vhost)
     make_queue(direct)
     items = records(200 + backlog, keys=keys)
@@ -247,12 +241,9 @@ def black_hole(
         drained = time.monotonic()
         bus.close()
         account = check(items, drain_queue(direct, QUEUE))
-        if raw is not None:
-            raw_rate = raw(url, late, 256)
     account.found_seconds = more.troubles[0][0] - began if more.troubles else 0.0
     account.reconnect_max_seconds = more.confirmed_at[0] - healed
     account.drain_rate = len(late) / (drained - more.confirmed_at[0])
-    account.raw_rate = raw_rate
     return account
 
 

@@ -16,8 +16,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,8 +89,20 @@ class Bench:
         self._consumer.qos(prefetch_count=1000)
         self._consumer.consume()
 
-    def run(self, point: str, *, nth: int = 1, rate: float = 500, kill_after: float | None = None) -> None:
-        """Start a child and wait for its end; all that it told is owed."""
+    def run(
+        self,
+        point: str,
+        *,
+        nth: int = 1,
+        rate: float = 500,
+        kill_after: float | None = None,
+        midway: Callable[[], object] = lambda: None,
+        **environment: str,
+    ) -> None:
+        """Start a child and wait for its end; all that it told is owed.
+
+        With `kill_after` it is killed so many seconds after its first commit, `midway` is called before.
+        """
         before = self.ledger.duplicates
         reader, writer = os.pipe()
         begun = time.monotonic()
@@ -96,17 +110,21 @@ class Bench:
             [sys.executable, "-m", "tests.faults.kill_child", str(writer), str(self._state), self._url, point,
              str(nth), str(rate)],
             pass_fds=[writer],
+            env={**os.environ, **environment},
         )  # fmt: skip
         os.close(writer)
         ready = None
         with os.fdopen(reader) as told:
             if kill_after is not None:
                 ready = self._note(told.readline(), begun)
-                time.sleep(kill_after)
-                child.kill()
+                # The pipe is read meanwhile: a child that can't tell any more would commit nothing more.
+                ending = threading.Thread(target=self._end, args=(child, kill_after, midway))
+                ending.start()
             for line in told:
                 after = self._note(line, begun)
                 ready = after if ready is None else ready
+            if kill_after is not None:
+                ending.join()
         code = child.wait(90)
         wanted = 0 if point == "drain" else -signal.SIGKILL
         if code != wanted:
@@ -115,6 +133,12 @@ class Bench:
             self.ready_seconds = max(self.ready_seconds, ready)
         self._take()
         self.most_duplicates = max(self.most_duplicates, self.ledger.duplicates - before)
+
+    def _end(self, child: subprocess.Popen[bytes], seconds: float, midway: Callable[[], object]) -> None:
+        begun = time.monotonic()
+        midway()
+        time.sleep(max(0.0, begun + seconds - time.monotonic()))
+        child.kill()
 
     def _note(self, line: str, begun: float) -> float | None:
         if not line.endswith("\n"):
@@ -164,7 +188,9 @@ def at_points(url: str, folder: Path, runs: int, seed: int = 1) -> bool:
             for _ in range(runs):
                 most = 1 if point in ("during_open", "during_compaction") else 60
                 # The file is compacted when there is nothing else to do.
-                rate = 0 if point == "during_compaction" else 2000
+                rate = 0 if point == "during_compaction" else 500
+                if point == "during_open":  # or there would be nothing to lose yet
+                    bench.run("random", rate=rate, kill_after=chance.uniform(0, 0.3))
                 bench.run(point, nth=chance.randint(1, most), rate=rate)
             bench.finish()
             good = bench.report(f"kill[{point.replace(' ', '_')}]", runs) and good

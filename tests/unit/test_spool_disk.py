@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 import time
 
 import pytest
 
+from tests.faults import disks
+from tests.faults.disks import fill, sh
 from tests.faults.spool_kit import HandClock, gaps_of, io_error, open_spool, records
 from virtbus.errors import SpoolFull
 from virtbus.model import Confirmed, Phase
@@ -20,62 +23,18 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def sh(*command):
-    done = subprocess.run([str(each) for each in command], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise OSError(f"{command}: {done.stderr}")
-    return done.stdout.strip()
-
-
 @pytest.fixture
 def small_disk(tmp_path):
     """A tmpfs of 4 MiB, mounted."""
-    at = tmp_path / "small"
-    at.mkdir()
-    sh("mount", "-t", "tmpfs", "-o", "size=4m", "virtbus-test", at)
-    yield at
-    sh("umount", "-l", at)
+    with disks.small_disk(tmp_path) as disk:
+        yield disk.at
 
 
 @pytest.fixture
 def bad_disk(tmp_path):
-    """(mount point, break it, mend it): ext2 on a loop device whose own disk takes no new blocks.
-
-    A write then fails in the block layer: what the spool sees is a true EIO, at fsync.
-    """
-    for tool in ("mkfs.ext2", "losetup"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"needs {tool}")
-    below, at = tmp_path / "below", tmp_path / "bad"
-    below.mkdir()
-    at.mkdir()
-    sh("mount", "-t", "tmpfs", "-o", "size=96m", "virtbus-test", below)
-    image, filler = below / "image", below / "filler"
-    with image.open("wb") as stream:
-        stream.truncate(64 << 20)
-    sh("mkfs.ext2", "-q", "-F", image)
-    try:
-        device = sh("losetup", "--show", "-f", image)
-    except OSError as error:
-        sh("umount", below)
-        pytest.skip(f"needs a loop device: {error}")
-    sh("mount", "-o", "errors=continue", device, at)
-
-    yield at, lambda: fill(below), filler.unlink
-    filler.unlink(missing_ok=True)
-    sh("umount", "-l", at)
-    sh("losetup", "-d", device)
-    sh("umount", "-l", below)
-
-
-def fill(disk):
-    filler = disk / "filler"
-    with filler.open("ab", buffering=0) as stream:
-        try:
-            while True:
-                stream.write(b"\0" * 4096)
-        except OSError:
-            return filler
+    """(mount point, break it, mend it): see tests/faults/disks.py."""
+    with disks.failing_disk(tmp_path) as disk:
+        yield disk.at, disk.harm, disk.mend
 
 
 def test_a_full_disk_refuses_the_commit_and_takes_it_as_soon_as_there_is_room(small_disk):
@@ -184,6 +143,50 @@ def test_a_read_only_disk_is_told_and_the_start_works_when_it_is_writable(small_
     after = open_spool(small_disk / "state")
     assert (after.opening.damage, len(records(after))) == (None, 1)
     after.close()
+
+
+def test_a_disk_that_turned_read_only_refuses_commits_and_takes_them_when_it_is_writable(tmp_path):
+    """A write to SQLite's mapped index would be a SIGBUS there: the process that lives on is the test."""
+    with disks.read_only_files(tmp_path) as disk:
+        clock = HandClock()
+        spool = open_spool(disk.at / "state", clock=clock)
+        stamps = spool.commit([io_error(1)])
+        os.sync()  # from now on a write to a mapped page asks the file system again
+        disk.harm()
+        for _ in range(3):
+            with pytest.raises(SpoolFull, match="read-only: remount it"):
+                spool.commit([io_error(2)])
+        assert spool.take(10, NOBODY) == []
+        disk.mend()
+        clock.pass_time(1.1)
+        stamps += spool.commit([io_error(3)])
+        assert {record.id for record in records(spool)} == {stamp.id for stamp in stamps}
+        spool.close()
+
+
+def test_closing_on_a_disk_that_the_kernel_turned_read_only_ends_quietly(tmp_path):
+    with disks.read_only_disk(tmp_path) as disk:
+        ended = subprocess.run(
+            [sys.executable, "-c", CLOSE_ON_READ_ONLY, str(disk.at)], check=False, capture_output=True
+        )
+        assert (ended.returncode, ended.stdout.splitlines()[-1]) == (0, b"closed"), ended.stderr
+        disk.mend()
+        again = open_spool(disk.at / "state")
+        assert len(records(again)) == 20
+        again.close()
+
+
+CLOSE_ON_READ_ONLY = """
+import os, subprocess, sys
+from pathlib import Path
+from tests.faults.spool_kit import io_error, open_spool
+spool = open_spool(Path(sys.argv[1]) / "state")
+spool.commit([io_error(number) for number in range(20)])
+os.sync()
+subprocess.run(["mount", "-o", "remount,abort", sys.argv[1]], check=True)
+spool.close()
+print("closed")
+"""
 
 
 def test_a_disk_that_was_replaced_under_the_spool_is_used_again(small_disk, tmp_path):

@@ -7,6 +7,8 @@ enough that no damage ever passes by chance, which a 32-bit CRC over millions of
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
 import os
 import re
@@ -284,6 +286,38 @@ def connect(path: Path, *, sync: str = "FULL", busy_seconds: float = 2.0) -> sql
         connection.close()
         raise
     return connection
+
+
+def check_writable(path: Path) -> None:
+    """Raise what SQLite raises for a read-only file, before SQLite is asked to do anything with it.
+
+    It maps the log's index (-shm) into memory, and a write to a mapped page of a file system that has
+    turned read-only (ext4's errors=remount-ro, say) is no error but a SIGBUS, which ends the process. The
+    lock file is opened, never the database: closing any descriptor of that drops SQLite's own locks.
+    """
+    try:
+        os.close(os.open(path.with_name(LOCK), os.O_WRONLY | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EPERM, errno.EACCES):
+            return
+        refusal = sqlite3.OperationalError(error.strerror)
+        refusal.sqlite_errorcode = sqlite3.SQLITE_READONLY
+        refusal.sqlite_errorname = "SQLITE_READONLY"
+        raise refusal from error
+
+
+def let_go(connection: sqlite3.Connection, path: Path) -> None:
+    """Close a connection; on a disk that has turned read-only leave it to the end of the process.
+
+    The last one to close folds the log into the file, which there ends as `check_writable` tells; so would
+    the garbage collector's close, hence the reference that nobody gives back.
+    """
+    try:
+        check_writable(path)
+    except sqlite3.Error:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
+        raise
+    connection.close()
 
 
 def connect_to_read(path: Path) -> sqlite3.Connection:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import NoReturn
 
@@ -372,6 +373,11 @@ class IntakeSide:
         may never have reached the disk; and what follows them in the log hangs on them. So the whole
         log is folded into the file (which syncs it) and begun anew. On a full disk this also finds room.
         """
+        try:
+            files.check_writable(self._state.path)
+        except sqlite3.Error as error:
+            self._writer_sick = error
+            files.raise_translated(error, self._state.path)
         if self._writer_sick is None:
             return
         try:
@@ -392,9 +398,11 @@ class IntakeSide:
     def close(self) -> None:
         """A last sign of life, and let go of the file."""
         try:
+            files.check_writable(self._state.path)
             with self._state.writing:
                 alive_ns = max(self._state.account.alive_ns, self._state.clock().wall_ns)
                 self._writer.execute(insert_sql("runs"), run_row(self._state.account, alive_ns=alive_ns))
-            self._writer.close()
         except sqlite3.Error as error:
             emit(Trouble("closing the spool", error))
+        with suppress(sqlite3.Error):
+            files.let_go(self._writer, self._state.path)

@@ -10,6 +10,7 @@ import sqlite3
 import threading
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from dataclasses import dataclass
 
 import msgspec
@@ -316,6 +317,7 @@ class PublisherSide:
 
     def _refresh_reader(self) -> None:
         """Open the publisher's connection anew after a failure; its own thread, before it is used."""
+        files.check_writable(self._state.path)
         if self._state.reader_stale:
             self._reader.close()
             self._reader = self._state.connect("NORMAL")
@@ -331,6 +333,7 @@ class PublisherSide:
         try:
             self._settle_again_at = 0.0
             self._settle_later(self._state.clock().monotonic, 2.0)
-            self._reader.close()
-        except (sqlite3.Error, SpoolCorrupt) as error:
+        except SpoolCorrupt as error:
             emit(Trouble("closing the spool", error))
+        with suppress(sqlite3.Error):
+            files.let_go(self._reader, self._state.path)
