@@ -149,7 +149,8 @@ def test_most_agents_silent_at_once_makes_us_suspect_ourselves():
     assert fleet.view(now(100)).suspect_ourselves
 
 
-def test_ten_thousand_hosts_are_viewed_in_a_fifth_of_a_second():
+def test_ten_thousand_hosts_are_viewed_in_the_time_it_takes_to_count_to_three_million():
+    """A fifth of a second where this was written; a yardstick, because machines and their load differ."""
     fleet = Fleet()
     for number in range(10_000):
         host = a_host(name=f"compute-{number:05d}", uuid=None)
@@ -157,14 +158,17 @@ def test_ten_thousand_hosts_are_viewed_in_a_fifth_of_a_second():
         if number % 5 == 0:
             error = an_io_error(host=host, domain=a_domain(uuid=f"domain-{number}"))
             fleet.saw(error, attributes(1, agent=str(number)), now())
-    took = []
-    for _ in range(3):
+    took, yardstick = [], []
+    for _ in range(4):
         begun = time.process_time()
         view = fleet.view(now(1))
         took.append(time.process_time() - begun)
+        begun = time.process_time()
+        assert sum(number & 1 for number in range(3_000_000)) == 1_500_000
+        yardstick.append(time.process_time() - begun)
     assert len(view.hosts) == 10_000
     assert view.incidents == 2_000
-    assert min(took) < 0.2
+    assert min(took) < min(yardstick)
 
 
 def test_a_storm_of_incidents_stays_bounded():

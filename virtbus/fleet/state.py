@@ -106,6 +106,8 @@ class _Rate:
         self._at = now
 
     def per_minute(self, now: float, constant: float) -> float:
+        if not self._value:
+            return 0.0
         return self._value * math.exp(-(now - self._at) / constant) * 60.0 / constant
 
 
@@ -173,6 +175,7 @@ class Fleet:
         self._agents: dict[str, _Agent] = {}
         self._users: dict[str, set[str]] = defaultdict(set)
         self._backend_rates: dict[str, _Rate] = {}
+        self._backend_of: dict[Backend, Backend] = {}
         self._since: float | None = None  # monotonic: when we began to listen
         self._interval = 0.0  # the longest heartbeat interval that was heard of
 
@@ -336,7 +339,10 @@ class Fleet:
         return agent.booted is not None and 0 <= onset - agent.booted <= self.rules.after_boot_seconds
 
     def _backend(self, host: str, device: Device) -> Backend:
-        backend = backend_of(host, device, self.rules.storage)
+        found = backend_of(host, device, self.rules.storage)
+        if len(self._backend_of) >= _MAX_USERS:
+            self._backend_of.clear()
+        backend = self._backend_of.setdefault(found, found)  # one object for equal ones: quick to compare
         for name in backend.names:
             if len(self._users) < _MAX_USERS or name in self._users:
                 self._users[name].add(host)
@@ -359,38 +365,13 @@ class Fleet:
 
     def view(self, now: Now) -> FleetView:
         """Everything, judged now."""
-        rules = self.rules
         self._forget(now)
         states = {agent.id: self._state(agent, now) for agent in self._agents.values()}
         named = [agent for agent in self._agents.values() if agent.name is not None]
         verdicts = self._judge(named, states, now)
-        constant = rules.rate_seconds
-        hosts = []
-        for agent in named:
-            assert agent.name is not None
-            verdict = verdicts.hosts.get(agent.name)
-            open_ = agent.incidents.values()
-            hosts.append(
-                HostHealth(
-                    name=agent.name,
-                    agent_id=agent.id,
-                    state=states[agent.id],
-                    heard_seconds=now.monotonic - agent.heard,
-                    blame=Blame.NONE if verdict is None else verdict.blame,
-                    why="" if verdict is None else verdict.why,
-                    full=bool(open_) and all(one.full for one in open_),
-                    since=min((one.onset for one in open_), default=None),
-                    incidents=len(open_),
-                    guests=len({one.domain for one in open_}) if open_ else 0,
-                    paused=len({one.domain for one in open_ if one.paused}) if open_ else 0,
-                    flapping=sum(one.flapping for one in open_) if open_ else 0,
-                    errors_per_minute=agent.rate.per_minute(now.monotonic, constant),
-                    backends=tuple(sorted({verdicts.system_of[one.backend] for one in open_}))
-                    if open_
-                    else (),
-                    fresh=agent.complete and agent.heartbeat[0] == agent.epoch,
-                )
-            )
+        hosts = [
+            self._health(agent, states[agent.id], verdicts, now) for agent in named if agent.name is not None
+        ]
         hosts.sort(key=lambda one: one.name)
         silent = sum(state == "silent" for state in states.values())
         return FleetView(
@@ -400,6 +381,35 @@ class Fleet:
             incidents=sum(len(agent.incidents) for agent in named),
             errors_per_minute=sum(one.errors_per_minute for one in hosts),
             suspect_ourselves=silent * 2 > len(states) and len(states) > 1,
+        )
+
+    def _health(self, agent: _Agent, state: str, verdicts: Verdicts, now: Now) -> HostHealth:
+        assert agent.name is not None
+        heard = now.monotonic - agent.heard
+        rate = agent.rate.per_minute(now.monotonic, self.rules.rate_seconds)
+        fresh = agent.complete and agent.heartbeat[0] == agent.epoch
+        open_ = agent.incidents.values()
+        if not open_:
+            return HostHealth(
+                agent.name, agent.id, state, heard, Blame.NONE, "", False, None, 0, 0, 0, 0, rate, (), fresh
+            )
+        verdict = verdicts.hosts[agent.name]
+        return HostHealth(
+            name=agent.name,
+            agent_id=agent.id,
+            state=state,
+            heard_seconds=heard,
+            blame=verdict.blame,
+            why=verdict.why,
+            full=all(one.full for one in open_),
+            since=min(one.onset for one in open_),
+            incidents=len(open_),
+            guests=len({one.domain for one in open_}),
+            paused=len({one.domain for one in open_ if one.paused}),
+            flapping=sum(one.flapping for one in open_),
+            errors_per_minute=rate,
+            backends=tuple(sorted({verdicts.system_of[one.backend] for one in open_})),
+            fresh=fresh,
         )
 
     def _state(self, agent: _Agent, now: Now) -> str:

@@ -1,0 +1,58 @@
+"""One active member of a group: the second stands by, or takes over; never do two act."""
+
+from __future__ import annotations
+
+import pytest
+
+from virtbus.bus import BusOptions, open_bus
+from virtbus.consumer import Consumer
+from virtbus.errors import BusDenied
+from virtbus.testing import ListFeed, records
+
+
+def publish(url: str, options: BusOptions, count: int = 10) -> None:
+    bus = open_bus(url, options)
+    ListFeed(records(count, keys=5)).drain(bus)
+    bus.close()
+
+
+def drain(consumer: Consumer, wait: float = 3.0) -> int:
+    found = 0
+    while (delivery := consumer.receive(wait)) is not None:
+        delivery.ack()
+        found += 1
+    return found
+
+
+@pytest.mark.parametrize("kind", ["amqp", "embedded"])
+def test_the_second_stands_by_until_the_first_is_gone(kind, request, tmp_path):
+    url = request.getfixturevalue("amqp_url") if kind == "amqp" else f"embedded://{tmp_path}/bus.db"
+    options = BusOptions()
+    first = Consumer(url, group="solo", exclusive=True)
+    assert first.receive(1.0) is None
+    second = Consumer(url, group="solo", exclusive=True)
+    assert second.receive(1.0) is None
+    publish(url, options)
+    assert second.receive(1.0) is None
+    assert drain(first) == 10
+    publish(url, options)
+    first.close()
+    assert drain(second) == 10
+    second.close()
+
+
+def test_with_kafka_the_newer_takes_over_and_the_older_is_told(kafka_url, kafka_topic):
+    options = BusOptions(topic=kafka_topic)
+    first = Consumer(kafka_url, group="solo", options=options, exclusive=True)
+    first.receive(1.0)
+    publish(kafka_url, options)
+    assert drain(first, 8.0) == 10
+    second = Consumer(kafka_url, group="solo", options=options, exclusive=True)
+    second.receive(6.0)
+    with pytest.raises(BusDenied, match="FENCED"):
+        for _ in range(20):
+            first.receive(1.0)
+    publish(kafka_url, options)
+    assert drain(second, 8.0) == 10
+    first.close()
+    second.close()
