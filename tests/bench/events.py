@@ -8,6 +8,7 @@ from typing import Any
 
 from virtbus.bus import BusOptions, open_bus
 from virtbus.envelope import decode
+from virtbus.errors import BusUnavailable
 
 
 class Events:
@@ -27,7 +28,10 @@ class Events:
         stream.receive(0.2)
         self._ready.set()
         while not self._over.is_set():
-            message = stream.receive(0.2)
+            try:
+                message = stream.receive(0.2)
+            except BusUnavailable:
+                continue  # it is away, or about to be: whoever misses something will say so
             if message is not None:
                 envelope = decode(message)
                 self.seen.append((time.monotonic(), {**envelope.attributes, "data": envelope.data}))
@@ -38,6 +42,13 @@ class Events:
         """Those of one type, e.g. "io_error"."""
         return [item for item in self.seen if item[1]["type"].endswith(f".{name}.v1")]
 
+    def __enter__(self) -> Events:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
+        """Stop reading."""
         self._over.set()
         self._thread.join()
