@@ -65,15 +65,17 @@ check: setup
 test: setup
 	$(PYTEST) $(PYTEST_ARGS) $(TESTS)
 
+# FAULTS names scenarios, or says --quick or --list; all of them take more than an hour on two cores.
 faults: setup
-	$(PYTEST) $(PYTEST_ARGS) tests/$@
+	@tests/install-packages faults
+	$(BIN)/python -m tests.faults $(FAULTS)
 
 # The genuine helm, a real API server, the image as a pod. The first time it builds server and image: a
 # quarter of an hour. Without Go what needs the server is skipped aloud, or fails with VIRTBUS_CI=1.
 chart: setup
 	@tests/install-packages image
 	@$(BIN)/python -m tests.chart.apiserver || test "$$VIRTBUS_CI" != 1
-	$(PYTEST) $(PYTEST_ARGS) tests/chart tests/chart/with_apiserver.py tests/chart/with_image.py
+	$(PYTEST) $(PYTEST_ARGS) -o python_files='test_*.py with_*.py' tests/chart
 
 # A table with pass or short a row; 1 below a committed floor. BENCH_ARGS="--only idle --quick", say.
 bench: setup

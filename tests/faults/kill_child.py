@@ -134,7 +134,7 @@ def main() -> None:
         agent.stop()
         agent.join()
         return
-    time.sleep(60)
+    threading.Event().wait(60)
     sys.exit(f"point {point!r} was not visited {nth} times in 60 s")
 
 
