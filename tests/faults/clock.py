@@ -2,8 +2,9 @@
 
 `clock[libfaketime]`: whole agents whose process sees the jumps, killed and started again in between; the
 account is that of tests/faults/kills.py, and `pause_max_seconds` is the longest time without a commit at 200
-errors a second: a wait that followed the wall clock would last an hour. `clock[injected]`: an agent with a clock of its own; `late_max_seconds` is how far the
-windows of an incident (1, 2 and 4 s) and the heartbeats (each second) strayed from monotonic time.
+errors a second: a wait that followed the wall clock would last an hour. `clock[injected]`: an agent with a
+clock of its own; `late_max_seconds` is how far the windows of an incident (1, 2 and 4 s) and the heartbeats
+(each second) strayed from monotonic time.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ def faked(url: str, folder: Path, runs: int, library: Path) -> bool:
         bench.finish()
         good = bench.report("clock[libfaketime]", runs)
         print(f"clock[libfaketime] jumps={3 * runs} pause_max_seconds={longest:.2f}", flush=True)
-        return good and longest <= 5.0
+        return good and longest <= 10.0
     finally:
         bench.close()
 
