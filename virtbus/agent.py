@@ -10,30 +10,23 @@ or absent broker costs nothing but spool space. The main thread only waits for s
 
 from __future__ import annotations
 
-import hashlib
-import random
 import threading
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from pathlib import Path
 
 from virtbus import __version__, envelope
 from virtbus.bus import Bus
 from virtbus.control import Drill, Taps
-from virtbus.errors import BusDenied, BusUnavailable, SpoolCorrupt, SpoolFull, VirtbusError
+from virtbus.errors import SpoolCorrupt, SpoolFull, VirtbusError
 from virtbus.incidents import Incidents
-from virtbus.intake import FOLD_LIMIT, IntakeQueue, aggregate, callbacks_in
+from virtbus.intake import IntakeQueue, aggregate, callbacks_in
 from virtbus.model import (
     Backlog,
     Burst,
     Clock,
-    Confirmed,
-    Deferred,
     DomainGone,
     Event,
     Gap,
@@ -45,20 +38,18 @@ from virtbus.model import (
     Observation,
     OpenIncidents,
     Origin,
-    Outcome,
     Phase,
     PreviousRun,
     RawIoError,
     Record,
-    Refused,
     SequenceRange,
     SourceHealth,
     SourceLost,
     SourceReady,
     Stamp,
-    Unroutable,
     to_datetime,
 )
+from virtbus.publishing import Publisher
 from virtbus.retry import Backoff
 from virtbus.sources import Source
 from virtbus.spool import Spool
@@ -66,9 +57,7 @@ from virtbus.telemetry import (
     METRICS,
     AgentStarted,
     AgentStopped,
-    BusLost,
     DrillAsked,
-    EventUnroutable,
     SpoolUnwritable,
     SpoolWritable,
     Trouble,
@@ -77,47 +66,6 @@ from virtbus.telemetry import (
 
 SOURCE_GRACE_SECONDS = 5.0  # how long the first event of a start waits for the first snapshot
 ALIVE_SECONDS = 5.0  # between two signs of life in the spool (the promise is 10 s)
-
-
-# ------------------------------------------------------------------------------------------ identity
-
-
-def load_agent_id(state_dir: Path, machine_id_file: Path = Path("/etc/machine-id")) -> tuple[str, str | None]:
-    """The agent's id from `<state_dir>/agent-id`, made once → (id, previous id or None).
-
-    The file holds the id and a digest of the machine's id. A cloned disk brings another machine's id
-    with it: it gets an id of its own, and the caller tells of it in a gap event. Without a machine id
-    (a container) the file alone decides.
-
-    Raises SpoolFull when the file can't be written.
-    """
-    path = state_dir / "agent-id"
-    try:
-        machine = machine_id_file.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        machine = ""
-    # machine-id(5): confidential, so only a keyed digest of it is kept.
-    digest = hashlib.blake2b(machine.encode(), key=b"virtbus agent-id", digest_size=16).hexdigest()
-    previous = None
-    try:
-        lines = path.read_text(encoding="ascii").split()
-        previous = str(uuid.UUID(lines[0]))
-        if not machine or len(lines) < 2 or lines[1] == digest:
-            return previous, None
-    except (OSError, UnicodeDecodeError, ValueError, IndexError):
-        previous = None
-    agent_id = str(uuid.uuid4())
-    draft = path.with_suffix(".new")
-    try:
-        draft.write_text(f"{agent_id}\n{digest}\n", encoding="ascii")
-        draft.chmod(0o600)
-        draft.replace(path)
-    except OSError as error:
-        raise SpoolFull(f"{path} can't be written: {error.strerror}; check rights and space") from error
-    return agent_id, previous
-
-
-# ------------------------------------------------------------------------------------------- the agent
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +104,7 @@ class Agent:
         self._bus_name = bus_name
         self._stop = threading.Event()  # stop observing
         self._abort = threading.Event()  # stop at once
-        self._intake_done = threading.Event()
+        self._stopped_ns: int | None = None  # when observing ended
         self._first_commit = threading.Event()
         self._threads: dict[str, threading.Thread] = {}
         self._failure: VirtbusError | None = None
@@ -169,9 +117,18 @@ class Agent:
         self._commit_error: str | None = None
         self._pending: list[Event] = []
         self._pending_states: dict[str, bytes | None] = {}
-        self._bus_error: str | None = None
         self._unreadable: tuple[str, ...] = ()
         self.host: Host | None = None
+        self.publisher = Publisher(
+            spool=spool,
+            bus=bus,
+            taps=self.taps,
+            heartbeat=lambda: self._heartbeat(),  # noqa: PLW0108 - looked up late: tests replace it
+            heartbeat_seconds=lambda: self.options.heartbeat_seconds,
+            drain_seconds=lambda: self.options.drain_seconds,
+            abort=self._abort,
+            bus_name=bus_name,
+        )
 
     # ---- life
 
@@ -195,6 +152,7 @@ class Agent:
 
     def stop(self) -> None:
         """Stop observing, commit what was seen, publish up to the drain deadline. Returns at once."""
+        self._stopped_ns = self._stopped_ns or self._clock().wall_ns
         self._stop.set()
         # Not the spool: a signal handler may not wait for its lock, and the intake wakes it in the end.
         self.queue.wake()
@@ -224,6 +182,9 @@ class Agent:
                 thread.join(0.1)
                 limit -= 0.1
         self.bus.close()
+        publisher = self._threads.get("publisher")
+        if publisher is not None:
+            publisher.join(2.0)  # closing the bus ends what it was waiting for
         left = self.spool.stats().pending
         self.spool.close()
         emit(AgentStopped(left_in_spool=left))
@@ -238,12 +199,21 @@ class Agent:
     # ---- source thread
 
     def _observe(self) -> None:
-        try:
-            self.source.run(self.queue.put, self._stop)
-        except VirtbusError as error:
-            self._fail(error)
-        except Exception as error:  # noqa: BLE001 - the thread's last line of defence; livez shows it dead
-            emit(Trouble("source thread", error))
+        """Observe until the stop. A source that breaks is begun again, and its absence is a gap."""
+        backoff = Backoff("source")
+        while not self._stop.is_set():
+            why: Exception | str = "the source ended"
+            try:
+                self.source.run(self.queue.put, self._stop)
+            except VirtbusError as error:
+                self._fail(error)
+                return
+            except Exception as error:  # noqa: BLE001 - a bug of a source must not blind us for good
+                emit(Trouble("source thread", error))
+                why = error
+            if not self._stop.is_set():
+                self.queue.put(SourceLost(self._clock().wall_ns, f"the source ended: {why}"))
+                backoff.wait(self._stop, why)
 
     # ---- intake thread
 
@@ -252,14 +222,17 @@ class Agent:
             self._open_epoch()
             while not (self._stop.is_set() and len(self.queue) == 0) and not self._abort.is_set():
                 self._intake_once(self._intake_timeout())
+            if self._stopped_ns is not None:
+                self.spool.alive(self._stopped_ns)  # from here on nobody looks
         except SpoolCorrupt as error:
             self._fail(error)  # the next start rescues what can be read
         except Exception as error:
             emit(Trouble("intake thread", error))
             raise
         finally:
-            self._intake_done.set()
-            self.spool.wake()  # the publisher sleeps until there is something to do
+            self.publisher.draining.set()
+            self._first_commit.set()  # whatever happened, the backlog may go out
+            self.spool.wake()
 
     def _intake_timeout(self) -> float:
         if self._stop.is_set():
@@ -279,17 +252,8 @@ class Agent:
                     ready = item
                 held.append(item)
         now = self._clock()
-        if ready is not None:
-            self._source_is_up(ready)
         opening = self.spool.opening
-        events: list[Event] = []
-        found = 0
-        for item in self._prepared(held):
-            made = self._apply(item, now)
-            found += sum(
-                1 for event in made if isinstance(event, IoError) and event.origin is Origin.RECONCILE
-            )
-            events += made
+        events = self._events_of(held, now)
         ended_at = to_datetime(ready.at_ns if ready else now.wall_ns)
         since = None if opening.last_alive_ns is None else to_datetime(opening.last_alive_ns)
         gap = partial(self._gap, started_at=since, ended_at=ended_at)
@@ -298,7 +262,7 @@ class Agent:
                 "agent_down",
                 previous=opening.previous,
                 missing=() if opening.damage else opening.missing,
-                found=found,
+                found=_found(events),
             )
         ]
         if opening.damage:
@@ -310,7 +274,7 @@ class Agent:
             gaps.append(gap("identity_changed", f"the machine id changed (a cloned disk?); before: {was}"))
         self._commit(gaps + events)
         self._first_commit.set()
-        if ready is None and not self._stop.is_set():
+        if ready is None and self._source_lost is None and not self._stop.is_set():
             # Until the source is up nothing is observed: from now on that is a gap of its own.
             self._source_lost = SourceLost(now.wall_ns, "libvirt was not reachable at the agent's start")
 
@@ -369,25 +333,29 @@ class Agent:
         """One batch: drain, apply, commit."""
         observations = self.queue.drain(timeout)
         now = self._clock()
+        events = self._events_of(observations, now)
+        events += self.incidents.tick(now, self.source.describe)
+        errors, others = self.queue.take_dropped()
+        if errors or others:
+            METRICS.dropped.inc(errors + others)
+            why = f"the disk was too slow to keep {errors} errors and {others} other observations"
+            at = to_datetime(now.wall_ns)
+            events.append(self._gap("observations_dropped", why, ended_at=at, missing_occurrences=errors))
+        self._commit(events)
+        self.spool.alive(now.wall_ns)
+
+    def _events_of(self, observations: list[Observation], now: Now) -> list[Event]:
+        """What a batch becomes, in its order; keeps track of whether the source observes."""
         events: list[Event] = []
         for item in self._prepared(observations):
             if isinstance(item, SourceReady):
                 events += self._came_back(item, now)
-            elif isinstance(item, SourceLost):
+                continue
+            if isinstance(item, SourceLost):
                 self._source_lost = self._source_lost or item
                 self._source_state, self._source_since_ns = "disconnected", item.at_ns
-                events += self._apply(item, now)
-            else:
-                events += self._apply(item, now)
-        events += self.incidents.tick(now, self.source.describe)
-        at = to_datetime(now.wall_ns)
-        dropped = self.queue.take_dropped()
-        if dropped:
-            METRICS.dropped.inc(dropped)
-            why = f"more than {FOLD_LIMIT} different errors were waiting for the disk"
-            events.append(self._gap("observations_dropped", why, ended_at=at, missing_occurrences=dropped))
-        self._commit(events)
-        self.spool.alive(now.wall_ns)
+            events += self._apply(item, now)
+        return events
 
     def _came_back(self, ready: SourceReady, now: Now) -> list[Event]:
         """The source is up again: what was found, after the gap that says what may be missing."""
@@ -396,13 +364,12 @@ class Agent:
         lost, self._source_lost = self._source_lost, None
         if lost is None:
             return events
-        found = sum(1 for event in events if isinstance(event, IoError) and event.origin is Origin.RECONCILE)
         gap = self._gap(
             "source_lost",
             lost.why,
             started_at=to_datetime(lost.at_ns),
             ended_at=to_datetime(ready.at_ns),
-            found=found,
+            found=_found(events),
         )
         return [gap, *events]
 
@@ -432,7 +399,7 @@ class Agent:
                 failed = failed or self._clock()
                 self._commit_error = str(error)
                 emit(SpoolUnwritable(str(self.spool.path), error))
-                if self._stop.is_set() and time.monotonic() > begun + 2.0:
+                if self._abort.is_set() or (self._stop.is_set() and time.monotonic() > begun + 2.0):
                     return  # ending with a broken disk: this batch lies inside the next start's gap
                 backoff.wait(self._abort, error)
                 continue
@@ -472,59 +439,10 @@ class Agent:
 
     def _publish(self) -> None:
         self._first_commit.wait()
-        backoff = Backoff("publish")
-        feed = _SpoolFeed(self)
-        deadline: float | None = None
-        while not self._abort.is_set():
-            if self._intake_done.is_set():
-                deadline = deadline or time.monotonic() + self.options.drain_seconds
-                if time.monotonic() >= deadline or self.spool.stats().pending == 0:
-                    break
-            try:
-                self._publish_once(feed, backoff, deadline)
-            except (BusUnavailable, BusDenied) as error:
-                self._bus_error = str(error)
-                emit(BusLost(self._bus_name, error))
-                self._back_off(backoff, error, deadline)
-            except SpoolFull as error:
-                emit(SpoolUnwritable(str(self.spool.path), error))
-                self._back_off(backoff, error, deadline)
-            except SpoolCorrupt as error:
-                self._fail(error)
-                break
-            except Exception as error:  # noqa: BLE001 - an unknown fault must not end publishing
-                emit(Trouble("publisher thread", error))
-                self._back_off(backoff, error, deadline)
-        feed.settle()
-
-    def _publish_once(self, feed: _SpoolFeed, backoff: Backoff, deadline: float | None) -> None:
-        """Publish all that can be taken, or wait up to a second for something."""
-        wait = min(1.0, feed.heartbeat_in())
-        if wait > 0 and not self.spool.wait(wait, self._intake_done):
-            self.bus.tick()
-            if feed.heartbeat_in() > 0:
-                return
-        deferred: Exception | None = None
-        for record, outcome in self.bus.publish(feed):
-            feed.done(record, outcome)
-            if isinstance(outcome, Confirmed):
-                backoff.reset()
-                self._bus_error = None
-            elif isinstance(outcome, Deferred):
-                deferred = outcome.error
-            if self._abort.is_set() or (deadline is not None and time.monotonic() >= deadline):
-                break
-        feed.settle()
-        if deferred is not None:
-            self._bus_error = str(deferred)
-            self._back_off(backoff, deferred, deadline)
-
-    def _back_off(self, backoff: Backoff, error: Exception, deadline: float | None) -> None:
-        """Wait before the next attempt; the beginning of a drain, and its deadline, end the wait."""
-        if deadline is None:
-            backoff.wait(self._intake_done, error)
-        else:
-            backoff.wait(self._abort, error, limit=deadline - time.monotonic())
+        try:
+            self.publisher.run()
+        except SpoolCorrupt as error:
+            self._fail(error)
 
     # ---- what it is like
 
@@ -581,7 +499,7 @@ class Agent:
     def summary(self) -> str:
         """One line for a service manager."""
         stats = self.spool.stats()
-        trouble = "; ".join([*self.not_ready(), *([] if self._bus_error is None else ["broker away"])])
+        trouble = "; ".join([*self.not_ready(), *([] if self.publisher.error is None else ["broker away"])])
         return (
             f"{self._source_state}; {stats.pending} events wait; {self.incidents.open_count} incidents open"
             + (f"; {trouble}" if trouble else "")
@@ -622,7 +540,7 @@ class Agent:
                 "since": to_datetime(self._source_since_ns).isoformat(),
                 "queued": len(self.queue),
             },
-            "bus": {"url": self._bus_name, "error": self._bus_error},
+            "bus": {"url": self._bus_name, "error": self.publisher.error},
             "spool": {
                 "path": str(self.spool.path),
                 "pending": stats.pending,
@@ -640,53 +558,5 @@ class Agent:
         }
 
 
-class _SpoolFeed:
-    """The spool as a bus's feed: settles outcomes in groups, and slips the heartbeat in when it is due."""
-
-    def __init__(self, agent: Agent) -> None:
-        self._agent = agent
-        self._outcomes: list[tuple[Record, Outcome]] = []
-        # A random phase: a thousand agents that start together must not beat together.
-        self._next_beat = time.monotonic() + random.uniform(0, self._interval)  # noqa: S311 - no secret
-
-    @property
-    def _interval(self) -> float:
-        return self._agent.options.heartbeat_seconds  # a reload may change it
-
-    def heartbeat_in(self) -> float:
-        """Seconds until the next heartbeat is due."""
-        return max(0.0, self._next_beat - time.monotonic()) if self._interval else 3600.0
-
-    def take(self, limit: int, busy: AbstractSet[str]) -> Sequence[Record]:
-        """See virtbus.bus.Feed."""
-        # What was sent and is not settled comes twice after a kill: it must fit into the bus's window.
-        if len(self._outcomes) * 2 > limit:
-            self.settle()
-        limit -= len(self._outcomes)
-        if self._interval and self.heartbeat_in() <= 0 and self._agent.agent_id not in busy:
-            self._next_beat = time.monotonic() + self._interval
-            return [self._agent._heartbeat()]
-        records = self._agent.spool.take(limit, busy)
-        if not records and self._outcomes:
-            self.settle()  # frees the next record of each confirmed key
-            records = self._agent.spool.take(limit, busy)
-        return records
-
-    def done(self, record: Record, outcome: Outcome) -> None:
-        """Remember an outcome; it is settled with others."""
-        METRICS.outcomes.labels(type(outcome).__name__.lower()).inc()
-        if record.row == 0:
-            return
-        self._outcomes.append((record, outcome))
-        if isinstance(outcome, Unroutable):
-            emit(EventUnroutable(record.id, record.key, outcome.reason))
-        if not isinstance(outcome, Confirmed):
-            self.settle()  # the spool must know at once that this key waits
-        if self._agent.taps.active and isinstance(outcome, Confirmed | Refused):
-            self._agent.taps.offer("published", record)
-
-    def settle(self) -> None:
-        """Settle what has come together."""
-        if self._outcomes:
-            outcomes, self._outcomes = self._outcomes, []
-            self._agent.spool.settle(outcomes)
+def _found(events: Sequence[Event]) -> int:
+    return sum(1 for event in events if isinstance(event, IoError) and event.origin is Origin.RECONCILE)

@@ -20,8 +20,8 @@ class IntakeQueue:
     Guarantees:
     1. `put` never blocks on anything but a lock held for microseconds, and never raises;
     2. above `limit` queued, errors fold into one counter a (device, action, reason): counts stay exact;
-    3. an error never changes sides with a lifecycle observation that came after it;
-    4. what can't be kept even so is counted in `dropped`.
+    3. an error never changes sides with a lifecycle observation that came after it and was kept;
+    4. what can't be kept even so is counted in `take_dropped`.
     """
 
     def __init__(self, limit: int = QUEUE_LIMIT, fold_limit: int = FOLD_LIMIT) -> None:
@@ -31,7 +31,8 @@ class IntakeQueue:
         self._folded: dict[tuple[object, ...], Burst] = {}
         self._lock = threading.Lock()
         self._ready = threading.Event()
-        self._dropped = 0
+        self._dropped_errors = 0
+        self._dropped_others = 0
 
     def put(self, observation: Observation) -> None:
         """Take one observation; the sink of a source."""
@@ -45,15 +46,16 @@ class IntakeQueue:
     def _put_folded(self, observation: Observation) -> None:
         with self._lock:
             if not isinstance(observation, RawIoError):
+                full = len(self._items) + len(self._folded) >= self._limit + self._fold_limit
+                if full and not isinstance(observation, SourceReady | SourceLost):
+                    # Without the barrier, folding goes on across it: memory before order, and it is told.
+                    self._dropped_errors += callbacks_in(observation)
+                    self._dropped_others += not callbacks_in(observation)
+                    return
                 # A barrier: what was folded before it must be told before it.
                 self._items.extend(self._folded.values())
                 self._folded = {}
-                if len(self._items) < self._limit + self._fold_limit or isinstance(
-                    observation, SourceReady | SourceLost
-                ):
-                    self._items.append(observation)
-                else:
-                    self._dropped += 1
+                self._items.append(observation)
                 return
             key = _same_error(observation)
             burst = self._folded.get(key)
@@ -63,7 +65,7 @@ class IntakeQueue:
             elif len(self._folded) < self._fold_limit:
                 self._folded[key] = Burst(observation, 1, at, at)
             else:
-                self._dropped += 1
+                self._dropped_errors += 1
                 return
         METRICS.folded.inc()
 
@@ -88,10 +90,11 @@ class IntakeQueue:
         """Let a waiting `drain` return."""
         self._ready.set()
 
-    def take_dropped(self) -> int:
-        """How many were dropped since the last call."""
+    def take_dropped(self) -> tuple[int, int]:
+        """(errors, other observations) that were dropped since the last call."""
         with self._lock:
-            dropped, self._dropped = self._dropped, 0
+            dropped = (self._dropped_errors, self._dropped_others)
+            self._dropped_errors = self._dropped_others = 0
         return dropped
 
     def __len__(self) -> int:

@@ -90,6 +90,7 @@ class Metrics:
         self.warnings = Counter(
             "virtbus_warnings", "Warnings and errors, also those that the log left out", ["event"], registry=r
         )
+        self.log_failures = Counter("virtbus_log_failures", "Log lines that could not be written", registry=r)
         self.build_info = Gauge("virtbus_build_info", "Constant 1 with the version", ["version"], registry=r)
         self.started_seconds = Gauge(
             "virtbus_start_time_seconds", "Unix time of the agent's start", registry=r
@@ -163,7 +164,11 @@ def emit(event: TelemetryEvent) -> None:
         value = getattr(event, item.name)
         if value is not None:
             extra[item.name] = str(value) if isinstance(value, BaseException) else value
-    getattr(_log, event.LEVEL)(event.MESSAGE, **extra)
+    try:
+        getattr(_log, event.LEVEL)(event.MESSAGE, **extra)
+    except (OSError, ValueError):
+        # The log's disk is full, or its reader is gone: the metric tells, and the path goes on.
+        METRICS.log_failures.inc()
 
 
 def _printable(_log: Any, _method: str, line: Any) -> Any:

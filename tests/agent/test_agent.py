@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from virtbus.agent import Agent, AgentOptions, load_agent_id
+from virtbus import telemetry
+from virtbus.agent import Agent, AgentOptions
 from virtbus.envelope import uuid7
 from virtbus.errors import BusUnavailable, SourceDenied, SpoolFull
+from virtbus.identity import load_agent_id
 from virtbus.incidents import IncidentLimits, Incidents
 from virtbus.model import Confirmed, Deferred, Refused, SourceLost, SourceReady, Unroutable
 from virtbus.spool import Spool, SpoolLimits
@@ -266,9 +269,86 @@ def test_a_source_that_refuses_us_ends_the_agent_with_its_error(house, monkeypat
 
 
 def test_a_dead_thread_is_told(house, monkeypatch):
-    monkeypatch.setattr(FakeSource, "run", lambda self, sink, stop: None)
+    monkeypatch.setattr(Agent, "_observe", lambda self: None)
     one = house()
     wait_until(lambda: one.agent.dead_threads() == ["source"])
+
+
+def test_a_source_that_breaks_is_begun_again_and_its_absence_is_a_gap(house, monkeypatch):
+    run, broken = FakeSource.run, threading.Event()
+
+    def breaks(self, sink, stop):
+        sink(self.snapshot())
+        if not broken.is_set():
+            stop.wait(0.2)
+            raise RuntimeError("a bug")
+        run(self, sink, stop)
+
+    monkeypatch.setattr(FakeSource, "run", breaks)
+    with no_waiting():
+        one = house()
+        wait_until(lambda: len(one.delivered("gap")) >= 2, what="the gap of the first break")
+        broken.set()
+        wait_until(lambda: one.agent.not_ready() == [])
+    gap = one.delivered("gap")[1]["data"]
+    assert (gap["reason"], gap["detail"]) == ("source_lost", "the source ended: a bug")
+
+
+def test_what_the_bus_left_without_an_outcome_is_sent_again(house):
+    one = house()
+    one.wait("gap")
+    publish, broken = one.bus.publish, []
+
+    def breaks(feed):
+        if not broken:
+            broken.append(feed.take(1, frozenset()))
+            raise RuntimeError("a bug of an adapter")
+        return publish(feed)
+
+    one.bus.publish = breaks
+    with no_waiting():
+        one.source.play(a_raw_io_error())
+        one.wait("io_error.v1")
+
+
+def test_the_time_of_a_drain_lies_in_the_next_starts_gap(house):
+    first = house(drain_seconds=1.0)
+    first.wait("gap")
+    first.bus.unavailable = BusUnavailable("away")
+    first.source.play(a_raw_io_error())
+    wait_until(lambda: first.spool.stats().pending == 1)
+    stopped = time.time_ns()
+    first.end()
+    second = house()
+    since = second.wait("gap")[0]["data"]["started_at"]
+    assert to_ns(datetime.fromisoformat(since)) <= stopped + 100_000_000
+
+
+def test_a_drain_ends_in_time_while_the_broker_takes_events_slowly(house):
+    def slowly(record):
+        time.sleep(0.02)
+        return Confirmed()
+
+    one = house(decide=slowly, drain_seconds=0.5)
+    one.wait("gap")
+    one.source.play(*(a_raw_io_error(domain_uuid=uuid7(number)) for number in range(500)))
+    wait_until(lambda: one.spool.stats().committed_sequence >= 400, timeout=20)
+    begun = time.monotonic()
+    one.end()
+    assert time.monotonic() - begun < 4
+
+
+def test_a_log_that_cant_be_written_stops_nothing(house):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    telemetry.configure(level="info", fmt="json", stream=Full())
+    try:
+        one = house(a_raw_io_error())
+        one.wait("io_error.v1")
+    finally:
+        telemetry.configure()
 
 
 def test_an_agent_keeps_its_id_and_a_cloned_disk_gets_a_new_one(tmp_path):

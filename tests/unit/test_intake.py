@@ -47,8 +47,20 @@ def test_more_different_errors_than_can_be_kept_are_counted_as_dropped():
     for number in range(10):
         queue.put(an_error(f"disk{number}"))
     assert sum(callbacks_in(item) for item in queue.drain(0)) == 4
-    assert queue.take_dropped() == 6
-    assert queue.take_dropped() == 0
+    assert queue.take_dropped() == (6, 0)
+    assert queue.take_dropped() == (0, 0)
+
+
+def test_memory_stays_bounded_while_errors_and_resumes_alternate_and_what_is_lost_is_counted_apart():
+    queue = IntakeQueue(limit=100, fold_limit=50)
+    for at in range(10_000):
+        queue.put(an_error(at=at))
+        queue.put(DomainResumed("d", at))
+        assert len(queue) <= 151
+    kept = sum(callbacks_in(item) for item in queue.drain(0))
+    errors, others = queue.take_dropped()
+    assert kept + errors == 10_000
+    assert others > 0
 
 
 def test_a_waiting_drain_wakes_when_something_comes():
@@ -71,7 +83,7 @@ def test_folding_while_draining_loses_no_count():
         seen += sum(callbacks_in(item) for item in queue.drain(0.01))
     writer.join()
     assert seen == total
-    assert queue.take_dropped() == 0
+    assert queue.take_dropped() == (0, 0)
 
 
 _observations = st.lists(

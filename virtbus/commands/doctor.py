@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TextIO
 
 from virtbus import doctor
-from virtbus.agent import load_agent_id
 from virtbus.commands import wiring
 from virtbus.config import Config, Loaded, bus_url
 from virtbus.errors import ConfigError, VirtbusError
+from virtbus.identity import load_agent_id
 from virtbus.model import Check
 
 _MARKS = {"ok": ("ok  ", "32"), "warning": ("WARN", "33"), "failed": ("FAIL", "31"), "skipped": ("skip", "2")}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+import socket
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,12 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from virtbus import telemetry
-from virtbus.agent import Agent, AgentOptions, load_agent_id
+from virtbus.agent import Agent, AgentOptions
 from virtbus.commands import wiring
 from virtbus.config import Config, Loaded, bus_url, differences, redact_url
 from virtbus.control import ControlSocket, HttpServer
 from virtbus.envelope import uuid7
 from virtbus.errors import ConfigError, VirtbusError
+from virtbus.identity import load_agent_id
 from virtbus.incidents import Incidents
 from virtbus.model import Clock
 from virtbus.sdnotify import Systemd
@@ -69,27 +73,26 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
             stack.callback(http.close)
         if config.control.socket:
             _open_control(config.control.socket, agent, stack, named="control.socket" in loaded.origins)
-        reload_asked = _on_signals(agent)
+        signals = stack.enter_context(_Signals())
         agent.start()
-        _supervise(agent, loaded.config, again, reload_asked)
+        _supervise(agent, loaded.config, again, signals)
 
 
-def _supervise(
-    agent: Agent, config: Config, again: Callable[[], Loaded] | None, reload_asked: list[bool]
-) -> None:
-    """Wait for the end; meanwhile answer SIGHUP and keep the service manager informed."""
+def _supervise(agent: Agent, config: Config, again: Callable[[], Loaded] | None, signals: _Signals) -> None:
+    """Wait for the end; meanwhile answer signals and keep the service manager informed."""
     systemd = Systemd()
     current = config
     # Ready: the spool is open and the threads run. libvirt and the broker may come later: /readyz knows.
     systemd.tell(READY=1, STATUS="started")
     told = fed = time.monotonic()
-    # A bounded wait lets Python run the signal handlers.
-    while not agent.wait(min(1.0, systemd.watchdog_seconds or 1.0)):
-        if reload_asked and again is not None:
-            reload_asked.clear()
-            systemd.reloading()
-            current = _reload(agent, config, current, again)
-            systemd.tell(READY=1)
+    while not agent.wait(0.0):
+        for number in signals.wait(min(1.0, systemd.watchdog_seconds or 1.0)):
+            if number != signal.SIGHUP:
+                agent.stop()
+            elif again is not None:
+                systemd.reloading()
+                current = _reload(agent, config, current, again)
+                systemd.tell(READY=1)
         now = time.monotonic()
         if systemd.watchdog_seconds is not None and now - fed >= systemd.watchdog_seconds / 2:
             fed = now
@@ -99,7 +102,22 @@ def _supervise(
             told = now
             systemd.tell(STATUS=agent.summary())
     systemd.tell(STOPPING=1, STATUS="draining")
-    agent.join()
+    failures: list[VirtbusError] = []
+    joining = threading.Thread(target=_join, args=(agent, failures), name="virtbus-join", daemon=True)
+    joining.start()
+    while joining.is_alive():
+        if any(number != signal.SIGHUP for number in signals.wait(0.1)):
+            agent.abort()  # asked a second time
+    joining.join()
+    if failures:
+        raise failures[0]
+
+
+def _join(agent: Agent, failures: list[VirtbusError]) -> None:
+    try:
+        agent.join()
+    except VirtbusError as error:
+        failures.append(error)
 
 
 def _reload(agent: Agent, started: Config, current: Config, again: Callable[[], Loaded]) -> Config:
@@ -137,20 +155,27 @@ def _open_control(path: str, agent: Agent, stack: ExitStack, *, named: bool) -> 
     stack.callback(control.close)
 
 
-def _on_signals(agent: Agent) -> list[bool]:
-    """The first SIGTERM or SIGINT drains, the second aborts; SIGHUP is noted in the list returned."""
-    asked = 0
-    reload_asked: list[bool] = []
+class _Signals:
+    """SIGTERM, SIGINT and SIGHUP as numbers that the main thread reads.
 
-    def on_signal(number: int, frame: object) -> None:
-        nonlocal asked
-        asked += 1
-        if asked == 1:
-            agent.stop()
-        else:
-            agent.abort()
+    The handlers do nothing: one that touched a lock could meet its own thread inside it. Python writes the
+    number into a socket, which wakes the main thread at once (signal.set_wakeup_fd).
+    """
 
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGHUP, lambda number, frame: reload_asked.append(True))
-    return reload_asked
+    def __enter__(self) -> _Signals:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda number, frame: None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(-1)
+        self._reader.close()
+        self._writer.close()
+
+    def wait(self, timeout: float) -> bytes:
+        """The numbers of the signals that came, at most `timeout` seconds from now."""
+        readable, _, _ = select.select([self._reader], [], [], timeout)
+        return self._reader.recv(64) if readable else b""

@@ -1,0 +1,66 @@
+"""The agent's id: made once a host, kept in the state folder, never shared with a clone."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from pathlib import Path
+
+from virtbus.errors import SpoolFull
+
+
+def load_agent_id(state_dir: Path, machine_id_file: Path = Path("/etc/machine-id")) -> tuple[str, str | None]:
+    """The agent's id from `<state_dir>/agent-id`, made once → (id, what was before it, or None).
+
+    The file holds the id and a digest of the machine's id. A cloned disk brings another machine's id
+    with it: it gets an id of its own, and the caller tells of it in a gap event, as it does of a file that
+    holds no id. Without a machine id (a container) the file alone decides.
+
+    Raises SpoolFull when the file can't be read or written.
+    """
+    path = state_dir / "agent-id"
+    try:
+        machine = machine_id_file.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        machine = ""
+    # machine-id(5): confidential, so only a keyed digest of it is kept.
+    digest = hashlib.blake2b(machine.encode(), key=b"virtbus agent-id", digest_size=16).hexdigest()
+    before: str | None = None
+    try:
+        lines = path.read_text(encoding="ascii", errors="replace").split()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        # Not a new identity: the old one is there, and would speak again tomorrow.
+        raise SpoolFull(f"{path} can't be read: {error.strerror}; check its rights and the disk") from error
+    else:
+        try:
+            before = str(uuid.UUID(lines[0]))
+            if not machine or len(lines) < 2 or lines[1] == digest:
+                return before, None
+        except (ValueError, IndexError):
+            before = "an agent-id file without an id"
+    agent_id = str(uuid.uuid4())
+    try:
+        _write(path, f"{agent_id}\n{digest}\n")
+    except OSError as error:
+        raise SpoolFull(f"{path} can't be written: {error.strerror}; check rights and space") from error
+    return agent_id, before
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace the file so that after a power cut it is the old one or the new one, never an empty one."""
+    draft = path.with_suffix(".new")
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        os.write(descriptor, text.encode("ascii"))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    draft.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,171 @@
+"""The publisher: from the spool to the bus until the bus has confirmed, and the heartbeat beside it."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
+
+from virtbus.bus import Bus
+from virtbus.control import Taps
+from virtbus.errors import BusDenied, BusUnavailable, SpoolCorrupt, SpoolFull
+from virtbus.model import Confirmed, Deferred, Outcome, Record, Refused, Unroutable
+from virtbus.retry import Backoff
+from virtbus.spool import Spool
+from virtbus.telemetry import METRICS, BusLost, EventUnroutable, SpoolUnwritable, Trouble, emit
+
+
+class Publisher:
+    """The publisher thread's work.
+
+    Guarantees:
+    1. what was taken from the spool is settled, or given back to be sent again, whatever the bus raises;
+    2. once `draining` is set it ends when nothing waits any more, or `drain_seconds()` later;
+    3. once `abort` is set it ends at once; what is not confirmed stays in the spool.
+    """
+
+    def __init__(
+        self,
+        *,
+        spool: Spool,
+        bus: Bus,
+        taps: Taps,
+        heartbeat: Callable[[], Record],
+        heartbeat_seconds: Callable[[], float],
+        drain_seconds: Callable[[], float],
+        abort: threading.Event,
+        bus_name: str,
+    ) -> None:
+        """The two `…_seconds` are asked each time: a reload may change them."""
+        self._spool, self._bus, self._bus_name = spool, bus, bus_name
+        self._drain_seconds = drain_seconds
+        self._feed = _SpoolFeed(spool, taps, heartbeat, heartbeat_seconds)
+        self._backoff = Backoff("publish")
+        self._abort = abort
+        self.draining = threading.Event()  # nothing more will be committed
+        self._end: float | None = None  # of the drain, monotonic
+        self.error: str | None = None  # what keeps us from the broker now
+
+    def run(self) -> None:
+        """Publish until the drain is over or `abort`. Raises SpoolCorrupt."""
+        while not self._is_over():
+            try:
+                self._once()
+            except (BusUnavailable, BusDenied) as error:
+                emit(BusLost(self._bus_name, error))
+                self._back_off(error)
+            except SpoolFull as error:
+                emit(SpoolUnwritable(str(self._spool.path), error))
+                self._back_off(error)
+            except SpoolCorrupt:
+                raise
+            except Exception as error:  # noqa: BLE001 - an unknown fault must not end publishing
+                emit(Trouble("publisher thread", error))
+                self._back_off(error)
+
+    def _is_over(self) -> bool:
+        if self._abort.is_set():
+            return True
+        if not self.draining.is_set():
+            return False
+        if self._end is None:
+            self._end = time.monotonic() + self._drain_seconds()
+        return time.monotonic() >= self._end or self._spool.stats().pending == 0
+
+    def _once(self) -> None:
+        """Publish all that can be taken, or wait up to a second for something."""
+        wait = min(1.0, self._feed.heartbeat_in())
+        # While draining, a set `draining` must not end the wait at once: keys may be parked.
+        asleep_until = self._abort if self._end is not None else self.draining
+        if wait > 0 and not self._spool.wait(wait, asleep_until):
+            self._bus.tick()
+            if self._feed.heartbeat_in() > 0:
+                return
+        deferred: Exception | None = None
+        try:
+            for record, outcome in self._bus.publish(self._feed):
+                self._feed.done(record, outcome)
+                if isinstance(outcome, Confirmed):
+                    self._backoff.reset()
+                    self.error = None
+                elif isinstance(outcome, Deferred):
+                    deferred = outcome.error
+                if self._abort.is_set() or (self.draining.is_set() and self._is_over()):
+                    break
+        finally:
+            self._feed.give_back()
+        if deferred is not None:
+            self._back_off(deferred)
+
+    def _back_off(self, error: Exception) -> None:
+        """Wait before the next attempt; the beginning of a drain, and its end, end the wait."""
+        self.error = str(error)
+        if self._end is None:
+            self._backoff.wait(self.draining, error)
+        else:
+            self._backoff.wait(self._abort, error, limit=self._end - time.monotonic())
+
+
+class _SpoolFeed:
+    """The spool as a bus's feed: settles outcomes in groups, and slips the heartbeat in when it is due."""
+
+    def __init__(
+        self, spool: Spool, taps: Taps, heartbeat: Callable[[], Record], interval: Callable[[], float]
+    ) -> None:
+        self._spool, self._taps, self._heartbeat, self._interval = spool, taps, heartbeat, interval
+        self._outcomes: list[tuple[Record, Outcome]] = []
+        self._out: dict[int, Record] = {}  # handed to the bus, without an outcome yet
+        # A random phase: a thousand agents that start together must not beat together.
+        self._next_beat = time.monotonic() + random.uniform(0, interval())  # noqa: S311 - no secret
+
+    def heartbeat_in(self) -> float:
+        """Seconds until the next heartbeat is due."""
+        return max(0.0, self._next_beat - time.monotonic()) if self._interval() else 3600.0
+
+    def take(self, limit: int, busy: AbstractSet[str]) -> Sequence[Record]:
+        """See virtbus.bus.Feed."""
+        # What was sent and is not settled comes twice after a kill: it must fit into the bus's window.
+        if len(self._outcomes) * 2 > limit:
+            self.settle()
+        limit -= len(self._outcomes)
+        if self.heartbeat_in() <= 0:
+            self._next_beat = time.monotonic() + self._interval()
+            beat = self._heartbeat()
+            if beat.key not in busy:
+                return [beat]
+        records = self._spool.take(limit, busy)
+        if not records and self._outcomes:
+            self.settle()  # frees the next record of each confirmed key
+            records = self._spool.take(limit, busy)
+        for record in records:
+            self._out[record.row] = record
+        return records
+
+    def done(self, record: Record, outcome: Outcome) -> None:
+        """Remember an outcome; it is settled with others."""
+        METRICS.outcomes.labels(type(outcome).__name__.lower()).inc()
+        if record.row == 0:
+            return
+        self._out.pop(record.row, None)
+        self._outcomes.append((record, outcome))
+        if isinstance(outcome, Unroutable):
+            emit(EventUnroutable(record.id, record.key, outcome.reason))
+        if not isinstance(outcome, Confirmed):
+            self.settle()  # the spool must know at once that this key waits
+        if self._taps.active and isinstance(outcome, Confirmed | Refused):
+            self._taps.offer("published", record)
+
+    def settle(self) -> None:
+        """Settle what has come together."""
+        if self._outcomes:
+            outcomes, self._outcomes = self._outcomes, []
+            self._spool.settle(outcomes)
+
+    def give_back(self) -> None:
+        """Settle all: what the bus left without an outcome will be sent again."""
+        left, self._out = self._out, {}
+        ended = BusUnavailable("publishing ended before the broker answered")
+        self._outcomes += [(record, Deferred(ended)) for record in left.values()]
+        self.settle()
