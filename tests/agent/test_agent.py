@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from virtbus.envelope import uuid7
 from virtbus.errors import BusUnavailable, SourceDenied, SpoolFull
 from virtbus.identity import load_agent_id
 from virtbus.incidents import IncidentLimits, Incidents
-from virtbus.model import Confirmed, Deferred, Refused, SourceLost, SourceReady, Unroutable
+from virtbus.model import Confirmed, Deferred, Refused, SourceLost, SourceReady, Unroutable, to_ns
 from virtbus.spool import Spool, SpoolLimits
 from virtbus.telemetry import METRICS
 from virtbus.testing import FakeBus, FakeSource, a_host, a_raw_io_error, no_waiting, wait_until
