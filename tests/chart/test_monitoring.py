@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
@@ -142,6 +143,9 @@ def _until(what: str, seconds: float, check: Any) -> Any:
         try:
             if found := check():
                 return found
+        except urllib.error.HTTPError as error:
+            last = f"{error.code} {error.read().decode()}"
+            error.close()
         except OSError as error:
             last = error
         time.sleep(0.2)
