@@ -28,7 +28,7 @@ from tests.faults.spool_kit import (
     records,
     resolved,
 )
-from virtbus.errors import ConfigError, SpoolBusy, SpoolCorrupt
+from virtbus.errors import ConfigError, SpoolBusy, SpoolCorrupt, SpoolFull
 from virtbus.model import Confirmed, Deferred, Origin, Phase, Refused, SequenceRange, Unroutable
 from virtbus.spool import SpoolLimits, faults, files, publisher, wishes
 
@@ -498,6 +498,41 @@ def test_a_restart_tells_the_last_run_and_its_last_sign_of_life(folder, clock):
     assert not second.opening.fresh
     assert second.opening.previous == type(second.opening.previous)(first.epoch, 2)
     assert second.opening.last_alive_ns == alive
+
+
+def test_the_last_sign_of_life_is_when_observing_ended_and_not_when_the_drain_did(folder, clock):
+    first = open_spool(folder, clock=clock)
+    first.commit([io_error(1)])
+    clock.pass_time(3)
+    first.alive(clock.wall_ns)
+    ended = clock.wall_ns
+    clock.pass_time(30)  # the drain, with a broker that is away
+    first.close()
+    second = open_spool(folder, clock=clock)
+    second.close()
+    assert second.opening.last_alive_ns == ended
+
+
+def test_no_sign_of_life_goes_past_a_commit_that_failed(folder, clock, monkeypatch):
+    first = open_spool(folder, clock=clock)
+    first.commit([io_error(1)])
+    safe = clock.wall_ns
+    clock.pass_time(3)
+
+    def refuse(point):
+        if point == "before_commit":
+            raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(faults, "hook", refuse)
+    with pytest.raises(SpoolFull):
+        first.commit([io_error(2)])
+    monkeypatch.undo()
+    clock.pass_time(20)
+    first.alive(clock.wall_ns)  # the caller ends with what it could not commit
+    first.close()
+    second = open_spool(folder, clock=clock)
+    second.close()
+    assert second.opening.last_alive_ns == safe
 
 
 def test_a_spool_that_was_removed_is_not_taken_for_a_first_start(folder, clock):

@@ -50,6 +50,8 @@ class IntakeSide:
         self._lock_file = lock
         self._scribe = scribe
         self._untold_opening = True
+        self._seen_ns = 0  # the last sign of life, not in the file yet perhaps
+        self._owing = False  # a commit failed, and none succeeded since: what it held was seen and is not safe
         self._signed = False  # the lock file names this run: it has committed something
         self._alive_at = self._wishes_at = state.clock().monotonic
         self._naming_at = 0.0
@@ -69,6 +71,7 @@ class IntakeSide:
         now = self._state.clock()
         draft = Draft(seq=self._state.account.last, wall_ns=now.wall_ns)
         stamps = [self._scribe.event(draft, event) for event in events]
+        self._owing = True
         with self._state.writing:
             self._heal()
             try:
@@ -86,6 +89,7 @@ class IntakeSide:
                 raise
             faults.reach("after_commit")
             self._publish_draft(draft, now.monotonic)
+        self._owing = False
         for item in draft.new:
             if item.error is not None:
                 emit(EventDeadLettered(item.id, "invalid", item.error))
@@ -291,11 +295,15 @@ class IntakeSide:
         self._alive_at = now
 
     def alive(self, wall_ns: int) -> bool:
-        """A sign of life at most every 10 s, and what waits to be named or done; cheap to call often.
+        """A sign of life, which is: whatever happened until `wall_ns` was seen; cheap to call often.
 
-        False when the disk did not take it: the next commit will say so.
+        It is written at most every 10 s (and at the end), with what waits to be named or done. It counts
+        for nothing after a commit that failed, until one succeeds. False when the disk did not take it:
+        the next commit will say so.
         """
         now = self._state.clock().monotonic
+        if not self._owing:
+            self._seen_ns = max(self._seen_ns, wall_ns)
         try:
             if self._state.losses and now >= self._naming_at:
                 self._naming_at = now + 1.0
@@ -307,7 +315,7 @@ class IntakeSide:
                 self._heal()
                 try:
                     self._grant_wishes(wall_ns)
-                    alive_ns = max(self._state.account.alive_ns, wall_ns)
+                    alive_ns = max(self._state.account.alive_ns, self._seen_ns)
                     self._writer.execute(insert_sql("runs"), run_row(self._state.account, alive_ns=alive_ns))
                     self._state.account.alive_ns = alive_ns
                 except sqlite3.Error as error:
@@ -396,11 +404,15 @@ class IntakeSide:
         self._state.reader_stale = True
 
     def close(self) -> None:
-        """A last sign of life, and let go of the file."""
+        """Write the last sign of life that the caller gave, and let go of the file.
+
+        None of its own: a drain may have gone on for long after observing ended, and what happened
+        meanwhile belongs into the gap that the next start tells.
+        """
         try:
             files.check_writable(self._state.path)
             with self._state.writing:
-                alive_ns = max(self._state.account.alive_ns, self._state.clock().wall_ns)
+                alive_ns = max(self._state.account.alive_ns, self._seen_ns)
                 self._writer.execute(insert_sql("runs"), run_row(self._state.account, alive_ns=alive_ns))
         except sqlite3.Error as error:
             emit(Trouble("closing the spool", error))
