@@ -23,6 +23,9 @@ from virtbus.telemetry import Notice, Trouble, emit
 _HELD_FACTOR = 10
 _CALL_SECONDS = 5.0
 _DEAD_LETTER_SECONDS = 10.0
+_DEAD_LETTER_AGAIN_SECONDS = 1.0  # what could not be put aside comes again after this
+# Without a partition for so long, while brokers answer, an exclusive member was replaced.
+_OUSTED_SECONDS = 20.0
 
 
 class Track:
@@ -103,6 +106,7 @@ class KafkaSubscription:
         self._group = group
         self._prefetch = max(1, prefetch)
         self._exclusive = exclusive and group is not None
+        self._ousted_at: float | None = None  # since when an exclusive member has no partition any more
         self._tracks: dict[int, Track] = {}
         self._held: dict[tuple[int, bytes], _Held] = {}
         self._due: list[_Due] = []
@@ -184,7 +188,11 @@ class KafkaSubscription:
         if self._group is None:
             emit(Notice(f"put aside without a group, so only logged: {message.position}: {reason}"))
         elif not handle.settled and self._tracks.get(handle.partition) is handle.track:
-            self._put_aside(message, handle, reason)
+            try:
+                self._put_aside(message, handle, reason)
+            except VirtbusError:
+                self.retry(message, _DEAD_LETTER_AGAIN_SECONDS)  # no reconnection would bring it back
+                raise
         self.ack(message)
 
     def close(self) -> None:
@@ -313,6 +321,7 @@ class KafkaSubscription:
         self._watch = Watch()
         group_id = f"virtbus.{self._group}" if self._group else f"virtbus.tap.{uuid.uuid4()}"
         config = settings.consumer(self._watch, group_id, self._prefetch)
+        self._ousted_at = None
         if self._exclusive:
             # Static membership: the broker knows one member by this name, and fences off the older one.
             config["group.instance.id"] = group_id
@@ -347,10 +356,13 @@ class KafkaSubscription:
         for place in places:
             self._tracks[place.partition] = Track()
         self._paused = False  # new partitions come unpaused: `_throttle` looks again
+        self._ousted_at = None
 
     def _revoked(self, _consumer: Any, places: list[Any]) -> None:
         # What was acknowledged is stored: librdkafka commits it before it gives the partition away.
         self._forget([place.partition for place in places])
+        if self._exclusive and not self._tracks:
+            self._ousted_at = time.monotonic()
 
     def _forget(self, partitions: list[int]) -> None:
         for partition in partitions:
@@ -366,6 +378,8 @@ class KafkaSubscription:
         if denied is not None:
             self._restart()
             raise translate(denied, doing)
+        if self._is_ousted():
+            raise BusDenied(f"{doing}: a newer exclusive member of group {self._group} took over")
         if error is not None and error.code() not in (
             KafkaError._PARTITION_EOF,
             KafkaError._MAX_POLL_EXCEEDED,
@@ -377,9 +391,22 @@ class KafkaSubscription:
             if is_missing(error):
                 self._restart()
                 raise BusUnavailable(str(translated)) from translated
+        if watch.all_down and self._ousted_at is not None:
+            self._ousted_at = time.monotonic()
         if over and watch.all_down:
             watch.all_down = False
             raise BusUnavailable(f"{doing}: {watch.last or 'no broker answers'}")
+
+    def _is_ousted(self) -> bool:
+        """Whether a newer exclusive member replaced us.
+
+        librdkafka tells nobody that it was fenced off, not even by a revocation: its assignment is empty,
+        and stays so. After a cut it would long have joined again.
+        """
+        if self._exclusive and self._tracks and not self._consumer.assignment():
+            self._forget(list(self._tracks))
+            self._ousted_at = time.monotonic()
+        return self._ousted_at is not None and time.monotonic() - self._ousted_at > _OUSTED_SECONDS
 
     def _restart(self) -> None:
         """The next `receive` makes a new client, with credentials read anew."""
