@@ -12,6 +12,7 @@ import argparse
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -23,12 +24,11 @@ class Scenario:
     what: str
     full: str = ""
     quick: str = ""
-    module: str | None = None
 
     def words(self, *, quick: bool) -> list[str]:
         """The command."""
         words = (self.quick if quick else self.full).split()
-        return [sys.executable, "-m", f"tests.faults.{self.module or self.name}", *words]
+        return [sys.executable, "-m", f"tests.faults.{self.name}", *words]
 
 
 SCENARIOS = (
@@ -72,10 +72,15 @@ def main() -> int:
         for each in chosen:
             print(f"{each.name:16} {each.what} ({' '.join(each.words(quick=options.quick)[1:])})")
         return 0
+    return run(chosen, quick=options.quick)
+
+
+def run(chosen: Sequence[Scenario], *, quick: bool) -> int:
+    """One after the other, all of them; 1 when one is broken."""
     broken = []
     for each in chosen:
         begun = time.monotonic()
-        code = subprocess.run(each.words(quick=options.quick), check=False).returncode
+        code = subprocess.run(each.words(quick=quick), check=False).returncode
         if code:
             broken.append(each.name)
         word = "ok" if code == 0 else f"BROKEN (exit code {code})"
