@@ -197,19 +197,17 @@ class Consumer:
                         self._group, prefetch=self._prefetch, exclusive=self._exclusive
                     )
                 message = self._subscription.receive(min(left, FLUSH_SECONDS) if self._done else left)
+                self._connected = True
+                delivery = None if message is None else self._open(message)
+                self._backoff.reset()
             except BusUnavailable as error:
                 self._lost(error)
-                message = None
-            else:
-                self._backoff.reset()
-                self._connected = True
+                message = delivery = None
             if self._sequences is not None:
                 self._sequences.tick(time.monotonic())
-            if message is not None:
-                delivery = self._open(message)
-                if delivery is not None:
-                    return delivery
-            elif time.monotonic() >= deadline:
+            if delivery is not None:
+                return delivery
+            if message is None and time.monotonic() >= deadline:
                 break
         return None
 
@@ -239,8 +237,8 @@ class Consumer:
                 _check(opened)
             event = envelope.to_event(opened)
         except SchemaError as error:
-            emit(PoisonMessage(message.position, str(error)))
             self._subscription.dead_letter(message, str(error))
+            emit(PoisonMessage(message.position, str(error)))
             return None
         attributes = opened.attributes
         if self._sequences is not None:

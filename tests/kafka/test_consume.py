@@ -19,7 +19,7 @@ from virtbus import envelope
 from virtbus.bus import Subscription
 from virtbus.bus.kafka import KafkaBus
 from virtbus.bus.kafka_consumer import Track
-from virtbus.errors import BusUnavailable
+from virtbus.errors import BusUnavailable, VirtbusError
 from virtbus.model import Message
 from virtbus.testing import ListFeed, records
 
@@ -216,6 +216,17 @@ def test_a_dead_letter_keeps_key_and_headers_and_tells_reason_position_and_group
     assert found["x-virtbus-reason"] == b"no such host"
     assert found["x-virtbus-position"] == message.position.encode()
     assert found["x-virtbus-group"] == b"g"
+
+
+def test_a_dead_letter_that_is_refused_comes_again_and_holds_its_key(kafka_url: str, kafka_topic: str) -> None:
+    items = records(2)
+    with opened(kafka_url, kafka_topic) as bus:
+        ListFeed(items).publish(bus)
+    with opened(kafka_url, kafka_topic, declare=False) as bus, joined(bus, "g") as subscription:
+        (message,) = take(subscription, 1, ack=False)
+        with pytest.raises(VirtbusError, match=rf"{kafka_topic}\.dead"):
+            subscription.dead_letter(message, "unreadable")  # its topic is missing
+        assert [event_id(one) for one in take(subscription, 2)] == [item.id for item in items]
 
 
 # ---------------------------------------------------------------------------------------- outages
