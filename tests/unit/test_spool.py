@@ -10,11 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 
 import pytest
 
 from tests.faults.spool_kit import (
     AGENT,
+    START_NS,
     Book,
     HandClock,
     crash,
@@ -781,6 +783,75 @@ def test_a_refused_event_can_be_sent_again_with_the_same_id(spool, clock):
     again = [each for each in records(spool) if each.key == domain_uuid(1)]
     assert [(each.id, each.body) for each in again] == [(record.id, record.body)]
     assert spool.stats().dead == 0
+
+
+def dead_letter_of_a_settled_run(folder, clock):
+    """A run that is settled, with events 3 and 6 of 8 refused, and two younger runs."""
+    spool = open_spool(folder, clock=clock)
+    stamps = spool.commit([io_error(number) for number in range(8)])
+    taken = spool.take(100, NOBODY)
+    spool.settle([(each, Refused(ValueError("no")) if each.seq in (3, 6) else Confirmed()) for each in taken])
+    spool.commit(())
+    records(spool)
+    spool.close()
+    for _ in range(2):
+        younger = open_spool(folder, clock=clock)
+        younger.commit([gap()])
+        records(younger)
+        younger.close()
+    return stamps
+
+
+def retry_all(folder, limit=-1):
+    with closing(sqlite3.connect(folder / "spool.db", isolation_level=None)) as db:
+        rows = db.execute("SELECT position FROM dead ORDER BY position LIMIT ?", (limit,)).fetchall()
+        wishes.wish(db, wishes.RETRY, [row for (row,) in rows])
+        wishes.grant_all(db, START_NS)
+
+
+def test_a_dead_letter_of_a_run_long_settled_is_sent_again_over_restarts(folder, clock):
+    stamps = dead_letter_of_a_settled_run(folder, clock)
+    retry_all(folder)
+    for _ in range(2):  # not taken by the first run; the second finds it whole too
+        spool = open_spool(folder, clock=clock)
+        assert (spool.opening.damage, spool.opening.missing, spool.opening.set_aside) == (None, (), None)
+        spool.commit([gap()])
+        spool.close()
+    spool = open_spool(folder, clock=clock)
+    again = [each.id for each in records(spool) if each.epoch == stamps[0].epoch]
+    spool.close()
+    assert again == [stamps[2].id, stamps[5].id]
+
+
+def test_a_run_is_forgotten_when_its_last_dead_letter_is_gone(folder, clock):
+    epoch = dead_letter_of_a_settled_run(folder, clock)[0].epoch
+    retry_all(folder)
+    spool = open_spool(folder, clock=clock)
+    records(spool)
+    spool.close()
+    spool = open_spool(folder, clock=clock)
+    spool.close()
+    with closing(sqlite3.connect(folder / "spool.db")) as db:
+        assert epoch not in {row[0] for row in db.execute("SELECT epoch FROM runs")}
+
+
+def test_a_dead_letter_whose_run_was_forgotten_is_sent_again_and_nothing_called_missing(folder, clock):
+    stamps = dead_letter_of_a_settled_run(folder, clock)
+    with closing(sqlite3.connect(folder / "spool.db")) as db:  # as an early release left it
+        db.execute("DELETE FROM accounts WHERE slot >> 32 = (SELECT run FROM runs WHERE epoch = ?)",
+                   (stamps[0].epoch,))  # fmt: skip
+        db.execute("DELETE FROM runs WHERE epoch = ?", (stamps[0].epoch,))
+        db.commit()
+    again = []
+    for _ in range(2):
+        retry_all(folder, limit=1)
+        spool = open_spool(folder, clock=clock)
+        assert (spool.opening.damage, spool.opening.missing) == (None, ())
+        assert spool.opening.previous.epoch != stamps[0].epoch
+        again += [each.id for each in records(spool) if each.epoch == stamps[0].epoch]
+        spool.commit([gap()])
+        spool.close()
+    assert again == [stamps[2].id, stamps[5].id]
 
 
 def test_an_invalid_event_is_never_sent_even_when_asked(spool, clock):

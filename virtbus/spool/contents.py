@@ -152,6 +152,7 @@ class Contents:
     """What a healthy file holds, without bodies."""
 
     accounts: dict[str, Account] = field(default_factory=dict)
+    present: set[str] = field(default_factory=set)  # epochs with rows here: waiting events, dead letters
     index: Index = field(default_factory=Index)
     births: list[tuple[int, int]] = field(default_factory=list)  # (position, created_ns), a second apart
     bytes: int = 0
@@ -210,6 +211,7 @@ def _load(connection: sqlite3.Connection) -> Contents:
         found.losses.append(Loss(number, ranges, reason, occurrences, started_ns, detail))
         mark(present.setdefault(epoch, {}), first, last)
     dead = connection.execute("SELECT count(*), total(bytes), max(position) FROM dead").fetchone()
+    found.present |= {epoch for (epoch,) in connection.execute("SELECT DISTINCT epoch FROM dead")}
     found.dead, found.dead_bytes = dead[0], int(dead[1])
     found.next_position = max(found.next_position, int(dead[2] or 0) + 1)
     list(_whole_rows(connection, "states"))
@@ -240,6 +242,7 @@ def _load_events(
         if place < newest.get(key, (0, 0)):
             unsorted.add(key)
         newest[key] = place
+        found.present.add(epoch)
         found.index.add(position, key, rank)
         found.bytes += size
         found.next_position = position + 1

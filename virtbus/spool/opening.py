@@ -147,7 +147,13 @@ def _begin(
         started_ns=now.wall_ns,
         alive_ns=now.wall_ns,
     )
-    stale = [each for each in known if each.last == 0 or (each.complete and each is not told[-1])]
+    # A dead letter may be sent again, and its event needs the record of its run then.
+    stale = [
+        each
+        for each in known
+        if each.epoch not in found.present
+        and (each.last == 0 or (each.complete and each is not told[-1]))
+    ]
     connection = files.connect(path)
     try:
         connection.execute("BEGIN IMMEDIATE")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from virtbus.model import SequenceRange
 from virtbus.spool import contents, files
 from virtbus.spool.contents import GapFacts, Loss
+from virtbus.spool.ledger import CHUNK, Account
 
 RETRY, DROP = "retry", "drop"
 
@@ -64,10 +65,25 @@ def grant(
             done.buried.append(dead[7])
         elif dead is not None and action == RETRY and dead[14] == "refused" and files.is_whole("dead", dead):
             db.execute("DELETE FROM dead WHERE position=?", (position,))
+            _remember_run(db, dead[1], dead[2], wall_ns)
             db.execute(files.insert_sql("events"), (next_position, *dead[1:14]))
             done.revived.append((next_position, dead[4], dead[5], dead[7]))
             next_position += 1
     return done
+
+
+def _remember_run(db: sqlite3.Connection, epoch: str, seq: int, wall_ns: int) -> None:
+    """Give a revived event's run a record again, with everything settled, when it was forgotten.
+
+    An early release forgot runs that were settled although dead letters of theirs were left.
+    """
+    run, last = db.execute("SELECT max(run), max(last) FROM runs WHERE epoch=?", (epoch,)).fetchone()
+    if last is not None and last >= seq:
+        return
+    if run is None:  # older than all that are known
+        (run,) = db.execute("SELECT coalesce(min(run), 1) - 1 FROM runs").fetchone()
+    settled = Account(run, epoch, wall_ns, wall_ns, last=seq, below=-(-seq // CHUNK))
+    db.execute(files.insert_sql("runs"), contents.run_row(settled))
 
 
 def grant_all(db: sqlite3.Connection, wall_ns: int) -> Granted:
