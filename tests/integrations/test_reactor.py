@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 import sys
 import time
@@ -195,6 +196,16 @@ def test_an_action_stored_before_a_kill_is_done_after_it(tmp_path):
     ((_, action, attempts),) = store.waiting()
     store.close()
     assert (action.key, dict(action.body), attempts) == ("k", {"a": 1}, 1)
+
+
+def test_a_state_that_cant_be_written_ends_the_run_aloud(url, tmp_path, monkeypatch):
+    def full(self, number):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(ActionStore, "tried", full)
+    publish(url, *errors(1))
+    with pytest.raises(sqlite3.OperationalError), running(Forwarding(), url, tmp_path) as reactor:
+        eventually(lambda: reactor._worker.stopping, "stopped by itself")
 
 
 # ---- hosts

@@ -147,7 +147,9 @@ class Reactor:
         self._shown = store.conditions()
 
     def run(self) -> None:
-        """Until `stop`. Raises BusDenied where waiting can't help (another instance took over, say)."""
+        """Until `stop`. Raises BusDenied where waiting can't help (another instance took over, say), and
+        sqlite3.Error when its state can't be written.
+        """
         self._worker.start()
         try:
             while not self._worker.stopping:
@@ -155,6 +157,8 @@ class Reactor:
         finally:
             self.stop()
             self._worker.join()
+        if self._worker.failure is not None:
+            raise self._worker.failure
 
     def stop(self) -> None:
         """End `run`; from another thread or a signal. What is stored is done at the next start."""
@@ -300,6 +304,7 @@ class _Worker:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="virtbus-react", daemon=True)
         self.waiting = 0
+        self.failure: Exception | None = None  # what ended the thread, if something did
 
     @property
     def stopping(self) -> bool:
@@ -334,6 +339,13 @@ class _Worker:
             queue.append((number, action, attempts))
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:  # noqa: BLE001 - `Reactor.run` raises it: a dead worker must not look healthy
+            self.failure = error
+            self._stop.set()
+
+    def _work(self) -> None:
         while not self._stop.is_set():
             target = self._next()
             if target is None:
