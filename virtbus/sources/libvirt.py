@@ -125,6 +125,11 @@ def _translated(error: libvirt.libvirtError, what: str) -> VirtbusError:
         return NoSuchDomain(f"{what}: {text}")
     if code == libvirt.VIR_ERR_NO_SUPPORT:
         return Unsupported(f"{what}: {text}")
+    if text.startswith(("Failed to find user record", "Failed to find group record")):
+        # The daemon drops clients whose uid or gid has no name on its own side (seen from 7.0 to 12.8).
+        return SourceDenied(
+            f"{what}: {text}; give this uid and gid an account on the host, or run as one that has (65534)"
+        )
     denied = code in _DENIED or (
         code == libvirt.VIR_ERR_SYSTEM_ERROR and error.get_int1() in (errno.EACCES, errno.EPERM)
     )
