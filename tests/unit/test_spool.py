@@ -31,7 +31,7 @@ from tests.faults.spool_kit import (
     resolved,
 )
 from virtbus.errors import ConfigError, SpoolBusy, SpoolCorrupt, SpoolFull
-from virtbus.model import Confirmed, Deferred, Origin, Phase, Refused, SequenceRange, Unroutable
+from virtbus.model import Confirmed, Deferred, IoError, Origin, Phase, Refused, SequenceRange, Unroutable
 from virtbus.spool import SpoolLimits, faults, files, publisher, wishes
 
 NOBODY = frozenset()
@@ -611,6 +611,42 @@ def test_a_gap_event_that_rots_is_named_with_all_that_it_named(spool):
     spool.commit(())
     (data,) = gaps_of(records(spool))
     assert ranges_of(data) == [(spool.epoch, 1, 2)]
+
+
+def rot(spool, where, column="names", value="x'01' || substr(names, 2)"):
+    """Change rows as a flipped bit does: under the checksum, unseen by SQLite."""
+    with closing(sqlite3.connect(spool.path)) as db:
+        assert db.execute(f"UPDATE events SET {column} = {value} WHERE {where}").rowcount > 0
+        db.commit()
+
+
+def test_two_gap_events_that_rot_are_named_with_all_that_they_named(spool):
+    spool.commit([gap(missing=(SequenceRange(OLDER, 1, 4),)), gap(), io_error(1)])
+    spool.commit([invalid()])
+    rot(spool, "class = 3")
+    found = records(spool)
+    spool.commit([io_error(2)])
+    found += records(spool)
+    assert [each.seq for each in found if each.attributes["type"] == IoError.TYPE] == [3, 6]
+    (data,) = gaps_of(found)
+    assert ranges_of(data) == [(spool.epoch, 1, 2), (spool.epoch, 4, 5)]
+
+
+def test_an_error_while_settling_leaves_no_transaction_that_shuts_out_commits(spool, monkeypatch):
+    spool.commit([io_error(1)])
+    (record,) = spool.take(1, NOBODY)
+
+    def fail(point):
+        if point == "during_settle":
+            raise RuntimeError("a bug")
+
+    monkeypatch.setattr(faults, "hook", fail)
+    with pytest.raises(RuntimeError):
+        spool.settle([(record, Confirmed())])
+    monkeypatch.undo()
+    spool.commit([io_error(2)])
+    assert [each.seq for each in records(spool)] == [2]
+    assert spool.stats().unsettled == 0
 
 
 def test_damage_to_what_no_checksum_covers_loses_no_event(folder, clock):

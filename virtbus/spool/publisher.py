@@ -167,14 +167,27 @@ class PublisherSide:
             self._compact(now)
             self._settle_again_at = 0.0
         except sqlite3.Error as error:
-            self._state.reader_stale = True  # and closing it rolls back
+            self._roll_back()
+            self._state.reader_stale = True
             self._settle_again_at = now + 1.0
             if files.is_damage(error):
                 self._state.suspect()
                 raise files.translate(error, self._state.path) from error
             emit(Trouble("settling in the spool; tried again", error))
+        except BaseException:
+            self._roll_back()
+            raise
         finally:
             self._state.writing.release()
+
+    def _roll_back(self) -> None:
+        """Leave no transaction open, for it would shut out every commit."""
+        try:
+            if self._reader.in_transaction:
+                files.check_writable(self._state.path)
+                self._reader.execute("ROLLBACK")
+        except sqlite3.Error:
+            self._state.reader_stale = True  # and closing it rolls back
 
     def _free_log(self) -> None:
         """On a full disk: fold the log into the file, so that deletions find room in the log again."""
@@ -248,12 +261,17 @@ class PublisherSide:
         self._reader.execute("DELETE FROM events WHERE position=?", (position,))
 
     def _holes(self, db: sqlite3.Connection, losses: Sequence[Loss]) -> list[SequenceRange]:
-        """Sequences that nothing accounts for any more; reads every row's number, so only after damage."""
+        """Sequences that nothing accounts for any more; reads every row, so only after damage.
+
+        A row that is not what was written accounts for nothing: neither for itself nor for what it names.
+        """
         present: dict[str, dict[int, bytearray]] = {epoch: {} for epoch in self._state.accounts}
-        for epoch, seq, names in db.execute("SELECT epoch, seq, names FROM events"):
-            ranges = [SequenceRange(epoch, seq, seq)]
-            if names is not None:
-                ranges += GapFacts.parse(names).ranges
+        for row in db.execute(contents.select_sql("events")):
+            if not files.is_whole("events", row):
+                continue
+            ranges = [SequenceRange(row[1], row[2], row[2])]
+            if row[11] is not None:
+                ranges += GapFacts.parse(row[11]).ranges
             for item in ranges:
                 if item.epoch in present:
                     mark(present[item.epoch], item.first, item.last)
