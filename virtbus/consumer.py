@@ -21,7 +21,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 
 from virtbus import envelope, schema
 from virtbus.bus import BusOptions, Subscription, open_bus
-from virtbus.errors import BusUnavailable, ConfigError, SchemaError
+from virtbus.errors import BusUnavailable, ConfigError, DedupeUnavailable, SchemaError
 from virtbus.model import Event, Gap, Message
 from virtbus.retry import Backoff
 from virtbus.telemetry import BusLost, Metrics, TelemetryEvent, emit
@@ -110,7 +110,11 @@ class Delivery:
         return self.attributes.get("partitionkey")
 
     def ack(self) -> None:
-        """The effect is done: do not deliver it again."""
+        """The effect is done: do not deliver it again.
+
+        Raises DedupeUnavailable when the marks can't be written now. The verdict stands: it is written,
+        and the acknowledgement sent, by the next call of the consumer that finds the file usable.
+        """
         self._consumer._settle(self)
 
     def retry(self, after: float) -> None:
@@ -185,7 +189,8 @@ class Consumer:
     def receive(self, timeout: float) -> Delivery | None:
         """The next delivery, or None after `timeout` seconds.
 
-        Waits out an absent broker. Raises BusDenied where waiting can't help.
+        Waits out an absent broker. Raises BusDenied where waiting can't help, and DedupeUnavailable when
+        the dedupe file can't be used now: nothing was lost, call again when it can.
         """
         deadline = time.monotonic() + timeout
         while not self._stop.is_set():
@@ -216,15 +221,20 @@ class Consumer:
         self._stop.set()
 
     def close(self) -> None:
-        """Write the outstanding marks, send their acks, and leave."""
+        """Write the outstanding marks, send their acks, and leave.
+
+        Raises DedupeUnavailable, having left, when the marks can't be written: those events come again.
+        """
         self._stop.set()
-        with suppress(BusUnavailable):  # the marks are on disk: what comes again is recognised
-            self._flush()
-        if self._subscription is not None:
-            self._subscription.close()
-            self._subscription = None
-        self._bus.close()
-        self._seen.close()
+        try:
+            with suppress(BusUnavailable):  # the marks are on disk: what comes again is recognised
+                self._flush()
+        finally:
+            if self._subscription is not None:
+                self._subscription.close()
+                self._subscription = None
+            self._bus.close()
+            self._seen.close()
 
     # ---- one message
 
@@ -248,7 +258,12 @@ class Consumer:
             # A second copy while the first is being handled shares its fate.
             self._in_flight[mark].append(message)
             return None
-        if mark in self._done or self._seen.has(mark):
+        try:
+            seen = mark in self._done or self._seen.has(mark)
+        except DedupeUnavailable:
+            self._subscription.retry(message, _IDLE_SECONDS)  # undecided: it is asked again
+            raise
+        if seen:
             self._done.setdefault(mark, []).append(message)
             return None
         self._in_flight[mark] = []
@@ -300,8 +315,8 @@ class Consumer:
         """Write the marks of what is done in one transaction, then send the acks."""
         if not self._done:
             return
+        self._seen.add(list(self._done))
         done, self._done = self._done, {}
-        self._seen.add(list(done))
         if self._subscription is not None:
             for messages in done.values():
                 for message in messages:
@@ -341,7 +356,7 @@ class _SeenStore:
     """Which (source, id) had their effect: bounded, the oldest give way; on disk when a path is given."""
 
     def __init__(self, path: Path | None, rows: int) -> None:
-        self._rows = rows
+        self._path, self._rows = path, rows
         self._recent: OrderedDict[tuple[str, str], None] = OrderedDict()
         self._database: sqlite3.Connection | None = None
         self._count = 0
@@ -369,7 +384,8 @@ class _SeenStore:
             return True
         if self._database is None:
             return False
-        found = self._database.execute("SELECT 1 FROM seen WHERE source = ? AND id = ?", mark).fetchone()
+        with self._translated():
+            found = self._database.execute("SELECT 1 FROM seen WHERE source = ? AND id = ?", mark).fetchone()
         return found is not None
 
     def add(self, marks: list[tuple[str, str]]) -> None:
@@ -380,23 +396,38 @@ class _SeenStore:
             self._recent.popitem(last=False)
         if self._database is None:
             return
-        database = self._database
-        database.execute("BEGIN IMMEDIATE")
+        with self._translated():
+            self._write(self._database, marks)
+
+    def _write(self, database: sqlite3.Connection, marks: list[tuple[str, str]]) -> None:
         try:
+            database.execute("BEGIN IMMEDIATE")
             added = database.executemany("INSERT OR IGNORE INTO seen (source, id) VALUES (?, ?)", marks)
-            self._count += added.rowcount
-            if self._count > self._rows:
+            count = self._count + added.rowcount
+            if count > self._rows:
                 # A tenth at a time, so that the bound costs little.
-                over = self._count - self._rows + self._rows // 10
+                over = count - self._rows + self._rows // 10
                 database.execute(
                     "DELETE FROM seen WHERE number IN (SELECT number FROM seen ORDER BY number LIMIT ?)",
                     [over],
                 )
-                self._count -= over
+                count -= over
+            database.execute("COMMIT")
         except BaseException:
-            database.execute("ROLLBACK")
+            if database.in_transaction:  # SQLite ends it by itself after some failures
+                database.execute("ROLLBACK")
             raise
-        database.execute("COMMIT")
+        self._count = count
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise DedupeUnavailable(
+                f"dedupe file {self._path} can't be used now: {error}; what is not in it is not acknowledged "
+                "yet: make room on its disk and let no other process use it, then call again"
+            ) from error
 
     def close(self) -> None:
         """Let go of the file."""

@@ -73,6 +73,13 @@ class SpoolFull(VirtbusError):
     exit_code = 74
 
 
+class DedupeUnavailable(VirtbusError):
+    """A consumer's dedupe file is locked, or its disk full: nothing is lost, call again (EX_IOERR)."""
+
+    retryable = True
+    exit_code = 74
+
+
 class SpoolCorrupt(VirtbusError):
     """The spool's file is damaged or from an unknown future release (EX_IOERR)."""
 

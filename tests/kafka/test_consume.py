@@ -218,7 +218,9 @@ def test_a_dead_letter_keeps_key_and_headers_and_tells_reason_position_and_group
     assert found["x-virtbus-group"] == b"g"
 
 
-def test_a_dead_letter_that_is_refused_comes_again_and_holds_its_key(kafka_url: str, kafka_topic: str) -> None:
+def test_a_dead_letter_that_is_refused_comes_again_and_holds_its_key(
+    kafka_url: str, kafka_topic: str
+) -> None:
     items = records(2)
     with opened(kafka_url, kafka_topic) as bus:
         ListFeed(items).publish(bus)

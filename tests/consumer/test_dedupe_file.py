@@ -1,0 +1,109 @@
+"""A dedupe file that can't be written for a while costs nothing but the wait."""
+
+from __future__ import annotations
+
+import resource
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from virtbus.bus import BusOptions, open_bus
+from virtbus.consumer import Consumer
+from virtbus.errors import DedupeUnavailable
+from virtbus.testing import ListFeed, records
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    return tmp_path / "seen.db"
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """A bus with five events on it."""
+    url = f"embedded://{tmp_path}/bus.db"
+    bus = open_bus(url, BusOptions())
+    with Consumer(url, group="g") as first:
+        assert first.receive(0.0) is None
+    ListFeed(records(5, keys=5)).drain(bus)
+    bus.close()
+    return url
+
+
+@contextmanager
+def consuming(url: str, file: Path) -> Iterator[Consumer]:
+    with Consumer(url, group="g", dedupe=file, prefetch=1) as consumer:
+        assert consumer._seen._database is not None
+        consumer._seen._database.execute("PRAGMA busy_timeout = 50")
+        yield consumer
+
+
+@contextmanager
+def locked(file: Path) -> Iterator[None]:
+    other = sqlite3.connect(file, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    yield
+    other.close()
+
+
+@contextmanager
+def full(file: Path) -> Iterator[None]:
+    """No file of this process grows beyond the write-ahead log as it is: a commit finds no room."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = file.with_name(f"{file.name}-wal").stat().st_size
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def left(url: str, file: Path) -> int:
+    """How many of the five come to a consumer that starts now, those recognised not counted."""
+    with Consumer(url, group="g", dedupe=file) as consumer:
+        found = 0
+        while (delivery := consumer.receive(0.3)) is not None:
+            found += 1
+            delivery.ack()
+        return found
+
+
+@pytest.mark.parametrize("trouble", [locked, full])
+def test_an_ack_that_can_not_be_marked_stands_and_is_sent_when_it_can(url, file, trouble):
+    with consuming(url, file) as consumer:
+        delivery = consumer.receive(1.0)
+        with (
+            trouble(file),
+            pytest.raises(DedupeUnavailable, match=rf"dedupe file {file} .*make room") as told,
+        ):
+            delivery.ack()
+        assert told.value.retryable
+        second = consumer.receive(1.0)  # with a prefetch of one it comes only when the first was acknowledged
+        assert second is not None
+        assert second.id != delivery.id
+        second.ack()
+    assert left(url, file) == 3
+
+
+@pytest.mark.parametrize("trouble", [locked, full])
+def test_while_no_mark_can_be_written_nothing_new_is_received(url, file, trouble):
+    with consuming(url, file) as consumer:
+        delivery = consumer.receive(1.0)
+        with trouble(file):
+            for call in (delivery.ack, lambda: consumer.receive(0.0), lambda: consumer.receive(0.0)):
+                with pytest.raises(DedupeUnavailable):
+                    call()
+    assert left(url, file) == 4
+
+
+def test_a_close_without_the_marks_says_so_and_lets_go_of_the_bus(url, file):
+    consumer = Consumer(url, group="g", dedupe=file)
+    consumer._seen._database.execute("PRAGMA busy_timeout = 50")
+    delivery = consumer.receive(1.0)
+    delivery.ack()
+    with locked(file), pytest.raises(DedupeUnavailable):
+        consumer.close()
+    assert left(url, file) == 5
