@@ -632,6 +632,52 @@ def test_two_gap_events_that_rot_are_named_with_all_that_they_named(spool):
     assert ranges_of(data) == [(spool.epoch, 1, 2), (spool.epoch, 4, 5)]
 
 
+def test_a_gap_event_that_rots_in_a_full_spool_is_not_merged_and_is_named(folder, clock):
+    spool, book = open_spool(folder, limits=small(40), clock=clock), Book()
+    for number in range(30):
+        book.promise(spool.commit([gap(missing=(SequenceRange(OLDER, number + 1, number + 1),))]))
+    rot(spool, "seq = 3")
+    for _ in range(60):
+        book.promise(spool.commit([gap()]))
+    assert spool.stats().bytes <= 45 * 2048
+    for _ in range(2):
+        for record in records(spool):
+            book.arrived(record)
+        spool.commit(())
+    spool.close()
+    assert book.unaccounted() == []
+
+
+@pytest.mark.parametrize(("column", "value"), [("seq", "seq + 1000"), ("seq", "x'00'"), ("count", "'many'")])
+def test_an_event_that_rots_does_not_give_way_under_a_wrong_number(folder, clock, column, value):
+    spool, book = open_spool(folder, limits=small(40), clock=clock), Book()
+    book.promise(spool.commit([io_error(number, phase=UPDATED) for number in range(30)]))
+    rot(spool, "seq = 3", column, value)
+    for number in range(30, 60):
+        book.promise(spool.commit([io_error(number, phase=UPDATED)]))
+    for _ in range(2):
+        for record in records(spool):
+            book.arrived(record)
+        spool.commit(())
+    spool.close()
+    assert book.unaccounted() == []
+    assert (spool.epoch, 1003) not in book.named
+
+
+def test_an_operators_drop_leaves_an_event_that_rotted_to_be_named_as_damaged(spool, clock):
+    spool.commit([gap(), io_error(1)])
+    rot(spool, "seq = 1")
+    wish(spool, wishes.DROP)
+    clock.pass_time(11)
+    assert spool.alive(clock.wall_ns)
+    found = records(spool)
+    spool.commit(())
+    found += records(spool)
+    said = {data["reason"]: ranges_of(data) for data in gaps_of(found)}
+    assert said["spool_damaged"] == [(spool.epoch, 1, 1)]
+    assert said["operator_dropped"] == [(spool.epoch, 2, 2)]
+
+
 def test_an_error_while_settling_leaves_no_transaction_that_shuts_out_commits(spool, monkeypatch):
     spool.commit([io_error(1)])
     (record,) = spool.take(1, NOBODY)

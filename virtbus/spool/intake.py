@@ -30,7 +30,7 @@ from virtbus.spool.draft import (
 )
 from virtbus.spool.files import insert_sql, sealed
 from virtbus.spool.ledger import merge_ranges
-from virtbus.spool.state import SharedState, select_events
+from virtbus.spool.state import SharedState, whole_events
 from virtbus.telemetry import EventDeadLettered, EventsGaveWay, Trouble, emit
 
 ALIVE_SECONDS = 10.0
@@ -151,9 +151,8 @@ class IntakeSide:
         return need
 
     def _take_victims(self, draft: Draft, rows: list[int], need: int, victims: list[Fallen]) -> int:
-        for position, epoch, seq, key, count, size, created_ns in select_events(
-            self._writer, "position, epoch, seq, key, count, bytes, created_ns", rows
-        ):
+        for row in whole_events(self._writer, rows):
+            position, epoch, seq, _, key, _, count, size, created_ns, *_ = row
             if need <= 0:
                 break
             with self._state.memory:
@@ -200,9 +199,8 @@ class IntakeSide:
         said: list[Claim] = []
         ranges: tuple[SequenceRange, ...] = ()
         chosen: list[Victim] = []
-        for position, epoch, seq, key, size, names in select_events(
-            self._writer, "position, epoch, seq, key, bytes, names", rows
-        ):
+        for row in whole_events(self._writer, rows):
+            position, epoch, seq, _, key, _, _, size, _, _, _, names, *_ = row
             facts = GapFacts.parse(names)
             wider = merge_ranges([*ranges, SequenceRange(epoch, seq, seq), *facts.ranges])
             if len(wider) > MAX_RANGES:
@@ -330,7 +328,7 @@ class IntakeSide:
         asked = db.execute(contents.select_sql("requests", "ORDER BY number LIMIT 1000")).fetchall()
         if not asked:
             return
-        keys = {row[0]: row[1] for row in select_events(db, "position, key", [each[2] for each in asked])}
+        keys = {row[0]: row[4] for row in whole_events(db, [each[2] for each in asked])}
         held: list[tuple[int, str]] = []
         free: list[tuple[int, str, int]] = []
         with self._state.memory:

@@ -87,3 +87,9 @@ def select_events(db: sqlite3.Connection, columns: str, rows: Sequence[int]) -> 
         sql = f"SELECT {columns} FROM events WHERE position IN ({marks}) ORDER BY position"  # noqa: S608
         found += db.execute(sql, part).fetchall()
     return found
+
+
+def whole_events(db: sqlite3.Connection, rows: Sequence[int]) -> list[Any]:
+    """Rows of table events with all columns, those that are what was written: `take` deals with the others."""
+    columns = ",".join(files.EVENT)
+    return [row for row in select_events(db, columns, rows) if files.is_whole("events", row)]

@@ -43,13 +43,17 @@ def grant(
     next_loss: int,
     wall_ns: int,
 ) -> Granted:
-    """Grant (number, action, position) inside the caller's transaction; what is gone already is no error."""
+    """Grant (number, action, position) inside the caller's transaction; what is gone already is no error.
+
+    A waiting event that is not what was written stays: it is found when it is taken, and what it was is
+    named then.
+    """
     done = Granted()
     for number, action, position in wishes:
         db.execute("DELETE FROM requests WHERE number=?", (number,))
         event = db.execute(contents.select_sql("events", "WHERE position=?"), (position,)).fetchone()
         dead = db.execute(contents.select_sql("dead", "WHERE position=?"), (position,)).fetchone()
-        if event is not None and action == DROP:
+        if event is not None and action == DROP and files.is_whole("events", event):
             db.execute("DELETE FROM events WHERE position=?", (position,))
             done.dropped.append((position, event[4], event[7]))
             ranges = [SequenceRange(event[1], event[2], event[2])]
