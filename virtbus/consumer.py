@@ -16,6 +16,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import threading
 import time
@@ -39,6 +40,7 @@ FLUSH_ROWS = 64  # verdicts a dedupe transaction
 FLUSH_SECONDS = 0.05
 REORDER_SECONDS = 60.0
 _IDLE_SECONDS = 1.0
+_SEQUENCE = re.compile("[0-9]{1,18}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -461,7 +463,7 @@ class _SequenceCheck:
     def saw(self, attributes: Mapping[str, str], event: Event | None, now: float) -> None:
         """An event arrived (a duplicate too)."""
         source, epoch, sequence = attributes["source"], attributes.get("epoch"), attributes.get("sequence")
-        if epoch is not None and sequence is not None and sequence.isdigit():
+        if epoch is not None and sequence is not None and _SEQUENCE.fullmatch(sequence):
             self._number(source, epoch, int(sequence), now)
         if isinstance(event, Gap):
             for item in event.missing:

@@ -196,6 +196,13 @@ def test_the_lost_tail_of_an_earlier_run_is_told(url, gaps):
     assert gaps.after(url, a_record(1), a_record(2), restart) == [(EPOCH, 3, 4)]
 
 
+@pytest.mark.parametrize("odd", ["²", "٣", "9" * 5_000, "-1", "1e3", ""])
+def test_a_sequence_that_is_no_number_of_ours_is_left_out_of_the_check(url, gaps, odd):
+    record = a_record(2)
+    record = dataclasses.replace(record, attributes={**record.attributes, "sequence": odd})
+    assert gaps.after(url, a_record(1), record, a_record(2)) == []
+
+
 def test_a_dedupe_file_that_is_none_is_one_clear_line(url, tmp_path):
     (tmp_path / "seen.db").write_text("not a database, and long enough to be read as one" * 100)
     with pytest.raises(ConfigError, match=r"dedupe file .* can't be used"):
