@@ -291,6 +291,37 @@ def test_settling_waits_in_memory_while_a_commit_hangs_and_taking_does_not_wait(
     assert (spool.stats().unsettled, spool.stats().pending) == (0, 0)
 
 
+def test_closing_does_not_wait_for_a_commit_that_hangs_and_keeps_the_lock(folder, monkeypatch):
+    spool = open_spool(folder)
+    spool.commit([io_error(1)])
+    reached, disk_is_back = threading.Event(), threading.Event()
+
+    def hang(point):
+        if point == "before_commit":
+            reached.set()
+            assert disk_is_back.wait(30)
+
+    monkeypatch.setattr(faults, "hook", hang)
+    hung = threading.Thread(target=spool.commit, args=([io_error(2)],))
+    hung.start()
+    assert reached.wait(10)
+    begun = time.monotonic()
+    spool.close()
+    took = time.monotonic() - begun
+    with pytest.raises(SpoolBusy):
+        open_spool(folder)
+    disk_is_back.set()
+    hung.join()
+    monkeypatch.undo()
+    spool._lock_file.close()  # as the end of the process does
+    after = open_spool(folder)
+    found = records(after)
+    after.close()
+    spool._intake._writer.close()
+    assert took < 6
+    assert [(each.epoch, each.seq) for each in found] == [(spool.epoch, 1), (spool.epoch, 2)]
+
+
 def test_nothing_more_is_taken_while_too_much_is_unsettled(spool, monkeypatch):
     monkeypatch.setattr(publisher, "MAX_UNSETTLED", 2)
     spool.commit([io_error(number) for number in range(3)])

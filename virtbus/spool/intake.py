@@ -37,6 +37,7 @@ ALIVE_SECONDS = 10.0
 STEP = 100  # a full spool makes room for a hundredth of its size at once
 MANY_GAPS = 32  # so many gap events become one before anything else gives way
 MERGE_AT_ONCE = 256
+CLOSE_PATIENCE_SECONDS = 2.0  # how long closing waits for a commit that hangs on the disk
 
 _GAP_RESERVE = 2048
 
@@ -401,18 +402,26 @@ class IntakeSide:
         self._writer_sick = None
         self._state.reader_stale = True
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """Write the last sign of life that the caller gave, and let go of the file.
 
         None of its own: a drain may have gone on for long after observing ended, and what happened
         meanwhile belongs into the gap that the next start tells.
+
+        False when a commit still hangs in the kernel: then the file is left as a kill would leave it.
         """
+        if not self._state.writing.acquire(timeout=CLOSE_PATIENCE_SECONDS):
+            hung = TimeoutError(f"a commit on {self._state.path} hangs; left as it is, check the disk")
+            emit(Trouble("closing the spool", hung))
+            return False
         try:
             files.check_writable(self._state.path)
-            with self._state.writing:
-                alive_ns = max(self._state.account.alive_ns, self._seen_ns)
-                self._writer.execute(insert_sql("runs"), run_row(self._state.account, alive_ns=alive_ns))
+            alive_ns = max(self._state.account.alive_ns, self._seen_ns)
+            self._writer.execute(insert_sql("runs"), run_row(self._state.account, alive_ns=alive_ns))
         except sqlite3.Error as error:
             emit(Trouble("closing the spool", error))
+        finally:
+            self._state.writing.release()
         with suppress(sqlite3.Error):
             files.let_go(self._writer, self._state.path)
+        return True

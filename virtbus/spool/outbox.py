@@ -171,12 +171,16 @@ class Spool:
             )
 
     def close(self) -> None:
-        """Settle what is left, sign off and let go of the folder; idempotent. Both threads have ended."""
+        """Settle what is left, sign off and let go of the folder; idempotent. Both threads have ended.
+
+        Bounded also when they have not: while a commit hangs in the kernel the lock stays with this
+        process, until it ends, for what hangs may still be written.
+        """
         with self._state.changed:
             if self._state.closed:
                 return
             self._state.closed = True
             self._state.changed.notify_all()
         self._publisher.close()
-        self._intake.close()
-        self._lock_file.close()
+        if self._intake.close():
+            self._lock_file.close()
