@@ -1,15 +1,18 @@
 """The network swallows everything under load: python -m tests.faults.black_hole [seconds] [backlog]
 
 An agent on a real spool gets the backlog's events of 1,000 domains while nothing comes through; then it
-drains over the same in-process proxy over which raw pipelined kombu then publishes the same messages
+drains over the same proxy over which raw pipelined kombu then publishes the same messages
 (`drain_ratio_to_raw_kombu`). With the default heartbeat the hole must be found within 30 s.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import tempfile
 import time
+from contextlib import closing
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +82,34 @@ class Watched:
         return self.agent.status()["bus"]["error"] is not None  # type: ignore[index]
 
 
+def serve_proxy(port: int, ours: Connection) -> None:
+    """The network, in a process of its own: it must not take the publishers' share of the interpreter."""
+    with TcpFaultProxy("127.0.0.1", port) as proxy:
+        ours.send((proxy.host, proxy.port))
+        while (order := ours.recv()) != "end":
+            getattr(proxy, order)()
+            ours.send("done")
+
+
+class Network:
+    """Orders to `serve_proxy`."""
+
+    def __init__(self, port: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve_proxy, args=(port, theirs), daemon=True)
+        self._process.start()
+        self.host, self.port = self._pipe.recv()
+
+    def order(self, name: str) -> None:
+        self._pipe.send(name)
+        self._pipe.recv()
+
+    def close(self) -> None:
+        self._pipe.send("end")
+        self._process.join(10)
+
+
 def main() -> None:
     """Print the line."""
     seconds = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
@@ -88,13 +119,13 @@ def main() -> None:
         vhost = broker.vhost()
         direct = broker.url(vhost)
         make_queue(direct)
-        with TcpFaultProxy("127.0.0.1", broker.port) as proxy:
+        with closing(Network(broker.port)) as proxy:
             url = f"amqp://guest:guest@{proxy.host}:{proxy.port}/{vhost}"
             watched = Watched(Path(folder) / "state", url)
             watched.observe(200, 1000)
             wait_until(watched.confirmed, timeout=30, what="the first events")
             time.sleep(1.0)
-            proxy.black_hole()
+            proxy.order("black_hole")
             began = time.monotonic()
             watched.observe(100, 1000)  # something is under way when the hole opens
             found = wait_until(watched.trouble, timeout=seconds, what="the black hole")
@@ -103,7 +134,7 @@ def main() -> None:
             wait_until(lambda: len(watched.owed) >= backlog + 200, timeout=120, what="the commits")
             time.sleep(max(0.0, began + seconds - time.monotonic()))
             before = watched.spool.stats().pending
-            proxy.heal()
+            proxy.order("heal")
             healed = time.monotonic()
             wait_until(lambda: watched.spool.stats().pending < before, timeout=60, what="a confirm")
             first = time.monotonic()
