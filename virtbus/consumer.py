@@ -40,6 +40,7 @@ FLUSH_ROWS = 64  # verdicts a dedupe transaction
 FLUSH_SECONDS = 0.05
 REORDER_SECONDS = 60.0
 _IDLE_SECONDS = 1.0
+_TICK_SECONDS = 1.0
 _SEQUENCE = re.compile("[0-9]{1,18}")
 
 
@@ -459,6 +460,8 @@ class _SequenceCheck:
         self._window = reorder_seconds
         self._tell = on_missing
         self._epochs: dict[tuple[str, str], _Epoch] = {}
+        self._holed: dict[tuple[str, str], _Epoch] = {}  # those that have, or had, holes
+        self._ticked = float("-inf")
 
     def saw(self, attributes: Mapping[str, str], event: Event | None, now: float) -> None:
         """An event arrived (a duplicate too)."""
@@ -484,7 +487,9 @@ class _SequenceCheck:
         if state is None:
             self._epochs[(source, epoch)] = _Epoch(number + 1)  # the first number seen is the baseline
             while len(self._epochs) > self._MAX_EPOCHS:
-                del self._epochs[next(iter(self._epochs))]
+                oldest = next(iter(self._epochs))
+                del self._epochs[oldest]
+                self._holed.pop(oldest, None)
             return
         state.holes.pop(number, None)
         if number >= state.next:
@@ -498,13 +503,16 @@ class _SequenceCheck:
             self._tell(MissingEvents(source, epoch, state.next, first - 1))
         for number in range(first, upto):
             state.holes[number] = now
+        if state.holes:
+            self._holed[(source, epoch)] = state
         state.next = max(state.next, upto)
 
     def tick(self, now: float) -> None:
-        """Tell of the holes that stayed open for the whole window."""
-        for (source, epoch), state in self._epochs.items():
-            if not state.holes:
-                continue
+        """Tell of the holes that stayed open for the whole window; looks once a second (or window)."""
+        if now - self._ticked < min(_TICK_SECONDS, self._window):
+            return
+        self._ticked = now
+        for (source, epoch), state in list(self._holed.items()):
             late = sorted(number for number, since in state.holes.items() if now - since >= self._window)
             start = 0
             for index, number in enumerate(late):
@@ -512,3 +520,5 @@ class _SequenceCheck:
                 if index + 1 == len(late) or late[index + 1] != number + 1:
                     self._tell(MissingEvents(source, epoch, late[start], number))
                     start = index + 1
+            if not state.holes:
+                del self._holed[(source, epoch)]

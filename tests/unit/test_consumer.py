@@ -8,7 +8,7 @@ import pytest
 
 from virtbus import envelope
 from virtbus.bus import BusOptions, open_bus
-from virtbus.consumer import Consumer
+from virtbus.consumer import Consumer, MissingEvents, _SequenceCheck
 from virtbus.errors import ConfigError
 from virtbus.model import Confirmed, Gap, PreviousRun, SequenceRange, Stamp
 
@@ -201,6 +201,34 @@ def test_a_sequence_that_is_no_number_of_ours_is_left_out_of_the_check(url, gaps
     record = a_record(2)
     record = dataclasses.replace(record, attributes={**record.attributes, "sequence": odd})
     assert gaps.after(url, a_record(1), record, a_record(2)) == []
+
+
+class Counted(dict):
+    """How often it was walked."""
+
+    walked = 0
+
+    def items(self):
+        self.walked += 1
+        return super().items()
+
+
+def test_a_look_for_holes_walks_only_the_epochs_with_holes_and_once_a_second():
+    told = []
+    check = _SequenceCheck(60.0, told.append)
+    check._epochs, check._holed = Counted(), Counted()
+    for agent in range(1_000):
+        check.saw({"source": str(agent), "epoch": "e", "sequence": "1"}, None, 0.0)
+    check.saw({"source": "7", "epoch": "e", "sequence": "3"}, None, 0.0)
+    for now in range(600):
+        check.tick(now / 10)  # ten messages a second
+    assert len(check._holed) == 1
+    assert check._epochs.walked == 0
+    assert check._holed.walked == 60
+    assert told == []
+    check.tick(60.0)
+    assert told == [MissingEvents("7", "e", 2, 2)]
+    assert check._holed == {}
 
 
 def test_a_dedupe_file_that_is_none_is_one_clear_line(url, tmp_path):
