@@ -33,6 +33,7 @@ from tests.faults.spool_kit import (
 from virtbus.errors import ConfigError, SpoolBusy, SpoolCorrupt, SpoolFull
 from virtbus.model import Confirmed, Deferred, IoError, Origin, Phase, Refused, SequenceRange, Unroutable
 from virtbus.spool import SpoolLimits, faults, files, publisher, wishes
+from virtbus.telemetry import METRICS
 
 NOBODY = frozenset()
 UPDATED = Phase.UPDATED
@@ -346,6 +347,26 @@ def test_an_invalid_event_keeps_its_sequence_and_a_gap_event_names_it(spool):
     assert (data["missing_events"], data["missing_occurrences"]) == (1, 1)
     assert "action_code" in data["detail"]
     assert spool.stats().dead == 1
+
+
+def test_gap_events_of_the_spools_own_are_counted_when_they_are_committed(spool, monkeypatch):
+    def count():
+        value = METRICS.registry.get_sample_value
+        by_reason = value("virtbus_gaps_total", {"reason": "dead_letter"}) or 0
+        return by_reason, value("virtbus_events_total", {"type": "gap", "origin": "", "phase": ""}) or 0
+
+    def refuse(point):
+        if point == "before_commit":
+            raise sqlite3.OperationalError("disk I/O error")
+
+    before = count()
+    monkeypatch.setattr(faults, "hook", refuse)
+    with pytest.raises(SpoolFull):
+        spool.commit([invalid()])
+    assert count() == before
+    monkeypatch.undo()
+    spool.commit([invalid(), gap()])
+    assert count() == (before[0] + 1, before[1] + 1)
 
 
 def test_a_refused_event_is_named_by_the_next_commit_also_after_a_kill(folder, tmp_path, clock):

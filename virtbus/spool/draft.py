@@ -128,6 +128,7 @@ class Draft:
     named_losses: list[int] = field(default_factory=list)
     held: list[tuple[int, str]] = field(default_factory=list)
     dead_dropped: list[tuple[int, int]] = field(default_factory=list)  # (position, bytes)
+    gap_reasons: list[str] = field(default_factory=list)  # of the gap events of the spool's own
     gave_way: int = 0
     tells_opening: bool = False
 
@@ -271,6 +272,7 @@ class Scribe:
                 if at:
                     part = replace(part, occurrences=0, found=0)
                 draft.new.append(self._gap(draft, self._stamp(draft), part))
+                draft.gap_reasons.append(reason)
 
     def _gap(self, draft: Draft, stamp: Stamp, claim: Claim) -> New:
         started_ns = None if claim.started_ns is None else min(claim.started_ns, draft.wall_ns)

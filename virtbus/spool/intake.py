@@ -31,7 +31,7 @@ from virtbus.spool.draft import (
 from virtbus.spool.files import insert_sql, sealed
 from virtbus.spool.ledger import merge_ranges
 from virtbus.spool.state import SharedState, whole_events
-from virtbus.telemetry import EventDeadLettered, EventsGaveWay, Trouble, emit
+from virtbus.telemetry import METRICS, EventDeadLettered, EventsGaveWay, Trouble, emit
 
 ALIVE_SECONDS = 10.0
 STEP = 100  # a full spool makes room for a hundredth of its size at once
@@ -52,7 +52,7 @@ class IntakeSide:
         self._scribe = scribe
         self._untold_opening = True
         self._seen_ns = 0  # the last sign of life, not in the file yet perhaps
-        self._owing = False  # a commit failed, and none succeeded since: what it held was seen and is not safe
+        self._owing = False  # a commit failed and none succeeded since: what it held is not safe
         self._signed = False  # the lock file names this run: it has committed something
         self._alive_at = self._wishes_at = state.clock().monotonic
         self._naming_at = 0.0
@@ -91,6 +91,9 @@ class IntakeSide:
             faults.reach("after_commit")
             self._publish_draft(draft, now.monotonic)
         self._owing = False
+        for reason in draft.gap_reasons:  # the caller counts its own
+            METRICS.events.labels("gap", "", "").inc()
+            METRICS.gaps.labels(reason).inc()
         for item in draft.new:
             if item.error is not None:
                 emit(EventDeadLettered(item.id, "invalid", item.error))

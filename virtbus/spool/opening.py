@@ -151,8 +151,7 @@ def _begin(
     stale = [
         each
         for each in known
-        if each.epoch not in found.present
-        and (each.last == 0 or (each.complete and each is not told[-1]))
+        if each.epoch not in found.present and (each.last == 0 or (each.complete and each is not told[-1]))
     ]
     connection = files.connect(path)
     try:

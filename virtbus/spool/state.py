@@ -90,6 +90,6 @@ def select_events(db: sqlite3.Connection, columns: str, rows: Sequence[int]) -> 
 
 
 def whole_events(db: sqlite3.Connection, rows: Sequence[int]) -> list[Any]:
-    """Rows of table events with all columns, those that are what was written: `take` deals with the others."""
+    """Rows of table events, all columns; without those that are not what was written: `take` finds them."""
     columns = ",".join(files.EVENT)
     return [row for row in select_events(db, columns, rows) if files.is_whole("events", row)]
