@@ -326,6 +326,7 @@ class ControlSocket:
                 if uid not in (0, os.geteuid()):
                     emit(PeerRefused(uid))
                     peer.sendall(b'{"error": "only the agent\'s own user and root may ask"}\n')
+                    peer.recv(MAX_REQUEST_BYTES)  # closing on what is unread would reset the answer away
                     return
                 request = _read_request(peer)
                 if request.get("command") == "status":
