@@ -19,7 +19,7 @@ from virtbus.bus import BusOptions, open_bus
 from virtbus.consumer import Consumer
 from virtbus.testing import ListFeed, records
 
-KILLS = int(os.environ.get("VIRTBUS_TEST_CONSUMER_KILLS", "200"))
+KILLS = int(os.environ.get("VIRTBUS_TEST_CONSUMER_KILLS", "12"))
 EVENTS_A_KILL = 60
 KEYS = 20
 PREFETCH = 50

@@ -38,7 +38,7 @@ SCENARIOS = (
     Scenario("amqp_alarm", "the broker's memory alarm stops publishers", "3 30", "1 5"),
     Scenario("amqp_acks", "random ack schedules of a lying peer", "10000", "200"),
     Scenario("amqp_refusals", "unroutable, nacked, 403, 404, 406", "5", "1"),
-    Scenario("bad_disk", "a disk that is full, fails or turns read-only under a running agent", "10", "1"),
+    Scenario("bad_disk", "a disk that is full, fails or turns read-only under a running agent", "5", "1"),
     Scenario("spool_damage", "random damage to the spool's files", "1000 20261123", "50 20261123"),
     Scenario("spool_model", "a model of the spool against the real one", "1000", "50"),
     Scenario("clock", "the wall clock jumps an hour forward and back", "", "--quick"),
@@ -46,6 +46,7 @@ SCENARIOS = (
     Scenario("throughput", "from the spool against raw pipelined kombu", "3 20000", "1 5000"),
     Scenario("incidents_model", "random histories of errors, kills and failed commits",
              "--examples 10000", "--examples 200"),
+    Scenario("consumer_kills", "a consumer is killed at random under load, on each bus", "200", "5"),
     Scenario("kafka_restarts", "the only Kafka broker is killed under load", "--runs 10", "--runs 2"),
     Scenario("kafka_leader", "leaders of a Kafka cluster are killed under load", "--runs 5", "--runs 1"),
 )  # fmt: skip
