@@ -6,6 +6,8 @@ import itertools
 import time
 from datetime import timedelta
 
+import pytest
+
 from virtbus.fleet import Blame, Fleet, FleetRules, StorageRules
 from virtbus.fleet.storage import Sharing, identify
 from virtbus.model import (
@@ -64,6 +66,13 @@ def test_an_error_a_resolution_and_heartbeats_agree_in_any_order():
             fleet.saw(event, words, now())
         (host,) = fleet.view(now(1)).hosts
         assert host.incidents == 0, order
+
+
+@pytest.mark.parametrize("odd", ["²", "9" * 5_000])
+def test_a_sequence_that_is_no_number_ends_nothing(odd):
+    fleet = Fleet()
+    fleet.saw(an_io_error(), {**attributes(), "sequence": odd}, now())
+    assert [host.incidents for host in fleet.view(now(1)).hosts] == [1]
 
 
 def test_a_heartbeat_alone_tells_what_is_open():

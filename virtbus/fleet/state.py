@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from virtbus.model import (
     Origin,
     to_ns,
 )
+
+_SEQUENCE = re.compile("[0-9]{1,18}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +204,8 @@ class Fleet:
         if agent.name is None:
             return None
         sequence = attributes.get("sequence")
-        version = (epoch, int(sequence) if sequence is not None and sequence.isdigit() else 0)
+        number = int(sequence) if sequence is not None and _SEQUENCE.fullmatch(sequence) else 0
+        version = (epoch, number)
         if isinstance(event, IoError):
             self._error(agent, event, version, now)
         elif isinstance(event, IoErrorResolved):
