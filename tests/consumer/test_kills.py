@@ -1,4 +1,4 @@
-"""A consumer is killed two hundred times under load: each effect at least once, in order, and no more."""
+"""A consumer is killed at random under load: each effect at least once, in order, and no more."""
 
 from __future__ import annotations
 
