@@ -170,10 +170,10 @@ def aborted(url: str, folder: Path, runs: int) -> bool:
 Maker = Callable[[Path], AbstractContextManager[Disk]]
 KINDS: dict[str, tuple[Maker, int, int]] = {
     # kind: (disk, callbacks while it is bad, different domains)
-    "full": (lambda folder: small_disk(folder, 64), 30_000, 50),
-    "eio": (lambda folder: failing_disk(folder, 128), 30_000, 50),
-    "read_only": (lambda folder: read_only_files(folder, 128), 30_000, 50),
-    "many": (lambda folder: small_disk(folder, 256), 60_000, 45_000),
+    "full": (lambda folder: small_disk(folder, 64), 12_000, 50),
+    "eio": (lambda folder: failing_disk(folder, 128), 12_000, 50),
+    "read_only": (lambda folder: read_only_files(folder, 128), 12_000, 50),
+    "many": (lambda folder: small_disk(folder, 256), 50_000, 40_000),
 }
 
 
@@ -182,7 +182,7 @@ def main() -> None:
     configure(level="error", stream=io.StringIO())  # the failures are what is asked for
     if missing := missing_tools():
         sys.exit(f"bad_disk needs {', '.join(missing)} (Debian: e2fsprogs, mount) and root")
-    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 10
+    runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
     chosen = sys.argv[2:] or list(KINDS)
     good = True
     with private_broker() as broker:

@@ -70,6 +70,8 @@ class Watched:
         for number in range(count):
             uuid = f"00000000-0000-4000-8000-{number % DOMAINS:012d}"
             self.agent.queue.put(a_raw_io_error(domain_uuid=uuid, observed_at=time.time_ns()))
+            while len(self.agent.queue) > 5000:  # beyond 10,000 errors fold, and the backlog gets small
+                time.sleep(0.01)
             if number % 20 == 0:
                 time.sleep(max(0.0, begun + number / rate - time.monotonic()))
 
