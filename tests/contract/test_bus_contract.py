@@ -317,6 +317,35 @@ def test_a_retried_message_comes_after_its_time_and_nothing_of_its_key_before_it
     assert order == [record.id for record in held]
 
 
+@pytest.mark.parametrize("waits", [(1.5, 0.0), (0.0, 1.5)], ids=["first longer", "second longer"])
+@pytest.mark.parametrize("turned", [False, True], ids=["in order", "the second before the first"])
+def test_two_that_wait_come_again_in_order_and_nothing_of_their_key_before_either(
+    rig: Rig, waits: tuple[float, float], turned: bool
+) -> None:
+    items = records(4)
+    with opened(rig) as bus, joined(rig, bus, "a") as subscription:
+        ListFeed(items).publish(bus)
+        out = []
+        while len(out) < 2:
+            message = subscription.receive(WAIT)
+            assert message is not None
+            out.append(message)
+        begun = time.monotonic()
+        for index in (1, 0) if turned else (0, 1):
+            subscription.retry(out[index], waits[index])
+        order: list[str] = []
+        came: list[float] = []
+        while len(order) < 4 and time.monotonic() < begun + WAIT:
+            message = subscription.receive(1.0)
+            if message is not None:
+                came.append(time.monotonic() - begun)
+                subscription.ack(message)
+                order += ids([message])
+    assert order == [record.id for record in items]
+    assert came[0] >= waits[0] - 0.2
+    assert came[1] >= max(waits) - 0.2
+
+
 def test_other_keys_go_on_while_one_waits_for_its_retry(rig: Rig) -> None:
     first = records(1)[0]
     others = [a_record(an_io_error(), row=row) for row in range(2, 6)]

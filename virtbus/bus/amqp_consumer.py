@@ -11,7 +11,6 @@ Without a group the queue is exclusive and goes with the connection: a forgotten
 from __future__ import annotations
 
 import heapq
-import itertools
 import struct
 import threading
 import time
@@ -64,9 +63,8 @@ class AmqpSubscription:
         self._dead_channel: Any = None
         self._generation = 0
         self._ready: deque[Message] = deque()
-        self._waiting: list[tuple[float, int, Message]] = []  # a heap: due, order, message
+        self._waiting: list[tuple[float, int, Message]] = []  # a heap: due, delivery tag, message
         self._held: dict[str, deque[Message]] = {}  # by key: what came behind a message that waits
-        self._order = itertools.count()
         self._backoff = Backoff("consume")
         self._closed = threading.Event()
         self._beat: threading.Thread | None = None
@@ -101,7 +99,9 @@ class AmqpSubscription:
 
         def hold(handle: _Handle) -> None:
             due = time.monotonic() + max(0.0, after)
-            heapq.heappush(self._waiting, (due, next(self._order), replace(message, redelivered=True)))
+            if message.key is not None:
+                due = self._in_line(message.key, handle.tag, due)
+            heapq.heappush(self._waiting, (due, handle.tag, replace(message, redelivered=True)))
             if message.key is not None:
                 held = self._held.setdefault(message.key, deque())
                 behind = [one for one in self._ready if one.key == message.key]
@@ -110,6 +110,22 @@ class AmqpSubscription:
                     self._ready = deque(one for one in self._ready if one.key != message.key)
 
         self._verdict(message, hold)
+
+    def _in_line(self, key: str, tag: int, due: float) -> float:
+        """When a message may come that waits until `due`, were it not for others of its key that wait.
+
+        Two that were out together come again in their order: not before an earlier one, and a later one
+        not before it.
+        """
+        same = [(when, number) for when, number, one in self._waiting if one.key == key]
+        due = max([due, *(when for when, number in same if number < tag)])
+        if any(number > tag and when < due for when, number in same):
+            self._waiting = [
+                (max(when, due) if one.key == key and number > tag else when, number, one)
+                for when, number, one in self._waiting
+            ]
+            heapq.heapify(self._waiting)
+        return due
 
     def dead_letter(self, message: Message, reason: str) -> None:
         """See virtbus.bus.Subscription: into `virtbus.<group>.dead`, confirmed, then acknowledged."""
@@ -291,9 +307,9 @@ class AmqpSubscription:
     def _next(self) -> Message | None:
         if self._waiting and self._waiting[0][0] <= time.monotonic():
             _, _, message = heapq.heappop(self._waiting)
-            held = self._held.pop(message.key, None) if message.key is not None else None
-            if held:
-                self._ready.extendleft(reversed(held))
+            key = message.key
+            if key in self._held and not any(one.key == key for _, _, one in self._waiting):
+                self._ready.extendleft(reversed(self._held.pop(key)))
             return message
         return self._ready.popleft() if self._ready else None
 

@@ -80,6 +80,7 @@ class _Held:
 
     line: deque[Message]
     out: int | None = None  # the offset of the one that is with the caller again
+    times: dict[int, float] = field(default_factory=dict)  # by offset: not before this
 
 
 @dataclass(order=True, slots=True)
@@ -171,16 +172,13 @@ class KafkaSubscription:
         handle = replace(handle, settled=False)
         again = replace(message, redelivered=True, handle=handle)
         name = self._name(handle)
-        held = self._held.get(name)
-        if held is None:
-            held = self._held[name] = _Held(deque([again]))
-        elif held.out == handle.offset:
-            held.line.appendleft(again)
+        held = self._held.setdefault(name, _Held(deque()))
+        if held.out == handle.offset:
             held.out = None
-        else:  # the caller had it before the first of its key came back: it takes its place in line
-            held.line = deque(sorted([*held.line, again], key=_offset))
-            return
-        self._wait(name, held, time.monotonic() + max(0.0, after))
+        # Others that the caller had before the first of their key came back take their places in line.
+        held.line = deque(sorted([*held.line, again], key=_offset))
+        held.times[handle.offset] = time.monotonic() + max(0.0, after)
+        self._wait(name, held, held.times[handle.offset])
 
     def dead_letter(self, message: Message, reason: str) -> None:
         """See virtbus.bus.Subscription. It goes to the topic `<topic>.dead`, key and headers as they were."""
@@ -242,19 +240,25 @@ class KafkaSubscription:
         """What waited here and may go now."""
         while self._due_now():
             due = heapq.heappop(self._due)
-            if self._held.get(due.key) is due.held and due.held.line and due.held.out is None:
-                message = due.held.line.popleft()
-                due.held.out = _offset(message)
-                return message
+            held = due.held
+            if self._held.get(due.key) is not held or not held.line or held.out is not None:
+                continue
+            first = _offset(held.line[0])
+            if held.times.get(first, 0.0) > time.monotonic():  # a later one's time: it waits behind this
+                self._wait(due.key, held, held.times[first])
+                continue
+            held.times.pop(first, None)
+            held.out = first
+            return held.line.popleft()
         while self._ready and self._handed() < self._prefetch:
             message = self._ready.popleft()
             handle: _Handle = message.handle  # type: ignore[assignment]
             if self._tracks.get(handle.partition) is not handle.track:
                 continue
-            held = self._held.get(self._name(handle))
-            if held is None:
+            waits = self._held.get(self._name(handle))
+            if waits is None:
                 return message
-            held.line.append(message)
+            waits.line.append(message)
         return None
 
     def _due_now(self) -> bool:
