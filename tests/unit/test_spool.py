@@ -32,7 +32,7 @@ from tests.faults.spool_kit import (
 )
 from virtbus.errors import ConfigError, SpoolBusy, SpoolCorrupt, SpoolFull
 from virtbus.model import Confirmed, Deferred, IoError, Origin, Phase, Refused, SequenceRange, Unroutable
-from virtbus.spool import SpoolLimits, faults, files, publisher, wishes
+from virtbus.spool import SpoolLimits, faults, files, settling, wishes
 from virtbus.telemetry import METRICS
 
 NOBODY = frozenset()
@@ -324,7 +324,7 @@ def test_closing_does_not_wait_for_a_commit_that_hangs_and_keeps_the_lock(folder
 
 
 def test_nothing_more_is_taken_while_too_much_is_unsettled(spool, monkeypatch):
-    monkeypatch.setattr(publisher, "MAX_UNSETTLED", 2)
+    monkeypatch.setattr(settling, "MAX_UNSETTLED", 2)
     spool.commit([io_error(number) for number in range(3)])
     taken = spool.take(2, NOBODY)
     with spool._state.writing:

@@ -1,7 +1,7 @@
 """The durable outbox between the agent's threads: what is committed is delivered, or named in a gap event.
 
-`outbox` is the spool as others see it. `opening` begins a run, `intake` commits what `draft` has drawn up,
-`publisher` takes and settles; they share `state`. `files` knows the SQLite file, `contents` reads it and
+`outbox` is the spool as others see it. `opening` begins a run, `committing` commits what `draft` has drawn
+up, `settling` takes and settles; they share `state`. `files` knows the SQLite file, `contents` reads it and
 rescues what is damaged, `ledger` counts which sequences are settled, `index` knows what may be taken next,
 `wishes` are an operator's, `faults` is where tests kill it.
 """

@@ -1,8 +1,8 @@
 """The durable outbox: what is committed here is delivered, or named by number in a gap event.
 
-Two threads meet here and nowhere else: the intake thread commits (`intake`), the publisher thread takes
-and settles (`publisher`), each on a connection of its own. One Python lock orders the two writers (SQLite
-would make them sleep and poll); taking never waits for it.
+Two threads meet here and nowhere else: the intake thread commits (`committing`), the publisher thread
+takes and settles (`settling`), each on a connection of its own. One Python lock orders the two writers
+(SQLite would make them sleep and poll); taking never waits for it.
 
 On the disk the spool is bounded by `max_bytes` of pages holding events (`draft.disk_bytes`), by twice that
 for the file as a whole (PRAGMA max_page_count: pages of a spool that was emptied here and there are part
@@ -22,12 +22,12 @@ from pathlib import Path
 from virtbus.errors import SpoolFull
 from virtbus.model import Clock, Event, Host, Outcome, Record, Stamp
 from virtbus.spool import files, opening
+from virtbus.spool.committing import IntakeSide
 from virtbus.spool.contents import Loss
 from virtbus.spool.draft import Scribe
-from virtbus.spool.intake import IntakeSide
 from virtbus.spool.ledger import count_events
 from virtbus.spool.opening import Start
-from virtbus.spool.publisher import PublisherSide
+from virtbus.spool.settling import PublisherSide
 from virtbus.spool.state import SharedState, SpoolLimits
 
 
