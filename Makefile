@@ -10,6 +10,8 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11,$(
 TESTS ?= tests
 PYTEST := $(BIN)/python -m pytest
 PYTEST_ARGS ?=
+# Tests at a time: most of them wait for a daemon. Each file stays on one worker, with its fixtures.
+WORKERS ?= 2
 
 .PHONY: help setup demo test check audit faults matrix soak bench chart sbom clean packages
 
@@ -63,7 +65,7 @@ check: setup
 	$(BIN)/virtbus schema check schemas
 
 test: setup
-	$(PYTEST) $(PYTEST_ARGS) $(TESTS)
+	$(PYTEST) -n $(WORKERS) --dist loadfile $(PYTEST_ARGS) $(TESTS)
 
 # FAULTS names scenarios, or says --quick or --list; all of them take more than an hour on two cores.
 faults: setup
