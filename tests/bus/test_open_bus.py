@@ -47,6 +47,27 @@ def test_what_is_no_url_is_refused_with_an_example(url: str) -> None:
         open_bus(url)
 
 
+@pytest.mark.parametrize("scheme", ["amqp", "amqps", "kafka", "kafkas"])
+@pytest.mark.parametrize("secret", ["12/hush@hush", "12/hush", "1/2/hush", "hush/hush", "/hush", "12/hush?1"])
+def test_a_password_with_a_bare_slash_is_refused_without_being_shown(scheme: str, secret: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        open_bus(f"{scheme}://user:{secret}@host/vh")
+    assert "hush" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["foo..bar", f"{'x' * 64}.example", ".foo", "ü" * 64])
+def test_a_host_that_can_be_no_name_is_an_error_of_the_configuration(host: str) -> None:
+    with pytest.raises(ConfigError, match="between dots"):
+        open_bus(f"amqp://user@{host}/")
+
+
+@pytest.mark.parametrize(
+    "host", ["foo.bar.", f"{'x' * 63}.example", "under_score", "bücher.example", "[fe80::1]"]
+)
+def test_a_host_that_can_be_a_name_is_taken(host: str) -> None:
+    open_bus(f"amqp://user@{host}/").close()
+
+
 def test_a_third_partys_entry_point_wins_over_the_built_in(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = EntryPoint("amqp", "tests.bus.test_open_bus:FakeFactory", bus_module.ENTRY_POINT_GROUP)
     monkeypatch.setattr(bus_module, "entry_points", lambda **which: [mine])

@@ -253,6 +253,12 @@ def check(url: str, options: BusOptions) -> KafkaSettings:
     scheme, _, rest = url.strip().partition("://")
     tls = scheme.lower() == "kafkas"
     authority, slash, path = rest.partition("/")
+    if "@" in path:
+        # Not a path but most of the password: no part of this may be shown.
+        raise ConfigError(
+            f"bus.url: an @ after the hosts: write {scheme}://[user@]host[:port] (inside a user or password "
+            "every / ? @ ; , is percent-encoded)"
+        )
     userinfo, at, hosts = authority.rpartition("@")
     user, colon, password = userinfo.partition(":")
     servers = []
