@@ -241,8 +241,8 @@ def split_url(url: str) -> SplitResult:
         parts.hostname.encode("idna")  # as every look-up of the name does it
     except UnicodeError as error:
         raise ConfigError(
-            f"the bus URL's host {parts.hostname[:80]!r} can't be a name: its parts between dots have 1 to 63 "
-            "characters each"
+            f"the bus URL's host {parts.hostname[:80]!r} can't be a name: its parts between dots have 1 to "
+            "63 characters each"
         ) from error
     if port == 0:
         raise ConfigError(f"the bus URL of host {parts.hostname} has port 0: use 1 to 65535, or leave it out")
