@@ -427,6 +427,16 @@ def total(encoded: Encoded, binding: Binding, *, structured: bool) -> int:
     return headers + len(received.body) + len(received.key or "")
 
 
+def crowded(letter: str) -> Heartbeat:
+    """A hundred incidents, each on a disk of a hundred storage hosts and a hundred images."""
+    names = tuple(f"{number:03d}" + letter * 100 for number in range(100))
+    incident = dataclasses.replace(
+        golden.HEARTBEAT.incidents.items[0],
+        device=Device("vda", source=DeviceSource("network", hosts=names, backing=names)),
+    )
+    return dataclasses.replace(golden.HEARTBEAT, incidents=OpenIncidents(100, (incident,) * 100))
+
+
 BIG = 300_000
 TOO_LARGE: dict[str, Event] = {
     "a name of ASCII": named("x" * BIG),
@@ -466,6 +476,8 @@ TOO_LARGE: dict[str, Event] = {
             100, (dataclasses.replace(golden.HEARTBEAT.incidents.items[0], domain_name="☃" * 5000),) * 100
         ),
     ),
+    "a heartbeat of a hundred incidents on many hosts and images": crowded("x"),
+    "the same in characters that need six bytes each": crowded("\x01"),
     "a gap of many ranges": dataclasses.replace(
         golden.SPOOL_FULL, missing=(SequenceRange(golden.EPOCH, 1, 2),) * 5000
     ),
@@ -486,6 +498,16 @@ def test_too_large_an_event_is_cut_visibly_and_names_what(event: Event) -> None:
         for part in pointer.split("/")[1:]:
             node = node[int(part)] if isinstance(node, list) else node[part]
         assert node.endswith("…") if isinstance(node, str) else isinstance(node, list | dict)
+
+
+@pytest.mark.parametrize("letter", ["x", "☃", "\x01"])
+def test_however_much_is_cut_what_names_an_incident_and_its_guest_stays_whole(letter: str) -> None:
+    whole = golden.HEARTBEAT.incidents.items[0]
+    data = json.loads(envelope.encode(crowded(letter), STAMP).body)
+    assert data["incidents"]["total"] == 100
+    assert data["incidents"]["items"]
+    for item in data["incidents"]["items"]:
+        assert (item["id"], item["domain_uuid"]) == (whole.id, whole.domain_uuid)
 
 
 def test_what_is_not_too_large_keeps_every_character() -> None:

@@ -21,6 +21,7 @@ MAX_WIRE_BYTES = 64 * 1024
 MAX_DATA_BYTES = 58_000
 _MAX_ATTRIBUTE_CHARS = 256
 _MAX_POINTERS = 50
+_SHORTEST = 40  # what has a form of its own (a UUID has 36 characters, a time 27) is never cut
 
 _PLAIN_TEXT = re.compile(rf"[\x20-\x7e]{{1,{_MAX_ATTRIBUTE_CHARS}}}")
 SURROGATES = re.compile("[\ud800-\udfff]")
@@ -105,8 +106,8 @@ def fit(data: dict[str, Any]) -> bytes:
         (128, 100),
         (64, 50),
         (64, 20),
-        (32, 5),
-        (16, 0),
+        (_SHORTEST, 5),
+        (_SHORTEST, 0),
     ):
         for key, value in data.items():
             if key != "truncated":
