@@ -222,8 +222,9 @@ class Agent:
             self._open_epoch()
             while not (self._stop.is_set() and len(self.queue) == 0) and not self._abort.is_set():
                 self._intake_once(self._intake_timeout())
-            if self._stopped_ns is not None:
-                self.spool.alive(self._stopped_ns)  # from here on nobody looks
+            if self._stopped_ns is not None and len(self.queue) == 0:
+                # From here on nobody looks. What an abort left in the queue lies after the last commit.
+                self.spool.alive(self._stopped_ns)
         except SpoolCorrupt as error:
             self._fail(error)  # the next start rescues what can be read
         except Exception as error:
