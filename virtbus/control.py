@@ -275,19 +275,21 @@ class ControlSocket:
         self._path, self._status, self._taps, self._drill = path, status, taps, drill
         self._stop = threading.Event()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        old_umask = os.umask(0o177)
         try:
+            # Before the umask, which would make a folder that not even its owner may enter.
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
             if path.is_socket():
                 path.unlink()  # left by a killed agent: a live one would hold the spool's lock, which we hold
-            self._socket.bind(str(path))
+            old_umask = os.umask(0o177)
+            try:
+                self._socket.bind(str(path))
+            finally:
+                os.umask(old_umask)
         except OSError as error:
             raise ConfigError(
                 f"control.socket = {path}: {error.strerror or error}; "
                 "choose another path with --control-socket, or '' for none"
             ) from error
-        finally:
-            os.umask(old_umask)
         self._socket.listen(MAX_READERS)
         self._thread = threading.Thread(target=self._accept, name="virtbus-control", daemon=True)
 

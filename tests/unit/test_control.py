@@ -128,6 +128,18 @@ def test_a_socket_left_by_a_killed_agent_is_replaced(tmp_path):
     first.close()
 
 
+def test_folders_made_for_the_socket_may_be_entered_and_the_socket_is_its_owners_alone(tmp_path):
+    before = os.umask(0o022)
+    try:
+        path = tmp_path / "run" / "virtbus" / "control.sock"
+        ControlSocket(path, status=dict, taps=Taps())._socket.close()
+        modes = [stat.S_IMODE(one.stat().st_mode) for one in (path, path.parent, path.parent.parent)]
+        assert modes == [0o600, 0o755, 0o755]
+        assert os.umask(0o022) == 0o022
+    finally:
+        os.umask(before)
+
+
 def test_without_an_agent_the_line_says_so(tmp_path):
     with pytest.raises(ConfigError, match="no agent answers at"):
         ask(tmp_path / "none", {"command": "status"})
