@@ -36,7 +36,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: pyproject.toml $(VENV)/bin/python
 	@echo "Installing .[agent,kafka,dev] into $(VENV)"
-	$(PIP) install --editable '.[agent,kafka,dev]'
+	$(PIP) install --editable '.[agent,kafka,nova,kubernetes,dev]'
 	@touch $@
 
 setup: packages
