@@ -1,6 +1,6 @@
 """SIGKILL at each named point, and at random times under load: nothing that was committed is lost.
 
-    python -m tests.faults.kills [runs a point, default 50] [random runs, default 200]
+    python -m tests.faults.kills [runs a point, default 50] [random runs, default 200] [POINT…]
 
 The obligations are what the child told over its pipe after each commit, never what is read back from the
 spool. Lost: an obligation that neither arrives nor is named in a gap event. A duplicate has the same id and
@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -178,11 +178,11 @@ class Bench:
         self._connection.close()
 
 
-def at_points(url: str, folder: Path, runs: int, seed: int = 1) -> bool:
+def at_points(url: str, folder: Path, runs: int, seed: int = 1, points: Sequence[str] = POINTS) -> bool:
     """`runs` kills at each point; the line of each point."""
     chance = random.Random(seed)
     good = True
-    for point in POINTS:
+    for point in points:
         bench = Bench(url, folder / point.replace(" ", "_"))
         try:
             for _ in range(runs):
@@ -214,12 +214,14 @@ def at_random(url: str, folder: Path, runs: int, seed: int = 1) -> bool:
 
 def main() -> None:
     """Run both on a private broker."""
-    runs, times = (int(word) for word in (*sys.argv[1:], *["50", "200"][len(sys.argv) - 1 :]))
+    runs, times = (int(word) for word in (*sys.argv[1:3], *["50", "200"][len(sys.argv) - 1 :]))
+    points = sys.argv[3:] or POINTS
     with tempfile.TemporaryDirectory(prefix="vbkills-", dir="/tmp") as folder:
         broker = RabbitMQ.shared(Path(folder) / "rabbitmq")
         try:
-            good = at_points(broker.url(broker.vhost()), Path(folder), runs)
-            good = at_random(broker.url(broker.vhost()), Path(folder), times) and good
+            good = at_points(broker.url(broker.vhost()), Path(folder), runs, points=points)
+            if times:
+                good = at_random(broker.url(broker.vhost()), Path(folder), times) and good
         finally:
             broker.close()
     sys.exit(0 if good else 1)
