@@ -35,7 +35,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml $(VENV)/bin/python
-	@echo "Installing .[agent,kafka,dev] into $(VENV)"
+	@echo "Installing virtbus with all extras into $(VENV)"
 	$(PIP) install --editable '.[agent,kafka,nova,kubernetes,dev]'
 	@touch $@
 
