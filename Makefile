@@ -77,7 +77,7 @@ faults: setup
 chart: setup
 	@tests/install-packages image
 	@$(BIN)/python -m tests.chart.apiserver || test "$$VIRTBUS_CI" != 1
-	$(PYTEST) $(PYTEST_ARGS) -o python_files='test_*.py with_*.py' tests/chart
+	$(PYTEST) $(PYTEST_ARGS) -o python_files='test_*.py with_*.py' tests/chart tests/integrations/with_kubernetes.py
 
 # A table with pass or short a row; 1 below a committed floor. BENCH_ARGS="--only idle --quick", say.
 bench: setup

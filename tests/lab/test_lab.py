@@ -66,7 +66,7 @@ def test_reported_errors_come_at_a_gentle_pace_with_the_tick_boot_sector(lab: La
         time.sleep(0.2)
         callbacks = reasons(listener.heard())
     assert {each["action"] for each in callbacks} == {2}  # VIR_DOMAIN_EVENT_IO_ERROR_REPORT
-    assert 3 <= guest.injected() < 60
+    assert 3 <= guest.injected() < 1000  # the storm boot sector does thousands in that time
 
 
 def test_a_thin_disk_runs_out_of_space_and_gets_some_more(lab: Lab) -> None:

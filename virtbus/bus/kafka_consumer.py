@@ -21,6 +21,7 @@ from virtbus.telemetry import Notice, Trouble, emit
 
 # Messages of a key that waits for a retry are held back; at most this many times `prefetch` in all.
 _HELD_FACTOR = 10
+_NO_LEADER_YET = frozenset({KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE})
 _CALL_SECONDS = 5.0
 _DEAD_LETTER_SECONDS = 10.0
 _DEAD_LETTER_AGAIN_SECONDS = 1.0  # what could not be put aside comes again after this
@@ -347,14 +348,19 @@ class KafkaSubscription:
     def _end(self, consumer: Any, topic: str) -> list[Any]:
         """Where each partition ends now."""
         doing = f'looking for the end of topic "{topic}"'
-        try:
-            partitions = consumer.list_topics(topic, timeout=_CALL_SECONDS).topics[topic].partitions
-            places = [TopicPartition(topic, partition) for partition in partitions]
-            for place in places:
-                place.offset = consumer.get_watermark_offsets(place, timeout=_CALL_SECONDS)[1]
-            return places
-        except KafkaException as error:
-            raise translate(error.args[0], doing) from error
+        deadline = time.monotonic() + _CALL_SECONDS
+        while True:
+            try:
+                partitions = consumer.list_topics(topic, timeout=_CALL_SECONDS).topics[topic].partitions
+                places = [TopicPartition(topic, partition) for partition in partitions]
+                for place in places:
+                    place.offset = consumer.get_watermark_offsets(place, timeout=_CALL_SECONDS)[1]
+                return places
+            except KafkaException as error:
+                # A topic that was just made, or a broker that just came back, has no leader for a moment.
+                if error.args[0].code() not in _NO_LEADER_YET or time.monotonic() > deadline:
+                    raise translate(error.args[0], doing) from error
+                time.sleep(0.1)
 
     def _assigned(self, _consumer: Any, places: list[Any]) -> None:
         for place in places:

@@ -55,5 +55,6 @@ def checks_of(uri: str, facts: HostFacts, domains: int, events: Mapping[str, str
         )
     if facts.throttles:
         words = f"{kind} {version} merges a device's errors, one event a second: counts are lower bounds"
-        checks.append(Check("error counts", "warning", words))
+        remedy = "nothing to mend: read occurrences.lower_bound, and docs/libvirt.md"
+        checks.append(Check("error counts", "warning", words, remedy))
     return checks
