@@ -180,7 +180,7 @@ def test_a_tls_url_to_a_plaintext_listener_is_told_from_a_broker_that_is_away(
 ) -> None:
     url, options = (
         f"kafkas://{kafka_cluster.hosts()}",
-        {"connect_timeout": 2.0, "tls_ca_file": kafka_cluster.ca},
+        {"connect_timeout": 8.0, "tls_ca_file": kafka_cluster.ca},
     )
     assert "PLAINTEXT broker listener?" in refused(url, kafka_topic, BusUnavailable, **options)
 
