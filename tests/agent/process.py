@@ -68,8 +68,12 @@ class AgentProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.process.poll() is None:
+        ended = self.process.poll()
+        if ended is None:
             self.kill()
+        if error is not None:
+            how = "still ran" if ended is None else f"had ended with {ended}"
+            error.add_note(f"the agent {how}; the end of its log:\n{self.log[-4000:]}")
 
     @property
     def log(self) -> str:
