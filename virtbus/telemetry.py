@@ -18,6 +18,8 @@ from typing import Any, ClassVar, TextIO
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from virtbus.model import Origin, Phase
+
 _CONFIRM_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -102,6 +104,14 @@ class Metrics:
             self.dead_letters.labels(why)
         for result in ("found", "failed", "late"):
             self.lookups.labels(result)
+        for origin in (Origin.EVENT, Origin.LIFECYCLE, Origin.RECONCILE, Origin.REPLAY):
+            self.occurrences.labels(origin.value)
+            for phase in (Phase.OPENED, Phase.UPDATED):
+                self.events.labels("io_error", origin.value, phase.value)
+        self.events.labels("resolved", "", Phase.RESOLVED.value)
+        self.events.labels("gap", "", "")
+        for stage in ("source", "libvirt", "commit", "publish"):
+            self.retries.labels(stage)
 
 
 METRICS = Metrics()
@@ -569,3 +579,9 @@ class PeerRefused(TelemetryEvent):
     MESSAGE: ClassVar[str] = "control socket: another user was refused"
     LIMIT_SECONDS: ClassVar[float] = 30.0
     uid: int
+
+
+# The kinds are a closed set too: most happen once in a long while, and a rate must see that.
+for _kind in TelemetryEvent.__subclasses__():
+    if _kind.LEVEL in ("warning", "error"):
+        METRICS.warnings.labels(_kind.__name__)
