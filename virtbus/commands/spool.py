@@ -247,7 +247,8 @@ def _wish(state_dir: Path, action: str, chosen: Sequence[int], out: TextIO, what
         with closing(files.connect(path)) as db:
             wishes.wish(db, action, chosen)
             if lock is not None:
-                wishes.grant_all(db, time.time_ns())
+                for _ in wishes.grant_all(db, time.time_ns()):
+                    pass
     except sqlite3.Error as error:
         files.raise_translated(error, path)
     finally:
