@@ -6,18 +6,23 @@ traceback. Imports are delayed into the commands, so that `virtbus --help` is qu
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Mapping
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
 
 from virtbus import __version__
-from virtbus.errors import ConfigError, VirtbusError
+from virtbus.errors import ConfigError, SpoolFull, VirtbusError
 
 EXIT_USAGE = ConfigError.exit_code
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+# A file that is missing or not ours to read: its reader says so, with the right exit code.
+_FILE = click.Path(readable=False, path_type=Path)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -25,21 +30,21 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     arguments = sys.argv[1:] if argv is None else argv
     debug = "--debug" in arguments or os.environ.get("VIRTBUS_DEBUG") == "1"
+    _open_standard_streams()
     try:
-        code = cli.main(args=arguments, prog_name="virtbus", standalone_mode=False)
+        code = _invoke(arguments)
         sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         code = EXIT_USAGE
     except click.ClickException as error:
         where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "virtbus"
-        _complain(f"{error.format_message().rstrip('.')}; see {where} --help")
+        _complain(f"{' '.join(error.format_message().split()).rstrip('.')}; see {where} --help")
         code = EXIT_USAGE
     except (click.Abort, KeyboardInterrupt):
         code = 130
     except BrokenPipeError:
-        # Whoever read our output has had enough (| head): that is no failure.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()  # whoever read it has had enough (| head): that is no failure
         code = 0
     except VirtbusError as error:
         if debug:
@@ -49,9 +54,44 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.filename is None and error.errno in _NO_ROOM:
+            # Whatever else can be full was translated where it was written.
+            _discard_output()
+            _complain(f"standard output can't be written: {error.strerror}; make room, or write elsewhere")
+            sys.exit(SpoolFull.exit_code)
         _complain(f"unexpected {type(error).__name__}: {error}; run again with --debug and report it")
         code = VirtbusError.exit_code
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _open_standard_streams() -> None:
+    """What the caller left closed leads nowhere, and no other file gets its number; JSON is always UTF-8."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdin, sys.stdout, sys.stderr = (
+        stream or os.fdopen(number, mode, encoding="utf-8", closefd=False)
+        for stream, number, mode in ((sys.stdin, 0, "r"), (sys.stdout, 1, "w"), (sys.stderr, 2, "w"))
+    )
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def _invoke(arguments: list[str]) -> Any:
+    """Run the command; its exit code, if it has one. Raises BrokenPipeError when nobody reads our output."""
+    streams = sys.stdout, sys.stderr
+    try:
+        return cli.main(args=arguments, prog_name="virtbus", standalone_mode=False)
+    except SystemExit as error:
+        if sys.stdout is not streams[0]:  # click has wrapped it: its way to end with 1 for a broken pipe
+            sys.stdout, sys.stderr = streams
+            raise BrokenPipeError from None
+        return error.code
+
+
+def _discard_output() -> None:
+    """What standard output did not take goes nowhere, also at the interpreter's end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(text: str) -> None:
@@ -63,7 +103,7 @@ def _common(command: F) -> F:
     """The options that every command with settings takes."""
     for option in reversed(
         [
-            click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE",
+            click.option("--config", "config_file", type=_FILE, metavar="FILE",
                          help="Settings [default: /etc/virtbus/virtbus.toml if it is there]."),
             click.option("--debug", is_flag=True, help="Tracebacks, and the log at level debug."),
         ]
@@ -181,7 +221,7 @@ def watch(as_json: bool, timeout: float | None, **options: Any) -> None:
 
 @cli.command()
 @click.option("--debug", is_flag=True, help="Tracebacks.")
-@click.option("--recording", type=click.Path(path_type=Path), metavar="FILE",
+@click.option("--recording", type=_FILE, metavar="FILE",
               help="Recorded callbacks of `virtbus watch --json`; default: the built-in ones.")  # fmt: skip
 def demo(recording: Path | None, debug: bool) -> None:
     """Replay recorded real I/O errors through the whole pipeline, on the embedded bus.
@@ -484,7 +524,7 @@ def schema_asyncapi() -> None:
 
 
 @schema_group.command("reference")
-@click.argument("page", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("page", required=False, type=_FILE)
 def schema_reference(page: Path | None) -> None:
     """Print the tables of all fields; with PAGE renew what stands between its markers."""
     from virtbus.commands import contract as command
