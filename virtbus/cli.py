@@ -121,6 +121,9 @@ _bus = _setting("bus.url", "--bus-url", "--bus", metavar="URL",
                 help="amqp[s]://…, kafka[s]://…, embedded: or embedded:///FILE (bus.url).")  # fmt: skip
 _libvirt = _setting("libvirt.uri", "--libvirt-uri", "--libvirt", metavar="URI",
                     help="Hypervisor, e.g. qemu:///system (libvirt.uri).")  # fmt: skip
+_patience = click.option("--timeout", "patience", type=click.FloatRange(0), default=30.0,
+                         show_default=True, metavar="S",
+                         help="How long an agent may do nothing of it; 0: do not wait.")  # fmt: skip
 _state_dir = _setting("state_dir", "--state-dir", metavar="DIR", help="Folder of the spool (state_dir).")
 
 
@@ -212,7 +215,11 @@ def consume(group: str | None, count: int | None, timeout: float | None, types: 
 @click.option("--json", "as_json", is_flag=True, help="JSON lines; `virtbus` can replay them.")
 @click.option("--timeout", type=click.FloatRange(0), metavar="S", help="End after S seconds.")
 def watch(as_json: bool, timeout: float | None, **options: Any) -> None:
-    """Print libvirt's events on the terminal: no broker, no spool."""
+    """Print libvirt's events on the terminal: no broker, no spool.
+
+    \b
+    Example: virtbus watch --libvirt qemu:///system --json > recording.jsonl
+    """
     from virtbus.commands import watch as command
 
     uri = _load(options).config.libvirt.uri
@@ -229,10 +236,13 @@ def demo(recording: Path | None, debug: bool) -> None:
     Nothing is installed and no broker is needed: a replay source, incidents, spool, embedded bus and a
     consumer, in a temporary folder. The events carry origin `replay`. In a checkout, `make demo` does
     the same with a real guest whose disk fails.
+
+    \b
+    Example: virtbus demo --recording recording.jsonl
     """
     from virtbus.commands import demo as command
 
-    sys.exit(command.run(recording=recording, out=sys.stdout, debug=debug))
+    sys.exit(command.run(recorded=recording, out=sys.stdout, notices=sys.stderr, debug=debug))
 
 
 @cli.command()
@@ -241,7 +251,11 @@ def demo(recording: Path | None, debug: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="The answer as it comes.")
 @click.option("--watch", "watching", is_flag=True, help="Again every second.")
 def status(as_json: bool, watching: bool, **options: Any) -> None:
-    """Ask the running agent what it is doing and what it holds."""
+    """Ask the running agent what it is doing and what it holds.
+
+    \b
+    Example: virtbus status --watch
+    """
     from virtbus.commands import status as command
 
     command.status(_load(options).config, as_json=as_json, watching=watching, out=sys.stdout)
@@ -256,6 +270,9 @@ def tap(stage: str | None, domain: str | None, **options: Any) -> None:
     """Look at what passes through the running agent, one JSON line an item.
 
     Bounded and lossy: a reader that lags loses lines (and is told how many); the agent never waits.
+
+    \b
+    Example: virtbus tap --stage incident --domain web-1
     """
     from virtbus.commands import status as command
 
@@ -298,9 +315,9 @@ def completion(shell: str) -> None:
     """Print the completion script of a shell.
 
     \b
-    bash:  virtbus completion bash > /etc/bash_completion.d/virtbus
-    zsh:   virtbus completion zsh > "${fpath[1]}/_virtbus"
-    fish:  virtbus completion fish > ~/.config/fish/completions/virtbus.fish
+    Example: virtbus completion bash > /etc/bash_completion.d/virtbus
+             virtbus completion zsh > "${fpath[1]}/_virtbus"
+             virtbus completion fish > ~/.config/fish/completions/virtbus.fish
     """
     from click.shell_completion import get_completion_class
 
@@ -322,6 +339,9 @@ def doctor(as_json: bool, timeout: float, **options: Any) -> None:
 
     libvirt and its events, the broker with credentials, TLS and topology, one confirmed probe event, the
     spool's disk, the clock, the schemas. Ends with the first failure's exit code.
+
+    \b
+    Example: virtbus doctor --bus amqps://virtbus@broker//
     """
     from virtbus.commands import doctor as command
 
@@ -348,7 +368,7 @@ def fleet(once: bool, as_json: bool, write: Path | None, listen: float | None, *
     from virtbus.commands import fleet as command
 
     sys.exit(command.run(_load(options), once=once, as_json=as_json, write=write, listen=listen,
-                         out=sys.stdout))  # fmt: skip
+                         out=sys.stdout, notices=sys.stderr))  # fmt: skip
 
 
 @cli.command()
@@ -415,7 +435,11 @@ def bench(events: int, domains: int, group: str | None, as_json: bool, **options
 
 @cli.group()
 def config() -> None:
-    """Show and check the settings."""
+    """Show and check the settings.
+
+    \b
+    Example: virtbus config check
+    """
 
 
 @config.command("show")
@@ -425,7 +449,11 @@ def config() -> None:
 @_state_dir
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def config_show(as_json: bool, **options: Any) -> None:
-    """Print the effective settings, without secrets, and where each one comes from."""
+    """Print the effective settings, without secrets, and where each one comes from.
+
+    \b
+    Example: virtbus config show --json
+    """
     from virtbus.commands import settings as command
 
     command.show(_load(options), as_json=as_json, out=sys.stdout)
@@ -433,7 +461,11 @@ def config_show(as_json: bool, **options: Any) -> None:
 
 @config.command("schema")
 def config_schema() -> None:
-    """Print the settings' JSON schema."""
+    """Print the settings' JSON schema.
+
+    \b
+    Example: virtbus config schema > virtbus.schema.json
+    """
     from virtbus.commands import settings as command
 
     command.schema(sys.stdout)
@@ -442,7 +474,11 @@ def config_schema() -> None:
 @config.command("check")
 @_common
 def config_check(**options: Any) -> None:
-    """Check the settings without connecting to anything."""
+    """Check the settings without connecting to anything.
+
+    \b
+    Example: virtbus config check --config virtbus.toml
+    """
     from virtbus.commands import settings as command
 
     command.check(_load(options), sys.stdout)
@@ -470,13 +506,21 @@ def validate(files: tuple[str, ...], schema_name: str | None, fmt: str) -> None:
 
 @cli.group("schema")
 def schema_group() -> None:
-    """Show, check and hand out the events' JSON schemas."""
+    """Show, check and hand out the events' JSON schemas.
+
+    \b
+    Example: virtbus schema list
+    """
 
 
 @schema_group.command("list")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def schema_list(as_json: bool) -> None:
-    """List the schemas of this release: id, status, SHA-256."""
+    """List the schemas of this release: id, status and how the SHA-256 begins (all of it with --json).
+
+    \b
+    Example: virtbus schema list --json
+    """
     from virtbus.commands import schema as command
 
     command.list_schemas(sys.stdout, as_json=as_json)
@@ -485,7 +529,11 @@ def schema_list(as_json: bool) -> None:
 @schema_group.command("show")
 @click.argument("name", metavar="URN|TYPE")
 def schema_show(name: str) -> None:
-    """Print a schema; an event type prints its newest."""
+    """Print a schema; an event type prints its newest.
+
+    \b
+    Example: virtbus schema show io.virtbus.domain.io_error.v1
+    """
     from virtbus.commands import schema as command
 
     command.show(name, sys.stdout)
@@ -494,7 +542,11 @@ def schema_show(name: str) -> None:
 @schema_group.command("export")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 def schema_export(folder: Path) -> None:
-    """Write all schemas below FOLDER, for other languages and registries."""
+    """Write all schemas below FOLDER, for other languages and registries.
+
+    \b
+    Example: virtbus schema export schemas
+    """
     from virtbus.commands import schema as command
 
     command.export(folder, sys.stdout)
@@ -509,6 +561,9 @@ def schema_check(folder: Path | None, released: Path | None) -> None:
 
     A released file never changes, and every minor version must be readable by a consumer of every older
     one. Ends with 0 or 65.
+
+    \b
+    Example: virtbus schema check schemas --released older-schemas
     """
     from virtbus.commands import schema as command
 
@@ -517,7 +572,11 @@ def schema_check(folder: Path | None, released: Path | None) -> None:
 
 @schema_group.command("asyncapi")
 def schema_asyncapi() -> None:
-    """Print the AsyncAPI 3 document: exchange, topic, keys, headers and payloads."""
+    """Print the AsyncAPI 3 document: exchange, topic, keys, headers and payloads.
+
+    \b
+    Example: virtbus schema asyncapi > asyncapi.json
+    """
     from virtbus.commands import contract as command
 
     command.asyncapi(sys.stdout)
@@ -526,7 +585,11 @@ def schema_asyncapi() -> None:
 @schema_group.command("reference")
 @click.argument("page", required=False, type=_FILE)
 def schema_reference(page: Path | None) -> None:
-    """Print the tables of all fields; with PAGE renew what stands between its markers."""
+    """Print the tables of all fields; with PAGE renew what stands between its markers.
+
+    \b
+    Example: virtbus schema reference docs/events.md
+    """
     from virtbus.commands import contract as command
 
     command.reference(sys.stdout, page=page)
@@ -536,7 +599,10 @@ def schema_reference(page: Path | None) -> None:
 def spool() -> None:
     """Look into the spool, and let an operator decide what becomes of an event.
 
-    Works beside a running agent: it does what was asked within seconds.
+    Works beside a running agent, which then does what was asked; an interrupt leaves it to that.
+
+    \b
+    Example: virtbus spool list --dead
     """
 
 
@@ -545,7 +611,11 @@ def spool() -> None:
 @_state_dir
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def spool_status(as_json: bool, **options: Any) -> None:
-    """How much waits and since when, who holds the spool, what was set aside."""
+    """How much waits and since when, who holds the spool, what was set aside.
+
+    \b
+    Example: virtbus spool status --json
+    """
     from virtbus.commands import spool as command
 
     command.status(Path(_load(options).config.state_dir), sys.stdout, as_json=as_json)
@@ -558,7 +628,11 @@ def spool_status(as_json: bool, **options: Any) -> None:
 @click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="At most so many.")
 @click.option("--json", "as_json", is_flag=True, help="JSON lines.")
 def spool_list(dead: bool, limit: int, as_json: bool, **options: Any) -> None:
-    """List what waits, the oldest first."""
+    """List what waits, the oldest first.
+
+    \b
+    Example: virtbus spool list --dead
+    """
     from virtbus.commands import spool as command
 
     folder = Path(_load(options).config.state_dir)
@@ -570,7 +644,11 @@ def spool_list(dead: bool, limit: int, as_json: bool, **options: Any) -> None:
 @_state_dir
 @click.argument("event", metavar="ID|NUMBER")
 def spool_show(event: str, **options: Any) -> None:
-    """Print one event as it would go out."""
+    """Print one event as it would go out.
+
+    \b
+    Example: virtbus spool show 17
+    """
     from virtbus.commands import spool as command
 
     command.show(Path(_load(options).config.state_dir), event, sys.stdout)
@@ -580,11 +658,17 @@ def spool_show(event: str, **options: Any) -> None:
 @_common
 @_state_dir
 @click.argument("events", nargs=-1, metavar="[ID|NUMBER]…")
-def spool_retry(events: tuple[str, ...], **options: Any) -> None:
-    """Send refused dead letters again, with the same ids; all of them when none is named."""
+@_patience
+def spool_retry(events: tuple[str, ...], patience: float, **options: Any) -> None:
+    """Send refused dead letters again, with the same ids; all of them when none is named.
+
+    \b
+    Example: virtbus spool retry 17 18
+    """
     from virtbus.commands import spool as command
 
-    command.retry(Path(_load(options).config.state_dir), events, sys.stdout)
+    command.retry(Path(_load(options).config.state_dir), events, sys.stdout,
+                  notices=sys.stderr, patience=patience)  # fmt: skip
 
 
 @spool.command("drop")
@@ -593,19 +677,29 @@ def spool_retry(events: tuple[str, ...], **options: Any) -> None:
 @click.argument("events", nargs=-1, metavar="[ID|NUMBER]…")
 @click.option("--dead", is_flag=True, help="Dead letters instead of what waits.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def spool_drop(events: tuple[str, ...], dead: bool, yes: bool, **options: Any) -> None:
-    """Give events up; each is named in a gap event. All of them when none is named."""
+@_patience
+def spool_drop(events: tuple[str, ...], dead: bool, yes: bool, patience: float, **options: Any) -> None:
+    """Give events up; each is named in a gap event. All of them when none is named.
+
+    \b
+    Example: virtbus spool drop --dead
+    """
     from virtbus.commands import spool as command
 
     def confirm(question: str) -> bool:
         return yes or click.confirm(question, err=True)
 
-    command.drop(Path(_load(options).config.state_dir), events, sys.stdout, dead=dead, confirm=confirm)
+    command.drop(Path(_load(options).config.state_dir), events, sys.stdout, dead=dead, confirm=confirm,
+                 notices=sys.stderr, patience=patience)  # fmt: skip
 
 
 @cli.group("print")
 def print_group() -> None:
-    """Print files for the host that virtbus runs on."""
+    """Print files for the host that virtbus runs on.
+
+    \b
+    Example: virtbus print unit > /etc/systemd/system/virtbus.service
+    """
 
 
 @print_group.command("unit")

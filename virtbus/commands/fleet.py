@@ -12,11 +12,13 @@ from typing import Any, TextIO
 
 from virtbus.commands import wiring
 from virtbus.commands.react import fleet_rules
+from virtbus.commands.terminal import cut, progress, wrapped
 from virtbus.config import Loaded, bus_url
 from virtbus.consumer import Consumer
 from virtbus.errors import ConfigError
 from virtbus.fleet import Blame, Fleet, FleetView, HostHealth
 from virtbus.model import Clock
+from virtbus.telemetry import takes_escapes
 
 _REDRAW_SECONDS = 1.0
 _WRITE_SECONDS = 2.0
@@ -31,24 +33,33 @@ def run(
     write: Path | None,
     listen: float | None,
     out: TextIO,
+    notices: TextIO,
 ) -> int:
     """Show the fleet until an interrupt; with `once` after listening for `listen` seconds (one round)."""
     config = loaded.config
     fleet, clock = Fleet(fleet_rules(config)), Clock()
     seconds = listen if listen is not None else (ROUND_SECONDS if once else None)
     end = None if seconds is None else time.monotonic() + seconds
-    live = not once and not as_json and write is None and out.isatty()
+    live = not once and not as_json and write is None and takes_escapes(out)
     drawn = 0.0
-    with Consumer(
-        bus_url(config), group=None, options=wiring.bus_options(config), prefetch=1000, patient=False
-    ) as consumer:
+    begun, shown = time.monotonic(), 0  # seconds
+    with (
+        Consumer(
+            bus_url(config), group=None, options=wiring.bus_options(config), prefetch=1000, patient=False
+        ) as consumer,
+        progress(round(seconds) if once and seconds else 0, "listening", notices) as bar,
+    ):
         while end is None or time.monotonic() < end:
             delivery = consumer.receive(0.2)
             if delivery is not None:
                 if delivery.event is not None:
                     fleet.saw(delivery.event, delivery.attributes, clock())
                 delivery.ack()
-            if not once and time.monotonic() - drawn >= (_WRITE_SECONDS if write else _REDRAW_SECONDS):
+            if once:
+                passed = int(time.monotonic() - begun)
+                bar.update(passed - shown)
+                shown = passed
+            elif time.monotonic() - drawn >= (_WRITE_SECONDS if write else _REDRAW_SECONDS):
                 drawn = time.monotonic()
                 _show(fleet.view(clock()), as_json=as_json, write=write, live=live, out=out)
     view = fleet.view(clock())
@@ -134,37 +145,35 @@ _ORDER = {Blame.HOST: 0, Blame.UNDETERMINED: 1, Blame.BACKEND: 2, Blame.NONE: 3}
 
 def table(view: FleetView, *, rows: int | None, columns: int) -> list[str]:
     """Lines for a terminal: the summary, storage in trouble, hosts in trouble or not observing."""
-    lines = [
+    lines = _fitting(
         f"{len(view.hosts)} hosts, {view.silent} silent; {view.incidents} open incidents, "
         f"{view.errors_per_minute:.1f} errors/min, {len(view.backends)} storage systems in trouble"
-    ]
+    )
     if view.suspect_ourselves:
         lines.append("most agents are silent at once: rather our own connection than theirs")
     if view.backends:
-        lines += ["", f"{'STORAGE':<32} {'BLAME':<13} {'HOSTS':>5} {'GUESTS':>6}  WHY"]
+        lines += ["", f"{'STORAGE':<48} {'BLAME':<17} {'HOSTS':>5} {'GUESTS':>6}"]
         worst = sorted(view.backends, key=lambda one: (_ORDER[one.blame], -one.guests, one.name))
-        lines += [
-            f"{_cut(one.name, 32):<32} {one.blame.value + ('/full' if one.full else ''):<13} "
-            f"{len(one.hosts):>5} {one.guests:>6}  {one.why}"
-            for one in worst
-        ]
+        for one in worst:
+            blame = one.blame.value + ("/full" if one.full else "")
+            lines.append(f"{cut(one.name, 48):<48} {blame:<17} {len(one.hosts):>5} {one.guests:>6}")
+            lines += _fitting(f"    {one.why}" if one.why else "")
     shown = [host for host in view.hosts if host.incidents or host.state != "observing"]
     if shown:
-        header = f"{'HOST':<32} {'BLAME':<13} {'STATE':<9} {'GUESTS':>6} {'PAUSED':>6} {'ERR/MIN':>7}  WHY"
+        header = f"{'HOST':<33} {'BLAME':<12} {'STATE':<9} {'GUESTS':>6} {'PAUSED':>6} {'ERR/MIN':>8}"
         lines += ["", header]
         shown.sort(key=lambda one: (_ORDER[one.blame], one.state == "observing", -one.guests, one.name))
-        lines += [
-            f"{_cut(one.name, 32):<32} {one.blame.value if one.incidents else '-':<13} {one.state:<9} "
-            f"{one.guests:>6} {one.paused:>6} {one.errors_per_minute:>7.1f}  {one.why}"
-            for one in shown
-        ]
+        for host in shown:
+            lines.append(
+                f"{cut(host.name, 33):<33} {host.blame.value if host.incidents else '-':<12} {host.state:<9} "
+                f"{host.guests:>6} {host.paused:>6} {host.errors_per_minute:>8.1f}"
+            )
+            lines += _fitting(f"    {host.why}" if host.why else "")
     if rows is not None and len(lines) > rows:
         left = len(lines) - rows + 1
         lines = [*lines[: rows - 1], f"… {left} more lines"]
-    return [_cut(line, columns) if rows is not None else line for line in lines]
+    return [cut(line, columns) if rows is not None else line for line in lines]
 
 
-def _cut(text: str, width: int) -> str:
-    # Names come from hosts: nothing in them may move the terminal's cursor.
-    clean = "".join(letter if letter.isprintable() else "?" for letter in text)
-    return clean if len(clean) <= width else clean[: width - 1] + "…"
+def _fitting(text: str) -> list[str]:
+    return wrapped(cut(text, len(text)), indent=4).splitlines() if text else []
