@@ -20,7 +20,21 @@ from virtbus import __version__
 from virtbus.errors import ConfigError, SpoolFull, VirtbusError
 
 EXIT_USAGE = ConfigError.exit_code
+_YEAR = 366 * 86400
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+class _Seconds(click.FloatRange):
+    """Seconds up to a year: nan and infinity pass every comparison that would end a wait, more overflows."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See click.ParamType."""
+        seconds = super().convert(value, param, ctx)
+        if not seconds <= _YEAR:
+            self.fail(f"{seconds} is no number of seconds up to a year", param, ctx)
+        return seconds
+
+
 # A file that is missing or not ours to read: its reader says so, with the right exit code.
 _FILE = click.Path(readable=False, path_type=Path)
 F = TypeVar("F", bound=Callable[..., Any])
@@ -121,7 +135,7 @@ _bus = _setting("bus.url", "--bus-url", "--bus", metavar="URL",
                 help="amqp[s]://…, kafka[s]://…, embedded: or embedded:///FILE (bus.url).")  # fmt: skip
 _libvirt = _setting("libvirt.uri", "--libvirt-uri", "--libvirt", metavar="URI",
                     help="Hypervisor, e.g. qemu:///system (libvirt.uri).")  # fmt: skip
-_patience = click.option("--timeout", "patience", type=click.FloatRange(0), default=30.0,
+_patience = click.option("--timeout", "patience", type=_Seconds(0), default=30.0,
                          show_default=True, metavar="S",
                          help="How long an agent may do nothing of it; 0: do not wait.")  # fmt: skip
 _state_dir = _setting("state_dir", "--state-dir", metavar="DIR", help="Folder of the spool (state_dir).")
@@ -191,7 +205,7 @@ def run(**options: Any) -> None:
 @_state_dir
 @click.option("--group", metavar="NAME", help="Share the events with the other members of a durable group.")
 @click.option("--count", type=click.IntRange(1), metavar="N", help="End after N events.")
-@click.option("--timeout", type=click.FloatRange(0), metavar="S", help="End after S seconds.")
+@click.option("--timeout", type=_Seconds(0), metavar="S", help="End after S seconds.")
 @click.option("--type", "types", multiple=True, metavar="TYPE", help="Only these event types (suffices).")
 def consume(group: str | None, count: int | None, timeout: float | None, types: tuple[str, ...],
             **options: Any) -> None:  # fmt: skip
@@ -213,7 +227,7 @@ def consume(group: str | None, count: int | None, timeout: float | None, types: 
 @_common
 @_libvirt
 @click.option("--json", "as_json", is_flag=True, help="JSON lines; `virtbus` can replay them.")
-@click.option("--timeout", type=click.FloatRange(0), metavar="S", help="End after S seconds.")
+@click.option("--timeout", type=_Seconds(0), metavar="S", help="End after S seconds.")
 def watch(as_json: bool, timeout: float | None, **options: Any) -> None:
     """Print libvirt's events on the terminal: no broker, no spool.
 
@@ -289,7 +303,7 @@ def tap(stage: str | None, domain: str | None, **options: Any) -> None:
 @click.option("--reason", default="drill", show_default=True, metavar="TEXT", help="libvirt's reason.")
 @click.option("--count", type=click.IntRange(1, 1000), default=1, show_default=True, help="Errors in it.")
 @click.option("--resolve", is_flag=True, help="End the drill: its incidents are resolved.")
-@click.option("--timeout", type=click.FloatRange(0.1), default=10.0, show_default=True, metavar="S",
+@click.option("--timeout", type=_Seconds(0.1), default=10.0, show_default=True, metavar="S",
               help="How long to wait for the broker's confirmation.")  # fmt: skip
 def emit_(timeout: float, domain_name: str, action: str, reason: str, count: int, resolve: bool,
           **options: Any) -> None:  # fmt: skip
@@ -332,7 +346,7 @@ def completion(shell: str) -> None:
 @_bus
 @_state_dir
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@click.option("--timeout", type=click.FloatRange(0.1), default=15.0, show_default=True, metavar="S",
+@click.option("--timeout", type=_Seconds(0.1), default=15.0, show_default=True, metavar="S",
               help="How long one part may take to answer.")  # fmt: skip
 def doctor(as_json: bool, timeout: float, **options: Any) -> None:
     """Look at every part: what is wrong, on what, and what to do.
@@ -356,7 +370,7 @@ def doctor(as_json: bool, timeout: float, **options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As JSON, a line each second.")
 @click.option("--write", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Keep FILE up to date instead, as JSON: for a scheduler on this machine.")  # fmt: skip
-@click.option("--listen", type=click.FloatRange(0), metavar="S", help="End after S seconds.")
+@click.option("--listen", type=_Seconds(0), metavar="S", help="End after S seconds.")
 def fleet(once: bool, as_json: bool, write: Path | None, listen: float | None, **options: Any) -> None:
     """Show which hosts and storage systems are in trouble, and whose fault it is.
 

@@ -143,6 +143,14 @@ def test_a_missing_word_is_one_line() -> None:
     assert "Choose from: bash, zsh, fish" in complaint("completion", code=78)
 
 
+@pytest.mark.parametrize("command", ["consume", "emit", "doctor", "watch"])
+@pytest.mark.parametrize("number", ["nan", "inf", "1e+20"])
+def test_a_time_that_never_ends_is_no_timeout(command: str, number: str) -> None:
+    assert f"{number} is no number of seconds up to a year" in complaint(
+        command, "--timeout", number, code=78
+    )
+
+
 @pytest.mark.parametrize(
     "words",
     [("--user", "x\nExecStart=/bin/sh"), ("--user", ""), ("--user", "a b"), ("--command", "/a\nUser=root")],
