@@ -300,7 +300,7 @@ def test_the_table_of_a_fleet_of_long_names_fits_80_columns() -> None:
     lines = table(view, rows=None, columns=80)
     assert [line for line in lines if len(line) > 80] == []
     assert (
-        sum(line.startswith("compute-0123456789-0123456789-01… undetermined observing") for line in lines)
+        sum(line.startswith("compute-0123456789-0123456789-0… undetermined  observing") for line in lines)
         == 1000
     )
     assert sum(line.startswith("    because of this and that, ") for line in lines) == 1001

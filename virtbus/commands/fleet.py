@@ -20,6 +20,7 @@ from virtbus.fleet import Blame, Fleet, FleetView, HostHealth
 from virtbus.model import Clock
 from virtbus.telemetry import takes_escapes
 
+_WIDE = 120  # columns: what a host's trouble is stands beside it, else below
 _REDRAW_SECONDS = 1.0
 _WRITE_SECONDS = 2.0
 ROUND_SECONDS = 65.0  # one round of heartbeats, and a little
@@ -145,35 +146,44 @@ _ORDER = {Blame.HOST: 0, Blame.UNDETERMINED: 1, Blame.BACKEND: 2, Blame.NONE: 3}
 
 def table(view: FleetView, *, rows: int | None, columns: int) -> list[str]:
     """Lines for a terminal: the summary, storage in trouble, hosts in trouble or not observing."""
-    lines = _fitting(
+    wide = columns >= _WIDE
+    summary = (
         f"{len(view.hosts)} hosts, {view.silent} silent; {view.incidents} open incidents, "
         f"{view.errors_per_minute:.1f} errors/min, {len(view.backends)} storage systems in trouble"
     )
+    lines = [summary] if wide else _fitting(summary)
     if view.suspect_ourselves:
         lines.append("most agents are silent at once: rather our own connection than theirs")
+    why = "  WHY" if wide else ""
     if view.backends:
-        lines += ["", f"{'STORAGE':<48} {'BLAME':<17} {'HOSTS':>5} {'GUESTS':>6}"]
+        lines += ["", f"{'STORAGE':<32} {'BLAME':<13} {'HOSTS':>5} {'GUESTS':>6}{why}"]
         worst = sorted(view.backends, key=lambda one: (_ORDER[one.blame], -one.guests, one.name))
         for one in worst:
             blame = one.blame.value + ("/full" if one.full else "")
-            lines.append(f"{cut(one.name, 48):<48} {blame:<17} {len(one.hosts):>5} {one.guests:>6}")
-            lines += _fitting(f"    {one.why}" if one.why else "")
+            line = f"{cut(one.name, 32):<32} {blame:<13} {len(one.hosts):>5} {one.guests:>6}"
+            lines += _with_why(line, one.why, wide)
     shown = [host for host in view.hosts if host.incidents or host.state != "observing"]
     if shown:
-        header = f"{'HOST':<33} {'BLAME':<12} {'STATE':<9} {'GUESTS':>6} {'PAUSED':>6} {'ERR/MIN':>8}"
+        header = f"{'HOST':<32} {'BLAME':<13} {'STATE':<9} {'GUESTS':>6} {'PAUSED':>6} {'ERR/MIN':>7}{why}"
         lines += ["", header]
         shown.sort(key=lambda one: (_ORDER[one.blame], one.state == "observing", -one.guests, one.name))
         for host in shown:
-            lines.append(
-                f"{cut(host.name, 33):<33} {host.blame.value if host.incidents else '-':<12} {host.state:<9} "
-                f"{host.guests:>6} {host.paused:>6} {host.errors_per_minute:>8.1f}"
+            line = (
+                f"{cut(host.name, 32):<32} {host.blame.value if host.incidents else '-':<13} {host.state:<9} "
+                f"{host.guests:>6} {host.paused:>6} {host.errors_per_minute:>7.1f}"
             )
-            lines += _fitting(f"    {host.why}" if host.why else "")
+            lines += _with_why(line, host.why, wide)
     if rows is not None and len(lines) > rows:
         left = len(lines) - rows + 1
         lines = [*lines[: rows - 1], f"… {left} more lines"]
     return [cut(line, columns) if rows is not None else line for line in lines]
 
 
+def _with_why(line: str, why: str, wide: bool) -> list[str]:
+    if not why:
+        return [line]
+    return [f"{line}  {cut(why, len(why))}"] if wide else [line, *_fitting(f"    {why}")]
+
+
 def _fitting(text: str) -> list[str]:
-    return wrapped(cut(text, len(text)), indent=4).splitlines() if text else []
+    return wrapped(cut(text, len(text)), indent=4).splitlines()
