@@ -18,6 +18,7 @@ import pytest
 
 from tests.agent.process import COMMAND, AgentProcess, virtbus
 from tests.agent.test_bad_input import complaint
+from tests.conftest import need
 from virtbus.control import ask
 
 
@@ -173,8 +174,8 @@ def test_doctor_leaves_the_identity_of_a_cloned_disk_to_the_agent(tmp_path: Path
 @pytest.fixture
 def powerless(tmp_path: Path) -> list[str]:
     """What to write before a command so that what belongs to others is closed to it."""
-    if os.geteuid() != 0 or shutil.which("setpriv") is None:
-        pytest.skip("giving files to somebody else needs root and setpriv")
+    need([] if os.geteuid() == 0 else ["root, who may give files away"])
+    need([] if shutil.which("setpriv") else ["setpriv"])
     return ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
 
 
