@@ -102,7 +102,12 @@ audit: setup
 	@test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && \
 	  build/audit/bin/pip install --quiet --disable-pip-version-check pip-audit; }
 	@$(BIN)/python -m pip freeze --exclude-editable >build/audit/installed.txt
-	build/audit/bin/pip-audit --disable-pip --no-deps --strict --requirement build/audit/installed.txt
+	@build/audit/bin/pip-audit --disable-pip --no-deps --strict --progress-spinner off \
+	  --requirement build/audit/installed.txt >build/audit/found 2>build/audit/log; status=$$?; \
+	cat build/audit/found; \
+	if [ $$status -ne 0 ] && [ ! -s build/audit/found ]; then \
+	  echo "Not audited, the vulnerability database gave no answer: $$(tail -n 1 build/audit/log)" >&2; \
+	else tail -n 1 build/audit/log >&2; fi; exit $$status
 
 # What is in the image: the Python packages that .docker/ pins, and the Debian packages of an image that
 # `make chart` built, if there is one.

@@ -381,12 +381,15 @@ def load(
                 f"configuration file {path} does not exist; name another with --config"
             ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputMissing(f"configuration file {path} can't be read: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else f"it is not UTF-8 text ({error})"
+        raise InputMissing(
+            f"configuration file {path} can't be read: {why}; mend it, or name another with --config"
+        ) from error
     else:
         used = path
         try:
             merged = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise ConfigError(f"{path}: not valid TOML: {error}") from error
         lines = _lines_of_keys(text)
         for key, _ in _leaves(merged):
@@ -494,7 +497,7 @@ def _from_text(schema: Mapping[str, Any], key: str, raw: str) -> object:
         return raw
     try:
         return tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         wanted = " or ".join(sorted(types - {"null"}))
         # A table or list may hold secrets; a number does not.
         shown = "it" if types & {"object", "array"} else repr(raw)

@@ -8,6 +8,7 @@ The registry is ours alone (no process-wide default), bounded in labels: no doma
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import time
@@ -191,6 +192,16 @@ def _printable(_log: Any, _method: str, line: Any) -> Any:
     return line
 
 
+def takes_escapes(stream: TextIO) -> bool:
+    """Whether it is a terminal whose cursor can be moved."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def takes_colour(stream: TextIO) -> bool:
+    """Whether it is a terminal that shows colour to somebody who wants it (no-color.org)."""
+    return takes_escapes(stream) and not os.environ.get("NO_COLOR")
+
+
 def configure(*, level: str = "info", fmt: str = "auto", stream: TextIO | None = None) -> None:
     """Set the log's level ("debug" … "error") and format ("text", "json", or "auto": text on a terminal)."""
     out = stream if stream is not None else sys.stderr
@@ -198,7 +209,7 @@ def configure(*, level: str = "info", fmt: str = "auto", stream: TextIO | None =
     renderer: Callable[..., Any]
     if as_text:
         renderer = structlog.dev.ConsoleRenderer(
-            colors=out.isatty(), exception_formatter=structlog.dev.plain_traceback
+            colors=takes_colour(out), exception_formatter=structlog.dev.plain_traceback
         )
     else:
         renderer = structlog.processors.JSONRenderer()

@@ -8,7 +8,7 @@ import stat
 import pytest
 
 from virtbus.control import TAP_BUFFER, ControlSocket, HttpServer, Taps, ask
-from virtbus.errors import ConfigError
+from virtbus.errors import AgentUnavailable, ConfigError
 from virtbus.model import RawIoError
 
 
@@ -141,5 +141,5 @@ def test_folders_made_for_the_socket_may_be_entered_and_the_socket_is_its_owners
 
 
 def test_without_an_agent_the_line_says_so(tmp_path):
-    with pytest.raises(ConfigError, match="no agent answers at"):
+    with pytest.raises(AgentUnavailable, match="no agent answers at"):
         ask(tmp_path / "none", {"command": "status"})

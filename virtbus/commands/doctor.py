@@ -6,15 +6,16 @@ import json
 import re
 import shutil
 import textwrap
+import uuid
 from pathlib import Path
 from typing import TextIO
 
 from virtbus import doctor
 from virtbus.commands import wiring
 from virtbus.config import Config, Loaded, bus_url
-from virtbus.errors import ConfigError, VirtbusError
-from virtbus.identity import load_agent_id
+from virtbus.errors import ConfigError
 from virtbus.model import Check
+from virtbus.telemetry import takes_colour
 
 _MARKS = {"ok": ("ok  ", "32"), "warning": ("WARN", "33"), "failed": ("FAIL", "31"), "skipped": ("skip", "2")}
 
@@ -35,7 +36,7 @@ def run(loaded: Loaded, *, as_json: bool, timeout: float, out: TextIO) -> int:
     ):
         checks.append(check)
         if not as_json:
-            out.write(_lines(check, terminal=out.isatty()))
+            out.write(_lines(check, terminal=out.isatty(), colour=takes_colour(out)))
             out.flush()
     code = doctor.exit_code(checks)
     if as_json:
@@ -83,16 +84,14 @@ def _host_and_port(place: str, default: int) -> tuple[str, int]:
 
 
 def _agent_id(state_dir: Path) -> str | None:
-    """The agent's id if there is one; doctor makes none."""
-    if not (state_dir / "agent-id").exists():
-        return None
+    """The agent's id if there is one. Only read: a new one, and the gap it means, are the agent's to make."""
     try:
-        return load_agent_id(state_dir)[0]
-    except VirtbusError:
+        return str(uuid.UUID((state_dir / "agent-id").read_text(encoding="ascii").split()[0]))
+    except (OSError, ValueError, IndexError):
         return None
 
 
-def _lines(check: Check, *, terminal: bool) -> str:
+def _lines(check: Check, *, terminal: bool, colour: bool) -> str:
     mark, code = _MARKS[check.status]
     width = min(shutil.get_terminal_size().columns, 100)
     lines = [f"{mark} {check.name}: {check.summary}"]
@@ -105,5 +104,6 @@ def _lines(check: Check, *, terminal: bool) -> str:
             )
             for line in lines
         ]
+    if colour:
         lines[0] = f"\x1b[{code}m{mark}\x1b[0m{lines[0].removeprefix(mark)}"
     return "\n".join(lines) + "\n"
