@@ -6,7 +6,6 @@ that over the default. All problems are told at once, each with the place it com
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import tomllib
@@ -576,6 +575,8 @@ def _expected(schema: Mapping[str, Any], key: str) -> str | None:
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:
+    import difflib  # here only: an agent whose settings are right never needs it
+
     close = difflib.get_close_matches(name, known, 1)
     return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(sorted(known))}"
 
