@@ -958,6 +958,60 @@ def test_the_width_of_the_window_and_the_pauses_survive_a_restart():
     assert len(bench.wait(0.2)) == 1
 
 
+def test_the_quiet_goes_on_over_a_restart():
+    bench = Bench()
+    bench.see(an_error())
+    bench.wait(100)
+    bench.commit()
+    bench.restart(down_seconds=50)
+    bench.ready()
+    assert bench.wait(149.9) == []
+    (resolved,) = bench.wait(0.2)
+    assert resolved.resolution.cause == "quiet"
+    assert resolved.resolution.duration_seconds == pytest.approx(300)
+
+
+def test_pauses_before_a_restart_grow_old():
+    bench = Bench()
+    for _ in range(2):
+        bench.see(an_error(action=PAUSE))
+        bench.see(DomainResumed("guest-a", bench.wall_ns))
+    bench.wait(10)
+    bench.commit()
+    bench.restart(down_seconds=600)
+    bench.ready()
+    (event,) = bench.see(an_error(action=PAUSE))
+    assert (event.incident.pauses, event.incident.flapping) == (3, False)
+
+
+def test_a_restart_lets_no_message_out_sooner():
+    bench = Bench()
+    for number in range(10):
+        bench.see(an_error(reason=str(number)))
+    bench.commit()
+    bench.restart(down_seconds=0.2)
+    assert bench.see(an_error(reason="the newest")) == []
+    assert bench.wait(0.7) == []
+    assert len(bench.wait(0.2)) == 1
+
+
+def test_each_change_of_an_incident_is_in_the_states_of_its_own_commit():
+    bench = Bench()
+    bench.see(an_error())
+    bench.commit()
+    for count in (3, 4):
+        bench.see(an_error(count=count))
+        bench.commit()
+    kept = dict(bench.states)
+    assert told(bench.wait(1)) == [("updated", 7)]
+    bench.commit()
+    bench.restart()
+    assert bench.wait(100) == []  # what was told is not pending any more
+    bench.states = kept
+    bench.restart()
+    assert told(bench.wait(1)) == [("updated", 7)]
+
+
 def test_a_state_that_cannot_be_read_is_reported_once_and_costs_no_other():
     bench = Bench()
     bench.see(an_error(domain="guest-a"))
