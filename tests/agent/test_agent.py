@@ -31,7 +31,9 @@ AGENT = "11111111-2222-4333-8444-555555555555"
 class House:
     """An agent on fakes and a real spool."""
 
-    def __init__(self, folder: Path, script: Any = (), decide: Any = None, **options: Any) -> None:
+    def __init__(
+        self, folder: Path, script: Any = (), decide: Any = None, fold: bool = True, **options: Any
+    ) -> None:
         self.source = FakeSource(script)
         self.bus = FakeBus(decide) if decide else FakeBus()
         self.folder = folder
@@ -40,9 +42,9 @@ class House:
             source=self.source,
             bus=self.bus,
             spool=self.spool,
-            incidents=Incidents(IncidentLimits(), new_id=lambda: uuid7(time.time_ns())),
+            incidents=Incidents(IncidentLimits(fold=fold), new_id=lambda: uuid7(time.time_ns())),
             agent_id=AGENT,
-            options=AgentOptions(**{"heartbeat_seconds": 0.0, "drain_seconds": 5.0, **options}),
+            options=AgentOptions(**{"heartbeat_seconds": 0.0, "drain_seconds": 5.0, "fold": fold, **options}),
         )
 
     def start(self) -> House:
@@ -128,6 +130,40 @@ def test_a_storm_becomes_few_events_that_lose_no_count(house):
     one.source.play(*(a_raw_io_error() for _ in range(5000)))
     wait_until(lambda: one.counted() == 5000, what="all counts")
     assert len(one.delivered("io_error.v1")) < 20
+
+
+def test_without_folding_each_callback_of_a_storm_is_an_event_of_its_own(house):
+    one = house(fold=False)
+    one.wait("gap")
+    one.source.play(*(a_raw_io_error() for _ in range(500)))
+    events = one.wait("io_error.v1", 500)
+    assert [event["data"]["occurrences"]["total"] for event in events] == list(range(1, 501))
+    assert {event["data"]["occurrences"]["count"] for event in events} == {1}
+
+
+def test_a_commit_that_hangs_costs_time_and_neither_memory_nor_a_count(house, monkeypatch):
+    commit, hangs, goes_on = Spool.commit, threading.Event(), threading.Event()
+
+    def waits(self, *words):
+        if hangs.is_set():
+            goes_on.wait(60)
+        return commit(self, *words)
+
+    monkeypatch.setattr(Spool, "commit", waits)
+    one = house()
+    one.wait("gap")
+    dropped = METRICS.registry.get_sample_value("virtbus_dropped_total")
+    hangs.set()
+    errors = [a_raw_io_error(alias=f"disk{number % 7}") for number in range(60_000)]
+    try:
+        one.source.play(*errors)
+        wait_until(lambda: one.source._more.empty(), timeout=30)
+        assert one.counted() == 0
+        assert len(one.agent.queue) <= 10_007
+    finally:
+        goes_on.set()
+    wait_until(lambda: one.counted() == 60_000, what="all counts", timeout=30)
+    assert METRICS.registry.get_sample_value("virtbus_dropped_total") == dropped
 
 
 def test_a_disk_that_fails_for_a_while_costs_no_count_and_is_told(house, monkeypatch):

@@ -443,6 +443,7 @@ class IncidentsMachine(RuleBasedStateMachine):
     @invariant()
     def what_is_pending_is_told_within_the_widest_window(self):
         if sum(pending_in(self.in_memory()).values()):
+            assert self.limits.fold, "without folding each callback is told at once"
             assert self.incidents.next_due() <= self.monotonic + self.limits.max_window_seconds
 
     @invariant()
