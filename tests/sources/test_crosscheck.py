@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import tracemalloc
 from dataclasses import dataclass, replace
 
 import pytest
@@ -336,6 +337,38 @@ def test_a_guest_that_was_started_anew_unseen_begins_without_a_past() -> None:
     suspend(check, 0.0)
     look = check.reconcile(UUID, "db1", 2, IO_PAUSE, DEVICES, since_ns=None, mono=5.0, ns=5 * S)
     assert len(look) == 1
+
+
+def test_a_device_that_is_plugged_in_anew_begins_without_a_past() -> None:
+    check = CrossCheck(GRACE)
+    both = Look(PAUSED, PAUSED_IOERROR, {"vda": 1, "vdb": 1})
+    for alias in DEVICES:
+        check.event(raw(alias), 0.0)
+    suspend(check, 0.0)
+    look_at(check, both)
+    assert findings(check, 10.0) == []
+    check.resumed(UUID)
+    check.removed(UUID, "virtio-disk1")
+    suspend(check, 20.0)
+    look_at(check, both, 21.0)
+    assert [burst.raw.alias for burst in findings(check, 30.0)] == ["virtio-disk1"]
+
+
+def test_devices_that_come_fail_and_go_leave_nothing() -> None:
+    check = CrossCheck(GRACE)
+
+    def fail_and_go(number: int) -> None:
+        check.event(raw(f"ua-{number}", action=ACTION_REPORT), float(number))
+        check.removed(UUID, f"ua-{number}")
+
+    fail_and_go(0)
+    tracemalloc.start()
+    try:
+        for number in range(10_000):
+            fail_and_go(number)
+        assert tracemalloc.get_traced_memory()[0] < 100_000  # each one kept is 350 bytes
+    finally:
+        tracemalloc.stop()
 
 
 def test_domains_that_are_gone_are_forgotten_and_their_open_pause_told() -> None:

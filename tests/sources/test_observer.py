@@ -250,6 +250,18 @@ def test_lifecycle_becomes_what_resolves_an_incident() -> None:
         assert observer.describe(three.uuid) is not None  # its end is still to be described
 
 
+def test_a_device_that_is_unplugged_is_forgotten() -> None:
+    host = SimulatedHost(1)
+    guest = next(iter(host.guests.values()))
+    with observed(host) as (observer, seen):
+        seen.wait(SourceReady)
+        host.io_error(guest, action=ACTION_REPORT, reason="enospc")
+        assert observer.check.out_of_space(guest.uuid) == {"virtio-disk0"}
+        for handler in host.handlers():
+            handler.device_removed(guest.uuid, "virtio-disk0")
+        assert observer.check.out_of_space(guest.uuid) == frozenset()
+
+
 def test_an_operators_pause_is_no_error() -> None:
     host = SimulatedHost(1)
     guest = next(iter(host.guests.values()))

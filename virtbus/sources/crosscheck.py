@@ -162,6 +162,15 @@ class CrossCheck:
             return []
         return [b for pause in case.pauses for b in self._decide(uuid, case, pause, 0.0, {}) if b.count]
 
+    def removed(self, uuid: str, alias: str) -> None:
+        """The device was unplugged: nothing is kept of it but what belongs to a pause that goes on."""
+        case = self._cases.get(uuid)
+        if case is None:
+            return
+        case.wanting.discard(alias)
+        for kept in (case.stale, case.last_ns, case.reports, case.looked_for):
+            kept.pop(alias, None)
+
     def looked(self, uuid: str, look: Look, devices: Mapping[str, Device]) -> list[Burst]:
         """What a look found: kept for the undecided pause that it saw.
 

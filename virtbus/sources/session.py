@@ -178,6 +178,7 @@ class Session:
         now = self._now()
         with self._shared.lock:
             if self.live:
+                self._shared.check.removed(uuid, alias)
                 self._sink(DeviceRemoved(uuid, alias, now.wall_ns))
         self.notes.put(Changed(uuid))
 
