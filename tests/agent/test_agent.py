@@ -20,7 +20,8 @@ from virtbus.envelope import uuid7
 from virtbus.errors import BusUnavailable, SourceDenied, SpoolFull
 from virtbus.identity import load_agent_id
 from virtbus.incidents import IncidentLimits, Incidents
-from virtbus.model import Confirmed, Deferred, Refused, SourceLost, SourceReady, Unroutable, to_ns
+from virtbus.intake import IntakeQueue
+from virtbus.model import Confirmed, Deferred, DomainGone, Refused, SourceLost, SourceReady, Unroutable, to_ns
 from virtbus.spool import Spool, SpoolLimits
 from virtbus.telemetry import METRICS
 from virtbus.testing import FakeBus, FakeSource, a_host, a_raw_io_error, no_waiting, wait_until
@@ -32,8 +33,14 @@ class House:
     """An agent on fakes and a real spool."""
 
     def __init__(
-        self, folder: Path, script: Any = (), decide: Any = None, fold: bool = True, **options: Any
+        self,
+        folder: Path,
+        script: Any = (),
+        decide: Any = None,
+        limits: IncidentLimits | None = None,
+        **options: Any,
     ) -> None:
+        limits = limits or IncidentLimits()
         self.source = FakeSource(script)
         self.bus = FakeBus(decide) if decide else FakeBus()
         self.folder = folder
@@ -42,9 +49,11 @@ class House:
             source=self.source,
             bus=self.bus,
             spool=self.spool,
-            incidents=Incidents(IncidentLimits(fold=fold), new_id=lambda: uuid7(time.time_ns())),
+            incidents=Incidents(limits, new_id=lambda: uuid7(time.time_ns())),
             agent_id=AGENT,
-            options=AgentOptions(**{"heartbeat_seconds": 0.0, "drain_seconds": 5.0, "fold": fold, **options}),
+            options=AgentOptions(
+                **{"heartbeat_seconds": 0.0, "drain_seconds": 5.0, "fold": limits.fold, **options}
+            ),
         )
 
     def start(self) -> House:
@@ -133,7 +142,7 @@ def test_a_storm_becomes_few_events_that_lose_no_count(house):
 
 
 def test_without_folding_each_callback_of_a_storm_is_an_event_of_its_own(house):
-    one = house(fold=False)
+    one = house(limits=IncidentLimits(fold=False))
     one.wait("gap")
     one.source.play(*(a_raw_io_error() for _ in range(500)))
     events = one.wait("io_error.v1", 500)
@@ -141,7 +150,9 @@ def test_without_folding_each_callback_of_a_storm_is_an_event_of_its_own(house):
     assert {event["data"]["occurrences"]["count"] for event in events} == {1}
 
 
-def test_a_commit_that_hangs_costs_time_and_neither_memory_nor_a_count(house, monkeypatch):
+@pytest.fixture
+def hanging_disk(monkeypatch):
+    """Between the two events that it gives, commits hang."""
     commit, hangs, goes_on = Spool.commit, threading.Event(), threading.Event()
 
     def waits(self, *words):
@@ -150,20 +161,41 @@ def test_a_commit_that_hangs_costs_time_and_neither_memory_nor_a_count(house, mo
         return commit(self, *words)
 
     monkeypatch.setattr(Spool, "commit", waits)
+    yield hangs, goes_on
+    goes_on.set()
+
+
+def test_a_commit_that_hangs_costs_time_and_neither_memory_nor_a_count(hanging_disk, house):
+    hangs, goes_on = hanging_disk
     one = house()
     one.wait("gap")
     dropped = METRICS.registry.get_sample_value("virtbus_dropped_total")
     hangs.set()
-    errors = [a_raw_io_error(alias=f"disk{number % 7}") for number in range(60_000)]
-    try:
-        one.source.play(*errors)
-        wait_until(lambda: one.source._more.empty(), timeout=30)
-        assert one.counted() == 0
-        assert len(one.agent.queue) <= 10_007
-    finally:
-        goes_on.set()
+    one.source.play(*(a_raw_io_error(alias=f"disk{number % 7}") for number in range(60_000)))
+    wait_until(lambda: one.source._more.empty(), timeout=30)
+    assert one.counted() == 0
+    assert len(one.agent.queue) <= 10_007
+    goes_on.set()
     wait_until(lambda: one.counted() == 60_000, what="all counts", timeout=30)
     assert METRICS.registry.get_sample_value("virtbus_dropped_total") == dropped
+
+
+def test_errors_that_found_no_room_are_named_with_their_number(hanging_disk, house, monkeypatch):
+    monkeypatch.setattr("virtbus.agent.IntakeQueue", lambda: IntakeQueue(limit=1, fold_limit=1))
+    hangs, goes_on = hanging_disk
+    one = house()
+    one.wait("gap")
+    hangs.set()
+    one.source.play(*(a_raw_io_error(domain_uuid=uuid7(number)) for number in range(100)))
+    wait_until(lambda: one.source._more.empty())
+    goes_on.set()
+
+    def named():
+        gaps = [event["data"] for event in one.delivered("gap")]
+        return sum(gap["missing_occurrences"] for gap in gaps if gap["reason"] == "observations_dropped")
+
+    wait_until(lambda: one.counted() + named() == 100, what="all counts")
+    assert named() > 0
 
 
 def test_a_disk_that_fails_for_a_while_costs_no_count_and_is_told(house, monkeypatch):
@@ -191,6 +223,43 @@ def test_a_disk_that_fails_for_a_while_costs_no_count_and_is_told(house, monkeyp
         assert "spool_unwritable" in reasons
         assert one.agent.not_ready() == []
         assert METRICS.registry.get_sample_value("virtbus_dropped_total") == dropped
+
+
+@pytest.mark.parametrize("commit_fails", [False, True])
+def test_counts_that_wait_for_their_windows_end_are_told_by_the_next_start(house, monkeypatch, commit_fails):
+    commit, broken, committed = Spool.commit, threading.Event(), {}
+
+    def fails_once(self, events, states=None):
+        if broken.is_set():
+            broken.clear()
+            raise SpoolFull("the disk is full")
+        stamps = commit(self, events, states)
+        committed.update(states or {})
+        return stamps
+
+    def waiting():
+        kept = [msgspec.json.decode(state) for key, state in list(committed.items()) if "incident/" in key]
+        return sum(pending["count"] for state in kept for pending in state.get("pending", ()))
+
+    monkeypatch.setattr(Spool, "commit", fails_once)
+    a_minute = IncidentLimits(first_window_seconds=60.0)
+    error = a_raw_io_error()
+    with no_waiting():
+        one = house(error, limits=a_minute)
+        (opened,) = one.wait("io_error.v1")
+        if commit_fails:
+            broken.set()
+        one.source.play(*[error] * 100)
+        wait_until(lambda: waiting() == 100, what="a commit of what waits")
+        one.agent.abort()
+        one.agent.join()
+    two = house(limits=a_minute)
+    two.source.play(DomainGone(error.domain_uuid, time.time_ns(), "domain_stopped"))
+    (ended,) = two.wait("resolved")
+    (update,) = [event for event in two.delivered("io_error.v1") if event["id"] != opened["id"]]
+    assert update["data"]["occurrences"]["count"] == 100
+    assert ended["data"]["occurrences"]["total"] == 101
+    assert ended["data"]["incident"]["id"] == opened["data"]["incident"]["id"]
 
 
 def test_an_observation_that_cant_be_handled_is_named_and_the_next_one_goes_on(house, monkeypatch):
