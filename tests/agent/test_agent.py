@@ -6,7 +6,7 @@ import io
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -262,6 +262,19 @@ def test_counts_that_wait_for_their_windows_end_are_told_by_the_next_start(house
     assert ended["data"]["incident"]["id"] == opened["data"]["incident"]["id"]
 
 
+def test_a_state_that_cant_be_read_is_named_in_a_gap_and_the_agent_starts(house):
+    one = house()
+    one.wait("gap")
+    one.end()
+    with closing(Spool.open(one.folder, limits=SpoolLimits(), agent_id=AGENT)) as spool:
+        spool.commit([], {"incident/guest/disk": b'{"format":2}'})
+    two = house(a_raw_io_error())
+    two.wait("io_error.v1")
+    gaps = [event["data"] for event in two.delivered("gap")]
+    assert [gap["reason"] for gap in gaps] == ["agent_down", "spool_damaged"]
+    assert "incident/guest/disk" in gaps[1]["detail"]
+
+
 def test_an_observation_that_cant_be_handled_is_named_and_the_next_one_goes_on(house, monkeypatch):
     one = house()
     one.wait("gap")
@@ -348,6 +361,21 @@ def test_a_drain_publishes_what_is_there(house):
     wait_until(lambda: one.source._more.empty())
     one.end()
     assert len(one.delivered("io_error.v1")) == 200
+
+
+def test_a_drain_takes_in_what_still_waits_in_the_queue(hanging_disk, house):
+    hangs, goes_on = hanging_disk
+    one = house()
+    one.wait("gap")
+    hangs.set()
+    one.source.play(a_raw_io_error(alias="first"))
+    wait_until(lambda: one.agent.incidents.open_count == 1)  # its commit hangs
+    one.source.play(*(a_raw_io_error() for _ in range(100)))
+    wait_until(lambda: len(one.agent.queue) == 100)
+    one.agent.stop()
+    goes_on.set()
+    one.agent.join()
+    assert one.counted() == 101
 
 
 def test_a_drain_ends_at_its_deadline_and_the_rest_stays(house, tmp_path):
