@@ -378,6 +378,64 @@ def test_domains_that_are_gone_are_forgotten_and_their_open_pause_told() -> None
     assert len(check) == 0
 
 
+# ---------------------------------------------------------------------- an event later than its resume
+
+
+def a_late_event(check: CrossCheck, at: float) -> None:
+    suspend(check, at - 0.6)
+    check.resumed(UUID)
+    assert check.event(raw(at=at), at) is Verdict.TELL
+
+
+def test_a_guest_that_an_event_called_paused_after_its_resume_is_looked_at_and_runs() -> None:
+    check = CrossCheck(GRACE)
+    a_late_event(check, 5.0)
+    assert check.next_doubt() == 6.0
+    assert check.doubtful(5.9) == []
+    assert check.doubtful(6.0) == [UUID]
+    assert not check.runs(UUID, Look(RUNNING, 1, asked_at=4.9))  # it may have been paused since
+    assert check.runs(UUID, Look(RUNNING, 1, asked_at=6.0))
+    assert check.next_doubt() is None
+    assert not check.runs(UUID, Look(RUNNING, 1, asked_at=7.0))  # said once
+
+
+def test_a_look_that_gets_no_answer_is_asked_for_again() -> None:
+    check = CrossCheck(GRACE)
+    a_late_event(check, 5.0)
+    assert check.doubtful(6.0) == [UUID]
+    assert check.doubtful(15.9) == []
+    assert check.doubtful(16.0) == [UUID]
+
+
+def test_a_guest_that_a_look_finds_paused_stays_so() -> None:
+    check = CrossCheck(GRACE)
+    a_late_event(check, 5.0)
+    assert not check.runs(UUID, replace(IO_PAUSE, asked_at=6.0))
+    assert check.next_doubt() is None
+
+
+@pytest.mark.parametrize("pause_first", [True, False])
+def test_an_event_with_its_pause_leaves_no_doubt(pause_first: bool) -> None:
+    check = CrossCheck(GRACE)
+    if pause_first:
+        suspend(check, 0.0)
+    check.event(raw(), 0.1)
+    if not pause_first:
+        suspend(check, 0.2)
+    check.event(raw(), 0.3)
+    assert check.next_doubt() is None
+
+
+def test_a_resume_or_the_guests_end_leaves_no_doubt() -> None:
+    check = CrossCheck(GRACE)
+    check.event(raw(), 0.0)
+    check.resumed(UUID)
+    assert check.next_doubt() is None
+    check.event(raw(), 1.0)
+    check.gone(UUID)
+    assert check.next_doubt() is None
+
+
 # ----------------------------------------------------------------------------------------- any history
 
 
