@@ -21,7 +21,17 @@ from virtbus.errors import BusUnavailable, SourceDenied, SpoolFull
 from virtbus.identity import load_agent_id
 from virtbus.incidents import IncidentLimits, Incidents
 from virtbus.intake import IntakeQueue
-from virtbus.model import Confirmed, Deferred, DomainGone, Refused, SourceLost, SourceReady, Unroutable, to_ns
+from virtbus.model import (
+    Confirmed,
+    Deferred,
+    DomainGone,
+    IoError,
+    Refused,
+    SourceLost,
+    SourceReady,
+    Unroutable,
+    to_ns,
+)
 from virtbus.spool import Spool, SpoolLimits
 from virtbus.telemetry import METRICS
 from virtbus.testing import FakeBus, FakeSource, a_host, a_raw_io_error, no_waiting, wait_until
@@ -273,6 +283,29 @@ def test_a_state_that_cant_be_read_is_named_in_a_gap_and_the_agent_starts(house)
     gaps = [event["data"] for event in two.delivered("gap")]
     assert [gap["reason"] for gap in gaps] == ["agent_down", "spool_damaged"]
     assert "incident/guest/disk" in gaps[1]["detail"]
+
+
+def test_an_event_and_what_its_incident_remembers_of_it_are_in_one_commit(house, monkeypatch):
+    commit, told, remembered = Spool.commit, [], []
+
+    def notes(self, events, states=None):
+        stamps = commit(self, events, states)
+        for event in events:
+            if isinstance(event, IoError):
+                state = (states or {}).get(f"incident/{event.domain.uuid}/{event.device.alias}")
+                told.append(event.occurrences.total)
+                remembered.append(state and msgspec.json.decode(state)["told"])
+        return stamps
+
+    monkeypatch.setattr(Spool, "commit", notes)
+    one = house(limits=IncidentLimits(first_window_seconds=0.05, max_window_seconds=0.05))
+    one.wait("gap")
+    for _ in range(5):
+        one.source.play(*(a_raw_io_error() for _ in range(20)))
+        time.sleep(0.1)
+    wait_until(lambda: one.counted() == 100, what="all counts")
+    assert len(told) >= 2
+    assert remembered == told
 
 
 def test_an_observation_that_cant_be_handled_is_named_and_the_next_one_goes_on(house, monkeypatch):
