@@ -23,6 +23,8 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(next(folder.glob("librdkafka*"))))
     for name in ("rd_kafka_new", "rd_kafka_mock_cluster_new"):
         getattr(library, name).restype = ctypes.c_void_p
+    library.rd_kafka_mock_get_requests.restype = ctypes.POINTER(ctypes.c_void_p)
+    library.rd_kafka_mock_request_api_key.restype = ctypes.c_int16
     library.rd_kafka_mock_cluster_bootstraps.restype = ctypes.c_char_p
     return library
 
@@ -43,6 +45,7 @@ class MockCluster:
         self._library.rd_kafka_mock_set_controller_id(self._cluster, ctypes.c_int32(1))
         error = self._library.rd_kafka_mock_topic_create(self._cluster, topic.encode(), partitions, brokers)
         assert error == 0, error
+        self._library.rd_kafka_mock_start_request_tracking(self._cluster)
         self.hosts: str = self._library.rd_kafka_mock_cluster_bootstraps(self._cluster).decode()
 
     @property
@@ -55,6 +58,29 @@ class MockCluster:
         array = (ctypes.c_int * len(codes))(*codes)
         self._library.rd_kafka_mock_push_request_errors_array(
             self._cluster, ctypes.c_int16(api), ctypes.c_size_t(len(codes)), array
+        )
+
+    def requests(self, api: int) -> int:
+        """How many requests of kind `api` have come so far."""
+        size = ctypes.c_size_t()
+        found = self._library.rd_kafka_mock_get_requests(self._cluster, ctypes.byref(size))
+        kinds = [
+            self._library.rd_kafka_mock_request_api_key(ctypes.c_void_p(found[number]))
+            for number in range(size.value)
+        ]
+        self._library.rd_kafka_mock_request_destroy_array(found, size)
+        return kinds.count(api)
+
+    def delay(self, milliseconds: int) -> None:
+        """Answer every request of every broker so much later."""
+        self._library.rd_kafka_mock_broker_set_rtt(
+            self._cluster, ctypes.c_int32(-1), ctypes.c_int(milliseconds)
+        )
+
+    def lead(self, topic: str, partition: int, broker: int) -> None:
+        """Give a partition another leader; -1: none."""
+        self._library.rd_kafka_mock_partition_set_leader(
+            self._cluster, topic.encode(), ctypes.c_int32(partition), ctypes.c_int32(broker)
         )
 
     def down(self, broker: int) -> None:
