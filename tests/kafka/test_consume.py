@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 
 from tests.kafka.cluster import Cluster
-from tests.kafka.help import hosts, opened, read
+from tests.kafka.help import hosts, opened, read, sized
 from virtbus import envelope
 from virtbus.bus import Subscription
 from virtbus.bus.kafka import KafkaBus
 from virtbus.bus.kafka_consumer import Track
-from virtbus.errors import BusUnavailable, VirtbusError
+from virtbus.errors import BusDenied, BusUnavailable, VirtbusError
 from virtbus.model import Message
 from virtbus.testing import ListFeed, records
 
@@ -137,6 +137,65 @@ def test_a_rebalance_loses_nothing_and_repeats_only_what_was_not_acknowledged(
     assert repeated.isdisjoint(map(event_id, handled)), "what had been acknowledged before came again"
 
 
+def both_have_partitions(first: Subscription, second: Subscription, seconds: float = 30.0) -> None:
+    """Wait until two members share four partitions, acknowledging what comes."""
+    limit = time.monotonic() + seconds
+    while not all(len(member._tracks) == 2 for member in (first, second)):  # type: ignore[attr-defined]
+        assert time.monotonic() < limit, "no rebalance"
+        for member in (first, second):
+            message = member.receive(0.2)
+            if message is not None:
+                member.ack(message)
+
+
+def test_a_partition_that_was_paused_goes_on_after_another_one_came(kafka_url: str, kafka_topic: str) -> None:
+    items = records(60, keys=30)
+    with opened(kafka_url, kafka_topic, topic_partitions=4) as bus:
+        ListFeed(items[:1]).publish(bus)
+        with joined(bus, "g", prefetch=4) as first:
+            with joined(bus, "g", prefetch=4) as second:
+                both_have_partitions(first, second)
+                ListFeed(items[1:]).publish(bus)
+                held = take(first, 4, ack=False)  # as much as it may have: its partitions are paused
+                assert first.receive(0.3) is None
+            limit = time.monotonic() + 30
+            while len(first._tracks) < 4 and time.monotonic() < limit:  # type: ignore[attr-defined]
+                assert first.receive(0.0) is None
+            for message in held:
+                first.ack(message)
+            rest = take(first, 55)
+    assert {event_id(message) for message in [*held, *rest]} == {record.id for record in items[1:]}
+
+
+def test_keys_that_are_always_due_again_keep_neither_new_messages_nor_a_rebalance_away(
+    kafka_url: str, kafka_topic: str
+) -> None:
+    failing, later = records(3, keys=3), records(6, keys=6)[3:]
+    keys = {record.key for record in failing}
+    with opened(kafka_url, kafka_topic, topic_partitions=4) as bus:
+        ListFeed(failing).publish(bus)
+        with joined(bus, "g") as first, joined(bus, "g") as second:
+            fresh: set[str] = set()
+            limit = time.monotonic() + 30
+            published = False
+            while len(fresh) < 3 or not second._tracks:  # type: ignore[attr-defined]
+                assert time.monotonic() < limit, "starved"
+                message = first.receive(0.5)
+                time.sleep(0.2)  # slower than retries come due
+                if message is not None and message.key in keys:
+                    first.retry(message, 0.1)
+                    if not published:
+                        ListFeed(later).publish(bus)
+                        published = True
+                for member, got in ((first, message), (second, second.receive(0.0))):
+                    if got is not None and got.key not in keys:
+                        fresh.add(event_id(got))
+                        member.ack(got)
+                    elif got is not None and member is second:
+                        member.retry(got, 0.1)
+    assert fresh == {record.id for record in later}
+
+
 def test_a_message_of_a_partition_that_is_gone_can_be_acknowledged_without_effect(
     kafka_url: str, kafka_topic: str
 ) -> None:
@@ -231,7 +290,40 @@ def test_a_dead_letter_that_is_refused_comes_again_and_holds_its_key(
         assert [event_id(one) for one in take(subscription, 2)] == [item.id for item in items]
 
 
+@pytest.mark.parametrize("limit", [1024, 16 * 1024 * 1024], ids=["for us", "for the dead letters' topic"])
+def test_a_dead_letter_that_is_too_large_is_the_operators_affair_and_comes_again(
+    kafka_url: str, kafka_topic: str, limit: int
+) -> None:
+    item = sized(1, 1_500_000)
+    with opened(kafka_url, kafka_topic, topic_config={"max.message.bytes": "4000000"}) as bus:
+        ListFeed([item]).publish(bus)
+    with opened(kafka_url, kafka_topic, max_record_bytes=limit) as bus, joined(bus, "g") as subscription:
+        (message,) = take(subscription, 1, ack=False)
+        with pytest.raises(BusDenied, match=rf"{kafka_topic}\.dead.*max.message.bytes"):
+            subscription.dead_letter(message, "unreadable")
+        assert [one.position for one in take(subscription, 1)] == [message.position]
+
+
 # ---------------------------------------------------------------------------------------- outages
+
+
+@pytest.mark.slow
+def test_closing_a_subscription_ends_in_time_though_the_broker_is_silent(
+    own_kafka: Cluster, kafka_topic: str
+) -> None:
+    with opened(own_kafka.url, kafka_topic) as bus:
+        ListFeed(records(10, keys=5)).publish(bus)
+        with joined(bus, "g") as subscription, joined(bus, None) as tap:
+            take(subscription, 10)
+            broker = own_kafka.brokers[0].pid
+            os.kill(broker, signal.SIGSTOP)
+            try:
+                for each in (subscription, tap):
+                    begun = time.monotonic()
+                    each.close()
+                    assert time.monotonic() - begun < 8.0
+            finally:
+                os.kill(broker, signal.SIGCONT)
 
 
 @pytest.mark.slow
