@@ -12,16 +12,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from confluent_kafka.cimpl import NewPartitions
 
 from tests.kafka.cluster import Cluster
-from tests.kafka.help import hosts, opened, read, sized
+from tests.kafka.help import admin, bare_producer, hosts, opened, read, sized
+from tests.kafka.mock import produce_with_header
 from virtbus import envelope
-from virtbus.bus import Subscription
+from virtbus.bus import Subscription, kafka_consumer
 from virtbus.bus.kafka import KafkaBus
 from virtbus.bus.kafka_consumer import Track
-from virtbus.errors import BusDenied, BusUnavailable, VirtbusError
+from virtbus.errors import BusDenied, BusUnavailable, SchemaError, VirtbusError
 from virtbus.model import Message
-from virtbus.testing import ListFeed, records
+from virtbus.testing import ListFeed, a_record, records
 
 
 @contextmanager
@@ -102,6 +104,27 @@ def test_the_groups_offsets_are_committed_in_the_background(kafka_url: str, kafk
                 offset = bare.committed([TopicPartition(kafka_topic, 0)], timeout=5)[0].offset
             bare.close()
     assert offset == 3
+
+
+def test_without_a_group_partitions_that_are_added_are_found_too(
+    kafka_url: str, kafka_topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kafka_consumer, "_LOOK_SECONDS", 0.5)
+    before, after = records(20, keys=20), records(60, keys=60)
+    with opened(kafka_url, kafka_topic, topic_partitions=1) as bus:
+        ListFeed(before).publish(bus)
+        with joined(bus, None) as tap:
+            ListFeed(before).publish(bus)
+            assert len(take(tap, 20)) == 20
+            client = admin(kafka_url)
+            client.create_partitions([NewPartitions(kafka_topic, 4)])[kafka_topic].result(10)
+            with opened(kafka_url, kafka_topic) as other:  # one that knows of them
+                ListFeed(after).publish(other)
+            got = take(tap, 60)
+    assert {event_id(message) for message in got} == {record.id for record in after}
+    assert {message.position.partition("@")[0] for message in got} == {
+        f"{kafka_topic}[{number}]" for number in range(4)
+    }
 
 
 # -------------------------------------------------------------------------------------- rebalance
@@ -288,6 +311,34 @@ def test_a_dead_letter_that_is_refused_comes_again_and_holds_its_key(
         with pytest.raises(VirtbusError, match=rf"{kafka_topic}\.dead"):
             subscription.dead_letter(message, "unreadable")  # its topic is missing
         assert [event_id(one) for one in take(subscription, 2)] == [item.id for item in items]
+
+
+def test_records_with_neither_key_nor_headers_nor_value_or_with_odd_ones_come_and_can_be_put_aside(
+    kafka_url: str, kafka_topic: str
+) -> None:
+    good = a_record()
+    with opened(kafka_url, kafka_topic, topic_partitions=1) as bus:
+        ListFeed([good]).publish(bus)
+        producer = bare_producer(kafka_url)
+        producer.produce(kafka_topic, None, None)
+        odd = [("a", None), ("a", b"\xff"), ("ce_id", b"\xff"), ("CE_ID", b"1"), ("content-type", b"\xff")]
+        producer.produce(kafka_topic, b"x", b"\xff\xfe", headers=odd)
+        producer.flush(10)
+        produce_with_header(hosts(kafka_url), kafka_topic, b"\xff\xfe")
+        ListFeed([good]).publish(bus)
+        with joined(bus, "g") as subscription:
+            messages = take(subscription, 5, ack=False)
+            assert [message.position for message in messages] == [f"{kafka_topic}[0]@{n}" for n in range(5)]
+            for message in messages[1:4]:
+                with pytest.raises(SchemaError):
+                    envelope.decode(message)
+                subscription.dead_letter(message, "no event")
+            for message in (messages[0], messages[4]):
+                assert event_id(message) == good.id
+                subscription.ack(message)
+        with joined(bus, "g") as later:
+            assert later.receive(2.0) is None, "all were acknowledged"
+    assert len(read(kafka_url, f"{kafka_topic}.dead", 3)) == 3
 
 
 @pytest.mark.parametrize("limit", [1024, 16 * 1024 * 1024], ids=["for us", "for the dead letters' topic"])

@@ -11,7 +11,7 @@ import pytest
 from confluent_kafka import KafkaError
 
 from tests.kafka.help import headers, opened, read, sized
-from tests.kafka.mock import INIT_PRODUCER_ID, PRODUCE, MockCluster
+from tests.kafka.mock import INIT_PRODUCER_ID, OFFSET_COMMIT, PRODUCE, MockCluster
 from virtbus.bus.kafka import KafkaBus
 from virtbus.errors import BusDenied
 from virtbus.model import Confirmed, Deferred, Outcome, Record, Refused
@@ -247,3 +247,29 @@ def test_one_partition_whose_broker_is_away_delays_its_own_keys_only() -> None:
         check(mock, items)
     finally:
         mock.close()
+
+
+def test_commits_of_offsets_that_fail_are_made_good_by_later_ones(mock: MockCluster) -> None:
+    with opened(mock.url, TOPIC) as bus:
+        ListFeed(records(8)).drain(bus)
+        mock.push_errors(
+            OFFSET_COMMIT,
+            *[KafkaError.COORDINATOR_LOAD_IN_PROGRESS] * 3,
+            KafkaError.GROUP_AUTHORIZATION_FAILED,
+            KafkaError.REBALANCE_IN_PROGRESS,
+        )
+        subscription = bus.consume("g")
+        got = 0
+        limit = time.monotonic() + 30
+        while got < 8 and time.monotonic() < limit:
+            message = subscription.receive(0.5)
+            if message is not None:
+                subscription.ack(message)
+                got += 1
+                time.sleep(0.3)  # a commit each
+        subscription.close()
+        assert got == 8
+        assert mock.requests(OFFSET_COMMIT) > 5
+        later = bus.consume("g")
+        assert later.receive(3.0) is None
+        later.close()

@@ -10,7 +10,14 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Producer,
+    TopicPartition,
+)
 
 from virtbus.bus import REASON_HEADER
 from virtbus.bus.kafka_admin import Admin, make
@@ -27,6 +34,7 @@ _CALL_SECONDS = 5.0
 _CLOSE_SECONDS = 5.0  # to leave the group and to commit what was acknowledged
 _DEAD_LETTER_SECONDS = 10.0
 _DEAD_LETTER_AGAIN_SECONDS = 1.0  # what could not be put aside comes again after this
+_LOOK_SECONDS = 30.0  # for partitions that were added, where there is no group to tell of them
 # Without a partition for so long, while brokers answer, an exclusive member was replaced.
 _OUSTED_SECONDS = 20.0
 
@@ -121,6 +129,7 @@ class KafkaSubscription:
         self._dead_letters: Any = None
         self._watch = Watch()
         self._consumer: Any = None
+        self._look_at = time.monotonic() + _LOOK_SECONDS
         if group is None:
             self._connect()
 
@@ -129,6 +138,8 @@ class KafkaSubscription:
         deadline = time.monotonic() + timeout
         if self._consumer is None:
             self._connect()
+        if self._group is None and time.monotonic() >= self._look_at:
+            self._take_new_partitions()
         while True:
             # What waits here and what the broker has take turns: a caller that is slower than its retries
             # come due would else hear of no new message, and of no rebalance, until the group casts it out.
@@ -220,7 +231,7 @@ class KafkaSubscription:
         if track is None:  # assigned without a callback: never seen, but a message must not be lost for it
             track = self._tracks[partition] = Track()
         track.took(offset)
-        headers = [(name, value if value is not None else b"") for name, value in polled.headers() or ()]
+        headers = _headers(polled)
         handle = _Handle(track, polled.topic(), partition, offset, key, headers)
         fields: dict[str, object] = dict(headers)
         content_type = next((value for name, value in headers if name.lower() == "content-type"), None)
@@ -369,6 +380,20 @@ class KafkaSubscription:
                     raise translate(error.args[0], doing) from error
                 time.sleep(0.1)
 
+    def _take_new_partitions(self) -> None:
+        """Everything in a partition that was added since is from after we began."""
+        self._look_at = time.monotonic() + _LOOK_SECONDS
+        topic = self._settings.options.topic
+        try:
+            found = self._consumer.list_topics(topic, timeout=1.0).topics[topic].partitions
+            new = [number for number in found if number not in self._tracks]
+            if new:
+                self._consumer.incremental_assign([TopicPartition(topic, n, OFFSET_BEGINNING) for n in new])
+        except KafkaException:  # the next look finds them
+            return
+        self._tracks |= {number: Track() for number in new}
+        self._paused = None
+
     def _assigned(self, _consumer: Any, places: list[Any]) -> None:
         for place in places:
             self._tracks[place.partition] = Track()
@@ -479,6 +504,14 @@ class KafkaSubscription:
         if isinstance(failure, RecordRefused):
             failure = BusDenied(f"{failure}: let that topic take what the other one does (max.message.bytes)")
         raise failure
+
+
+def _headers(polled: Any) -> list[tuple[str, bytes]]:
+    """A message's headers; none when confluent-kafka can't give them (a name not in UTF-8): no event."""
+    try:
+        return [(name, value if value is not None else b"") for name, value in polled.headers() or ()]
+    except (SystemError, UnicodeDecodeError):
+        return []
 
 
 def _leave(consumer: Any) -> None:
