@@ -3,8 +3,8 @@
     python -m tests.faults.kafka_leader [--runs N]
 
 Prints `kafka_leader runs=… sent=… lost=… duplicates=… disordered=… rebuilt_max_seconds=…`, where the last
-is the longest time from the kill to the next confirmation of a record of the killed broker's partitions'
-topic; ends with 1 when something was lost or disordered.
+is the longest time from a kill until every key was confirmed again, Kafka's election of new leaders in it;
+ends with 1 when something was lost or disordered.
 """
 
 from __future__ import annotations
