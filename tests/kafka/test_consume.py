@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -217,6 +218,27 @@ def test_keys_that_are_always_due_again_keep_neither_new_messages_nor_a_rebalanc
                     elif got is not None and member is second:
                         member.retry(got, 0.1)
     assert fresh == {record.id for record in later}
+
+
+def test_what_two_members_had_not_acknowledged_when_both_left_at_once_goes_to_a_third(
+    kafka_url: str, kafka_topic: str
+) -> None:
+    items = records(60, keys=30)
+    with opened(kafka_url, kafka_topic, topic_partitions=4) as bus:
+        ListFeed(items[:1]).publish(bus)
+        with joined(bus, "g") as first, joined(bus, "g") as second:
+            both_have_partitions(first, second)
+            ListFeed(items[1:]).publish(bus)
+            handled = [*take(first, 5), *take(second, 5)]
+            assert take(first, 3, ack=False)
+            assert take(second, 3, ack=False)
+            leaving = threading.Thread(target=second.close)
+            leaving.start()
+            first.close()
+            leaving.join()
+        with joined(bus, "g") as third:
+            rest = take(third, 49)
+    assert sorted(map(event_id, [*handled, *rest])) == sorted(record.id for record in items[1:])
 
 
 def test_a_message_of_a_partition_that_is_gone_can_be_acknowledged_without_effect(
