@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import operator
 import threading
 import time
 import uuid
@@ -26,6 +27,10 @@ from virtbus.bus.kafka_settings import KafkaSettings
 from virtbus.errors import BusDenied, BusUnavailable, RecordRefused, VirtbusError
 from virtbus.model import Binding, Message
 from virtbus.telemetry import Notice, Trouble, emit
+
+# Not `message.headers()`: for a name that is not UTF-8 confluent-kafka gives a broken list beside its
+# exception, and an interpreter that has specialised the call goes on with the list, into a crash.
+_give_headers = operator.methodcaller("headers")
 
 # Messages of a key that waits for a retry are held back; at most this many times `prefetch` in all.
 _HELD_FACTOR = 10
@@ -509,7 +514,8 @@ class KafkaSubscription:
 def _headers(polled: Any) -> list[tuple[str, bytes]]:
     """A message's headers; none when confluent-kafka can't give them (a name not in UTF-8): no event."""
     try:
-        return [(name, value if value is not None else b"") for name, value in polled.headers() or ()]
+        found = _give_headers(polled)
+        return [(name, value if value is not None else b"") for name, value in found or ()]
     except (SystemError, UnicodeDecodeError):
         return []
 
