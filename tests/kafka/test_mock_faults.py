@@ -147,7 +147,7 @@ def test_a_record_that_is_refused_alone_is_refused_and_the_rest_arrive(mock: Moc
 def test_a_broker_that_goes_silent_defers_after_the_confirm_timeout(mock: MockCluster) -> None:
     feed = ListFeed(records(20, keys=5))
     with opened(mock.url, TOPIC, confirm_timeout=1.0) as bus:
-        ListFeed(records(1)).publish(bus)
+        assert ListFeed(records(1)).drain(bus) == 1
         mock.down(1)
         begun = time.monotonic()
         outcomes = feed.publish(bus, again=True)
@@ -164,7 +164,7 @@ def test_closing_while_the_broker_is_away_ends_in_time_and_names_what_was_not_de
 ) -> None:
     feed = ListFeed(records(20, keys=5))
     with opened(mock.url, TOPIC) as bus:
-        ListFeed(records(1)).publish(bus)
+        assert ListFeed(records(1)).drain(bus) == 1
         mock.down(1)
         thread = threading.Thread(target=feed.publish, args=(bus,), kwargs={"again": True})
         thread.start()
@@ -182,7 +182,7 @@ def test_closing_while_the_broker_is_away_ends_in_time_and_names_what_was_not_de
 def test_closing_ends_in_time_though_the_local_queue_is_full(mock: MockCluster) -> None:
     feed = ListFeed(records(50, keys=50))
     with opened(mock.url, TOPIC, window=100, extra={"queue.buffering.max.messages": "10"}) as bus:
-        ListFeed(records(1)).publish(bus)
+        assert ListFeed(records(1)).drain(bus) == 1
         mock.down(1)
         thread = threading.Thread(target=feed.publish, args=(bus,))
         thread.start()
@@ -236,7 +236,7 @@ def test_one_partition_whose_broker_is_away_delays_its_own_keys_only() -> None:
         for partition in range(4):
             mock.lead(TOPIC, partition, 2 if partition == 0 else 1)
         with opened(mock.url, TOPIC, window=20, confirm_timeout=1.0) as bus:
-            ListFeed(records(1)).publish(bus)
+            assert ListFeed(records(1)).drain(bus) == 1
             mock.down(2)
             feed.publish(bus, again=True)
             stuck = {record.key for record, outcome in feed.outcomes if isinstance(outcome, Deferred)}

@@ -426,6 +426,16 @@ def test_an_event_with_its_pause_leaves_no_doubt(pause_first: bool) -> None:
     assert check.next_doubt() is None
 
 
+def test_a_further_event_of_a_guest_that_stands_still_leaves_no_doubt() -> None:
+    check = CrossCheck(GRACE)
+    check.event(raw(), 0.0)
+    suspend(check, 0.0)
+    look_at(check, IO_PAUSE)
+    assert findings(check, 10.0) == []
+    check.event(raw(at=11.0), 11.0)
+    assert check.next_doubt() is None
+
+
 def test_a_resume_or_the_guests_end_leaves_no_doubt() -> None:
     check = CrossCheck(GRACE)
     check.event(raw(), 0.0)
