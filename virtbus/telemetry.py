@@ -171,13 +171,17 @@ def emit(event: TelemetryEvent) -> None:
         METRICS.log_failures.inc()
 
 
+def printable(text: str) -> str:
+    """Text of guests, tenants, daemons or brokers for a terminal: no control characters, no tricks."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
+
+
 def _printable(_log: Any, _method: str, line: Any) -> Any:
-    """Names and messages come from guests, tenants and daemons: no control characters on a terminal."""
     for name, value in line.items():
-        if isinstance(value, str) and not value.isprintable():
-            line[name] = "".join(
-                c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in value
-            )
+        if isinstance(value, str):
+            line[name] = printable(value)
     return line
 
 
@@ -529,6 +533,15 @@ class RunningAsRoot(TelemetryEvent):
     MESSAGE: ClassVar[str] = (
         "running as root; a user of its own that may open libvirt's read-only socket is enough"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class SecretExposed(TelemetryEvent):
+    """Another user of this host can read a secret."""
+
+    LEVEL: ClassVar[str] = "warning"
+    MESSAGE: ClassVar[str] = "a secret is open to every user of this host"
+    what: str
 
 
 @dataclass(frozen=True, slots=True)

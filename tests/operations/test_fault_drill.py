@@ -264,6 +264,62 @@ def test_14_a_second_agent_is_told_of_the_first(doctor: Doctor, tmp_path: Path) 
         assert str(agent.process.pid) in second.stderr
 
 
+# ------------------------------------------------------------------------------ who looks, and where
+
+
+def test_doctor_makes_no_folder_that_would_be_roots(doctor: Doctor) -> None:
+    check = doctor().check("spool")
+    assert check["status"] == "ok"
+    assert "the agent's first start makes it" in check["summary"]
+    assert not doctor.state.exists()
+
+
+def test_a_folder_that_cant_be_made_is_named(doctor: Doctor, tmp_path: Path) -> None:
+    report = doctor(state="/dev/null/state")
+    report.names("spool", "can't make it in /dev/null", "--state-dir", code=78)
+
+
+def test_doctor_leaves_the_id_of_a_cloned_disk_for_the_agent_to_tell_of(doctor: Doctor) -> None:
+    prepare_state_dir(doctor.state)
+    text = "11111111-1111-4111-8111-111111111111\nof-another-machine\n"
+    (doctor.state / "agent-id").write_text(text)
+    assert doctor().code == 0
+    assert (doctor.state / "agent-id").read_text() == text
+
+
+@needs_root
+def test_root_is_told_that_the_agent_may_do_less(doctor: Doctor) -> None:
+    prepare_state_dir(doctor.state)
+    os.chown(doctor.state, 65534, 65534)
+    doctor().names("user", "root looks, but .* is nobody's", "sudo -u 'nobody' virtbus doctor", code=0,
+                   status="warning")  # fmt: skip
+
+
+@pytest.mark.parametrize("which", ["folder", "parent"])
+def test_a_folder_where_others_can_replace_the_spool_is_named(
+    doctor: Doctor, tmp_path: Path, which: str
+) -> None:
+    prepare_state_dir(doctor.state)
+    shared = doctor.state if which == "folder" else tmp_path
+    shared.chmod(0o777)
+    doctor().names("spool folder", f"other users may write into {shared}:", "chmod go-w", code=0,
+                   status="warning")  # fmt: skip
+    shared.chmod(0o700)
+    assert "spool folder" not in [check["name"] for check in doctor().checks]
+
+
+def test_a_password_in_a_file_for_everybody_is_named(doctor: Doctor, tmp_path: Path) -> None:
+    config = settings(tmp_path, '[bus.kafka.options]\n"sasl.password" = "s3cret"\n')
+    config.chmod(0o644)
+    report = doctor(config=config)
+    report.names(
+        "secrets", f"sasl.password: {config}:2 holds a secret", "chmod 0600", code=0, status="warning"
+    )
+    assert "s3cret" not in json.dumps(report.checks)
+    config.chmod(0o600)
+    assert doctor(config=config).check("secrets")["status"] == "ok"
+
+
 # --------------------------------------------------------------------------------------- settings
 
 

@@ -110,6 +110,14 @@ def test_a_state_is_one_line_whatever_is_in_it(tmp_path, manager):
     assert manager.recv(4096) == b"STATUS=first"
 
 
+def test_an_empty_state_and_a_path_with_an_at_sign_are_told(tmp_path):
+    (tmp_path / "user@1000").mkdir()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "user@1000" / "notify"))
+        assert Systemd({"NOTIFY_SOCKET": str(tmp_path / "user@1000" / "notify")}).tell(STATUS="")
+        assert manager.recv(4096) == b"STATUS="
+
+
 def test_a_watchdog_that_is_meant_for_another_process_is_left_alone():
     assert Systemd({"WATCHDOG_USEC": "2000000", "WATCHDOG_PID": "1"}).watchdog_seconds is None
     assert Systemd({"WATCHDOG_USEC": "2000000"}).watchdog_seconds == 1.0

@@ -201,6 +201,9 @@ class KafkaSettings:
         try:
             text = self._token_text()
             return _token_and_expiry(text, time.time())
+        except subprocess.TimeoutExpired as error:  # its text holds the whole command, secrets and all
+            watch.last = f"{error.cmd[0]} ran longer than {_TOKEN_COMMAND_SECONDS:g} s"
+            raise BusUnavailable(f"no OAuth token: {watch.last}") from None
         except (OSError, subprocess.SubprocessError, ValueError) as error:
             watch.last = oneline(error)
             raise BusUnavailable(f"no OAuth token: {watch.last}") from error
