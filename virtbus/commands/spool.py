@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from virtbus.errors import InputMissing, SpoolBusy, SpoolCorrupt
 from virtbus.model import to_datetime
 from virtbus.spool import files, wishes
+from virtbus.telemetry import printable
 
 _LIST = "position, id, epoch, seq, key, class, count, bytes, created_ns, attempts"
 _CLASSES = ("updated", "resolved", "opened", "gap")
@@ -163,10 +164,10 @@ def list_events(
     for entry in entries:
         out.write(
             f"{entry.position:>8}  {entry.kind:8}  {entry.count:>7}  {entry.age_seconds:>7.0f} s  "
-            f"{entry.attempts:>5}  {entry.key:36}  {entry.id}\n"
+            f"{entry.attempts:>5}  {printable(entry.key):36}  {printable(entry.id)}\n"
         )
         if entry.why is not None:
-            out.write(f"{'':10}{entry.why}: {entry.error}\n")
+            out.write(f"{'':10}{entry.why}: {printable(entry.error or '')}\n")
     if total > len(entries):
         out.write(f"… and {total - len(entries)} more (--limit)\n")
 

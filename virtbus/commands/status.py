@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from virtbus.config import Config
 from virtbus.control import ask
 from virtbus.errors import ConfigError, SourceUnavailable
+from virtbus.telemetry import printable
 
 
 def answers(
@@ -72,7 +73,7 @@ def _table(answer: Mapping[str, Any]) -> str:
     wrap = textwrap.TextWrapper(
         80, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False
     )
-    return "".join(wrap.fill(f"{name:<10} {text}") + "\n" for name, text in rows)
+    return "".join(wrap.fill(f"{name:<10} {printable(text)}") + "\n" for name, text in rows)
 
 
 def tap(config: Config, *, stage: str | None, domain: str | None, out: TextIO) -> None:
