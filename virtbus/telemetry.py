@@ -37,7 +37,9 @@ class Metrics:
         )
         self.spool_bytes = Gauge("virtbus_spool_bytes", "Bytes of the events in the spool", registry=r)
         self.spool_max_bytes = Gauge("virtbus_spool_max_bytes", "Configured limit of the spool", registry=r)
-        self.spool_writable = Gauge("virtbus_spool_writable", "1 when the last commit succeeded", registry=r)
+        self.spool_writable = Gauge(
+            "virtbus_spool_writable", "1 while the spool takes what is written to it", registry=r
+        )
         self.callbacks = Counter("virtbus_callbacks", "I/O-error callbacks from libvirt", registry=r)
         self.events = Counter(
             "virtbus_events", "Events committed to the spool", ["type", "origin", "phase"], registry=r
@@ -388,10 +390,6 @@ class SpoolUnwritable(TelemetryEvent):
     path: str
     error: Exception | str
 
-    def measure(self, metrics: Metrics) -> None:
-        """Show the state."""
-        metrics.spool_writable.set(0)
-
 
 @dataclass(frozen=True, slots=True)
 class SpoolWritable(TelemetryEvent):
@@ -400,10 +398,6 @@ class SpoolWritable(TelemetryEvent):
     MESSAGE: ClassVar[str] = "spool is written again"
     path: str
     seconds: float
-
-    def measure(self, metrics: Metrics) -> None:
-        """Show the state."""
-        metrics.spool_writable.set(1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import click.testing
 import pytest
 
 from tests.agent.process import AgentProcess, virtbus
+from tests.faults.disks import read_only_files
 from virtbus.cli import cli
 from virtbus.sdnotify import Systemd
 
@@ -56,6 +57,26 @@ def test_a_reload_with_bad_settings_changes_nothing(agent):
     assert "refused" in said["event"]
     assert "did you mean window?" in said["error"]
     assert agent.get("/readyz")[0] == 200
+
+
+# -------------------------------------------------------------------------------------------- disk
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a disk")
+def test_an_idle_agent_whose_disk_turns_read_only_is_not_ready_until_it_is_writable(tmp_path):
+    bus = f"embedded://{tmp_path}/bus.db"
+    with (
+        read_only_files(tmp_path) as disk,
+        AgentProcess(disk.at, libvirt=SILENCE, bus=bus).ready() as agent,
+    ):
+        disk.harm()
+        agent.until(lambda: agent.get("/readyz")[0] == 503, "not ready", 30)
+        assert "read-only" in agent.get("/readyz")[1]
+        assert agent.metric("virtbus_spool_writable") == 0
+        disk.mend()
+        agent.until(lambda: agent.get("/readyz")[0] == 200, "ready again", 30)
+        assert agent.metric("virtbus_spool_writable") == 1
+        assert agent.stop() == 0
 
 
 # ----------------------------------------------------------------------------------------- systemd
