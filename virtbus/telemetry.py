@@ -392,6 +392,21 @@ class SpoolUnwritable(TelemetryEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class SpoolStumbled(TelemetryEvent):
+    """The disk refused what the publisher asked of the spool; nothing is lost, it asks again."""
+
+    LEVEL: ClassVar[str] = "warning"
+    MESSAGE: ClassVar[str] = "the spool's disk refused; tried again"
+    LIMIT_SECONDS: ClassVar[float] = 30.0
+    doing: str
+    error: Exception | str
+
+    def limit_key(self) -> object:
+        """A line for reading, one for settling."""
+        return self.doing
+
+
+@dataclass(frozen=True, slots=True)
 class SpoolWritable(TelemetryEvent):
     """Commits succeed again."""
 

@@ -70,13 +70,15 @@ def test_an_idle_agent_whose_disk_turns_read_only_is_not_ready_until_it_is_writa
         AgentProcess(disk.at, libvirt=SILENCE, bus=bus).ready() as agent,
     ):
         disk.harm()
-        agent.until(lambda: agent.get("/readyz")[0] == 503, "not ready", 30)
-        assert "read-only" in agent.get("/readyz")[1]
+        agent.until(lambda: agent.get("/readyz")[0] == 503, "not ready", 60)
+        status, told = agent.get("/readyz")
+        assert (status, "spool: " in told) == (503, True), told
         assert agent.metric("virtbus_spool_writable") == 0
         disk.mend()
-        agent.until(lambda: agent.get("/readyz")[0] == 200, "ready again", 30)
+        agent.until(lambda: agent.get("/readyz")[0] == 200, "ready again", 60)
         assert agent.metric("virtbus_spool_writable") == 1
         assert agent.stop() == 0
+        assert lines(agent, "unexpected error") == []  # that would be the alert for a bug of ours
 
 
 # ----------------------------------------------------------------------------------------- systemd
