@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import select
 import signal
 import socket
@@ -47,6 +48,7 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
     """
     config = loaded.config
     os.umask(0o077)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold the broker's password
     if os.geteuid() == 0:
         emit(RunningAsRoot())
     for secret in exposed_secrets(loaded):
