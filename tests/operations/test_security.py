@@ -321,7 +321,7 @@ def test_a_rabbitmq_password_rotated_under_load_loses_nothing(
     lost, connections = load.end()
     bus.close()
     assert lost == 0
-    assert connections - 1 <= 1  # the first is no reconnect
+    assert 1 <= connections <= 2  # the first is no reconnect
     assert rabbitmq.queues(vhost)["all"] >= 2000
 
 
@@ -356,7 +356,7 @@ def test_certificates_rotated_under_load_lose_nothing(rabbitmq_alone: RabbitMQ, 
         lost, connections = load.end()
     bus.close()
     assert lost == 0
-    assert connections - 1 <= 1
+    assert 1 <= connections <= 2
 
 
 @pytest.mark.slow
@@ -384,7 +384,7 @@ def test_a_kafka_password_rotated_under_load_loses_nothing(
     lost, connections = load.end()
     bus.close()
     assert lost == 0
-    assert connections - 1 <= 1
+    assert 1 <= connections <= 2
     assert len({message.key() for message in read(own_kafka.url, kafka_topic, 3000)}) == 20
 
 
