@@ -11,6 +11,7 @@ import ctypes
 import fcntl
 import os
 import pwd
+import re
 import shutil
 import socket
 import sqlite3
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 from virtbus import envelope, schema
@@ -72,6 +74,7 @@ def examine(
     yield from _spool(state_dir, max_bytes)
     yield from _part("libvirt", lambda: source().probe(), timeout)
     yield from _part("tls", lambda: [_tls(target, timeout) for target in tls()], timeout + 1.0)
+    yield from _part("client certificate", lambda: list(_own_certificates(tls())), timeout)
     made: list[Bus] = []
 
     def probe() -> Checks:
@@ -323,8 +326,8 @@ def _backlog(path: Path, max_bytes: int) -> Iterator[Check]:
             SpoolCorrupt.exit_code,
         )
         return
-    used = (size + aside) / max_bytes
-    told = f"{waiting} events wait, {dead} were set aside, {used:.0%} of spool.max_bytes"
+    used = size / max_bytes  # what was set aside gives way first, and no event is lost for it
+    told = f"{waiting} events wait, {used:.0%} of spool.max_bytes; {dead} set aside, {aside / max_bytes:.0%}"
     details = {"waiting": waiting, "dead": dead, "bytes": int(size + aside), "max_bytes": max_bytes}
     if used >= FULL:
         yield Check(
@@ -433,6 +436,45 @@ def _tls(target: TlsTarget, timeout: float) -> Check:
         "renew the broker's certificate" if days < SOON_DAYS else None,
         details={"days_left": round(days, 1), "protocol": version},
     )
+
+
+# Validity (RFC 5280, 4.1.2.5) in a certificate's DER: two times, each a UTCTime or a GeneralizedTime.
+_VALIDITY = re.compile(
+    rb"(?:\x17\x0d[0-9]{12}Z|\x18\x0f[0-9]{14}Z)(?:\x17\x0d([0-9]{12})Z|\x18\x0f([0-9]{14})Z)"
+)
+
+
+def _own_certificates(targets: Sequence[TlsTarget]) -> Iterator[Check]:
+    """How long the broker will go on taking our certificate. One that can't be read is told by `tls`."""
+    for path in dict.fromkeys(target.cert_file for target in targets if target.cert_file is not None):
+        ends = _end_of(path)
+        if ends is None:
+            continue
+        days = (ends - time.time()) / 86400
+        status = "failed" if days < 0 else "warning" if days < SOON_DAYS else "ok"
+        yield Check(
+            "client certificate",
+            status,
+            f"{path}: ended {-days:.0f} days ago" if days < 0 else f"{path}: {days:.0f} days left",
+            None if status == "ok" else "renew it; the next connection uses the new file",
+            BusDenied.exit_code if status == "failed" else 0,
+            {"days_left": round(days, 1)},
+        )
+
+
+def _end_of(path: str) -> float | None:
+    """When the first certificate in a PEM file ends, in Unix seconds."""
+    try:
+        text = Path(path).read_text(encoding="ascii", errors="replace")
+        first = re.search("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", text, re.DOTALL)
+        found = _VALIDITY.search(ssl.PEM_cert_to_DER_cert(first[0])) if first else None
+    except (OSError, ValueError):
+        return None
+    if found is None:
+        return None
+    digits = (found[1] or found[2]).decode()
+    century = "" if found[2] else "20" if digits < "50" else "19"
+    return datetime.strptime(f"{century}{digits}+0000", "%Y%m%d%H%M%S%z").timestamp()
 
 
 class _OneRecord:

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import sqlite3
 import subprocess
 import sys
 import time
@@ -176,6 +177,23 @@ def test_a_good_certificate_shows_its_days(
     assert check["details"]["days_left"] > 14
 
 
+@pytest.mark.parametrize(("days", "status", "code"), [(-2, "failed", 77), (5, "warning", 0), (90, "ok", 0)])
+def test_our_own_certificate_shows_its_days(
+    doctor: Doctor, tmp_path: Path, days: int, status: str, code: int
+) -> None:
+    end = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=days, hours=1)
+    issued = trustme.CA().issue_cert("compute-7", not_after=end)
+    issued.cert_chain_pems[0].write_to_path(str(tmp_path / "own.pem"))
+    issued.private_key_pem.write_to_path(str(tmp_path / "own.key"))
+    text = f'[bus.tls]\ncert_file = "{tmp_path}/own.pem"\nkey_file = "{tmp_path}/own.key"\n'
+    report = doctor(bus="amqps://127.0.0.1:1//", config=settings(tmp_path, text))
+    check = report.check("client certificate")
+    assert check["status"] == status
+    assert check["exit_code"] == code
+    assert abs(check["details"]["days_left"] - days) < 0.2
+    assert bool(check["remedy"]) == (status != "ok")
+
+
 def test_7_the_exchange_is_of_another_type(doctor: Doctor, amqp_url: str) -> None:
     with kombu.Connection(amqp_url) as connection:
         kombu.Exchange("virtbus.events", type="direct", durable=True)(connection.channel()).declare()
@@ -233,6 +251,22 @@ def test_9_the_spool_itself_is_full(doctor: Doctor, tmp_path: Path) -> None:
     spool.close()
     report = doctor(config=settings(tmp_path, "[spool]\nmax_bytes = 1048576\n"))
     report.names("spool backlog", "the spool is full: [0-9]+ events wait", r"spool\.max_bytes", code=74)
+
+
+def test_9_a_spool_full_of_what_was_set_aside_loses_no_event_and_is_no_failure(
+    doctor: Doctor, tmp_path: Path
+) -> None:
+    prepare_state_dir(doctor.state)
+    spool = opened(doctor.state)
+    spool.commit([io_error(number, padding=2000) for number in range(20)], {})
+    spool.close()
+    with contextlib.closing(sqlite3.connect(doctor.state / "spool.db")) as db, db:
+        db.execute("INSERT INTO dead SELECT *, 'refused', 'too large', 0 FROM events")
+        db.execute("UPDATE dead SET bytes = 60000")
+        db.execute("DELETE FROM events")
+    check = doctor(config=settings(tmp_path, "[spool]\nmax_bytes = 1048576\n")).check("spool backlog")
+    assert check["status"] == "warning"
+    assert "spool list --dead" in check["remedy"]
 
 
 @needs_root
