@@ -11,8 +11,10 @@ import kombu
 import pytest
 
 from virtbus.bus import BusOptions, open_bus
+from virtbus.bus.amqp_consumer import AmqpSubscription
 from virtbus.bus.embedded import EmbeddedSubscription
 from virtbus.consumer import Consumer
+from virtbus.envelope import MAX_DECODE_BYTES
 from virtbus.errors import BusUnavailable
 from virtbus.telemetry import METRICS
 from virtbus.testing import ListFeed, records
@@ -140,6 +142,35 @@ def survives(url: str, message: amqp.Message, key: str | bytes = "io_error.x.y")
 @pytest.mark.parametrize("name", MALICE)
 def test_a_message_made_to_break_its_reader_is_put_aside(name: str, amqp_url: str) -> None:
     survives(amqp_url, _Crafted(*MALICE[name]))
+
+
+@pytest.mark.rabbitmq
+def test_messages_larger_than_any_event_are_not_kept_in_memory(
+    amqp_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    keep = AmqpSubscription._next
+
+    def look(self):
+        held.extend(len(message.body) for message in self._ready)
+        return keep(self)
+
+    monkeypatch.setattr(AmqpSubscription, "_next", look)
+    with Consumer(amqp_url, group="g") as consumer:
+        assert consumer.receive(0.3) is None
+        for _ in range(5):
+            publish_crafted(amqp_url, amqp.Message(b"x" * (MAX_DECODE_BYTES + 1)))
+        bus = open_bus(amqp_url, BusOptions())
+        (event,) = records(1)
+        ListFeed([event]).drain(bus)
+        bus.close()
+        assert received(consumer, 1) == [event.id]
+        assert consumer.receive(0.3) is None
+    assert max(held) <= MAX_DECODE_BYTES
+    with kombu.Connection(amqp_url) as other:
+        dead = [other.channel().basic_get("virtbus.g.dead", no_ack=True) for _ in range(6)]
+    assert [message.headers["x-death"][0]["reason"] for message in dead[:5]] == ["rejected"] * 5
+    assert dead[5] is None
 
 
 @pytest.mark.rabbitmq
