@@ -178,11 +178,13 @@ class _Run(AgentProcess):
 
 def test_files_and_sockets_are_for_their_owner_alone(tmp_path: Path) -> None:
     with AgentProcess(tmp_path, libvirt=SILENCE, bus=f"embedded://{tmp_path}/bus.db").ready() as agent:
-        made = [agent.socket, agent.state_dir, *agent.state_dir.iterdir()]
+        made = [agent.socket, tmp_path / "bus.db", agent.state_dir, *agent.state_dir.iterdir()]
         modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in made}
         limits = Path(f"/proc/{agent.process.pid}/limits").read_text()
-    assert len(modes) >= 4
+        status = Path(f"/proc/{agent.process.pid}/status").read_text()
+    assert len(modes) >= 5
     assert {name: oct(mode) for name, mode in modes.items() if mode & 0o077} == {}
+    assert "\nUmask:\t0077\n" in status
     assert re.search(r"^Max core file size +0 +0 ", limits, re.MULTILINE)  # it would hold the password
 
 
