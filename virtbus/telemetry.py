@@ -459,6 +459,7 @@ class Trouble(TelemetryEvent):
     LIMIT_SECONDS: ClassVar[float] = 5.0
     where: str
     error: Exception | str
+    event_id: str | None = None
 
     def limit_key(self) -> object:
         """A line a place."""

@@ -14,6 +14,7 @@ from tests.integrations.parts import errors, eventually, publish, running
 from virtbus.config import React, ReactWebhook
 from virtbus.errors import ConfigError
 from virtbus.integrations.base import EVENT, Action, ActionRefused, TargetUnavailable, open_integration
+from virtbus.integrations.reactor import ActionFailed
 from virtbus.testing import a_record, no_waiting
 
 
@@ -134,8 +135,12 @@ def test_a_server_that_fails_three_times_gets_every_event_in_order_with_its_id(s
     url = f"embedded://{tmp_path}/bus.db"
     records = errors(3)
     publish(url, *records)
-    with running(a_hook(server), url, tmp_path), no_waiting():
+    told: list = []
+    with running(a_hook(server), url, tmp_path, told=told), no_waiting():
         eventually(lambda: len(server.requests) == 6, "six requests")
+    failed = [line.key for line in told if isinstance(line, ActionFailed)]
+    assert len(failed) == 3
+    assert {key.partition("#")[2] for key in failed} <= {record.id for record in records}
     ids = [headers["ce-id"] for _, headers, _ in server.requests]
     assert set(ids) == {record.id for record in records}
 

@@ -131,7 +131,7 @@ class PublisherSide:
                 if taken is None:
                     continue  # not from here, or settled before
                 if isinstance(what, Refused) and taken.facts is not None:
-                    emit(Trouble("a gap event was refused; parked", what.error))
+                    emit(Trouble("a gap event was refused; parked", what.error, record.id))
                     what = Unroutable("refused")
                 if isinstance(what, Confirmed):
                     self._state.index.confirm(row, key)
