@@ -527,7 +527,7 @@ def _check(schema: dict[str, Any], merged: dict[str, Any], origins: Mapping[str,
                 problems.append(f"{_place(key, origins)}: unknown setting {key}{_did_you_mean(name, known)}")
             continue
         shown = repr(error.instance)
-        if _is_secret(where) or ("://" in shown and "@" in shown):  # a URL, in whatever it was wrapped
+        if is_secret(where) or ("://" in shown and "@" in shown):  # a URL, in whatever it was wrapped
             shown = REDACTED
         message = error.message.replace(repr(error.instance), "").strip().strip('"')
         expected = _expected(schema, where) or message
@@ -640,7 +640,8 @@ _SECRET_WORDS = re.compile(
 )
 
 
-def _is_secret(key: str) -> bool:
+def is_secret(key: str) -> bool:
+    """Whether a setting of this dotted key, or a free option of this name, is never shown."""
     name = key.rpartition("options.")[2] if "options." in key else key.rpartition(".")[2]
     return bool(_SECRET_WORDS.search(name)) and not name.endswith(("_file", ".location", "_command"))
 
@@ -680,7 +681,7 @@ def effective(config: Config) -> dict[str, Any]:
             if key.endswith("command"):  # whatever stands behind the program may be a password or a token
                 return [word if at == 0 else REDACTED for at, word in enumerate(node)]
             return [clean(item, key) for item in node]
-        if node is not None and _is_secret(key):
+        if node is not None and is_secret(key):
             return REDACTED
         return redact_url(node) if isinstance(node, str) and (key == "bus.url" or "://" in node) else node
 

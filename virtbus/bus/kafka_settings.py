@@ -21,6 +21,7 @@ from confluent_kafka import KafkaException, Producer
 
 from virtbus.bus import BusOptions, is_loopback
 from virtbus.bus.kafka_errors import Watch, oneline
+from virtbus.config import REDACTED, is_secret
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError
 
 DEFAULT_PORT = 9092
@@ -89,8 +90,8 @@ class KafkaSettings:
         """Whether somebody on the path could read or forge events."""
         extra = self.options.extra
         if self.tls:
-            verified = extra.get("enable.ssl.certificate.verification", "true").lower() not in ("false", "0")
-            return not verified or extra.get("ssl.endpoint.identification.algorithm") == "none"
+            verified = extra.get("enable.ssl.certificate.verification", "true").lower() in ("true", "t", "1")
+            return not verified or extra.get("ssl.endpoint.identification.algorithm", "https") != "https"
         return not all(is_loopback(server.rpartition(":")[0].strip("[]")) for server in self.servers)
 
     def password(self) -> str:
@@ -377,11 +378,12 @@ def _option_problems(options: BusOptions) -> Iterator[str]:
         if name in _OWNED:
             yield f"bus.kafka.options: {name} can't be set: {_OWNED[name]}"
             continue
+        shown = REDACTED if is_secret(name) else repr(value)  # of a secret's misspelt name, too
         try:
             Producer({"log_level": 0, name: value})
         except KafkaException as error:
-            yield f"bus.kafka.options: {name} = {value!r}: {oneline(error.args[0].str())}"
+            yield f"bus.kafka.options: {name} = {shown}: {oneline(error.args[0].str())}"
         except (AttributeError, TypeError, ValueError) as error:
-            yield f"bus.kafka.options: {name} = {value!r}: {oneline(error)}"
+            yield f"bus.kafka.options: {name} = {shown}: {oneline(error)}"
     if options.topic_replication is not None and options.topic_replication < -1:
         yield f"bus.kafka.topic.replication: {options.topic_replication}: at least 1, or -1 for the default"
