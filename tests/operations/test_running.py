@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import time
 
 import click.testing
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from tests.agent.process import AgentProcess, virtbus
 from tests.faults.disks import read_only_files
 from virtbus.cli import cli
+from virtbus.commands import run
 from virtbus.sdnotify import Systemd
 
 SILENCE = "replay:/dev/null"  # a source that observes, and has nothing to tell
@@ -95,8 +97,9 @@ def manager(tmp_path):
 
 def until_told(manager, wanted):
     """Read states until one begins with `wanted`; all of them."""
-    told = []
+    told, limit = [], time.monotonic() + 20
     while not any(state.startswith(wanted) for state in told):
+        assert time.monotonic() < limit, f"{wanted} was not told, but {told}"
         told += manager.recv(4096).decode().split("\n")
     return told
 
@@ -119,6 +122,40 @@ def test_systemd_hears_ready_status_watchdog_reload_and_stopping(tmp_path, manag
         agent.process.terminate()
         until_told(manager, "STOPPING=1")
         assert agent.process.wait(20) == 0
+
+
+class Ill:
+    """What `_supervise` asks of an agent, one of whose threads is dead or not; it ends by itself."""
+
+    def __init__(self, *dead):
+        self.dead, self.turns = dead, 0
+
+    def wait(self, timeout):
+        self.turns += 1
+        return self.turns > 4  # fewer states than an unread socket holds
+
+    def dead_threads(self):
+        return self.dead
+
+    def summary(self):
+        return "ill"
+
+    def join(self):
+        pass
+
+
+class NoSignals:
+    def wait(self, timeout):
+        time.sleep(min(timeout, 0.01))
+        return b""
+
+
+@pytest.mark.parametrize(("dead", "fed"), [((), True), (("intake",), False)])
+def test_the_watchdog_is_fed_only_while_every_thread_lives(manager, tmp_path, monkeypatch, dead, fed):
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("WATCHDOG_USEC", "4000")
+    run._supervise(Ill(*dead), None, None, NoSignals())
+    assert ("WATCHDOG=1" in until_told(manager, "STOPPING=1")) is fed
 
 
 def test_without_systemd_nothing_is_told():
