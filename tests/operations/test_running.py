@@ -71,7 +71,9 @@ def test_an_idle_agent_whose_disk_turns_read_only_is_not_ready_until_it_is_writa
         read_only_files(tmp_path) as disk,
         AgentProcess(disk.at, libvirt=SILENCE, bus=bus).ready() as agent,
     ):
+        agent.process.send_signal(signal.SIGSTOP)  # a kernel turns a whole disk at once, this file by file
         disk.harm()
+        agent.process.send_signal(signal.SIGCONT)
         agent.until(lambda: agent.get("/readyz")[0] == 503, "not ready", 60)
         status, told = agent.get("/readyz")
         assert (status, "spool: " in told) == (503, True), told
