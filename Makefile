@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 # Tests at a time: most of them wait for a daemon. Each file stays on one worker, with its fixtures.
 WORKERS ?= 2
 
-.PHONY: help setup demo test check audit faults matrix soak bench chart sbom clean packages
+.PHONY: help setup demo test check audit faults matrix soak bench chart pictures sbom clean packages
 
 help:
 	@echo "make demo    a real guest's disk fails, and the error comes out as a CloudEvent"
@@ -21,6 +21,7 @@ help:
 	@echo "make check   ruff, mypy --strict, import-linter, the schemas' compatibility"
 	@echo "make setup   system packages and .venv, as make test needs them"
 	@echo "make faults | matrix | soak | bench | chart   one family of tests alone"
+	@echo "make pictures   docs/fleet.svg and docs/dashboard.svg, from a run of eight minutes"
 	@echo "make audit   known vulnerabilities of the dependencies (asks the network)"
 	@echo "make sbom    a bill of materials of the installed package (CycloneDX)"
 	@echo "make clean   remove everything that was made here, .venv too"
@@ -92,12 +93,21 @@ soak: setup
 	@$(BIN)/python -m tests.soak.soak
 	@$(BIN)/python -m tests.soak.fuzz
 
+# Six hosts with real guests, RabbitMQ and Prometheus; what breaks when is told in tests/pictures/world.py.
+pictures: setup
+	$(BIN)/python -m tests.pictures
+
 # Asks the vulnerability databases (network); the tool lives in an environment of its own.
 audit: setup
 	@test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && \
 	  build/audit/bin/pip install --quiet --disable-pip-version-check pip-audit; }
 	@$(BIN)/python -m pip freeze --exclude-editable >build/audit/installed.txt
-	build/audit/bin/pip-audit --disable-pip --no-deps --strict --requirement build/audit/installed.txt
+	@build/audit/bin/pip-audit --disable-pip --no-deps --strict --progress-spinner off \
+	  --requirement build/audit/installed.txt >build/audit/found 2>build/audit/log; status=$$?; \
+	cat build/audit/found; \
+	if [ $$status -ne 0 ] && [ ! -s build/audit/found ]; then \
+	  echo "Not audited, the vulnerability database gave no answer: $$(tail -n 1 build/audit/log)" >&2; \
+	else tail -n 1 build/audit/log >&2; fi; exit $$status
 
 # What is in the image: the Python packages that .docker/ pins, and the Debian packages of an image that
 # `make chart` built, if there is one.

@@ -6,18 +6,37 @@ traceback. Imports are delayed into the commands, so that `virtbus --help` is qu
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Mapping
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
 
 from virtbus import __version__
-from virtbus.errors import ConfigError, VirtbusError
+from virtbus.errors import ConfigError, SpoolFull, VirtbusError
 
 EXIT_USAGE = ConfigError.exit_code
+_YEAR = 366 * 86400
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
+class _Seconds(click.FloatRange):
+    """Seconds up to a year: nan and infinity pass every comparison that would end a wait, more overflows."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """See click.ParamType."""
+        seconds = super().convert(value, param, ctx)
+        if not seconds <= _YEAR:
+            self.fail(f"{seconds} is no number of seconds up to a year", param, ctx)
+        return seconds
+
+
+# A file that is missing or not ours to read: its reader says so, with the right exit code.
+_FILE = click.Path(readable=False, path_type=Path)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -25,21 +44,21 @@ def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command line and exit."""
     arguments = sys.argv[1:] if argv is None else argv
     debug = "--debug" in arguments or os.environ.get("VIRTBUS_DEBUG") == "1"
+    _open_standard_streams()
     try:
-        code = cli.main(args=arguments, prog_name="virtbus", standalone_mode=False)
+        code = _invoke(arguments)
         sys.stdout.flush()
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         code = EXIT_USAGE
     except click.ClickException as error:
         where = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "virtbus"
-        _complain(f"{error.format_message().rstrip('.')}; see {where} --help")
+        _complain(f"{' '.join(error.format_message().split()).rstrip('.')}; see {where} --help")
         code = EXIT_USAGE
     except (click.Abort, KeyboardInterrupt):
         code = 130
     except BrokenPipeError:
-        # Whoever read our output has had enough (| head): that is no failure.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()  # whoever read it has had enough (| head): that is no failure
         code = 0
     except VirtbusError as error:
         if debug:
@@ -49,9 +68,44 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.filename is None and error.errno in _NO_ROOM:
+            # Whatever else can be full was translated where it was written.
+            _discard_output()
+            _complain(f"standard output can't be written: {error.strerror}; make room, or write elsewhere")
+            sys.exit(SpoolFull.exit_code)
         _complain(f"unexpected {type(error).__name__}: {error}; run again with --debug and report it")
         code = VirtbusError.exit_code
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _open_standard_streams() -> None:
+    """What the caller left closed leads nowhere, and no other file gets its number; JSON is always UTF-8."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdin, sys.stdout, sys.stderr = (
+        stream or os.fdopen(number, mode, encoding="utf-8", closefd=False)
+        for stream, number, mode in ((sys.stdin, 0, "r"), (sys.stdout, 1, "w"), (sys.stderr, 2, "w"))
+    )
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def _invoke(arguments: list[str]) -> Any:
+    """Run the command; its exit code, if it has one. Raises BrokenPipeError when nobody reads our output."""
+    streams = sys.stdout, sys.stderr
+    try:
+        return cli.main(args=arguments, prog_name="virtbus", standalone_mode=False)
+    except SystemExit as error:
+        if sys.stdout is not streams[0]:  # click has wrapped it: its way to end with 1 for a broken pipe
+            sys.stdout, sys.stderr = streams
+            raise BrokenPipeError from None
+        return error.code
+
+
+def _discard_output() -> None:
+    """What standard output did not take goes nowhere, also at the interpreter's end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(text: str) -> None:
@@ -65,7 +119,7 @@ def _common(command: F) -> F:
     """The options that every command with settings takes."""
     for option in reversed(
         [
-            click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE",
+            click.option("--config", "config_file", type=_FILE, metavar="FILE",
                          help="Settings [default: /etc/virtbus/virtbus.toml if it is there]."),
             click.option("--debug", is_flag=True, help="Tracebacks, and the log at level debug."),
         ]
@@ -83,6 +137,9 @@ _bus = _setting("bus.url", "--bus-url", "--bus", metavar="URL",
                 help="amqp[s]://…, kafka[s]://…, embedded: or embedded:///FILE (bus.url).")  # fmt: skip
 _libvirt = _setting("libvirt.uri", "--libvirt-uri", "--libvirt", metavar="URI",
                     help="Hypervisor, e.g. qemu:///system (libvirt.uri).")  # fmt: skip
+_patience = click.option("--timeout", "patience", type=_Seconds(0), default=30.0,
+                         show_default=True, metavar="S",
+                         help="How long an agent may do nothing of it; 0: do not wait.")  # fmt: skip
 _state_dir = _setting("state_dir", "--state-dir", metavar="DIR", help="Folder of the spool (state_dir).")
 
 
@@ -150,7 +207,7 @@ def run(**options: Any) -> None:
 @_state_dir
 @click.option("--group", metavar="NAME", help="Share the events with the other members of a durable group.")
 @click.option("--count", type=click.IntRange(1), metavar="N", help="End after N events.")
-@click.option("--timeout", type=click.FloatRange(0), metavar="S", help="End after S seconds.")
+@click.option("--timeout", type=_Seconds(0), metavar="S", help="End after S seconds.")
 @click.option("--type", "types", multiple=True, metavar="TYPE", help="Only these event types (suffices).")
 def consume(group: str | None, count: int | None, timeout: float | None, types: tuple[str, ...],
             **options: Any) -> None:  # fmt: skip
@@ -172,9 +229,13 @@ def consume(group: str | None, count: int | None, timeout: float | None, types: 
 @_common
 @_libvirt
 @click.option("--json", "as_json", is_flag=True, help="JSON lines; `virtbus` can replay them.")
-@click.option("--timeout", type=click.FloatRange(0), metavar="S", help="End after S seconds.")
+@click.option("--timeout", type=_Seconds(0), metavar="S", help="End after S seconds.")
 def watch(as_json: bool, timeout: float | None, **options: Any) -> None:
-    """Print libvirt's events on the terminal: no broker, no spool."""
+    """Print libvirt's events on the terminal: no broker, no spool.
+
+    \b
+    Example: virtbus watch --libvirt qemu:///system --json > recording.jsonl
+    """
     from virtbus.commands import watch as command
 
     uri = _load(options).config.libvirt.uri
@@ -183,7 +244,7 @@ def watch(as_json: bool, timeout: float | None, **options: Any) -> None:
 
 @cli.command()
 @click.option("--debug", is_flag=True, help="Tracebacks.")
-@click.option("--recording", type=click.Path(path_type=Path), metavar="FILE",
+@click.option("--recording", type=_FILE, metavar="FILE",
               help="Recorded callbacks of `virtbus watch --json`; default: the built-in ones.")  # fmt: skip
 def demo(recording: Path | None, debug: bool) -> None:
     """Replay recorded real I/O errors through the whole pipeline, on the embedded bus.
@@ -191,10 +252,13 @@ def demo(recording: Path | None, debug: bool) -> None:
     Nothing is installed and no broker is needed: a replay source, incidents, spool, embedded bus and a
     consumer, in a temporary folder. The events carry origin `replay`. In a checkout, `make demo` does
     the same with a real guest whose disk fails.
+
+    \b
+    Example: virtbus demo --recording recording.jsonl
     """
     from virtbus.commands import demo as command
 
-    sys.exit(command.run(recording=recording, out=sys.stdout, debug=debug))
+    sys.exit(command.run(recorded=recording, out=sys.stdout, notices=sys.stderr, debug=debug))
 
 
 @cli.command()
@@ -203,7 +267,11 @@ def demo(recording: Path | None, debug: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="The answer as it comes.")
 @click.option("--watch", "watching", is_flag=True, help="Again every second.")
 def status(as_json: bool, watching: bool, **options: Any) -> None:
-    """Ask the running agent what it is doing and what it holds."""
+    """Ask the running agent what it is doing and what it holds.
+
+    \b
+    Example: virtbus status --watch
+    """
     from virtbus.commands import status as command
 
     command.status(_load(options).config, as_json=as_json, watching=watching, out=sys.stdout)
@@ -218,6 +286,9 @@ def tap(stage: str | None, domain: str | None, **options: Any) -> None:
     """Look at what passes through the running agent, one JSON line an item.
 
     Bounded and lossy: a reader that lags loses lines (and is told how many); the agent never waits.
+
+    \b
+    Example: virtbus tap --stage incident --domain web-1
     """
     from virtbus.commands import status as command
 
@@ -234,7 +305,7 @@ def tap(stage: str | None, domain: str | None, **options: Any) -> None:
 @click.option("--reason", default="drill", show_default=True, metavar="TEXT", help="libvirt's reason.")
 @click.option("--count", type=click.IntRange(1, 1000), default=1, show_default=True, help="Errors in it.")
 @click.option("--resolve", is_flag=True, help="End the drill: its incidents are resolved.")
-@click.option("--timeout", type=click.FloatRange(0.1), default=10.0, show_default=True, metavar="S",
+@click.option("--timeout", type=_Seconds(0.1), default=10.0, show_default=True, metavar="S",
               help="How long to wait for the broker's confirmation.")  # fmt: skip
 def emit_(timeout: float, domain_name: str, action: str, reason: str, count: int, resolve: bool,
           **options: Any) -> None:  # fmt: skip
@@ -260,9 +331,9 @@ def completion(shell: str) -> None:
     """Print the completion script of a shell.
 
     \b
-    bash:  virtbus completion bash > /etc/bash_completion.d/virtbus
-    zsh:   virtbus completion zsh > "${fpath[1]}/_virtbus"
-    fish:  virtbus completion fish > ~/.config/fish/completions/virtbus.fish
+    Example: virtbus completion bash > /etc/bash_completion.d/virtbus
+             virtbus completion zsh > "${fpath[1]}/_virtbus"
+             virtbus completion fish > ~/.config/fish/completions/virtbus.fish
     """
     from click.shell_completion import get_completion_class
 
@@ -277,13 +348,16 @@ def completion(shell: str) -> None:
 @_bus
 @_state_dir
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@click.option("--timeout", type=click.FloatRange(0.1), default=15.0, show_default=True, metavar="S",
+@click.option("--timeout", type=_Seconds(0.1), default=15.0, show_default=True, metavar="S",
               help="How long one part may take to answer.")  # fmt: skip
 def doctor(as_json: bool, timeout: float, **options: Any) -> None:
     """Look at every part: what is wrong, on what, and what to do.
 
     libvirt and its events, the broker with credentials, TLS and topology, one confirmed probe event, the
     spool's disk, the clock, the schemas. Ends with the first failure's exit code.
+
+    \b
+    Example: virtbus doctor --bus amqps://virtbus@broker//
     """
     from virtbus.commands import doctor as command
 
@@ -298,7 +372,7 @@ def doctor(as_json: bool, timeout: float, **options: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="As JSON, a line each second.")
 @click.option("--write", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Keep FILE up to date instead, as JSON: for a scheduler on this machine.")  # fmt: skip
-@click.option("--listen", type=click.FloatRange(0), metavar="S", help="End after S seconds.")
+@click.option("--listen", type=_Seconds(0), metavar="S", help="End after S seconds.")
 def fleet(once: bool, as_json: bool, write: Path | None, listen: float | None, **options: Any) -> None:
     """Show which hosts and storage systems are in trouble, and whose fault it is.
 
@@ -310,7 +384,7 @@ def fleet(once: bool, as_json: bool, write: Path | None, listen: float | None, *
     from virtbus.commands import fleet as command
 
     sys.exit(command.run(_load(options), once=once, as_json=as_json, write=write, listen=listen,
-                         out=sys.stdout))  # fmt: skip
+                         out=sys.stdout, notices=sys.stderr))  # fmt: skip
 
 
 @cli.command()
@@ -377,7 +451,11 @@ def bench(events: int, domains: int, group: str | None, as_json: bool, **options
 
 @cli.group()
 def config() -> None:
-    """Show and check the settings."""
+    """Show and check the settings.
+
+    \b
+    Example: virtbus config check
+    """
 
 
 @config.command("show")
@@ -387,7 +465,11 @@ def config() -> None:
 @_state_dir
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def config_show(as_json: bool, **options: Any) -> None:
-    """Print the effective settings, without secrets, and where each one comes from."""
+    """Print the effective settings, without secrets, and where each one comes from.
+
+    \b
+    Example: virtbus config show --json
+    """
     from virtbus.commands import settings as command
 
     command.show(_load(options), as_json=as_json, out=sys.stdout)
@@ -395,7 +477,11 @@ def config_show(as_json: bool, **options: Any) -> None:
 
 @config.command("schema")
 def config_schema() -> None:
-    """Print the settings' JSON schema."""
+    """Print the settings' JSON schema.
+
+    \b
+    Example: virtbus config schema > virtbus.schema.json
+    """
     from virtbus.commands import settings as command
 
     command.schema(sys.stdout)
@@ -404,7 +490,11 @@ def config_schema() -> None:
 @config.command("check")
 @_common
 def config_check(**options: Any) -> None:
-    """Check the settings without connecting to anything."""
+    """Check the settings without connecting to anything.
+
+    \b
+    Example: virtbus config check --config virtbus.toml
+    """
     from virtbus.commands import settings as command
 
     command.check(_load(options), sys.stdout)
@@ -432,13 +522,21 @@ def validate(files: tuple[str, ...], schema_name: str | None, fmt: str) -> None:
 
 @cli.group("schema")
 def schema_group() -> None:
-    """Show, check and hand out the events' JSON schemas."""
+    """Show, check and hand out the events' JSON schemas.
+
+    \b
+    Example: virtbus schema list
+    """
 
 
 @schema_group.command("list")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def schema_list(as_json: bool) -> None:
-    """List the schemas of this release: id, status, SHA-256."""
+    """List the schemas of this release: id, status and how the SHA-256 begins (all of it with --json).
+
+    \b
+    Example: virtbus schema list --json
+    """
     from virtbus.commands import schema as command
 
     command.list_schemas(sys.stdout, as_json=as_json)
@@ -447,7 +545,11 @@ def schema_list(as_json: bool) -> None:
 @schema_group.command("show")
 @click.argument("name", metavar="URN|TYPE")
 def schema_show(name: str) -> None:
-    """Print a schema; an event type prints its newest."""
+    """Print a schema; an event type prints its newest.
+
+    \b
+    Example: virtbus schema show io.virtbus.domain.io_error.v1
+    """
     from virtbus.commands import schema as command
 
     command.show(name, sys.stdout)
@@ -456,7 +558,11 @@ def schema_show(name: str) -> None:
 @schema_group.command("export")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
 def schema_export(folder: Path) -> None:
-    """Write all schemas below FOLDER, for other languages and registries."""
+    """Write all schemas below FOLDER, for other languages and registries.
+
+    \b
+    Example: virtbus schema export schemas
+    """
     from virtbus.commands import schema as command
 
     command.export(folder, sys.stdout)
@@ -471,6 +577,9 @@ def schema_check(folder: Path | None, released: Path | None) -> None:
 
     A released file never changes, and every minor version must be readable by a consumer of every older
     one. Ends with 0 or 65.
+
+    \b
+    Example: virtbus schema check schemas --released older-schemas
     """
     from virtbus.commands import schema as command
 
@@ -479,16 +588,24 @@ def schema_check(folder: Path | None, released: Path | None) -> None:
 
 @schema_group.command("asyncapi")
 def schema_asyncapi() -> None:
-    """Print the AsyncAPI 3 document: exchange, topic, keys, headers and payloads."""
+    """Print the AsyncAPI 3 document: exchange, topic, keys, headers and payloads.
+
+    \b
+    Example: virtbus schema asyncapi > asyncapi.json
+    """
     from virtbus.commands import contract as command
 
     command.asyncapi(sys.stdout)
 
 
 @schema_group.command("reference")
-@click.argument("page", required=False, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("page", required=False, type=_FILE)
 def schema_reference(page: Path | None) -> None:
-    """Print the tables of all fields; with PAGE renew what stands between its markers."""
+    """Print the tables of all fields; with PAGE renew what stands between its markers.
+
+    \b
+    Example: virtbus schema reference docs/events.md
+    """
     from virtbus.commands import contract as command
 
     command.reference(sys.stdout, page=page)
@@ -498,7 +615,10 @@ def schema_reference(page: Path | None) -> None:
 def spool() -> None:
     """Look into the spool, and let an operator decide what becomes of an event.
 
-    Works beside a running agent: it does what was asked within seconds.
+    Works beside a running agent, which then does what was asked; an interrupt leaves it to that.
+
+    \b
+    Example: virtbus spool list --dead
     """
 
 
@@ -507,7 +627,11 @@ def spool() -> None:
 @_state_dir
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def spool_status(as_json: bool, **options: Any) -> None:
-    """How much waits and since when, who holds the spool, what was set aside."""
+    """How much waits and since when, who holds the spool, what was set aside.
+
+    \b
+    Example: virtbus spool status --json
+    """
     from virtbus.commands import spool as command
 
     command.status(Path(_load(options).config.state_dir), sys.stdout, as_json=as_json)
@@ -520,7 +644,11 @@ def spool_status(as_json: bool, **options: Any) -> None:
 @click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="At most so many.")
 @click.option("--json", "as_json", is_flag=True, help="JSON lines.")
 def spool_list(dead: bool, limit: int, as_json: bool, **options: Any) -> None:
-    """List what waits, the oldest first."""
+    """List what waits, the oldest first.
+
+    \b
+    Example: virtbus spool list --dead
+    """
     from virtbus.commands import spool as command
 
     folder = Path(_load(options).config.state_dir)
@@ -532,7 +660,11 @@ def spool_list(dead: bool, limit: int, as_json: bool, **options: Any) -> None:
 @_state_dir
 @click.argument("event", metavar="ID|NUMBER")
 def spool_show(event: str, **options: Any) -> None:
-    """Print one event as it would go out."""
+    """Print one event as it would go out.
+
+    \b
+    Example: virtbus spool show 17
+    """
     from virtbus.commands import spool as command
 
     command.show(Path(_load(options).config.state_dir), event, sys.stdout)
@@ -542,11 +674,17 @@ def spool_show(event: str, **options: Any) -> None:
 @_common
 @_state_dir
 @click.argument("events", nargs=-1, metavar="[ID|NUMBER]…")
-def spool_retry(events: tuple[str, ...], **options: Any) -> None:
-    """Send refused dead letters again, with the same ids; all of them when none is named."""
+@_patience
+def spool_retry(events: tuple[str, ...], patience: float, **options: Any) -> None:
+    """Send refused dead letters again, with the same ids; all of them when none is named.
+
+    \b
+    Example: virtbus spool retry 17 18
+    """
     from virtbus.commands import spool as command
 
-    command.retry(Path(_load(options).config.state_dir), events, sys.stdout)
+    command.retry(Path(_load(options).config.state_dir), events, sys.stdout,
+                  notices=sys.stderr, patience=patience)  # fmt: skip
 
 
 @spool.command("drop")
@@ -555,19 +693,29 @@ def spool_retry(events: tuple[str, ...], **options: Any) -> None:
 @click.argument("events", nargs=-1, metavar="[ID|NUMBER]…")
 @click.option("--dead", is_flag=True, help="Dead letters instead of what waits.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def spool_drop(events: tuple[str, ...], dead: bool, yes: bool, **options: Any) -> None:
-    """Give events up; each is named in a gap event. All of them when none is named."""
+@_patience
+def spool_drop(events: tuple[str, ...], dead: bool, yes: bool, patience: float, **options: Any) -> None:
+    """Give events up; each is named in a gap event. All of them when none is named.
+
+    \b
+    Example: virtbus spool drop --dead
+    """
     from virtbus.commands import spool as command
 
     def confirm(question: str) -> bool:
         return yes or click.confirm(question, err=True)
 
-    command.drop(Path(_load(options).config.state_dir), events, sys.stdout, dead=dead, confirm=confirm)
+    command.drop(Path(_load(options).config.state_dir), events, sys.stdout, dead=dead, confirm=confirm,
+                 notices=sys.stderr, patience=patience)  # fmt: skip
 
 
 @cli.group("print")
 def print_group() -> None:
-    """Print files for the host that virtbus runs on."""
+    """Print files for the host that virtbus runs on.
+
+    \b
+    Example: virtbus print unit > /etc/systemd/system/virtbus.service
+    """
 
 
 @print_group.command("unit")

@@ -6,7 +6,6 @@ that over the default. All problems are told at once, each with the place it com
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import tomllib
@@ -381,12 +380,15 @@ def load(
                 f"configuration file {path} does not exist; name another with --config"
             ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputMissing(f"configuration file {path} can't be read: {error}") from error
+        why = error.strerror if isinstance(error, OSError) else f"it is not UTF-8 text ({error})"
+        raise InputMissing(
+            f"configuration file {path} can't be read: {why}; mend it, or name another with --config"
+        ) from error
     else:
         used = path
         try:
             merged = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise ConfigError(f"{path}: not valid TOML: {error}") from error
         lines = _lines_of_keys(text)
         for key, _ in _leaves(merged):
@@ -494,7 +496,7 @@ def _from_text(schema: Mapping[str, Any], key: str, raw: str) -> object:
         return raw
     try:
         return tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         wanted = " or ".join(sorted(types - {"null"}))
         # A table or list may hold secrets; a number does not.
         shown = "it" if types & {"object", "array"} else repr(raw)
@@ -573,6 +575,8 @@ def _expected(schema: Mapping[str, Any], key: str) -> str | None:
 
 
 def _did_you_mean(name: str, known: list[str]) -> str:
+    import difflib  # here only: an agent whose settings are right never needs it
+
     close = difflib.get_close_matches(name, known, 1)
     return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(sorted(known))}"
 

@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from virtbus.errors import ConfigError
+from virtbus.errors import AgentDenied, AgentUnavailable, ConfigError
 from virtbus.telemetry import METRICS, PeerRefused, Trouble, emit
 
 TAP_STAGES = ("raw", "incident", "published")
@@ -488,7 +488,8 @@ def _read_request(peer: socket.socket) -> dict[str, Any]:
 def ask(path: Path, request: Mapping[str, object]) -> socket.socket:
     """Connect to an agent's control socket and send a request; the answer is read from the socket.
 
-    Raises ConfigError when no agent answers there, or somebody whom the folder does not belong to.
+    Raises AgentUnavailable when no agent answers there, AgentDenied when this user may not ask, or when the
+    folder does not belong to who answers.
     """
     peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -497,13 +498,16 @@ def ask(path: Path, request: Mapping[str, object]) -> socket.socket:
         uid = _peer_uid(peer)
         if uid not in (0, os.geteuid(), path.parent.stat().st_uid):
             peer.close()
-            raise ConfigError(
+            raise AgentDenied(
                 f"{path}: a process of uid {uid} answers, to whom the folder does not belong: not the agent?"
             )
         peer.sendall(json.dumps(request).encode() + b"\n")
+    except PermissionError as error:
+        peer.close()
+        raise AgentDenied(f"{path}: {error.strerror}; ask as the agent's own user, or as root") from error
     except OSError as error:
         peer.close()
-        raise ConfigError(
+        raise AgentUnavailable(
             f"no agent answers at {path}: {error.strerror or error}; "
             "is it running, and is this its --control-socket?"
         ) from error

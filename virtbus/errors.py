@@ -47,6 +47,19 @@ class SourceDenied(VirtbusError):
     exit_code = 77
 
 
+class AgentUnavailable(VirtbusError):
+    """No agent answers at its control socket now (EX_UNAVAILABLE)."""
+
+    retryable = True
+    exit_code = 69
+
+
+class AgentDenied(VirtbusError):
+    """The agent's control socket is not for this user (EX_NOPERM)."""
+
+    exit_code = 77
+
+
 class BusUnavailable(VirtbusError):
     """The broker can't be reached or does not answer now; it may come back (EX_UNAVAILABLE)."""
 

@@ -16,6 +16,12 @@ from virtbus.retry import Backoff
 from virtbus.spool import Spool
 from virtbus.telemetry import METRICS, BusLost, EventUnroutable, SpoolUnwritable, Trouble, emit
 
+# Looked up once: a label costs more than counting does, and this is done for each event of a backlog.
+_COUNTED = {
+    kind: METRICS.outcomes.labels(kind.__name__.lower())
+    for kind in (Confirmed, Deferred, Unroutable, Refused)
+}
+
 
 class Publisher:
     """The publisher thread's work.
@@ -145,7 +151,7 @@ class _SpoolFeed:
 
     def done(self, record: Record, outcome: Outcome) -> None:
         """Remember an outcome; it is settled with others."""
-        METRICS.outcomes.labels(type(outcome).__name__.lower()).inc()
+        _COUNTED[type(outcome)].inc()
         if record.row == 0:
             return
         self._out.pop(record.row, None)

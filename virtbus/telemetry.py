@@ -8,6 +8,7 @@ The registry is ours alone (no process-wide default), bounded in labels: no doma
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import time
@@ -17,6 +18,8 @@ from typing import Any, ClassVar, TextIO
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from virtbus.model import Origin, Phase
 
 _CONFIRM_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -104,6 +107,14 @@ class Metrics:
             self.dead_letters.labels(why)
         for result in ("found", "failed", "late"):
             self.lookups.labels(result)
+        for origin in (Origin.EVENT, Origin.LIFECYCLE, Origin.RECONCILE, Origin.REPLAY):
+            self.occurrences.labels(origin.value)
+            for phase in (Phase.OPENED, Phase.UPDATED):
+                self.events.labels("io_error", origin.value, phase.value)
+        self.events.labels("resolved", "", Phase.RESOLVED.value)
+        self.events.labels("gap", "", "")
+        for stage in ("source", "libvirt", "commit", "publish"):
+            self.retries.labels(stage)
 
 
 METRICS = Metrics()
@@ -187,6 +198,16 @@ def _printable(_log: Any, _method: str, line: Any) -> Any:
     return line
 
 
+def takes_escapes(stream: TextIO) -> bool:
+    """Whether it is a terminal whose cursor can be moved."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def takes_colour(stream: TextIO) -> bool:
+    """Whether it is a terminal that shows colour to somebody who wants it (no-color.org)."""
+    return takes_escapes(stream) and not os.environ.get("NO_COLOR")
+
+
 def configure(*, level: str = "info", fmt: str = "auto", stream: TextIO | None = None) -> None:
     """Set the log's level ("debug" … "error") and format ("text", "json", or "auto": text on a terminal)."""
     out = stream if stream is not None else sys.stderr
@@ -194,7 +215,7 @@ def configure(*, level: str = "info", fmt: str = "auto", stream: TextIO | None =
     renderer: Callable[..., Any]
     if as_text:
         renderer = structlog.dev.ConsoleRenderer(
-            colors=out.isatty(), exception_formatter=structlog.dev.plain_traceback
+            colors=takes_colour(out), exception_formatter=structlog.dev.plain_traceback
         )
     else:
         renderer = structlog.processors.JSONRenderer()
@@ -592,3 +613,9 @@ class PeerRefused(TelemetryEvent):
     MESSAGE: ClassVar[str] = "control socket: another user was refused"
     LIMIT_SECONDS: ClassVar[float] = 30.0
     uid: int
+
+
+# The kinds are a closed set too: most happen once in a long while, and a rate must see that.
+for _kind in TelemetryEvent.__subclasses__():
+    if _kind.LEVEL in ("warning", "error"):
+        METRICS.warnings.labels(_kind.__name__)

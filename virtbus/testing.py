@@ -269,7 +269,7 @@ def records(count: int, *, keys: int = 1) -> list[Record]:
 
 
 class ListFeed:
-    """A feed over a list, with the manners of the spool: order within a key, a taken key waits.
+    """A feed over a list, with the manners of the spool: the oldest record of each key that is not taken.
 
     `settle(record, outcome)` as the agent does for each outcome of `publish`: a record that was not confirmed
     comes again (a refused one does not). `drain(bus)` does both until all is settled or nothing moves.
@@ -278,9 +278,10 @@ class ListFeed:
 
     def __init__(self, items: Iterable[Record] = ()) -> None:
         """`items` in the order of the spool."""
-        self._queues: dict[str, deque[Record]] = {}  # by key, in order of the key's first record
-        self._turn: deque[str] = deque()
-        self._taken: dict[str, Record] = {}  # by key
+        self._numbers = itertools.count()
+        self._queues: dict[str, deque[tuple[int, Record]]] = {}  # by key
+        self._ready: list[tuple[int, str]] = []  # a heap: the number of each free key's first record
+        self._taken: dict[str, tuple[int, Record]] = {}  # by key
         self.took: list[str] = []
         self.outcomes: list[tuple[Record, Outcome]] = []
         self.most_taken = 0
@@ -293,9 +294,10 @@ class ListFeed:
         waiting = self._queues.get(record.key)
         if waiting is None:
             waiting = self._queues[record.key] = deque()
+        number = next(self._numbers)
         if not waiting and record.key not in self._taken:
-            self._turn.append(record.key)
-        waiting.append(record)
+            heapq.heappush(self._ready, (number, record.key))
+        waiting.append((number, record))
 
     def __len__(self) -> int:
         return sum(len(waiting) for waiting in self._queues.values()) + len(self._taken)
@@ -303,31 +305,32 @@ class ListFeed:
     def take(self, limit: int, busy: AbstractSet[str]) -> Sequence[Record]:
         """See virtbus.bus.Feed."""
         out: list[Record] = []
-        for _ in range(len(self._turn)):
-            if len(out) == limit:
-                break
-            key = self._turn.popleft()
+        skipped = []
+        while self._ready and len(out) < limit:
+            number, key = heapq.heappop(self._ready)
             if key in busy:
-                self._turn.append(key)
+                skipped.append((number, key))
                 continue
-            record = self._queues[key].popleft()
-            self._taken[key] = record
-            out.append(record)
+            self._taken[key] = self._queues[key].popleft()
+            out.append(self._taken[key][1])
+        for entry in skipped:
+            heapq.heappush(self._ready, entry)
         self.took += [record.id for record in out]
         self.most_taken = max(self.most_taken, len(self._taken))
         return out
 
     def settle(self, record: Record, outcome: Outcome, *, again: bool = True) -> None:
         """Say what became of a taken record; `again=False` gives up one that was not confirmed."""
-        if self._taken.get(record.key) is not record:
+        number, taken = self._taken.get(record.key, (0, None))
+        if taken is not record:
             raise AssertionError(f"an outcome for record {record.row}, which is not taken")
         del self._taken[record.key]
         self.outcomes.append((record, outcome))
         waiting = self._queues[record.key]
         if again and not isinstance(outcome, Confirmed) and type(outcome).__name__ != "Refused":
-            waiting.appendleft(dataclasses.replace(record, attempts=record.attempts + 1))
+            waiting.appendleft((number, dataclasses.replace(record, attempts=record.attempts + 1)))
         if waiting:
-            self._turn.append(record.key)
+            heapq.heappush(self._ready, (waiting[0][0], record.key))
 
     def publish(self, bus: Any, *, again: bool = False) -> list[Outcome]:
         """One call of `bus.publish`, settled as it goes; the outcomes in the order they came.

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 import urllib.error
 import urllib.request
@@ -30,6 +35,43 @@ def virtbus(*words: str, timeout: float = 60, **environment: str) -> subprocess.
         env={**os.environ, **environment},
         check=False,
     )
+
+
+def on_a_terminal(
+    *words: str, columns: int = 80, stdout: int | None = None, timeout: float = 120, **environment: str
+) -> tuple[int, str]:
+    """Run one command on a terminal of its own → its exit code and what it wrote there.
+
+    `stdout` takes its standard output elsewhere.
+    """
+    reader, writer = pty.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+    process = subprocess.Popen(
+        [*COMMAND, *words],
+        stdin=writer,
+        stdout=writer if stdout is None else stdout,
+        stderr=writer,
+        env={**os.environ, "TERM": "xterm", **environment},
+        start_new_session=True,
+    )
+    os.close(writer)
+    written = b""
+    deadline = time.monotonic() + timeout
+    try:
+        while time.monotonic() < deadline:
+            if not select.select([reader], [], [], 1.0)[0]:
+                continue
+            try:
+                part = os.read(reader, 65536)
+            except OSError:  # EIO: nobody has the other side any more
+                break
+            written += part
+        return process.wait(max(0.1, deadline - time.monotonic())), written.decode()
+    finally:
+        os.close(reader)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 class AgentProcess:
@@ -68,8 +110,12 @@ class AgentProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.process.poll() is None:
+        ended = self.process.poll()
+        if ended is None:
             self.kill()
+        if error is not None:
+            how = "still ran" if ended is None else f"had ended with {ended}"
+            error.add_note(f"the agent {how}; the end of its log:\n{self.log[-4000:]}")
 
     @property
     def log(self) -> str:

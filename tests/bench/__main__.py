@@ -25,7 +25,7 @@ FAMILIES: dict[str, Family] = {
     "growth": lambda rounds, quick: growth.rows(rounds, sizes=growth.SIZES[: 3 if quick else 4]),
     "idle": lambda rounds, quick: host.idle_rows(rounds, seconds=20 if quick else host.IDLE_SECONDS),
     "latency": lambda rounds, quick: host.latency_rows(rounds, errors=20 if quick else 100),
-    "storm": lambda _, quick: host.storm_rows(10 if quick else host.STORM_SECONDS),
+    "storm": lambda rounds, quick: host.storm_rows(rounds, 10 if quick else host.STORM_SECONDS),
 }
 
 

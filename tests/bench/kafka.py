@@ -127,6 +127,6 @@ def rows(rounds: int, *, events: int = 50_000) -> list[Row]:
             "from the spool ÷ kombu's Kafka transport",
             ours,
             rates["kombu's Kafka transport"],
-            None,
+            10,
         ),
     ]

@@ -71,5 +71,5 @@ def test_a_table_fits_the_terminal_and_lets_no_name_move_the_cursor():
         fleet.saw(beat, words, clock())
     lines = table(fleet.view(clock()), rows=20, columns=80)
     assert len(lines) == 20
-    assert lines[-1] == "… 84 more lines"
+    assert lines[-1] == "… 85 more lines"  # the summary takes two lines
     assert all(len(line) <= 80 and "\x1b" not in line for line in lines)

@@ -182,7 +182,9 @@ def test_a_tls_url_to_a_plaintext_listener_is_told_from_a_broker_that_is_away(
         f"kafkas://{kafka_cluster.hosts()}",
         {"connect_timeout": 8.0, "tls_ca_file": kafka_cluster.ca},
     )
-    assert "PLAINTEXT broker listener?" in refused(url, kafka_topic, BusUnavailable, **options)
+    told = refused(url, kafka_topic, BusUnavailable, **options)
+    # The broker may answer the handshake with an error of its own protocol, or only hang up.
+    assert "PLAINTEXT broker listener?" in told or "the other way round?" in told
 
 
 # --------------------------------------------------------------------------------------- permissions

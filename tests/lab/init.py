@@ -1,6 +1,7 @@
 """Process 1 of a lab: builds its private file system view, reaps what dies in it, and ends it.
 
-Started as ``unshare --mount --pid --net --fork --kill-child python init.py FOLDER [ROOT]``. Guarantees:
+Started as ``unshare --mount --pid --net --uts --fork --kill-child python init.py FOLDER [ROOT [HOSTNAME]]``.
+Guarantees:
 
 1. Every process of the lab lives in its PID namespace: when this process ends, for whatever reason, the
    kernel kills them all.
@@ -20,6 +21,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -80,9 +82,11 @@ def start(order: dict[str, Any], root: str) -> dict[str, Any]:
     return {"pid": process.pid}
 
 
-def main(folder: Path, root: str) -> None:
+def main(folder: Path, root: str = "", hostname: str = "") -> None:
     if os.getpid() != 1:
         sys.exit("init.py: not process 1 of a PID namespace; it would kill everything it can see")
+    if hostname:
+        socket.sethostname(hostname)
     for name, line in (
         ("passwd", f"{QEMU_USER}:x:64055:64055::/var/lib/libvirt:/usr/sbin/nologin\n"),
         ("group", f"{QEMU_USER}:x:64055:\n"),
@@ -107,4 +111,4 @@ def main(folder: Path, root: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "")
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -16,6 +16,7 @@ block, or with the test process, however that ends (see init.py).
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import select
@@ -109,6 +110,7 @@ class NbdDisk:
     `export` is the NBD export's name, "" for the unnamed source whose error events old libvirt loses.
     `error` is the errno name that the guest's QEMU sees: EIO, ENOSPC, EPERM, …
     `policy` is QEMU's write error policy: stop, report, ignore or enospace; `read_policy` the same for reads.
+    `address` is what the guest reaches it by, an IPv4 address of the lab's own network; "" is a Unix socket.
     """
 
     error: str = "EIO"
@@ -118,6 +120,7 @@ class NbdDisk:
     read_policy: str = "report"
     serial: str = ""
     reads: bool = False
+    address: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,14 +141,16 @@ class Lab:
 
     `uri` and `uri_ro` are full libvirt URIs that work in any process on this machine: read-write, and
     the read-only socket. `folder` holds sockets and logs and is removed at the end. `root` runs libvirtd,
-    QEMU and nbdkit of another root file system (see chroot.py).
+    QEMU and nbdkit of another root file system (see chroot.py). `hostname` is what libvirt calls its host.
     """
 
-    def __init__(self, root: Path | None = None) -> None:
+    def __init__(self, root: Path | None = None, *, hostname: str = "") -> None:
         lacks = missing(inside=root is None)
         if lacks:
             raise LabError("a lab needs " + "; ".join(lacks))
         self.root = root
+        self.hostname = hostname
+        self.ports = itertools.count(10_809)  # NBD's own, and what follows
         # Short, because a Unix socket's path holds 107 bytes and pytest's tmp_path uses most of them.
         self.folder = Path(tempfile.mkdtemp(prefix="vblab-", dir="/tmp"))
         self.folder.chmod(0o755)  # the read-only socket is for other users too
@@ -321,7 +326,8 @@ class Lab:
             shutil.copytree(self._cache, self.folder / "cache", dirs_exist_ok=True)
         words = [sys.executable, "-S", "-E", str(HERE / "init.py"), str(self.folder)]
         self._init = subprocess.Popen(
-            ["unshare", "--mount", "--pid", "--net", "--fork", "--kill-child", *words, str(self.root or "")],
+            ["unshare", "--mount", "--pid", "--net", "--uts", "--fork", "--kill-child",
+             *words, str(self.root or ""), self.hostname],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PATH": _path()},
             start_new_session=True,
         )  # fmt: skip
@@ -406,6 +412,7 @@ class Guest:
         if not boot:
             boot = "storm" if disks[0].bus == "ide" and disks[0].policy == "report" else "bios"
         self._servers: dict[str, Process] = {}
+        self._ports = {target: next(lab.ports) for target in self.disks}
         self._make_disks(boot)
 
     def __repr__(self) -> str:
@@ -509,9 +516,11 @@ class Guest:
     def _disk_xml(self, target: str, disk: Disk) -> str:
         if isinstance(disk, NbdDisk):
             kind = "network"
+            where = f"transport='unix' socket='{self._file(target, 'sock')}'"
+            if disk.address:
+                where = f"name='{disk.address}' port='{self._ports[target]}'"
             source = (
-                f"<source protocol='nbd' name={quoteattr(disk.export)}>"
-                f"<host transport='unix' socket='{self._file(target, 'sock')}'/></source>"
+                f"<source protocol='nbd' name={quoteattr(disk.export)}><host {where}/></source>"
             ).replace(' name=""', "")
         else:
             kind = "file"
@@ -549,17 +558,23 @@ class Guest:
                 f"{operation}-file={self._file(target, 'trigger')}",
             )
         ]
-        sock = self._file(target, "sock")
-        sock.unlink(missing_ok=True)
+        where = ["-U", str(self._file(target, "sock"))]
+        if disk.address:
+            self.lab.run("ip", "link", "set", "lo", "up")
+            self.lab.run("ip", "address", "replace", f"{disk.address}/32", "dev", "lo")
+            where = ["-i", disk.address, "-p", str(self._ports[target])]
+        ready = self._file(target, "pid")
+        for stale in (ready, self._file(target, "sock")):
+            stale.unlink(missing_ok=True)
         server = self._servers[target] = self.lab.spawn(
-            "nbdkit", "-f", "-U", str(sock), "-e", disk.export, "--filter=error", "file",
+            "nbdkit", "-f", *where, "-P", str(ready), "-e", disk.export, "--filter=error", "file",
             str(self._file(target, "img")), *rules, log=self._file(target, "log"),
         )  # fmt: skip
 
         def listens() -> bool:
             if not server.alive():
                 raise LabError(f"nbdkit ended at its start: {_tail(self._file(target, 'log'))}")
-            return sock.exists()
+            return ready.exists()
 
         wait_until(listens, f"nbdkit serves {self.name}/{target}", 10)
 

@@ -219,7 +219,7 @@ def test_a_drill_is_ended_by_its_resolution(agent):
 
 def test_a_drill_without_an_agent_says_so(tmp_path):
     drilled = virtbus("emit", "--control-socket", str(tmp_path / "none"))
-    assert drilled.returncode == 78
+    assert drilled.returncode == 69
     assert "no agent answers at" in drilled.stderr
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 import time
@@ -31,6 +32,7 @@ from virtbus.model import (
 )
 from virtbus.sources import SourceOptions, recording
 from virtbus.sources.replay import FULL_SPEED, ReplaySource
+from virtbus.telemetry import configure
 
 RECORDINGS = sorted((Path(__file__).parents[1] / "data" / "recordings").glob("*.jsonl"))
 UUID = "4a1e599b-c22b-493a-85b4-40a340b65693"
@@ -184,3 +186,14 @@ def test_a_uri_with_an_option_that_makes_no_sense_is_refused(query: str) -> None
 def test_a_recording_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputMissing, match=r"none\.jsonl can't be read"):
         ReplaySource(f"replay:{tmp_path}/none.jsonl")
+
+
+def test_the_end_of_a_replay_is_told_in_the_log() -> None:
+    log = io.StringIO()
+    configure(stream=log, fmt="json")
+    try:
+        played(ReplaySource([error(1.0), error(2.0)], speed=FULL_SPEED))
+    finally:
+        configure()
+    (line,) = log.getvalue().splitlines()
+    assert json.loads(line)["what"] == "recording: replayed to its end, 2 observations; no more will come"

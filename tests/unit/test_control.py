@@ -11,7 +11,7 @@ import time
 import pytest
 
 from virtbus.control import MAX_HTTP_PEERS, TAP_BUFFER, ControlSocket, HttpServer, Taps, ask
-from virtbus.errors import ConfigError
+from virtbus.errors import AgentDenied, AgentUnavailable, ConfigError
 from virtbus.model import RawIoError
 from virtbus.telemetry import METRICS
 
@@ -306,7 +306,7 @@ def test_a_socket_of_another_user_is_not_believed_to_be_the_agents(tmp_path):
             listener.listen()
         finally:
             os.seteuid(0)
-        with pytest.raises(ConfigError, match="uid 65534 answers"):
+        with pytest.raises(AgentDenied, match="uid 65534 answers"):
             ask(tmp_path / "s", {"command": "status"})
 
 
@@ -334,5 +334,5 @@ def test_folders_made_for_the_socket_may_be_entered_and_the_socket_is_its_owners
 
 
 def test_without_an_agent_the_line_says_so(tmp_path):
-    with pytest.raises(ConfigError, match="no agent answers at"):
+    with pytest.raises(AgentUnavailable, match="no agent answers at"):
         ask(tmp_path / "none", {"command": "status"})

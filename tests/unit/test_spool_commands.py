@@ -20,7 +20,7 @@ from tests.faults.spool_kit import (
     records,
 )
 from virtbus.commands import spool as commands
-from virtbus.errors import InputMissing, SpoolCorrupt
+from virtbus.errors import AgentUnavailable, InputMissing, SpoolCorrupt
 from virtbus.model import Refused
 
 NOBODY = frozenset()
@@ -166,3 +166,52 @@ def test_drop_of_dead_letters_leaves_the_waiting_events(filled, folder, clock):
     filled.alive(clock.wall_ns)
     assert filled.stats().dead == 0
     assert {record.key for record in records(filled)} >= {domain_uuid(2), domain_uuid(3)}
+
+
+def test_a_retry_waits_for_an_agent_that_does_nothing_only_so_long_and_leaves_it_the_wish(filled, folder):
+    with pytest.raises(AgentUnavailable, match="1 of 1 events still wait for the agent"):
+        commands.retry(folder, [], io.StringIO(), patience=0.3)
+    assert json.loads(said(commands.status, folder, as_json=True))["requests"] == 1
+
+
+def test_an_agent_that_is_asked_for_much_does_it_all_at_its_next_sign_of_life(folder, clock):
+    spool = open_spool(folder, clock=clock)
+    spool.commit([io_error(number) for number in range(2500)])
+    commands.drop(folder, [], io.StringIO(), confirm=lambda _: True)
+    clock.pass_time(11)
+    spool.alive(clock.wall_ns)
+    assert spool.stats().pending == 0
+    assert json.loads(said(commands.status, folder, as_json=True))["requests"] == 0
+    spool.close()
+
+
+def test_where_nothing_is_to_be_done_that_is_said_and_is_no_failure(filled, folder, clock):
+    commands.drop(folder, [], io.StringIO(), dead=True, confirm=lambda _: True)
+    clock.pass_time(11)
+    filled.alive(clock.wall_ns)
+    assert said(commands.retry, folder, []) == "no dead letter was refused: nothing to send again\n"
+    assert said(commands.drop, folder, [], dead=True, confirm=pytest.fail) == "no dead letters\n"
+
+
+def test_an_event_that_was_named_and_is_not_there_is_a_failure(filled, folder):
+    for number in ("99", "9" * 30, "²"):
+        with pytest.raises(InputMissing, match="no such event"):
+            commands.retry(folder, [number], io.StringIO())
+
+
+def test_a_spool_whose_pages_are_damaged_is_told(folder, clock):
+    spool = open_spool(folder, clock=clock)
+    spool.commit([io_error(number) for number in range(200)])
+    spool.close()
+    file = folder / "spool.db"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: 4096 * 2] + b"\xff" * (len(whole) - 4096 * 3) + whole[-4096:])
+    with pytest.raises(SpoolCorrupt, match="next start"):
+        commands.list_events(folder, io.StringIO())
+
+
+def test_an_empty_file_is_no_spool_and_is_told(folder):
+    folder.mkdir()
+    (folder / "spool.db").touch()
+    with pytest.raises(SpoolCorrupt, match="next start"):
+        commands.status(folder, io.StringIO())

@@ -52,6 +52,18 @@ def test_two_places_have_a_line_each(log):
     assert len(log()) == 2
 
 
+def test_what_is_rare_has_a_series_before_its_first_time_so_that_a_rate_sees_that():
+    value = telemetry.Metrics().registry.get_sample_value
+    opened = {"type": "io_error", "origin": "event", "phase": "opened"}
+    assert value("virtbus_events_total", opened) == 0
+    assert value("virtbus_occurrences_total", {"origin": "reconcile"}) == 0
+    assert value("virtbus_occurrences_total", {"origin": "unknown"}) is None  # a consumer's word
+    assert value("virtbus_retries_total", {"stage": "libvirt"}) == 0
+    value = METRICS.registry.get_sample_value
+    assert value("virtbus_warnings_total", {"event": "SpoolSetAside"}) is not None
+    assert value("virtbus_warnings_total", {"event": "Notice"}) is None
+
+
 def test_the_state_gauges_follow_the_events(log):
     emit(telemetry.BusConnected("amqp"))
     assert METRICS.registry.get_sample_value("virtbus_bus_connected") == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from contextlib import closing
 
 import pytest
 
@@ -35,7 +36,7 @@ def test_status_shows_a_brokers_words_tamely():
 
 
 def test_doctor_shows_them_tamely():
-    text = doctor._lines(Check("bus", "failed", EVIL, EVIL), terminal=False)
+    text = doctor._lines(Check("bus", "failed", EVIL, EVIL), terminal=False, colour=False)
     assert "gnp.exe" in text
     assert is_tame(text)
 
@@ -82,7 +83,7 @@ def test_the_spools_list_shows_a_dead_letters_reason_tamely(tmp_path, monkeypatc
         committed_at="now", age_seconds=1.0, attempts=0, state="dead", why="refused", error=EVIL,
     )  # fmt: skip
     monkeypatch.setattr(spool_command, "_entries", lambda db, dead, limit: [entry])
-    monkeypatch.setattr(spool_command, "_open", lambda folder: _Database())
+    monkeypatch.setattr(spool_command, "_reading", lambda folder: closing(_Database()))
     out = io.StringIO()
     spool_command.list_events(tmp_path, out, dead=True)
     assert "gnp.exe" in out.getvalue()

@@ -6,6 +6,7 @@ Codes are those of Apache Kafka's protocol guide; negative ones are librdkafka's
 from __future__ import annotations
 
 import logging
+import re
 import time
 from enum import Enum
 from typing import Any
@@ -103,7 +104,8 @@ class _Ear(logging.Handler):
         kind, _, text = record.getMessage().partition(" ")
         if kind == "FAIL":
             told = oneline(text.rpartition("]: ")[2])
-            if "in state APIVERSION_QUERY" in told and "Disconnected" in told:
+            # Hung up at the first bytes, by a listener that reads them as something else.
+            if re.search(r"Disconnected.* in state (APIVERSION_QUERY|SSL_HANDSHAKE)\)", told):
                 told += "; is it a TLS listener, and the URL kafka://, or the other way round?"
             self._watch.last = told
             if "SSL alert" in told:  # with TLS 1.3 the broker's refusal comes after our side's handshake

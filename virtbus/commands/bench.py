@@ -17,12 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
-import click
-
 from virtbus.bus import Bus, BusOptions, open_bus
 from virtbus.commands import wiring
+from virtbus.commands.terminal import progress
 from virtbus.config import Config, bus_url, redact_url
-from virtbus.errors import BusUnavailable
+from virtbus.errors import BusUnavailable, ConfigError
 from virtbus.model import Confirmed, Record
 from virtbus.testing import ListFeed, records
 
@@ -100,7 +99,7 @@ def run(
     with _bench_url(config) as url, _reader(url, options, group):
         bus = open_bus(url, options)
         try:
-            with click.progressbar(length=alone + events, label="publishing", file=notices) as bar:
+            with progress(alone + events, "publishing", notices) as bar:
                 quiet = []
                 for record in records(alone, keys=domains):
                     one = _Timed([record], bar.update)
@@ -146,8 +145,14 @@ def _bench_url(config: Config) -> Iterator[str]:
         return
     path = url.removeprefix("embedded:").removeprefix("//")
     folder = Path(path).parent if path else Path(config.state_dir)
-    with tempfile.TemporaryDirectory(prefix="virtbus-bench-", dir=folder) as made:
-        yield f"embedded://{made}/bus.db"
+    try:
+        made = tempfile.TemporaryDirectory(prefix="virtbus-bench-", dir=folder)
+    except OSError as error:
+        raise ConfigError(
+            f"no file can be made in {folder}: {error.strerror}; make the folder, or name another bus"
+        ) from error
+    with made as name:
+        yield f"embedded://{name}/bus.db"
 
 
 @contextmanager

@@ -37,8 +37,9 @@ def reference(out: TextIO, *, page: Path | None = None) -> None:
         after = renewed(before)
         if after != before:
             page.write_text(after, encoding="utf-8")
-    except OSError as error:
-        raise InputMissing(f"can't renew {page}: {error.strerror or error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InputMissing(f"can't renew {page}: {why}; name the page to renew") from error
     out.write(f"{page} {'was fresh' if after == before else 'renewed'}\n")
 
 

@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import TextIO
 from urllib.parse import quote
 
+from virtbus.commands.terminal import progress
 from virtbus.errors import InputMissing, VirtbusError
+from virtbus.sources import recording
 
 RECORDING = Path(__file__).parent.parent / "recordings" / "demo.jsonl"
-SECONDS = 30.0
+_LONG = 100  # errors; less is replayed within a moment
+SECONDS = 30.0  # without an error before the rest counts as lost
 
 
-def run(*, recording: Path | None, out: TextIO, debug: bool) -> int:
-    """Replay, consume, print; the last line gives the figures. 1 when an error did not arrive."""
-    path = recording or RECORDING
+def run(*, recorded: Path | None, out: TextIO, notices: TextIO, debug: bool) -> int:
+    """Replay, consume, print; the last line gives the figures. 1 when an error did not arrive.
+
+    Raises InputMissing when the recording can't be read, SchemaError when it is none.
+    """
+    path = recorded or RECORDING
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as lines:
+            found = recording.read(lines, str(path))
+            injected = sum(record.get("cb") == "IO_ERROR_REASON" for record in found)
     except (OSError, UnicodeDecodeError) as error:
-        raise InputMissing(f"recording {path} can't be read: {error}") from error
-    injected = sum(1 for line in lines if json.loads(line).get("cb") == "IO_ERROR_REASON")
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise InputMissing(f"recording {path} can't be read: {why}") from error
     out.write(f"Replaying {injected} recorded I/O error(s) of real guests: not live errors.\n\n")
     with tempfile.TemporaryDirectory(prefix="virtbus-demo-") as folder:
         bus = f"embedded://{folder}/bus.db"
@@ -36,9 +46,12 @@ def run(*, recording: Path | None, out: TextIO, debug: bool) -> int:
             [*command, "run", "--libvirt", source, "--bus", bus, "--state-dir",
              f"{folder}/state", "--http-listen", "", "--control-socket", ""],
             stderr=None if debug else subprocess.PIPE,
+            env={**os.environ, "VIRTBUS_INCIDENTS__MAX_WINDOW_SECONDS": "5"},  # nobody waits for a minute
         )  # fmt: skip
         try:
-            delivered = _consume([*command, "consume", "--bus", bus, "--group", "demo"], injected, out)
+            delivered = _consume(
+                [*command, "consume", "--bus", bus, "--group", "demo"], injected, out, notices
+            )
         finally:
             agent.send_signal(signal.SIGTERM)
             try:
@@ -52,24 +65,41 @@ def run(*, recording: Path | None, out: TextIO, debug: bool) -> int:
     return 0 if delivered == injected else 1
 
 
-def _consume(command: list[str], wanted: int, out: TextIO) -> int:
-    """Print each event; the number of errors that they count."""
-    delivered, deadline = 0, time.monotonic() + SECONDS
-    consumer = subprocess.Popen(
-        [*command, "--timeout", str(SECONDS)],
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
-    assert consumer.stdout is not None
+def _consume(command: list[str], wanted: int, out: TextIO, notices: TextIO) -> int:
+    """Print each event; the number of errors that they count, when all came or no more do."""
+    delivered = 0
+    consumer = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    reading = threading.Thread(target=_read, args=(consumer, lines), name="virtbus-demo", daemon=True)
+    reading.start()
     try:
-        for line in consumer.stdout:
-            event = json.loads(line)
-            out.write(json.dumps(event, indent=2, ensure_ascii=False) + "\n")
-            out.flush()
-            delivered += event["data"].get("occurrences", {}).get("count", 0)
-            if delivered >= wanted or time.monotonic() > deadline:
-                break
+        deadline = time.monotonic() + SECONDS
+        with progress(wanted if wanted > _LONG else 0, "replaying", notices) as bar:
+            while delivered < wanted and time.monotonic() < deadline:
+                try:
+                    line = lines.get(timeout=1.0)
+                except queue.Empty:
+                    continue
+                if not line:
+                    break
+                event = json.loads(line)
+                bar.make_way(out)
+                out.write(json.dumps(event, indent=2, ensure_ascii=False) + "\n")
+                out.flush()
+                count = event["data"].get("occurrences", {}).get("count", 0)
+                if count:
+                    delivered += count
+                    bar.update(count)
+                    deadline = time.monotonic() + SECONDS
     finally:
         consumer.terminate()
         consumer.wait(timeout=10)
+        reading.join(1.0)
     return delivered
+
+
+def _read(consumer: subprocess.Popen[bytes], lines: queue.SimpleQueue[bytes]) -> None:
+    assert consumer.stdout is not None
+    for line in consumer.stdout:
+        lines.put(line)
+    lines.put(b"")

@@ -15,7 +15,7 @@ from virtbus.config import Config, Loaded, bus_url, exposed_secrets
 from virtbus.errors import ConfigError
 from virtbus.identity import read_agent_id
 from virtbus.model import Check
-from virtbus.telemetry import printable
+from virtbus.telemetry import printable, takes_colour
 
 _MARKS = {"ok": ("ok  ", "32"), "warning": ("WARN", "33"), "failed": ("FAIL", "31"), "skipped": ("skip", "2")}
 
@@ -37,7 +37,7 @@ def run(loaded: Loaded, *, as_json: bool, timeout: float, out: TextIO) -> int:
     ):
         checks.append(check)
         if not as_json:
-            out.write(_lines(check, terminal=out.isatty()))
+            out.write(_lines(check, terminal=out.isatty(), colour=takes_colour(out)))
             out.flush()
     code = doctor.exit_code(checks)
     if as_json:
@@ -84,7 +84,7 @@ def _host_and_port(place: str, default: int) -> tuple[str, int]:
     return host.strip("[]"), int(port) if port.isdecimal() else default
 
 
-def _lines(check: Check, *, terminal: bool) -> str:
+def _lines(check: Check, *, terminal: bool, colour: bool) -> str:
     mark, code = _MARKS[check.status]
     width = min(shutil.get_terminal_size().columns, 100)
     lines = [f"{mark} {check.name}: {printable(check.summary)}"]
@@ -97,5 +97,6 @@ def _lines(check: Check, *, terminal: bool) -> str:
             )
             for line in lines
         ]
+    if colour:
         lines[0] = f"\x1b[{code}m{mark}\x1b[0m{lines[0].removeprefix(mark)}"
     return "\n".join(lines) + "\n"

@@ -9,14 +9,14 @@ from typing import TextIO
 from virtbus.commands.status import answers
 from virtbus.config import Config
 from virtbus.control import Drill
-from virtbus.errors import BusUnavailable, SourceUnavailable
+from virtbus.errors import AgentUnavailable, BusUnavailable
 
 
 def run(config: Config, request: Mapping[str, object], *, timeout: float, out: TextIO) -> None:
     """Make the drill's event and follow it until the broker has confirmed it.
 
-    Raises ConfigError when no agent answers, SourceUnavailable when it commits nothing, BusUnavailable
-    when the broker did not confirm within `timeout` seconds (the spool keeps the event).
+    Raises AgentUnavailable when no agent answers or it commits nothing, AgentDenied, BusUnavailable when
+    the broker did not confirm within `timeout` seconds (the spool keeps the event).
     """
     drill = Drill.parse(request)
     path = config.control.socket
@@ -39,9 +39,14 @@ def run(config: Config, request: Mapping[str, object], *, timeout: float, out: T
         if time.monotonic() > deadline:
             break
     if event_id is None:
-        raise SourceUnavailable(
-            f"no event was committed within {timeout:g} s: an open drill folds repeats into windows (end it "
-            "with `virtbus emit --resolve`), or the spool can't be written; see `virtbus status`"
+        why = (
+            f"no drill of {drill.domain_name} is open"
+            if drill.resolve
+            else "an open drill folds repeats into windows (end it with `virtbus emit --resolve`)"
+        )
+        raise AgentUnavailable(
+            f"no event was committed within {timeout:g} s: {why}, or the spool can't be written; "
+            "see `virtbus status`"
         )
     raise BusUnavailable(
         f"event {event_id} is in the spool, the broker has not confirmed it after {timeout:g} s; "

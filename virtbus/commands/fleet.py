@@ -12,12 +12,15 @@ from typing import Any, TextIO
 
 from virtbus.commands import wiring
 from virtbus.commands.react import fleet_rules
+from virtbus.commands.terminal import cut, progress, wrapped
 from virtbus.config import Loaded, bus_url
 from virtbus.consumer import Consumer
 from virtbus.errors import ConfigError
 from virtbus.fleet import Blame, Fleet, FleetView, HostHealth
 from virtbus.model import Clock
+from virtbus.telemetry import takes_escapes
 
+_WIDE = 120  # columns: what a host's trouble is stands beside it, else below
 _REDRAW_SECONDS = 1.0
 _WRITE_SECONDS = 2.0
 ROUND_SECONDS = 65.0  # one round of heartbeats, and a little
@@ -31,24 +34,33 @@ def run(
     write: Path | None,
     listen: float | None,
     out: TextIO,
+    notices: TextIO,
 ) -> int:
     """Show the fleet until an interrupt; with `once` after listening for `listen` seconds (one round)."""
     config = loaded.config
     fleet, clock = Fleet(fleet_rules(config)), Clock()
     seconds = listen if listen is not None else (ROUND_SECONDS if once else None)
     end = None if seconds is None else time.monotonic() + seconds
-    live = not once and not as_json and write is None and out.isatty()
+    live = not once and not as_json and write is None and takes_escapes(out)
     drawn = 0.0
-    with Consumer(
-        bus_url(config), group=None, options=wiring.bus_options(config), prefetch=1000, patient=False
-    ) as consumer:
+    begun, shown = time.monotonic(), 0  # seconds
+    with (
+        Consumer(
+            bus_url(config), group=None, options=wiring.bus_options(config), prefetch=1000, patient=False
+        ) as consumer,
+        progress(round(seconds) if once and seconds else 0, "listening", notices) as bar,
+    ):
         while end is None or time.monotonic() < end:
             delivery = consumer.receive(0.2)
             if delivery is not None:
                 if delivery.event is not None:
                     fleet.saw(delivery.event, delivery.attributes, clock())
                 delivery.ack()
-            if not once and time.monotonic() - drawn >= (_WRITE_SECONDS if write else _REDRAW_SECONDS):
+            if once:
+                passed = int(time.monotonic() - begun)
+                bar.update(passed - shown)
+                shown = passed
+            elif time.monotonic() - drawn >= (_WRITE_SECONDS if write else _REDRAW_SECONDS):
                 drawn = time.monotonic()
                 _show(fleet.view(clock()), as_json=as_json, write=write, live=live, out=out)
     view = fleet.view(clock())
@@ -136,37 +148,44 @@ _ORDER = {Blame.HOST: 0, Blame.UNDETERMINED: 1, Blame.BACKEND: 2, Blame.NONE: 3}
 
 def table(view: FleetView, *, rows: int | None, columns: int) -> list[str]:
     """Lines for a terminal: the summary, storage in trouble, hosts in trouble or not observing."""
-    lines = [
+    wide = columns >= _WIDE
+    summary = (
         f"{len(view.hosts)} hosts, {view.silent} silent; {view.incidents} open incidents, "
         f"{view.errors_per_minute:.1f} errors/min, {len(view.backends)} storage systems in trouble"
-    ]
+    )
+    lines = [summary] if wide else _fitting(summary)
     if view.suspect_ourselves:
         lines.append("most agents are silent at once: rather our own connection than theirs")
+    why = "  WHY" if wide else ""
     if view.backends:
-        lines += ["", f"{'STORAGE':<32} {'BLAME':<13} {'HOSTS':>5} {'GUESTS':>6}  WHY"]
+        lines += ["", f"{'STORAGE':<32} {'BLAME':<13} {'HOSTS':>5} {'GUESTS':>6}{why}"]
         worst = sorted(view.backends, key=lambda one: (_ORDER[one.blame], -one.guests, one.name))
-        lines += [
-            f"{_cut(one.name, 32):<32} {one.blame.value + ('/full' if one.full else ''):<13} "
-            f"{len(one.hosts):>5} {one.guests:>6}  {one.why}"
-            for one in worst
-        ]
+        for one in worst:
+            blame = one.blame.value + ("/full" if one.full else "")
+            line = f"{cut(one.name, 32):<32} {blame:<13} {len(one.hosts):>5} {one.guests:>6}"
+            lines += _with_why(line, one.why, wide)
     shown = [host for host in view.hosts if host.incidents or host.state != "observing"]
     if shown:
-        header = f"{'HOST':<32} {'BLAME':<13} {'STATE':<9} {'GUESTS':>6} {'PAUSED':>6} {'ERR/MIN':>7}  WHY"
+        header = f"{'HOST':<32} {'BLAME':<13} {'STATE':<9} {'GUESTS':>6} {'PAUSED':>6} {'ERR/MIN':>7}{why}"
         lines += ["", header]
         shown.sort(key=lambda one: (_ORDER[one.blame], one.state == "observing", -one.guests, one.name))
-        lines += [
-            f"{_cut(one.name, 32):<32} {one.blame.value if one.incidents else '-':<13} {one.state:<9} "
-            f"{one.guests:>6} {one.paused:>6} {one.errors_per_minute:>7.1f}  {one.why}"
-            for one in shown
-        ]
+        for host in shown:
+            line = (
+                f"{cut(host.name, 32):<32} {host.blame.value if host.incidents else '-':<13} {host.state:<9} "
+                f"{host.guests:>6} {host.paused:>6} {host.errors_per_minute:>7.1f}"
+            )
+            lines += _with_why(line, host.why, wide)
     if rows is not None and len(lines) > rows:
         left = len(lines) - rows + 1
         lines = [*lines[: rows - 1], f"… {left} more lines"]
-    return [_cut(line, columns if rows is not None else len(line)) for line in lines]
+    return [cut(line, columns if rows is not None else len(line)) for line in lines]
 
 
-def _cut(text: str, width: int) -> str:
-    # Names come from hosts: nothing in them may move the terminal's cursor.
-    clean = "".join(letter if letter.isprintable() else "?" for letter in text)
-    return clean if len(clean) <= width else clean[: width - 1] + "…"
+def _with_why(line: str, why: str, wide: bool) -> list[str]:
+    if not why:
+        return [line]
+    return [f"{line}  {cut(why, len(why))}"] if wide else [line, *_fitting(f"    {why}")]
+
+
+def _fitting(text: str) -> list[str]:
+    return wrapped(cut(text, len(text)), indent=4).splitlines()

@@ -12,12 +12,12 @@ from virtbus.errors import InputMissing, SchemaError
 
 
 def list_schemas(out: TextIO, *, as_json: bool = False) -> None:
-    """One line a schema: id, status, SHA-256; as JSON the index."""
+    """One line a schema: its id, status and the beginning of its SHA-256; as JSON the whole index."""
     if as_json:
         out.write(json.dumps([asdict(entry) for entry in schema.entries()], indent=2) + "\n")
         return
     for entry in schema.entries():
-        out.write(f"{entry.id}  {entry.status}  {entry.sha256}\n")
+        out.write(f"{entry.id:<62} {entry.status:<8} {entry.sha256[:8]}\n")
 
 
 def show(name: str, out: TextIO) -> None:

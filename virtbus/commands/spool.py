@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from virtbus.errors import InputMissing, SpoolBusy, SpoolCorrupt
+from virtbus.commands.terminal import cut, progress, rows, wrapped
+from virtbus.errors import AgentUnavailable, InputMissing, SpoolBusy, SpoolCorrupt
 from virtbus.model import to_datetime
 from virtbus.spool import files, wishes
-from virtbus.telemetry import printable
 
 _LIST = "position, id, epoch, seq, key, class, count, bytes, created_ns, attempts"
+_LONG = 2000  # less is done within a moment
+_POLL_SECONDS = 0.2
 _CLASSES = ("updated", "resolved", "opened", "gap")
 
 
@@ -40,25 +43,26 @@ class Entry:
     error: str | None = None
 
 
-def _open(state_dir: Path) -> sqlite3.Connection:
+@contextmanager
+def _reading(state_dir: Path) -> Iterator[sqlite3.Connection]:
     """Open for reading. Raises InputMissing when there is no spool here, SpoolCorrupt when it is damaged."""
     path = state_dir / files.DATABASE
-    if not path.exists():
-        raise InputMissing(f"there is no spool in {state_dir}; name its folder with --state-dir")
     try:
-        connection = files.connect_to_read(path)
-        try:
+        path.stat()
+        with closing(files.connect_to_read(path)) as connection:
             files.check_version(connection, path)
-        except BaseException:
-            connection.close()
-            raise
+            yield connection
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputMissing(f"there is no spool in {state_dir}; name its folder with --state-dir") from None
+    except PermissionError as error:
+        raise InputMissing(f"{path} can't be read: {error.strerror}; run as the agent's user") from error
     except sqlite3.Error as error:
-        if files.is_damage(error):
+        # SQLITE_ERROR: a table is missing; our own words are right.
+        if files.is_damage(error) or files.code_of(error) == sqlite3.SQLITE_ERROR:
             raise _damaged(path, error) from error
         raise InputMissing(f"{path} can't be read: {error}; run as the agent's user") from error
     except files.Damaged as error:
         raise _damaged(path, error) from error
-    return connection
 
 
 def _damaged(path: Path, error: Exception) -> SpoolCorrupt:
@@ -102,7 +106,7 @@ def _entries(db: sqlite3.Connection, *, dead: bool, limit: int | None) -> list[E
 
 def status(state_dir: Path, out: TextIO, *, as_json: bool = False) -> None:
     """How much waits and since when, who holds the spool, and which runs are not settled yet."""
-    with closing(_open(state_dir)) as db:
+    with _reading(state_dir) as db:
         pending, size, oldest = db.execute(
             "SELECT count(*), total(bytes), min(created_ns) FROM events"
         ).fetchone()
@@ -132,24 +136,26 @@ def status(state_dir: Path, out: TextIO, *, as_json: bool = False) -> None:
     if as_json:
         out.write(json.dumps(data, indent=2) + "\n")
         return
-    out.write(f"spool      {data['path']} ({data['file_bytes']} bytes on the disk)\n")
-    out.write(f"held by    {data['held_by'] or 'nobody'}\n")
     since = "" if oldest is None else f", the oldest for {data['oldest_seconds']:.0f} s"
-    out.write(f"waiting    {pending} events, {data['bytes']} bytes{since}\n")
-    out.write(f"dead       {dead} events, {data['dead_bytes']} bytes\n")
+    told = [
+        ("spool", f"{data['path']} ({data['file_bytes']} bytes on the disk)"),
+        ("held by", data["held_by"] or "nobody"),
+        ("waiting", f"{pending} events, {data['bytes']} bytes{since}"),
+        ("dead", f"{dead} events, {data['dead_bytes']} bytes"),
+    ]
     if data["unnamed"]:
-        out.write(f"lost       {data['unnamed']} events, to be named in the agent's next gap event\n")
+        told.append(("lost", f"{data['unnamed']} events, to be named in the agent's next gap event"))
     if asked:
-        out.write(f"asked      {asked} wishes, to be granted by the agent\n")
-    for name in aside:
-        out.write(f"set aside  {state_dir / name}\n")
+        told.append(("asked", f"{asked} wishes, to be granted by the agent"))
+    told += [("set aside", str(state_dir / name)) for name in aside]
+    out.write(rows(told))
 
 
 def list_events(
     state_dir: Path, out: TextIO, *, dead: bool = False, limit: int | None = 100, as_json: bool = False
 ) -> None:
     """The events that wait (or the dead letters), the oldest first; as JSON one object a line."""
-    with closing(_open(state_dir)) as db:
+    with _reading(state_dir) as db:
         entries = _entries(db, dead=dead, limit=limit)
         table = "dead" if dead else "events"
         (total,) = db.execute(f"SELECT count(*) FROM {table}").fetchone()  # noqa: S608 - our own names
@@ -160,21 +166,21 @@ def list_events(
     if not entries:
         out.write("no dead letters\n" if dead else "nothing waits\n")
         return
-    out.write(f"{'#':>8}  {'kind':8}  {'count':>7}  {'age':>9}  {'tries':>5}  {'key':36}  id\n")
+    out.write(f"{'#':>7} {'kind':8} {'count':>7} {'age':>10} {'tries':>5}  key\n")
     for entry in entries:
         out.write(
-            f"{entry.position:>8}  {entry.kind:8}  {entry.count:>7}  {entry.age_seconds:>7.0f} s  "
-            f"{entry.attempts:>5}  {printable(entry.key):36}  {printable(entry.id)}\n"
+            f"{entry.position:>7} {entry.kind:8} {entry.count:>7} {entry.age_seconds:>8.0f} s "
+            f"{entry.attempts:>5}  {cut(entry.key, 37)}\n"
         )
         if entry.why is not None:
-            out.write(f"{'':10}{entry.why}: {printable(entry.error or '')}\n")
+            out.write(wrapped(f"{'':8}{entry.why}: {entry.error}", indent=10))
     if total > len(entries):
         out.write(f"… and {total - len(entries)} more (--limit)\n")
 
 
 def show(state_dir: Path, which: str, out: TextIO) -> None:
     """One event as it would go out, attributes and data. `which` is its id or its number in `list`."""
-    with closing(_open(state_dir)) as db:
+    with _reading(state_dir) as db:
         for table in ("events", "dead"):
             for position in _find(db, table, [which]):
                 sql = f"SELECT attributes, body FROM {table} WHERE position=?"  # noqa: S608 - our own names
@@ -193,21 +199,28 @@ def _find(db: sqlite3.Connection, table: str, which: Iterable[str]) -> list[int]
     return [
         position
         for item in which
-        for (position,) in db.execute(sql, (item, int(item) if item.isdecimal() else -1))
+        # At most 18 digits: SQLite's integers have 64 bits.
+        for (position,) in db.execute(sql, (item, int(item) if item.isdecimal() and len(item) < 19 else -1))
     ]
 
 
-def retry(state_dir: Path, which: Sequence[str], out: TextIO) -> None:
+def retry(
+    state_dir: Path, which: Sequence[str], out: TextIO, *, notices: TextIO = sys.stderr, patience: float = 0.0
+) -> None:
     """Send refused dead letters again, with their ids; all of them when none is named.
 
-    Invalid and damaged ones stay: nobody could read them.
+    Invalid and damaged ones stay: nobody could read them. Beside an agent it waits until that has done it;
+    raises AgentUnavailable when nothing is done for `patience` seconds (0 does not wait).
     """
-    with closing(_open(state_dir)) as db:
+    with _reading(state_dir) as db:
         if which:
             chosen = _find(db, "dead", which)
         else:
             chosen = [row for (row,) in db.execute("SELECT position FROM dead WHERE why='refused'")]
-    _wish(state_dir, wishes.RETRY, chosen, out, "to be sent again")
+    if not chosen and not which:
+        out.write("no dead letter was refused: nothing to send again\n")
+        return
+    _wish(state_dir, wishes.RETRY, chosen, out, "to be sent again", notices, patience)
 
 
 def drop(
@@ -217,26 +230,40 @@ def drop(
     *,
     dead: bool = False,
     confirm: Callable[[str], bool],
+    notices: TextIO = sys.stderr,
+    patience: float = 0.0,
 ) -> None:
     """Give up events that wait, or dead letters; each event is named in a gap event (operator_dropped).
 
     `which` are ids or numbers of `list`; none means all. `confirm` is asked once, with the whole question.
+    `patience` as for `retry`.
     """
     table = "dead" if dead else "events"
-    with closing(_open(state_dir)) as db:
+    with _reading(state_dir) as db:
         if which:
             chosen = _find(db, table, which)
         else:
             chosen = [row for (row,) in db.execute(f"SELECT position FROM {table}")]  # noqa: S608 - our own names
+    if not chosen and not which:
+        out.write("no dead letters\n" if dead else "nothing waits\n")
+        return
     if chosen:
         what = "dead letters" if dead else "waiting events"
         if not confirm(f"Drop {len(chosen)} {what} of {state_dir} for good?"):
             out.write("nothing was dropped\n")
             return
-    _wish(state_dir, wishes.DROP, chosen, out, "to be dropped")
+    _wish(state_dir, wishes.DROP, chosen, out, "to be dropped", notices, patience)
 
 
-def _wish(state_dir: Path, action: str, chosen: Sequence[int], out: TextIO, what: str) -> None:
+def _wish(
+    state_dir: Path,
+    action: str,
+    chosen: Sequence[int],
+    out: TextIO,
+    what: str,
+    notices: TextIO,
+    patience: float,
+) -> None:
     if not chosen:
         raise InputMissing("no such event in the spool; `virtbus spool list` and `list --dead` show them")
     path = state_dir / files.DATABASE
@@ -246,13 +273,36 @@ def _wish(state_dir: Path, action: str, chosen: Sequence[int], out: TextIO, what
         lock = None  # the agent runs: it grants the wish itself
     try:
         with closing(files.connect(path)) as db:
-            wishes.wish(db, action, chosen)
+            last = wishes.wish(db, action, chosen)
             if lock is not None:
-                wishes.grant_all(db, time.time_ns())
+                with progress(len(chosen) if len(chosen) > _LONG else 0, action, notices) as bar:
+                    for count in wishes.grant_all(db, time.time_ns()):
+                        bar.update(count)
+            elif patience:
+                _await(db, last, len(chosen), action, notices, patience)
     except sqlite3.Error as error:
         files.raise_translated(error, path)
     finally:
         if lock is not None:
             lock.close()
-    when = "done" if lock is not None else "the agent does it within 15 s"
+    when = "done" if lock is not None or patience else "the agent does it; see `virtbus spool status`"
     out.write(f"{len(chosen)} events {what}: {when}\n")
+
+
+def _await(
+    db: sqlite3.Connection, last: int, count: int, action: str, notices: TextIO, patience: float
+) -> None:
+    """Wait until the agent has granted every wish up to number `last`. Raises AgentUnavailable."""
+    left, since = count, time.monotonic()
+    with progress(count, action, notices) as bar:
+        while left:
+            time.sleep(_POLL_SECONDS)
+            (now,) = db.execute("SELECT count(*) FROM requests WHERE number<=?", (last,)).fetchone()
+            if now < left:
+                bar.update(left - now)
+                left, since = now, time.monotonic()
+            elif time.monotonic() - since > patience:
+                raise AgentUnavailable(
+                    f"{action}: {left} of {count} events still wait for the agent, which did nothing for "
+                    f"{patience:g} s; it does it when it can: see `virtbus status`"
+                )

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from virtbus.commands.terminal import rows
 from virtbus.config import Config
 from virtbus.control import ask
-from virtbus.errors import ConfigError, SourceUnavailable
-from virtbus.telemetry import printable
+from virtbus.errors import AgentUnavailable, ConfigError
 
 
 def answers(
@@ -20,12 +19,13 @@ def answers(
 ) -> Iterator[dict[str, Any]]:
     """What the agent answers, a JSON object a line; `blanks` gives a tap's signs of life as empty ones.
 
-    Raises ConfigError when no agent answers, SourceUnavailable when it does not go on.
+    Raises AgentUnavailable when no agent answers or goes on, AgentDenied, ConfigError for what it refuses.
     """
     if not path:
         raise ConfigError("control.socket is empty: this agent has no control socket")
     with ask(Path(path), request) as peer:
         peer.settimeout(timeout)
+        over = False  # a tap never ends by itself
         try:
             for line in peer.makefile("rb"):
                 if blanks and not line.strip():
@@ -34,9 +34,15 @@ def answers(
                     answer = json.loads(line)
                     if "error" in answer:
                         raise ConfigError(f"{path}: {answer['error']}")
+                    over = request["command"] != "tap"
                     yield answer
         except OSError as error:
-            raise SourceUnavailable(f"{path}: the agent does not answer: {error}") from error
+            why = error.strerror or str(error)
+            raise AgentUnavailable(f"{path}: the agent does not answer: {why}; see its log") from error
+        except ValueError as error:
+            raise AgentUnavailable(f"{path}: the answer is broken off; did the agent end?") from error
+        if not over:
+            raise AgentUnavailable(f"{path}: the agent ended; see its log")
 
 
 def status(config: Config, *, as_json: bool, watching: bool, out: TextIO) -> None:
@@ -56,7 +62,7 @@ def status(config: Config, *, as_json: bool, watching: bool, out: TextIO) -> Non
 def _table(answer: Mapping[str, Any]) -> str:
     spool, source, bus = answer["spool"], answer["source"], answer["bus"]
     oldest = spool["oldest_seconds"]
-    rows = [
+    return rows([
         ("agent", f"{answer['agent_id']}  virtbus {answer['version']}"),
         ("host", answer["host"] or "not known yet"),
         ("started", answer["started_at"]),
@@ -69,11 +75,7 @@ def _table(answer: Mapping[str, Any]) -> str:
         ("sequence", f"{spool['committed_sequence']} committed, {spool['confirmed_sequence']} confirmed"),
         ("incidents", f"{answer['incidents']['open']} open"),
         ("ready", "yes" if not answer["not_ready"] else "NO: " + "; ".join(answer["not_ready"])),
-    ]  # fmt: skip
-    wrap = textwrap.TextWrapper(
-        80, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False
-    )
-    return "".join(wrap.fill(f"{name:<10} {printable(text)}") + "\n" for name, text in rows)
+    ])  # fmt: skip
 
 
 def tap(config: Config, *, stage: str | None, domain: str | None, out: TextIO) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -90,11 +91,13 @@ WantedBy=multi-user.target
 def unit(out: TextIO, *, user: str, command: str | None, drain_seconds: float) -> None:
     """Print the unit; `command` is the program's absolute path, by default that of the one that runs now.
 
-    Raises ConfigError when that has no absolute path, or has one that systemd would read differently.
+    Raises ConfigError when that has no absolute path, or for words that systemd would read differently.
     """
     path = command or _this_program()
-    if not path.startswith("/") or any(sign in path for sign in " \t%\"'\\$"):
+    if not re.fullmatch(r"/[^\s%\"'\\$]*", path):
         raise ConfigError(f"{path!r} is no plain absolute path; name the program with --command")
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,30}", user):  # systemd.exec(5), User=
+        raise ConfigError(f"{user!r} is no name of a user; name one with --user")
     stop = math.ceil(drain_seconds) + 20
     out.write(_UNIT.format(user=user, command=path, drain=drain_seconds, stop=stop))
 

@@ -6,6 +6,7 @@ Reads files or standard input as a stream, in flat memory: JSON lines, or one do
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,10 +17,12 @@ from typing import Any, BinaryIO, TextIO
 import msgspec
 
 from virtbus import schema
+from virtbus.commands.terminal import progress
 from virtbus.errors import InputMissing, SchemaError
 from virtbus.schema import Problem
 
 _MAX_BYTES = 1024 * 1024  # of one event, as everywhere
+_LONG_BYTES = 16 << 20  # less is checked within a second
 _decode = msgspec.json.Decoder().decode
 
 
@@ -43,6 +46,7 @@ def run(
     fmt: str = "text",
     schema_name: str | None = None,
     stdin: BinaryIO | None = None,
+    notices: TextIO = sys.stderr,
 ) -> int:
     """Check every event of `files` ("-" is standard input) and write each problem to `out`.
 
@@ -54,19 +58,24 @@ def run(
     name = schema.resolve(schema_name).id if schema_name else None
     report = _as_json if fmt == "json" else _as_text
     tally = _Tally()
-    for file in files:
-        try:
-            with _open(file, stdin) as stream:
-                for line, raw in _documents(stream):
-                    tally.checked += 1
-                    problems = check_text(raw, name)
-                    if problems:
-                        tally.invalid += 1
-                        report(out, file, line, problems)
-        except OSError as error:
-            tally.unreadable += 1
-            why = error.strerror or str(error)
-            report(out, file, 0, [Problem("", "a readable file", why, f"can't read {file}: {why}")])
+    size = sum(map(_size, files))
+    with progress(size if size >= _LONG_BYTES else 0, "checking", notices) as bar:
+        for file in files:
+            try:
+                with _open(file, stdin) as stream:
+                    for line, raw in _documents(stream):
+                        tally.checked += 1
+                        problems = check_text(raw, name)
+                        if problems:
+                            tally.invalid += 1
+                            bar.make_way(out)
+                            report(out, file, line, problems)
+                        bar.update(len(raw) + 1)
+            except OSError as error:
+                tally.unreadable += 1
+                why = error.strerror or str(error)
+                bar.make_way(out)
+                report(out, file, 0, [Problem("", "a readable file", why, f"can't read {file}: {why}")])
     summary = {"checked": tally.checked, "invalid": tally.invalid, "unreadable": tally.unreadable}
     if fmt == "json":
         out.write(json.dumps({"summary": summary}) + "\n")
@@ -110,6 +119,14 @@ def _check_event(event: Any) -> list[Problem]:
             Problem("/dataschema", "a schema of this release", schema.clip(dataschema), str(error)),
         ]
     return [*problems, *(p._replace(pointer="/data" + p.pointer) for p in inner)]
+
+
+def _size(file: str) -> int:
+    """Bytes of a file; a pipe, or what can't be looked at, adds nothing."""
+    try:
+        return os.fstat(sys.stdin.fileno()).st_size if file == "-" else Path(file).stat().st_size
+    except (OSError, ValueError):
+        return 0
 
 
 def _open(file: str, stdin: BinaryIO | None) -> AbstractContextManager[BinaryIO]:

@@ -7,7 +7,7 @@ import time
 from datetime import UTC, datetime
 from typing import TextIO
 
-from virtbus.errors import SourceUnavailable, VirtbusError
+from virtbus.errors import ConfigError, SourceUnavailable, VirtbusError
 from virtbus.model import Action, Description, Domain, Host, RawIoError
 from virtbus.sources import SourceOptions, domain_xml, recording
 from virtbus.sources.libvirt import LibvirtConnector
@@ -25,6 +25,8 @@ def run(uri: str, *, as_json: bool, out: TextIO, timeout: float | None = None) -
     With `as_json` each line is one of a recording (virtbus.sources.recording), which the replay source
     plays. Raises SourceUnavailable when libvirt is away or goes away, SourceDenied, ConfigError.
     """
+    if uri.startswith("replay:"):
+        raise ConfigError(f"{uri} is no hypervisor: `virtbus demo --recording FILE` plays a recording")
     watch = _Watch(as_json)
     link = LibvirtConnector(uri, SourceOptions()).open(watch)
     deadline = None if timeout is None else time.monotonic() + timeout

@@ -44,6 +44,7 @@ from virtbus.sources.link import (
     SUSPENDED_PAUSED,
 )
 from virtbus.sources.looks import Look, read_messages
+from virtbus.telemetry import Notice, emit
 
 FULL_SPEED = math.inf
 
@@ -87,11 +88,14 @@ class ReplaySource:
         """Play it once, then wait for `stop`; see Source. Raises SchemaError for a damaged line."""
         sink(self.snapshot())
         began = time.monotonic()
+        count = 0
         for at, observations in self._played():
             if not self._wait_until(began, at, stop):
                 return
             for observation in observations:
                 sink(observation)
+            count += len(observations)
+        emit(Notice(f"{self._name}: replayed to its end, {count} observations; no more will come"))
         stop.wait()
 
     def describe(self, domain_uuid: str) -> Description | None:

@@ -39,6 +39,9 @@ MANY_GAPS = 32  # so many gap events become one before anything else gives way
 MERGE_AT_ONCE = 256
 CLOSE_PATIENCE_SECONDS = 2.0  # how long closing waits for a commit that hangs on the disk
 
+WISHES_SECONDS = 0.5  # how long errors may wait for what an operator asked for
+
+_WISHES = 1000  # a transaction
 _GAP_RESERVE = 2048
 
 
@@ -318,24 +321,36 @@ class IntakeSide:
             with self._state.writing:
                 self._heal()
                 try:
-                    self._grant_wishes(wall_ns)
+                    more = self._grant_wishes(wall_ns)
                     alive_ns = max(self._state.account.alive_ns, self._seen_ns)
                     self._writer.execute(insert_sql("runs"), run_row(self._state.account, alive_ns=alive_ns))
                     self._state.account.alive_ns = alive_ns
                 except sqlite3.Error as error:
                     self._fail(error)
+            while more:
+                if self._state.clock().monotonic - now > WISHES_SECONDS:
+                    self._wishes_at = now - ALIVE_SECONDS  # go on at the next call
+                    break
+                with self._state.writing:
+                    try:
+                        more = self._grant_wishes(wall_ns)
+                    except sqlite3.Error as error:
+                        self._fail(error)
         except SpoolFull as error:
             self.refusal = error
             return False
         self.refusal = None
         return True
 
-    def _grant_wishes(self, wall_ns: int) -> None:
-        """Do what an operator asked for beside us; what is in flight waits for another round."""
+    def _grant_wishes(self, wall_ns: int) -> bool:
+        """Do what an operator asked for beside us; what is in flight waits for another round.
+
+        True when there is more to do now. The caller holds `writing`.
+        """
         db = self._writer
-        asked = db.execute(contents.select_sql("requests", "ORDER BY number LIMIT 1000")).fetchall()
+        asked = db.execute(contents.select_sql("requests", f"ORDER BY number LIMIT {_WISHES}")).fetchall()
         if not asked:
-            return
+            return False
         keys = {row[0]: row[4] for row in whole_events(db, [each[2] for each in asked])}
         held: list[tuple[int, str]] = []
         free: list[tuple[int, str, int]] = []
@@ -368,6 +383,7 @@ class IntakeSide:
                 self._state.dead_bytes -= size
             self._state.losses += done.losses
             self._state.changed.notify_all()
+        return len(asked) == _WISHES and bool(free)
 
     def states(self) -> dict[str, bytes]:
         """The incident states as last committed."""

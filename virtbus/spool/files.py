@@ -17,8 +17,9 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from operator import itemgetter
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from virtbus.config import redact_url
 from virtbus.errors import ConfigError, SpoolBusy, SpoolCorrupt, SpoolFull, VirtbusError
@@ -99,9 +100,11 @@ UNCHECKED = frozenset({"requests"})  # an operator's wishes: nothing of it is pu
 # Columns a checksum leaves out: `position` is only where a row lies, `attempts` only counts tries, and
 # why, error and died_ns are for people.
 _NOT_SEALED = frozenset({"position", "number", "attempts", "checksum", "why", "error", "died_ns"})
-SEALED: dict[str, tuple[int, ...]] = {
-    table: tuple(at for at, name in enumerate(columns) if name not in _NOT_SEALED)
+# Of a whole row, those of its values that its checksum covers.
+_sealed_of: dict[str, itemgetter[Any]] = {
+    table: itemgetter(*(at for at, name in enumerate(columns) if name not in _NOT_SEALED))
     for table, columns in COLUMNS.items()
+    if table not in UNCHECKED
 }
 CHECKSUM_AT: dict[str, int] = {
     table: columns.index("checksum") for table, columns in COLUMNS.items() if table not in UNCHECKED
@@ -113,15 +116,18 @@ SqlValue = int | str | bytes | None
 def seal(values: Sequence[SqlValue]) -> bytes:
     """The checksum of a row's sealed values; a value's type and length are part of it."""
     # ascii() and not repr(): what repr() escapes depends on the Unicode version of the interpreter.
-    head = ascii([(len(value),) if isinstance(value, bytes) else value for value in values])
-    blobs = [value for value in values if isinstance(value, bytes)]
-    return blake2b(b"".join((head.encode("ascii"), *blobs)), digest_size=16).digest()
+    # The one long value of a row, its blob, is the last; it is hashed as it is.
+    last = values[-1]
+    if type(last) is bytes:
+        head = ascii([*values[:-1], (len(last),)])
+        return blake2b(head.encode("ascii") + last, digest_size=16).digest()
+    return blake2b(ascii([*values]).encode("ascii"), digest_size=16).digest()
 
 
 def sealed(table: str, values: Sequence[SqlValue]) -> tuple[SqlValue, ...]:
     """`values` of all columns (the checksum's place holds anything) with the checksum put in."""
     at = CHECKSUM_AT[table]
-    checksum = seal([values[index] for index in SEALED[table]])
+    checksum = seal(_sealed_of[table](values))
     return (*values[:at], checksum, *values[at + 1 :])
 
 
@@ -129,7 +135,7 @@ def is_whole(table: str, values: Sequence[SqlValue]) -> bool:
     """Whether a row that was read is the row that was written."""
     if table in UNCHECKED:
         return True
-    return values[CHECKSUM_AT[table]] == seal([values[index] for index in SEALED[table]])
+    return values[CHECKSUM_AT[table]] == seal(_sealed_of[table](values))
 
 
 def insert_sql(table: str) -> str:

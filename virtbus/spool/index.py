@@ -76,7 +76,9 @@ class Index:
 
     def _queue(self, key: str, lane: _Lane) -> None:
         """Put the lane's first row where `take` finds it, or forget a lane without rows."""
-        row = self._first(lane)
+        self._queue_at(self._first(lane), key, lane)
+
+    def _queue_at(self, row: int | None, key: str, lane: _Lane) -> None:
         if row is None:
             if lane.state is not _State.TAKEN:
                 del self._lanes[key]
@@ -94,8 +96,12 @@ class Index:
         return lane is not None and lane.state is _State.QUEUED and lane.entry == row
 
     def _first(self, lane: _Lane) -> int | None:
-        rows, head = lane.rows, lane.head
-        while head < len(rows) and not self.code(rows[head]):
+        rows, head, pages = lane.rows, lane.head, self._codes
+        while head < len(rows):
+            row = rows[head]
+            codes = pages.get(row // _PAGE)
+            if codes is not None and codes[row % _PAGE]:
+                break
             head += 1
         if head > 64 and head * 2 > len(rows):
             del rows[:head]
@@ -122,17 +128,16 @@ class Index:
         if not self._alive[page]:
             del self._codes[page], self._alive[page]
         lane = self._lanes.get(key)
-        if lane is not None and lane.state is not _State.QUEUED and self._first_is_new(lane):
+        if lane is None:
+            return
+        first = self._first(lane)
+        if lane.state is not _State.QUEUED and (first is None or first != lane.entry):
             if lane.state is _State.PARKED:
                 self.parked_keys -= 1
             lane.state = _State.QUEUED
-            self._queue(key, lane)
-        elif lane is not None and lane.state is _State.QUEUED and self._first(lane) is None:
+            self._queue_at(first, key, lane)
+        elif lane.state is _State.QUEUED and first is None:
             del self._lanes[key]
-
-    def _first_is_new(self, lane: _Lane) -> bool:
-        row = self._first(lane)
-        return row is None or row != lane.entry
 
     def sort(self, key: str, order: dict[int, tuple[int, int]]) -> None:
         """Put a lane into the order of (run, sequence): a damaged file may have told another one."""

@@ -7,7 +7,7 @@ seconds, as well as while none runs. What is dropped is named in a gap event by 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from virtbus.model import SequenceRange
@@ -28,12 +28,15 @@ class Granted:
     losses: list[Loss] = field(default_factory=list)
 
 
-def wish(db: sqlite3.Connection, action: str, positions: Iterable[int]) -> None:
-    """Write wishes into the file, in one transaction."""
+def wish(db: sqlite3.Connection, action: str, positions: Iterable[int]) -> int:
+    """Write wishes into the file, in one transaction; the number of the last one."""
+    number = 0
     db.execute("BEGIN IMMEDIATE")
     for position in positions:
-        db.execute("INSERT INTO requests (action, position) VALUES (?, ?)", (action, position))
+        made = db.execute("INSERT INTO requests (action, position) VALUES (?, ?)", (action, position))
+        number = made.lastrowid or number
     db.execute("COMMIT")
+    return number
 
 
 def grant(
@@ -90,20 +93,29 @@ def _remember_run(db: sqlite3.Connection, epoch: str, seq: int, wall_ns: int) ->
     db.execute(files.insert_sql("runs"), contents.run_row(settled))
 
 
-def grant_all(db: sqlite3.Connection, wall_ns: int) -> Granted:
-    """Grant every wish in the file. Only for who holds the lock and keeps no index: no agent runs then."""
+def grant_all(db: sqlite3.Connection, wall_ns: int) -> Iterator[int]:
+    """Grant every wish in the file, a share at a time; how many each time.
+
+    Only for who holds the lock and keeps no index: no agent runs then. What is left when it is not run to
+    its end, the agent's next start grants.
+    """
+    while count := _grant_some(db, wall_ns):
+        yield count
+
+
+def _grant_some(db: sqlite3.Connection, wall_ns: int) -> int:
     db.execute("BEGIN IMMEDIATE")
     try:
-        asked = db.execute(contents.select_sql("requests", "ORDER BY number")).fetchall()
+        asked = db.execute(contents.select_sql("requests", "ORDER BY number LIMIT 1000")).fetchall()
         (position,) = db.execute(
             "SELECT max(coalesce((SELECT max(position) FROM events), 0),"
             " coalesce((SELECT max(position) FROM dead), 0))"
         ).fetchone()
         (loss,) = db.execute("SELECT coalesce(max(number), 0) FROM losses").fetchone()
-        done = grant(db, asked, position + 1, loss + 1, wall_ns)
+        grant(db, asked, position + 1, loss + 1, wall_ns)
         db.execute("COMMIT")
     except BaseException:
         if db.in_transaction:
             db.execute("ROLLBACK")
         raise
-    return done
+    return len(asked)
