@@ -78,7 +78,6 @@ class Tls(_Section, frozen=True):
 class KafkaTopic(_Section, frozen=True):
     """What a missing topic is created with."""
 
-    create: Annotated[bool, Meta(description="Create the topic when it is missing")] = True
     partitions: Annotated[int, Meta(ge=1, description="Number of partitions")] = 12
     replication: Annotated[int, Meta(ge=-1, description="Replicas; -1 is the broker's default")] = -1
     retention_seconds: Annotated[Count | None, Meta(description="retention.ms in seconds")] = None
@@ -128,7 +127,7 @@ class Bus(_Section, frozen=True):
     exchange: Annotated[str, Meta(min_length=1, max_length=255, description="AMQP topic exchange")] = (
         "virtbus.events"
     )
-    topic: Annotated[str, Meta(min_length=1, max_length=249, description="Kafka topic")] = "virtbus.events"
+    topic: Annotated[str, Meta(min_length=1, description="Kafka topic")] = "virtbus.events"
     declare: Annotated[
         bool, Meta(description="Declare the exchange / create the topic; false: operators own the topology")
     ] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -282,6 +283,14 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
         self.quiet_since_at += shift
         self.paused_at = [at + shift for at in self.paused_at]
 
+    def check(self) -> None:
+        """Raise OverflowError when one of its wall-clock times is none that an event could show."""
+        for at_ns in (self.opened_ns, self.first_ns, self.last_ns, self.saved_ns):
+            to_datetime(at_ns)
+        for pending in self.pending:
+            to_datetime(pending.first_ns)
+            to_datetime(pending.last_ns)
+
 
 class Seen(msgspec.Struct):
     """The last error of a device whose incident is over: a later look must not tell it again."""
@@ -298,7 +307,7 @@ class Meta(msgspec.Struct):
     throttles: bool
 
 
-_encode = msgspec.json.Encoder().encode
+_encoder = msgspec.json.Encoder()
 _decoders: dict[str, msgspec.json.Decoder[IncidentState] | msgspec.json.Decoder[Seen]] = {
     LIVE: msgspec.json.Decoder(IncidentState),
     DRILL: msgspec.json.Decoder(IncidentState),
@@ -307,20 +316,32 @@ _decoders: dict[str, msgspec.json.Decoder[IncidentState] | msgspec.json.Decoder[
 _meta_decoder = msgspec.json.Decoder(Meta)
 
 
+def _encode(state: IncidentState | Seen | Meta) -> bytes:
+    try:
+        return _encoder.encode(state)
+    except UnicodeEncodeError:  # a lone surrogate in what a source described
+        return json.dumps(msgspec.to_builtins(state), ensure_ascii=False).encode("utf-8", "replace")
+
+
 def freeze_other(state: Seen | Meta) -> bytes:
     """The persistent state of what is no incident."""
     return _encode(state)
 
 
 def read_state(key: str, state: bytes) -> IncidentState | Seen | Meta | None:
-    """A persistent state by its key; None when the key is not ours. Raises ValueError (not ours to read)."""
-    decoder = _meta_decoder if key == META else _decoders.get(key.partition("/")[0] + "/")
+    """A persistent state by its key; None when the key is not ours.
+
+    Raises ValueError, OverflowError or RecursionError (not ours to read).
+    """
+    kind, slash, _ = key.partition("/")
+    decoder = _meta_decoder if key == META else _decoders.get(kind + slash)
     if decoder is None:
         return None
     found: IncidentState | Seen | Meta = decoder.decode(state)  # msgspec's errors are ValueErrors
     if found.format != FORMAT:
         raise ValueError(f"its format is {found.format}, this release reads {FORMAT}")
     if isinstance(found, IncidentState):
+        found.check()
         found.key = key
     return found
 

@@ -253,7 +253,7 @@ class Incidents:
         for key, state in states.items():
             try:
                 self._restore_one(key, state, now)
-            except ValueError as error:
+            except (ValueError, OverflowError, RecursionError) as error:
                 problems.append(f"state {key!r} can't be read and is given up: {error}")
                 self._changed[key] = None
         self._open = dict(sorted(self._open.items(), key=lambda item: (item[1].opened_ns, item[0])))
@@ -329,7 +329,7 @@ class Incidents:
         )
         self._open[key] = incident
         if scope is not Scope.HOST:
-            self._of_domain.setdefault(uuid, []).append(incident)
+            self._of_domain.setdefault(uuid_in(key), []).append(incident)
         return self._count(incident, burst, now, describe)
 
     def _count(self, incident: IncidentState, burst: Burst, now: Now, describe: Describe) -> list[Event]:
@@ -617,7 +617,7 @@ class Incidents:
         self._wake = min(self._wake, self._due(incident))
 
     def _restore_one(self, key: str, state: bytes, now: Now) -> None:
-        """Take over one state. Raises ValueError when it can't be read."""
+        """Take over one state; raises as `read_state` does."""
         found = read_state(key, state)
         if isinstance(found, IncidentState):
             found.thaw(now)

@@ -6,7 +6,17 @@ import threading
 from collections import deque
 from collections.abc import Iterable
 
-from virtbus.model import Burst, Observation, Origin, RawIoError, SourceLost, SourceReady
+from virtbus.model import (
+    Burst,
+    DeviceRemoved,
+    DomainGone,
+    DomainResumed,
+    Observation,
+    Origin,
+    RawIoError,
+    SourceLost,
+    SourceReady,
+)
 from virtbus.telemetry import METRICS
 
 QUEUE_LIMIT = 10_000  # callbacks; beyond it they fold into counters
@@ -19,16 +29,20 @@ class IntakeQueue:
 
     Guarantees:
     1. `put` never blocks on anything but a lock held for microseconds, and never raises;
-    2. above `limit` queued, errors fold into one counter a (device, action, reason): counts stay exact;
-    3. an error never changes sides with a lifecycle observation that came after it and was kept;
-    4. what can't be kept even so is counted in `take_dropped`.
+    2. above `limit` queued, errors fold into one counter a (device, action, reason), and with `fold_limit` of
+       these into one a (domain, action, reason), whose device is unknown: counts stay exact;
+    3. an error never changes sides with a lifecycle observation that came after it; when there is no room
+       for each of those either, the last of its kind stays, and stands behind or before a domain's errors as
+       the last of these did: so the domain's state in the end is the true one;
+    4. what can't be kept even so is counted in `take_dropped`; no more than `limit` and three times
+       `fold_limit` are kept together.
     """
 
     def __init__(self, limit: int = QUEUE_LIMIT, fold_limit: int = FOLD_LIMIT) -> None:
         self._limit = limit
         self._fold_limit = fold_limit
         self._items: deque[Observation] = deque()
-        self._folded: dict[tuple[object, ...], Burst] = {}
+        self._folded: dict[tuple[object, ...], Observation] = {}
         self._lock = threading.Lock()
         self._ready = threading.Event()
         self._dropped_errors = 0
@@ -48,26 +62,40 @@ class IntakeQueue:
             if not isinstance(observation, RawIoError):
                 full = len(self._items) + len(self._folded) >= self._limit + self._fold_limit
                 if full and not isinstance(observation, SourceReady | SourceLost):
-                    # Without the barrier, folding goes on across it: memory before order, and it is told.
-                    self._dropped_errors += callbacks_in(observation)
-                    self._dropped_others += not callbacks_in(observation)
+                    self._put_crowded(observation)
                     return
                 # A barrier: what was folded before it must be told before it.
                 self._items.extend(self._folded.values())
-                self._folded = {}
                 self._items.append(observation)
+                self._folded = {}
                 return
             key = _same_error(observation)
-            burst = self._folded.get(key)
-            at = observation.observed_at
-            if burst is not None:
+            if key not in self._folded and len(self._folded) >= self._fold_limit:
+                observation = observation._replace(path="", alias="")
+                key = _same_error(observation)
+            burst, at = self._folded.get(key), observation.observed_at
+            if isinstance(burst, Burst):
+                if next(reversed(self._folded)) != key:  # so it never looks empty to `put`
+                    del self._folded[key]  # goes to the end, behind the last words that came since
                 self._folded[key] = Burst(burst.raw, burst.count + 1, burst.first_ns, at)
-            elif len(self._folded) < self._fold_limit:
+            elif len(self._folded) < 2 * self._fold_limit:
                 self._folded[key] = Burst(observation, 1, at, at)
             else:
                 self._dropped_errors += 1
                 return
         METRICS.folded.inc()
+
+    def _put_crowded(self, observation: Observation) -> None:
+        """Keep the last word about a domain or device: memory before order, and it is told."""
+        if isinstance(observation, DomainResumed | DomainGone | DeviceRemoved):
+            key = (type(observation), observation.domain_uuid, getattr(observation, "alias", None))
+            replaced = self._folded.pop(key, None) is not None
+            if replaced or len(self._folded) < 2 * self._fold_limit:
+                self._folded[key] = observation
+                self._dropped_others += replaced
+                return
+        self._dropped_errors += callbacks_in(observation)
+        self._dropped_others += not callbacks_in(observation)
 
     def drain(self, timeout: float) -> list[Observation]:
         """Wait up to `timeout` seconds, then take at most BATCH_LIMIT observations, oldest first."""

@@ -7,7 +7,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,18 @@ from virtbus.envelope import uuid7
 from virtbus.errors import BusUnavailable, SourceDenied, SpoolFull
 from virtbus.identity import load_agent_id
 from virtbus.incidents import IncidentLimits, Incidents
-from virtbus.model import Confirmed, Deferred, Refused, SourceLost, SourceReady, Unroutable, to_ns
+from virtbus.intake import IntakeQueue
+from virtbus.model import (
+    Confirmed,
+    Deferred,
+    DomainGone,
+    IoError,
+    Refused,
+    SourceLost,
+    SourceReady,
+    Unroutable,
+    to_ns,
+)
 from virtbus.spool import Spool, SpoolLimits
 from virtbus.telemetry import METRICS
 from virtbus.testing import FakeBus, FakeSource, a_host, a_raw_io_error, no_waiting, wait_until
@@ -32,7 +43,15 @@ AGENT = "11111111-2222-4333-8444-555555555555"
 class House:
     """An agent on fakes and a real spool."""
 
-    def __init__(self, folder: Path, script: Any = (), decide: Any = None, **options: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        script: Any = (),
+        decide: Any = None,
+        limits: IncidentLimits | None = None,
+        **options: Any,
+    ) -> None:
+        limits = limits or IncidentLimits()
         self.source = FakeSource(script)
         self.bus = FakeBus(decide) if decide else FakeBus()
         self.folder = folder
@@ -41,9 +60,11 @@ class House:
             source=self.source,
             bus=self.bus,
             spool=self.spool,
-            incidents=Incidents(IncidentLimits(), new_id=lambda: uuid7(time.time_ns())),
+            incidents=Incidents(limits, new_id=lambda: uuid7(time.time_ns())),
             agent_id=AGENT,
-            options=AgentOptions(**{"heartbeat_seconds": 0.0, "drain_seconds": 5.0, **options}),
+            options=AgentOptions(
+                **{"heartbeat_seconds": 0.0, "drain_seconds": 5.0, "fold": limits.fold, **options}
+            ),
         )
 
     def start(self) -> House:
@@ -131,6 +152,63 @@ def test_a_storm_becomes_few_events_that_lose_no_count(house):
     assert len(one.delivered("io_error.v1")) < 20
 
 
+def test_without_folding_each_callback_of_a_storm_is_an_event_of_its_own(house):
+    one = house(limits=IncidentLimits(fold=False))
+    one.wait("gap")
+    one.source.play(*(a_raw_io_error() for _ in range(500)))
+    events = one.wait("io_error.v1", 500)
+    assert [event["data"]["occurrences"]["total"] for event in events] == list(range(1, 501))
+    assert {event["data"]["occurrences"]["count"] for event in events} == {1}
+
+
+@pytest.fixture
+def hanging_disk(monkeypatch):
+    """Between the two events that it gives, commits hang."""
+    commit, hangs, goes_on = Spool.commit, threading.Event(), threading.Event()
+
+    def waits(self, *words):
+        if hangs.is_set():
+            goes_on.wait(60)
+        return commit(self, *words)
+
+    monkeypatch.setattr(Spool, "commit", waits)
+    yield hangs, goes_on
+    goes_on.set()
+
+
+def test_a_commit_that_hangs_costs_time_and_neither_memory_nor_a_count(hanging_disk, house):
+    hangs, goes_on = hanging_disk
+    one = house()
+    one.wait("gap")
+    dropped = METRICS.registry.get_sample_value("virtbus_dropped_total")
+    hangs.set()
+    one.source.play(*(a_raw_io_error(alias=f"disk{number % 7}") for number in range(60_000)))
+    wait_until(lambda: one.source._more.empty(), timeout=30)
+    assert one.counted() == 0
+    assert len(one.agent.queue) <= 10_007
+    goes_on.set()
+    wait_until(lambda: one.counted() == 60_000, what="all counts", timeout=30)
+    assert METRICS.registry.get_sample_value("virtbus_dropped_total") == dropped
+
+
+def test_errors_that_found_no_room_are_named_with_their_number(hanging_disk, house, monkeypatch):
+    monkeypatch.setattr("virtbus.agent.IntakeQueue", lambda: IntakeQueue(limit=1, fold_limit=1))
+    hangs, goes_on = hanging_disk
+    one = house()
+    one.wait("gap")
+    hangs.set()
+    one.source.play(*(a_raw_io_error(domain_uuid=uuid7(number)) for number in range(100)))
+    wait_until(lambda: one.source._more.empty())
+    goes_on.set()
+
+    def named():
+        gaps = [event["data"] for event in one.delivered("gap")]
+        return sum(gap["missing_occurrences"] for gap in gaps if gap["reason"] == "observations_dropped")
+
+    wait_until(lambda: one.counted() + named() == 100, what="all counts")
+    assert named() > 0
+
+
 def test_a_disk_that_fails_for_a_while_costs_no_count_and_is_told(house, monkeypatch):
     commit, broken = Spool.commit, threading.Event()
 
@@ -208,6 +286,80 @@ def test_a_disk_that_hangs_shows_in_readiness_and_metric(house, monkeypatch, whe
     done.set()
     hangs.clear()
     wait_until(lambda: one.agent.not_ready() == [])
+    assert writable() == 1
+
+
+@pytest.mark.parametrize("commit_fails", [False, True])
+def test_counts_that_wait_for_their_windows_end_are_told_by_the_next_start(house, monkeypatch, commit_fails):
+    commit, broken, committed = Spool.commit, threading.Event(), {}
+
+    def fails_once(self, events, states=None):
+        if broken.is_set():
+            broken.clear()
+            raise SpoolFull("the disk is full")
+        stamps = commit(self, events, states)
+        committed.update(states or {})
+        return stamps
+
+    def waiting():
+        kept = [msgspec.json.decode(state) for key, state in list(committed.items()) if "incident/" in key]
+        return sum(pending["count"] for state in kept for pending in state.get("pending", ()))
+
+    monkeypatch.setattr(Spool, "commit", fails_once)
+    a_minute = IncidentLimits(first_window_seconds=60.0)
+    error = a_raw_io_error()
+    with no_waiting():
+        one = house(error, limits=a_minute)
+        (opened,) = one.wait("io_error.v1")
+        if commit_fails:
+            broken.set()
+        one.source.play(*[error] * 100)
+        wait_until(lambda: waiting() == 100, what="a commit of what waits")
+        one.agent.abort()
+        one.agent.join()
+    two = house(limits=a_minute)
+    two.source.play(DomainGone(error.domain_uuid, time.time_ns(), "domain_stopped"))
+    (ended,) = two.wait("resolved")
+    (update,) = [event for event in two.delivered("io_error.v1") if event["id"] != opened["id"]]
+    assert update["data"]["occurrences"]["count"] == 100
+    assert ended["data"]["occurrences"]["total"] == 101
+    assert ended["data"]["incident"]["id"] == opened["data"]["incident"]["id"]
+
+
+def test_a_state_that_cant_be_read_is_named_in_a_gap_and_the_agent_starts(house):
+    one = house()
+    one.wait("gap")
+    one.end()
+    with closing(Spool.open(one.folder, limits=SpoolLimits(), agent_id=AGENT)) as spool:
+        spool.commit([], {"incident/guest/disk": b'{"format":2}'})
+    two = house(a_raw_io_error())
+    two.wait("io_error.v1")
+    gaps = [event["data"] for event in two.delivered("gap")]
+    assert [gap["reason"] for gap in gaps] == ["agent_down", "spool_damaged"]
+    assert "incident/guest/disk" in gaps[1]["detail"]
+
+
+def test_an_event_and_what_its_incident_remembers_of_it_are_in_one_commit(house, monkeypatch):
+    commit, told, remembered = Spool.commit, [], []
+
+    def notes(self, events, states=None):
+        stamps = commit(self, events, states)
+        for event in events:
+            if isinstance(event, IoError):
+                state = (states or {}).get(f"incident/{event.domain.uuid}/{event.device.alias}")
+                told.append(event.occurrences.total)
+                remembered.append(state and msgspec.json.decode(state)["told"])
+        return stamps
+
+    monkeypatch.setattr(Spool, "commit", notes)
+    one = house(limits=IncidentLimits(first_window_seconds=0.05, max_window_seconds=0.05))
+    one.wait("gap")
+    for _ in range(5):
+        one.source.play(*(a_raw_io_error() for _ in range(20)))
+        time.sleep(0.1)
+    wait_until(lambda: one.counted() == 100, what="all counts")
+    assert len(told) >= 2
+    assert remembered == told
 
 
 def test_an_observation_that_cant_be_handled_is_named_and_the_next_one_goes_on(house, monkeypatch):
@@ -296,6 +448,21 @@ def test_a_drain_publishes_what_is_there(house):
     wait_until(lambda: one.source._more.empty())
     one.end()
     assert len(one.delivered("io_error.v1")) == 200
+
+
+def test_a_drain_takes_in_what_still_waits_in_the_queue(hanging_disk, house):
+    hangs, goes_on = hanging_disk
+    one = house()
+    one.wait("gap")
+    hangs.set()
+    one.source.play(a_raw_io_error(alias="first"))
+    wait_until(lambda: one.agent.incidents.open_count == 1)  # its commit hangs
+    one.source.play(*(a_raw_io_error() for _ in range(100)))
+    wait_until(lambda: len(one.agent.queue) == 100)
+    one.agent.stop()
+    goes_on.set()
+    one.agent.join()
+    assert one.counted() == 101
 
 
 def test_a_drain_ends_at_its_deadline_and_the_rest_stays(house, tmp_path):

@@ -243,8 +243,9 @@ def storming(lab: Lab, name: str) -> Iterator[Guest]:
 
 @dataclass(frozen=True)
 class Raged:
-    """What a storm cost libvirtd: its highest RSS in MiB, CPU in µs an error; and how many were injected."""
+    """What a storm cost libvirtd: RSS before and at its highest in MiB, CPU in µs an error."""
 
+    before: float
     rss: float
     cpu: float
     injected: int
@@ -331,6 +332,14 @@ def storm_rows(rounds: int, seconds: float = STORM_SECONDS) -> list[Row]:
             least=False,
         ),
         Row(
+            "storm daemon growth",
+            "MiB that libvirtd grows by in a storm, beyond the same with `virsh event --loop`",
+            tuple((a.rss - a.before) - (b.rss - b.before) for a, b in zip(ours, theirs, strict=True)),
+            "MiB",
+            goal=1,
+            least=False,
+        ),
+        Row(
             "storm daemon cpu",
             "libvirtd's CPU of an error ÷ the same with `virsh event --loop`",
             tuple(a.cpu / b.cpu for a, b in zip(ours, theirs, strict=True)),
@@ -351,7 +360,8 @@ def _counted(events: Events) -> int:
 def _storm(lab: Lab, guest: Guest, seconds: float, look: Callable[[], object] = lambda: None) -> Raged:
     """Let it rage; `look` is called four times a second."""
     pid = lab.libvirtd_pid
-    peak, cpu = memory(pid)["VmRSS"], cpu_seconds(pid)
+    before = peak = memory(pid)["VmRSS"]
+    cpu = cpu_seconds(pid)
     guest.fail()
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -361,7 +371,7 @@ def _storm(lab: Lab, guest: Guest, seconds: float, look: Callable[[], object] = 
     guest.heal()
     time.sleep(1)
     injected = guest.injected()
-    return Raged(peak, (cpu_seconds(pid) - cpu) / injected * 1e6, injected)
+    return Raged(before, peak, (cpu_seconds(pid) - cpu) / injected * 1e6, injected)
 
 
 def _latency(item: tuple[float, dict[str, Any]]) -> float:

@@ -30,6 +30,7 @@ class CountingMachine(IncidentsMachine):
         done["incidents"] += len(self.log.ended)
         done["errors"] += sum(self.log.counts.values())
         done["kills"] += self.kills
+        done.update({scope.value: opened for scope, opened in self.scopes.items()})
 
 
 def main() -> int:
@@ -56,7 +57,9 @@ def main() -> int:
         raise
     print(
         f"incidents: {done['histories']} histories of up to {options.steps} steps kept every promise: "
-        f"{done['errors']} errors in {done['incidents']} incidents, {done['kills']} kills, "
+        f"{done['errors']} errors in {done['incidents']} incidents, {done['kills']} kills "
+        f"(opened for a device {done['device']} times, for a domain {done['domain']}, for the host "
+        f"{done['host']}), "
         f"seed {options.seed}, {time.monotonic() - started:.0f} s"
     )
     return 0

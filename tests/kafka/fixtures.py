@@ -21,14 +21,19 @@ def _need(missing: KafkaMissing) -> None:
     pytest.skip(f"this machine lacks what a real Kafka needs: {missing}")
 
 
-@pytest.fixture(scope="session")
-def kafka_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """One Kafka broker for the session; tests must not kill it."""
+def made(folder: Path, settings: dict[str, str] | None = None) -> Cluster:
+    """One broker, not started yet."""
     try:
-        cluster = Cluster(tmp_path_factory.mktemp("kafka") / "cluster")
+        return Cluster(folder, settings=settings)
     except KafkaMissing as missing:
         _need(missing)
         raise
+
+
+@pytest.fixture(scope="session")
+def kafka_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One Kafka broker for the session; tests must not kill it."""
+    cluster = made(tmp_path_factory.mktemp("kafka") / "cluster")
     try:
         yield cluster.start()
     finally:
@@ -38,11 +43,7 @@ def kafka_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]
 @pytest.fixture
 def own_kafka(tmp_path: Path) -> Iterator[Cluster]:
     """One Kafka broker for this test alone, which may kill and restart it."""
-    try:
-        cluster = Cluster(tmp_path / "cluster")
-    except KafkaMissing as missing:
-        _need(missing)
-        raise
+    cluster = made(tmp_path / "cluster")
     try:
         yield cluster.start()
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,8 @@ from confluent_kafka.admin import AdminClient, ConfigResource
 
 from virtbus.bus import BusOptions, open_bus
 from virtbus.bus.kafka import KafkaBus
+from virtbus.model import Record
+from virtbus.testing import a_record
 
 
 @contextmanager
@@ -56,6 +59,14 @@ def read(url: str, topic: str, count: int, *, seconds: float = 20.0, quiet: floa
 def headers(message: Any) -> dict[str, str]:
     """A bare message's headers as text."""
     return {name: (value or b"").decode() for name, value in message.headers() or ()}
+
+
+def sized(number: int, size: int) -> Record:
+    """A record of a key of its own, with a body of `size` bytes."""
+    made = a_record(row=number)
+    key = f"key-{number}"
+    attributes = {**made.attributes, "partitionkey": key}
+    return dataclasses.replace(made, key=key, attributes=attributes, body=b'"' + b"x" * (size - 2) + b'"')
 
 
 def admin(url: str) -> Any:

@@ -6,22 +6,25 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from confluent_kafka.cimpl import NewPartitions
 
 from tests.kafka.cluster import Cluster
-from tests.kafka.help import hosts, opened, read
+from tests.kafka.help import admin, bare_producer, hosts, opened, read, sized
+from tests.kafka.mock import produce_with_header
 from virtbus import envelope
-from virtbus.bus import Subscription
+from virtbus.bus import Subscription, kafka_consumer
 from virtbus.bus.kafka import KafkaBus
 from virtbus.bus.kafka_consumer import Track
-from virtbus.errors import BusUnavailable, VirtbusError
+from virtbus.errors import BusDenied, BusUnavailable, SchemaError, VirtbusError
 from virtbus.model import Message
-from virtbus.testing import ListFeed, records
+from virtbus.testing import ListFeed, a_record, records
 
 
 @contextmanager
@@ -104,6 +107,27 @@ def test_the_groups_offsets_are_committed_in_the_background(kafka_url: str, kafk
     assert offset == 3
 
 
+def test_without_a_group_partitions_that_are_added_are_found_too(
+    kafka_url: str, kafka_topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kafka_consumer, "_LOOK_SECONDS", 0.5)
+    before, after = records(20, keys=20), records(60, keys=60)
+    with opened(kafka_url, kafka_topic, topic_partitions=1) as bus:
+        ListFeed(before).publish(bus)
+        with joined(bus, None) as tap:
+            ListFeed(before).publish(bus)
+            assert len(take(tap, 20)) == 20
+            client = admin(kafka_url)
+            client.create_partitions([NewPartitions(kafka_topic, 4)])[kafka_topic].result(10)
+            with opened(kafka_url, kafka_topic) as other:  # one that knows of them
+                ListFeed(after).publish(other)
+            got = take(tap, 60)
+    assert {event_id(message) for message in got} == {record.id for record in after}
+    assert {message.position.partition("@")[0] for message in got} == {
+        f"{kafka_topic}[{number}]" for number in range(4)
+    }
+
+
 # -------------------------------------------------------------------------------------- rebalance
 
 
@@ -135,6 +159,86 @@ def test_a_rebalance_loses_nothing_and_repeats_only_what_was_not_acknowledged(
     assert set(seen) == {record.id for record in items}
     repeated = {event for event, times in seen.items() if times > 1}
     assert repeated.isdisjoint(map(event_id, handled)), "what had been acknowledged before came again"
+
+
+def both_have_partitions(first: Subscription, second: Subscription, seconds: float = 30.0) -> None:
+    """Wait until two members share four partitions, acknowledging what comes."""
+    limit = time.monotonic() + seconds
+    while not all(len(member._tracks) == 2 for member in (first, second)):  # type: ignore[attr-defined]
+        assert time.monotonic() < limit, "no rebalance"
+        for member in (first, second):
+            message = member.receive(0.2)
+            if message is not None:
+                member.ack(message)
+
+
+def test_a_partition_that_was_paused_goes_on_after_another_one_came(kafka_url: str, kafka_topic: str) -> None:
+    items = records(60, keys=30)
+    with opened(kafka_url, kafka_topic, topic_partitions=4) as bus:
+        ListFeed(items[:1]).publish(bus)
+        with joined(bus, "g", prefetch=4) as first:
+            with joined(bus, "g", prefetch=4) as second:
+                both_have_partitions(first, second)
+                ListFeed(items[1:]).publish(bus)
+                held = take(first, 4, ack=False)  # as much as it may have: its partitions are paused
+                assert first.receive(0.3) is None
+            limit = time.monotonic() + 30
+            while len(first._tracks) < 4 and time.monotonic() < limit:  # type: ignore[attr-defined]
+                assert first.receive(0.0) is None
+            for message in held:
+                first.ack(message)
+            rest = take(first, 55)
+    assert {event_id(message) for message in [*held, *rest]} == {record.id for record in items[1:]}
+
+
+def test_keys_that_are_always_due_again_keep_neither_new_messages_nor_a_rebalance_away(
+    kafka_url: str, kafka_topic: str
+) -> None:
+    failing, later = records(3, keys=3), records(6, keys=6)[3:]
+    keys = {record.key for record in failing}
+    with opened(kafka_url, kafka_topic, topic_partitions=4) as bus:
+        ListFeed(failing).publish(bus)
+        with joined(bus, "g") as first, joined(bus, "g") as second:
+            fresh: set[str] = set()
+            limit = time.monotonic() + 30
+            published = False
+            while len(fresh) < 3 or not second._tracks:  # type: ignore[attr-defined]
+                assert time.monotonic() < limit, "starved"
+                message = first.receive(0.5)
+                time.sleep(0.2)  # slower than retries come due
+                if message is not None and message.key in keys:
+                    first.retry(message, 0.1)
+                    if not published:
+                        ListFeed(later).publish(bus)
+                        published = True
+                for member, got in ((first, message), (second, second.receive(0.0))):
+                    if got is not None and got.key not in keys:
+                        fresh.add(event_id(got))
+                        member.ack(got)
+                    elif got is not None and member is second:
+                        member.retry(got, 0.1)
+    assert fresh == {record.id for record in later}
+
+
+def test_what_two_members_had_not_acknowledged_when_both_left_at_once_goes_to_a_third(
+    kafka_url: str, kafka_topic: str
+) -> None:
+    items = records(60, keys=30)
+    with opened(kafka_url, kafka_topic, topic_partitions=4) as bus:
+        ListFeed(items[:1]).publish(bus)
+        with joined(bus, "g") as first, joined(bus, "g") as second:
+            both_have_partitions(first, second)
+            ListFeed(items[1:]).publish(bus)
+            handled = [*take(first, 5), *take(second, 5)]
+            assert take(first, 3, ack=False)
+            assert take(second, 3, ack=False)
+            leaving = threading.Thread(target=second.close)
+            leaving.start()
+            first.close()
+            leaving.join()
+        with joined(bus, "g") as third:
+            rest = take(third, 49)
+    assert sorted(map(event_id, [*handled, *rest])) == sorted(record.id for record in items[1:])
 
 
 def test_a_message_of_a_partition_that_is_gone_can_be_acknowledged_without_effect(
@@ -231,7 +335,72 @@ def test_a_dead_letter_that_is_refused_comes_again_and_holds_its_key(
         assert [event_id(one) for one in take(subscription, 2)] == [item.id for item in items]
 
 
+def test_records_with_neither_key_nor_headers_nor_value_or_with_odd_ones_come_and_can_be_put_aside(
+    kafka_url: str, kafka_topic: str
+) -> None:
+    good = a_record()
+    with opened(kafka_url, kafka_topic, topic_partitions=1) as bus:
+        ListFeed([good]).publish(bus)
+        producer = bare_producer(kafka_url)
+        producer.produce(kafka_topic, None, None)
+        odd = [("a", None), ("a", b"\xff"), ("ce_id", b"\xff"), ("CE_ID", b"1"), ("content-type", b"\xff")]
+        producer.produce(kafka_topic, b"x", b"\xff\xfe", headers=odd)
+        producer.flush(10)
+        produce_with_header(hosts(kafka_url), kafka_topic, b"\xff\xfe")
+        ListFeed([good]).publish(bus)
+        with joined(bus, "g") as subscription:
+            messages = take(subscription, 5, ack=False)
+            assert [message.position for message in messages] == [f"{kafka_topic}[0]@{n}" for n in range(5)]
+            for message in messages[1:4]:
+                with pytest.raises(SchemaError):
+                    envelope.decode(message)
+                subscription.dead_letter(message, "no event")
+            for message in (messages[0], messages[4]):
+                assert event_id(message) == good.id
+                subscription.ack(message)
+        with joined(bus, "g") as later:
+            assert later.receive(2.0) is None, "all were acknowledged"
+    assert len(read(kafka_url, f"{kafka_topic}.dead", 3)) == 3
+    raw = read(kafka_url, kafka_topic, 5)
+    for _ in range(1000):  # an interpreter that has specialised the call must not go on with a broken list
+        assert kafka_consumer._headers(raw[0])
+    assert kafka_consumer._headers(raw[3]) == []
+
+
+@pytest.mark.parametrize("limit", [1024, 16 * 1024 * 1024], ids=["for us", "for the dead letters' topic"])
+def test_a_dead_letter_that_is_too_large_is_the_operators_affair_and_comes_again(
+    kafka_url: str, kafka_topic: str, limit: int
+) -> None:
+    item = sized(1, 1_500_000)
+    with opened(kafka_url, kafka_topic, topic_config={"max.message.bytes": "4000000"}) as bus:
+        ListFeed([item]).publish(bus)
+    with opened(kafka_url, kafka_topic, max_record_bytes=limit) as bus, joined(bus, "g") as subscription:
+        (message,) = take(subscription, 1, ack=False)
+        with pytest.raises(BusDenied, match=rf"{kafka_topic}\.dead.*max.message.bytes"):
+            subscription.dead_letter(message, "unreadable")
+        assert [one.position for one in take(subscription, 1)] == [message.position]
+
+
 # ---------------------------------------------------------------------------------------- outages
+
+
+@pytest.mark.slow
+def test_closing_a_subscription_ends_in_time_though_the_broker_is_silent(
+    own_kafka: Cluster, kafka_topic: str
+) -> None:
+    with opened(own_kafka.url, kafka_topic) as bus:
+        ListFeed(records(10, keys=5)).publish(bus)
+        with joined(bus, "g") as subscription, joined(bus, None) as tap:
+            take(subscription, 10)
+            broker = own_kafka.brokers[0].pid
+            os.kill(broker, signal.SIGSTOP)
+            try:
+                for each in (subscription, tap):
+                    begun = time.monotonic()
+                    each.close()
+                    assert time.monotonic() - begun < 8.0
+            finally:
+                os.kill(broker, signal.SIGCONT)
 
 
 @pytest.mark.slow

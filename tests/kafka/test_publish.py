@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
+import os
+import signal
 import threading
 import time
 from collections import Counter
 
 import kombu
 import pytest
+from confluent_kafka.cimpl import NewTopic
 
 from tests.kafka.cluster import Cluster
-from tests.kafka.help import admin, headers, opened, read, topic_settings
+from tests.kafka.help import admin, headers, opened, read, sized, topic_settings
 from virtbus import envelope
 from virtbus.bus import BusOptions
 from virtbus.bus.kafka_errors import Watch
 from virtbus.bus.kafka_settings import check
 from virtbus.bus.kafka_transport import TRANSPORT
 from virtbus.errors import BusDenied, BusUnavailable
-from virtbus.model import Binding, Confirmed, Deferred, Message, Record, Refused
+from virtbus.model import Binding, Confirmed, Deferred, Message, Refused
 from virtbus.testing import ListFeed, a_record, records
-
-
-def sized(number: int, size: int) -> Record:
-    """A record of a key of its own, with a body of `size` bytes."""
-    made = a_record(row=number)
-    key = f"key-{number}"
-    attributes = {**made.attributes, "partitionkey": key}
-    return dataclasses.replace(made, key=key, attributes=attributes, body=b'"' + b"x" * (size - 2) + b'"')
-
 
 # --------------------------------------------------------------------------------------- the record
 
@@ -60,7 +53,7 @@ def test_structured_mode_on_request_puts_the_whole_event_into_the_value(
     assert message.key() == item.key.encode()
 
 
-def test_a_bare_consumer_with_the_sdks_decoder_reads_the_event(kafka_url: str, kafka_topic: str) -> None:
+def test_a_bare_consumer_with_our_decoder_reads_the_event(kafka_url: str, kafka_topic: str) -> None:
     item = a_record()
     with opened(kafka_url, kafka_topic) as bus:
         ListFeed([item]).publish(bus)
@@ -151,6 +144,41 @@ def test_more_replicas_than_brokers_is_a_clear_error(kafka_url: str, kafka_topic
         ListFeed([a_record()]).publish(bus)
 
 
+def test_a_topic_deleted_while_publishing_is_made_again_as_configured_and_gets_the_rest(
+    kafka_url: str, kafka_topic: str
+) -> None:
+    items = records(60, keys=6)
+    with opened(kafka_url, kafka_topic, topic_partitions=4, confirm_timeout=5.0) as bus:
+        ListFeed(items[:6]).publish(bus)
+        client = admin(kafka_url)
+        client.delete_topics([kafka_topic])[kafka_topic].result(10)
+        feed = ListFeed(items[6:])
+        assert feed.drain(bus, timeout=30) == 54
+    stored: dict[bytes, list[int]] = {}
+    for message in read(kafka_url, kafka_topic, 54):
+        stored.setdefault(message.key(), []).append(int(headers(message)["ce_sequence"]))
+    assert sum(map(len, stored.values())) == 54
+    assert all(numbers == sorted(numbers) for numbers in stored.values())
+    # Not as the broker makes topics that a producer asks for: with one partition.
+    assert len(client.list_topics(kafka_topic, timeout=10).topics[kafka_topic].partitions) == 4
+
+
+def test_a_topic_that_comes_back_with_fewer_partitions_gets_the_rest_of_its_records(
+    kafka_url: str, kafka_topic: str
+) -> None:
+    items = records(60, keys=20)
+    with opened(kafka_url, kafka_topic, topic_partitions=6, confirm_timeout=5.0) as bus:
+        ListFeed(items[:20]).publish(bus)
+        client = admin(kafka_url)
+        client.delete_topics([kafka_topic])[kafka_topic].result(10)
+        client.create_topics([NewTopic(kafka_topic, 2, 1)])[kafka_topic].result(10)
+        feed = ListFeed(items[20:])
+        assert feed.drain(bus, timeout=30) == 40
+    got = read(kafka_url, kafka_topic, 40)
+    assert {headers(message)["ce_id"] for message in got} == {record.id for record in items[20:]}
+    assert {message.partition() for message in got} == {0, 1}
+
+
 # -------------------------------------------------------------------------------- refused, no broker
 
 
@@ -194,17 +222,10 @@ def test_a_full_local_queue_is_back_pressure_and_no_error(kafka_url: str, kafka_
         assert ListFeed(items).publish(bus) == [Confirmed()] * 300
 
 
-def test_an_option_that_librdkafka_refuses_in_combination_is_a_config_error(
-    kafka_url: str, kafka_topic: str
-) -> None:
-    from virtbus.errors import ConfigError
-
-    extra = {"max.in.flight.requests.per.connection": "100"}  # too many for an idempotent producer
-    with (
-        opened(kafka_url, kafka_topic, extra=extra) as bus,
-        pytest.raises(ConfigError, match="librdkafka refuses the settings"),
-    ):
-        ListFeed([a_record()]).publish(bus)
+def test_a_record_larger_than_the_windows_share_of_memory_goes_out(kafka_url: str, kafka_topic: str) -> None:
+    settings = {"max.message.bytes": "8000000"}
+    with opened(kafka_url, kafka_topic, window=8, topic_config=settings) as bus:
+        assert ListFeed([sized(1, 2_000_000), sized(2, 2_000_000)]).publish(bus) == [Confirmed()] * 2
 
 
 # ------------------------------------------------------------------------------------------ closing
@@ -263,3 +284,36 @@ def test_a_plaintext_listener_that_is_tls_is_told_from_a_broker_that_is_away(
         pytest.raises(BusUnavailable, match="is it a TLS listener"),
     ):
         ListFeed([a_record()]).publish(bus)
+
+
+# ---------------------------------------------------------------------------------- stored, not told
+
+
+@pytest.mark.slow
+def test_what_times_out_here_while_the_broker_stores_it_comes_twice_with_the_same_id_and_in_order(
+    own_kafka: Cluster, kafka_topic: str
+) -> None:
+    items = records(30, keys=3)
+    broker = own_kafka.brokers[0].pid
+    with opened(own_kafka.url, kafka_topic, confirm_timeout=1.0) as bus:
+        assert ListFeed([a_record(row=99)]).drain(bus) == 1
+        feed = ListFeed(items)
+        os.kill(broker, signal.SIGSTOP)
+        try:
+            outcomes = feed.publish(bus, again=True)  # the broker's kernel takes them, and the broker later
+        finally:
+            os.kill(broker, signal.SIGCONT)
+        assert {type(outcome) for outcome in outcomes} == {Deferred}
+        feed.drain(bus, timeout=60)
+        assert not len(feed)
+    stored: dict[bytes, list[int]] = {}
+    copies = 0
+    for message in read(own_kafka.url, kafka_topic, 34):
+        copies += 1
+        numbers = stored.setdefault(message.key(), [])
+        number = int(headers(message)["ce_sequence"])
+        if number not in numbers:
+            numbers.append(number)
+    assert copies > 31, "nothing came twice: the broker had not stored what timed out"
+    for key in {record.key for record in items}:
+        assert stored[key.encode()] == [record.seq for record in items if record.key == key]

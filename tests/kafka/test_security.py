@@ -28,6 +28,7 @@ from tests.kafka.cluster import (
     SCRAM_USER,
     Cluster,
 )
+from tests.kafka.fixtures import made
 from tests.kafka.help import admin, opened, read
 from virtbus.errors import BusDenied, BusUnavailable
 from virtbus.model import Confirmed, Deferred
@@ -135,6 +136,28 @@ def test_a_token_command_that_fails_is_named_with_its_last_words(
         pytest.raises(BusUnavailable, match=r"no OAuth token: .* the identity provider is away"),
     ):
         ListFeed([a_record()]).publish(bus)
+
+
+@pytest.mark.slow
+def test_publishing_and_consuming_go_on_through_reauthentication(tmp_path: Path, kafka_topic: str) -> None:
+    cluster = made(tmp_path / "cluster", {"connections.max.reauth.ms": "2000"})
+    try:
+        url = f"kafka://{SCRAM_USER}:{SCRAM_PASSWORD}@{cluster.start().hosts('sasl')}"
+        with opened(url, kafka_topic, sasl_mechanism="SCRAM-SHA-512") as bus:
+            ListFeed([a_record()]).drain(bus)
+            subscription = bus.consume("g")
+            got = 0
+            for number in range(30):  # six seconds: three times re-authenticated
+                assert ListFeed([a_record(row=number)]).publish(bus) == [Confirmed()]
+                message = subscription.receive(5.0)
+                assert message is not None
+                subscription.ack(message)
+                got += 1
+                time.sleep(0.2)
+            subscription.close()
+    finally:
+        cluster.stop()
+    assert got == 30
 
 
 # ---------------------------------------------------------------------------------------------- TLS

@@ -59,6 +59,12 @@ def test_a_url_without_a_host_says_how_to_write_one(url: str) -> None:
     assert any("no host: write kafka" in line for line in problems(url))
 
 
+def test_options_that_librdkafka_refuses_together_are_told_at_once() -> None:
+    (line,) = problems("kafka://host", extra={"max.in.flight.requests.per.connection": "100"})
+    assert line.startswith("bus.kafka: librdkafka refuses the settings: ")
+    assert "`max.in.flight` must be set <= 5" in line
+
+
 @pytest.mark.parametrize(
     "url", ["kafka://a b", "kafka://host:", "kafka://host:port", "kafka://host:70000", "kafka://[::1"]
 )
@@ -123,6 +129,8 @@ def test_tls_verifies_the_brokers_and_their_names_unless_an_option_says_otherwis
     assert config["ssl.endpoint.identification.algorithm"] == "https"
     assert config["enable.ssl.certificate.verification"] is True
     assert not settings("kafkas://host").insecure
+    for no in ("false", "F", "0"):
+        assert settings("kafkas://host", extra={"enable.ssl.certificate.verification": no}).insecure
     careless = settings("kafkas://host", extra={"ssl.endpoint.identification.algorithm": "none"})
     assert careless.client(Watch())["ssl.endpoint.identification.algorithm"] == "none"
     assert careless.insecure
@@ -177,6 +185,8 @@ def test_any_further_option_reaches_librdkafka() -> None:
     made = settings(extra={"compression.type": "lz4", "client.rack": "r1"})
     assert made.producer(Watch())["compression.type"] == "lz4"
     assert made.consumer(Watch(), "g", 10)["client.rack"] == "r1"
+    made = settings(extra={"auto.commit.interval.ms": "1000"})
+    assert made.consumer(Watch(), "g", 10)["auto.commit.interval.ms"] == "1000"
 
 
 def test_the_producer_is_idempotent_with_all_acks_and_javas_partitioner() -> None:

@@ -28,7 +28,18 @@ from virtbus import config, envelope, schema
 from virtbus.bus.amqp_link import _Connection, _with_readable_key
 from virtbus.control import ControlSocket, Drill, HttpServer, Taps
 from virtbus.errors import ConfigError, InputMissing, SchemaError
-from virtbus.model import Binding, Message
+from virtbus.incidents import IncidentLimits, Incidents
+from virtbus.model import (
+    Binding,
+    DeviceRemoved,
+    DomainResumed,
+    DomainState,
+    Host,
+    Message,
+    Now,
+    RawIoError,
+    SourceReady,
+)
 from virtbus.sources import domain_xml
 from virtbus.telemetry import METRICS
 from virtbus.testing import a_gap, a_heartbeat, a_resolved, a_stamp, an_io_error
@@ -309,6 +320,75 @@ def fuzz_http(line: bytes, rest: bytes, damage: list[tuple[int, int]]) -> None:
     assert METRICS.warnings.labels("Trouble")._value.get() == troubles
 
 
+# ------------------------------------------------------------------------------- incident states
+
+GUESTS = [f"6b6f2f4e-0b8c-4d7a-9a51-3d1f3a9f5c1{number}" for number in range(5)]
+START = Now(1_795_353_029_000_000_000, 100.0)
+
+
+def some_incidents() -> Incidents:
+    return Incidents(IncidentLimits(max_open=8), new_id=lambda: envelope.uuid7(START.wall_ns), host=Host("h"))
+
+
+def an_error_of(guest: str, alias: str, reason: str = "") -> RawIoError:
+    return RawIoError(guest, "guest", 1, "/p", alias, 1, reason, START.wall_ns)
+
+
+def some_states() -> dict[str, bytes]:
+    """States of every kind: of devices, of a domain, of the host, and of a device that is quiet again."""
+    incidents = some_incidents()
+    for guest in GUESTS:
+        for alias in ("disk0", "disk1"):
+            for reason in ("", "", "enospc", "enospc"):
+                incidents.apply(an_error_of(guest, alias, reason), START, lambda _uuid: None)
+    incidents.apply(DeviceRemoved(GUESTS[0], "disk1", START.wall_ns), START, lambda _uuid: None)
+    incidents.apply(DomainResumed(GUESTS[0], START.wall_ns), START, lambda _uuid: None)
+    incidents.tick(START._replace(monotonic=500.0))
+    return {key: state for key, state in incidents.changes().items() if state is not None}
+
+
+STATES = some_states()
+EXTREME = JSON | st.integers(-(10**30), 10**30) | st.floats(allow_nan=False, allow_infinity=False)
+
+
+def places(tree: Any) -> list[tuple[Any, Any]]:
+    """(container, key or index) of all that a JSON value holds."""
+    inside: list[tuple[Any, Any]] = []
+    if isinstance(tree, dict | list):
+        inside = list(tree.items() if isinstance(tree, dict) else enumerate(tree))
+    return [(tree, key) for key, _ in inside] + [place for _, value in inside for place in places(value)]
+
+
+@MANY
+@given(
+    key=st.sampled_from(sorted(STATES)),
+    other_key=st.none()
+    | st.sampled_from(["incident", "incident/", "incident/*", "drill/*", "seen/a", "seen"]),
+    changed=st.lists(st.tuples(st.integers(0, 200), EXTREME), max_size=2),
+    damage=DAMAGE,
+)
+def fuzz_incident_states(
+    key: str, other_key: str | None, changed: list[tuple[int, Any]], damage: list[tuple[int, int]]
+) -> None:
+    tree = json.loads(STATES[key])
+    for number, value in changed:
+        found = places(tree)
+        container, at = found[number % len(found)]
+        container[at] = json.loads(json.dumps(value))
+    for state in (json.dumps(tree).encode(), damaged(STATES[key], damage)):
+        incidents = some_incidents()
+        states = {name: kept for name, kept in STATES.items() if name != key}
+        incidents.restore({**states, other_key or key: state}, START)
+        incidents.open_incidents()
+        incidents.tick(START._replace(monotonic=200.0))
+        for guest in GUESTS:
+            incidents.apply(an_error_of(guest, "disk0"), START, lambda _uuid: None)
+        running = DomainState(GUESTS[0], "guest", "running", False, None)
+        incidents.apply(SourceReady(Host("h"), START.wall_ns, (running,)), START, lambda _uuid: None)
+        incidents.tick(START._replace(monotonic=2000.0))
+        incidents.changes()
+
+
 # ------------------------------------------------------------------------------------------ running
 
 TARGETS: dict[str, Callable[[], None]] = {
@@ -318,6 +398,7 @@ TARGETS: dict[str, Callable[[], None]] = {
     "domain XML": fuzz_domain_xml,
     "AMQP frames": fuzz_amqp_frames,
     "HTTP": fuzz_http,
+    "incident states": fuzz_incident_states,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import tracemalloc
 from dataclasses import dataclass, replace
 
 import pytest
@@ -338,11 +339,101 @@ def test_a_guest_that_was_started_anew_unseen_begins_without_a_past() -> None:
     assert len(look) == 1
 
 
+def test_a_device_that_is_plugged_in_anew_begins_without_a_past() -> None:
+    check = CrossCheck(GRACE)
+    both = Look(PAUSED, PAUSED_IOERROR, {"vda": 1, "vdb": 1})
+    for alias in DEVICES:
+        check.event(raw(alias), 0.0)
+    suspend(check, 0.0)
+    look_at(check, both)
+    assert findings(check, 10.0) == []
+    check.resumed(UUID)
+    check.removed(UUID, "virtio-disk1")
+    suspend(check, 20.0)
+    look_at(check, both, 21.0)
+    assert [burst.raw.alias for burst in findings(check, 30.0)] == ["virtio-disk1"]
+
+
+def test_devices_that_come_fail_and_go_leave_nothing() -> None:
+    check = CrossCheck(GRACE)
+
+    def fail_and_go(number: int) -> None:
+        check.event(raw(f"ua-{number}", action=ACTION_REPORT), float(number))
+        check.removed(UUID, f"ua-{number}")
+
+    fail_and_go(0)
+    tracemalloc.start()
+    try:
+        for number in range(10_000):
+            fail_and_go(number)
+        assert tracemalloc.get_traced_memory()[0] < 100_000  # each one kept is 350 bytes
+    finally:
+        tracemalloc.stop()
+
+
 def test_domains_that_are_gone_are_forgotten_and_their_open_pause_told() -> None:
     check = CrossCheck(GRACE)
     suspend(check, 0.0)
     assert len(check.keep_only(frozenset({"another"}))) == 1
     assert len(check) == 0
+
+
+# ---------------------------------------------------------------------- an event later than its resume
+
+
+def a_late_event(check: CrossCheck, at: float) -> None:
+    suspend(check, at - 0.6)
+    check.resumed(UUID)
+    assert check.event(raw(at=at), at) is Verdict.TELL
+
+
+def test_a_guest_that_an_event_called_paused_after_its_resume_is_looked_at_and_runs() -> None:
+    check = CrossCheck(GRACE)
+    a_late_event(check, 5.0)
+    assert check.next_doubt() == 6.0
+    assert check.doubtful(5.9) == []
+    assert check.doubtful(6.0) == [UUID]
+    assert not check.runs(UUID, Look(RUNNING, 1, asked_at=4.9))  # it may have been paused since
+    assert check.runs(UUID, Look(RUNNING, 1, asked_at=6.0))
+    assert check.next_doubt() is None
+    assert not check.runs(UUID, Look(RUNNING, 1, asked_at=7.0))  # said once
+
+
+def test_a_look_that_gets_no_answer_is_asked_for_again() -> None:
+    check = CrossCheck(GRACE)
+    a_late_event(check, 5.0)
+    assert check.doubtful(6.0) == [UUID]
+    assert check.doubtful(15.9) == []
+    assert check.doubtful(16.0) == [UUID]
+
+
+def test_a_guest_that_a_look_finds_paused_stays_so() -> None:
+    check = CrossCheck(GRACE)
+    a_late_event(check, 5.0)
+    assert not check.runs(UUID, replace(IO_PAUSE, asked_at=6.0))
+    assert check.next_doubt() is None
+
+
+@pytest.mark.parametrize("pause_first", [True, False])
+def test_an_event_with_its_pause_leaves_no_doubt(pause_first: bool) -> None:
+    check = CrossCheck(GRACE)
+    if pause_first:
+        suspend(check, 0.0)
+    check.event(raw(), 0.1)
+    if not pause_first:
+        suspend(check, 0.2)
+    check.event(raw(), 0.3)
+    assert check.next_doubt() is None
+
+
+def test_a_resume_or_the_guests_end_leaves_no_doubt() -> None:
+    check = CrossCheck(GRACE)
+    check.event(raw(), 0.0)
+    check.resumed(UUID)
+    assert check.next_doubt() is None
+    check.event(raw(), 1.0)
+    check.gone(UUID)
+    assert check.next_doubt() is None
 
 
 # ----------------------------------------------------------------------------------------- any history

@@ -35,6 +35,7 @@ from virtbus.sources.link import (
     STOPPED,
     STOPPED_MIGRATED,
     SUSPENDED,
+    SUSPENDED_IOERROR,
 )
 from virtbus.sources.observer import Observer
 
@@ -248,6 +249,31 @@ def test_lifecycle_becomes_what_resolves_an_incident() -> None:
         ]
         until(lambda: len(observer.cache) == 1)
         assert observer.describe(three.uuid) is not None  # its end is still to be described
+
+
+def test_a_guest_whose_error_comes_after_its_resume_is_said_to_run() -> None:
+    host = SimulatedHost(1)
+    guest = next(iter(host.guests.values()))
+    with observed(host) as (_, seen):
+        seen.wait(SourceReady)
+        host.lifecycle(guest, SUSPENDED, SUSPENDED_IOERROR)
+        host.lifecycle(guest, RESUMED)
+        host.io_error(guest)  # a hypervisor that throttles held it back
+        until(lambda: len(seen.of(DomainResumed)) == 2)
+        of_guest = [type(item) for item in seen.all if isinstance(item, RawIoError | DomainResumed)]
+    assert of_guest == [DomainResumed, RawIoError, DomainResumed]
+
+
+def test_a_device_that_is_unplugged_is_forgotten() -> None:
+    host = SimulatedHost(1)
+    guest = next(iter(host.guests.values()))
+    with observed(host) as (observer, seen):
+        seen.wait(SourceReady)
+        host.io_error(guest, action=ACTION_REPORT, reason="enospc")
+        assert observer.check.out_of_space(guest.uuid) == {"virtio-disk0"}
+        for handler in host.handlers():
+            handler.device_removed(guest.uuid, "virtio-disk0")
+        assert observer.check.out_of_space(guest.uuid) == frozenset()
 
 
 def test_an_operators_pause_is_no_error() -> None:

@@ -5,7 +5,9 @@ log of the committed events as a consumer would read it, and a few words about w
 """
 
 import itertools
+import math
 from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
 
 import msgspec
 from hypothesis import strategies as st
@@ -39,6 +41,7 @@ PAUSE = 1
 GUESTS = ("guest-a", "guest-b", "guest-c")
 ALIASES = ("disk0", "disk1", "")
 FREE_MESSAGES = 10
+A_SECOND = 0.999  # times go through whole nanoseconds
 
 guests = st.sampled_from(GUESTS)
 aliases = st.sampled_from(ALIASES)
@@ -96,6 +99,16 @@ class Log:
             self.ended.add(incident.id)
 
 
+@dataclass(frozen=True)
+class Message:
+    """One message of an incident: when it went out, by which observation or tick, and what it said."""
+
+    at: float
+    step: int
+    origin: Origin
+    flapping: bool
+
+
 class IncidentsMachine(RuleBasedStateMachine):
     """Errors, pauses, resumes, removals, kills, failed commits and set clocks, in any order."""
 
@@ -115,7 +128,15 @@ class IncidentsMachine(RuleBasedStateMachine):
         self.paused = {False: set(), True: set()}  # guests that an error has stopped: live, drill
         self.blind = False
         self.kills = 0
-        self.sent = defaultdict(list)  # incident id → times of its messages, in this process
+        self.scopes = Counter()  # of the incidents that were opened
+        self.step = 0  # counts observations and ticks
+        self.jumped = 0  # the step of the last time that the wall clock was set forward
+        self.sent = defaultdict(list)  # incident id → its messages
+        self.shown = {}  # incident id → action, reason and whether it flaps
+        self.news = {}  # incident id → the last step in which that changed
+        self.owed = {}  # incident id → since when no message has told such a change
+        self.committed_sent, self.committed_shown, self.committed_news = {}, {}, {}
+        self.committed_owed = set()
         self.committed_paused = {False: set(), True: set()}
 
     # ------------------------------------------------------------------------------- how to do things
@@ -130,19 +151,41 @@ class IncidentsMachine(RuleBasedStateMachine):
         return Description(Domain(uuid, uuid), {"disk0": Device("disk0", "vda"), "disk1": Device("disk1")})
 
     def take(self, events):
+        self.step += 1
         self.events += events
+        self.note_news()
         ending = {event.incident.id for event in events if isinstance(event, IoErrorResolved)}
         for event in events:
             if not isinstance(event, IoError):
                 self.check_cause(event)
             elif event.incident.id not in ending:
-                self.sent[event.incident.id].append(self.monotonic)
-                self.check_rate(event.incident.id)
+                self.check_rate(event)
+            self.owed.pop(event.incident.id, None)
+            if event.incident.phase is Phase.OPENED:
+                self.scopes[event.incident.scope] += 1
 
-    def check_rate(self, incident_id):
-        times = self.sent[incident_id]
-        if self.limits.fold and len(times) > FREE_MESSAGES:
-            assert times[-1] - times[-2] >= 0.999, "after ten messages one a second at most"
+    def note_news(self):
+        for one in self.incidents.open_incidents(limit=2000):
+            shown = one.action, one.reason, one.flapping
+            before = self.shown.get(one.id)
+            if before != shown:
+                self.shown[one.id], self.news[one.id] = shown, self.step
+                flaps = one.flapping and not any(sent.flapping for sent in self.sent[one.id][-1:])
+                if before is None or before[:2] != shown[:2] or flaps:
+                    self.owed.setdefault(one.id, self.monotonic)
+
+    def check_rate(self, event):
+        """One message a window of an incident and origin, but for news; and in the end one a second."""
+        sent = self.sent[event.incident.id]
+        sent.append(Message(self.monotonic, self.step, event.origin, event.incident.flapping))
+        if not self.limits.fold:
+            return
+        if len(sent) > FREE_MESSAGES:
+            assert sent[-1].at - sent[-2].at >= A_SECOND, "after ten messages one a second at most"
+        before = next((one for one in reversed(sent[:-1]) if one.origin is event.origin), None)
+        if before is not None and self.monotonic - before.at < A_SECOND:
+            news = self.news[event.incident.id]
+            assert news > before.step or news == before.step == self.step, "only news goes out in a window"
 
     def check_cause(self, event):
         if event.resolution.cause in ("quiet", "resumed"):
@@ -190,6 +233,17 @@ class IncidentsMachine(RuleBasedStateMachine):
         for number in range(times):
             self.error(guest, alias, 2, ("", "enospc")[number % 2], 3, Origin.EVENT)
             self.let_time_pass(step)
+
+    @rule(guest=guests, alias=aliases, seconds=st.sampled_from((30, 70)))
+    def a_steady_storm_comes(self, guest, alias, seconds):
+        before = Counter({incident: len(sent) for incident, sent in self.sent.items()})
+        for _ in range(2 * seconds):
+            self.error(guest, alias, 2, "", 3, Origin.EVENT)
+            self.let_time_pass(0.5)
+        if self.limits.fold:
+            # Windows of 1, 2, 4 … seconds; and what other origins and an earlier change had left over.
+            most = math.ceil(math.log2(seconds + 1)) + 4
+            assert all(len(sent) - before[incident] <= most for incident, sent in self.sent.items())
 
     @rule(guest=guests)
     def a_guest_resumes(self, guest):
@@ -296,6 +350,7 @@ class IncidentsMachine(RuleBasedStateMachine):
             after = self.incidents.next_due()
             assert after is None or after > self.monotonic, "a tick at its time leaves nothing due"
         self.move_to(end)
+        assert all(end - since <= 1.001 for since in self.owed.values()), "news goes out within a second"
 
     @rule(seconds=st.sampled_from((2.0, 100.0, 1000.0)))
     def a_tick_comes_late(self, seconds):
@@ -309,6 +364,8 @@ class IncidentsMachine(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from((-100_000, -1, 1, 100_000)))
     def somebody_sets_the_wall_clock(self, seconds):
         self.wall_ns += seconds * SECOND
+        if seconds > 0:
+            self.jumped = self.step
 
     @rule()
     def a_commit_fails(self):
@@ -327,17 +384,34 @@ class IncidentsMachine(RuleBasedStateMachine):
         self.ledger += self.applied
         self.events, self.states, self.applied = [], {}, Counter()
         self.committed_paused = {drill: set(paused) for drill, paused in self.paused.items()}
+        self.committed_sent = {incident: list(sent) for incident, sent in self.sent.items()}
+        self.committed_shown, self.committed_news = dict(self.shown), dict(self.news)
+        self.committed_owed = set(self.owed)
         in_store = {key for key in self.store if key.startswith(("incident/", "drill/"))}
         assert len(in_store) == self.incidents.open_count == len(self.log.open)
 
-    @rule(down=st.sampled_from((0.0, 0.3, 5.0, 1000.0)), jump=st.sampled_from((0, 0, 0, -5000, 5000)))
-    def the_agent_is_killed_and_starts_again(self, down, jump):
+    @rule(
+        down=st.sampled_from((0.0, 0.3, 5.0, 1000.0)),
+        jump=st.sampled_from((0, 0, 0, -5000, 5000)),
+        after_a_commit=st.booleans(),
+    )
+    def the_agent_is_killed_and_starts_again(self, down, jump, after_a_commit):
+        if after_a_commit:
+            self.a_commit_succeeds()
         self.events, self.states, self.applied = [], {}, Counter()
         self.paused = {drill: set(paused) for drill, paused in self.committed_paused.items()}
         self.wall_ns += round((down + jump) * SECOND)
-        self.monotonic = 7.0
-        self.kills += 1
+        self.shown, self.news = dict(self.committed_shown), dict(self.committed_news)
         self.sent.clear()
+        for incident, sent in self.committed_sent.items():
+            # A wall clock that was set forward since the last message looks like time that has passed.
+            known = jump <= 0 and all(one.step > self.jumped for one in sent[-1:])
+            shift = 7.0 - down - self.monotonic if known else -math.inf
+            self.sent[incident] = [replace(one, at=one.at + shift) for one in sent]
+        self.committed_sent = {incident: list(sent) for incident, sent in self.sent.items()}
+        self.monotonic = 7.0
+        self.owed = dict.fromkeys(self.committed_owed, self.monotonic)
+        self.kills += 1
         self.incidents = Incidents(self.limits, new_id=lambda: next(self.ids))
         assert self.incidents.restore(self.store, self.now) == ()
         self.blind = True
@@ -350,9 +424,13 @@ class IncidentsMachine(RuleBasedStateMachine):
         for event in self.events:
             if isinstance(event, IoError):
                 told[event.origin] += event.occurrences.count
+        return told + pending_in(self.in_memory())
+
+    def in_memory(self):
+        """The states as a commit would leave them now."""
         self.states.update(self.incidents.changes())
         states = {**self.store, **self.states}
-        return told + pending_in({key: state for key, state in states.items() if state is not None})
+        return {key: state for key, state in states.items() if state is not None}
 
     @invariant()
     def committed_callbacks_are_exactly_those_told_and_those_pending_in_the_store(self):
@@ -363,6 +441,12 @@ class IncidentsMachine(RuleBasedStateMachine):
         assert self.counts_in_memory() == self.ledger + self.applied
 
     @invariant()
+    def what_is_pending_is_told_within_the_widest_window(self):
+        if sum(pending_in(self.in_memory()).values()):
+            assert self.limits.fold, "without folding each callback is told at once"
+            assert self.incidents.next_due() <= self.monotonic + self.limits.max_window_seconds
+
+    @invariant()
     def no_more_are_open_than_allowed(self):
         # A drill of the whole host may come on top of the smallest limit.
         assert self.incidents.open_count <= max(self.limits.max_open, 2)
@@ -371,7 +455,7 @@ class IncidentsMachine(RuleBasedStateMachine):
         if not hasattr(self, "store"):
             return
         self.the_source_comes_back(set(), set(), None, False)
-        self.let_time_pass(10_000)
+        self.let_time_pass(self.limits.quiet_seconds + self.limits.max_window_seconds)
         self.a_commit_succeeds()
         assert self.log.open == {}, "everything that opened was resolved in the end"
         assert self.incidents.next_due() is None

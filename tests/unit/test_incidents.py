@@ -551,6 +551,28 @@ def test_what_is_pending_goes_out_before_the_resolution():
     assert events[-1].occurrences.total == 20
 
 
+def test_a_guest_that_migrates_away_and_back_begins_anew():
+    bench = Bench()
+    (first,) = bench.see(an_error(action=PAUSE))
+    bench.see(DomainGone("guest-a", bench.wall_ns, "migrated"))
+    bench.wait(5)
+    (second,) = bench.see(an_error())
+    assert second.incident.phase is Phase.OPENED
+    assert second.incident.id != first.incident.id
+    assert (second.occurrences.total, second.incident.pauses) == (1, 0)
+    assert told(bench.wait(301)) == [("resolved", "quiet")]
+
+
+def test_a_renamed_guest_keeps_its_incident_under_its_new_name():
+    bench = Bench()
+    (first,) = bench.see(an_error())
+    bench.describe = lambda uuid: Description(Domain(uuid, "renamed"), {})
+    bench.see(an_error())
+    (update,) = bench.wait(1)
+    assert update.incident.id == first.incident.id
+    assert update.domain.name == "renamed"
+
+
 def test_an_error_after_a_resolution_opens_a_new_incident():
     bench = Bench()
     (first,) = bench.see(an_error())
@@ -936,6 +958,60 @@ def test_the_width_of_the_window_and_the_pauses_survive_a_restart():
     assert len(bench.wait(0.2)) == 1
 
 
+def test_the_quiet_goes_on_over_a_restart():
+    bench = Bench()
+    bench.see(an_error())
+    bench.wait(100)
+    bench.commit()
+    bench.restart(down_seconds=50)
+    bench.ready()
+    assert bench.wait(149.9) == []
+    (resolved,) = bench.wait(0.2)
+    assert resolved.resolution.cause == "quiet"
+    assert resolved.resolution.duration_seconds == pytest.approx(300)
+
+
+def test_pauses_before_a_restart_grow_old():
+    bench = Bench()
+    for _ in range(2):
+        bench.see(an_error(action=PAUSE))
+        bench.see(DomainResumed("guest-a", bench.wall_ns))
+    bench.wait(10)
+    bench.commit()
+    bench.restart(down_seconds=600)
+    bench.ready()
+    (event,) = bench.see(an_error(action=PAUSE))
+    assert (event.incident.pauses, event.incident.flapping) == (3, False)
+
+
+def test_a_restart_lets_no_message_out_sooner():
+    bench = Bench()
+    for number in range(10):
+        bench.see(an_error(reason=str(number)))
+    bench.commit()
+    bench.restart(down_seconds=0.2)
+    assert bench.see(an_error(reason="the newest")) == []
+    assert bench.wait(0.7) == []
+    assert len(bench.wait(0.2)) == 1
+
+
+def test_each_change_of_an_incident_is_in_the_states_of_its_own_commit():
+    bench = Bench()
+    bench.see(an_error())
+    bench.commit()
+    for count in (3, 4):
+        bench.see(an_error(count=count))
+        bench.commit()
+    kept = dict(bench.states)
+    assert told(bench.wait(1)) == [("updated", 7)]
+    bench.commit()
+    bench.restart()
+    assert bench.wait(100) == []  # what was told is not pending any more
+    bench.states = kept
+    bench.restart()
+    assert told(bench.wait(1)) == [("updated", 7)]
+
+
 def test_a_state_that_cannot_be_read_is_reported_once_and_costs_no_other():
     bench = Bench()
     bench.see(an_error(domain="guest-a"))
@@ -954,6 +1030,39 @@ def test_a_state_that_cannot_be_read_is_reported_once_and_costs_no_other():
     bench.commit()
     assert bench.restart() == ()
     assert "somebody/else" in bench.states
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b'"last_ns":1' + b"0" * 30,  # no calendar has such a time
+        b'"saved_ns":-1' + b"0" * 400,
+        b'"later":' + b"[" * 100_000,
+    ],
+)
+def test_a_state_that_is_damaged_beyond_its_form_is_reported_and_lets_the_agent_start(damage):
+    bench = Bench()
+    bench.see(an_error())
+    bench.commit()
+    whole = bench.states["incident/guest-a/" + DISK]
+    bench.states["incident/guest-c/disk"] = whole[:-1] + b"," + damage + b"}"
+    (problem,) = bench.restart()
+    assert "guest-c" in problem
+    assert len(bench.incidents.open_incidents()) == 1
+    assert told(bench.ready(a_state("guest-b"))) == [("resolved", "domain_stopped")]
+
+
+@pytest.mark.parametrize("key", ["incident", "drill", "seen"])
+def test_a_key_that_is_not_quite_ours_is_left_alone(key):
+    bench = Bench()
+    bench.see(an_error())
+    bench.wait(301)
+    bench.commit()
+    bench.states[key] = bench.states.pop("seen/guest-a/" + DISK)
+    assert bench.restart() == ()
+    assert bench.ready(a_state("guest-b")) == []
+    bench.commit()
+    assert key in bench.states
 
 
 def test_a_field_that_a_later_release_added_does_no_harm():
@@ -975,6 +1084,19 @@ def test_text_that_is_no_unicode_can_be_kept_and_told():
     bench.commit()
     assert bench.restart() == ()
     assert told(bench.wait(1)) == [("updated", 1)]
+
+
+def test_descriptions_that_are_no_unicode_can_be_kept():
+    def described_so(uuid):
+        return Description(Domain(uuid, "guest\ud800"), {DISK: Device(DISK, target="\udcff")})
+
+    bench = Bench(describe=described_so, host=Host("host\ud800"))
+    bench.see(an_error(action=PAUSE))
+    bench.see(an_error(action=PAUSE))
+    bench.commit()
+    assert bench.restart() == ()
+    assert told(bench.wait(1)) == [("updated", 1)]
+    assert bench.incidents.open_incidents()[0].paused
 
 
 def test_states_of_a_commit_that_failed_merge_with_later_ones():

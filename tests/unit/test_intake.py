@@ -1,12 +1,15 @@
 """The queue between libvirt's thread and ours keeps counts and order, and stays small."""
 
 import threading
+import time
+from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from virtbus.intake import IntakeQueue, aggregate, callbacks_in
-from virtbus.model import Burst, DomainResumed, RawIoError
+from virtbus.intake import BATCH_LIMIT, IntakeQueue, aggregate, callbacks_in
+from virtbus.model import Burst, DomainGone, DomainResumed, RawIoError
 
 
 def an_error(alias="virtio-disk0", *, at=0, reason="", domain="d"):
@@ -42,12 +45,44 @@ def test_an_error_folded_before_a_resume_is_told_before_it():
     assert kinds == ["RawIoError", "RawIoError", "Burst", "DomainResumed", "Burst"]
 
 
-def test_more_different_errors_than_can_be_kept_are_counted_as_dropped():
+def test_what_comes_after_a_part_was_drained_does_not_overtake_what_was_folded():
+    queue = IntakeQueue(limit=BATCH_LIMIT + 5)
+    for at in range(BATCH_LIMIT + 10):
+        queue.put(an_error(at=at))
+    assert len(queue.drain(0)) == BATCH_LIMIT
+    queue.put(DomainResumed("d", BATCH_LIMIT + 10))
+    rest = queue.drain(0)
+    assert [callbacks_in(item) for item in rest] == [1] * 5 + [5, 0]
+
+
+def test_more_different_errors_than_can_be_kept_apart_fold_into_one_counter_a_domain_without_a_device():
+    queue = IntakeQueue(limit=1, fold_limit=3)
+    for at in range(100):
+        queue.put(an_error(f"disk{at % 10}", at=at))
+    drained = queue.drain(0)
+    assert sum(callbacks_in(item) for item in drained) == 100
+    assert queue.take_dropped() == (0, 0)
+    unnamed = drained[-1]
+    assert (unnamed.raw.alias, unnamed.raw.path, unnamed.raw.domain_uuid) == ("", "", "d")
+    assert (unnamed.count, unnamed.first_ns, unnamed.last_ns) == (69, 4, 99)
+
+
+def test_a_storm_over_ten_thousand_devices_that_alternate_two_reasons_loses_no_count():
+    queue = IntakeQueue()
+    for at in range(60_000):
+        device, reason = at % 10_000, "enospc" if at // 10_000 % 2 else ""
+        queue.put(an_error(f"disk{device}", domain=f"d{device % 1000}", reason=reason, at=at))
+    assert len(queue) <= 30_000
+    assert sum(callbacks_in(item) for item in queue.drain(0)) == 60_000
+    assert queue.take_dropped() == (0, 0)
+
+
+def test_errors_of_more_domains_than_can_be_kept_are_counted_as_dropped():
     queue = IntakeQueue(limit=1, fold_limit=3)
     for number in range(10):
-        queue.put(an_error(f"disk{number}"))
-    assert sum(callbacks_in(item) for item in queue.drain(0)) == 4
-    assert queue.take_dropped() == (6, 0)
+        queue.put(an_error(domain=f"guest-{number}"))
+    assert sum(callbacks_in(item) for item in queue.drain(0)) == 7
+    assert queue.take_dropped() == (3, 0)
     assert queue.take_dropped() == (0, 0)
 
 
@@ -56,18 +91,53 @@ def test_memory_stays_bounded_while_errors_and_resumes_alternate_and_what_is_los
     for at in range(10_000):
         queue.put(an_error(at=at))
         queue.put(DomainResumed("d", at))
-        assert len(queue) <= 151
+        assert len(queue) <= 150 + 2  # the counter and the last resume
     kept = sum(callbacks_in(item) for item in queue.drain(0))
     errors, others = queue.take_dropped()
     assert kept + errors == 10_000
     assert others > 0
 
 
+@pytest.mark.parametrize("ends", [DomainResumed("d", 9), DomainGone("d", 9, "undefined")])
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_where_errors_and_resumes_have_no_room_the_last_word_about_a_domain_is_the_last(ends, ends_well):
+    queue = IntakeQueue(limit=4, fold_limit=4)
+    for at in range(1000):
+        queue.put(an_error(at=at))
+        queue.put(DomainResumed("other", at))
+        queue.put(DomainResumed("d", at))
+    queue.put(an_error(at=1000))
+    if ends_well:
+        queue.put(ends)
+    drained = queue.drain(0)
+    of_domain = [item for item in drained if getattr(item, "domain_uuid", "d") == "d"]
+    assert (of_domain[-1] == ends) is ends_well
+    assert (callbacks_in(of_domain[-1]) > 0) is not ends_well
+    assert sum(callbacks_in(item) for item in drained) == 1001
+    assert queue.take_dropped()[1] > 0  # what was superseded is told
+    queue.put(an_error(at=1001))
+    assert queue.drain(0) == [an_error(at=1001)]
+
+
+def test_more_last_words_than_can_be_kept_are_counted_as_dropped():
+    queue = IntakeQueue(limit=1, fold_limit=3)
+    for number in range(20):
+        queue.put(an_error(at=number))
+        queue.put(DomainGone(f"guest-{number}", number, "undefined"))
+        assert len(queue) <= 1 + 3 * 3
+    errors, others = queue.take_dropped()
+    kept = queue.drain(0)
+    assert sum(callbacks_in(item) for item in kept) + errors == 20
+    assert sum(isinstance(item, DomainGone) for item in kept) + others == 20
+
+
 def test_a_waiting_drain_wakes_when_something_comes():
     queue = IntakeQueue()
     timer = threading.Timer(0.05, queue.put, [an_error()])
     timer.start()
+    begun = time.monotonic()
     assert len(queue.drain(10)) == 1
+    assert time.monotonic() - begun < 5
     timer.join()
 
 
@@ -105,12 +175,15 @@ def test_aggregation_keeps_every_count_and_every_barrier(observations):
     assert sum(callbacks_in(item) for item in folded) == sum(callbacks_in(item) for item in observations)
     barriers = [item for item in observations if isinstance(item, DomainResumed)]
     assert [item for item in folded if isinstance(item, DomainResumed)] == barriers
-    # Between two barriers no error appears twice, and none crosses one.
+    # Between two barriers each error appears once, with its number, and none crosses one.
     counts = [[]]
     for item in folded:
         counts[-1].append(item) if isinstance(item, Burst) else counts.append([])
-    wanted = [[]]
+    wanted = [Counter()]
     for item in observations:
-        wanted[-1].append(item) if isinstance(item, RawIoError) else wanted.append([])
-    assert [sum(b.count for b in part) for part in counts] == [len(part) for part in wanted]
-    assert all(len({(b.raw.alias, b.raw.reason) for b in part}) == len(part) for part in counts)
+        if isinstance(item, RawIoError):
+            wanted[-1][item.alias, item.reason] += 1
+        else:
+            wanted.append(Counter())
+    assert [{(b.raw.alias, b.raw.reason): b.count for b in part} for part in counts] == wanted
+    assert [len(part) for part in counts] == [len(part) for part in wanted]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -63,8 +63,8 @@ class _Link:
         self._reports: list[tuple[Record, Any]] = []
         self.progress = time.monotonic()
 
-    def send(self, record: Record) -> Outcome | None:
-        """Hand a record to the client; an outcome when there is one at once."""
+    def send(self, record: Record, stopped: Callable[[], Exception | None]) -> Outcome | None:
+        """Hand a record to the client; an outcome when there is one at once, or `stopped` has one."""
         if len(record.body) > self._max_bytes:
             size, limit = len(record.body), self._max_bytes
             return Refused(RecordRefused(f"{size} bytes: the largest record allowed is {limit} bytes"))
@@ -84,7 +84,13 @@ class _Link:
                 break
             except BufferError:
                 # The local queue is full: back-pressure, not an error. It can't last: its records time out.
+                if not self.flying and not self._reports:
+                    told = f"{len(record.body)} bytes are more than the client may hold"
+                    return Deferred(BusDenied(f"{told}: raise bus.kafka.options queue.buffering.max.kbytes"))
                 self.serve(_POLL_SECONDS)
+                fault = stopped()
+                if fault is not None:
+                    return Deferred(fault)
             except KafkaException as error:
                 translated = translate(error.args[0], f"handing over event {record.id}")
                 return Refused(translated) if isinstance(translated, RecordRefused) else Deferred(translated)
@@ -187,6 +193,10 @@ class KafkaBus:
         options = self._options
         window = options.window
         patience = options.confirm_timeout + 5.0  # librdkafka's own time-out comes first
+
+        def stopped() -> VirtbusError | None:
+            return link.fault(patience, options.connect_timeout) or self._closing()
+
         while True:
             room = window - len(link.flying)
             if self._is_closed() or (not link.batching and self._suspects <= 0):
@@ -197,7 +207,7 @@ class KafkaBus:
                 records = feed.take(min(room, _BATCH), link.flying.keys())
             fault: Exception | None = None
             for record in records:
-                outcome = Deferred(fault) if fault is not None else link.send(record)
+                outcome = Deferred(fault) if fault is not None else link.send(record, stopped)
                 if isinstance(outcome, Deferred):
                     fault = fault or outcome.error
                 if outcome is not None:
@@ -214,7 +224,7 @@ class KafkaBus:
             reports = link.take_reports()
             if any(error is not None for _, error in reports):
                 link.serve(0.0)  # a fatal error's cause comes after the reports of what it purged
-            fault = link.fault(patience, options.connect_timeout) or self._closing() or fault
+            fault = stopped() or fault
             for record, error in reports:
                 outcome, reason = self._judge(link, record, error, fault)
                 fault = fault or reason

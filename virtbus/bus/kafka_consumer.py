@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import heapq
+import operator
+import threading
 import time
 import uuid
 from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Producer, TopicPartition
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    Producer,
+    TopicPartition,
+)
 
 from virtbus.bus import REASON_HEADER
 from virtbus.bus.kafka_admin import Admin, make
 from virtbus.bus.kafka_errors import Watch, is_missing, oneline, translate
 from virtbus.bus.kafka_settings import KafkaSettings
-from virtbus.errors import BusDenied, BusUnavailable, VirtbusError
+from virtbus.errors import BusDenied, BusUnavailable, RecordRefused, VirtbusError
 from virtbus.model import Binding, Message
 from virtbus.telemetry import Notice, Trouble, emit
+
+# Not `message.headers()`: for a name that is not UTF-8 confluent-kafka gives a broken list beside its
+# exception, and an interpreter that has specialised the call goes on with the list, into a crash.
+_give_headers = operator.methodcaller("headers")
 
 # Messages of a key that waits for a retry are held back; at most this many times `prefetch` in all.
 _HELD_FACTOR = 10
 _NO_LEADER_YET = frozenset({KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE})
 _CALL_SECONDS = 5.0
+_CLOSE_SECONDS = 5.0  # to leave the group and to commit what was acknowledged
 _DEAD_LETTER_SECONDS = 10.0
 _DEAD_LETTER_AGAIN_SECONDS = 1.0  # what could not be put aside comes again after this
+_LOOK_SECONDS = 30.0  # for partitions that were added, where there is no group to tell of them
 # Without a partition for so long, while brokers answer, an exclusive member was replaced.
 _OUSTED_SECONDS = 20.0
 
@@ -114,10 +129,12 @@ class KafkaSubscription:
         self._due: list[_Due] = []
         self._ready: deque[Message] = deque()
         self._counter = 0
-        self._paused = False
+        self._paused: bool | None = None  # None: some partitions may be, and others not
+        self._polled = True  # since something that waited here was handed out
         self._dead_letters: Any = None
         self._watch = Watch()
         self._consumer: Any = None
+        self._look_at = time.monotonic() + _LOOK_SECONDS
         if group is None:
             self._connect()
 
@@ -126,12 +143,18 @@ class KafkaSubscription:
         deadline = time.monotonic() + timeout
         if self._consumer is None:
             self._connect()
+        if self._group is None and time.monotonic() >= self._look_at:
+            self._take_new_partitions()
         while True:
-            message = self._next_ready()
+            # What waits here and what the broker has take turns: a caller that is slower than its retries
+            # come due would else hear of no new message, and of no rebalance, until the group casts it out.
+            turn, self._polled = self._polled, True
+            message = self._next_ready() if turn else None
             if message is not None:
+                self._polled = False
                 return message
             now = time.monotonic()
-            wait = max(0.0, deadline - now)
+            wait = max(0.0, deadline - now) if turn else 0.0
             if self._due:
                 wait = min(wait, max(0.0, self._due[0].at - now))
             self._throttle()
@@ -146,7 +169,7 @@ class KafkaSubscription:
                     return message
             else:
                 self._raise_for(None if polled is None else polled.error(), time.monotonic() >= deadline)
-                if time.monotonic() >= deadline and not self._due_now():
+                if turn and time.monotonic() >= deadline and not self._due_now():
                     return None
 
     def ack(self, message: Message) -> None:
@@ -199,7 +222,7 @@ class KafkaSubscription:
         consumer, self._consumer = self._consumer, None
         self._forget(list(self._tracks))
         if consumer is not None:
-            consumer.close()
+            _leave(consumer)
         if self._dead_letters is not None:
             self._dead_letters.purge()
             self._dead_letters = None
@@ -213,7 +236,7 @@ class KafkaSubscription:
         if track is None:  # assigned without a callback: never seen, but a message must not be lost for it
             track = self._tracks[partition] = Track()
         track.took(offset)
-        headers = [(name, value if value is not None else b"") for name, value in polled.headers() or ()]
+        headers = _headers(polled)
         handle = _Handle(track, polled.topic(), partition, offset, key, headers)
         fields: dict[str, object] = dict(headers)
         content_type = next((value for name, value in headers if name.lower() == "content-type"), None)
@@ -362,13 +385,29 @@ class KafkaSubscription:
                     raise translate(error.args[0], doing) from error
                 time.sleep(0.1)
 
+    def _take_new_partitions(self) -> None:
+        """Everything in a partition that was added since is from after we began."""
+        self._look_at = time.monotonic() + _LOOK_SECONDS
+        topic = self._settings.options.topic
+        try:
+            found = self._consumer.list_topics(topic, timeout=1.0).topics[topic].partitions
+            new = [number for number in found if number not in self._tracks]
+            if new:
+                self._consumer.incremental_assign([TopicPartition(topic, n, OFFSET_BEGINNING) for n in new])
+        except KafkaException:  # the next look finds them
+            return
+        self._tracks |= {number: Track() for number in new}
+        self._paused = None
+
     def _assigned(self, _consumer: Any, places: list[Any]) -> None:
         for place in places:
             self._tracks[place.partition] = Track()
-        self._paused = False  # new partitions come unpaused: `_throttle` looks again
+        self._paused = None  # new partitions come unpaused, others stay as they are: `_throttle` looks again
         self._ousted_at = None
 
-    def _revoked(self, _consumer: Any, places: list[Any]) -> None:
+    def _revoked(self, consumer: Any, places: list[Any]) -> None:
+        if consumer is not self._consumer:  # one that is being closed, in a thread of its own
+            return
         # What was acknowledged is stored: librdkafka commits it before it gives the partition away.
         self._forget([place.partition for place in places])
         if self._exclusive and not self._tracks:
@@ -428,7 +467,7 @@ class KafkaSubscription:
             return
         consumer, self._consumer = self._consumer, None
         self._forget(list(self._tracks))
-        consumer.close()
+        _leave(consumer)
 
     # ----------------------------------------------------------------------------------- dead letters
 
@@ -444,17 +483,22 @@ class KafkaSubscription:
             ("x-virtbus-group", (self._group or "").encode()),
         ]
         outcome: list[Any] = []
-        self._dead_letters.produce(
-            settings.dead_topic,
-            message.body,
-            handle.key,
-            headers=headers,
-            on_delivery=lambda error, _message: outcome.append(error),
-        )
         deadline = time.monotonic() + _DEAD_LETTER_SECONDS
-        while not outcome and time.monotonic() < deadline:
-            self._dead_letters.poll(0.1)
-        if outcome == [None]:
+        try:
+            self._dead_letters.produce(
+                settings.dead_topic,
+                message.body,
+                handle.key,
+                headers=headers,
+                on_delivery=lambda error, _message: outcome.append(error),
+            )
+            while not outcome and time.monotonic() < deadline:
+                self._dead_letters.poll(0.1)
+        except KafkaException as error:
+            outcome.append(error.args[0])
+        except BufferError:  # larger than what the client may hold
+            outcome.append(KafkaError(KafkaError._QUEUE_FULL))
+        if outcome and outcome[0] is None:  # not `== [None]`: a KafkaError can't be compared with None
             return
         self._dead_letters.purge()
         self._dead_letters = None
@@ -462,7 +506,30 @@ class KafkaSubscription:
         failure: VirtbusError = BusUnavailable(f"{doing}: not confirmed in {_DEAD_LETTER_SECONDS:g} s")
         if outcome:
             failure = translate(outcome[0], doing)
+        if isinstance(failure, RecordRefused):
+            failure = BusDenied(f"{failure}: let that topic take what the other one does (max.message.bytes)")
         raise failure
+
+
+def _headers(polled: Any) -> list[tuple[str, bytes]]:
+    """A message's headers; none when confluent-kafka can't give them (a name not in UTF-8): no event."""
+    try:
+        found = _give_headers(polled)
+        return [(name, value if value is not None else b"") for name, value in found or ()]
+    except (SystemError, UnicodeDecodeError):
+        return []
+
+
+def _leave(consumer: Any) -> None:
+    """Close a client, in bounded time: it may wait for minutes for a broker that is connected and silent.
+
+    What it could not commit by then is delivered again, to somebody.
+    """
+    leaving = threading.Thread(target=consumer.close, name="virtbus-kafka-leave", daemon=True)
+    leaving.start()
+    leaving.join(_CLOSE_SECONDS)
+    if leaving.is_alive():
+        emit(Notice(f"left without the broker's answer within {_CLOSE_SECONDS:g} s"))
 
 
 def _offset(message: Message) -> int:

@@ -12,7 +12,7 @@ import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -151,15 +151,18 @@ class KafkaSettings:
         """The options of our producer; `batching` False sends every record in a request of its own."""
         options = self.options
         timeout_ms = max(1, int(options.confirm_timeout * 1000))
+        max_bytes = min(max(options.max_record_bytes + 65536, 1000), 1_000_000_000)
         config: dict[str, Any] = {
             "enable.idempotence": True,
             "acks": "all",
             # As Java's default partitioner, so that producers in any language agree on a key's partition.
             "partitioner": "murmur2_random",
+            # A topic that goes away is ours to make again, or the operator's: not the broker's, as it likes.
+            "allow.auto.create.topics": False,
             # The spool is the buffer; here only the window is in flight.
             "queue.buffering.max.messages": options.window + 16,
-            "queue.buffering.max.kbytes": max(1024, min(2097151, options.window * 64)),
-            "message.max.bytes": min(max(options.max_record_bytes + 65536, 1000), 1_000_000_000),
+            "queue.buffering.max.kbytes": max(1024, min(2097151, options.window * 64), max_bytes // 1024 + 1),
+            "message.max.bytes": max_bytes,
             # The window is handed over in one go: waiting long for more only adds latency.
             "linger.ms": 5,
             "retry.backoff.ms": 50,
@@ -182,6 +185,7 @@ class KafkaSettings:
             "queued.min.messages": max(1, prefetch),
             "queued.max.messages.kbytes": 8192,
             "fetch.wait.max.ms": 100,
+            "auto.commit.interval.ms": 200,
             "fetch.error.backoff.ms": 100,
             "topic.metadata.refresh.interval.ms": 30_000,
             "session.timeout.ms": 10_000,
@@ -191,7 +195,6 @@ class KafkaSettings:
             # Only what `store_offsets` was told is committed: librdkafka does it in the background, at a
             # rebalance and at close.
             "enable.auto.commit": True,
-            "auto.commit.interval.ms": 200,
             "enable.auto.offset.store": False,
         }
 
@@ -283,9 +286,7 @@ def check(url: str, options: BusOptions) -> KafkaSettings:
     problems += mechanism_problems
     problems += _file_problems(options, tls)
     problems += _option_problems(options)
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return KafkaSettings(
+    settings = KafkaSettings(
         servers=tuple(servers),
         tls=tls,
         mechanism=mechanism,
@@ -293,6 +294,21 @@ def check(url: str, options: BusOptions) -> KafkaSettings:
         options=options,
         url_password=unquote(password) if colon else None,
     )
+    if not problems:
+        problems += _combination_problems(settings)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return settings
+
+
+def _combination_problems(settings: KafkaSettings) -> Iterator[str]:
+    """What librdkafka says of our options and the operator's together; without secrets, and to no broker."""
+    config = replace(settings, mechanism=None).producer(Watch())
+    del config["bootstrap.servers"]
+    try:
+        Producer(config)
+    except KafkaException as error:
+        yield f"bus.kafka: librdkafka refuses the settings: {oneline(error.args[0].str())}"
 
 
 def _server(host: str) -> tuple[str | None, str | None]:

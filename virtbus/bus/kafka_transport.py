@@ -8,6 +8,8 @@ stands on the driver itself (kafka_consumer.py).
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from typing import Any
 
 from confluent_kafka import KafkaException, Producer
@@ -23,6 +25,9 @@ TRANSPORT_ALIASES.setdefault(TRANSPORT, f"{__name__}:Transport")
 # kombu's classes carry no types: what comes from them is Any, on purpose and here only.
 _VirtualChannel: Any = virtual.Channel
 _VirtualTransport: Any = virtual.Transport
+
+# How long a closing channel waits for the reports of what it purged, in seconds.
+_REPORTS_SECONDS = 1.0
 
 
 class Channel(_VirtualChannel):
@@ -75,13 +80,19 @@ class Channel(_VirtualChannel):
 
     def drain_events(self, timeout: float | None = None, callback: Any = None) -> int:
         """Serve delivery reports and errors for up to `timeout` seconds; the number of events served."""
-        return int(self.producer.poll(0.0 if timeout is None else timeout))
+        producer = self.producer
+        return 0 if producer is None else int(producer.poll(0.0 if timeout is None else timeout))
 
     def close(self) -> None:
         """Let the producer go; what it still held is purged, never sent later behind our back."""
-        if not self.closed:
-            self.producer.purge()
-            self.producer.poll(0)
+        producer, self.producer = self.producer, None
+        if producer is not None:
+            producer.purge()
+            # A report that is not served keeps its callback, and with it whatever that refers to.
+            limit = time.monotonic() + _REPORTS_SECONDS
+            with suppress(KafkaException):  # a fatal error: it goes anyway
+                while len(producer) and time.monotonic() < limit:
+                    producer.poll(0.05)
         super().close()
 
 

@@ -8,7 +8,9 @@ comes later than the grace time, nor after the resume that follows it:
 1. an error whose event comes is told by its event, exactly once, whichever of event, pause and look is first;
 2. a pause by I/O error whose event never comes is told exactly once, with the devices that a look found;
 3. an event that comes after its finding is not counted again (it only adds what it knows);
-4. where "twice" and "never" can't be told apart, it is twice: nothing is lost.
+4. where "twice" and "never" can't be told apart, it is twice: nothing is lost;
+5. an event of a pause that comes after its guest was resumed (QEMU from 9.2 to 10 may hold it back for a
+   second) is followed by a look, and where that finds the guest running, by word that it does.
 
 A disk error that virDomainGetDiskErrors gives may be an old one: QEMU keeps it after the guest was resumed
 (measured on QEMU 5.2 to 11.1). So what was there before a pause says nothing about it.
@@ -28,6 +30,7 @@ from virtbus.sources.link import (
     DISK_ERROR_NO_SPACE,
     DISK_ERRORS,
     PAUSED,
+    RUNNING,
 )
 from virtbus.sources.looks import Look, Message, disk_errors_by_alias, gather, stamps_by_alias
 
@@ -79,6 +82,8 @@ class _Case:
     credit: dict[str, RawIoError] = field(default_factory=dict)  # events whose pause is still to come
     credit_at: float = 0.0
     found_ahead: bool = False  # a finding whose pause is still to come
+    doubted_at: float | None = None  # an event told of a pause, and no pause came yet
+    ask_at: float = 0.0  # when a look is to tell
     # Since the last resume: alias → its event, or when its finding was told.
     told: dict[str, RawIoError] = field(default_factory=dict)
     synthesised: dict[str, float] = field(default_factory=dict)
@@ -127,6 +132,8 @@ class CrossCheck:
         else:
             case.credit[alias] = raw
             case.credit_at = mono
+            if not case.paused:
+                case.doubted_at, case.ask_at = mono, mono + self._grace
         return Verdict.TELL
 
     def suspended(
@@ -135,6 +142,7 @@ class CrossCheck:
         """A pause by I/O error, or one of unknown reason, which only a look can tell from an operator's."""
         case = self._case(uuid, name, number)
         case.paused = True
+        case.doubted_at = None
         if case.found_ahead:
             case.found_ahead = False
             case.credit = {}
@@ -149,6 +157,7 @@ class CrossCheck:
         if case is None:
             return
         case.paused = case.found_ahead = False
+        case.doubted_at = None
         for pause in case.pauses:
             pause.over = True
         case.credit = {}
@@ -161,6 +170,15 @@ class CrossCheck:
         if case is None:
             return []
         return [b for pause in case.pauses for b in self._decide(uuid, case, pause, 0.0, {}) if b.count]
+
+    def removed(self, uuid: str, alias: str) -> None:
+        """The device was unplugged: nothing is kept of it but what belongs to a pause that goes on."""
+        case = self._cases.get(uuid)
+        if case is None:
+            return
+        case.wanting.discard(alias)
+        for kept in (case.stale, case.last_ns, case.reports, case.looked_for):
+            kept.pop(alias, None)
 
     def looked(self, uuid: str, look: Look, devices: Mapping[str, Device]) -> list[Burst]:
         """What a look found: kept for the undecided pause that it saw.
@@ -188,6 +206,16 @@ class CrossCheck:
             if not case.paused and not case.pauses:
                 case.stale = dict(wrong)
 
+    def runs(self, uuid: str, look: Look) -> bool:
+        """Whether a look found a guest running of which an event told a pause that never came."""
+        case = self._cases.get(uuid)
+        if case is None or case.doubted_at is None or look.asked_at <= case.doubted_at:
+            return False
+        case.doubted_at = None
+        if look.state == RUNNING:
+            self.resumed(uuid)
+        return look.state == RUNNING
+
     # ---- what follows
 
     def next_due(self) -> float | None:
@@ -206,6 +234,19 @@ class CrossCheck:
                 bursts = self._decide(uuid, case, pause, mono, devices.get(uuid, {}))
                 decisions.append(Decision(bursts, not case.paused))
         return decisions
+
+    def next_doubt(self) -> float | None:
+        """When `doubtful` has something to say (monotonic), or None."""
+        return min((c.ask_at for c in self._cases.values() if c.doubted_at is not None), default=None)
+
+    def doubtful(self, mono: float) -> list[str]:
+        """The domains to look at now: an event told of a pause that did not come within the grace time."""
+        found = [
+            uuid for uuid, case in self._cases.items() if case.doubted_at is not None and case.ask_at <= mono
+        ]
+        for uuid in found:
+            self._cases[uuid].ask_at = mono + LATE_SECONDS  # a look may fail
+        return found
 
     def undecided(self) -> list[str]:
         """The domains that wait for a decision."""

@@ -199,6 +199,7 @@ class Observer:
                 if note is not None:
                     self._handle(session, note, None)
                 self._decide(session, sink)
+                self._look_at_doubtful()
             except Exception as error:  # noqa: BLE001 - one strange domain must not end the watch
                 emit(Trouble("source", error))
             if time.monotonic() - alive_at >= ALIVE_SECONDS:
@@ -210,8 +211,8 @@ class Observer:
     def _next_note(self, session: Session) -> Note | None:
         wait = POLL_SECONDS
         with self.lock:
-            due = self.check.next_due()
-        for moment in (due, self._lookups.check()):
+            moments = (self.check.next_due(), self.check.next_doubt())
+        for moment in (*moments, self._lookups.check()):
             if moment is not None:
                 wait = min(wait, max(0.0, moment - self.clock().monotonic))
         try:
@@ -278,6 +279,14 @@ class Observer:
                 else:
                     session.tell(found)
             session.tell(self.check.looked(uuid, look, entry.devices))
+            if self.check.runs(uuid, look):
+                session.tell([DomainResumed(uuid, now.wall_ns)])
+
+    def _look_at_doubtful(self) -> None:
+        with self.lock:
+            doubtful = self.check.doubtful(self.clock().monotonic)
+        for uuid in doubtful:
+            self._lookups.request(uuid, Want.TROUBLE)
 
     def _decide(self, session: Session, sink: Sink) -> None:
         now = self.clock()

@@ -169,7 +169,9 @@ class ReplaySource:
             told = check.event(raw, at) is Verdict.KNOWN
             return [Burst(raw, 0 if told else 1, ns, ns, Origin.REPLAY)]
         if kind == "DEVICE_REMOVED":
-            return [DeviceRemoved(uuid, str(record.get("devAlias") or ""), ns)]
+            alias = str(record.get("devAlias") or "")
+            check.removed(uuid, alias)
+            return [DeviceRemoved(uuid, alias, ns)]
         if kind != "LIFECYCLE":
             return []
         event, detail = record.get("event"), record.get("detail")

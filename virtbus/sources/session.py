@@ -178,6 +178,7 @@ class Session:
         now = self._now()
         with self._shared.lock:
             if self.live:
+                self._shared.check.removed(uuid, alias)
                 self._sink(DeviceRemoved(uuid, alias, now.wall_ns))
         self.notes.put(Changed(uuid))
 
@@ -194,10 +195,10 @@ class Session:
         """See Handler."""
         self.notes.put(Closed(why, silent_seconds))
 
-    def tell(self, bursts: Sequence[Burst]) -> None:
-        """Tell findings; the observer's lock is held."""
-        for burst in bursts:
-            self._sink(burst)
+    def tell(self, found: Sequence[Burst | DomainResumed]) -> None:
+        """Tell what a look found; the observer's lock is held."""
+        for each in found:
+            self._sink(each)
 
     def end(self) -> None:
         """Hear nothing any more."""
