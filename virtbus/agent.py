@@ -115,6 +115,7 @@ class Agent:
         self._source_since_ns = started.wall_ns
         self._intake_busy_since: float | None = None
         self._commit_error: str | None = None
+        self._sign_refused: Now | None = None
         self._pending: list[Event] = []
         self._pending_states: dict[str, bytes | None] = {}
         self._unreadable: tuple[str, ...] = ()
@@ -137,7 +138,6 @@ class Agent:
         emit(
             AgentStarted(__version__, self.agent_id, self.spool.epoch, round(self._started.wall_ns / 1e9, 3))
         )
-        METRICS.spool_writable.set(1)
         self._bind_gauges()
         # An incident whose state can't be read has lost its pending count: the first events tell.
         self._unreadable = self.incidents.restore(self.spool.states(), self._started)
@@ -343,7 +343,21 @@ class Agent:
             at = to_datetime(now.wall_ns)
             events.append(self._gap("observations_dropped", why, ended_at=at, missing_occurrences=errors))
         self._commit(events)
-        self.spool.alive(now.wall_ns)
+        self._sign_of_life(now)
+
+    def _sign_of_life(self, now: Now) -> None:
+        """Tell the spool that all is seen until now; thus a bad disk shows on an idle host too."""
+        self._intake_busy_since = time.monotonic()
+        taken = self.spool.alive(now.wall_ns)
+        self._intake_busy_since = None
+        since = self._sign_refused
+        if not taken:
+            self._sign_refused = since or now
+            self._commit_error = str(self.spool.refusal)
+            emit(SpoolUnwritable(str(self.spool.path), self._commit_error))
+        elif since is not None:
+            self._sign_refused = self._commit_error = None
+            emit(SpoolWritable(str(self.spool.path), round(now.monotonic - since.monotonic, 1)))
 
     def _events_of(self, observations: list[Observation], now: Now) -> list[Event]:
         """What a batch becomes, in its order; keeps track of whether the source observes."""
@@ -478,6 +492,7 @@ class Agent:
         METRICS.spool_events.labels("pending").set_function(lambda: self.spool.stats().pending)
         METRICS.spool_events.labels("dead").set_function(lambda: self.spool.stats().dead)
         METRICS.incidents_open.set_function(lambda: self.incidents.open_count)
+        METRICS.spool_writable.set_function(lambda: 0.0 if self._spool_trouble() else 1.0)
 
     def dead_threads(self) -> list[str]:
         """Names of threads that ended although nobody asked them to: what /livez fails for."""
@@ -487,14 +502,16 @@ class Agent:
 
     def not_ready(self) -> list[str]:
         """Why the agent does not observe or keep events now; empty when it does. The broker is no reason."""
+        source = [] if self._source_state == "connected" else [f"source is {self._source_state}"]
+        return source + self._spool_trouble()
+
+    def _spool_trouble(self) -> list[str]:
         reasons = []
-        if self._source_state != "connected":
-            reasons.append(f"source is {self._source_state}")
         if self._commit_error is not None:
             reasons.append(f"spool: {self._commit_error}")
         busy = self._intake_busy_since
         if busy is not None and time.monotonic() - busy > 10.0:
-            reasons.append(f"spool: a commit has been hanging for {time.monotonic() - busy:.0f} s")
+            reasons.append(f"spool: a write has been hanging for {time.monotonic() - busy:.0f} s")
         return reasons
 
     def summary(self) -> str:

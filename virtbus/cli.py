@@ -109,8 +109,10 @@ def _discard_output() -> None:
 
 
 def _complain(text: str) -> None:
+    from virtbus.telemetry import printable  # a broker's words may be among them
+
     for line in text.splitlines() or [""]:
-        click.echo(f"virtbus: {line}", err=True)
+        click.echo(f"virtbus: {printable(line)}", err=True)
 
 
 def _common(command: F) -> F:

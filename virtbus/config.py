@@ -420,10 +420,10 @@ def load(
     raise ConfigError("\n".join(problems))
 
 
-# Not settings: what is read elsewhere, what the tests use, and what Kubernetes puts into every pod beside
-# a Service that is named like us (VIRTBUS_SERVICE_HOST, VIRTBUS_PORT_9466_TCP, …).
+# Not settings: what is read elsewhere, what an exec hook is given, what the tests use, and what Kubernetes
+# puts into every pod beside a Service that is named like us (VIRTBUS_SERVICE_HOST, VIRTBUS_PORT_9466_TCP, …).
 _NOT_SETTINGS = re.compile(
-    r"VIRTBUS_(CONFIG|DEBUG|CI|FAULTS|SOAK_.*|FUZZ_.*|TEST_.*|([A-Z0-9]+_)*SERVICE_(HOST|PORT(_.*)?)|([A-Z0-9]+_)*PORT(_.*)?)"
+    r"VIRTBUS_(CONFIG|DEBUG|CI|FAULTS|EVENT_.*|SOAK_.*|FUZZ_.*|TEST_.*|([A-Z0-9]+_)*SERVICE_(HOST|PORT(_.*)?)|([A-Z0-9]+_)*PORT(_.*)?)"
 )
 
 
@@ -528,7 +528,7 @@ def _check(schema: dict[str, Any], merged: dict[str, Any], origins: Mapping[str,
                 problems.append(f"{_place(key, origins)}: unknown setting {key}{_did_you_mean(name, known)}")
             continue
         shown = repr(error.instance)
-        if _is_secret(where) or ("://" in shown and "@" in shown):  # a URL, in whatever it was wrapped
+        if is_secret(where) or ("://" in shown and "@" in shown):  # a URL, in whatever it was wrapped
             shown = REDACTED
         message = error.message.replace(repr(error.instance), "").strip().strip('"')
         expected = _expected(schema, where) or message
@@ -638,10 +638,13 @@ def bus_url(config: Config) -> str:
 
 # ----------------------------------------------------------------------------------------- redaction
 
-_SECRET_WORDS = re.compile(r"pass|secret|token|credential|(^|[._-])key($|[._-])(?!file)", re.IGNORECASE)
+_SECRET_WORDS = re.compile(
+    r"pass|secret|token|credential|jaas|oauthbearer\.config|(^|[._-])key($|[._-])(?!file)", re.IGNORECASE
+)
 
 
-def _is_secret(key: str) -> bool:
+def is_secret(key: str) -> bool:
+    """Whether a setting of this dotted key, or a free option of this name, is never shown."""
     name = key.rpartition("options.")[2] if "options." in key else key.rpartition(".")[2]
     return bool(_SECRET_WORDS.search(name)) and not name.endswith(("_file", ".location", "_command"))
 
@@ -677,9 +680,40 @@ def effective(config: Config) -> dict[str, Any]:
     def clean(node: Any, key: str) -> Any:
         if isinstance(node, dict):
             return {name: clean(value, f"{key}.{name}" if key else name) for name, value in node.items()}
-        if node is not None and key in ("bus.url", "libvirt.uri"):
-            return redact_url(node)
-        return REDACTED if node is not None and _is_secret(key) else node
+        if isinstance(node, list | tuple):
+            if key.endswith("command"):  # whatever stands behind the program may be a password or a token
+                return [word if at == 0 else REDACTED for at, word in enumerate(node)]
+            return [clean(item, key) for item in node]
+        if node is not None and is_secret(key):
+            return REDACTED
+        return redact_url(node) if isinstance(node, str) and (key == "bus.url" or "://" in node) else node
 
     redacted: dict[str, Any] = clean(plain, "")
     return redacted
+
+
+def exposed_secrets(loaded: Loaded) -> list[str]:
+    """Secrets that another user of this host can read: what, where, and what to do; one line each."""
+    plain, shown = (
+        dict(_leaves(settings)) for settings in (msgspec.to_builtins(loaded.config), effective(loaded.config))
+    )
+    found = []
+    for key, value in plain.items():
+        origin = loaded.origins.get(key, loaded.origins.get(key.rpartition(".")[0], ""))
+        if value is not None and key.endswith(("password_file", "url_file", "token_file", "key_file")):
+            if _is_open(value):
+                found.append(f"{key}: {value} can be read by every user: chmod o-r it")
+        elif value in (None, [], shown[key]):
+            continue
+        elif origin.startswith("flag"):
+            found.append(f"{key}: a secret in a flag shows in ps: put it into a file (bus.url_file, say)")
+        elif loaded.file is not None and origin.startswith(str(loaded.file)) and _is_open(loaded.file):
+            found.append(f"{key}: {origin} holds a secret and can be read by every user: chmod o-r it")
+    return found
+
+
+def _is_open(path: str | Path) -> bool:
+    try:
+        return bool(Path(path).stat().st_mode & 0o004)
+    except OSError:
+        return False

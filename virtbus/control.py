@@ -1,9 +1,10 @@
 """How the outside looks into a running agent: HTTP for machines, a Unix socket for people.
 
 HTTP (loopback by default): /metrics, /livez (fails only for a dead thread), /readyz (source registered
-and spool writable; a broker outage is neither). Unix socket (0600, the peer's uid is checked): one JSON
-request a line; `status` answers once, `drill` makes an event of origin replay, `tap` streams until the peer
-leaves, lossy and bounded: a slow reader loses lines, never slows the path.
+and spool writable; a broker outage is neither). One request a connection, and so many connections: a new one
+makes the oldest give way, so that nobody who is slow keeps a probe out. Unix socket (0600, the peer's uid is
+checked): one JSON request a line; `status` answers once, `drill` makes an event of origin replay, `tap`
+streams until the peer leaves, lossy and bounded: a slow reader loses lines, never slows the path.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import os
 import socket
 import struct
+import sys
 import threading
 import uuid
 from collections import deque
@@ -21,6 +23,7 @@ from dataclasses import asdict, dataclass, is_dataclass
 from datetime import datetime
 from enum import Enum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,6 +35,7 @@ from virtbus.telemetry import METRICS, PeerRefused, Trouble, emit
 TAP_STAGES = ("raw", "incident", "published")
 TAP_BUFFER = 1000  # lines a reader may lag behind
 MAX_READERS = 8
+MAX_HTTP_PEERS = 16
 MAX_REQUEST_BYTES = 4096
 IDLE_SECONDS = 3600.0  # nobody is waited for more often than this
 
@@ -92,7 +96,7 @@ class _TapReader:
         self._ready.wait(timeout)
         self._ready.clear()
         lines = []
-        while self._lines:
+        for _ in range(len(self._lines)):  # not what comes meanwhile: in a storm that never ends
             stage, item, stamp = self._lines.popleft()
             lines.append(json.dumps({"stage": stage, "item": plain(item), "stamp": plain(stamp)}))
         if self.lost:
@@ -180,6 +184,60 @@ class Drill:
 # --------------------------------------------------------------------------------------------- HTTP
 
 
+def _is_address(host: str | None) -> bool:
+    """Whether a Host header names this machine and not a name of the web.
+
+    A page whose name is made to lead to 127.0.0.1 (DNS rebinding) would have a browser read our answers.
+    """
+    if not host:
+        return True
+    name, separator, port = host.rpartition(":")
+    if not separator or not port.isdecimal():
+        name = host
+    if name.lower() == "localhost":
+        return True
+    try:
+        ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+class _Server(ThreadingHTTPServer):
+    """A thread a peer, MAX_HTTP_PEERS at most: whoever has been there longest gives way."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = MAX_HTTP_PEERS
+
+    def __init__(self, *arguments: Any) -> None:
+        self._peers: dict[Any, None] = {}  # in the order in which they came
+        self._lock = threading.Lock()
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            oldest = list(self._peers)[: max(0, len(self._peers) + 1 - MAX_HTTP_PEERS)]
+            for peer in oldest:
+                del self._peers[peer]
+            self._peers[request] = None
+        for peer in oldest:
+            with suppress(OSError):
+                peer.shutdown(socket.SHUT_RDWR)  # its thread reads an end, or can't go on writing
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._peers.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A peer that went away is no news either."""
+        error = sys.exception()
+        if isinstance(error, Exception) and not isinstance(error, OSError):
+            emit(Trouble("http", error))
+
+
 class HttpServer:
     """/metrics, /livez and /readyz on a thread of its own."""
 
@@ -191,14 +249,17 @@ class HttpServer:
         host = host.strip("[]")
 
         class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+            # One request a connection: what follows it, a body that nobody reads say, is never another one.
+            protocol_version = "HTTP/1.0"
             server_version = "virtbus"
             sys_version = ""
             timeout = 10  # a peer that says nothing does not hold a thread
 
             def do_GET(self) -> None:
                 path = self.path.partition("?")[0]
-                if path == "/metrics":
+                if not _is_address(self.headers.get("Host")):
+                    self._answer(403, "text/plain; charset=utf-8", b"ask by IP address or as localhost\n")
+                elif path == "/metrics":
                     self._answer(200, CONTENT_TYPE_LATEST, generate_latest(METRICS.registry))
                 elif path == "/livez":
                     self._verdict([f"thread {name} is dead" for name in dead()])
@@ -222,13 +283,8 @@ class HttpServer:
             def log_message(self, format: str, *args: object) -> None:
                 """Scrapes are no news."""
 
-        class Server(ThreadingHTTPServer):
+        class Server(_Server):
             address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            daemon_threads = True
-            block_on_close = False
-
-            def handle_error(self, request: Any, client_address: Any) -> None:
-                """A peer that went away is no news either."""
 
         try:
             self._server = Server((host, int(port)), Handler)
@@ -274,23 +330,30 @@ class ControlSocket:
         """Bind the socket; raises ConfigError when it can't be made."""
         self._path, self._status, self._taps, self._drill = path, status, taps, drill
         self._stop = threading.Event()
+        if _is_answered(path):
+            raise ConfigError(
+                f"control.socket = {path}: another agent answers there; "
+                "choose another path with --control-socket, or '' for none"
+            )
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             # Before the umask, which would make a folder that not even its owner may enter.
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
             if path.is_socket():
-                path.unlink()  # left by a killed agent: a live one would hold the spool's lock, which we hold
+                path.unlink()  # left by a killed agent
             old_umask = os.umask(0o177)
             try:
                 self._socket.bind(str(path))
             finally:
                 os.umask(old_umask)
         except OSError as error:
+            self._socket.close()
             raise ConfigError(
                 f"control.socket = {path}: {error.strerror or error}; "
                 "choose another path with --control-socket, or '' for none"
             ) from error
         self._socket.listen(MAX_READERS)
+        self._made = _identity(path)
         self._thread = threading.Thread(target=self._accept, name="virtbus-control", daemon=True)
 
     def start(self) -> None:
@@ -303,7 +366,8 @@ class ControlSocket:
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self._socket.close()
-        self._path.unlink(missing_ok=True)
+        if _identity(self._path) == self._made:  # and not somebody else's by now
+            self._path.unlink(missing_ok=True)
 
     def _accept(self) -> None:
         while not self._stop.is_set():
@@ -314,38 +378,46 @@ class ControlSocket:
                     emit(Trouble("control socket", error))
                     self._stop.wait(1.0)
                 continue
-            threading.Thread(
-                target=self._serve, args=(peer,), name="virtbus-control-peer", daemon=True
-            ).start()
+            try:
+                threading.Thread(
+                    target=self._serve, args=(peer,), name="virtbus-control-peer", daemon=True
+                ).start()
+            except RuntimeError as error:  # no thread to be had: this peer goes, we stay
+                peer.close()
+                emit(Trouble("control socket", error))
 
     def _serve(self, peer: socket.socket) -> None:
-        with peer:
+        with peer, suppress(OSError):  # a peer that went away is no news
             peer.settimeout(5.0)
             try:
-                # SO_PEERCRED: struct ucred {pid, uid, gid} of who connected (unix(7)).
-                ucred = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-                _, uid, _ = struct.unpack("3i", ucred)
-                if uid not in (0, os.geteuid()):
-                    emit(PeerRefused(uid))
-                    peer.sendall(b'{"error": "only the agent\'s own user and root may ask"}\n')
-                    peer.recv(MAX_REQUEST_BYTES)  # closing on what is unread would reset the answer away
-                    return
-                request = _read_request(peer)
-                if request.get("command") == "status":
-                    peer.sendall(json.dumps(plain(self._status())).encode() + b"\n")
-                elif request.get("command") == "tap":
-                    self._tap(peer, request)
-                elif request.get("command") == "drill" and self._drill is not None:
-                    drill = Drill.parse(request)
-                    self._drill(drill)
-                    peer.sendall(json.dumps(plain(drill)).encode() + b"\n")
-                else:
-                    peer.sendall(b'{"error": "unknown command; known: status, tap, drill"}\n')
+                self._answer(peer)
             except ConfigError as error:
                 peer.sendall(json.dumps({"error": str(error)}).encode() + b"\n")
-            except (OSError, ValueError) as error:
-                if isinstance(error, ValueError):
-                    peer.sendall(b'{"error": "send one JSON object on one line"}\n')
+            except ValueError:
+                peer.sendall(b'{"error": "send one JSON object on one line"}\n')
+            except OSError:
+                raise
+            except Exception as error:  # noqa: BLE001 - a bug costs an answer
+                emit(Trouble("control socket", error))
+
+    def _answer(self, peer: socket.socket) -> None:
+        uid = _peer_uid(peer)
+        if uid not in (0, os.geteuid()):
+            emit(PeerRefused(uid))
+            peer.sendall(b'{"error": "only the agent\'s own user and root may ask"}\n')
+            peer.recv(MAX_REQUEST_BYTES)  # closing on what is unread would reset the answer away
+            return
+        request = _read_request(peer)
+        if request.get("command") == "status":
+            peer.sendall(json.dumps(plain(self._status())).encode() + b"\n")
+        elif request.get("command") == "tap":
+            self._tap(peer, request)
+        elif request.get("command") == "drill" and self._drill is not None:
+            drill = Drill.parse(request)
+            self._drill(drill)
+            peer.sendall(json.dumps(plain(drill)).encode() + b"\n")
+        else:
+            peer.sendall(b'{"error": "unknown command; known: status, tap, drill"}\n')
 
     def _tap(self, peer: socket.socket, request: Mapping[str, Any]) -> None:
         stage, domain = request.get("stage"), request.get("domain")
@@ -370,6 +442,33 @@ class ControlSocket:
             self._taps.close(reader)
 
 
+def _is_answered(path: Path) -> bool:
+    """Whether a process listens there."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except (BlockingIOError, TimeoutError):  # it listens, and has much to do
+            return True
+        except OSError:
+            return False
+    return True
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _peer_uid(peer: socket.socket) -> int:
+    """The user at the other end: SO_PEERCRED, struct ucred {pid, uid, gid} (unix(7))."""
+    ucred = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", ucred)[1])
+
+
 def _read_request(peer: socket.socket) -> dict[str, Any]:
     data = b""
     while not data.endswith(b"\n") and len(data) < MAX_REQUEST_BYTES:
@@ -389,12 +488,19 @@ def _read_request(peer: socket.socket) -> dict[str, Any]:
 def ask(path: Path, request: Mapping[str, object]) -> socket.socket:
     """Connect to an agent's control socket and send a request; the answer is read from the socket.
 
-    Raises AgentUnavailable when no agent answers there, AgentDenied when this user may not ask.
+    Raises AgentUnavailable when no agent answers there, AgentDenied when this user may not ask, or when the
+    folder does not belong to who answers.
     """
     peer = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         peer.settimeout(5.0)
         peer.connect(str(path))
+        uid = _peer_uid(peer)
+        if uid not in (0, os.geteuid(), path.parent.stat().st_uid):
+            peer.close()
+            raise AgentDenied(
+                f"{path}: a process of uid {uid} answers, to whom the folder does not belong: not the agent?"
+            )
         peer.sendall(json.dumps(request).encode() + b"\n")
     except PermissionError as error:
         peer.close()

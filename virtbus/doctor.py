@@ -10,16 +10,20 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import pwd
+import re
 import shutil
 import socket
 import sqlite3
 import ssl
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 from virtbus import envelope, schema
@@ -59,14 +63,18 @@ def examine(
     max_bytes: int,
     agent_id: str | None,
     tls: Callable[[], Sequence[TlsTarget]] = tuple,
+    exposed: Sequence[str] = (),
     timeout: float = 10.0,
 ) -> Iterator[Check]:
     """Every check, one after the other. `source` and `bus` make the parts; their errors are findings too."""
     yield from _schemas()
+    yield from _user(state_dir)
+    yield from _secrets(exposed)
     yield from _clock(state_dir)
     yield from _spool(state_dir, max_bytes)
     yield from _part("libvirt", lambda: source().probe(), timeout)
     yield from _part("tls", lambda: [_tls(target, timeout) for target in tls()], timeout + 1.0)
+    yield from _part("client certificate", lambda: list(_own_certificates(tls())), timeout)
     made: list[Bus] = []
 
     def probe() -> Checks:
@@ -152,6 +160,33 @@ def _schemas() -> Iterator[Check]:
         yield Check("schemas", "ok", f"{len(schema.entries())} bundled schemas are whole")
 
 
+def _user(state_dir: Path) -> Iterator[Check]:
+    """Who looks: root may do what the agent's user may not."""
+    owner = state_dir.stat().st_uid if os.path.exists(state_dir) else os.geteuid()  # noqa: PTH110 - no error
+    if os.geteuid() == 0 and owner != 0:
+        try:
+            name = pwd.getpwuid(owner).pw_name
+        except KeyError:
+            name = f"#{owner}"
+        yield Check(
+            "user",
+            "warning",
+            f"root looks, but {state_dir} is {name}'s: what follows may be right for root alone",
+            f"look as the agent's user: sudo -u '{name}' virtbus doctor",
+        )
+    else:
+        yield Check("user", "ok", f"uid {os.geteuid()} looks")
+
+
+def _secrets(exposed: Sequence[str]) -> Iterator[Check]:
+    """No secret is open to the other users of this host."""
+    if exposed:
+        remedy = "the files are for the agent's user alone: chmod 0600"
+        yield Check("secrets", "warning", "; ".join(exposed), remedy)
+    else:
+        yield Check("secrets", "ok", "none is open to other users")
+
+
 class _Timex(ctypes.Structure):
     """The head of struct timex (adjtimex(2)); the rest only has to be there."""
 
@@ -194,6 +229,9 @@ def _clock(state_dir: Path) -> Iterator[Check]:
 
 def _spool(state_dir: Path, max_bytes: int) -> Iterator[Check]:
     """The folder can be written and synced, has room, and says who uses it."""
+    if not os.path.exists(state_dir):  # noqa: PTH110 - a folder above it that may not be entered is no error
+        yield _to_be_made(state_dir)
+        return
     try:
         prepare_state_dir(state_dir)
         seconds = _sync_time(state_dir)
@@ -217,6 +255,13 @@ def _spool(state_dir: Path, max_bytes: int) -> Iterator[Check]:
         "put it on a faster disk: each event waits for a sync" if slow else None,
         details={"sync_seconds": round(seconds, 6)},
     )
+    if (shared := _is_shared(state_dir)) is not None:
+        yield Check(
+            "spool folder",
+            "warning",
+            f"other users may write into {shared}: they can take the spool away, or give us another",
+            f"chmod go-w {shared}",
+        )
     free = shutil.disk_usage(state_dir).free
     if free < 2 * max_bytes:
         yield Check(
@@ -240,6 +285,29 @@ def _spool(state_dir: Path, max_bytes: int) -> Iterator[Check]:
         yield Check("agent", "ok", f"no agent runs on {state_dir} now")
 
 
+def _to_be_made(state_dir: Path) -> Check:
+    """It is the agent's to make the folder: one that doctor made might be another user's."""
+    above = next(each for each in state_dir.absolute().parents if os.path.exists(each))  # noqa: PTH110
+    if above.is_dir() and os.access(above, os.W_OK | os.X_OK):
+        return Check("spool", "ok", f"{state_dir} is not there yet; the agent's first start makes it")
+    return Check(
+        "spool",
+        "failed",
+        f"state_dir {state_dir} is not there, and uid {os.geteuid()} can't make it in {above}",
+        "make the folder for the agent's user, or set --state-dir",
+        ConfigError.exit_code,
+    )
+
+
+def _is_shared(state_dir: Path) -> Path | None:
+    """The folder, it or one above it, in which other users can put something else in our files' place."""
+    folder = state_dir.resolve()
+    if not folder.is_mount() and folder.stat().st_mode & 0o022:  # a pod's own volume is everybody's in there
+        return folder
+    others = stat.S_IWOTH | stat.S_ISVTX  # a sticky folder (/tmp) keeps names for who made them
+    return next((each for each in folder.parents if each.stat().st_mode & others == stat.S_IWOTH), None)
+
+
 def _backlog(path: Path, max_bytes: int) -> Iterator[Check]:
     """How full the spool is; read beside a running agent, without disturbing it."""
     if not path.exists():
@@ -258,8 +326,8 @@ def _backlog(path: Path, max_bytes: int) -> Iterator[Check]:
             SpoolCorrupt.exit_code,
         )
         return
-    used = (size + aside) / max_bytes
-    told = f"{waiting} events wait, {dead} were set aside, {used:.0%} of spool.max_bytes"
+    used = size / max_bytes  # what was set aside gives way first, and no event is lost for it
+    told = f"{waiting} events wait, {used:.0%} of spool.max_bytes; {dead} set aside, {aside / max_bytes:.0%}"
     details = {"waiting": waiting, "dead": dead, "bytes": int(size + aside), "max_bytes": max_bytes}
     if used >= FULL:
         yield Check(
@@ -368,6 +436,45 @@ def _tls(target: TlsTarget, timeout: float) -> Check:
         "renew the broker's certificate" if days < SOON_DAYS else None,
         details={"days_left": round(days, 1), "protocol": version},
     )
+
+
+# Validity (RFC 5280, 4.1.2.5) in a certificate's DER: two times, each a UTCTime or a GeneralizedTime.
+_VALIDITY = re.compile(
+    rb"(?:\x17\x0d[0-9]{12}Z|\x18\x0f[0-9]{14}Z)(?:\x17\x0d([0-9]{12})Z|\x18\x0f([0-9]{14})Z)"
+)
+
+
+def _own_certificates(targets: Sequence[TlsTarget]) -> Iterator[Check]:
+    """How long the broker will go on taking our certificate. One that can't be read is told by `tls`."""
+    for path in dict.fromkeys(target.cert_file for target in targets if target.cert_file is not None):
+        ends = _end_of(path)
+        if ends is None:
+            continue
+        days = (ends - time.time()) / 86400
+        status = "failed" if days < 0 else "warning" if days < SOON_DAYS else "ok"
+        yield Check(
+            "client certificate",
+            status,
+            f"{path}: ended {-days:.0f} days ago" if days < 0 else f"{path}: {days:.0f} days left",
+            None if status == "ok" else "renew it; the next connection uses the new file",
+            BusDenied.exit_code if status == "failed" else 0,
+            {"days_left": round(days, 1)},
+        )
+
+
+def _end_of(path: str) -> float | None:
+    """When the first certificate in a PEM file ends, in Unix seconds."""
+    try:
+        text = Path(path).read_text(encoding="ascii", errors="replace")
+        first = re.search("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", text, re.DOTALL)
+        found = _VALIDITY.search(ssl.PEM_cert_to_DER_cert(first[0])) if first else None
+    except (OSError, ValueError):
+        return None
+    if found is None:
+        return None
+    digits = (found[1] or found[2]).decode()
+    century = "" if found[2] else "20" if digits < "50" else "19"
+    return datetime.strptime(f"{century}{digits}+0000", "%Y%m%d%H%M%S%z").timestamp()
 
 
 class _OneRecord:

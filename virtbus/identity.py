@@ -49,10 +49,20 @@ def load_agent_id(state_dir: Path, machine_id_file: Path = Path("/etc/machine-id
     return agent_id, before
 
 
+def read_agent_id(state_dir: Path) -> str | None:
+    """The id that stands in the file, whoever's disk it is; None without one. Writes nothing."""
+    try:
+        text = (state_dir / "agent-id").read_text(encoding="ascii", errors="replace")
+        return str(uuid.UUID(text.split()[0]))
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 def _write(path: Path, text: str) -> None:
     """Replace the file so that after a power cut it is the old one or the new one, never an empty one."""
     draft = path.with_suffix(".new")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    draft.unlink(missing_ok=True)  # of a start that was cut off; or a link that somebody laid here
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     try:
         os.write(descriptor, text.encode("ascii"))
         os.fsync(descriptor)

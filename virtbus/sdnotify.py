@@ -13,7 +13,8 @@ class Systemd:
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         """Read $NOTIFY_SOCKET, $WATCHDOG_USEC and $WATCHDOG_PID."""
-        self._address = environment.get("NOTIFY_SOCKET", "").replace("@", "\0", 1)
+        address = environment.get("NOTIFY_SOCKET", "")
+        self._address = f"\0{address[1:]}" if address.startswith("@") else address
         meant = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         usec = environment.get("WATCHDOG_USEC", "")
         # sd_watchdog_enabled(3) recommends half of the time.
@@ -23,7 +24,7 @@ class Systemd:
         """Send assignments such as READY=1, STATUS="…"; whether somebody was there to take them."""
         if not self._address:
             return False
-        lines = "\n".join(f"{name}={str(value).splitlines()[0]}" for name, value in states.items())
+        lines = "\n".join(f"{name}={' '.join(str(value).splitlines()[:1])}" for name, value in states.items())
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
             sender.setblocking(False)  # a service manager that hangs must not hang the agent
             try:

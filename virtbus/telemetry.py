@@ -40,7 +40,9 @@ class Metrics:
         )
         self.spool_bytes = Gauge("virtbus_spool_bytes", "Bytes of the events in the spool", registry=r)
         self.spool_max_bytes = Gauge("virtbus_spool_max_bytes", "Configured limit of the spool", registry=r)
-        self.spool_writable = Gauge("virtbus_spool_writable", "1 when the last commit succeeded", registry=r)
+        self.spool_writable = Gauge(
+            "virtbus_spool_writable", "1 while the spool takes what is written to it", registry=r
+        )
         self.callbacks = Counter("virtbus_callbacks", "I/O-error callbacks from libvirt", registry=r)
         self.events = Counter(
             "virtbus_events", "Events committed to the spool", ["type", "origin", "phase"], registry=r
@@ -182,13 +184,17 @@ def emit(event: TelemetryEvent) -> None:
         METRICS.log_failures.inc()
 
 
+def printable(text: str) -> str:
+    """Text of guests, tenants, daemons or brokers for a terminal: no control characters, no tricks."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
+
+
 def _printable(_log: Any, _method: str, line: Any) -> Any:
-    """Names and messages come from guests, tenants and daemons: no control characters on a terminal."""
     for name, value in line.items():
-        if isinstance(value, str) and not value.isprintable():
-            line[name] = "".join(
-                c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in value
-            )
+        if isinstance(value, str):
+            line[name] = printable(value)
     return line
 
 
@@ -405,9 +411,20 @@ class SpoolUnwritable(TelemetryEvent):
     path: str
     error: Exception | str
 
-    def measure(self, metrics: Metrics) -> None:
-        """Show the state."""
-        metrics.spool_writable.set(0)
+
+@dataclass(frozen=True, slots=True)
+class SpoolStumbled(TelemetryEvent):
+    """The disk refused what the publisher asked of the spool; nothing is lost, it asks again."""
+
+    LEVEL: ClassVar[str] = "warning"
+    MESSAGE: ClassVar[str] = "the spool's disk refused; tried again"
+    LIMIT_SECONDS: ClassVar[float] = 30.0
+    doing: str
+    error: Exception | str
+
+    def limit_key(self) -> object:
+        """A line for reading, one for settling."""
+        return self.doing
 
 
 @dataclass(frozen=True, slots=True)
@@ -417,10 +434,6 @@ class SpoolWritable(TelemetryEvent):
     MESSAGE: ClassVar[str] = "spool is written again"
     path: str
     seconds: float
-
-    def measure(self, metrics: Metrics) -> None:
-        """Show the state."""
-        metrics.spool_writable.set(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -467,6 +480,7 @@ class Trouble(TelemetryEvent):
     LIMIT_SECONDS: ClassVar[float] = 5.0
     where: str
     error: Exception | str
+    event_id: str | None = None
 
     def limit_key(self) -> object:
         """A line a place."""
@@ -550,6 +564,15 @@ class RunningAsRoot(TelemetryEvent):
     MESSAGE: ClassVar[str] = (
         "running as root; a user of its own that may open libvirt's read-only socket is enough"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class SecretExposed(TelemetryEvent):
+    """Another user of this host can read a secret."""
+
+    LEVEL: ClassVar[str] = "warning"
+    MESSAGE: ClassVar[str] = "a secret is open to every user of this host"
+    what: str
 
 
 @dataclass(frozen=True, slots=True)

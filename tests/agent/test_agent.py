@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -233,6 +234,59 @@ def test_a_disk_that_fails_for_a_while_costs_no_count_and_is_told(house, monkeyp
         assert "spool_unwritable" in reasons
         assert one.agent.not_ready() == []
         assert METRICS.registry.get_sample_value("virtbus_dropped_total") == dropped
+
+
+def writable():
+    return METRICS.registry.get_sample_value("virtbus_spool_writable")
+
+
+def test_a_disk_that_fails_shows_before_the_first_error_needs_it(house, monkeypatch):
+    monkeypatch.setattr("virtbus.agent.ALIVE_SECONDS", 0.1)
+    monkeypatch.setattr("virtbus.spool.committing.ALIVE_SECONDS", 0.1)
+    broken = threading.Event()
+
+    def grant(self, wall_ns):
+        if broken.is_set():
+            raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr("virtbus.spool.committing.IntakeSide._grant_wishes", grant)
+    one = house()
+    one.wait("gap")
+    wait_until(lambda: one.agent.not_ready() == [])
+    assert writable() == 1
+    broken.set()
+    wait_until(lambda: any("disk I/O error" in reason for reason in one.agent.not_ready()))
+    assert writable() == 0
+    broken.clear()
+    wait_until(lambda: one.agent.not_ready() == [])
+    assert writable() == 1
+
+
+@pytest.mark.parametrize("where", ["commit", "alive"])
+def test_a_disk_that_hangs_shows_in_readiness_and_metric(house, monkeypatch, where):
+    done, hangs, real = threading.Event(), threading.Event(), getattr(Spool, where)
+
+    def hang(self, *words):
+        if hangs.is_set():
+            done.wait(60)
+        return real(self, *words)
+
+    monkeypatch.setattr(Spool, where, hang)
+    one = house()
+    one.wait("gap")
+    wait_until(lambda: one.agent.not_ready() == [])
+    hangs.set()
+    one.source.play(a_raw_io_error())
+    wait_until(lambda: one.agent._intake_busy_since is not None)
+    one.agent._intake_busy_since -= 10.5  # as if it had hung for so long
+    (reason,) = one.agent.not_ready()
+    assert "a write has been hanging for 1" in reason
+    assert writable() == 0
+    assert one.agent.dead_threads() == []
+    done.set()
+    hangs.clear()
+    wait_until(lambda: one.agent.not_ready() == [])
+    assert writable() == 1
 
 
 @pytest.mark.parametrize("commit_fails", [False, True])

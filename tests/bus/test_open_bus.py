@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import virtbus.bus as bus_module
-from virtbus.bus import BusOptions, checked_group, known_schemes, open_bus
+from virtbus.bus import BusOptions, checked_group, is_loopback, known_schemes, open_bus
 from virtbus.bus.amqp import AmqpBus
 from virtbus.errors import ConfigError
 
@@ -101,3 +101,15 @@ def test_extra_options_that_may_hold_secrets_are_not_shown() -> None:
 def test_a_group_name_that_every_broker_can_carry_is_taken_as_it_is() -> None:
     assert checked_group("nova-react_1.x") == "nova-react_1.x"
     assert checked_group(None) is None
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.9.9.9", "::1"])
+def test_this_machine_is_loopback(host):
+    assert is_loopback(host)
+
+
+@pytest.mark.parametrize(
+    "host", ["127.evil.example", "127.0.0.1.nip.io", "localhost.evil.example", "10.0.0.1"]
+)
+def test_a_name_that_only_looks_like_loopback_is_not(host):
+    assert not is_loopback(host)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
+import time
 
+import amqp
 import kombu
 import pytest
 
 from virtbus.bus import BusOptions, open_bus
+from virtbus.bus.amqp_consumer import AmqpSubscription
 from virtbus.bus.embedded import EmbeddedSubscription
 from virtbus.consumer import Consumer
+from virtbus.envelope import MAX_DECODE_BYTES
 from virtbus.errors import BusUnavailable
+from virtbus.telemetry import METRICS
 from virtbus.testing import ListFeed, records
 
 
@@ -63,3 +69,110 @@ def test_a_broker_that_goes_away_at_a_poison_message_is_waited_out(tmp_path, mon
     bus = open_bus(url)
     assert len(bus.dead_letters("g")) == 1  # type: ignore[attr-defined]
     bus.close()
+
+
+def table(*items: bytes) -> bytes:
+    """A header table of AMQP 0-9-1."""
+    inside = b"".join(b"\x01k" + item for item in items)
+    return struct.pack(">I", len(inside)) + inside
+
+
+def nested(levels: int) -> bytes:
+    inside = b"V"
+    for _ in range(levels):
+        inside = b"F" + table(inside)
+    return table(inside)
+
+
+_HEADERS, _ENCODING, _TIMESTAMP, _APP = 0x2000, 0x4000, 0x0040, 0x0008
+# (property flags, property values) that RabbitMQ passes on as they are, and the body beside them
+MALICE = {
+    "a timestamp after all time": (_TIMESTAMP, struct.pack(">Q", 2**64 - 1), b"{}"),
+    "a timestamp in a year of eight digits": (_TIMESTAMP, struct.pack(">Q", 2**50), b"{}"),
+    "a header with such a timestamp": (_HEADERS, table(b"T" + struct.pack(">Q", 2**64 - 1)), b"{}"),
+    "headers nested 5,000 deep": (_HEADERS, nested(5000), b"{}"),
+    "no body beside them": (_HEADERS, nested(5000), b""),
+    "a body that decodes to half a character": (_ENCODING, b"\x0eunicode_escape", rb"\ud800"),
+    "a body in a quadratic encoding": (_ENCODING, b"\x08punycode", b"a" * 200_000 + b"-" + b"b" * 200_000),
+    "a name in Latin-1": (_APP, b"\x01\xe9", b"{}"),
+}
+
+
+class _Crafted(amqp.Message):
+    """A message whose properties are bytes of our own."""
+
+    def __init__(self, flags: int, values: bytes, body: bytes) -> None:
+        super().__init__(body)
+        self.raw = struct.pack(">H", flags) + values
+
+    def _serialize_properties(self) -> bytes:
+        return self.raw
+
+
+def publish_crafted(url: str, message: amqp.Message, key: str | bytes = "io_error.x.y") -> None:
+    with kombu.Connection(url) as other:
+        channel = other.channel()
+        channel.confirm_select()
+        channel.basic_publish_confirm(message, "virtbus.events", key)
+
+
+def survives(url: str, message: amqp.Message, key: str | bytes = "io_error.x.y") -> None:
+    """The message goes to the dead letters at once, and the event behind it is delivered."""
+    before = METRICS.bus_reconnects._value.get()
+    with Consumer(url, group="g") as consumer:
+        assert consumer.receive(0.3) is None
+        publish_crafted(url, message, key)
+        bus = open_bus(url, BusOptions())
+        (event,) = records(1)
+        ListFeed([event]).drain(bus)
+        bus.close()
+        begun = time.process_time()
+        assert received(consumer, 1) == [event.id]
+        assert consumer.receive(0.3) is None
+        assert time.process_time() - begun < 2.0
+    assert METRICS.bus_reconnects._value.get() == before + 2  # the consumer's and the publisher's, once each
+    with kombu.Connection(url) as other:
+        channel = other.channel()
+        channel.auto_decode = False
+        assert channel.basic_get("virtbus.g.dead") is not None
+        assert channel.queue_declare("virtbus.g", passive=True).message_count == 0
+
+
+@pytest.mark.rabbitmq
+@pytest.mark.parametrize("name", MALICE)
+def test_a_message_made_to_break_its_reader_is_put_aside(name: str, amqp_url: str) -> None:
+    survives(amqp_url, _Crafted(*MALICE[name]))
+
+
+@pytest.mark.rabbitmq
+def test_messages_larger_than_any_event_are_not_kept_in_memory(
+    amqp_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+    keep = AmqpSubscription._next
+
+    def look(self):
+        held.extend(len(message.body) for message in self._ready)
+        return keep(self)
+
+    monkeypatch.setattr(AmqpSubscription, "_next", look)
+    with Consumer(amqp_url, group="g") as consumer:
+        assert consumer.receive(0.3) is None
+        for _ in range(5):
+            publish_crafted(amqp_url, amqp.Message(b"x" * (MAX_DECODE_BYTES + 1)))
+        bus = open_bus(amqp_url, BusOptions())
+        (event,) = records(1)
+        ListFeed([event]).drain(bus)
+        bus.close()
+        assert received(consumer, 1) == [event.id]
+        assert consumer.receive(0.3) is None
+    assert max(held) <= MAX_DECODE_BYTES
+    with kombu.Connection(amqp_url) as other:
+        dead = [other.channel().basic_get("virtbus.g.dead", no_ack=True) for _ in range(6)]
+    assert [message.headers["x-death"][0]["reason"] for message in dead[:5]] == ["rejected"] * 5
+    assert dead[5] is None
+
+
+@pytest.mark.rabbitmq
+def test_a_routing_key_that_is_no_text_breaks_no_reader(amqp_url: str) -> None:
+    survives(amqp_url, amqp.Message(b"{}"), b"io_error.\xff\xfe.y")

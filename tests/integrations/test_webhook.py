@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import trustme
 
 from tests.integrations.parts import errors, eventually, publish, running
 from virtbus.config import React, ReactWebhook
 from virtbus.errors import ConfigError
 from virtbus.integrations.base import EVENT, Action, ActionRefused, TargetUnavailable, open_integration
+from virtbus.integrations.reactor import ActionFailed
 from virtbus.testing import a_record, no_waiting
 
 
 class Server:
     """Answers with the statuses it is given, then with 204; remembers (path, headers, body)."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         self.answers: list[int] = []
         self.requests: list[tuple[str, dict[str, str], bytes]] = []
         self.connections = 0
@@ -43,7 +47,13 @@ class Server:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = False  # closing waits for them
-        self.url = f"http://127.0.0.1:{self._server.server_port}/hook?from=virtbus"
+        if tls is not None:
+            self._server.socket = tls.wrap_socket(self._server.socket, server_side=True)
+            self._server.handle_error = lambda *refused: None
+        self.handler = Handler
+        self.url = (
+            f"{'http' if tls is None else 'https'}://127.0.0.1:{self._server.server_port}/hook?from=virtbus"
+        )
         self._thread = threading.Thread(target=self._server.serve_forever)
         self._thread.start()
 
@@ -125,8 +135,12 @@ def test_a_server_that_fails_three_times_gets_every_event_in_order_with_its_id(s
     url = f"embedded://{tmp_path}/bus.db"
     records = errors(3)
     publish(url, *records)
-    with running(a_hook(server), url, tmp_path), no_waiting():
+    told: list = []
+    with running(a_hook(server), url, tmp_path, told=told), no_waiting():
         eventually(lambda: len(server.requests) == 6, "six requests")
+    failed = [line.key for line in told if isinstance(line, ActionFailed)]
+    assert len(failed) == 3
+    assert {key.partition("#")[2] for key in failed} <= {record.id for record in records}
     ids = [headers["ce-id"] for _, headers, _ in server.requests]
     assert set(ids) == {record.id for record in records}
 
@@ -140,6 +154,91 @@ def test_a_server_that_is_away_is_tried_again(server):
     assert hook.probe()[0].status == "failed"
     hook.close()
     server.close = lambda: None
+
+
+def test_an_answer_without_end_is_not_read_to_its_end(server):
+    said = 0
+
+    def flood(handler):
+        nonlocal said
+        handler.send_response(200)
+        handler.end_headers()
+        with suppress(OSError):
+            for _ in range(1000):
+                handler.wfile.write(b"x" * 65536)
+                said += 65536
+
+    server.handler.do_POST = flood
+    hook = a_hook(server)
+    assert hook.execute(an_action()).startswith("200")
+    hook.close()
+    assert said < 10_000_000
+
+
+def test_a_redirect_is_not_followed_and_gets_no_token(server, tmp_path):
+    (tmp_path / "token").write_text("s3cret")
+    elsewhere = Server()
+
+    def redirect(handler):
+        handler.rfile.read(int(handler.headers["content-length"]))
+        handler.send_response(302)
+        handler.send_header("location", elsewhere.url)
+        handler.send_header("content-length", "0")
+        handler.end_headers()
+
+    server.handler.do_POST = redirect
+    hook = a_hook(server, token_file=str(tmp_path / "token"))
+    with pytest.raises(TargetUnavailable, match="a redirect is not followed"):
+        hook.execute(an_action())
+    hook.close()
+    elsewhere.close()
+    assert elsewhere.connections == 0
+
+
+def test_a_proxy_of_the_environment_gets_nothing(server, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    hook = a_hook(server)
+    assert hook.execute(an_action()).startswith("204")
+    hook.close()
+
+
+def test_tls_is_verified_with_the_host_name(tmp_path):
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    outcomes = []
+    for host in ("127.0.0.1", "another.example"):
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        authority.issue_cert(host).configure_cert(context)
+        made = Server(context)
+        try:
+            for ca_file in (str(tmp_path / "ca.pem"), None):
+                settings = ReactWebhook(url=made.url, ca_file=ca_file)
+                hook = open_integration("webhook", React(webhook=settings))
+                try:
+                    outcomes.append(hook.execute(an_action())[:3])
+                except TargetUnavailable as error:
+                    outcomes.append("refused" if "CERTIFICATE_VERIFY_FAILED" in str(error) else str(error))
+                hook.close()
+        finally:
+            made.close()
+    assert outcomes == ["204", "refused", "refused", "refused"]
+
+
+def test_plaintext_beyond_loopback_is_warned_of(monkeypatch):
+    told = []
+    monkeypatch.setattr("virtbus.integrations.hooks.emit", told.append)
+    open_integration("webhook", React(webhook=ReactWebhook(url="http://127.evil.example/x?token=s3cret")))
+    (warning,) = told
+    assert warning.LEVEL == "warning"
+    assert "s3cret" not in str(warning)
+
+
+@pytest.mark.parametrize("path", ["/a b?token=s3cret", "/é?token=s3cret", "/\x01?token=s3cret"])
+def test_a_path_that_http_cant_carry_is_refused_without_its_secret(path):
+    with pytest.raises(ConfigError, match="percent-encode") as caught:
+        open_integration("webhook", React(webhook=ReactWebhook(url=f"https://h{path}")))
+    assert "s3cret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

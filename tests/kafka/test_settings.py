@@ -136,6 +136,20 @@ def test_tls_verifies_the_brokers_and_their_names_unless_an_option_says_otherwis
     assert careless.insecure
 
 
+@pytest.mark.parametrize("off", ["false", "False", "f", "F", "0"])
+def test_verification_that_is_off_in_any_spelling_of_librdkafka_is_insecure(off: str) -> None:
+    assert settings("kafkas://host", extra={"enable.ssl.certificate.verification": off}).insecure
+
+
+def test_a_host_name_that_is_not_verified_is_insecure() -> None:
+    assert settings("kafkas://host", extra={"ssl.endpoint.identification.algorithm": "NONE"}).insecure
+
+
+def test_a_misspelt_secret_option_is_named_without_its_value() -> None:
+    (told,) = problems("kafka://host", extra={"sasl.passwrod": "s3cret"})
+    assert told == 'bus.kafka.options: sasl.passwrod = ***: No such configuration property: "sasl.passwrod"'
+
+
 @pytest.mark.parametrize(
     ("url", "insecure"),
     [

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 from confluent_kafka.admin import (
@@ -29,6 +30,7 @@ from tests.kafka.cluster import LIMITED_PASSWORD, LIMITED_USER, SCRAM_PASSWORD, 
 from tests.kafka.help import admin, opened
 from tests.lab.lab import Lab
 from virtbus.bus import BusOptions, open_bus
+from virtbus.cli import cli
 from virtbus.errors import BusDenied
 from virtbus.model import Confirmed, Deferred
 from virtbus.testing import ListFeed, records
@@ -248,6 +250,35 @@ def test_a_kafka_command_of_the_documents_does_what_it_says(
             return
         assert isinstance(outcome, Deferred)
         assert isinstance(outcome.error, BusDenied)
+
+
+def inline_commands() -> list[tuple[str, str]]:
+    """(page, command) of every `virtbus …` inside a sentence."""
+    pages = [
+        *PAGES,
+        ROOT / "charts" / "virtbus" / "README.md",
+        ROOT / "charts" / "virtbus" / "files" / "alerts.yaml",
+    ]
+    return sorted(
+        {
+            (page.name, words)
+            for page in pages
+            for words in re.findall(r"`(virtbus [a-z][^`]*)`", page.read_text())
+        }
+    )
+
+
+@pytest.mark.parametrize("found", inline_commands(), ids=lambda found: f"{found[0]}: {found[1][:60]}")
+def test_a_virtbus_command_inside_a_sentence_and_its_options_are_there(found: tuple[str, str]) -> None:
+    _, *words = found[1].split()
+    command: click.Command = cli
+    while words and isinstance(command, click.Group) and not words[0].startswith("-"):
+        name = words.pop(0).partition("|")[0]
+        assert name in command.commands, f"{command.name} knows no {name}"
+        command = command.commands[name]
+    known = {name for parameter in command.params for name in parameter.opts}
+    options = {word.partition("=")[0] for word in words if word.startswith("--")}
+    assert options <= known | {"--help"}, f"{command.name} knows no {options - known}"
 
 
 # ------------------------------------------------------------------------------------------ names

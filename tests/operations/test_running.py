@@ -7,12 +7,15 @@ import os
 import signal
 import socket
 import subprocess
+import time
 
 import click.testing
 import pytest
 
 from tests.agent.process import AgentProcess, virtbus
+from tests.faults.disks import read_only_files
 from virtbus.cli import cli
+from virtbus.commands import run
 from virtbus.sdnotify import Systemd
 
 SILENCE = "replay:/dev/null"  # a source that observes, and has nothing to tell
@@ -58,6 +61,30 @@ def test_a_reload_with_bad_settings_changes_nothing(agent):
     assert agent.get("/readyz")[0] == 200
 
 
+# -------------------------------------------------------------------------------------------- disk
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a disk")
+def test_an_idle_agent_whose_disk_turns_read_only_is_not_ready_until_it_is_writable(tmp_path):
+    bus = f"embedded://{tmp_path}/bus.db"
+    with (
+        read_only_files(tmp_path) as disk,
+        AgentProcess(disk.at, libvirt=SILENCE, bus=bus).ready() as agent,
+    ):
+        agent.process.send_signal(signal.SIGSTOP)  # a kernel turns a whole disk at once, this file by file
+        disk.harm()
+        agent.process.send_signal(signal.SIGCONT)
+        agent.until(lambda: agent.get("/readyz")[0] == 503, "not ready", 60)
+        status, told = agent.get("/readyz")
+        assert (status, "spool: " in told) == (503, True), told
+        assert agent.metric("virtbus_spool_writable") == 0
+        disk.mend()
+        agent.until(lambda: agent.get("/readyz")[0] == 200, "ready again", 60)
+        assert agent.metric("virtbus_spool_writable") == 1
+        assert agent.stop() == 0
+        assert lines(agent, "unexpected error") == []  # that would be the alert for a bug of ours
+
+
 # ----------------------------------------------------------------------------------------- systemd
 
 
@@ -72,8 +99,9 @@ def manager(tmp_path):
 
 def until_told(manager, wanted):
     """Read states until one begins with `wanted`; all of them."""
-    told = []
+    told, limit = [], time.monotonic() + 20
     while not any(state.startswith(wanted) for state in told):
+        assert time.monotonic() < limit, f"{wanted} was not told, but {told}"
         told += manager.recv(4096).decode().split("\n")
     return told
 
@@ -98,6 +126,40 @@ def test_systemd_hears_ready_status_watchdog_reload_and_stopping(tmp_path, manag
         assert agent.process.wait(20) == 0
 
 
+class Ill:
+    """What `_supervise` asks of an agent, one of whose threads is dead or not; it ends by itself."""
+
+    def __init__(self, *dead):
+        self.dead, self.turns = dead, 0
+
+    def wait(self, timeout):
+        self.turns += 1
+        return self.turns > 4  # fewer states than an unread socket holds
+
+    def dead_threads(self):
+        return self.dead
+
+    def summary(self):
+        return "ill"
+
+    def join(self):
+        pass
+
+
+class NoSignals:
+    def wait(self, timeout):
+        time.sleep(min(timeout, 0.01))
+        return b""
+
+
+@pytest.mark.parametrize(("dead", "fed"), [((), True), (("intake",), False)])
+def test_the_watchdog_is_fed_only_while_every_thread_lives(manager, tmp_path, monkeypatch, dead, fed):
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("WATCHDOG_USEC", "4000")
+    run._supervise(Ill(*dead), None, None, NoSignals())
+    assert ("WATCHDOG=1" in until_told(manager, "STOPPING=1")) is fed
+
+
 def test_without_systemd_nothing_is_told():
     silent = Systemd({})
     assert silent.watchdog_seconds is None
@@ -108,6 +170,14 @@ def test_a_state_is_one_line_whatever_is_in_it(tmp_path, manager):
     told = Systemd({"NOTIFY_SOCKET": str(tmp_path / "notify")}).tell(STATUS="first\nREADY=1")
     assert told
     assert manager.recv(4096) == b"STATUS=first"
+
+
+def test_an_empty_state_and_a_path_with_an_at_sign_are_told(tmp_path):
+    (tmp_path / "user@1000").mkdir()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(str(tmp_path / "user@1000" / "notify"))
+        assert Systemd({"NOTIFY_SOCKET": str(tmp_path / "user@1000" / "notify")}).tell(STATUS="")
+        assert manager.recv(4096) == b"STATUS="
 
 
 def test_a_watchdog_that_is_meant_for_another_process_is_left_alone():

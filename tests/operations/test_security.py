@@ -94,13 +94,23 @@ def secret_settings(folder: Path, bus_port: int) -> dict[str, tuple[str, dict[st
             f'[libvirt]\nuri = "qemu+tcp://operator:{secret}@127.0.0.1:1/system"\n'
             f'[bus]\nurl = "amqp://127.0.0.1:{bus_port}//"\n', {},
         ),
+        "oauth command's words": (
+            f'[bus]\nurl = "kafka://127.0.0.1:1"\n[bus.kafka]\nsasl_mechanism = "OAUTHBEARER"\n'
+            f'oauth_token_command = ["/bin/false", "Authorization: Basic {CANARY}"]\n', {},
+        ),
+        "hooks": (
+            f'[bus]\nurl = "amqp://127.0.0.1:{bus_port}//"\n'
+            f'[react.exec]\ncommand = ["/bin/cat", "--with", "{CANARY}"]\n'
+            f'[react.webhook]\nurl = "https://127.0.0.1:1/?token={CANARY}"\n'
+            f'[react.options]\n"x.password" = "{CANARY}"\n"x.url" = "https://u:{CANARY}@127.0.0.1:1"\n', {},
+        ),
         "wrong type": (f'[bus]\nurl = ["amqp://agent:{CANARY}@h"]\npassword = "{CANARY}"\n', {}),
     }  # fmt: skip
 
 
 PLACES = [
     "url", "raw url", "url file", "environment", "several urls", "query", "password file", "kafka options",
-    "kafka password", "oauth", "oauth command", "libvirt", "wrong type",
+    "kafka password", "oauth", "oauth command", "oauth command's words", "libvirt", "hooks", "wrong type",
 ]  # fmt: skip
 
 
@@ -120,6 +130,8 @@ def test_no_secret_is_printed_logged_or_measured(name: str, rabbitmq: RabbitMQ, 
         ["doctor", "--json", "--timeout", "2", *common, *state],
         ["consume", "--timeout", "1", *common],
         ["watch", "--timeout", "0.5", *common],
+        ["react", "--with", "webhook", "--probe", *common],
+        ["react", "--with", "exec", "--probe", *common],
     ):
         done = virtbus(*words, **environment)
         told.append(done.stdout + done.stderr)
@@ -133,6 +145,21 @@ def test_no_secret_is_printed_logged_or_measured(name: str, rabbitmq: RabbitMQ, 
     assert any(told)
     found = {form for text in told for form in leaks(text)}
     assert not found, [line for text in told for line in text.splitlines() if leaks(line)]
+
+
+def test_a_password_in_a_flag_is_warned_of_and_not_told_to_who_asks_for_the_spool(
+    rabbitmq: RabbitMQ, tmp_path: Path
+) -> None:
+    url = f"amqp://agent:{quote(CANARY, safe='')}@127.0.0.1:{rabbitmq.port}//"
+    flags = ["--libvirt", SILENCE, "--bus", url, "--state-dir", str(tmp_path / "state")]
+    with _Run(tmp_path, flags, {}) as agent:
+        agent.until(lambda: agent.get("/livez"), "up")
+        second = virtbus("run", *flags, "--http-listen", "", "--control-socket", "")
+        told = second.stderr + virtbus("spool", "status", *flags[-2:]).stdout
+        assert f"{agent.process.pid} (" in told
+        assert "a secret in a flag shows in ps" in agent.log
+        told += agent.log + "".join(path.read_text("latin-1") for path in (tmp_path / "state").iterdir())
+    assert leaks(told) == []
 
 
 class _Run(AgentProcess):
@@ -151,10 +178,14 @@ class _Run(AgentProcess):
 
 def test_files_and_sockets_are_for_their_owner_alone(tmp_path: Path) -> None:
     with AgentProcess(tmp_path, libvirt=SILENCE, bus=f"embedded://{tmp_path}/bus.db").ready() as agent:
-        made = [agent.socket, agent.state_dir, *agent.state_dir.iterdir()]
+        made = [agent.socket, tmp_path / "bus.db", agent.state_dir, *agent.state_dir.iterdir()]
         modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in made}
-    assert len(modes) >= 4
+        limits = Path(f"/proc/{agent.process.pid}/limits").read_text()
+        status = Path(f"/proc/{agent.process.pid}/status").read_text()
+    assert len(modes) >= 5
     assert {name: oct(mode) for name, mode in modes.items() if mode & 0o077} == {}
+    assert "\nUmask:\t0077\n" in status
+    assert re.search(r"^Max core file size +0 +0 ", limits, re.MULTILINE)  # it would hold the password
 
 
 # -------------------------------------------------------------------------------- bad certificates
@@ -292,7 +323,7 @@ def test_a_rabbitmq_password_rotated_under_load_loses_nothing(
     lost, connections = load.end()
     bus.close()
     assert lost == 0
-    assert connections - 1 <= 1  # the first is no reconnect
+    assert 1 <= connections <= 2  # the first is no reconnect
     assert rabbitmq.queues(vhost)["all"] >= 2000
 
 
@@ -327,7 +358,7 @@ def test_certificates_rotated_under_load_lose_nothing(rabbitmq_alone: RabbitMQ, 
         lost, connections = load.end()
     bus.close()
     assert lost == 0
-    assert connections - 1 <= 1
+    assert 1 <= connections <= 2
 
 
 @pytest.mark.slow
@@ -355,7 +386,7 @@ def test_a_kafka_password_rotated_under_load_loses_nothing(
     lost, connections = load.end()
     bus.close()
     assert lost == 0
-    assert connections - 1 <= 1
+    assert 1 <= connections <= 2
     assert len({message.key() for message in read(own_kafka.url, kafka_topic, 3000)}) == 20
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import struct
 import sys
 import tempfile
 import threading
@@ -17,11 +18,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import amqp
+from amqp.method_framing import frame_handler
+from amqp.serialization import loads
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from virtbus import config, envelope, schema
-from virtbus.control import ControlSocket, Drill, Taps
+from virtbus.bus.amqp_link import _Connection, _with_readable_key
+from virtbus.control import ControlSocket, Drill, HttpServer, Taps
 from virtbus.errors import ConfigError, InputMissing, SchemaError
 from virtbus.incidents import IncidentLimits, Incidents
 from virtbus.model import (
@@ -36,6 +41,7 @@ from virtbus.model import (
     SourceReady,
 )
 from virtbus.sources import domain_xml
+from virtbus.telemetry import METRICS
 from virtbus.testing import a_gap, a_heartbeat, a_resolved, a_stamp, an_io_error
 
 MANY = settings(
@@ -249,6 +255,71 @@ def fuzz_domain_xml(pieces: list[str], damage: list[tuple[int, int]], text: str)
                 assert device.alias
 
 
+# ------------------------------------------------------------------------------------ AMQP frames
+
+
+class _Frames(_Connection):
+    """The reading half of a connection, without one."""
+
+    def __init__(self) -> None:
+        self.messages: list[Any] = []
+        self.keys: list[str] = []
+        self.bytes_recv = 0
+        self.on_inbound_frame = frame_handler(self, self._take)
+
+    def _take(self, channel: int, method: tuple[int, int], arguments: bytes, content: Any) -> None:
+        values, _ = loads("sLbss", _with_readable_key(arguments), 4)
+        self.keys.append(values[4])
+        self.messages.append(content)
+
+
+@MANY
+@given(
+    flags=st.integers(0, 0xFFFF), values=st.binary(max_size=120) | st.just(b"F\0\0\0\x09\x01k" * 3000),
+    body=st.binary(max_size=40), key=st.binary(max_size=255),
+)  # fmt: skip
+def fuzz_amqp_frames(flags: int, values: bytes, body: bytes, key: bytes) -> None:
+    """Whatever its properties and its key are, a message arrives, and so does the one behind it."""
+    frames = _Frames()
+    deliver = struct.pack(">HHB1sQBB1sB", 60, 60, 1, b"c", 1, 0, 1, b"x", len(key)) + key
+    good = envelope.to_amqp(ENCODED[0].attributes, ENCODED[0].body)
+    properties = amqp.Message(application_headers=dict(good.headers))._serialize_properties()
+    for raw, text in ((struct.pack(">H", flags) + values, body), (properties, good.body)):
+        frames._on_frame(1, 1, deliver)
+        frames._on_frame(2, 1, struct.pack(">HHQ", 60, 0, len(text)) + raw)
+        if text:
+            frames._on_frame(3, 1, text)
+    assert [bytes(message.body or b"") for message in frames.messages] == [body, good.body]
+    assert frames.messages[1].properties["application_headers"] == good.headers
+
+
+# --------------------------------------------------------------------------------------------- HTTP
+
+_http: list[HttpServer] = []
+REQUEST_LINE = st.sampled_from(
+    [b"GET /livez HTTP/1.1", b"POST /metrics HTTP/1.0", b"GET /readyz", b"PRI * HTTP/2.0"]
+)
+
+
+@MANY
+@given(line=REQUEST_LINE, rest=st.binary(max_size=200), damage=DAMAGE)
+def fuzz_http(line: bytes, rest: bytes, damage: list[tuple[int, int]]) -> None:
+    if not _http:
+        _http.append(HttpServer("127.0.0.1:0", dead=list, not_ready=list))
+        _http[0].start()
+    troubles = METRICS.warnings.labels("Trouble")._value.get()
+    for data in (rest, damaged(line + b"\r\nHost: localhost\r\n" + rest + b"\r\n\r\n", damage)):
+        with socket.create_connection(("127.0.0.1", _http[0].port), 5) as peer, suppress(ConnectionError):
+            peer.sendall(data)
+            peer.shutdown(socket.SHUT_WR)
+            while peer.recv(65536):
+                pass
+    with socket.create_connection(("127.0.0.1", _http[0].port), 5) as peer:
+        peer.sendall(b"GET /livez HTTP/1.1\r\n\r\n")
+        assert peer.recv(64).startswith(b"HTTP/1.0 200")
+    assert METRICS.warnings.labels("Trouble")._value.get() == troubles
+
+
 # ------------------------------------------------------------------------------- incident states
 
 GUESTS = [f"6b6f2f4e-0b8c-4d7a-9a51-3d1f3a9f5c1{number}" for number in range(5)]
@@ -325,6 +396,8 @@ TARGETS: dict[str, Callable[[], None]] = {
     "configuration": fuzz_configuration,
     "control socket": fuzz_control_socket,
     "domain XML": fuzz_domain_xml,
+    "AMQP frames": fuzz_amqp_frames,
+    "HTTP": fuzz_http,
     "incident states": fuzz_incident_states,
 }
 

@@ -156,3 +156,39 @@ def test_effective_settings_hide_secrets_in_free_options(tmp_path):
     shown = json.dumps(config.effective(config.load(environment={}, flags=flags).config))
     assert "secret" not in shown
     assert '"linger.ms": "5"' in shown
+
+
+def exposed(file, mode, text):
+    file.write_text(text)
+    file.chmod(mode)
+    return config.exposed_secrets(config.load(file=file, environment={}))
+
+
+def test_a_secret_that_every_user_can_read_is_named_with_its_place_and_the_remedy(tmp_path):
+    (tmp_path / "password").write_text("secret")
+    (tmp_path / "password").chmod(0o644)
+    file = tmp_path / "virtbus.toml"
+    text = f'[bus]\nurl = "amqp://u:secret@h"\npassword_file = "{tmp_path}/password"\n'
+    text += '[bus.kafka.options]\n"sasl.password" = "secret"\n"linger.ms" = "5"\n'
+    told = exposed(file, 0o644, text)
+    assert [line.partition(":")[0] for line in told] == [
+        "bus.url", "bus.password_file", "bus.kafka.options.sasl.password",
+    ]  # fmt: skip
+    assert f"{file}:2 holds a secret" in told[0]
+    assert all("chmod o-r" in line for line in told)
+    assert "secret@" not in "".join(told)
+    (tmp_path / "password").chmod(0o640)
+    assert exposed(file, 0o640, text) == []
+    assert exposed(file, 0o644, '[bus]\nurl = "amqp://u@h"\n') == []
+
+
+def test_a_secret_in_a_flag_shows_in_ps_and_is_named():
+    loaded = config.load(environment={}, flags={"bus.url": "amqp://u:secret@h"})
+    assert config.exposed_secrets(loaded) == [
+        "bus.url: a secret in a flag shows in ps: put it into a file (bus.url_file, say)"
+    ]
+    assert config.exposed_secrets(config.load(environment={}, flags={"bus.url": "amqp://u@h"})) == []
+
+
+def test_what_a_hook_inherits_is_no_setting():
+    config.load(environment={"VIRTBUS_EVENT_TYPE": "x", "VIRTBUS_EVENT_ID": "1"})

@@ -3,13 +3,17 @@
 import http.client
 import json
 import os
+import socket
 import stat
+import threading
+import time
 
 import pytest
 
-from virtbus.control import TAP_BUFFER, ControlSocket, HttpServer, Taps, ask
-from virtbus.errors import AgentUnavailable, ConfigError
+from virtbus.control import MAX_HTTP_PEERS, TAP_BUFFER, ControlSocket, HttpServer, Taps, ask
+from virtbus.errors import AgentDenied, AgentUnavailable, ConfigError
 from virtbus.model import RawIoError
+from virtbus.telemetry import METRICS
 
 
 @pytest.fixture
@@ -58,6 +62,98 @@ def test_an_address_that_is_taken_is_one_clear_line(server):
     server, _ = server
     with pytest.raises(ConfigError, match=r"http\.listen = 127\.0\.0\.1:\d+: Address already in use; choose"):
         HttpServer(f"127.0.0.1:{server.port}", dead=list, not_ready=list)
+
+
+def raw(server, request):
+    """What comes back to these bytes, to the end of the connection."""
+    with socket.create_connection(("127.0.0.1", server.port), 10) as peer:
+        peer.sendall(request)
+        answer = b""
+        while chunk := peer.recv(65536):
+            answer += chunk
+        return answer
+
+
+def test_what_follows_a_request_is_never_another_one(server):
+    server, _ = server
+    hidden = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    head = b"GET /livez HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(hidden)
+    answer = raw(server, head + hidden)
+    assert answer.startswith(b"HTTP/1.0 200")
+    assert answer.count(b"HTTP/1.0 ") == 1
+    assert b"virtbus_spool" not in answer
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        b"GET /" + b"x" * 70_000 + b" HTTP/1.1\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\nX: " + b"x" * 70_000 + b"\r\n\r\n",
+        b"GET /livez HTTP/1.1\r\n" + b"X: y\r\n" * 200 + b"\r\n",
+        b"\x16\x03\x01 a TLS hello\r\n\r\n",
+        b"GET /livez HTTP/9.9\r\n\r\n",
+    ],
+    ids=["long path", "long header", "many headers", "TLS", "version"],
+)
+def test_an_oversized_or_foreign_request_is_refused(server, request_):
+    server, _ = server
+    answer = raw(server, request_)
+    assert b"Error response" in answer
+    assert b" 200 " not in answer
+    assert get(server, "/livez")[0] == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:9466", "localhost.evil.example", "[::1"])
+def test_a_name_of_the_web_that_leads_here_reads_nothing(server, host):
+    server, _ = server
+    answer = raw(server, f"GET /metrics HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+    assert answer.startswith(b"HTTP/1.0 403")
+    assert b"virtbus_" not in answer
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:9466", "10.0.0.7", "[::1]:9466"])
+def test_an_address_is_answered(server, host):
+    server, _ = server
+    answer = raw(server, f"GET /livez HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+    assert answer.startswith(b"HTTP/1.0 200")
+
+
+def test_a_hundred_slow_peers_hold_few_threads_and_keep_no_probe_out(server):
+    server, _ = server
+    slow = []
+    try:
+        for _ in range(100):
+            peer = socket.create_connection(("127.0.0.1", server.port), 5)
+            peer.sendall(b"GET /metrics HTTP/1.1\r\nX-Slow: ")
+            slow.append(peer)
+            if len(slow) % 10 == 0:
+                assert get(server, "/livez")[0] == 200
+        limit = time.monotonic() + 5
+        while (held := threads_of("process_request_thread")) > MAX_HTTP_PEERS and time.monotonic() < limit:
+            time.sleep(0.01)
+        assert held <= MAX_HTTP_PEERS
+    finally:
+        for peer in slow:
+            peer.close()
+
+
+def threads_of(name):
+    return sum(name in thread.name for thread in threading.enumerate())
+
+
+def test_a_page_that_breaks_is_logged_and_counted():
+    def broken():
+        raise LookupError("a bug of ours")
+
+    def troubles():
+        return METRICS.registry.get_sample_value("virtbus_warnings_total", {"event": "Trouble"}) or 0
+
+    server = HttpServer("127.0.0.1:0", dead=list, not_ready=broken)
+    server.start()
+    before = troubles()
+    assert raw(server, b"GET /readyz HTTP/1.1\r\n\r\n") == b""
+    assert troubles() == before + 1
+    server.close()
 
 
 @pytest.fixture
@@ -118,8 +214,105 @@ def test_a_tap_sees_what_passes_and_a_lagging_one_is_told_how_much_it_lost(contr
     assert not taps.active
 
 
+def test_a_peer_that_sends_nonsense_and_leaves_breaks_nothing(control, monkeypatch):
+    path, _ = control
+    broke = []
+    monkeypatch.setattr(threading, "excepthook", broke.append)
+    for number in range(50):
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.connect(str(path))
+            peer.sendall(b"nonsense\n" if number % 2 else b'{"command": "tap", "stage": "x"}\n')
+        time.sleep(0.02)
+    with ask(path, {"command": "status"}) as peer:
+        assert "version" in json.loads(peer.makefile().readline())
+    limit = time.monotonic() + 10
+    while threads_of("virtbus-control-peer") and time.monotonic() < limit:
+        time.sleep(0.01)
+    assert broke == []
+
+
+def test_without_a_thread_for_a_peer_the_socket_goes_on(control, monkeypatch):
+    path, _ = control
+    start = threading.Thread.start
+
+    def none_left(thread):
+        if thread.name == "virtbus-control-peer":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", none_left)
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.connect(str(path))
+            assert peer.recv(1) == b""
+    with ask(path, {"command": "status"}) as peer:
+        assert "version" in json.loads(peer.makefile().readline())
+
+
+def test_a_tap_that_never_reads_is_let_go_and_costs_the_path_nothing(control):
+    path, taps = control
+    with ask(path, {"command": "tap"}):
+        wait = time.monotonic() + 5
+        while not taps.active and time.monotonic() < wait:
+            time.sleep(0.01)
+        began, slowest = time.monotonic(), 0.0
+        while taps.active and time.monotonic() - began < 30:
+            at = time.monotonic()
+            for number in range(100):
+                taps.offer("raw", RawIoError("d", "guest", 1, "/p" * 500, "vda", 1, "", number))
+            slowest = max(slowest, time.monotonic() - at)
+            time.sleep(0.01)
+        assert not taps.active
+        assert slowest < 1.0
+
+
+def test_a_second_agent_does_not_take_a_living_ones_socket(tmp_path):
+    first = ControlSocket(tmp_path / "s", status=lambda: {"n": 1}, taps=Taps())
+    first.start()
+    with pytest.raises(ConfigError, match="another agent answers there"):
+        ControlSocket(tmp_path / "s", status=lambda: {"n": 2}, taps=Taps())
+    with ask(tmp_path / "s", {"command": "status"}) as peer:
+        assert json.loads(peer.makefile().readline()) == {"n": 1}
+    first.close()
+    assert not (tmp_path / "s").exists()
+
+
+def test_at_its_end_an_agent_leaves_a_socket_that_is_no_longer_its_own(tmp_path):
+    first = ControlSocket(tmp_path / "s", status=dict, taps=Taps())
+    (tmp_path / "s").rename(tmp_path / "away")
+    second = ControlSocket(tmp_path / "s", status=dict, taps=Taps())
+    first.close()
+    assert (tmp_path / "s").is_socket()
+    second.close()
+
+
+def test_a_link_in_the_sockets_place_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "s").symlink_to(tmp_path / "precious")
+    with pytest.raises(ConfigError, match="Address already in use"):
+        ControlSocket(tmp_path / "s", status=dict, taps=Taps())
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to listen as somebody else")
+def test_a_socket_of_another_user_is_not_believed_to_be_the_agents(tmp_path):
+    tmp_path.chmod(0o1777)
+    for folder in list(tmp_path.parents)[:-2]:
+        folder.chmod(folder.stat().st_mode | 0o111)
+    with socket.socket(socket.AF_UNIX) as listener:
+        os.seteuid(65534)
+        try:
+            listener.bind(str(tmp_path / "s"))
+            listener.listen()
+        finally:
+            os.seteuid(0)
+        with pytest.raises(AgentDenied, match="uid 65534 answers"):
+            ask(tmp_path / "s", {"command": "status"})
+
+
 def test_a_socket_left_by_a_killed_agent_is_replaced(tmp_path):
     first = ControlSocket(tmp_path / "s", status=dict, taps=Taps())
+    first._socket.close()
     second = ControlSocket(tmp_path / "s", status=lambda: {"n": 2}, taps=Taps())
     second.start()
     with ask(tmp_path / "s", {"command": "status"}) as peer:

@@ -419,6 +419,15 @@ def small(spools):
     return SpoolLimits(max_bytes=spools * 2048)
 
 
+def test_the_line_of_a_refused_gap_event_names_it(spool, monkeypatch):
+    told = []
+    monkeypatch.setattr("virtbus.spool.settling.emit", told.append)
+    spool.commit([gap()])
+    (record,) = spool.take(1, NOBODY)
+    spool.settle([(record, Refused(ValueError("no")))])
+    assert [line.event_id for line in told] == [record.id]
+
+
 def test_updates_give_way_first_then_resolutions_then_openings_and_gaps_never(folder, clock):
     spool = open_spool(folder, limits=small(8), clock=clock)
     spool.commit([gap(), io_error(1), resolved(1), io_error(2, phase=UPDATED, count=4)])

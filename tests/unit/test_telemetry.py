@@ -69,3 +69,12 @@ def test_the_state_gauges_follow_the_events(log):
     assert METRICS.registry.get_sample_value("virtbus_bus_connected") == 1
     emit(BusLost("amqp", "gone"))
     assert METRICS.registry.get_sample_value("virtbus_bus_connected") == 0
+
+
+def test_plaintext_beyond_loopback_is_a_loud_line_and_a_metric(log):
+    emit(telemetry.InsecureTransport("amqp://broker:5672/"))
+    (line,) = log()
+    assert line["level"] == "warning"
+    assert "PLAINTEXT" in line["event"]
+    assert METRICS.registry.get_sample_value("virtbus_insecure_transport") == 1
+    METRICS.insecure_transport.set(0)

@@ -11,6 +11,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import entry_points
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Protocol, cast
 from urllib.parse import SplitResult, urlsplit
@@ -251,7 +252,10 @@ def split_url(url: str) -> SplitResult:
 
 def is_loopback(host: str) -> bool:
     """Whether traffic to `host` stays on this machine, going by its name alone."""
-    return host in ("localhost", "::1") or host.startswith("127.")
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # a name; one that begins with "127." is anybody's
+        return host == "localhost"
 
 
 def _examples() -> str:

@@ -252,7 +252,7 @@ def _probe(endpoint: Endpoint, options: BusOptions, waker: Waker) -> list[Check]
         link = Link(endpoint, options, waker)
     except (BusUnavailable, BusDenied) as error:
         return [
-            Check("bus", "failed", str(error), remedy="see the message", exit_code=error.exit_code),
+            Check("bus", "failed", str(error), exit_code=error.exit_code),
             Check("bus exchange", "skipped", f"{name}: not connected"),
         ]
     server = link.connection.server_properties

@@ -18,7 +18,7 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import amqp
 from amqp import spec
@@ -26,15 +26,28 @@ from amqp.exceptions import AMQPError
 
 from virtbus.bus import REASON_HEADER, BusOptions
 from virtbus.bus.amqp_link import LINK_FAULTS, Dialer, Link, ProtocolViolation, Waker, lost, translated
+from virtbus.envelope import MAX_DECODE_BYTES
 from virtbus.errors import BusDenied, BusUnavailable, VirtbusError
 from virtbus.model import Binding, Message
 from virtbus.retry import Backoff
-from virtbus.telemetry import Notice, Trouble, emit
+from virtbus.telemetry import Notice, TelemetryEvent, Trouble, emit
 
 USER_HEADER = "x-virtbus-user-id"
 _REASON_LIMIT = 1024
 _ACK = struct.Struct(">BHIHHQBB")  # a method frame with basic.ack: tag, multiple, frame end
 _ACKS_TOGETHER = 1024  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class MessageTooLarge(TelemetryEvent):
+    """A message that is larger than any event was rejected; the broker has put it aside."""
+
+    LEVEL: ClassVar[str] = "warning"
+    MESSAGE: ClassVar[str] = "a message is too large for an event; rejected into the dead letters"
+    LIMIT_SECONDS: ClassVar[float] = 10.0
+    queue: str
+    size_bytes: int
+    publisher: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +295,12 @@ class AmqpSubscription:
     def _on_delivery(self, generation: int, raw: Any) -> None:
         properties = raw.properties
         info = raw.delivery_info
+        if len(raw.body) > MAX_DECODE_BYTES:
+            # No event of ours is so large, and what is prefetched of them would fill the memory: the broker
+            # itself puts it aside (x-dead-letter-exchange), with the reason in x-death.
+            self._channel.basic_reject(info["delivery_tag"], requeue=False)
+            emit(MessageTooLarge(self._queue, len(raw.body), properties.get("user_id")))
+            return
         headers = properties.get("application_headers") or {}
         body = raw.body
         message = Message(

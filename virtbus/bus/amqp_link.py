@@ -24,7 +24,7 @@ from urllib.parse import unquote
 
 import amqp
 from amqp import spec
-from amqp.exceptions import AMQPError, UnexpectedFrame, error_for_code
+from amqp.exceptions import AMQPError, FrameSyntaxError, UnexpectedFrame, error_for_code
 from amqp.method_framing import frame_writer
 from kombu.connection import Connection
 from kombu.transport import pyamqp
@@ -36,12 +36,24 @@ from virtbus.telemetry import BusConnected, BusLost, InsecureTransport, Notice, 
 _CHUNK = 65536
 _FRAME_HEADER = struct.Struct(">BHI")
 _FRAME_END = 0xCE
+_CONTENT_HEADER = 2
 _LARGEST_FRAME = 1 << 20
 _CLOSE_SECONDS = 1.0
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 LINK_FAULTS: tuple[type[BaseException], ...] = (OSError, AMQPError, struct.error)
 """What reading from, writing to or talking over a connection can raise (TLS errors are OSError)."""
+
+# What py-amqp raises for frames that make no sense: unknown channels, half a table, impossible dates, …
+_UNREADABLE = (
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    struct.error,
+)
 
 
 class ProtocolViolation(AMQPError):
@@ -117,6 +129,23 @@ class _Channel(pyamqp.Channel):
         self.is_open = False
         self.send_method(spec.Channel.CloseOk)
         raise error_for_code(reply_code, reply_text, (class_id, method_id), amqp.ChannelError)
+
+    def dispatch_method(self, method_sig: tuple[int, int], payload: bytes, content: Any) -> None:
+        """A routing key is the sender's: one that is no text must not end the connection."""
+        if method_sig == spec.Basic.Deliver:
+            payload = _with_readable_key(payload)
+        super().dispatch_method(method_sig, payload, content)
+
+
+def _with_readable_key(deliver: bytes) -> bytes:
+    """The arguments of basic.deliver with what is no UTF-8 left out of the routing key, their last one."""
+    at = 4 + 1 + deliver[4] + 9  # class, method, consumer tag, delivery tag, redelivered
+    at += 1 + deliver[at]  # exchange
+    key = deliver[at + 1 :]
+    if key.isascii():
+        return deliver
+    readable = key.decode("utf-8", "ignore").encode()
+    return deliver[:at] + bytes([len(readable)]) + readable
 
 
 class _Connection(pyamqp.Connection):
@@ -237,16 +266,32 @@ class _Connection(pyamqp.Connection):
                     raise UnexpectedFrame("a frame without its end: this is not AMQP 0-9-1")
                 payload = bytes(data[position + 7 : last])
                 position = last + 1
-                if self.on_inbound_frame((kind, channel, payload)):
+                if self._on_frame(kind, channel, payload):
                     handled = True
                     if one:
                         break
-        except (LookupError, ValueError, TypeError, AttributeError, struct.error) as error:
-            # What py-amqp does with frames that make no sense: unknown channels, half a table, …
+        except _UNREADABLE as error:
             raise ProtocolViolation(f"a frame that can't be read ({type(error).__name__})") from error
         finally:
             del data[:position]
         return handled
+
+    def _on_frame(self, kind: int, channel: int, payload: bytes) -> bool:
+        """Give a frame to py-amqp. A message whose properties can't be read is handed over without any.
+
+        They are the sender's, and the broker passes on what it does not look at (a date after all time, a
+        table of 5,000 levels): throwing the connection away would bring the same message again, for ever.
+        Without properties it is no event of ours, and its reader puts it aside.
+        """
+        try:
+            return bool(self.on_inbound_frame((kind, channel, payload)))
+        except (*_UNREADABLE, FrameSyntaxError) as error:
+            if kind != _CONTENT_HEADER:
+                raise
+            try:
+                return bool(self.on_inbound_frame((kind, channel, payload[:12] + b"\0\0")))
+            except UnexpectedFrame:  # the header was read: what failed is what came of it
+                raise error from None
 
     def abort(self) -> None:
         """Let go at once; unsent bytes are dropped, also the kernel's.
@@ -383,6 +428,7 @@ class Link:
         """Open a channel. Raises as LINK_FAULTS."""
         self.be_patient()
         channel: _Channel = self.connection.channel()
+        channel.auto_decode = False  # by an encoding that the sender names: punycode takes hours
         return channel
 
     def be_patient(self) -> None:

@@ -21,6 +21,7 @@ from confluent_kafka import KafkaException, Producer
 
 from virtbus.bus import BusOptions, is_loopback
 from virtbus.bus.kafka_errors import Watch, oneline
+from virtbus.config import REDACTED, is_secret
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError
 
 DEFAULT_PORT = 9092
@@ -90,7 +91,7 @@ class KafkaSettings:
         extra = self.options.extra
         if self.tls:
             verified = extra.get("enable.ssl.certificate.verification", "true").lower() in ("true", "t", "1")
-            return not verified or extra.get("ssl.endpoint.identification.algorithm") == "none"
+            return not verified or extra.get("ssl.endpoint.identification.algorithm", "https") != "https"
         return not all(is_loopback(server.rpartition(":")[0].strip("[]")) for server in self.servers)
 
     def password(self) -> str:
@@ -204,6 +205,9 @@ class KafkaSettings:
         try:
             text = self._token_text()
             return _token_and_expiry(text, time.time())
+        except subprocess.TimeoutExpired as error:  # its text holds the whole command, secrets and all
+            watch.last = f"{error.cmd[0]} ran longer than {_TOKEN_COMMAND_SECONDS:g} s"
+            raise BusUnavailable(f"no OAuth token: {watch.last}") from None
         except (OSError, subprocess.SubprocessError, ValueError) as error:
             watch.last = oneline(error)
             raise BusUnavailable(f"no OAuth token: {watch.last}") from error
@@ -390,11 +394,12 @@ def _option_problems(options: BusOptions) -> Iterator[str]:
         if name in _OWNED:
             yield f"bus.kafka.options: {name} can't be set: {_OWNED[name]}"
             continue
+        shown = REDACTED if is_secret(name) else repr(value)  # of a secret's misspelt name, too
         try:
             Producer({"log_level": 0, name: value})
         except KafkaException as error:
-            yield f"bus.kafka.options: {name} = {value!r}: {oneline(error.args[0].str())}"
+            yield f"bus.kafka.options: {name} = {shown}: {oneline(error.args[0].str())}"
         except (AttributeError, TypeError, ValueError) as error:
-            yield f"bus.kafka.options: {name} = {value!r}: {oneline(error)}"
+            yield f"bus.kafka.options: {name} = {shown}: {oneline(error)}"
     if options.topic_replication is not None and options.topic_replication < -1:
         yield f"bus.kafka.topic.replication: {options.topic_replication}: at least 1, or -1 for the default"

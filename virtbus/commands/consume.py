@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from typing import TextIO
@@ -12,6 +13,11 @@ from virtbus.config import Loaded, bus_url
 from virtbus.consumer import Consumer
 
 EXIT_TOO_FEW = 1
+
+
+def _escaped(line: str) -> str:
+    """The same JSON with nothing in it that a terminal would obey."""
+    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in line)
 
 
 def run(
@@ -40,8 +46,8 @@ def run(
             if delivery is None:
                 continue
             if not types or delivery.type.endswith(tuple(types)):
-                line = envelope.structured_json(delivery.attributes, delivery.body)
-                out.write(line.decode() + "\n")
+                line = envelope.structured_json(delivery.attributes, delivery.body).decode()
+                out.write((_escaped(line) if out.isatty() else line) + "\n")
                 out.flush()
                 seen += 1
             delivery.ack()

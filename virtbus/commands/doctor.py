@@ -6,16 +6,16 @@ import json
 import re
 import shutil
 import textwrap
-import uuid
 from pathlib import Path
 from typing import TextIO
 
 from virtbus import doctor
 from virtbus.commands import wiring
-from virtbus.config import Config, Loaded, bus_url
+from virtbus.config import Config, Loaded, bus_url, exposed_secrets
 from virtbus.errors import ConfigError
+from virtbus.identity import read_agent_id
 from virtbus.model import Check
-from virtbus.telemetry import takes_colour
+from virtbus.telemetry import printable, takes_colour
 
 _MARKS = {"ok": ("ok  ", "32"), "warning": ("WARN", "33"), "failed": ("FAIL", "31"), "skipped": ("skip", "2")}
 
@@ -30,8 +30,9 @@ def run(loaded: Loaded, *, as_json: bool, timeout: float, out: TextIO) -> int:
         bus=lambda: wiring.open_bus(config),
         state_dir=state_dir,
         max_bytes=config.spool.max_bytes,
-        agent_id=_agent_id(state_dir),
+        agent_id=read_agent_id(state_dir),
         tls=lambda: _tls_targets(config),
+        exposed=exposed_secrets(loaded),
         timeout=timeout,
     ):
         checks.append(check)
@@ -83,20 +84,12 @@ def _host_and_port(place: str, default: int) -> tuple[str, int]:
     return host.strip("[]"), int(port) if port.isdecimal() else default
 
 
-def _agent_id(state_dir: Path) -> str | None:
-    """The agent's id if there is one. Only read: a new one, and the gap it means, are the agent's to make."""
-    try:
-        return str(uuid.UUID((state_dir / "agent-id").read_text(encoding="ascii").split()[0]))
-    except (OSError, ValueError, IndexError):
-        return None
-
-
 def _lines(check: Check, *, terminal: bool, colour: bool) -> str:
     mark, code = _MARKS[check.status]
     width = min(shutil.get_terminal_size().columns, 100)
-    lines = [f"{mark} {check.name}: {check.summary}"]
+    lines = [f"{mark} {check.name}: {printable(check.summary)}"]
     if check.remedy and check.status != "ok":
-        lines.append(f"     → {check.remedy}")
+        lines.append(f"     → {printable(check.remedy)}")
     if terminal:  # elsewhere one line each: for grep
         lines = [
             textwrap.fill(

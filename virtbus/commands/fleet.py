@@ -84,7 +84,9 @@ def _write(path: Path, text: str) -> None:
     """Replace the file in one step: a reader sees the old one or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.unlink(missing_ok=True)
+        with temporary.open("x", encoding="utf-8") as file:  # never through a link that somebody laid there
+            file.write(text + "\n")
         temporary.replace(path)
     except OSError as error:
         raise ConfigError(f"{path} can't be written: {error.strerror}; name another file") from error
@@ -176,7 +178,7 @@ def table(view: FleetView, *, rows: int | None, columns: int) -> list[str]:
     if rows is not None and len(lines) > rows:
         left = len(lines) - rows + 1
         lines = [*lines[: rows - 1], f"… {left} more lines"]
-    return [cut(line, columns) if rows is not None else line for line in lines]
+    return [cut(line, columns if rows is not None else len(line)) for line in lines]
 
 
 def _with_why(line: str, why: str, wide: bool) -> list[str]:

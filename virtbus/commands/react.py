@@ -19,7 +19,7 @@ from virtbus.integrations.base import Integration, open_integration
 from virtbus.integrations.policy import HoldPolicy, HoldRules
 from virtbus.integrations.reactor import Reactor
 from virtbus.integrations.store import ActionStore
-from virtbus.telemetry import Notice, emit
+from virtbus.telemetry import Notice, emit, printable
 
 _PREFETCH = 500
 
@@ -106,7 +106,7 @@ def _probe(integration: Integration, out: TextIO) -> int:
     code = 0
     for check in integration.probe():
         remedy = f"; {check.remedy}" if check.remedy and check.status != "ok" else ""
-        out.write(f"{check.status}: {check.name}: {check.summary}{remedy}\n")
+        out.write(printable(f"{check.status}: {check.name}: {check.summary}{remedy}") + "\n")
         if check.status == "failed":
             code = max(code, check.exit_code or 69)
     return code

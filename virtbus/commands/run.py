@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import select
 import signal
 import socket
@@ -16,7 +17,7 @@ from pathlib import Path
 from virtbus import telemetry
 from virtbus.agent import Agent, AgentOptions
 from virtbus.commands import wiring
-from virtbus.config import Config, Loaded, bus_url, differences, redact_url
+from virtbus.config import Config, Loaded, bus_url, differences, exposed_secrets, redact_url
 from virtbus.control import ControlSocket, HttpServer
 from virtbus.envelope import uuid7
 from virtbus.errors import ConfigError, VirtbusError
@@ -25,7 +26,15 @@ from virtbus.incidents import Incidents
 from virtbus.model import Clock
 from virtbus.sdnotify import Systemd
 from virtbus.spool import Spool, prepare_state_dir
-from virtbus.telemetry import METRICS, ConfigRefused, ConfigReloaded, Notice, RunningAsRoot, emit
+from virtbus.telemetry import (
+    METRICS,
+    ConfigRefused,
+    ConfigReloaded,
+    Notice,
+    RunningAsRoot,
+    SecretExposed,
+    emit,
+)
 
 # What SIGHUP applies; passwords, tokens and certificates are read anew at each connection anyway.
 RELOADED = ("drain_seconds", "heartbeat.interval_seconds", "log.format", "log.level")
@@ -39,8 +48,11 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
     """
     config = loaded.config
     os.umask(0o077)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold the broker's password
     if os.geteuid() == 0:
         emit(RunningAsRoot())
+    for secret in exposed_secrets(loaded):
+        emit(SecretExposed(secret))
     clock = Clock()
     with ExitStack() as stack:
         bus = wiring.open_bus(config)

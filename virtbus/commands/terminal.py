@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
-from virtbus.telemetry import takes_escapes
+from virtbus.telemetry import printable, takes_escapes
 
 if TYPE_CHECKING:
     from click._termui_impl import ProgressBar
@@ -65,7 +65,11 @@ def rows(told: Iterable[tuple[str, str]]) -> str:
 def wrapped(text: str, *, indent: int) -> str:
     """A text in lines that fit, all but the first of them indented; a long word stays whole."""
     filled = textwrap.fill(
-        text, COLUMNS, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+        printable(text),
+        COLUMNS,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
     )
     return filled + "\n"
 

@@ -12,6 +12,7 @@ from virtbus.model import Action, Description, Domain, Host, RawIoError
 from virtbus.sources import SourceOptions, domain_xml, recording
 from virtbus.sources.libvirt import LibvirtConnector
 from virtbus.sources.link import STARTED, STATES, Handler, Link
+from virtbus.telemetry import printable
 
 _EVENTS = ("defined", "undefined", "started", "suspended", "resumed", "stopped", "shutdown", "pmsuspended")
 _SUSPENDED = ("paused", "migrated", "I/O error", "watchdog", "restored", "from snapshot", "API error")
@@ -82,17 +83,17 @@ class _Watch(Handler):
         try:
             xml = domain_xml.parse(link.xml(uuid))
         except VirtbusError as error:
-            self.lines.put(recording.problem_line(str(error)) if self._as_json else _plain(str(error)))
+            self.lines.put(recording.problem_line(str(error)) if self._as_json else printable(str(error)))
             return
         domain = Domain(uuid, name, xml.id, state, xml.owner)
-        self.say(recording.domain_line(Description(domain, xml.devices)), f"{_plain(name)} {uuid} {state}")
+        self.say(recording.domain_line(Description(domain, xml.devices)), f"{printable(name)} {uuid} {state}")
 
     def io_error(self, raw: RawIoError) -> None:
         """See Handler."""
         action = Action.from_code(raw.action_code).value
-        reason, path = _plain(raw.reason) or "-", _plain(raw.path) or "-"
+        reason, path = printable(raw.reason) or "-", printable(raw.path) or "-"
         text = (
-            f"{_at(raw.observed_at)} {_plain(raw.domain_name)} I/O ERROR device={_plain(raw.alias)} "
+            f"{_at(raw.observed_at)} {printable(raw.domain_name)} I/O ERROR device={printable(raw.alias)} "
             f"action={action}({raw.action_code}) reason={reason} path={path}"
         )
         self.say(recording.io_error_line(raw), text)
@@ -107,7 +108,7 @@ class _Watch(Handler):
             self.lines.put(_Started(uuid, name))
         self.say(
             recording.lifecycle_line(uuid, name, number, event=event, detail=detail, ns=ns),
-            f"{_at(ns)} {_plain(name)} {what}{why}",
+            f"{_at(ns)} {printable(name)} {what}{why}",
         )
 
     def device_removed(self, uuid: str, alias: str) -> None:
@@ -115,7 +116,7 @@ class _Watch(Handler):
         ns = time.time_ns()
         self.say(
             recording.device_removed_line(uuid, alias, ns),
-            f"{_at(ns)} {uuid} device removed: {_plain(alias)}",
+            f"{_at(ns)} {uuid} device removed: {printable(alias)}",
         )
 
     def changed(self, uuid: str) -> None:
@@ -129,11 +130,6 @@ class _Watch(Handler):
     def closed(self, why: str, silent_seconds: float) -> None:
         """See Handler."""
         self.lines.put(_Ended(why))
-
-
-def _plain(text: str) -> str:
-    """Text of others on a terminal: no control characters, no bidirectional tricks."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
 
 
 def _at(ns: int) -> str:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import http.client
 import os
+import re
 import signal
 import socket
 import ssl
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import ClassVar
 from urllib.parse import quote, urlsplit
 
@@ -23,9 +25,18 @@ from virtbus.consumer import Delivery
 from virtbus.errors import ConfigError
 from virtbus.integrations.base import EVENT, Action, ActionRefused, Integration, TargetUnavailable
 from virtbus.model import Check, Origin
-from virtbus.telemetry import Notice, emit
+from virtbus.telemetry import TelemetryEvent, emit
 
 _TOLD_BYTES = 500  # of a command's or server's answer, in messages
+
+
+@dataclass(frozen=True, slots=True)
+class PlaintextWebhook(TelemetryEvent):
+    """Events and a token leave this machine in plaintext."""
+
+    LEVEL: ClassVar[str] = "warning"
+    MESSAGE: ClassVar[str] = "PLAINTEXT to the webhook: events and token can be read on the way; use https://"
+    url: str
 
 
 class _Hook(Integration):
@@ -150,6 +161,8 @@ class Webhook(_Hook):
         self._host, self._port, self._tls = parts.hostname, port, parts.scheme == "https"
         self._path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         self._name = f"{parts.scheme}://{parts.netloc}{parts.path}"
+        if not re.fullmatch(r"[!-~]+", self._path):  # http.client would tell the whole of it, query and all
+            raise ConfigError(f"{self._name!r}: percent-encode blanks and other signs in react.webhook.url")
         self._context: ssl.SSLContext | None = None
         if self._tls:
             try:
@@ -157,7 +170,7 @@ class Webhook(_Hook):
             except (OSError, ssl.SSLError) as error:
                 raise ConfigError(f"react.webhook.ca_file {self._settings.ca_file}: {error}") from error
         elif not is_loopback(self._host):
-            emit(Notice(f"{self._name} is plaintext: events and token can be read on the way"))
+            emit(PlaintextWebhook(self._name))
         self._connection: http.client.HTTPConnection | None = None
 
     def execute(self, action: Action) -> str:
@@ -199,7 +212,9 @@ class Webhook(_Hook):
             try:
                 connection.request("POST", self._path, data, dict(headers))
                 answer = connection.getresponse()
-                told = answer.read().decode("utf-8", "replace").strip()[:_TOLD_BYTES]
+                told = answer.read(_TOLD_BYTES).decode("utf-8", "replace").strip()
+                if not answer.isclosed():  # it says more than anybody reads, perhaps without an end
+                    self.close()
             except (ConnectionError, http.client.RemoteDisconnected):
                 self.close()
                 if not kept:

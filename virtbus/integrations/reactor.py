@@ -62,6 +62,7 @@ class ActionFailed(TelemetryEvent):
     target: str
     attempts: int
     wait_seconds: float
+    key: str
     error: Exception
 
     def limit_key(self) -> object:
@@ -411,7 +412,10 @@ class _Worker:
                 action.target, Backoff(f"react {name}", ceiling=RETRY_CEILING_SECONDS)
             )
             wait = backoff.next_wait()
-            self._tell(ActionFailed(name, action.verb, action.target, attempts + 1, round(wait, 3), error))
+            failed = ActionFailed(
+                name, action.verb, action.target, attempts + 1, round(wait, 3), action.key, error
+            )
+            self._tell(failed)
             return wait
         self._settle(number, "done", result)
         self._audit(action, "done", result, attempts + 1)

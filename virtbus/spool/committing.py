@@ -56,6 +56,7 @@ class IntakeSide:
         self._untold_opening = True
         self._seen_ns = 0  # the last sign of life, not in the file yet perhaps
         self._owing = False  # a commit failed and none succeeded since: what it held is not safe
+        self.refusal: SpoolFull | None = None  # why the disk did not take the last sign of life
         self._signed = False  # the lock file names this run: it has committed something
         self._alive_at = self._wishes_at = state.clock().monotonic
         self._naming_at = 0.0
@@ -94,6 +95,7 @@ class IntakeSide:
             faults.reach("after_commit")
             self._publish_draft(draft, now.monotonic)
         self._owing = False
+        self.refusal = None
         for reason in draft.gap_reasons:  # the caller counts its own
             METRICS.events.labels("gap", "", "").inc()
             METRICS.gaps.labels(reason).inc()
@@ -303,8 +305,8 @@ class IntakeSide:
         """A sign of life, which is: whatever happened until `wall_ns` was seen; cheap to call often.
 
         It is written at most every 10 s (and at the end), with what waits to be named or done. It counts
-        for nothing after a commit that failed, until one succeeds. False when the disk did not take it:
-        the next commit will say so.
+        for nothing after a commit that failed, until one succeeds. False while the disk does not take it
+        (`refusal` says why): an idle host must not look healthy until its first error.
         """
         now = self._state.clock().monotonic
         if not self._owing:
@@ -314,7 +316,7 @@ class IntakeSide:
                 self._naming_at = now + 1.0
                 self.commit(())
             if now - min(self._alive_at, self._wishes_at) < ALIVE_SECONDS:
-                return True
+                return self.refusal is None
             self._alive_at = self._wishes_at = now
             with self._state.writing:
                 self._heal()
@@ -334,8 +336,10 @@ class IntakeSide:
                         more = self._grant_wishes(wall_ns)
                     except sqlite3.Error as error:
                         self._fail(error)
-        except SpoolFull:
+        except SpoolFull as error:
+            self.refusal = error
             return False
+        self.refusal = None
         return True
 
     def _grant_wishes(self, wall_ns: int) -> bool:

@@ -294,6 +294,6 @@ class Scribe:
         )
         item = self._encode(event, stamp, facts)
         if item.error is not None:
-            emit(Trouble("a gap event of the spool breaks its schema; sent as it is", item.error))
+            emit(Trouble("a gap event of the spool breaks its schema; sent as it is", item.error, item.id))
             item.error = None
         return item

@@ -21,6 +21,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NoReturn
 
+from virtbus.config import redact_url
 from virtbus.errors import ConfigError, SpoolBusy, SpoolCorrupt, SpoolFull, VirtbusError
 
 DATABASE = "spool.db"
@@ -182,7 +183,7 @@ class Lock:
         """Take it. Raises SpoolBusy naming the other process; SpoolFull when the file can't be opened."""
         self.path = state_dir / LOCK
         try:
-            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise SpoolFull(
                 f"{self.path} can't be opened: {error.strerror}; check rights and space"
@@ -200,9 +201,10 @@ class Lock:
 
     def sign(self, epoch: str | None) -> None:
         """Write who holds it; on a full disk the lock holds all the same."""
-        raw = Path("/proc/self/cmdline").read_bytes()[:400]
-        command = " ".join(raw.replace(b"\0", b" ").decode(errors="replace").split())
-        text = f"{os.getpid()}\n{epoch or self.before.epoch or ''}\n{command}\n".encode()
+        words = Path("/proc/self/cmdline").read_text(errors="replace").split("\0")
+        # A flag may hold a password, and this text is shown to whoever asks who holds the spool.
+        command = " ".join(" ".join(redact_url(word) if "://" in word else word for word in words).split())
+        text = f"{os.getpid()}\n{epoch or self.before.epoch or ''}\n{command[:400]}\n".encode()
         try:
             os.pwrite(self._fd, text, 0)
             os.ftruncate(self._fd, len(text))

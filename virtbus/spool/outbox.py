@@ -121,6 +121,11 @@ class Spool:
         """See IntakeSide.alive."""
         return self._intake.alive(wall_ns)
 
+    @property
+    def refusal(self) -> SpoolFull | None:
+        """Why the disk did not take the last sign of life; None when it did."""
+        return self._intake.refusal
+
     def states(self) -> dict[str, bytes]:
         """The incident states as last committed."""
         return self._intake.states()

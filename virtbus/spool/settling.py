@@ -22,7 +22,7 @@ from virtbus.spool.contents import GapFacts, Loss, run_row
 from virtbus.spool.files import insert_sql, sealed
 from virtbus.spool.ledger import mark
 from virtbus.spool.state import SharedState, select_events
-from virtbus.telemetry import EventDeadLettered, Trouble, emit
+from virtbus.telemetry import EventDeadLettered, SpoolStumbled, Trouble, emit
 
 MAX_UNSETTLED = 1024  # confirmed in memory and not in the file: so many duplicates at worst after a kill
 SETTLE_PATIENCE_SECONDS = 0.25  # how long settling waits for a commit that hangs on the disk
@@ -82,7 +82,7 @@ class PublisherSide:
             if files.is_damage(error):
                 self._state.suspect()
                 raise files.translate(error, self._state.path) from error
-            emit(Trouble("reading the spool; tried again", error))
+            emit(SpoolStumbled("reading what is next", error))
             return []
 
     def _read(self, chosen: list[tuple[int, str]]) -> list[Record]:
@@ -131,7 +131,7 @@ class PublisherSide:
                 if taken is None:
                     continue  # not from here, or settled before
                 if isinstance(what, Refused) and taken.facts is not None:
-                    emit(Trouble("a gap event was refused; parked", what.error))
+                    emit(Trouble("a gap event was refused; parked", what.error, record.id))
                     what = Unroutable("refused")
                 if isinstance(what, Confirmed):
                     self._state.index.confirm(row, key)
@@ -173,7 +173,7 @@ class PublisherSide:
             if files.is_damage(error):
                 self._state.suspect()
                 raise files.translate(error, self._state.path) from error
-            emit(Trouble("settling in the spool; tried again", error))
+            emit(SpoolStumbled("settling what was sent", error))
         except BaseException:
             self._roll_back()
             raise
