@@ -76,5 +76,5 @@ def wrapped(text: str, *, indent: int) -> str:
 
 def cut(text: str, width: int) -> str:
     """A name of somebody else's in at most `width` columns: nothing in it may move the terminal's cursor."""
-    clean = "".join(letter if letter.isprintable() else "?" for letter in text)
+    clean = printable(text)
     return clean if len(clean) <= width else clean[: width - 1] + "…"
