@@ -66,6 +66,9 @@ from virtbus.telemetry import (
 
 SOURCE_GRACE_SECONDS = 5.0  # how long the first event of a start waits for the first snapshot
 ALIVE_SECONDS = 5.0  # between two signs of life in the spool (the promise is 10 s)
+# How long a storm is let gather after errors that were only counted: so, many share one sync of the disk, and
+# news among them waits no longer than this.
+GATHER_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +224,8 @@ class Agent:
         try:
             self._open_epoch()
             while not (self._stop.is_set() and len(self.queue) == 0) and not self._abort.is_set():
-                self._intake_once(self._intake_timeout())
+                if self._intake_once(self._intake_timeout()):
+                    self._stop.wait(GATHER_SECONDS)
             if self._stopped_ns is not None and len(self.queue) == 0:
                 # From here on nobody looks. What an abort left in the queue lies after the last commit.
                 self.spool.alive(self._stopped_ns)
@@ -330,8 +334,8 @@ class Agent:
                 )
             ]
 
-    def _intake_once(self, timeout: float) -> None:
-        """One batch: drain, apply, commit."""
+    def _intake_once(self, timeout: float) -> bool:
+        """One batch: drain, apply, commit. Whether there were errors in it, and they were only counted."""
         observations = self.queue.drain(timeout)
         now = self._clock()
         events = self._events_of(observations, now)
@@ -344,6 +348,7 @@ class Agent:
             events.append(self._gap("observations_dropped", why, ended_at=at, missing_occurrences=errors))
         self._commit(events)
         self._sign_of_life(now)
+        return not events and any(isinstance(item, RawIoError | Burst) for item in observations)
 
     def _sign_of_life(self, now: Now) -> None:
         """Tell the spool that all is seen until now; thus a bad disk shows on an idle host too."""

@@ -362,6 +362,29 @@ def test_an_event_and_what_its_incident_remembers_of_it_are_in_one_commit(house,
     assert remembered == told
 
 
+def test_errors_of_a_storm_that_are_only_counted_share_a_commit(house, monkeypatch):
+    commit, committed = Spool.commit, []
+
+    def notes(self, events, states=None):
+        stamps = commit(self, events, states)
+        committed.extend(state for key, state in (states or {}).items() if "incident/" in key)
+        return stamps
+
+    monkeypatch.setattr(Spool, "commit", notes)
+    monkeypatch.setattr("virtbus.agent.GATHER_SECONDS", 0.5)
+    one = house(a_raw_io_error(), limits=IncidentLimits(first_window_seconds=60.0))
+    one.wait("io_error.v1")
+    for _ in range(50):
+        one.source.play(a_raw_io_error())
+        time.sleep(0.002)
+
+    def waiting():
+        return sum(pending["count"] for pending in msgspec.json.decode(committed[-1]).get("pending", ()))
+
+    wait_until(lambda: waiting() == 50, what="a commit with all that waits for its window")
+    assert len(committed) < 10
+
+
 def test_an_observation_that_cant_be_handled_is_named_and_the_next_one_goes_on(house, monkeypatch):
     one = house()
     one.wait("gap")

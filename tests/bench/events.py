@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from virtbus.bus import BusOptions, open_bus
+from virtbus.control import ask
 from virtbus.envelope import decode
 from virtbus.errors import BusUnavailable
 
@@ -52,3 +55,28 @@ class Events:
         """Stop reading."""
         self._over.set()
         self._thread.join()
+
+
+class Confirms:
+    """When an agent has each event confirmed, by its control socket: id → monotonic time."""
+
+    def __init__(self, control: Path) -> None:
+        self.at: dict[str, float] = {}
+        self._peer = ask(control, {"command": "tap", "stage": "published", "domain": None})
+        self._peer.settimeout(None)
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        for line in self._peer.makefile("rb"):
+            now = time.monotonic()
+            if line.strip():
+                self.at[json.loads(line)["item"]["id"]] = now
+
+    def __enter__(self) -> Confirms:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._peer.shutdown(2)
+        self._thread.join()
+        self._peer.close()
