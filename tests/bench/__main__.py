@@ -18,7 +18,7 @@ from tests.bench.measure import Row, below_floor
 Family = Callable[[int, bool], Sequence[Row]]
 
 FAMILIES: dict[str, Family] = {
-    "publish": lambda rounds, quick: publish.rows(rounds, events=5_000 if quick else 20_000),
+    "publish": lambda rounds, quick: publish.rows(rounds, events=5_000 if quick else 60_000),
     "drain": lambda rounds, quick: publish.drain_rows(rounds, events=20_000 if quick else 100_000),
     "kafka": lambda rounds, quick: kafka.rows(rounds, events=10_000 if quick else 50_000),
     "intake": lambda rounds, quick: intake.rows(rounds, callbacks=100_000 if quick else 300_000),
