@@ -26,6 +26,7 @@ from confluent_kafka.admin import (
 
 from tests.agent.process import COMMAND, AgentProcess
 from tests.brokers.rabbitmq import RabbitMQ
+from tests.chart import helm, tools
 from tests.kafka.cluster import LIMITED_PASSWORD, LIMITED_USER, SCRAM_PASSWORD, SCRAM_USER, Cluster
 from tests.kafka.help import admin, opened
 from tests.lab.lab import Lab
@@ -83,6 +84,78 @@ def test_a_make_target_of_the_documents_is_there(found):
     words = shlex.split(found[1], comments=True)
     done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_users_of_the_documents_are_made_in_an_empty_system(tmp_path: Path) -> None:
+    (tmp_path / "etc").mkdir()
+    for name in ("passwd", "group", "shadow", "gshadow"):
+        (tmp_path / "etc" / name).touch()
+    for program in ("groupadd", "useradd"):
+        ((_, command),) = of(program)
+        words = shlex.split(command, comments=True)
+        subprocess.run([f"/usr/sbin/{words[0]}", "--prefix", str(tmp_path), *words[1:]], check=True)
+    assert "virtbus:x:65532:65532:" in (tmp_path / "etc" / "passwd").read_text()
+
+
+def test_the_folder_of_the_documents_is_made_in_an_empty_system(tmp_path: Path) -> None:
+    ((_, command),) = of("echo")
+    (tmp_path / "etc" / "tmpfiles.d").mkdir(parents=True)
+    command = command.replace("/etc/tmpfiles.d", f"{tmp_path}/etc/tmpfiles.d")
+    subprocess.run(["bash", "-c", f"{command} --root={tmp_path}"], check=True)
+    made = (tmp_path / "var" / "lib" / "virtbus").stat()
+    assert (made.st_mode & 0o777, made.st_uid, made.st_gid) == (0o700, 65534, 65534)
+
+
+def test_make_help_tells_of_every_family_of_tests():
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for family in ("demo", "test", "faults", "matrix", "soak", "bench", "chart"):
+        assert re.search(rf"\b{family}\b", done.stdout), family
+
+
+def test_what_make_demo_runs_tells_of_every_error_of_a_real_guest():
+    # Not through make: that may install the package anew, under the feet of other tests.
+    done = subprocess.run([sys.executable, "-m", "tests.lab.demo"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (figures,) = re.findall(r"injected=(\d+) observed=(\d+) delivered=(\d+) lost=0", done.stdout)
+    assert int(figures[0]) > 0
+    assert len(set(figures)) == 1
+
+
+HELM = [found for found in of("helm") if "install" in found[1] or "upgrade" in found[1]]
+
+
+@pytest.mark.parametrize("found", HELM, ids=ids)
+def test_a_helm_command_of_the_documents_is_taken_by_helm(found: tuple[str, str]) -> None:
+    """As far as it goes without a cluster; tests/chart goes further with a real API server."""
+    words = shlex.split(found[1], comments=True)[1:]
+    if "…" in words:  # an upgrade of what was installed by the command before it
+        words = [*shlex.split(HELM[0][1], comments=True)[1:], *words[words.index("…") + 1 :]]
+    words = [str(ROOT / word) if word == "charts/virtbus" else word for word in words]
+    done = helm.run("4", *words, "--dry-run=client")
+    assert done.returncode == 0, done.stderr
+    assert "registry.example/virtbus" in done.stdout
+
+
+def test_the_label_of_the_documents_is_put_on_a_namespace(tmp_path: Path) -> None:
+    ((_, command),) = (found for found in of("kubectl") if " label " in found[1])
+    words = shlex.split(command, comments=True)[1:]
+    space = tmp_path / "space.yaml"
+    space.write_text("{apiVersion: v1, kind: Namespace, metadata: {name: virtbus}}")
+    words = ["label", "--local", "--filename", str(space), "--output", "yaml", *words[3:]]
+    done = subprocess.run([str(tools.kubectl()), *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    labels = yaml.safe_load(done.stdout)["metadata"]["labels"]
+    assert labels["pod-security.kubernetes.io/enforce"] == "privileged"
+
+
+@pytest.mark.parametrize("found", [found for found in of("kubectl") if " create " in found[1]], ids=ids)
+def test_a_kubectl_command_of_the_documents_makes_its_object(found: tuple[str, str]) -> None:
+    words = shlex.split(found[1], comments=True)[1:]
+    done = subprocess.run(
+        [str(tools.kubectl()), *words, "--dry-run=client", "--output", "yaml"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load(done.stdout)["kind"].lower() == words[1]
 
 
 @pytest.mark.parametrize("found", of("pip"), ids=ids)
