@@ -45,6 +45,7 @@ RUNNING = 1
 PAUSED = 3
 SHUT_OFF = 5
 PAUSED_IOERROR = (3, 5)
+PAUSED_UNKNOWN = (3, 0)
 
 PROGRAMS = {
     "libvirtd": "libvirt-daemon",
