@@ -216,7 +216,7 @@ def wire(case: Case) -> str:
         "body": encoded.body.decode(),
         "amqp_headers": dict(sorted(amqp.headers.items())),
         "amqp_content_type": amqp.content_type,
-        "kafka_headers": [[name, value.decode()] for name, value in kafka.headers],
+        "kafka_headers": [[name, value] for name, value in kafka.headers],
         "kafka_key": kafka.key.decode(),
         "structured": envelope.structured_json(*encoded).decode(),
     }

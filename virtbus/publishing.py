@@ -21,6 +21,7 @@ _COUNTED = {
     kind: METRICS.outcomes.labels(kind.__name__.lower())
     for kind in (Confirmed, Deferred, Unroutable, Refused)
 }
+_AT_ONCE = 128  # records read at a time: what they hold stays in the processor's cache until they are sent
 
 
 class Publisher:
@@ -94,8 +95,9 @@ class Publisher:
             for record, outcome in self._bus.publish(self._feed):
                 self._feed.done(record, outcome)
                 if isinstance(outcome, Confirmed):
-                    self._backoff.reset()
-                    self.error = None
+                    if self.error is not None:
+                        self._backoff.reset()
+                        self.error = None
                 elif isinstance(outcome, Deferred):
                     deferred = outcome.error
                 if self._abort.is_set() or (self.draining.is_set() and self._is_over()):
@@ -122,7 +124,7 @@ class _SpoolFeed:
     ) -> None:
         self._spool, self._taps, self._heartbeat, self._interval = spool, taps, heartbeat, interval
         self._outcomes: list[tuple[Record, Outcome]] = []
-        self._out: dict[int, Record] = {}  # handed to the bus, without an outcome yet
+        self._confirmed = 0  # outcomes that are not counted in the metrics yet
         # A random phase: a thousand agents that start together must not beat together.
         self._next_beat = time.monotonic() + random.uniform(0, interval())  # noqa: S311 - no secret
 
@@ -141,37 +143,41 @@ class _SpoolFeed:
             beat = self._heartbeat()
             if beat.key not in busy:
                 return [beat]
+        limit = min(limit, _AT_ONCE)
         records = self._spool.take(limit, busy)
         if not records and self._outcomes:
             self.settle()  # frees the next record of each confirmed key
             records = self._spool.take(limit, busy)
-        for record in records:
-            self._out[record.row] = record
         return records
 
     def done(self, record: Record, outcome: Outcome) -> None:
-        """Remember an outcome; it is settled with others."""
-        _COUNTED[type(outcome)].inc()
-        if record.row == 0:
-            return
-        self._out.pop(record.row, None)
-        self._outcomes.append((record, outcome))
-        if isinstance(outcome, Unroutable):
-            emit(EventUnroutable(record.id, record.key, outcome.reason))
-        if not isinstance(outcome, Confirmed):
+        """Remember an outcome; it is settled, and counted, with others."""
+        if record.row:
+            self._outcomes.append((record, outcome))
+        if isinstance(outcome, Confirmed):
+            self._confirmed += 1
+            if not self._taps.active or not record.row:
+                return
+        else:
+            _COUNTED[type(outcome)].inc()
+            if not record.row:
+                return
+            if isinstance(outcome, Unroutable):
+                emit(EventUnroutable(record.id, record.key, outcome.reason))
             self.settle()  # the spool must know at once that this key waits
         if self._taps.active and isinstance(outcome, Confirmed | Refused):
             self._taps.offer("published", record)
 
     def settle(self) -> None:
         """Settle what has come together."""
+        if self._confirmed:
+            _COUNTED[Confirmed].inc(self._confirmed)
+            self._confirmed = 0
         if self._outcomes:
             outcomes, self._outcomes = self._outcomes, []
             self._spool.settle(outcomes)
 
     def give_back(self) -> None:
         """Settle all: what the bus left without an outcome will be sent again."""
-        left, self._out = self._out, {}
-        ended = BusUnavailable("publishing ended before the broker answered")
-        self._outcomes += [(record, Deferred(ended)) for record in left.values()]
         self.settle()
+        self._spool.give_back(BusUnavailable("publishing ended before the broker answered"))

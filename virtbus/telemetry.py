@@ -8,20 +8,60 @@ The registry is ours alone (no process-wide default), bounded in labels: no doma
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Any, ClassVar, TextIO
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Metric
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
 
 from virtbus.model import Origin, Phase
 
 _CONFIRM_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class Durations(Collector):
+    """A histogram that takes many observations at once.
+
+    prometheus_client's own takes two locks an observation: 0.7 µs, on the path that drains a backlog.
+    """
+
+    def __init__(
+        self, name: str, documentation: str, *, buckets: Sequence[float], registry: CollectorRegistry
+    ) -> None:
+        """`buckets` are upper bounds in seconds, ascending, without infinity."""
+        self._name, self._documentation = name, documentation
+        self._bounds = [*map(float, buckets), math.inf]
+        self._names = [*map(str, self._bounds[:-1]), "+Inf"]
+        self._counts = [0] * len(self._bounds)
+        self._sum = 0.0
+        self._lock = threading.Lock()
+        registry.register(self)
+
+    def observe_all(self, seconds: Iterable[float]) -> None:
+        """Count each of them."""
+        bounds, counts = self._bounds, self._counts
+        with self._lock:
+            for each in seconds:
+                counts[bisect_left(bounds, each)] += 1
+                self._sum += each
+
+    def collect(self) -> Iterable[Metric]:
+        """See prometheus_client's Collector."""
+        with self._lock:
+            counts, total = list(self._counts), self._sum
+        through = accumulate(counts)
+        buckets = [(bound, n) for bound, n in zip(self._names, through, strict=True)]
+        yield HistogramMetricFamily(self._name, self._documentation, buckets=buckets, sum_value=total)
 
 
 class Metrics:
@@ -56,7 +96,7 @@ class Metrics:
             registry=r,
         )
         self.outcomes = Counter("virtbus_publish_outcomes", "Outcomes of publishing", ["outcome"], registry=r)
-        self.confirm_seconds = Histogram(
+        self.confirm_seconds = Durations(
             "virtbus_confirm_seconds",
             "From handing an event to the broker's client to its confirmation",
             buckets=_CONFIRM_BUCKETS,

@@ -261,7 +261,7 @@ def records(count: int, *, keys: int = 1) -> list[Record]:
         pattern = patterns[(row - 1) % keys]
         stamp = a_stamp(sequence=row)
         attributes = {**pattern.attributes, "id": stamp.id, "sequence": f"{row:012d}"}
-        made.append(dataclasses.replace(pattern, row=row, seq=row, id=stamp.id, attributes=attributes))
+        made.append(pattern._replace(row=row, seq=row, id=stamp.id, attributes=attributes))
     return made
 
 
@@ -328,7 +328,7 @@ class ListFeed:
         self.outcomes.append((record, outcome))
         waiting = self._queues[record.key]
         if again and not isinstance(outcome, Confirmed) and type(outcome).__name__ != "Refused":
-            waiting.appendleft((number, dataclasses.replace(record, attempts=record.attempts + 1)))
+            waiting.appendleft((number, record._replace(attempts=record.attempts + 1)))
         if waiting:
             heapq.heappush(self._ready, (waiting[0][0], record.key))
 

@@ -21,6 +21,7 @@ from tests.bench.measure import cpu_seconds, memory
 from virtbus import telemetry
 from virtbus.agent import Agent, AgentOptions
 from virtbus.bus import BusOptions, open_bus
+from virtbus.commands.run import spare_collector
 from virtbus.envelope import uuid7
 from virtbus.incidents import IncidentLimits, Incidents
 from virtbus.spool import Spool, SpoolLimits
@@ -100,6 +101,7 @@ def main() -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
+    spare_collector()
     agent.start()
     # The clock starts with the first record under way: connecting and looking at libvirt came before it.
     while not spool.stats().in_flight and spool.stats().pending >= events:

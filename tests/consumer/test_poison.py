@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import struct
 import time
 
@@ -24,7 +23,7 @@ def poison_and_events(url: str, count: int) -> list[str]:
     """Publish a message that no schema takes, then `count` events; their ids."""
     first, *events = records(count + 1, keys=count + 1)
     bus = open_bus(url, BusOptions())
-    ListFeed([dataclasses.replace(first, body=b"nonsense"), *events]).drain(bus)
+    ListFeed([first._replace(body=b"nonsense"), *events]).drain(bus)
     bus.close()
     return [record.id for record in events]
 

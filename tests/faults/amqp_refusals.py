@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import kombu
 
@@ -96,7 +95,7 @@ def scenarios(broker: RabbitMQ) -> dict[str, tuple[int, float]]:
     declare(url)
     broker.eval("application:set_env(rabbit, max_message_size, 100000).")
     big = [*items]
-    big[4] = replace(big[4], body=b'"' + b"x" * 200_000 + b'"')
+    big[4] = big[4]._replace(body=b'"' + b"x" * 200_000 + b'"')
     done["406"] = publish(url, big)
     broker.eval("application:set_env(rabbit, max_message_size, 134217728).")
     return done

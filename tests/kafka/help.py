@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,7 +65,7 @@ def sized(number: int, size: int) -> Record:
     made = a_record(row=number)
     key = f"key-{number}"
     attributes = {**made.attributes, "partitionkey": key}
-    return dataclasses.replace(made, key=key, attributes=attributes, body=b'"' + b"x" * (size - 2) + b'"')
+    return made._replace(key=key, attributes=attributes, body=b'"' + b"x" * (size - 2) + b'"')
 
 
 def admin(url: str) -> Any:

@@ -55,9 +55,7 @@ class Load:
             "partitionkey": key,
             "sequence": f"{self._number:012d}",
         }
-        record = dataclasses.replace(
-            self._template, id=event_id, key=key, seq=self._number, attributes=attributes
-        )
+        record = self._template._replace(id=event_id, key=key, seq=self._number, attributes=attributes)
         self.made.append(record)
         return record
 

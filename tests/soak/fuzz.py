@@ -117,7 +117,7 @@ def fuzz_decoder(
         kind, body, prefix = amqp.content_type, amqp.body, "ce-"
     else:
         kafka = envelope.to_kafka(good.attributes, good.body, structured=structured)
-        headers = dict(kafka.headers)
+        headers = {name: value.encode() for name, value in kafka.headers}
         kind, body, prefix = None, kafka.value, "ce_"
     headers |= {prefix + name: value for name, value in changed.items()}
     message = Message(

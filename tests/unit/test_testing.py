@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 
@@ -75,7 +74,7 @@ def test_a_list_feed_gives_again_what_was_not_confirmed_before_the_rest_of_its_k
     (taken,) = feed.take(1, frozenset())
     feed.settle(taken, Deferred(BusUnavailable("away")))
     (again,) = feed.take(1, frozenset())
-    assert again == replace(first, attempts=1)
+    assert again == first._replace(attempts=1)
     feed.settle(again, Refused(ValueError("no")))
     assert feed.take(1, frozenset()) == [second]
 

@@ -104,6 +104,8 @@ class Feed(Protocol):
     def take(self, limit: int, busy: AbstractSet[str]) -> Sequence[Record]:
         """Up to `limit` next records, at most one a key, none whose key is in `busy`. Never blocks.
 
+        Fewer may come although there are more, so that the first are on their way while the next are read;
+        none means that none can be taken now.
         A record that was taken comes again only after its outcome has been settled as not confirmed.
         An outcome other than `Confirmed` has to be settled before the next one is asked for: only then
         does the feed know that its key must wait.

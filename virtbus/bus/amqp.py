@@ -52,7 +52,6 @@ from virtbus.telemetry import METRICS, BusBlocked, emit
 _CONFIRMED = Confirmed()
 _RETURNED = Unroutable()
 _NACKED = Unroutable("the broker nacked it: a queue is full (reject-publish) or failed")
-_BATCH = 64  # records taken from the feed at once
 _UNSENT_LIMIT = 1 << 20  # bytes waiting for the socket before no more is taken
 _FIRST_LOOK, _LAST_LOOK = 0.005, 0.1  # seconds between looks at the feed while confirms are awaited
 
@@ -125,7 +124,7 @@ class AmqpBus:
             records: Sequence[Record] = ()
             room = 0 if blocked else (1 if alone else self._options.window) - len(publisher.flying)
             if room > 0 and publisher.unsent < _UNSENT_LIMIT and not self._closed:
-                records = feed.take(min(room, _BATCH), publisher.busy)
+                records = feed.take(room, publisher.busy)
                 for record in records:
                     publisher.send(record)
                 if alone and not records and not publisher.flying:
@@ -134,9 +133,8 @@ class AmqpBus:
                 return
             if records:
                 look = _FIRST_LOOK
-            full = publisher.flying and len(records) >= min(room, _BATCH) < room
             waiting = publisher.flying or blocked
-            fault = publisher.step(0.0 if full or not waiting else 1.0 if room <= 0 else look)
+            fault = publisher.step(0.0 if records or not waiting else 1.0 if room <= 0 else look)
             look = min(2 * look, _LAST_LOOK)
             if alone and publisher.outcomes:
                 self._suspects -= 1
@@ -424,6 +422,7 @@ class _Publisher:
         if not tags or tag > self._tag:
             raise ProtocolViolation(f"the broker settled delivery tag {tag}, which is not under way")
         now = time.monotonic()
+        waits = []
         for one in tags:
             record, sent_at = flying.pop(one)
             del self._tags[record.id]
@@ -433,8 +432,9 @@ class _Publisher:
                 self.outcomes.append((record, _RETURNED))
                 continue
             if outcome is _CONFIRMED:
-                METRICS.confirm_seconds.observe(now - sent_at)
+                waits.append(now - sent_at)
             self.outcomes.append((record, outcome))
+        METRICS.confirm_seconds.observe_all(waits)
 
     def _on_return(self, error: Exception, exchange: str, routing_key: str, message: Any) -> None:
         """Comes before the ack of the same message: remember it until then."""

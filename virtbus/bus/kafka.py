@@ -14,7 +14,6 @@ from typing import Any
 from confluent_kafka import KafkaException
 from confluent_kafka import admin as kafka_admin
 from kombu import connection as kombu_connection
-from kombu import messaging as kombu_messaging
 
 from virtbus.bus import BusOptions, Feed, Subscription, checked_group
 from virtbus.bus.kafka_admin import Admin
@@ -29,13 +28,11 @@ from virtbus.telemetry import METRICS, BusConnected, BusLost, InsecureTransport,
 # kombu's classes carry no types.
 _Connection: Any = kombu_connection.Connection
 _ConfigResource: Any = kafka_admin.ConfigResource  # type: ignore[attr-defined]
-_Producer: Any = kombu_messaging.Producer
 
 # How long a closing bus waits for what is in flight, in seconds.
 CLOSE_SECONDS = 5.0
 _POLL_SECONDS = 0.1
 _CONFIRMED = Confirmed()
-_BATCH = 500  # records taken at a time, so that the first are on their way while the rest are encoded
 
 
 # ----------------------------------------------------------------------------------------------- link
@@ -57,8 +54,10 @@ class _Link:
             transport=TRANSPORT,
             transport_options={"settings": settings, "watch": self.watch, "batching": batching},
         )
-        # Not auto-declared and no retry: the topic was looked at above, and waits are the caller's.
-        self._kombu = _Producer(self._connection.channel(), auto_declare=False)
+        self._channel = self._connection.channel()
+        # What kombu's Producer comes down to on this channel. Its declaring, serializing and copying of
+        # headers cost 4 µs a record, a tenth of the rate at which a backlog drains.
+        self._produce = self._channel.producer.produce
         self.flying: dict[str, tuple[Record, float]] = {}  # by key: at most one unconfirmed record a key
         self._reports: list[tuple[Record, Any]] = []
         self.progress = time.monotonic()
@@ -69,18 +68,10 @@ class _Link:
             size, limit = len(record.body), self._max_bytes
             return Refused(RecordRefused(f"{size} bytes: the largest record allowed is {limit} bytes"))
         wire = to_kafka(record.attributes, record.body, structured=self._structured)
-        now = time.monotonic()
+        reported = partial(self._reported, record)
         while True:
             try:
-                self._kombu.publish(
-                    wire.value,
-                    exchange=self._topic,
-                    routing_key=wire.key,
-                    headers=wire.headers,
-                    content_type="application/octet-stream",  # the real one is a header already
-                    content_encoding="binary",
-                    on_delivery=partial(self._reported, record),
-                )
+                self._produce(self._topic, wire.value, wire.key, headers=wire.headers, on_delivery=reported)
                 break
             except BufferError:
                 # The local queue is full: back-pressure, not an error. It can't last: its records time out.
@@ -94,9 +85,10 @@ class _Link:
             except KafkaException as error:
                 translated = translate(error.args[0], f"handing over event {record.id}")
                 return Refused(translated) if isinstance(translated, RecordRefused) else Deferred(translated)
+        now = time.monotonic()
         if not self.flying:
             self.progress = now
-        self.flying[record.key] = (record, now)
+        self.flying[record.key] = record, now
         return None
 
     def _reported(self, record: Record, error: Any, _message: Any) -> None:
@@ -105,7 +97,7 @@ class _Link:
     def serve(self, timeout: float) -> None:
         """Let librdkafka call back for up to `timeout` seconds."""
         try:
-            self._kombu.channel.drain_events(timeout)
+            self._channel.drain_events(timeout)
         except KafkaException as error:  # a fatal error is raised by poll instead of given to error_cb
             self.watch(error.args[0])
 
@@ -115,14 +107,11 @@ class _Link:
         if not reports:
             return reports
         self.progress = now = time.monotonic()
-        flying, observe = self.flying, METRICS.confirm_seconds.observe
-        confirmed = False
-        for record, error in reports:
-            _, sent = flying.pop(record.key)
-            if error is None:
-                confirmed = True
-                observe(now - sent)
-        if confirmed:
+        flying = self.flying
+        sent = [(flying.pop(record.key)[1], error) for record, error in reports]
+        waits = [now - since for since, error in sent if error is None]
+        if waits:
+            METRICS.confirm_seconds.observe_all(waits)
             self.watch.forget()
         return reports
 
@@ -204,7 +193,7 @@ class KafkaBus:
             records: Sequence[Record] = ()
             # Not for each single place that gets free: a look into the spool costs more than a record.
             if room > 0 and (not link.flying or room * 4 >= window):
-                records = feed.take(min(room, _BATCH), link.flying.keys())
+                records = feed.take(room, link.flying.keys())
             fault: Exception | None = None
             for record in records:
                 outcome = Deferred(fault) if fault is not None else link.send(record, stopped)
@@ -219,13 +208,15 @@ class KafkaBus:
                     self._suspects = 0
                     self._drop(link, None)
                 return
-            more = len(records) == _BATCH and len(link.flying) < window
-            link.serve(0.0 if more else _POLL_SECONDS)
+            link.serve(0.0 if records else _POLL_SECONDS)
             reports = link.take_reports()
             if any(error is not None for _, error in reports):
                 link.serve(0.0)  # a fatal error's cause comes after the reports of what it purged
             fault = stopped() or fault
             for record, error in reports:
+                if error is None and link.batching:
+                    yield record, _CONFIRMED
+                    continue
                 outcome, reason = self._judge(link, record, error, fault)
                 fault = fault or reason
                 yield record, outcome

@@ -7,7 +7,7 @@ import re
 import threading
 from collections.abc import Mapping
 from datetime import datetime
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
@@ -70,9 +70,9 @@ class AmqpWire(NamedTuple):
 
 
 class KafkaWire(NamedTuple):
-    """What a Kafka record takes: headers in a fixed order, key, value."""
+    """What a Kafka record takes: headers in a fixed order (the client writes UTF-8), key, value."""
 
-    headers: list[tuple[str, bytes]]
+    headers: list[tuple[str, str]]
     key: bytes
     value: bytes
 
@@ -219,17 +219,20 @@ def to_amqp(attributes: Mapping[str, str], body: bytes, *, structured: bool = Fa
     return AmqpWire(headers, content_type, body)
 
 
+@lru_cache(maxsize=64)
+def _kafka_headers(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Each attribute's header and name, in the headers' order; `content-type` comes after all of them."""
+    return tuple(sorted((f"ce_{name}", name) for name in names if name != "datacontenttype"))
+
+
 def to_kafka(attributes: Mapping[str, str], body: bytes, *, structured: bool = False) -> KafkaWire:
     """The Kafka form; the key is the partition key."""
     key = attributes["partitionkey"].encode()
     if structured:
-        headers = [("content-type", STRUCTURED_CONTENT_TYPE.encode())]
+        headers = [("content-type", STRUCTURED_CONTENT_TYPE)]
         return KafkaWire(headers, key, structured_json(attributes, body))
-    headers = [
-        (f"ce_{name}", value.encode()) for name, value in attributes.items() if name != "datacontenttype"
-    ]
-    headers.append(("content-type", attributes.get("datacontenttype", CONTENT_TYPE).encode()))
-    headers.sort()
+    headers = [(header, attributes[name]) for header, name in _kafka_headers(tuple(attributes))]
+    headers.append(("content-type", attributes.get("datacontenttype", CONTENT_TYPE)))
     return KafkaWire(headers, key, body)
 
 

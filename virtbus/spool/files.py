@@ -1,8 +1,9 @@
 """The spool's file: its schema and versions, its checksums, its lock, and how SQLite is opened.
 
 What a row holds is covered by a checksum of ours, because a flipped bit can pass SQLite's own check.
-It is BLAKE2b cut to 16 bytes: from the standard library, about 1.5 µs for an event of 1.5 KB, and wide
-enough that no damage ever passes by chance, which a 32-bit CRC over millions of rows can't promise.
+It is SHA-256 cut to 16 bytes, over the values as MessagePack: from the standard library, 1.6 µs for an
+event of 1.9 KB on processors that have instructions for it (BLAKE2b: 2.5), and wide enough that no damage
+ever passes by chance, which a 32-bit CRC over millions of rows can't promise.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import sqlite3
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import sha256
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NoReturn
+
+import msgspec
 
 from virtbus.config import redact_url
 from virtbus.errors import ConfigError, SpoolBusy, SpoolCorrupt, SpoolFull, VirtbusError
@@ -100,28 +103,28 @@ UNCHECKED = frozenset({"requests"})  # an operator's wishes: nothing of it is pu
 # Columns a checksum leaves out: `position` is only where a row lies, `attempts` only counts tries, and
 # why, error and died_ns are for people.
 _NOT_SEALED = frozenset({"position", "number", "attempts", "checksum", "why", "error", "died_ns"})
-# Of a whole row, those of its values that its checksum covers.
-_sealed_of: dict[str, itemgetter[Any]] = {
-    table: itemgetter(*(at for at, name in enumerate(columns) if name not in _NOT_SEALED))
-    for table, columns in COLUMNS.items()
-    if table not in UNCHECKED
-}
 CHECKSUM_AT: dict[str, int] = {
     table: columns.index("checksum") for table, columns in COLUMNS.items() if table not in UNCHECKED
+}
+# Of a whole row, those of its values that its checksum covers.
+_sealed_of: dict[str, itemgetter[Any]] = {
+    table: itemgetter(*(at for at, name in enumerate(COLUMNS[table]) if name not in _NOT_SEALED))
+    for table in CHECKSUM_AT
 }
 
 SqlValue = int | str | bytes | None
 
 
+# MessagePack tells types and lengths apart, so that no two rows of different values look alike to it.
+_pack = msgspec.msgpack.Encoder().encode
+
+
 def seal(values: Sequence[SqlValue]) -> bytes:
-    """The checksum of a row's sealed values; a value's type and length are part of it."""
-    # ascii() and not repr(): what repr() escapes depends on the Unicode version of the interpreter.
-    # The one long value of a row, its blob, is the last; it is hashed as it is.
-    last = values[-1]
-    if type(last) is bytes:
-        head = ascii([*values[:-1], (len(last),)])
-        return blake2b(head.encode("ascii") + last, digest_size=16).digest()
-    return blake2b(ascii([*values]).encode("ascii"), digest_size=16).digest()
+    """The checksum of a row's sealed values; a value's type and length are part of it.
+
+    Raises ValueError for text that is no Unicode (what `decode_text` makes of damage).
+    """
+    return sha256(_pack(values)).digest()[:16]
 
 
 def sealed(table: str, values: Sequence[SqlValue]) -> tuple[SqlValue, ...]:
@@ -135,7 +138,10 @@ def is_whole(table: str, values: Sequence[SqlValue]) -> bool:
     """Whether a row that was read is the row that was written."""
     if table in UNCHECKED:
         return True
-    return values[CHECKSUM_AT[table]] == seal(_sealed_of[table](values))
+    try:
+        return values[CHECKSUM_AT[table]] == seal(_sealed_of[table](values))
+    except ValueError:
+        return False
 
 
 def insert_sql(table: str) -> str:

@@ -6,11 +6,10 @@ and with a million, with one key and with thousands. Pure; the caller holds the 
 
 from __future__ import annotations
 
-import heapq
 from array import array
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
-from enum import Enum
+from heapq import heapify, heappop, heappush
 
 FIRST_PARK_SECONDS = 1.0
 LONGEST_PARK_SECONDS = 60.0
@@ -21,11 +20,11 @@ _HELD = 0x40  # being given up or rewritten by a commit
 _TAKEN = 0x80  # with the publisher
 
 
-class _State(Enum):
-    QUEUED = 1  # its first row can be taken
-    TAKEN = 2  # its first row is with the publisher
-    PARKED = 3  # its first row came back as unroutable
-    HELD = 4  # its first row is in a commit's hands
+# A lane's state. Plain numbers, because each look at a member of an Enum costs as much as a call.
+_QUEUED = 1  # its first row can be taken
+_GIVEN = 2  # its first row is with the publisher
+_PARKED = 3  # its first row came back as unroutable
+_BLOCKED = 4  # its first row is in a commit's hands
 
 
 class _Lane:
@@ -36,7 +35,7 @@ class _Lane:
     def __init__(self) -> None:
         self.rows = array("q")
         self.head = 0
-        self.state = _State.QUEUED
+        self.state = _QUEUED
         self.entry = -1  # the row that stands for this lane in the heap; others there are stale
         self.wait = 0.0
         self.due = 0.0
@@ -71,7 +70,7 @@ class Index:
         if lane is None:
             lane = self._lanes[key] = _Lane()
         lane.rows.append(row)
-        if lane.state is _State.QUEUED and lane.entry < 0:
+        if lane.state == _QUEUED and lane.entry < 0:
             self._queue(key, lane)
 
     def _queue(self, key: str, lane: _Lane) -> None:
@@ -80,20 +79,20 @@ class Index:
 
     def _queue_at(self, row: int | None, key: str, lane: _Lane) -> None:
         if row is None:
-            if lane.state is not _State.TAKEN:
+            if lane.state != _GIVEN:
                 del self._lanes[key]
             return
-        lane.state = _State.QUEUED
+        lane.state = _QUEUED
         lane.entry = row
-        heapq.heappush(self._ready, (row, key))
+        heappush(self._ready, (row, key))
         if len(self._ready) > 4 * len(self._lanes) + 4096:
             # Stale entries pile up when rows give way and nobody takes any.
             self._ready = [item for item in self._ready if self._stands(*item)]
-            heapq.heapify(self._ready)
+            heapify(self._ready)
 
     def _stands(self, row: int, key: str) -> bool:
         lane = self._lanes.get(key)
-        return lane is not None and lane.state is _State.QUEUED and lane.entry == row
+        return lane is not None and lane.state == _QUEUED and lane.entry == row
 
     def _first(self, lane: _Lane) -> int | None:
         rows, head, pages = lane.rows, lane.head, self._codes
@@ -118,9 +117,10 @@ class Index:
         """The row is gone: confirmed, a dead letter, or given up."""
         page, at = divmod(row, _PAGE)
         codes = self._codes.get(page)
-        if codes is None or not codes[at]:
+        code = codes[at] if codes is not None else 0
+        if codes is None or not code:
             return
-        if codes[at] & _TAKEN:
+        if code & _TAKEN:
             self.taken -= 1
         codes[at] = 0
         self.pending -= 1
@@ -131,12 +131,12 @@ class Index:
         if lane is None:
             return
         first = self._first(lane)
-        if lane.state is not _State.QUEUED and (first is None or first != lane.entry):
-            if lane.state is _State.PARKED:
+        if lane.state != _QUEUED and (first is None or first != lane.entry):
+            if lane.state == _PARKED:
                 self.parked_keys -= 1
-            lane.state = _State.QUEUED
+            lane.state = _QUEUED
             self._queue_at(first, key, lane)
-        elif lane.state is _State.QUEUED and first is None:
+        elif lane.state == _QUEUED and first is None:
             del self._lanes[key]
 
     def sort(self, key: str, order: dict[int, tuple[int, int]]) -> None:
@@ -144,7 +144,7 @@ class Index:
         lane = self._lanes[key]
         lane.rows = array("q", sorted(lane.rows[lane.head :], key=lambda row: order[row]))
         lane.head = 0
-        lane.state = _State.QUEUED
+        lane.state = _QUEUED
         self._queue(key, lane)
 
     # ---- the publisher's side
@@ -152,27 +152,30 @@ class Index:
     def take(self, limit: int, busy: AbstractSet[str], now: float) -> list[tuple[int, str]]:
         """Up to `limit` (row, key), the oldest first, one a key, none of a key that waits or is in `busy`."""
         self._unpark(now)
+        lanes, pages = self._lanes, self._codes
         out: list[tuple[int, str]] = []
         skipped: list[tuple[int, str]] = []
         while self._ready and len(out) < limit:
-            entry = heapq.heappop(self._ready)
+            entry = heappop(self._ready)
             row, key = entry
-            if not self._stands(row, key):
-                continue
-            lane = self._lanes[key]
-            if not self.code(row):
+            lane = lanes.get(key)
+            if lane is None or lane.entry != row or lane.state != _QUEUED:
+                continue  # stale
+            codes = pages.get(row // _PAGE)
+            code = codes[row % _PAGE] if codes is not None else 0
+            if codes is None or not code:
                 self._queue(key, lane)
-            elif self.code(row) & _HELD:
-                lane.state = _State.HELD
+            elif code & _HELD:
+                lane.state = _BLOCKED
             elif key in busy:
                 skipped.append(entry)
             else:
-                self._codes[row // _PAGE][row % _PAGE] |= _TAKEN
-                lane.state = _State.TAKEN
+                codes[row % _PAGE] = code | _TAKEN
+                lane.state = _GIVEN
                 self.taken += 1
                 out.append(entry)
         for entry in skipped:
-            heapq.heappush(self._ready, entry)
+            heappush(self._ready, entry)
         return out
 
     def give_back(self, row: int, key: str) -> None:
@@ -188,17 +191,17 @@ class Index:
             return
         lane.wait = min(LONGEST_PARK_SECONDS, lane.wait * 2 or FIRST_PARK_SECONDS)
         lane.due = now + lane.wait
-        lane.state = _State.PARKED
+        lane.state = _PARKED
         self.parked_keys += 1
-        heapq.heappush(self._parked, (lane.due, key))
+        heappush(self._parked, (lane.due, key))
 
     def _untake(self, row: int, key: str) -> _Lane | None:
         lane = self._lanes.get(key)
-        if lane is None or lane.state is not _State.TAKEN or lane.entry != row:
+        if lane is None or lane.state != _GIVEN or lane.entry != row:
             return None
         self._codes[row // _PAGE][row % _PAGE] &= ~_TAKEN & 0xFF
         self.taken -= 1
-        lane.state = _State.QUEUED
+        lane.state = _QUEUED
         return lane
 
     def confirm(self, row: int, key: str) -> None:
@@ -213,9 +216,9 @@ class Index:
 
     def _unpark(self, now: float) -> None:
         while self._parked and self._parked[0][0] <= now:
-            due, key = heapq.heappop(self._parked)
+            due, key = heappop(self._parked)
             lane = self._lanes.get(key)
-            if lane is not None and lane.state is _State.PARKED and lane.due == due:
+            if lane is not None and lane.state == _PARKED and lane.due == due:
                 self.parked_keys -= 1
                 self._queue(key, lane)
 
@@ -248,7 +251,7 @@ class Index:
         if self.code(row) & _HELD:
             self._codes[row // _PAGE][row % _PAGE] &= ~_HELD & 0xFF
             lane = self._lanes.get(key)
-            if lane is not None and lane.state is _State.HELD:
+            if lane is not None and lane.state == _BLOCKED:
                 self._queue(key, lane)
 
     def oldest_row(self) -> int | None:

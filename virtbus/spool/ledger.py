@@ -54,6 +54,32 @@ def count_events(ranges: Iterable[SequenceRange]) -> int:
     return sum(item.last - item.first + 1 for item in ranges)
 
 
+def spans(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """The (first, last) of each run of successive numbers, ascending; `numbers` differ, in any order."""
+    first = last = None
+    for number in sorted(numbers):
+        if last is not None and number == last + 1:
+            last = number
+            continue
+        if first is not None and last is not None:
+            yield first, last
+        first = last = number
+    if first is not None and last is not None:
+        yield first, last
+
+
+def _fill(bitmap: bytearray, first: int, end: int) -> None:
+    """Set the bits from `first` up to, and without, `end`."""
+    low, high = first >> 3, (end - 1) >> 3
+    head, tail = 0xFF << (first & 7) & 0xFF, 0xFF >> (7 - (end - 1 & 7))
+    if low == high:
+        bitmap[low] |= head & tail
+        return
+    bitmap[low] |= head
+    bitmap[low + 1 : high] = b"\xff" * (high - low - 1)
+    bitmap[high] |= tail
+
+
 def mark(bitmaps: MutableMapping[int, bytearray], first: int, last: int) -> bool:
     """Set the bits of `first` to `last` in bitmaps by chunk. False when one of them was set already."""
     fresh = True
@@ -90,17 +116,19 @@ class Account:
 
     def settle(self, first: int, last: int) -> None:
         """Mark `first` to `last` as settled; numbers that are settled already stay so."""
-        for number in range(max(first - 1, self.below * CHUNK), min(last, self.last)):
-            chunk, bit = divmod(number, CHUNK)
+        begin, end = max(first - 1, self.below * CHUNK), min(last, self.last)
+        while begin < end:
+            chunk, bit = divmod(begin, CHUNK)
+            size = min(CHUNK - bit, end - begin)
+            begin += size
             bitmap = self.bitmaps.get(chunk)
             if bitmap is None:
                 bitmap = self.bitmaps[chunk] = bytearray(CHUNK_BYTES)
             elif isinstance(bitmap, bytes):
                 continue
-            bitmap[bit >> 3] |= 1 << (bit & 7)
+            _fill(bitmap, bit, bit + size)
             self.touched.add(chunk)
-            # Only the last byte to fill can complete a chunk: comparing on each bit would be slow.
-            if bitmap[bit >> 3] == 0xFF and bitmap == FULL:
+            if bitmap == FULL:
                 self.bitmaps[chunk] = FULL
         while self.bitmaps.get(self.below) is FULL:
             del self.bitmaps[self.below]

@@ -58,7 +58,7 @@ class Spool:
        gap event, and that event is named again if it gets lost itself;
     4. a row that is not what was written is never taken.
 
-    One thread calls commit, alive and states, one take, settle and wait; any calls stats and wake.
+    One thread calls commit, alive and states, one take, settle, give_back and wait; any calls stats and wake.
     """
 
     def __init__(
@@ -137,6 +137,10 @@ class Spool:
     def settle(self, outcomes: Sequence[tuple[Record, Outcome]]) -> None:
         """See PublisherSide.settle."""
         self._publisher.settle(outcomes)
+
+    def give_back(self, error: Exception) -> None:
+        """See PublisherSide.give_back."""
+        self._publisher.give_back(error)
 
     def wait(self, timeout: float, stop: threading.Event) -> bool:
         """See PublisherSide.wait."""

@@ -11,7 +11,8 @@ import threading
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import msgspec
 
@@ -20,22 +21,49 @@ from virtbus.model import Confirmed, Deferred, Outcome, Record, Refused, Sequenc
 from virtbus.spool import contents, faults, files
 from virtbus.spool.contents import GapFacts, Loss, run_row
 from virtbus.spool.files import insert_sql, sealed
-from virtbus.spool.ledger import mark
+from virtbus.spool.ledger import mark, spans
 from virtbus.spool.state import SharedState, select_events
 from virtbus.telemetry import EventDeadLettered, SpoolStumbled, Trouble, emit
 
 MAX_UNSETTLED = 1024  # confirmed in memory and not in the file: so many duplicates at worst after a kill
 SETTLE_PATIENCE_SECONDS = 0.25  # how long settling waits for a commit that hangs on the disk
+COMPACT_PENDING = 4096  # a longer backlog is sent first: it takes a twentieth longer while pages are moved
 COMPACT_PAGES = 256  # so many free pages, and half of the file, are given back to the file system
 
 
-@dataclass(frozen=True, slots=True)
-class _Taken:
-    """What the publisher has to know of a row that it took, beside the record."""
+class _Taken(NamedTuple):
+    """A row that is with the publisher."""
 
+    record: Record
     size: int
-    count: int
+    occurrences: int
     facts: GapFacts | None
+
+
+class _Dead(NamedTuple):
+    """A row whose record the broker refused."""
+
+    taken: _Taken
+    error: Exception
+
+
+@dataclass(slots=True)
+class _Unwritten:
+    """What became of rows, settled in memory and not in the file yet."""
+
+    confirmed: list[int] = field(default_factory=list)  # positions
+    again: list[int] = field(default_factory=list)  # positions of what is sent again
+    refused: list[_Dead] = field(default_factory=list)
+    damaged: list[tuple[int, str, str]] = field(default_factory=list)  # (position, key, error)
+    freed: int = 0  # bytes that leave table events with the confirmed and the refused
+
+    @property
+    def outcomes(self) -> int:
+        """How many of them the broker had a say in."""
+        return len(self.confirmed) + len(self.again) + len(self.refused)
+
+    def __bool__(self) -> bool:
+        return bool(self.confirmed or self.again or self.refused or self.damaged)
 
 
 class PublisherSide:
@@ -45,8 +73,7 @@ class PublisherSide:
         """Open the connection that settles."""
         self._state = state
         self._taken: dict[int, _Taken] = {}
-        self._done: list[tuple[Record, Outcome, _Taken]] = []  # settled here, not in the file yet
-        self._damaged: list[tuple[int, str, str]] = []  # (position, key, error), not in the file yet
+        self._unwritten = _Unwritten()
         self._compact_at = state.clock().monotonic
         self._settle_again_at = 0.0
         self._read_again_at = 0.0
@@ -58,19 +85,19 @@ class PublisherSide:
         Never waits for a commit. A row that is not what was written is set aside and named, not returned.
         """
         now = self._state.clock().monotonic
-        if self._done or self._damaged:
+        if self._unwritten:
             self._settle_later(now, 0.0)
         if now < self._read_again_at:
             return []
         with self._state.memory:
-            if self._state.closed or len(self._done) >= MAX_UNSETTLED:
+            if self._state.closed or self.unsettled >= MAX_UNSETTLED:
                 return []
             chosen = self._state.index.take(limit, busy, now)
         if not chosen:
             return []
         try:
             records = self._read(chosen)
-            if self._damaged:
+            if self._unwritten.damaged:
                 self._settle_later(now, 0.0)
             return records
         except sqlite3.Error as error:
@@ -95,23 +122,14 @@ class PublisherSide:
             try:
                 if row is None or row[4] != key or not files.is_whole("events", row):
                     raise ValueError("the row is not what was written")
-                facts = GapFacts.parse(row[11]) if row[11] is not None else None
-                self._taken[position] = _Taken(row[7], row[6], facts)
-                records.append(
-                    Record(
-                        row=position,
-                        epoch=row[1],
-                        seq=row[2],
-                        id=row[3],
-                        key=key,
-                        attributes=msgspec.json.decode(row[12]),
-                        body=row[13],
-                        created_ns=row[8],
-                        attempts=row[9],
-                    )
-                )
+                _, epoch, seq, id_, _, _, count, size, created_ns, attempts, _, names, text, body = row
+                facts = GapFacts.parse(names) if names is not None else None
+                attributes = msgspec.json.decode(text)
+                record = Record(position, epoch, seq, id_, key, attributes, body, created_ns, attempts)
+                self._taken[position] = _Taken(record, size, count, facts)
+                records.append(record)
             except contents.UNREADABLE as error:
-                self._damaged.append((position, key, str(error)))
+                self._unwritten.damaged.append((position, key, str(error)))
                 emit(EventDeadLettered(f"row {position}", "damaged", str(error)))
         return records
 
@@ -124,36 +142,59 @@ class PublisherSide:
         take now is kept in memory and tried again; beyond MAX_UNSETTLED nothing more is taken.
         """
         now = self._state.clock().monotonic
-        with self._state.memory:
+        state, unwritten = self._state, self._unwritten
+        confirmed: dict[str, list[int]] = {}  # sequences by epoch
+        with state.memory:
             for record, outcome in outcomes:
-                row, key, what = record.row, record.key, outcome
+                row = record.row
                 taken = self._taken.pop(row, None)
                 if taken is None:
                     continue  # not from here, or settled before
-                if isinstance(what, Refused) and taken.facts is not None:
-                    emit(Trouble("a gap event was refused; parked", what.error, record.id))
-                    what = Unroutable("refused")
-                if isinstance(what, Confirmed):
-                    self._state.index.confirm(row, key)
-                    self._settle_account(record, taken)
-                elif isinstance(what, Deferred):
-                    self._state.index.give_back(row, key)
-                elif isinstance(what, Unroutable):
-                    self._state.index.park(row, key, now)
-                else:
-                    self._state.index.remove(row, key)
-                self._done.append((record, what, taken))
-            self._state.changed.notify_all()
+                if not isinstance(outcome, Confirmed):
+                    self._keep(taken, outcome, now)
+                    continue
+                state.index.confirm(row, record.key)
+                unwritten.confirmed.append(row)
+                unwritten.freed += taken.size
+                sequences = confirmed.get(record.epoch)
+                if sequences is None:
+                    sequences = confirmed[record.epoch] = []
+                sequences.append(record.seq)
+                if taken.facts is not None:
+                    for item in taken.facts.ranges:
+                        self._settle_account(item.epoch, item.first, item.last)
+            for epoch, sequences in confirmed.items():
+                for first, last in spans(sequences):
+                    self._settle_account(epoch, first, last)
+            state.changed.notify_all()
         self._settle_later(now, SETTLE_PATIENCE_SECONDS)
 
-    def _settle_account(self, record: Record, taken: _Taken) -> None:
-        account = self._state.accounts.get(record.epoch)
+    def give_back(self, error: Exception) -> None:
+        """Settle what was taken and has no outcome as not confirmed, because of `error`."""
+        if self._taken:
+            self.settle([(taken.record, Deferred(error)) for taken in self._taken.values()])
+
+    def _keep(self, taken: _Taken, outcome: Outcome, now: float) -> None:
+        """Settle in memory what the broker did not confirm; the caller holds `memory`."""
+        row, key, index, unwritten = taken.record.row, taken.record.key, self._state.index, self._unwritten
+        if isinstance(outcome, Refused) and taken.facts is not None:
+            emit(Trouble("a gap event was refused; parked", outcome.error, taken.record.id))
+            outcome = Unroutable("refused")
+        if isinstance(outcome, Refused):
+            index.remove(row, key)
+            unwritten.refused.append(_Dead(taken, outcome.error))
+            unwritten.freed += taken.size
+            return
+        if isinstance(outcome, Unroutable):
+            index.park(row, key, now)
+        else:
+            index.give_back(row, key)
+        unwritten.again.append(row)
+
+    def _settle_account(self, epoch: str, first: int, last: int) -> None:
+        account = self._state.accounts.get(epoch)
         if account is not None:
-            account.settle(record.seq, record.seq)
-        for item in taken.facts.ranges if taken.facts else ():
-            account = self._state.accounts.get(item.epoch)
-            if account is not None:
-                account.settle(item.first, item.last)
+            account.settle(first, last)
 
     def _settle_later(self, now: float, patience: float) -> None:
         """Write what was settled, unless the disk just refused or a commit hangs on it."""
@@ -197,33 +238,30 @@ class PublisherSide:
             return
 
     def _write_outcomes(self) -> None:
-        done, damaged = list(self._done), list(self._damaged)
-        if not done and not damaged:
+        told = self._unwritten
+        if not told:
             return
         db = self._reader
         wall_ns = self._state.clock().wall_ns
         losses: list[Loss] = []
         number = self._state.next_loss()
         db.execute("BEGIN IMMEDIATE")
-        confirmed = [(record.row,) for record, outcome, _ in done if isinstance(outcome, Confirmed)]
-        db.executemany("DELETE FROM events WHERE position=?", confirmed)
-        again = [(record.row,) for record, outcome, _ in done if isinstance(outcome, Deferred | Unroutable)]
+        # A backlog leaves in the order in which it came: one statement for many rows.
+        db.executemany("DELETE FROM events WHERE position BETWEEN ? AND ?", spans(told.confirmed))
+        again = [(row,) for row in told.again]
         db.executemany("UPDATE events SET attempts=attempts+1 WHERE position=?", again)
         faults.reach("during_settle")
-        freed = sum(taken.size for _, outcome, taken in done if isinstance(outcome, Confirmed | Refused))
-        buried = 0
-        for record, outcome, taken in done:
-            if isinstance(outcome, Refused):
-                buried += taken.size
-                mine = (SequenceRange(record.epoch, record.seq, record.seq),)
-                why = str(outcome.error)[:200]
-                losses.append(
-                    Loss(number + len(losses), mine, "dead_letter", taken.count, record.created_ns, why)
-                )
-                self._bury(record.row, "refused", str(outcome.error), wall_ns)
-        for position, _, error in damaged:
-            self._bury(position, "damaged", error, wall_ns)
-        if damaged:
+        for taken, error in told.refused:
+            record = taken.record
+            mine = (SequenceRange(record.epoch, record.seq, record.seq),)
+            why = str(error)[:200]
+            losses.append(
+                Loss(number + len(losses), mine, "dead_letter", taken.occurrences, record.created_ns, why)
+            )
+            self._bury(record.row, "refused", str(error), wall_ns)
+        for position, _, problem in told.damaged:
+            self._bury(position, "damaged", problem, wall_ns)
+        if told.damaged:
             # What they were is not to be trusted: the ledger tells which sequences are missing now.
             detail = "rows of the spool were not what was written"
             for item in self._holes(db, losses):
@@ -237,17 +275,16 @@ class PublisherSide:
             for account in self._state.accounts.values():
                 account.touched.clear()
                 account.finished.clear()
-            self._state.bytes = int(stored) if damaged else self._state.bytes - freed
-            self._state.dead += len(damaged) + sum(isinstance(outcome, Refused) for _, outcome, _ in done)
-            self._state.dead_bytes += buried
+            self._state.bytes = int(stored) if told.damaged else self._state.bytes - told.freed
+            self._state.dead += len(told.damaged) + len(told.refused)
+            self._state.dead_bytes += sum(dead.taken.size for dead in told.refused)
             self._state.losses += losses
-            for position, key, _ in damaged:
+            for position, key, _ in told.damaged:
                 self._state.index.remove(position, key)
             self._state.changed.notify_all()
-        for record, outcome, _ in done:
-            if isinstance(outcome, Refused):
-                emit(EventDeadLettered(record.id, "refused", outcome.error))
-        del self._done[: len(done)], self._damaged[: len(damaged)]
+        self._unwritten = _Unwritten()
+        for dead in told.refused:
+            emit(EventDeadLettered(dead.taken.record.id, "refused", dead.error))
         faults.reach("after_settle")
 
     def _bury(self, position: int, why: str, error: str, wall_ns: int) -> None:
@@ -301,7 +338,7 @@ class PublisherSide:
 
     def _compact(self, now: float) -> None:
         """Give free pages back to the file system, a little at a time, when most of the file is free."""
-        if now - self._compact_at < 1.0:
+        if now - self._compact_at < 1.0 or self._state.index.pending > COMPACT_PENDING:
             return
         self._compact_at = now
         db = self._reader
@@ -325,7 +362,7 @@ class PublisherSide:
                 due = self._state.index.next_due(now)
                 if due is not None:
                     due = max(due, self._read_again_at - now)
-                    if due <= 0 and len(self._done) < MAX_UNSETTLED:
+                    if due <= 0 and self.unsettled < MAX_UNSETTLED:
                         return True
                 left = deadline - now
                 if left <= 0 or stop.is_set() or self._state.closed:
@@ -344,7 +381,7 @@ class PublisherSide:
     @property
     def unsettled(self) -> int:
         """Outcomes that the file does not know yet."""
-        return len(self._done)
+        return self._unwritten.outcomes
 
     def close(self) -> None:
         """Settle what is left, and let go of the file."""
