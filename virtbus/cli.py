@@ -109,7 +109,7 @@ def _discard_output() -> None:
 
 
 def _complain(text: str) -> None:
-    from virtbus.telemetry import printable  # a broker's words may be among them
+    from virtbus.log import printable  # a broker's words may be among them
 
     for line in text.splitlines() or [""]:
         click.echo(f"virtbus: {printable(line)}", err=True)

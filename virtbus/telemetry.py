@@ -7,23 +7,20 @@ The registry is ours alone (no process-wide default), bounded in labels: no doma
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-import sys
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Any, ClassVar, TextIO
 
-import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Metric
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from virtbus.log import Log
 from virtbus.model import Origin, Phase
 
 _CONFIRM_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -198,7 +195,7 @@ class _Limiter:
 
 
 _limiter = _Limiter()
-_log = structlog.get_logger("virtbus")
+_log = Log()
 
 
 def emit(event: TelemetryEvent) -> None:
@@ -218,59 +215,16 @@ def emit(event: TelemetryEvent) -> None:
         if value is not None:
             extra[item.name] = str(value) if isinstance(value, BaseException) else value
     try:
-        getattr(_log, event.LEVEL)(event.MESSAGE, **extra)
+        _log.write(event.LEVEL, event.MESSAGE, extra)
     except (OSError, ValueError):
         # The log's disk is full, or its reader is gone: the metric tells, and the path goes on.
         METRICS.log_failures.inc()
 
 
-def printable(text: str) -> str:
-    """Text of guests, tenants, daemons or brokers for a terminal: no control characters, no tricks."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "replace").decode() for c in text)
-
-
-def _printable(_log: Any, _method: str, line: Any) -> Any:
-    for name, value in line.items():
-        if isinstance(value, str):
-            line[name] = printable(value)
-    return line
-
-
-def takes_escapes(stream: TextIO) -> bool:
-    """Whether it is a terminal whose cursor can be moved."""
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
-
-
-def takes_colour(stream: TextIO) -> bool:
-    """Whether it is a terminal that shows colour to somebody who wants it (no-color.org)."""
-    return takes_escapes(stream) and not os.environ.get("NO_COLOR")
-
-
 def configure(*, level: str = "info", fmt: str = "auto", stream: TextIO | None = None) -> None:
     """Set the log's level ("debug" … "error") and format ("text", "json", or "auto": text on a terminal)."""
-    out = stream if stream is not None else sys.stderr
-    as_text = fmt == "text" or (fmt == "auto" and out.isatty())
-    renderer: Callable[..., Any]
-    if as_text:
-        renderer = structlog.dev.ConsoleRenderer(
-            colors=takes_colour(out), exception_formatter=structlog.dev.plain_traceback
-        )
-    else:
-        renderer = structlog.processors.JSONRenderer()
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            *([_printable] if as_text else []),  # JSON escapes for itself
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
-        logger_factory=structlog.PrintLoggerFactory(file=out),
-        cache_logger_on_first_use=False,
-    )
+    global _log
+    _log = Log(level=level, fmt=fmt, stream=stream)
 
 
 # ------------------------------------------------------------------------------------- the events

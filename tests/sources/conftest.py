@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 
 import pytest
-import structlog
+
+from virtbus import telemetry
 
 
 @pytest.fixture(autouse=True)
 def quiet_log() -> Iterator[None]:
-    before = structlog.get_config()
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    telemetry.configure(level="error")
     yield
-    structlog.configure(**before)
+    telemetry.configure()
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,14 @@
 
 import io
 import json
+import re
+from pathlib import Path
 
 import pytest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from virtbus import telemetry
-from virtbus.telemetry import METRICS, BusLost, Notice, Trouble, emit
+from virtbus.telemetry import METRICS, BusLost, Durations, Notice, Trouble, emit
 
 
 @pytest.fixture
@@ -78,3 +81,71 @@ def test_plaintext_beyond_loopback_is_a_loud_line_and_a_metric(log):
     assert "PLAINTEXT" in line["event"]
     assert METRICS.registry.get_sample_value("virtbus_insecure_transport") == 1
     METRICS.insecure_transport.set(0)
+
+
+def test_a_value_that_json_does_not_know_is_written_as_text(log):
+    emit(Trouble("here", Path("/x")))
+    emit(Notice("half a pair: \udc80"))
+    assert [line.get("error") or line["what"] for line in log()] == ["/x", "half a pair: \udc80"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_text_is_for_people_and_does_nothing_to_their_terminal(monkeypatch):
+    stream = io.StringIO()
+    telemetry.configure(level="info", fmt="text", stream=stream)
+    emit(Notice("a\x1b[2Jname\nof a guest"))
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z \[info   \] notice {24} what=a\\x1b\[2Jname\\nof a guest\n",
+        stream.getvalue(),
+    )
+
+
+def test_colour_is_for_terminals_that_want_it(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    coloured, plain = Terminal(), Terminal()
+    telemetry.configure(stream=coloured)
+    emit(Notice("hello"))
+    monkeypatch.setenv("NO_COLOR", "1")
+    telemetry.configure(stream=plain)
+    emit(Notice("hello"))
+    assert re.sub(r"\x1b\[\d+m", "", coloured.getvalue())[28:] == plain.getvalue()[28:]
+    assert "\x1b[32minfo" in coloured.getvalue()
+    assert "\x1b" not in plain.getvalue()
+
+
+def test_lines_below_the_level_are_left_out(log):
+    telemetry.configure(level="warning", fmt="json", stream=(stream := io.StringIO()))
+    emit(Notice("hello"))
+    emit(Trouble("here", "oops"))
+    assert [json.loads(line)["level"] for line in stream.getvalue().splitlines()] == ["error"]
+
+
+def test_a_log_that_can_not_be_written_stops_nothing_and_is_counted():
+    stream = io.StringIO()
+    telemetry.configure(fmt="json", stream=stream)
+    stream.close()
+    failures = METRICS.registry.get_sample_value("virtbus_log_failures_total")
+    emit(Notice("hello"))
+    assert METRICS.registry.get_sample_value("virtbus_log_failures_total") == failures + 1
+    telemetry.configure()
+
+
+def test_durations_are_a_histogram_as_prometheus_clients_own():
+    registry = CollectorRegistry()
+    ours = Durations("a_seconds", "A.", buckets=(0.1, 1), registry=registry)
+    theirs = Histogram("b_seconds", "A.", buckets=(0.1, 1), registry=registry)
+    values = [0.0, 0.1, 0.11, 1.0, 1.5, 99.0]
+    ours.observe_all(values[:4])
+    ours.observe_all(values[4:])
+    for value in values:
+        theirs.observe(value)
+    text = generate_latest(registry).decode()
+    lines = {name: [line for line in text.splitlines() if f"{name}_seconds" in line] for name in "ab"}
+    assert [line.replace("a_seconds", "b_seconds") for line in lines["a"]] == [
+        line for line in lines["b"] if "_created" not in line
+    ]

@@ -14,8 +14,8 @@ from virtbus.commands import wiring
 from virtbus.config import Config, Loaded, bus_url, exposed_secrets
 from virtbus.errors import ConfigError
 from virtbus.identity import read_agent_id
+from virtbus.log import printable, takes_colour
 from virtbus.model import Check
-from virtbus.telemetry import printable, takes_colour
 
 _MARKS = {"ok": ("ok  ", "32"), "warning": ("WARN", "33"), "failed": ("FAIL", "31"), "skipped": ("skip", "2")}
 

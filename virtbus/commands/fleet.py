@@ -17,8 +17,8 @@ from virtbus.config import Loaded, bus_url
 from virtbus.consumer import Consumer
 from virtbus.errors import ConfigError
 from virtbus.fleet import Blame, Fleet, FleetView, HostHealth
+from virtbus.log import takes_escapes
 from virtbus.model import Clock
-from virtbus.telemetry import takes_escapes
 
 _WIDE = 120  # columns: what a host's trouble is stands beside it, else below
 _REDRAW_SECONDS = 1.0

@@ -19,7 +19,8 @@ from virtbus.integrations.base import Integration, open_integration
 from virtbus.integrations.policy import HoldPolicy, HoldRules
 from virtbus.integrations.reactor import Reactor
 from virtbus.integrations.store import ActionStore
-from virtbus.telemetry import Notice, emit, printable
+from virtbus.log import printable
+from virtbus.telemetry import Notice, emit
 
 _PREFETCH = 500
 

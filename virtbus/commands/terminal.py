@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 
 import click
 
-from virtbus.telemetry import printable, takes_escapes
+from virtbus.log import printable, takes_escapes
 
 if TYPE_CHECKING:
     from click._termui_impl import ProgressBar

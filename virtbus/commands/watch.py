@@ -8,11 +8,11 @@ from datetime import UTC, datetime
 from typing import TextIO
 
 from virtbus.errors import ConfigError, SourceUnavailable, VirtbusError
+from virtbus.log import printable
 from virtbus.model import Action, Description, Domain, Host, RawIoError
 from virtbus.sources import SourceOptions, domain_xml, recording
 from virtbus.sources.libvirt import LibvirtConnector
 from virtbus.sources.link import STARTED, STATES, Handler, Link
-from virtbus.telemetry import printable
 
 _EVENTS = ("defined", "undefined", "started", "suspended", "resumed", "stopped", "shutdown", "pmsuspended")
 _SUSPENDED = ("paused", "migrated", "I/O error", "watchdog", "restored", "from snapshot", "API error")
