@@ -15,6 +15,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -76,7 +77,7 @@ class _TapReader:
 
     def __init__(self, stage: str | None, domain: str | None) -> None:
         self._stage, self._domain = stage, domain
-        self._lines: deque[tuple[str, object, object]] = deque()
+        self._lines: deque[tuple[str, int, object, object]] = deque()
         self._ready = threading.Event()
         self.lost = 0
 
@@ -88,7 +89,7 @@ class _TapReader:
         if len(self._lines) >= TAP_BUFFER:
             self.lost += 1
             return
-        self._lines.append((stage, item, stamp))
+        self._lines.append((stage, time.time_ns(), item, stamp))
         self._ready.set()
 
     def take(self, timeout: float) -> list[str]:
@@ -97,8 +98,9 @@ class _TapReader:
         self._ready.clear()
         lines = []
         for _ in range(len(self._lines)):  # not what comes meanwhile: in a storm that never ends
-            stage, item, stamp = self._lines.popleft()
-            lines.append(json.dumps({"stage": stage, "item": plain(item), "stamp": plain(stamp)}))
+            stage, at_ns, item, stamp = self._lines.popleft()
+            line = {"stage": stage, "at_ns": at_ns, "item": plain(item), "stamp": plain(stamp)}
+            lines.append(json.dumps(line))
         if self.lost:
             lost, self.lost = self.lost, 0
             lines.append(json.dumps({"stage": "tap", "lost": lost}))

@@ -58,10 +58,10 @@ class Events:
 
 
 class Confirms:
-    """When an agent has each event confirmed, by its control socket: id → monotonic time."""
+    """When an agent has each event confirmed, as its tap says: id → wall time in ns."""
 
     def __init__(self, control: Path) -> None:
-        self.at: dict[str, float] = {}
+        self.at: dict[str, int] = {}
         self._peer = ask(control, {"command": "tap", "stage": "published", "domain": None})
         self._peer.settimeout(None)
         self._thread = threading.Thread(target=self._run)
@@ -69,9 +69,9 @@ class Confirms:
 
     def _run(self) -> None:
         for line in self._peer.makefile("rb"):
-            now = time.monotonic()
             if line.strip():
-                self.at[json.loads(line)["item"]["id"]] = now
+                told = json.loads(line)
+                self.at[told["item"]["id"]] = told["at_ns"]
 
     def __enter__(self) -> Confirms:
         return self

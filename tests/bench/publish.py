@@ -25,7 +25,8 @@ from virtbus.model import Record
 from virtbus.testing import records
 
 EXCHANGE = NAME
-WINDOW = 256
+WINDOW = 256  # the agent's default
+WIDE = 1000  # what an operator sets where a backlog must be gone sooner
 
 
 @contextmanager
@@ -133,8 +134,10 @@ def rows(rounds: int, *, events: int = 20_000) -> list[Row]:
         items = records(events, keys=1000)
         few = items[: events // 10]
         ways: dict[str, Callable[[], float]] = {
-            "virtbus, from the spool": lambda: drained(url, events, window=WINDOW).rate,
-            "raw pipelined kombu": lambda: raw_pipelined(url, items, WINDOW),
+            f"virtbus, from the spool, window {WINDOW}": lambda: drained(url, events, window=WINDOW).rate,
+            f"raw pipelined kombu, window {WINDOW}": lambda: raw_pipelined(url, items, WINDOW),
+            f"virtbus, from the spool, window {WIDE}": lambda: drained(url, events, window=WIDE).rate,
+            f"raw pipelined kombu, window {WIDE}": lambda: raw_pipelined(url, items, WIDE),
             "kombu confirm_publish": lambda: confirm_each(url, few),
             "pika with confirms": lambda: _peer("pika", few, url, EXCHANGE),
             "oslo.messaging notifier": lambda: _peer("oslo", few, url),
@@ -145,26 +148,28 @@ def rows(rounds: int, *, events: int = 20_000) -> list[Row]:
             for name, way in ways.items():
                 rates.setdefault(name, []).append(way())
                 queue.purge()
-    ours = rates["virtbus, from the spool"]
     told = [
         Row(f"rabbitmq {name}", f"RabbitMQ: {name}", tuple(each), "events/s") for name, each in rates.items()
     ]
-    goals = {
-        "raw pipelined kombu": 0.8,
-        "oslo.messaging notifier": 4.0,
-        "kombu confirm_publish": 7.0,
-        "pika with confirms": None,
-    }
-    return told + [
-        ratio(
-            f"publish over {name}",
-            f"from the spool ÷ {name}, window {WINDOW}, 1,000 domains",
-            ours,
-            rates[name],
-            goal,
-        )
-        for name, goal in goals.items()
-    ]
+    for window in (WINDOW, WIDE):
+        goals = {
+            f"raw pipelined kombu, window {window}": 0.8,
+            "oslo.messaging notifier": 4.0,
+            "kombu confirm_publish": 7.0,
+            "pika with confirms": None,
+        }
+        ours = rates[f"virtbus, from the spool, window {window}"]
+        told += [
+            ratio(
+                f"publish over {name.partition(',')[0]}, {window}",
+                f"from the spool, window {window}, 1,000 domains ÷ {name}",
+                ours,
+                rates[name],
+                goal,
+            )
+            for name, goal in goals.items()
+        ]
+    return told
 
 
 def drain_rows(rounds: int, *, events: int = 100_000) -> list[Row]:

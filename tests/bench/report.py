@@ -74,22 +74,22 @@ def plot(families: Mapping[str, Sequence[Row]]) -> str:
     for title, rows in groups:
         if not rows:
             continue
-        scale = 420 / max(max(row.values) for row in rows)
+        scale = 400 / max(max(row.values) for row in rows)
         out.append(f'<text x="10" y="{y + 14}" font-weight="bold">{escape(title)}, events a second</text>')
         y += 26
         for row in rows:
             width, low, high = (value * scale for value in (row.median, min(row.values), max(row.values)))
             colour = "#2a6fbb" if "virtbus" in row.what else "#9aa7b4"
             name = escape(row.what.partition(": ")[2])
-            out.append(f'<text x="190" y="{y + 13}" text-anchor="end">{name}</text>')
-            out.append(f'<rect x="200" y="{y}" width="{width:.1f}" height="18" fill="{colour}"/>')
+            out.append(f'<text x="250" y="{y + 13}" text-anchor="end">{name}</text>')
+            out.append(f'<rect x="260" y="{y}" width="{width:.1f}" height="18" fill="{colour}"/>')
             out.append(
-                f'<path d="M{200 + low:.1f} {y + 9}H{200 + high:.1f}" stroke="#222" stroke-width="1.5"/>'
+                f'<path d="M{260 + low:.1f} {y + 9}H{260 + high:.1f}" stroke="#222" stroke-width="1.5"/>'
             )
-            out.append(f'<text x="{206 + high:.1f}" y="{y + 13}">{row.number(row.median)}</text>')
+            out.append(f'<text x="{266 + high:.1f}" y="{y + 13}">{row.number(row.median)}</text>')
             y += 26
         y += 12
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="700" height="{y}" font-family="sans-serif" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="740" height="{y}" font-family="sans-serif" '
         f'font-size="12"><rect width="100%" height="100%" fill="white"/>\n' + "\n".join(out) + "\n</svg>\n"
     )

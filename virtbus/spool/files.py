@@ -17,6 +17,7 @@ import sqlite3
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from operator import itemgetter
 from pathlib import Path
@@ -302,6 +303,12 @@ def connect(path: Path, *, sync: str = "FULL", busy_seconds: float = 2.0) -> sql
     return connection
 
 
+@lru_cache(maxsize=8)
+def _lock_beside(path: Path) -> str:
+    """The lock file's path: making one takes longer than opening it, three times an event."""
+    return str(path.with_name(LOCK))
+
+
 def check_writable(path: Path) -> None:
     """Raise what SQLite raises for a read-only file, before SQLite is asked to do anything with it.
 
@@ -310,7 +317,7 @@ def check_writable(path: Path) -> None:
     lock file is opened, never the database: closing any descriptor of that drops SQLite's own locks.
     """
     try:
-        os.close(os.open(path.with_name(LOCK), os.O_WRONLY | os.O_CLOEXEC))
+        os.close(os.open(_lock_beside(path), os.O_WRONLY | os.O_CLOEXEC))
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EPERM, errno.EACCES):
             return
