@@ -35,8 +35,9 @@ from virtbus.sources.link import (
     STOPPED,
     STOPPED_MIGRATED,
     SUSPENDED,
+    SUSPENDED_IOERROR,
 )
-from virtbus.sources.observer import Observer
+from virtbus.sources.observer import LOOK_AFTER_SECONDS, Observer
 
 OPTIONS = SourceOptions(grace_seconds=0.2, lookup_deadline_seconds=0.2)
 
@@ -296,6 +297,47 @@ def test_a_lost_callback_makes_every_domain_be_looked_at() -> None:
         found = only(seen.wait(is_finding))
     assert isinstance(found, Burst)
     assert found.raw.domain_uuid == guest.uuid
+
+
+class AskedHost(SimulatedHost):
+    """Remembers when it was asked about a guest."""
+
+    def __init__(self, guests: int) -> None:
+        super().__init__(guests)
+        self.asked: list[float] = []
+
+    def call(self, uuid: str) -> Guest:
+        self.asked.append(time.monotonic())
+        return super().call(uuid)
+
+
+def test_an_error_goes_first_and_the_look_at_its_guest_follows_once() -> None:
+    host = AskedHost(1)
+    guest = next(iter(host.guests.values()))
+    with observed(host) as (_, seen):
+        seen.wait(SourceReady)
+        host.asked.clear()
+        at = time.monotonic()
+        host.io_error(guest)
+        host.suspend(guest)
+        host.lifecycle(guest, SUSPENDED, SUSPENDED_IOERROR)
+        seen.wait(RawIoError)
+        until(lambda: len(host.asked) >= 2)
+        time.sleep(0.1)
+    assert min(host.asked) >= at + LOOK_AFTER_SECONDS
+    assert len(host.asked) == 2  # its state and its disks' errors
+
+
+def test_a_guest_that_ends_right_after_its_error_is_not_looked_at() -> None:
+    host = AskedHost(1)
+    guest = next(iter(host.guests.values()))
+    with observed(host) as (_, seen):
+        seen.wait(SourceReady)
+        host.asked.clear()
+        host.suspend(guest)
+        host.stop(guest)
+        time.sleep(0.2)
+    assert host.asked == []
 
 
 # -------------------------------------------------------------------------------------------- hanging

@@ -65,6 +65,8 @@ RECONNECT_CEILING_SECONDS = 2.0  # callbacks are back within 5 s after the daemo
 SNAPSHOT_SECONDS = 3.0  # what the first look could not see by then comes later
 ALIVE_SECONDS = 5.0  # between two looks at a connection that nobody closed
 POLL_SECONDS = 1.0  # how soon `stop` is seen
+# How long a look at a guest's trouble lets its error go first: both want Python's lock and libvirtd.
+LOOK_AFTER_SECONDS = 0.02
 _IO_PAUSE_REASONS = (PAUSED_IOERROR, PAUSED_UNKNOWN)
 
 
@@ -94,6 +96,7 @@ class Observer:
         self._asker = Asker(shared, options.owner_rules)
         self._lookups = self._make_lookups()
         self._reconciling: set[str] = set()
+        self._troubled: dict[str, float] = {}  # uuid → when to look at it (monotonic)
         self._since_ns = options.since_ns
         self._ever_ready = False
 
@@ -199,7 +202,7 @@ class Observer:
                 if note is not None:
                     self._handle(session, note, None)
                 self._decide(session, sink)
-                self._look_at_doubtful()
+                self._look_at_trouble()
             except Exception as error:  # noqa: BLE001 - one strange domain must not end the watch
                 emit(Trouble("source", error))
             if time.monotonic() - alive_at >= ALIVE_SECONDS:
@@ -212,7 +215,7 @@ class Observer:
         wait = POLL_SECONDS
         with self.lock:
             moments = (self.check.next_due(), self.check.next_doubt())
-        for moment in (*moments, self._lookups.check()):
+        for moment in (*moments, min(self._troubled.values(), default=None), self._lookups.check()):
             if moment is not None:
                 wait = min(wait, max(0.0, moment - self.clock().monotonic))
         try:
@@ -222,11 +225,11 @@ class Observer:
 
     def _handle(self, session: Session, note: Note, snapshot: _Snapshot | None) -> None:
         if isinstance(note, Lifecycle):
-            self._on_lifecycle(note)
+            self._on_lifecycle(note, at_once=snapshot is not None)
         elif isinstance(note, Changed):
             self._lookups.request(note.uuid, Want.DESCRIPTION)
         elif isinstance(note, LookAt):
-            self._lookups.request(note.uuid, Want.TROUBLE)
+            self._look_soon(note.uuid, at_once=snapshot is not None)
         elif isinstance(note, Looked):
             self._on_look(session, note, snapshot)
         elif isinstance(note, Baseline):
@@ -240,19 +243,25 @@ class Observer:
                 self._reconciling.add(entry.uuid)
                 self._lookups.request(entry.uuid, Want.TROUBLE)
 
-    def _on_lifecycle(self, note: Lifecycle) -> None:
+    def _look_soon(self, uuid: str, *, at_once: bool) -> None:
+        after = 0.0 if at_once else LOOK_AFTER_SECONDS
+        self._troubled.setdefault(uuid, self.clock().monotonic + after)
+        if at_once:
+            self._look_at_trouble()
+
+    def _on_lifecycle(self, note: Lifecycle, *, at_once: bool) -> None:
         uuid, event = note.uuid, note.event
         if event == STOPPED:
             self.cache.gone(uuid)
             self._lookups.forget(uuid)
             self._reconciling.discard(uuid)
+            self._troubled.pop(uuid, None)
         elif event in STATE_AFTER:
             fresh = self.cache.saw(uuid, note.name, note.number, STATE_AFTER[event])
-            want = Want.DESCRIPTION if fresh or event == STARTED else Want.NOTHING
+            if fresh or event == STARTED:
+                self._lookups.request(uuid, Want.DESCRIPTION)
             if event == SUSPENDED and note.detail in PAUSES:
-                want |= Want.TROUBLE
-            if want:
-                self._lookups.request(uuid, want)
+                self._look_soon(uuid, at_once=at_once)
 
     def _on_look(self, session: Session, note: Looked, snapshot: _Snapshot | None) -> None:
         uuid, look = note.uuid, note.look
@@ -282,10 +291,13 @@ class Observer:
             if self.check.runs(uuid, look):
                 session.tell([DomainResumed(uuid, now.wall_ns)])
 
-    def _look_at_doubtful(self) -> None:
+    def _look_at_trouble(self) -> None:
+        now = self.clock().monotonic
         with self.lock:
-            doubtful = self.check.doubtful(self.clock().monotonic)
-        for uuid in doubtful:
+            doubtful = self.check.doubtful(now)
+        due = [uuid for uuid, at in self._troubled.items() if at <= now]
+        for uuid in (*due, *doubtful):
+            self._troubled.pop(uuid, None)
             self._lookups.request(uuid, Want.TROUBLE)
 
     def _decide(self, session: Session, sink: Sink) -> None:
@@ -320,7 +332,7 @@ class Observer:
         with self.lock:
             session.tell(self.check.keep_only(here))
         snapshot = _Snapshot()
-        self._reconciling = set()
+        self._reconciling, self._troubled = set(), {}
         # Guests in trouble first: they are what this is about.
         for paused in (True, False):
             for domain in opened.domains:
