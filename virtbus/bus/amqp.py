@@ -26,8 +26,7 @@ from __future__ import annotations
 import struct
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from amqp import spec
@@ -464,19 +463,9 @@ def _short(text: str) -> bytes:
     return bytes((len(data),)) + data
 
 
-@lru_cache(maxsize=64)
-def _field_head(name: str) -> bytes:
-    return _short(name) + b"S"
-
-
-@lru_cache(maxsize=4096)  # subject and partition key of 1,000 domains, twice
-def _field(name: str, value: str) -> bytes:
-    data = value.encode()
-    return _field_head(name) + len(data).to_bytes(4, "big") + data
-
-
-# Differ in every event: keeping their encoding would only push the others out of the cache.
+# Differ in every event: keeping their encoding would only push the others out.
 _UNIQUE = frozenset({"ce-id", "ce-time", "ce-sequence", "ce-recordedtime"})
+_KEPT = 2048  # encoded values a header: subject and partition key of 1,000 domains, twice
 
 
 class _Encoder:
@@ -494,6 +483,27 @@ class _Encoder:
         user = link.user
         self._flags = _PROPERTY_FLAGS | (_USER_ID_FLAG if user is not None else 0)
         self._user = b"" if user is None else _short(user)
+        # Of each header its name as bytes, and its encoded fields by value where they come again.
+        self._fields: dict[str, tuple[bytes, dict[str, bytes] | None]] = {}
+
+    def _table(self, headers: Mapping[str, str]) -> bytes:
+        """The headers as a field table, without its length; one loop, for it is most of a record's cost."""
+        parts, fields = [], self._fields
+        for name, value in headers.items():
+            found = fields.get(name)
+            if found is None:
+                found = fields[name] = _short(name) + b"S", None if name in _UNIQUE else {}
+            head, known = found
+            field = known.get(value) if known is not None else None
+            if field is None:
+                data = value.encode()
+                field = head + len(data).to_bytes(4, "big") + data
+                if known is not None:
+                    if len(known) >= _KEPT:
+                        known.clear()
+                    known[value] = field
+            parts.append(field)
+        return b"".join(parts)
 
     def __call__(self, record: Record) -> bytes:
         """The frames. Raises RecordRefused for what no broker could take."""
@@ -504,12 +514,7 @@ class _Encoder:
             raise RecordRefused(
                 f"{len(body)} bytes are more than bus.max_record_bytes ({self._options.max_record_bytes})"
             )
-        table = b"".join(
-            [
-                _field.__wrapped__(name, value) if name in _UNIQUE else _field(name, value)
-                for name, value in wire.headers.items()
-            ]
-        )
+        table = self._table(wire.headers)
         method = b"".join(
             (_PUBLISH, self._exchange, _short(envelope.routing_key(record.attributes)), _MANDATORY)
         )

@@ -205,6 +205,12 @@ def routing_key(attributes: Mapping[str, str]) -> str:
     return f"{word}.{agent.replace('.', '_')}.{domain.replace('.', '_')}"[:255]
 
 
+@lru_cache(maxsize=64)
+def _headers(prefix: str, names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+    """Each attribute's header and name, sorted; `content-type` is not among them, and comes after them."""
+    return tuple(sorted((prefix + name, name) for name in names if name != "datacontenttype"))
+
+
 def to_amqp(attributes: Mapping[str, str], body: bytes, *, structured: bool = False) -> AmqpWire:
     """The AMQP 0-9-1 form. The content type is a `content-type` header too: Knative's receiver reads that."""
     if structured:
@@ -213,16 +219,10 @@ def to_amqp(attributes: Mapping[str, str], body: bytes, *, structured: bool = Fa
             STRUCTURED_CONTENT_TYPE,
             structured_json(attributes, body),
         )
-    headers = {f"ce-{name}": value for name, value in attributes.items() if name != "datacontenttype"}
+    headers = {header: attributes[name] for header, name in _headers("ce-", tuple(attributes))}
     content_type = attributes.get("datacontenttype", CONTENT_TYPE)
     headers["content-type"] = content_type
     return AmqpWire(headers, content_type, body)
-
-
-@lru_cache(maxsize=64)
-def _kafka_headers(names: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """Each attribute's header and name, in the headers' order; `content-type` comes after all of them."""
-    return tuple(sorted((f"ce_{name}", name) for name in names if name != "datacontenttype"))
 
 
 def to_kafka(attributes: Mapping[str, str], body: bytes, *, structured: bool = False) -> KafkaWire:
@@ -231,7 +231,7 @@ def to_kafka(attributes: Mapping[str, str], body: bytes, *, structured: bool = F
     if structured:
         headers = [("content-type", STRUCTURED_CONTENT_TYPE)]
         return KafkaWire(headers, key, structured_json(attributes, body))
-    headers = [(header, attributes[name]) for header, name in _kafka_headers(tuple(attributes))]
+    headers = [(header, attributes[name]) for header, name in _headers("ce_", tuple(attributes))]
     headers.append(("content-type", attributes.get("datacontenttype", CONTENT_TYPE)))
     return KafkaWire(headers, key, body)
 
