@@ -202,12 +202,15 @@ def test_a_tap_sees_what_passes_and_a_lagging_one_is_told_how_much_it_lost(contr
     _, taps = control
     assert not taps.active
     reader = taps.open("raw", "domain-1")
+    before = time.time_ns()
     for number in range(TAP_BUFFER + 5):
         taps.offer("raw", RawIoError("domain-1", "guest", 1, "/p", "vda", 1, "", number))
     taps.offer("raw", RawIoError("domain-2", "other", 1, "/p", "vda", 1, "", 1))
     taps.offer("published", RawIoError("domain-1", "guest", 1, "/p", "vda", 1, "", 1))
+    passed = time.time_ns()
     lines = [json.loads(line) for line in reader.take(1)]
     assert len(lines) == TAP_BUFFER + 1
+    assert before <= lines[0]["at_ns"] <= lines[-2]["at_ns"] <= passed  # when it passed, not when it is read
     assert lines[0]["item"]["alias"] == "vda"
     assert lines[-1] == {"stage": "tap", "lost": 5}
     taps.close(reader)

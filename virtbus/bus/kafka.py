@@ -57,7 +57,7 @@ class _Link:
         self._channel = self._connection.channel()
         # What kombu's Producer comes down to on this channel. Its declaring, serializing and copying of
         # headers cost 4 µs a record, a tenth of the rate at which a backlog drains.
-        self._produce = self._channel.producer.produce
+        self._produce: Any = self._channel.producer.produce
         self.flying: dict[str, tuple[Record, float]] = {}  # by key: at most one unconfirmed record a key
         self._reports: list[tuple[Record, Any]] = []
         self.progress = time.monotonic()
@@ -133,6 +133,7 @@ class _Link:
 
     def discard(self) -> None:
         """Throw the producer away; late reports go nowhere."""
+        self._produce = None  # it holds the producer, whose unserved reports hold this link
         self._connection.release()
 
 
