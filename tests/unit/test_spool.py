@@ -681,6 +681,18 @@ def rot(spool, where, column="names", value="x'01' || substr(names, 2)"):
         db.commit()
 
 
+def test_text_that_rots_into_no_utf8_is_named_and_its_neighbours_are_taken(spool):
+    spool.commit([io_error(1), io_error(2), io_error(3)])
+    rot(spool, "seq = 2", "attributes", "CAST(x'ff' || substr(CAST(attributes AS BLOB), 2) AS TEXT)")
+    found = records(spool)
+    spool.commit(())
+    found += records(spool)
+    assert [record.seq for record in found] == [1, 3, 4]
+    (data,) = gaps_of(found)
+    assert (data["reason"], ranges_of(data)) == ("spool_damaged", [(spool.epoch, 2, 2)])
+    assert spool.stats().dead == 1
+
+
 def test_two_gap_events_that_rot_are_named_with_all_that_they_named(spool):
     spool.commit([gap(missing=(SequenceRange(OLDER, 1, 4),)), gap(), io_error(1)])
     spool.commit([invalid()])

@@ -15,7 +15,7 @@ from virtbus.spool import files
 from virtbus.spool.contents import Births, GapFacts
 from virtbus.spool.draft import disk_bytes
 from virtbus.spool.index import Index
-from virtbus.spool.ledger import CHUNK, Account, count_events, mark, merge_ranges, subtract_ranges
+from virtbus.spool.ledger import CHUNK, Account, count_events, mark, merge_ranges, spans, subtract_ranges
 
 SETS = st.sets(st.integers(1, 60))
 NOBODY = frozenset()
@@ -58,6 +58,30 @@ def test_an_account_knows_its_front_and_its_holes_in_any_order_of_settling(order
     assert account.settled_through == front
     assert numbers(account.holes({})) == set(range(1, 40)) - settled
     assert account.complete == (count == 39)
+
+
+LAST = 2 * CHUNK + 21
+# Near the edges of bytes and of chunks, where a span of bits can go wrong, and anywhere.
+NUMBERS = st.integers(1, LAST + 20) | st.sampled_from(
+    [at + by for at in (0, CHUNK, LAST) for by in range(1, 20)]
+)
+
+
+@given(st.lists(st.tuples(NUMBERS, NUMBERS).map(sorted), max_size=12))
+def test_spans_of_any_size_settle_just_their_numbers(chosen):
+    account = Account(1, "e", 0, 0, last=LAST)
+    for first, last in chosen:
+        account.settle(first, last)
+    settled = numbers(SequenceRange("e", first, min(last, LAST)) for first, last in chosen)
+    assert numbers(account.holes({})) == set(range(1, LAST + 1)) - settled
+    assert account.finished == {n for n in range(2) if n < account.below}
+
+
+@given(SETS)
+def test_spans_are_runs_of_successive_numbers(chosen):
+    found = list(spans(chosen))
+    assert [n for first, last in found for n in range(first, last + 1)] == sorted(chosen)
+    assert all(left[1] + 1 < right[0] for left, right in pairwise(found))
 
 
 def test_an_account_keeps_no_bitmap_of_what_is_settled_to_the_end():
