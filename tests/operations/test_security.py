@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -417,8 +416,8 @@ def test_a_host_cant_speak_for_another_on_rabbitmq(rabbitmq: RabbitMQ, vhost: st
         )
     bind(rabbitmq.url(vhost), "all")
     own, spoof = records(2, keys=2)
-    own = replace(own, attributes={**own.attributes, "source": f"/virtbus/agents/{AGENT}"})
-    spoof = replace(spoof, attributes={**spoof.attributes, "source": f"/virtbus/agents/{OTHER}"})
+    own = own._replace(attributes={**own.attributes, "source": f"/virtbus/agents/{AGENT}"})
+    spoof = spoof._replace(attributes={**spoof.attributes, "source": f"/virtbus/agents/{OTHER}"})
     bus = open_bus(rabbitmq.url(vhost, user, "s3cret"), BusOptions(declare=False))
     feed = ListFeed([own, spoof])
     for _ in range(3):
