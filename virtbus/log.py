@@ -58,13 +58,14 @@ class Log:
 
     def __init__(self, *, level: str = "info", fmt: str = "auto", stream: TextIO | None = None) -> None:
         """`level`: "debug" … "error"; `fmt`: "text", "json", or "auto": text on a terminal."""
-        self._stream = stream  # None: standard error as it is when a line is written
-        out = stream if stream is not None else sys.stderr
+        self._stream = stream  # None: standard error as it is when a line is written, which may be none
+        out = stream or sys.stderr
+        is_terminal = out is not None and hasattr(out, "isatty") and out.isatty()
         self._threshold = LEVELS[level]
         self._lock = threading.Lock()
         self._render: _Render = _as_json
-        if fmt == "text" or (fmt == "auto" and out.isatty()):
-            self._render = _in_colour if takes_colour(out) else _as_text
+        if fmt == "text" or (fmt == "auto" and is_terminal):
+            self._render = _in_colour if is_terminal and takes_colour(out) else _as_text
 
     def write(self, level: str, message: str, values: Mapping[str, object]) -> None:
         """Write one line, if `level` is high enough. Raises OSError or ValueError when that fails."""
@@ -72,7 +73,9 @@ class Log:
             return
         time = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
         line = self._render(time, level, message, values)
-        out = self._stream if self._stream is not None else sys.stderr
+        out = self._stream or sys.stderr
+        if out is None:
+            raise ValueError("there is no standard error to log to")
         with self._lock:
             out.write(f"{line}\n")
             out.flush()

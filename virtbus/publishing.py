@@ -179,5 +179,7 @@ class _SpoolFeed:
 
     def give_back(self) -> None:
         """Settle all: what the bus left without an outcome will be sent again."""
-        self.settle()
-        self._spool.give_back(BusUnavailable("publishing ended before the broker answered"))
+        try:
+            self.settle()
+        finally:
+            self._spool.give_back(BusUnavailable("publishing ended before the broker answered"))

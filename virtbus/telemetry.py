@@ -217,7 +217,7 @@ def emit(event: TelemetryEvent) -> None:
     try:
         _log.write(event.LEVEL, event.MESSAGE, extra)
     except (OSError, ValueError):
-        # The log's disk is full, or its reader is gone: the metric tells, and the path goes on.
+        # The log's disk is full, or nobody reads it: the metric tells, and the path goes on.
         METRICS.log_failures.inc()
 
 
@@ -521,7 +521,7 @@ class EventUnsupported(TelemetryEvent):
 
     LEVEL: ClassVar[str] = "warning"
     MESSAGE: ClassVar[str] = "libvirt does not offer this event; going on without"
-    event: str
+    name: str
     error: Exception | str
 
 

@@ -318,7 +318,7 @@ def storm_rows(rounds: int, seconds: float = STORM_SECONDS) -> list[Row]:
     for turn in range(rounds):
         lasts = seconds if not turn else seconds / 3
         theirs.append(storm_with_virsh(lasts, asked=False))
-        asked.append(storm_with_virsh(seconds / 3, asked=True))
+        asked.append(storm_with_virsh(lasts, asked=True))
         raged, heard = storm_with_agent(lasts)
         ours.append(raged)
         told.append(heard)

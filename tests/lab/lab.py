@@ -477,6 +477,11 @@ class Guest:
             return (SHUT_OFF, 0)
         return int(found["state.state"]), int(found["state.reason"])
 
+    def qmp(self, command: str) -> Any:
+        """What QEMU itself answers, past what libvirt believes."""
+        words = ("qemu-monitor-command", self.name, json.dumps({"execute": command}))
+        return json.loads(self.lab._virsh(*words).stdout)["return"]
+
     def wait_state(self, *wanted: tuple[int, int] | int, seconds: float = 20) -> tuple[int, int]:
         """Wait until the state (or state and reason) is one of `wanted`, and return it."""
         last = (0, 0)

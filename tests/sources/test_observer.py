@@ -36,6 +36,7 @@ from virtbus.sources.link import (
     STOPPED_MIGRATED,
     SUSPENDED,
     SUSPENDED_IOERROR,
+    SUSPENDED_PAUSED,
 )
 from virtbus.sources.observer import LOOK_AFTER_SECONDS, Observer
 
@@ -320,7 +321,6 @@ def test_an_error_goes_first_and_the_look_at_its_guest_follows_once() -> None:
         at = time.monotonic()
         host.io_error(guest)
         host.suspend(guest)
-        host.lifecycle(guest, SUSPENDED, SUSPENDED_IOERROR)
         seen.wait(RawIoError)
         until(lambda: len(host.asked) >= 2)
         time.sleep(0.1)
@@ -328,16 +328,25 @@ def test_an_error_goes_first_and_the_look_at_its_guest_follows_once() -> None:
     assert len(host.asked) == 2  # its state and its disks' errors
 
 
-def test_a_guest_that_ends_right_after_its_error_is_not_looked_at() -> None:
-    host = AskedHost(1)
+@pytest.mark.parametrize("detail", [SUSPENDED_PAUSED, SUSPENDED_IOERROR])
+@pytest.mark.parametrize("ends", [False, True], ids=["runs again", "ends"])
+def test_a_pause_of_milliseconds_without_an_event_is_told_with_its_device(detail: int, ends: bool) -> None:
+    """Only a look while the guest is paused can tell: it does not wait for an event."""
+    host = SimulatedHost(1)
     guest = next(iter(host.guests.values()))
     with observed(host) as (_, seen):
         seen.wait(SourceReady)
-        host.asked.clear()
-        host.suspend(guest)
-        host.stop(guest)
-        time.sleep(0.2)
-    assert host.asked == []
+        guest.state, guest.reason, guest.disk_errors = PAUSED, PAUSED_IOERROR, {"vda": 1}
+        host.lifecycle(guest, SUSPENDED, detail)
+        time.sleep(0.01)
+        if ends:
+            host.stop(guest)
+        else:
+            guest.state, guest.reason = RUNNING, 1
+            host.lifecycle(guest, RESUMED)
+        found = only(seen.wait(is_finding))
+    assert isinstance(found, Burst)
+    assert (found.raw.alias, found.count) == ("virtio-disk0", 1)
 
 
 # -------------------------------------------------------------------------------------------- hanging

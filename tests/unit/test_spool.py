@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import closing
+from unittest.mock import Mock
 
 import pytest
 
@@ -30,7 +31,7 @@ from tests.faults.spool_kit import (
     records,
     resolved,
 )
-from virtbus.errors import ConfigError, SpoolBusy, SpoolCorrupt, SpoolFull
+from virtbus.errors import ConfigError, RecordRefused, SpoolBusy, SpoolCorrupt, SpoolFull
 from virtbus.model import Confirmed, Deferred, IoError, Origin, Phase, Refused, SequenceRange, Unroutable
 from virtbus.spool import SpoolLimits, faults, files, settling, wishes
 from virtbus.telemetry import METRICS
@@ -679,6 +680,23 @@ def rot(spool, where, column="names", value="x'01' || substr(names, 2)"):
     with closing(sqlite3.connect(spool.path)) as db:
         assert db.execute(f"UPDATE events SET {column} = {value} WHERE {where}").rowcount > 0
         db.commit()
+
+
+def test_a_refusal_in_words_that_are_no_unicode_is_settled(spool):
+    spool.commit([io_error(1), io_error(2)])
+    (first, second) = spool.take(10, NOBODY)
+    spool.settle([(first, Refused(RecordRefused("no \udcff way"))), (second, Confirmed())])
+    assert (spool.stats().dead, spool.stats().pending, spool.stats().unsettled) == (1, 0, 0)
+
+
+def test_a_fault_while_reading_gives_back_what_was_chosen(spool, monkeypatch):
+    spool.commit([io_error(1), io_error(2)])
+    with monkeypatch.context() as patch:
+        patch.setattr("virtbus.spool.settling.select_events", Mock(side_effect=MemoryError))
+        with pytest.raises(MemoryError):
+            spool.take(10, NOBODY)
+    assert spool.stats().in_flight == 0
+    assert [record.seq for record in spool.take(10, NOBODY)] == [1, 2]
 
 
 def test_text_that_rots_into_no_utf8_is_named_and_its_neighbours_are_taken(spool):

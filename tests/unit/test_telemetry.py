@@ -3,6 +3,9 @@
 import io
 import json
 import re
+import subprocess
+import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,12 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from virtbus import telemetry
 from virtbus.telemetry import METRICS, BusLost, Durations, Notice, Trouble, emit
+
+
+@pytest.fixture(autouse=True)
+def the_log_afterwards():
+    yield
+    telemetry.configure()
 
 
 @pytest.fixture
@@ -132,7 +141,27 @@ def test_a_log_that_can_not_be_written_stops_nothing_and_is_counted():
     failures = METRICS.registry.get_sample_value("virtbus_log_failures_total")
     emit(Notice("hello"))
     assert METRICS.registry.get_sample_value("virtbus_log_failures_total") == failures + 1
-    telemetry.configure()
+
+
+WRITER = "type('W', (), {'write': lambda self, text: None, 'flush': lambda self: None})()"
+
+
+@pytest.mark.parametrize("stderr", ["None", WRITER], ids=["none", "no terminal"])
+def test_a_process_without_a_standard_error_can_use_the_sdk(stderr):
+    code = f"import sys; sys.stderr = {stderr}; import virtbus.consumer; "
+    code += "from virtbus.telemetry import Notice, emit; emit(Notice('x')); print('done')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "done"), done
+
+
+def every_event(cls=telemetry.TelemetryEvent):
+    return [each for sub in cls.__subclasses__() for each in (sub, *every_event(sub))]
+
+
+def test_no_field_of_an_event_hides_what_each_line_has():
+    assert len(every_event()) > 20
+    for cls in every_event():
+        assert not {"event", "level", "timestamp", "left_out"} & {item.name for item in fields(cls)}, cls
 
 
 def test_durations_are_a_histogram_as_prometheus_clients_own():

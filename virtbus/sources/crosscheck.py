@@ -252,6 +252,11 @@ class CrossCheck:
         """The domains that wait for a decision."""
         return [uuid for uuid, case in self._cases.items() if case.pauses]
 
+    def is_told(self, uuid: str) -> bool:
+        """Whether an event told of the error that the domain is paused by; a look can only add to that."""
+        case = self._cases.get(uuid)
+        return case is not None and bool(case.pauses) and bool(case.pauses[-1].told)
+
     def out_of_space(self, uuid: str) -> frozenset[str]:
         """The aliases whose last error was told with reason "enospc"."""
         case = self._cases.get(uuid)

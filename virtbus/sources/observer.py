@@ -39,6 +39,7 @@ from virtbus.sources.link import (
     STATES,
     STOPPED,
     SUSPENDED,
+    SUSPENDED_IOERROR,
     Connector,
     HostFacts,
     Link,
@@ -65,7 +66,7 @@ RECONNECT_CEILING_SECONDS = 2.0  # callbacks are back within 5 s after the daemo
 SNAPSHOT_SECONDS = 3.0  # what the first look could not see by then comes later
 ALIVE_SECONDS = 5.0  # between two looks at a connection that nobody closed
 POLL_SECONDS = 1.0  # how soon `stop` is seen
-# How long a look at a guest's trouble lets its error go first: both want Python's lock and libvirtd.
+# How long a look for evidence lets its error go first: both want Python's lock and libvirtd.
 LOOK_AFTER_SECONDS = 0.02
 _IO_PAUSE_REASONS = (PAUSED_IOERROR, PAUSED_UNKNOWN)
 
@@ -229,7 +230,7 @@ class Observer:
         elif isinstance(note, Changed):
             self._lookups.request(note.uuid, Want.DESCRIPTION)
         elif isinstance(note, LookAt):
-            self._look_soon(note.uuid, at_once=snapshot is not None)
+            self._look_at(note.uuid, at_once=snapshot is not None)
         elif isinstance(note, Looked):
             self._on_look(session, note, snapshot)
         elif isinstance(note, Baseline):
@@ -243,11 +244,13 @@ class Observer:
                 self._reconciling.add(entry.uuid)
                 self._lookups.request(entry.uuid, Want.TROUBLE)
 
-    def _look_soon(self, uuid: str, *, at_once: bool) -> None:
-        after = 0.0 if at_once else LOOK_AFTER_SECONDS
-        self._troubled.setdefault(uuid, self.clock().monotonic + after)
+    def _look_at(self, uuid: str, *, at_once: bool) -> None:
+        """Look at a guest's trouble: `at_once` where the look may find an error that no event told of."""
         if at_once:
-            self._look_at_trouble()
+            self._troubled.pop(uuid, None)
+            self._lookups.request(uuid, Want.TROUBLE)
+        else:
+            self._troubled.setdefault(uuid, self.clock().monotonic + LOOK_AFTER_SECONDS)
 
     def _on_lifecycle(self, note: Lifecycle, *, at_once: bool) -> None:
         uuid, event = note.uuid, note.event
@@ -261,7 +264,10 @@ class Observer:
             if fresh or event == STARTED:
                 self._lookups.request(uuid, Want.DESCRIPTION)
             if event == SUSPENDED and note.detail in PAUSES:
-                self._look_soon(uuid, at_once=at_once)
+                with self.lock:
+                    told = note.detail == SUSPENDED_IOERROR and self.check.is_told(uuid)
+                # Without an event only a look while the guest is paused tells that it was a disk, and which.
+                self._look_at(uuid, at_once=at_once or not told)
 
     def _on_look(self, session: Session, note: Looked, snapshot: _Snapshot | None) -> None:
         uuid, look = note.uuid, note.look

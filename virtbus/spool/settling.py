@@ -66,6 +66,11 @@ class _Unwritten:
         return bool(self.confirmed or self.again or self.refused or self.damaged)
 
 
+def _words(error: Exception) -> str:
+    """An error's text for the file: a broker's words may hold what is no Unicode."""
+    return str(error).encode("utf-8", "replace").decode()
+
+
 class PublisherSide:
     """Takes and settles. One thread uses it."""
 
@@ -100,10 +105,13 @@ class PublisherSide:
             if self._unwritten.damaged:
                 self._settle_later(now, 0.0)
             return records
-        except sqlite3.Error as error:
+        except BaseException as error:
             with self._state.memory:
                 for row, key in chosen:
+                    self._taken.pop(row, None)
                     self._state.index.give_back(row, key)
+            if not isinstance(error, sqlite3.Error):
+                raise
             self._read_again_at = now + 1.0
             self._state.reader_stale = True
             if files.is_damage(error):
@@ -254,11 +262,11 @@ class PublisherSide:
         for taken, error in told.refused:
             record = taken.record
             mine = (SequenceRange(record.epoch, record.seq, record.seq),)
-            why = str(error)[:200]
+            why = _words(error)[:200]
             losses.append(
                 Loss(number + len(losses), mine, "dead_letter", taken.occurrences, record.created_ns, why)
             )
-            self._bury(record.row, "refused", str(error), wall_ns)
+            self._bury(record.row, "refused", _words(error), wall_ns)
         for position, _, problem in told.damaged:
             self._bury(position, "damaged", problem, wall_ns)
         if told.damaged:
