@@ -177,6 +177,7 @@ class _Run(AgentProcess):
 
 def test_files_and_sockets_are_for_their_owner_alone(tmp_path: Path) -> None:
     with AgentProcess(tmp_path, libvirt=SILENCE, bus=f"embedded://{tmp_path}/bus.db").ready() as agent:
+        agent.until((tmp_path / "bus.db").exists, "the first event is published", 10)
         made = [agent.socket, tmp_path / "bus.db", agent.state_dir, *agent.state_dir.iterdir()]
         modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in made}
         limits = Path(f"/proc/{agent.process.pid}/limits").read_text()

@@ -317,6 +317,7 @@ def test_an_error_goes_first_and_the_look_at_its_guest_follows_once() -> None:
     guest = next(iter(host.guests.values()))
     with observed(host) as (_, seen):
         seen.wait(SourceReady)
+        until(lambda: len(host.asked) >= 2)  # its description, and what is left over from before
         host.asked.clear()
         at = time.monotonic()
         host.io_error(guest)
