@@ -45,7 +45,6 @@ RUNNING = 1
 PAUSED = 3
 SHUT_OFF = 5
 PAUSED_IOERROR = (3, 5)
-PAUSED_UNKNOWN = (3, 0)
 
 PROGRAMS = {
     "libvirtd": "libvirt-daemon",
@@ -476,11 +475,6 @@ class Guest:
         if not found:
             return (SHUT_OFF, 0)
         return int(found["state.state"]), int(found["state.reason"])
-
-    def qmp(self, command: str) -> Any:
-        """What QEMU itself answers, past what libvirt believes."""
-        words = ("qemu-monitor-command", self.name, json.dumps({"execute": command}))
-        return json.loads(self.lab._virsh(*words).stdout)["return"]
 
     def wait_state(self, *wanted: tuple[int, int] | int, seconds: float = 20) -> tuple[int, int]:
         """Wait until the state (or state and reason) is one of `wanted`, and return it."""
