@@ -18,18 +18,25 @@ from typing import ClassVar, NamedTuple, TypeAlias
 
 
 class Now(NamedTuple):
-    """One reading of both clocks: wall time stamps, monotonic time measures."""
+    """One reading of the clocks: wall time stamps, monotonic time measures what this host was awake for."""
 
     wall_ns: int
     monotonic: float
+    suspended: float = 0.0  # seconds that the host slept since its boot, which monotonic leaves out
+
+    @property
+    def boot(self) -> float:
+        """Seconds since the host's boot, a suspend included (CLOCK_BOOTTIME)."""
+        return self.monotonic + self.suspended
 
 
 class Clock:
     """The system's clocks; tests pass their own object with the same call."""
 
     def __call__(self) -> Now:
-        """Read both clocks at once."""
-        return Now(time.time_ns(), time.monotonic())
+        """Read the clocks at once."""
+        monotonic = time.monotonic()
+        return Now(time.time_ns(), monotonic, time.clock_gettime(time.CLOCK_BOOTTIME) - monotonic)
 
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -288,6 +295,8 @@ class SourceReady:
     domains: tuple[DomainState, ...]
     findings: tuple[Burst, ...] = ()
     throttles: bool = False  # the hypervisor merges errors: counts are lower bounds
+    connection: str = ""  # of whose guests this speaks, where a source has several
+    proves: bool = False  # `SourceSeen` follows: without it nothing counts as seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,10 +305,35 @@ class SourceLost:
 
     at_ns: int
     why: str
+    connection: str = ""
+    reason: str = "source_lost"  # of the gap
+
+
+class SourceSeen(NamedTuple):
+    """The connection answered: whatever it told before `asked` stands before this in the queue."""
+
+    asked: Now
+    connection: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CallbackLost:
+    """A callback came and could not be read: which guest it spoke of, and of what, nobody knows."""
+
+    at_ns: int
+    why: str
 
 
 Observation: TypeAlias = (
-    RawIoError | Burst | DomainResumed | DomainGone | DeviceRemoved | SourceReady | SourceLost
+    RawIoError
+    | Burst
+    | DomainResumed
+    | DomainGone
+    | DeviceRemoved
+    | SourceReady
+    | SourceLost
+    | SourceSeen
+    | CallbackLost
 )
 
 # ------------------------------------------------------------------------------------- the events
@@ -415,8 +449,8 @@ class PreviousRun:
 class Gap:
     """Something may be missing between two times, or is known to be missing by number.
 
-    Reasons (open): agent_down, source_lost, spool_full, dead_letter, spool_damaged, spool_unwritable,
-    identity_changed, observations_dropped, operator_dropped.
+    Reasons (open): agent_down, agent_stalled, source_lost, spool_full, dead_letter, spool_damaged,
+    spool_unwritable, identity_changed, observations_dropped, operator_dropped.
     """
 
     TYPE: ClassVar[str] = "io.virtbus.agent.gap.v1"

@@ -482,6 +482,16 @@ class Trouble(TelemetryEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class ThreadDied(TelemetryEvent):
+    """A thread of the agent ended by an unexpected error: the agent ends with exit code 70."""
+
+    LEVEL: ClassVar[str] = "error"
+    MESSAGE: ClassVar[str] = "a thread ended by an unexpected error; the agent ends, start it again"
+    thread: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
 class LookupFinished(TelemetryEvent):
     """A look-up of a domain ended, or outlived its deadline: result "found", "failed" or "late"."""
 

@@ -11,7 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from virtbus.model import Burst, DeviceRemoved, DomainGone, DomainResumed, Now, RawIoError
+from virtbus.model import (
+    Burst,
+    CallbackLost,
+    DeviceRemoved,
+    DomainGone,
+    DomainResumed,
+    Now,
+    RawIoError,
+    SourceSeen,
+)
+from virtbus.seen import LOST
 from virtbus.sources import Sink
 from virtbus.sources.cache import Cache
 from virtbus.sources.crosscheck import CrossCheck, Verdict
@@ -93,6 +103,7 @@ class Closed:
 
     why: str
     silent_seconds: float = 0.0
+    reason: str = LOST
 
 
 Note: TypeAlias = Lifecycle | Changed | LookAt | Looked | Baseline | Undecodable | Closed
@@ -117,9 +128,11 @@ class Shared:
 class Session:
     """The callbacks of one connection. Deaf once it is over: each registration tells at most once."""
 
-    def __init__(self, shared: Shared, sink: Sink) -> None:
+    def __init__(self, shared: Shared, sink: Sink, connection: str = "") -> None:
+        self.connection = connection
+        self.seen: Now | None = None  # when the last question was asked that the daemon answered
+        self.tick = shared.clock()  # when the source thread last came by
         self.notes: queue.SimpleQueue[Note] = queue.SimpleQueue()
-        self.heard_ns = 0
         # What lifecycle callbacks said since the listing: (name, state), None when it left. Then None.
         self.since_listing: dict[str, tuple[str, str] | None] | None = {}
         self.live = True
@@ -128,7 +141,7 @@ class Session:
 
     def io_error(self, raw: RawIoError) -> None:
         """Tell it at once; see Handler."""
-        now = self._now()
+        now = self._shared.clock()
         shared = self._shared
         uuid, alias = raw.domain_uuid, raw.alias
         with shared.lock:
@@ -146,7 +159,7 @@ class Session:
 
     def lifecycle(self, uuid: str, name: str, number: int | None, event: int, detail: int) -> None:
         """Tell what resolves, remember what pauses; see Handler."""
-        now = self._now()
+        now = self._shared.clock()
         check = self._shared.check
         with self._shared.lock:
             if not self.live:
@@ -175,7 +188,7 @@ class Session:
 
     def device_removed(self, uuid: str, alias: str) -> None:
         """See Handler."""
-        now = self._now()
+        now = self._shared.clock()
         with self._shared.lock:
             if self.live:
                 self._shared.check.removed(uuid, alias)
@@ -184,11 +197,13 @@ class Session:
 
     def changed(self, uuid: str) -> None:
         """See Handler."""
-        self._now()
         self.notes.put(Changed(uuid))
 
     def undecodable(self) -> None:
-        """See Handler."""
+        """See Handler. A gap at once: what nobody can read may have been a reported error, and is over."""
+        now = self._shared.clock()
+        if self.live:
+            self._sink(CallbackLost(now.wall_ns, "a callback of libvirt held text that is not UTF-8"))
         self.notes.put(Undecodable())
 
     def closed(self, why: str, silent_seconds: float) -> None:
@@ -200,12 +215,14 @@ class Session:
         for each in found:
             self._sink(each)
 
+    def saw(self, asked: Now) -> None:
+        """The daemon answered a question of `asked`: what it told before has been heard."""
+        with self._shared.lock:
+            if self.live:
+                self.seen = asked
+                self._sink(SourceSeen(asked, self.connection))
+
     def end(self) -> None:
         """Hear nothing any more."""
         with self._shared.lock:
             self.live = False
-
-    def _now(self) -> Now:
-        now = self._shared.clock()
-        self.heard_ns = now.wall_ns
-        return now

@@ -72,7 +72,7 @@ class Spool:
         self._lock_file = lock
         self._scribe = scribe
         self._state = state
-        self._intake = IntakeSide(state, lock, scribe)
+        self._intake = IntakeSide(state, scribe)
         self._publisher = PublisherSide(state)
 
     @classmethod
@@ -90,7 +90,7 @@ class Spool:
         lock = files.Lock(state_dir)
         try:
             start = opening.start(path, lock, clock)
-            state = SharedState(path, limits, clock, start)
+            state = SharedState(path, limits, clock, start, lock)
             return cls(path, lock, start, state, Scribe(start.account.epoch, agent_id))
         except sqlite3.Error as error:
             lock.close()

@@ -1,0 +1,60 @@
+"""Proves what a connection has told, and notices when this process stood still: what *seen through* rests on."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+from threading import Event as StopEvent
+
+from virtbus.errors import SourceUnavailable
+from virtbus.model import Now
+from virtbus.seen import STALLED, STANDSTILL_SECONDS, stalled_words
+from virtbus.sources.link import Link
+from virtbus.sources.session import Closed, Session, Shared
+
+PROVE_SECONDS = 5.0  # between two questions: a gap begins at most so long, and a margin, before its cause
+
+
+class Witness:
+    """Asks one session's connection every few seconds, on a thread of its own: a daemon may never answer.
+
+    A question is not asked, and so proves nothing, between a standstill of this process and the moment in
+    which the source thread notices it.
+    """
+
+    def __init__(self, session: Session, shared: Shared, link: Link) -> None:
+        self._session, self._shared, self._link = session, shared, link
+        self._over = StopEvent()
+        self._thread = threading.Thread(target=self._run, name="virtbus-witness", daemon=True)
+
+    def __enter__(self) -> Witness:
+        self._session.tick = self._shared.clock()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def stalled(self, waited: float) -> Closed | None:
+        """Called by the source thread after each wait of at most `waited` seconds: did it take far longer?"""
+        now, before = self._shared.clock(), self._session.tick
+        stood = _stood(before, now, waited)
+        if stood < STANDSTILL_SECONDS:
+            self._session.tick = now
+            return None
+        since = self._session.seen or before
+        return Closed(stalled_words(stood), now.boot - min(since.boot, before.boot), STALLED)
+
+    def _run(self) -> None:
+        while not self._over.wait(PROVE_SECONDS):
+            asked = self._shared.clock()
+            if _stood(self._session.tick, asked, PROVE_SECONDS) >= STANDSTILL_SECONDS:
+                continue  # the source thread is about to notice
+            try:
+                self._link.heard(partial(self._session.saw, asked))
+            except SourceUnavailable:
+                continue  # the connection's end is told by its own callback, silence by readiness
+
+
+def _stood(before: Now, now: Now, waited: float) -> float:
+    return now.boot - before.boot - waited
