@@ -20,7 +20,7 @@ from functools import partial
 from virtbus import __version__, envelope
 from virtbus.bus import Bus
 from virtbus.control import Drill, Taps
-from virtbus.errors import AgentBroken, SpoolFull, VirtbusError
+from virtbus.errors import AgentBroken, RestartNeeded, SpoolFull, VirtbusError
 from virtbus.incidents import Incidents
 from virtbus.intake import IntakeQueue, aggregate, callbacks_in
 from virtbus.model import (
@@ -100,7 +100,9 @@ class Agent:
         clock: Callable[[], Now] | None = None,
         taps: Taps | None = None,
         bus_name: str = "bus",
+        identify: Callable[[Host], str | None] = lambda host: None,
     ) -> None:
+        """`identify` takes the host that libvirt names → a new agent id when the present one is another's."""
         self.source, self.bus, self.spool, self.incidents = source, bus, spool, incidents
         self.agent_id = agent_id
         self.options = options
@@ -108,6 +110,7 @@ class Agent:
         self.queue = IntakeQueue()
         self._clock = clock or Clock()
         self._previous_agent_id = previous_agent_id
+        self._identify = identify
         self._bus_name = bus_name
         self._stop = threading.Event()  # stop observing
         self._abort = threading.Event()  # stop at once
@@ -279,6 +282,8 @@ class Agent:
         if ready is None:
             # Until the source is up nothing is observed: from now on that is a gap of its own.
             self._unreached = Blind(Moment.of(now), "libvirt was not reachable at the agent's start", LOST)
+        else:
+            self._previous_agent_id = self._changed_identity(ready) or self._previous_agent_id
         events = self._events_of(held, now)
         ended_at = to_datetime(ready.at_ns if ready else now.wall_ns)
         since = None if opening.last_alive_ns is None else to_datetime(self._since.wall(now))
@@ -297,10 +302,23 @@ class Agent:
             gaps.append(gap("spool_damaged", "; ".join(self._unreadable)[:1000]))
         if self._previous_agent_id is not None:
             was = self._previous_agent_id
-            gaps.append(gap("identity_changed", f"the machine id changed (a cloned disk?); before: {was}"))
+            gaps.append(gap("identity_changed", f"this is another machine (a cloned disk?); before: {was}"))
         self._commit(gaps + events)
         self._sign_of_life(now)
         self._first_commit.set()
+
+    def _changed_identity(self, ready: SourceReady) -> str | None:
+        """Go on under an id of our own where ours is another host's → the old one. Nothing is committed yet."""
+        try:
+            new = self._identify(ready.host)
+        except SpoolFull as error:
+            emit(Trouble("agent-id", error))
+            return None
+        if new is None:
+            return None
+        old, self.agent_id = self.agent_id, new
+        self.spool.agent_id = new
+        return old
 
     def _gap(
         self,
@@ -460,6 +478,8 @@ class Agent:
         self.host = ready.host
         self.incidents.host = self.spool.host = ready.host
         events = self._apply(ready, now)
+        if self._first_commit.is_set():
+            events += self._copied(ready, now)
         if blind is None:
             return events
         gap = self._gap(
@@ -470,6 +490,17 @@ class Agent:
             found=_found(events),
         )
         return [gap, *events]
+
+    def _copied(self, ready: SourceReady, now: Now) -> list[Event]:
+        """libvirt came late and says that our id is another host's: told, and begun again under a new one."""
+        was = self._changed_identity(ready)
+        if was is None:
+            return []
+        new, self.agent_id = self.agent_id, was  # this run began under the old one and ends so
+        self.spool.agent_id = was
+        why = f"this is another machine (a copied state folder?); the agent starts again as {new}"
+        self.fail(RestartNeeded(f"{why}; its id was {was}"))
+        return [self._gap("identity_changed", why, ended_at=to_datetime(now.wall_ns))]
 
     @property
     def _source_state(self) -> str:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from virtbus import telemetry
@@ -21,8 +22,8 @@ from virtbus.commands import wiring
 from virtbus.config import Config, Loaded, bus_url, differences, exposed_secrets, redact_url
 from virtbus.control import ControlSocket, HttpServer
 from virtbus.envelope import uuid7
-from virtbus.errors import ConfigError, VirtbusError
-from virtbus.identity import load_agent_id
+from virtbus.errors import AgentBroken, ConfigError, VirtbusError
+from virtbus.identity import load_agent_id, tie_to_host
 from virtbus.incidents import Incidents
 from virtbus.model import Clock
 from virtbus.sdnotify import Systemd
@@ -34,6 +35,7 @@ from virtbus.telemetry import (
     Notice,
     RunningAsRoot,
     SecretExposed,
+    ThreadDied,
     emit,
 )
 
@@ -79,7 +81,9 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
             ),
             clock=clock,
             bus_name=redact_url(bus_url(config)),
+            identify=partial(tie_to_host, state_dir),
         )
+        threading.excepthook = partial(_end_with_thread, agent)
         if config.http.listen:
             http = HttpServer(config.http.listen, dead=agent.dead_threads, not_ready=agent.not_ready)
             http.start()
@@ -90,6 +94,14 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
         spare_collector()
         agent.start()
         _supervise(agent, loaded.config, again, signals)
+
+
+def _end_with_thread(agent: Agent, died: threading.ExceptHookArgs) -> None:
+    """A thread of ours that ends by an error does its work no longer: end, so that somebody starts it again."""
+    name = died.thread.name if died.thread is not None else "a thread"
+    error = f"{died.exc_type.__name__}: {died.exc_value}"
+    emit(ThreadDied(name, error))
+    agent.fail(AgentBroken(f"thread {name} ended: {error}"))
 
 
 def spare_collector() -> None:

@@ -375,16 +375,18 @@ class IntakeSide:
         asked = db.execute(contents.select_sql("requests", f"ORDER BY number LIMIT {_WISHES}")).fetchall()
         if not asked:
             return False
-        keys = {row[0]: row[4] for row in whole_events(db, [each[2] for each in asked])}
+        keys = {row[:3]: row[4] for row in whole_events(db, [each[2] for each in asked])}
         held: list[tuple[int, str]] = []
-        free: list[tuple[int, str, int]] = []
+        free: list[wishes.Wish] = []
         with self._state.memory:
-            for number, action, position in asked:
-                if action == wishes.DROP and position in keys:
-                    if not self._state.index.hold(position):
+            for each in asked:
+                wish = wishes.Wish(*each)
+                key = keys.get((wish.position, wish.epoch, wish.seq))
+                if wish.action == wishes.DROP and key is not None:
+                    if not self._state.index.hold(wish.position):
                         continue
-                    held.append((position, keys[position]))
-                free.append((number, action, position))
+                    held.append((wish.position, key))
+                free.append(wish)
         try:
             self._state.begin(self._writer)
             done = wishes.grant(db, free, self._state.next_position, self._state.next_loss(), wall_ns)

@@ -58,7 +58,8 @@ MIGRATIONS: tuple[str, ...] = (
         started_ns INTEGER, detail TEXT, checksum BLOB NOT NULL);
     CREATE TABLE states (name TEXT PRIMARY KEY NOT NULL, value BLOB NOT NULL, checksum BLOB NOT NULL)
         WITHOUT ROWID;
-    CREATE TABLE requests (number INTEGER PRIMARY KEY, action TEXT NOT NULL, position INTEGER NOT NULL);
+    CREATE TABLE requests (number INTEGER PRIMARY KEY, action TEXT NOT NULL, position INTEGER NOT NULL,
+        epoch TEXT NOT NULL, seq INTEGER NOT NULL);
     """,
 )
 
@@ -97,7 +98,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         "checksum",
     ),
     "states": ("name", "value", "checksum"),
-    "requests": ("number", "action", "position"),
+    "requests": ("number", "action", "position", "epoch", "seq"),
 }
 UNCHECKED = frozenset({"requests"})  # an operator's wishes: nothing of it is published
 

@@ -111,6 +111,15 @@ class Spool:
     def host(self, host: Host | None) -> None:
         self._scribe.host = host
 
+    @property
+    def agent_id(self) -> str:
+        """Whose events these are; it may be set until the first of them is committed."""
+        return self._scribe.agent_id
+
+    @agent_id.setter
+    def agent_id(self, agent_id: str) -> None:
+        self._scribe.agent_id = agent_id
+
     def commit(
         self, events: Sequence[Event], states: Mapping[str, bytes | None] | None = None
     ) -> list[Stamp]:
