@@ -52,7 +52,16 @@ from virtbus.model import (
 )
 from virtbus.publishing import Publisher
 from virtbus.retry import Backoff
-from virtbus.seen import LOST, STALLED, STANDSTILL_SECONDS, Blind, Moment, SeenThrough, earliest, stalled_words
+from virtbus.seen import (
+    LOST,
+    STALLED,
+    STANDSTILL_SECONDS,
+    Blind,
+    Moment,
+    SeenThrough,
+    earliest,
+    stalled_words,
+)
 from virtbus.sources import Source
 from virtbus.spool import Spool
 from virtbus.telemetry import (
@@ -492,7 +501,7 @@ class Agent:
         return [gap, *events]
 
     def _copied(self, ready: SourceReady, now: Now) -> list[Event]:
-        """libvirt came late and says that our id is another host's: told, and begun again under a new one."""
+        """Libvirt came late and says that our id is another host's: told, and begun again under a new one."""
         was = self._changed_identity(ready)
         if was is None:
             return []

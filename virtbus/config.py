@@ -153,7 +153,9 @@ class Bus(_Section, frozen=True):
 class SpoolSettings(_Section, frozen=True):
     """The durable outbox."""
 
-    max_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 40, description="Bytes of events it may hold")] = 256 << 20
+    max_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 40, description="Bytes of events it may hold")] = (
+        256 << 20
+    )
     max_age_seconds: Annotated[
         Annotated[float, Meta(gt=0, le=YEARS)] | None,
         Meta(description="Give up older events (named in a gap event); null: never"),
@@ -167,15 +169,21 @@ class IncidentSettings(_Section, frozen=True):
     first_window_seconds: Annotated[Seconds, Meta(description="First window; it doubles")] = 1.0
     max_window_seconds: Annotated[Seconds, Meta(description="Widest window")] = 60.0
     quiet_seconds: Annotated[Seconds, Meta(description="Quiet for so long resolves an incident")] = 300.0
-    max_open: Annotated[int, Meta(ge=1, le=1_000_000, description="Open incidents before they are folded wider")] = 1000
-    flapping_pauses: Annotated[int, Meta(ge=2, le=1_000_000, description="So many pauses are a pause/resume loop")] = 3
+    max_open: Annotated[
+        int, Meta(ge=1, le=1_000_000, description="Open incidents before they are folded wider")
+    ] = 1000
+    flapping_pauses: Annotated[
+        int, Meta(ge=2, le=1_000_000, description="So many pauses are a pause/resume loop")
+    ] = 3
     flapping_window_seconds: Annotated[Seconds, Meta(description="… within this time")] = 600.0
 
 
 class HeartbeatSettings(_Section, frozen=True):
     """The sign of life."""
 
-    interval_seconds: Annotated[float, Meta(ge=0, le=3600, description="Between two heartbeats; 0 is off")] = 60.0
+    interval_seconds: Annotated[
+        float, Meta(ge=0, le=3600, description="Between two heartbeats; 0 is off")
+    ] = 60.0
 
 
 class Http(_Section, frozen=True):
@@ -291,12 +299,19 @@ class React(_Section, frozen=True):
             "or for any trouble, a backend's too"
         ),
     ] = "undetermined"
-    min_guests: Annotated[int, Meta(ge=1, le=1_000_000, description="Guests in trouble before a host is held back")] = 2
-    raise_seconds: Annotated[float, Meta(ge=0, le=7 * DAY, description="Trouble lasts so long before a host is held")] = (
-        30.0
-    )
+    min_guests: Annotated[
+        int, Meta(ge=1, le=1_000_000, description="Guests in trouble before a host is held back")
+    ] = 2
+    raise_seconds: Annotated[
+        float, Meta(ge=0, le=7 * DAY, description="Trouble lasts so long before a host is held")
+    ] = 30.0
     clear_seconds: Annotated[
-        float, Meta(ge=0, le=7 * DAY, description="Well for so long before it is released; doubles when it comes again")
+        float,
+        Meta(
+            ge=0,
+            le=7 * DAY,
+            description="Well for so long before it is released; doubles when it comes again",
+        ),
     ] = 300.0
     max_share: Annotated[
         float, Meta(gt=0, le=1, description="Share of all hosts that may be held at once (one always may)")

@@ -10,7 +10,6 @@ from pathlib import Path
 from virtbus.errors import SpoolFull
 from virtbus.model import Host
 
-
 _UNSTABLE = "unstable"  # this host's UUID says nothing
 
 
@@ -78,7 +77,9 @@ def tie_to_host(state_dir: Path, host: Host, dmi: Path = Path("/sys/class/dmi/id
         return None
     if tied and tied != digest:
         same_boot = host.boot_id is not None and seen_at == place
-        if same_boot or (host.boot_id is not None and not seen_at.startswith(host.boot_id) and not dmi.exists()):
+        if same_boot or (
+            host.boot_id is not None and not seen_at.startswith(host.boot_id) and not dmi.exists()
+        ):
             digest = _UNSTABLE
         else:
             agent_id = str(uuid.uuid4())

@@ -6,8 +6,7 @@ import io
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -88,21 +87,6 @@ class House:
     def end(self) -> None:
         self.agent.stop()
         self.agent.join()
-
-
-@pytest.fixture
-def house(tmp_path: Path) -> Iterator[Any]:
-    made: list[House] = []
-
-    def make(*script: Any, **more: Any) -> House:
-        made.append(House(tmp_path / "state", script, **more))
-        return made[-1].start()
-
-    yield make
-    for one in made:
-        one.agent.abort()
-        with suppress(SourceDenied):
-            one.agent.join()
 
 
 def test_the_first_event_of_every_start_says_how_long_nobody_looked(house):

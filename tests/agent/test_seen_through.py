@@ -1,4 +1,4 @@
-"""Every gap begins at what was seen through: over drains, losses, standstills, steps of the clock and restarts."""
+"""Every gap begins at what was seen through: over drains, losses, standstills, clock steps and restarts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from tests.agent.test_agent import AGENT, House, house  # noqa: F401 - a fixture
+from tests.agent.test_agent import AGENT, House
 from tests.faults.spool_kit import open_spool
 from tests.sources.simulated import SimulatedHost
 from tests.sources.test_observer import OPTIONS
@@ -42,7 +42,9 @@ def in_a_child(work):
     os.waitpid(pid, 0)
 
 
-def test_an_error_that_was_queued_after_the_drain_lies_in_the_gap_when_its_commit_was_the_last(tmp_path, house):
+def test_an_error_that_was_queued_after_the_drain_lies_in_the_gap_when_its_commit_was_the_last(
+    tmp_path, house
+):
     stamp = tmp_path / "stamp"
 
     def killed_after_the_commit():
@@ -59,7 +61,9 @@ def test_an_error_that_was_queued_after_the_drain_lies_in_the_gap_when_its_commi
 
         one.source.describe = describe
         one.start().wait("gap")
-        faults.hook = lambda point: os.kill(os.getpid(), 9) if point == "after_commit" and queued.is_set() else None
+        faults.hook = lambda point: (
+            os.kill(os.getpid(), 9) if point == "after_commit" and queued.is_set() else None
+        )
         one.source.play(a_raw_io_error(observed_at=time.time_ns()))
         time.sleep(30)
 
@@ -316,7 +320,9 @@ def test_a_copy_with_the_same_machine_id_on_another_host_gets_an_id_of_its_own(t
 
 
 def test_a_hosts_uuid_that_changes_while_the_kernel_runs_is_libvirts_own_and_not_believed(tmp_path):
-    ids = copied(tmp_path, *(a_host(uuid=each, boot_id="boot-1") for each in "abc"), a_host(uuid="d", boot_id="x"))
+    ids = copied(
+        tmp_path, *(a_host(uuid=each, boot_id="boot-1") for each in "abc"), a_host(uuid="d", boot_id="x")
+    )
     assert len(set(ids)) == 1
 
 

@@ -18,7 +18,8 @@ def ready(now, *, proves=True):
     return SourceReady(a_host(), now.wall_ns, (), proves=proves)
 
 
-def connected(now=at(100)):
+def connected():
+    now = at(100)
     seen = SeenThrough(Moment.of(at(0)))
     seen.take(ready(now), now)
     seen.committed()

@@ -12,7 +12,7 @@ import pytest
 
 from tests.faults import disks
 from tests.faults.disks import fill, sh
-from tests.faults.spool_kit import HandClock, gaps_of, io_error, open_spool, records
+from tests.faults.spool_kit import HandClock, io_error, open_spool, records
 from virtbus.errors import SpoolFull
 from virtbus.model import Confirmed, Phase
 

@@ -11,6 +11,8 @@ from typing import TextIO
 
 from virtbus.errors import ConfigError
 
+WATCHDOG_SECONDS = 10  # libvirtd 9.0 bears a listener that is frozen for so long in a storm
+
 # systemd.exec(5), systemd.service(5). Not set, and why: PrivateUsers= would hide libvirt's group from us;
 # ProcSubset=pid would hide the boot id; PrivateNetwork= would hide the broker.
 _UNIT = """\
@@ -38,7 +40,10 @@ Restart=on-failure
 RestartSec=5
 # 78: the settings are wrong. Starting again with the same ones would help nobody.
 RestartPreventExitStatus=78
-WatchdogSec=60
+# A process that hears libvirt's events and stands still (frozen, swapped out) makes libvirtd pile them up, spin
+# and answer nobody: docs/libvirt.md. SIGKILL, because one that stands still takes no other signal.
+WatchdogSec={watchdog}
+WatchdogSignal=SIGKILL
 # SIGTERM drains for at most {drain:g} s.
 TimeoutStopSec={stop}
 
@@ -99,7 +104,9 @@ def unit(out: TextIO, *, user: str, command: str | None, drain_seconds: float) -
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,30}", user):  # systemd.exec(5), User=
         raise ConfigError(f"{user!r} is no name of a user; name one with --user")
     stop = math.ceil(drain_seconds) + 20
-    out.write(_UNIT.format(user=user, command=path, drain=drain_seconds, stop=stop))
+    out.write(
+        _UNIT.format(user=user, command=path, drain=drain_seconds, stop=stop, watchdog=WATCHDOG_SECONDS)
+    )
 
 
 def _this_program() -> str:

@@ -260,7 +260,9 @@ class IntakeSide:
     def _write_run(self, *, last: int | None = None) -> None:
         """This run's record with what was seen, and the clock that its time is told in when that stepped."""
         seen = self._seen
-        self._writer.execute(insert_sql("runs"), run_row(self._state.account, last=last, alive_ns=seen.wall_ns))
+        self._writer.execute(
+            insert_sql("runs"), run_row(self._state.account, last=last, alive_ns=seen.wall_ns)
+        )
         if abs(seen.booted_ns - self._booted_ns) >= STEP_NS:
             self._writer.execute(insert_sql("meta"), contents.clock_row(seen.booted_ns))
             self._booted_ns = seen.booted_ns

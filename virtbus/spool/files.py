@@ -246,7 +246,7 @@ class Lock:
 
 
 def _identity(file: int | Path) -> tuple[int, int]:
-    found = os.stat(file)
+    found = os.fstat(file) if isinstance(file, int) else file.stat()
     return found.st_dev, found.st_ino
 
 

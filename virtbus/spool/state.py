@@ -29,9 +29,7 @@ class SpoolLimits:
 class SharedState:
     """The file, the memory that mirrors it, and two locks, taken in this order: `writing`, `memory`."""
 
-    def __init__(
-        self, path: Path, limits: SpoolLimits, clock: Clock, start: Start, lock: files.Lock
-    ) -> None:
+    def __init__(self, path: Path, limits: SpoolLimits, clock: Clock, start: Start, lock: files.Lock) -> None:
         """Of a run that has begun."""
         self.path = path
         self.lock = lock

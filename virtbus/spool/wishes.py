@@ -48,10 +48,9 @@ def wish(db: sqlite3.Connection, action: str, positions: Iterable[int]) -> int:
     db.execute("BEGIN IMMEDIATE")
     for position in positions:
         for table in ("events", "dead"):
+            sql = f"SELECT ?, position, epoch, seq FROM {table} WHERE position=?"  # noqa: S608 - our own names
             made = db.execute(
-                "INSERT INTO requests (action, position, epoch, seq) "
-                f"SELECT ?, position, epoch, seq FROM {table} WHERE position=?",  # noqa: S608 - our own names
-                (action, position),
+                f"INSERT INTO requests (action, position, epoch, seq) {sql}", (action, position)
             )
             if made.rowcount > 0:
                 number = made.lastrowid or number
