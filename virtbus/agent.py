@@ -317,7 +317,7 @@ class Agent:
         self._first_commit.set()
 
     def _changed_identity(self, ready: SourceReady) -> str | None:
-        """Go on under an id of our own where ours is another host's → the old one. Nothing is committed yet."""
+        """Go on under an id of our own where ours is another host's → the old one, else None."""
         try:
             new = self._identify(ready.host)
         except SpoolFull as error:

@@ -54,7 +54,7 @@ def load_agent_id(state_dir: Path, machine_id_file: Path = Path("/etc/machine-id
 
 
 def tie_to_host(state_dir: Path, host: Host, dmi: Path = Path("/sys/class/dmi/id")) -> str | None:
-    """Tie the id to the hypervisor's host, by libvirt's UUID of it → a new id when it is another's, else None.
+    """Tie the id to the host, by libvirt's UUID of it → a new id when it is another host's, else None.
 
     Two hosts that were made from one backup image may share the machine's id, and never this UUID. Where
     the firmware gives none, libvirt makes one up at each start: one that changes in the same folder on the
@@ -67,7 +67,7 @@ def tie_to_host(state_dir: Path, host: Host, dmi: Path = Path("/sys/class/dmi/id
         return None
     try:
         words = path.read_text(encoding="ascii", errors="replace").splitlines()
-        here = os.stat(state_dir)
+        here = state_dir.stat()
     except OSError:
         return None
     agent_id, machine, tied, seen_at, *_ = [*words, "", "", "", ""]

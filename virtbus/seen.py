@@ -54,7 +54,7 @@ class Moment(NamedTuple):
         return self.wall_ns - self.booted_ns
 
     def wall(self, now: Now) -> int:
-        """This moment in the wall clock as it is now, ns."""
+        """The same moment in the wall clock as it is now, ns."""
         step = now.wall_ns - int(now.boot * 1e9) - self.booted_ns
         return self.wall_ns if abs(step) < STEP_NS else self.wall_ns + step
 

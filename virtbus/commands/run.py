@@ -97,7 +97,7 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
 
 
 def _end_with_thread(agent: Agent, died: threading.ExceptHookArgs) -> None:
-    """A thread of ours that ends by an error does its work no longer: end, so that somebody starts it again."""
+    """A thread that ends by an error does its work no longer: end, so that a supervisor starts us again."""
     name = died.thread.name if died.thread is not None else "a thread"
     error = f"{died.exc_type.__name__}: {died.exc_value}"
     emit(ThreadDied(name, error))

@@ -40,8 +40,8 @@ Restart=on-failure
 RestartSec=5
 # 78: the settings are wrong. Starting again with the same ones would help nobody.
 RestartPreventExitStatus=78
-# A process that hears libvirt's events and stands still (frozen, swapped out) makes libvirtd pile them up, spin
-# and answer nobody: docs/libvirt.md. SIGKILL, because one that stands still takes no other signal.
+# A process that hears libvirt's events and stands still (frozen, swapped out) makes libvirtd pile them up and
+# answer nobody: docs/libvirt.md. SIGKILL, because one that stands still takes no other signal.
 WatchdogSec={watchdog}
 WatchdogSignal=SIGKILL
 # SIGTERM drains for at most {drain:g} s.

@@ -1,4 +1,4 @@
-"""Proves what a connection has told, and notices when this process stood still: what *seen through* rests on."""
+"""Proves what a connection has told, and notices when this process stood still: see virtbus.seen."""
 
 from __future__ import annotations
 

@@ -258,7 +258,7 @@ class IntakeSide:
         db.execute("COMMIT")
 
     def _write_run(self, *, last: int | None = None) -> None:
-        """This run's record with what was seen, and the clock that its time is told in when that stepped."""
+        """The run's record with what was seen, and the clock that its time is told in when that stepped."""
         seen = self._seen
         self._writer.execute(
             insert_sql("runs"), run_row(self._state.account, last=last, alive_ns=seen.wall_ns)
