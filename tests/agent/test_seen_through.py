@@ -16,6 +16,7 @@ from tests.sources.test_observer import OPTIONS
 from virtbus.agent import Agent, AgentOptions
 from virtbus.incidents import IncidentLimits, Incidents
 from virtbus.model import CallbackLost, Host, Now, SourceLost, SourceReady, SourceSeen
+from virtbus.publishing import _SpoolFeed
 from virtbus.sources.observer import Observer
 from virtbus.spool import Spool, SpoolLimits, faults
 from virtbus.testing import FakeBus, FakeSource, a_gap, a_host, a_raw_io_error, wait_until
@@ -367,3 +368,10 @@ def test_a_proof_of_another_connection_speaks_for_that_one_alone(tmp_path):
     wait_until(lambda: one.agent._seen["a"].moment.wall_ns > at)
     assert one.agent._seen_by_now().wall_ns <= at
     one.end()
+
+
+def test_a_reload_of_the_heartbeats_interval_counts_from_now():
+    interval = [3600.0]
+    feed = _SpoolFeed(None, None, None, lambda: interval[0])
+    interval[0] = 60.0
+    assert feed.heartbeat_in() <= 60.0

@@ -352,6 +352,7 @@ class IntakeSide:
             self.refusal = error
             return False
         except files.NotOurs as error:
+            self._alive_at = now - ALIVE_SECONDS  # should the folder come back, that shows at once
             self.refusal = SpoolFull(str(files.translate(error, self._state.path)))
             return False
         self.refusal = None

@@ -90,6 +90,7 @@ class Spool:
         lock = files.Lock(state_dir)
         try:
             start = opening.start(path, lock, clock)
+            lock.check(path)
             state = SharedState(path, limits, clock, start, lock)
             return cls(path, lock, start, state, Scribe(start.account.epoch, agent_id))
         except sqlite3.Error as error:
