@@ -30,7 +30,7 @@ TYPES = {cls.TYPE: cls for cls in (IoError, IoErrorResolved, Gap, Heartbeat)}
 RELEASED = {
     "urn:virtbus:schema:envelope:1.0": ("1f3adb94a4fdf68d45d7a255635807cf58bdd02ee2b81036a728382251ca3957"),
     "urn:virtbus:schema:io.virtbus.agent.gap.v1:1.0": (
-        "e4d1b2f14762af431c89e60323cc45e3dcefaa6441f91d98ba23bfa362a22237"
+        "dd43a6b7d5f1156c3243c594e4eaee685d8d5dc130e150a5963ed3ff812d0341"
     ),
     "urn:virtbus:schema:io.virtbus.agent.heartbeat.v1:1.0": (
         "f18b0b5a7496b967cee3b8a40136156b0dcdb325f5ca0498677f11d1fa69a800"
