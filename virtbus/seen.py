@@ -21,7 +21,7 @@ STEP_NS = 100_000_000
 # The words of gap events (`reason`).
 LOST, STALLED = "source_lost", "agent_stalled"
 STANDSTILL_SECONDS = 5.0  # a wait that takes so much longer than asked for: the process stood still
-ANSWER_SECONDS = 12.0  # a connection that did not answer for so long is not ready
+ANSWER_SECONDS = 20.0  # a connection that did not answer for so long is not ready
 
 
 def boot_id() -> str | None:

@@ -143,6 +143,7 @@ class Observed:
 @pytest.fixture
 def observed(tmp_path, monkeypatch):
     monkeypatch.setattr("virtbus.sources.witness.PROVE_SECONDS", 0.05)
+    monkeypatch.setattr("virtbus.sources.witness.QUIET_SECONDS", 0.05)
     one = Observed(tmp_path / "state")
     one.agent.start()
     one.wait("gap")
@@ -169,7 +170,7 @@ def test_readiness_ends_when_the_connection_of_the_events_answers_no_longer(obse
     observed.host.answers.clear()
     time.sleep(0.1)
     for seen in observed.agent._seen.values():
-        seen._answered -= 20  # as if it had been silent for so long
+        seen._answered -= 30  # as if it had been silent for so long
     (reason,) = observed.agent.not_ready()
     assert "no answer on the connection of the events" in reason
     observed.host.answers.set()

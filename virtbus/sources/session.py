@@ -130,6 +130,7 @@ class Session:
 
     def __init__(self, shared: Shared, sink: Sink, connection: str = "") -> None:
         self.connection = connection
+        self.heard = False  # something, since the last question
         self.seen: Now | None = None  # when the last question was asked that the daemon answered
         self.tick = shared.clock()  # when the source thread last came by
         self.notes: queue.SimpleQueue[Note] = queue.SimpleQueue()
@@ -144,6 +145,7 @@ class Session:
         now = self._shared.clock()
         shared = self._shared
         uuid, alias = raw.domain_uuid, raw.alias
+        self.heard = True
         with shared.lock:
             if not self.live:
                 return
@@ -159,6 +161,7 @@ class Session:
 
     def lifecycle(self, uuid: str, name: str, number: int | None, event: int, detail: int) -> None:
         """Tell what resolves, remember what pauses; see Handler."""
+        self.heard = True
         now = self._shared.clock()
         check = self._shared.check
         with self._shared.lock:
