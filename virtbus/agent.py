@@ -556,7 +556,7 @@ class Agent:
             "spool_unwritable",
             f"the spool could not be written for {now.monotonic - failed.monotonic:.0f} s; "
             "errors were counted in memory",
-            started_at=to_datetime(failed.wall_ns),
+            started_at=to_datetime(Moment.of(failed).wall(now)),
             ended_at=to_datetime(now.wall_ns),
         )
 

@@ -13,7 +13,7 @@ import time
 from tests.faults.seen_kit import Stage, drained, end, report
 
 
-def main(times: int, seed: int = 1) -> bool:
+def scenario(times: int, seed: int = 1) -> bool:
     """`times` rounds at random moments."""
     chance = random.Random(seed)
     killed = 0
@@ -47,5 +47,10 @@ def main(times: int, seed: int = 1) -> bool:
         return report("blind_restart", stage.came, injector, runs=times, killed=killed)
 
 
+def main() -> None:
+    """Print the line."""
+    end(scenario(int([*sys.argv[1:], "20"][0])))
+
+
 if __name__ == "__main__":
-    end(main(int([*sys.argv[1:], "20"][0])))
+    main()

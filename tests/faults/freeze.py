@@ -76,6 +76,11 @@ def storm() -> bool:
         )  # fmt: skip
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print both lines."""
     good = tick(float([*sys.argv[1:], "60"][0]))
     end(storm() and good)
+
+
+if __name__ == "__main__":
+    main()

@@ -88,7 +88,7 @@ def child(ledger: Path, state: Path, url: str, kind: str) -> None:
     agent.join()
 
 
-def main(kills: int, seed: int = 1) -> bool:
+def scenario(kills: int, seed: int = 1) -> bool:
     """Kill so many, then let one deliver what is left."""
     chance = random.Random(seed)
     with private_broker() as broker, tempfile.TemporaryDirectory(prefix="vbedges-", dir="/tmp") as name:
@@ -136,9 +136,14 @@ def main(kills: int, seed: int = 1) -> bool:
             return not lost and came.unnamed() == 0
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print the line; or be the child that is killed."""
     if sys.argv[1:2] == ["child"]:
         configure(level="error")
         child(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5])
     else:
-        end(main(int([*sys.argv[1:], "100"][0])))
+        end(scenario(int([*sys.argv[1:], "100"][0])))
+
+
+if __name__ == "__main__":
+    main()

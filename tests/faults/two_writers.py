@@ -12,7 +12,7 @@ import time
 from tests.faults.seen_kit import Stage, drained, end, report
 
 
-def main(times: int) -> bool:
+def scenario(times: int) -> bool:
     """`times` takeovers, one after the other."""
     refused = 0
     with Stage() as stage:
@@ -42,5 +42,10 @@ def main(times: int) -> bool:
         return report("two_writers", stage.came, injector, good=refused == times, runs=times, refused=refused)
 
 
+def main() -> None:
+    """Print the line."""
+    end(scenario(int([*sys.argv[1:], "3"][0])))
+
+
 if __name__ == "__main__":
-    end(main(int([*sys.argv[1:], "3"][0])))
+    main()
