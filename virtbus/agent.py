@@ -292,7 +292,7 @@ class Agent:
             # Until the source is up nothing is observed: from now on that is a gap of its own.
             self._unreached = Blind(Moment.of(now), "libvirt was not reachable at the agent's start", LOST)
         else:
-            self._previous_agent_id = self._changed_identity(ready) or self._previous_agent_id
+            self._previous_agent_id = self._changed_identity(ready.host) or self._previous_agent_id
         events = self._events_of(held, now)
         ended_at = to_datetime(ready.at_ns if ready else now.wall_ns)
         since = None if opening.last_alive_ns is None else to_datetime(self._since.wall(now))
@@ -316,10 +316,10 @@ class Agent:
         self._sign_of_life(now)
         self._first_commit.set()
 
-    def _changed_identity(self, ready: SourceReady) -> str | None:
+    def _changed_identity(self, host: Host) -> str | None:
         """Go on under an id of our own where ours is another host's → the old one, else None."""
         try:
-            new = self._identify(ready.host)
+            new = self._identify(host)
         except SpoolFull as error:
             emit(Trouble("agent-id", error))
             return None
@@ -488,7 +488,7 @@ class Agent:
         self.incidents.host = self.spool.host = ready.host
         events = self._apply(ready, now)
         if self._first_commit.is_set():
-            events += self._copied(ready, now)
+            events += self._copied(ready.host, now)
         if blind is None:
             return events
         gap = self._gap(
@@ -500,9 +500,9 @@ class Agent:
         )
         return [gap, *events]
 
-    def _copied(self, ready: SourceReady, now: Now) -> list[Event]:
+    def _copied(self, host: Host, now: Now) -> list[Event]:
         """Libvirt came late and says that our id is another host's: told, and begun again under a new one."""
-        was = self._changed_identity(ready)
+        was = self._changed_identity(host)
         if was is None:
             return []
         new, self.agent_id = self.agent_id, was  # this run began under the old one and ends so
