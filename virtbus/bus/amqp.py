@@ -53,8 +53,7 @@ _RETURNED = Unroutable()
 _NACKED = Unroutable("the broker nacked it: a queue is full (reject-publish) or failed")
 _UNSENT_LIMIT = 1 << 20  # bytes waiting for the socket before no more is taken
 _UNENCODABLE = (struct.error, ValueError, FrameSyntaxError)  # py-amqp's words for what fits in no field
-_NAME_BYTES = 6  # of a header beside its name and value: two lengths and a type
-_PROPERTY_BYTES = 1024  # more than all properties take that are not headers
+_PROPERTY_BYTES = 4096  # more than what a content header holds beside its headers, and their names
 _FIRST_LOOK, _LAST_LOOK = 0.005, 0.1  # seconds between looks at the feed while confirms are awaited
 
 # Reply codes that speak of one record, and what they make of it when it was the only one under way.
@@ -374,16 +373,19 @@ class _Publisher:
             raise RecordRefused(
                 f"{len(wire.body)} bytes are more than bus.max_record_bytes ({options.max_record_bytes})"
             )
-        # A broker closes the connection for headers that do not fit into one frame.
-        size = sum(len(name) + len(value.encode()) + _NAME_BYTES for name, value in wire.headers.items())
-        if size + _PROPERTY_BYTES > self._io.frame_max:
-            raise RecordRefused(f"its attributes have {size} bytes: a frame holds {self._io.frame_max}")
+        # A broker closes the connection for headers that do not fit into one frame. A character has at most
+        # four bytes: most records are done with the first look.
+        headers, room = wire.headers, self._io.frame_max - _PROPERTY_BYTES
+        if 4 * sum(map(len, headers.values())) > room:
+            size = sum(len(name.encode()) + len(text.encode()) + 6 for name, text in headers.items())
+            if size > room:
+                raise RecordRefused(f"its attributes have {size} bytes: a frame holds {room}")
         try:
             self._producer.publish(
                 wire.body,
                 routing_key=envelope.routing_key(record.attributes),
                 content_type=wire.content_type,
-                headers=wire.headers,
+                headers=headers,
                 priority=None,
                 mandatory=True,
                 message_id=record.id,
