@@ -35,7 +35,7 @@ from uuid import uuid4
 import kombu
 
 from virtbus import envelope
-from virtbus.bus import BusOptions, Feed, checked_group
+from virtbus.bus import BusOptions, Feed, Memory, checked_group
 from virtbus.bus.embedded_log import DEFAULT_MAX_BYTES, SMALLEST_MAX_BYTES, LogFull, LogState, look, peek
 from virtbus.bus.embedded_transport import KEY, Channel, connect, payload_of
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError, RecordRefused
@@ -143,7 +143,7 @@ class EmbeddedBus:
         """Nothing to serve: there is no peer."""
 
     def consume(
-        self, group: str | None, *, prefetch: int = 100, exclusive: bool = False
+        self, group: str | None, *, prefetch: int = 100, exclusive: bool = False, memory: Memory | None = None
     ) -> EmbeddedSubscription:
         """Subscribe; see `Bus.consume`. A new group begins with the oldest event that the log still has.
 
