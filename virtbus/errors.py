@@ -19,7 +19,7 @@ class VirtbusError(Exception):
 
 
 class ConfigError(VirtbusError):
-    """The configuration or an argument can't be used: fix it (EX_CONFIG). May name several problems, one a line."""
+    """The configuration or an argument can't be used: fix it (EX_CONFIG). One problem a line."""
 
     exit_code = 78
 

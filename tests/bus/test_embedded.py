@@ -187,22 +187,41 @@ def test_a_dead_letter_is_kept_with_its_reason_and_gone_for_its_group_only(bus, 
     subscription = consume(bus)
     subscription.dead_letter(receive(subscription), "schema: /error is missing")
     assert subscription.receive(0.2) is None
-    [dead] = bus.dead_letters("g")
+    with bus.dead_letters("g") as letters:
+        [dead] = [letter.message for letter in letters.read()]
     assert dead.headers[REASON_HEADER] == "schema: /error is missing"
     assert (event_id(dead), dead.body) == (record.id, record.body)
     assert drain(consume(bus, "other")) == [record.id]
 
 
-def test_dead_letters_that_nobody_reads_are_bounded_and_the_message_is_not_lost(open_embedded, consume):
+def test_dead_letters_stay_until_they_are_sent_back_or_dropped_and_count_towards_the_bound(
+    open_embedded, consume
+):
     bus = open_embedded(max_bytes=SMALL)
-    publish_all(bus, [make_record(n, f"k{n}", size=6000) for n in range(9)])
+    records = publish_all(bus, [make_record(n, f"k{n}", size=6000) for n in range(9)])
     subscription = consume(bus)
-    with pytest.raises(BusUnavailable, match="dead letters"):
-        for _ in range(9):
-            subscription.dead_letter(receive(subscription), "no")
-    dead = {event_id(message) for message in bus.dead_letters("g")}
-    assert 0 < len(dead) < 9
-    assert len(dead | set(drain(subscription))) == 9
+    for _ in range(9):
+        subscription.dead_letter(receive(subscription), "no")
+    [outcome] = publish(bus, [make_record(10, size=12_000)])
+    assert "virtbus dead" in str(outcome.error)
+    with bus.dead_letters("g") as letters:
+        assert letters.count() == 9
+        first, second, *rest = letters.read()
+        letters.send_back(first)
+        for letter in rest:
+            letters.drop(letter)
+        assert letters.count() == 1
+        assert list(letters.read()) == []
+        assert (second.id, second.reason) == (records[1].id, "no")
+    assert drain(subscription) == [records[0].id]
+    assert publish(bus, [make_record(10, size=12_000)]) == [Confirmed()]
+
+
+def test_without_a_group_a_dead_letter_is_only_logged(bus, consume):
+    subscription = consume(bus, None)
+    publish_all(bus, [make_record(1)])
+    subscription.dead_letter(receive(subscription), "no")
+    assert subscription.receive(0.1) is None
 
 
 def test_a_verdict_on_a_message_of_a_lost_connection_does_nothing(bus, consume):
@@ -433,7 +452,7 @@ def test_a_consumer_that_hangs_loses_its_leases_and_goes_on_when_it_wakes(joined
     assert [message.pos for message in other.lease(1)] == [3]
     clock.now += 2
     [again] = other.lease(1)
-    assert (again.pos, again.again) == (2, True)
+    assert (again.pos, again.attempts) == (2, 1)
     clock.now += 1
     hanging.settle(2)  # late, and harmless
     assert hanging.lease(1) == []

@@ -20,13 +20,13 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from virtbus import envelope
-from virtbus.bus import REASON_HEADER, BusOptions, Feed, checked_group
+from virtbus.bus import REASON_HEADER, BusOptions, DeadLetter, Feed, Memory, checked_group
 from virtbus.bus.embedded.log import (
     DEFAULT_MAX_BYTES,
     SMALLEST_MAX_BYTES,
@@ -39,7 +39,7 @@ from virtbus.bus.embedded.log import (
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError, RecordRefused
 from virtbus.model import Binding, Check, Confirmed, Deferred, Message, Outcome, Record, Refused
 from virtbus.retry import Backoff
-from virtbus.telemetry import BusConnected, BusLost, emit
+from virtbus.telemetry import BusConnected, BusLost, Notice, emit
 
 FILE_NAME = "bus.db"
 LEASE_BLOCK = 64  # leased at once: fewer commits; a killed consumer's come back all the same
@@ -114,7 +114,7 @@ class EmbeddedBus:
         """Nothing to serve: there is no peer."""
 
     def consume(
-        self, group: str | None, *, prefetch: int = 100, exclusive: bool = False
+        self, group: str | None, *, prefetch: int = 100, exclusive: bool = False, memory: Memory | None = None
     ) -> EmbeddedSubscription:
         """Subscribe; see `Bus.consume`. A new group begins with the oldest event that the log still has.
 
@@ -129,13 +129,10 @@ class EmbeddedBus:
             subscription.join()
         return subscription
 
-    def dead_letters(self, group: str, limit: int = 100) -> list[Message]:
-        """The oldest dead letters of a group, unchanged where they are; REASON_HEADER says why."""
-        if not os.access(self.path, os.F_OK):
-            return []
-        with closing(Log(self.path, max_bytes=self.max_bytes)) as log:
-            found = log.dead_letters(str(checked_group(group)), limit)
-        return [_message(stored, {REASON_HEADER: reason}, handle=None) for stored, reason in found]
+    def dead_letters(self, group: str) -> EmbeddedDeadLetters:
+        """See virtbus.bus.Bus."""
+        checked_group(group)
+        return EmbeddedDeadLetters(Log(self.path, max_bytes=self.max_bytes), group)
 
     def probe(self) -> Sequence[Check]:
         """Whether the file can be made or used, is whole, and has room; makes no file."""
@@ -220,7 +217,7 @@ class EmbeddedSubscription:
                 if self._ready:
                     stored = self._ready.popleft()
                     self._out.add(stored.pos)
-                    return _message(stored, {}, handle=(member, stored.pos))
+                    return _message(stored, handle=(member, stored.pos))
                 if (left := end - time.monotonic()) <= 0:
                     return None
                 member.wait(left)
@@ -247,7 +244,7 @@ class EmbeddedSubscription:
         if (member := self._holder(message)) is not None:
             later = [stored for stored in self._ready if stored.key == message.key]
             try:
-                member.give_back([stored.pos for stored in later], again=False)
+                member.give_back([stored.pos for stored in later], seen=False)
                 member.give_back([self._done(message)], after=after)
             except BusUnavailable as error:
                 self._lost(error)
@@ -255,13 +252,17 @@ class EmbeddedSubscription:
             self._ready = deque(stored for stored in self._ready if stored.key != message.key)
 
     def dead_letter(self, message: Message, reason: str) -> None:
-        """Move it to the group's dead letters. BusUnavailable: not stored, it comes again."""
+        """Put it aside, where it stands in the log; while the file can't be used it comes again."""
         if (member := self._holder(message)) is not None:
+            cut = reason.encode(errors="replace")[:1024].decode(errors="ignore")
             try:
-                member.dead_letter(self._done(message), reason.encode()[:1024].decode(errors="ignore"))
-            except BusUnavailable:
-                self._drop()
-                raise
+                if self._group is None:
+                    emit(Notice(f"message {message.position} put aside, without a group to keep it: {cut}"))
+                    member.settle(self._done(message))
+                else:
+                    member.dead_letter(self._done(message), cut)
+            except BusUnavailable as error:
+                self._lost(error)
 
     def close(self) -> None:
         """Leave; idempotent."""
@@ -293,20 +294,65 @@ class EmbeddedSubscription:
             member.leave()
 
 
+class EmbeddedDeadLetters:
+    """See virtbus.bus.DeadLetters."""
+
+    def __init__(self, log: Log, group: str) -> None:
+        self._log, self._group, self._last = log, group, 0
+
+    def __enter__(self) -> EmbeddedDeadLetters:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def count(self) -> int:
+        """See virtbus.bus.DeadLetters."""
+        return len(self._log.dead_letters(self._group, 0, -1))
+
+    def read(self, limit: int | None = None) -> Iterator[DeadLetter]:
+        """See virtbus.bus.DeadLetters."""
+        for stored in self._log.dead_letters(self._group, self._last, -1 if limit is None else limit):
+            self._last = stored.pos
+            yield DeadLetter(
+                position=str(stored.pos),
+                id=stored.headers.get("ce-id"),
+                source=stored.headers.get("ce-source"),
+                type=stored.headers.get("ce-type"),
+                reason=stored.reason or "",
+                at=None,
+                size_bytes=len(stored.body),
+                message=_message(stored, handle=stored.pos),
+            )
+
+    def send_back(self, letter: DeadLetter) -> None:
+        """See virtbus.bus.DeadLetters."""
+        self._log.send_back(self._group, int(letter.position))
+
+    def drop(self, letter: DeadLetter) -> None:
+        """See virtbus.bus.DeadLetters."""
+        self._log.drop(self._group, int(letter.position))
+
+    def close(self) -> None:
+        """Let go; idempotent."""
+        self._log.close()
+
+
 # ---------------------------------------------------------------------------------------- small parts
 
 
-def _message(stored: Stored, more: Mapping[str, str], *, handle: object) -> Message:
+def _message(stored: Stored, *, handle: object) -> Message:
     return Message(
         binding=Binding.AMQP,
-        headers={**stored.headers, **more},
+        headers={**stored.headers, **({} if stored.reason is None else {REASON_HEADER: stored.reason})},
         content_type=stored.content_type,
         body=stored.body,
         key=stored.key,
-        redelivered=stored.again,
+        redelivered=stored.attempts > 0,
         user_id=None,
         position=str(stored.pos),
         handle=handle,
+        attempts=stored.attempts + 1,
     )
 
 

@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from virtbus.errors import BusDenied, BusUnavailable, VirtbusError, translating
 
@@ -41,8 +42,6 @@ LOOK_AHEAD = 10_000
 _BUSY_SECONDS = 10.0
 _REAP_SECONDS = 1.0
 _IDLE_SECONDS, _POLL_SECONDS = 0.2, 0.02
-# Dead letters may use this much beyond the bound, so that a full log does not stop them at once.
-_DEAD_LETTER_SHARE = 0.25
 _EXCLUSIVE = 1 << 32  # lock bytes from here on: a group's exclusive member; below: a member
 _APPLICATION_ID = 0x76627573  # "vbus"
 _FORMAT = 2
@@ -65,60 +64,60 @@ CREATE TABLE pending (
     grp INTEGER NOT NULL REFERENCES groups ON DELETE CASCADE, pos INTEGER NOT NULL, key TEXT NOT NULL,
     owner INTEGER REFERENCES members ON DELETE SET NULL, -- who holds the lease
     since REAL NOT NULL, due REAL NOT NULL, -- not handed out between the two (CLOCK_MONOTONIC)
-    again INTEGER NOT NULL,                -- somebody may have seen it
+    attempts INTEGER NOT NULL,             -- deliveries that have ended without a verdict
+    reason TEXT,                           -- set: a dead letter
     PRIMARY KEY (grp, pos)) WITHOUT ROWID;
 CREATE INDEX pending_key ON pending (grp, key, pos);
-CREATE TABLE dead (
-    id INTEGER PRIMARY KEY, grp TEXT NOT NULL, reason TEXT NOT NULL, pos INTEGER NOT NULL,
-    key TEXT NOT NULL, content_type TEXT NOT NULL, headers TEXT NOT NULL, body BLOB NOT NULL,
-    size INTEGER NOT NULL);
 CREATE TRIGGER message_in AFTER INSERT ON messages BEGIN UPDATE used SET bytes = bytes + new.size; END;
 CREATE TRIGGER message_out AFTER DELETE ON messages BEGIN UPDATE used SET bytes = bytes - old.size; END;
-CREATE TRIGGER dead_in AFTER INSERT ON dead BEGIN UPDATE used SET bytes = bytes + new.size; END;
-CREATE TRIGGER dead_out AFTER DELETE ON dead BEGIN UPDATE used SET bytes = bytes - old.size; END;
 """
 
 # A clock that has gone back is another boot's: the wait is over.
+_COLUMNS = "m.pos, m.key, m.content_type, m.headers, m.body, p.attempts, p.reason"
 _DUE = "({0}.due <= :now OR {0}.since > :now)"
 _ELIGIBLE = f"""
-SELECT m.pos, m.key, m.content_type, m.headers, m.body, p.again
-FROM pending p JOIN messages m USING (pos)
-WHERE p.grp = :group AND p.owner IS NULL AND {_DUE.format("p")} AND NOT EXISTS (
-    SELECT 1 FROM pending e WHERE e.grp = p.grp AND e.key = p.key AND e.pos < p.pos
+SELECT {_COLUMNS} FROM pending p JOIN messages m USING (pos)
+WHERE p.grp = :group AND p.owner IS NULL AND p.reason IS NULL AND {_DUE.format("p")} AND NOT EXISTS (
+    SELECT 1 FROM pending e WHERE e.grp = p.grp AND e.key = p.key AND e.pos < p.pos AND e.reason IS NULL
     AND NOT (e.owner IS :me OR (e.owner IS NULL AND {_DUE.format("e")})))
 ORDER BY p.pos LIMIT :limit
 """  # noqa: S608 - constants only
-# Where what every group has settled ends, and the group that is furthest behind; NULL: no durable group.
-_SETTLED = """
-SELECT min(coalesce((SELECT min(pos) - 1 FROM pending WHERE grp = groups.id), cursor)), name FROM groups
-WHERE EXISTS (SELECT 1 FROM groups WHERE owner IS NULL)
-"""
+_DEAD = f"""
+SELECT {_COLUMNS} FROM pending p JOIN messages m USING (pos)
+WHERE p.reason IS NOT NULL AND p.grp = (SELECT id FROM groups WHERE name = ?) AND pos > ? ORDER BY pos LIMIT ?
+"""  # noqa: S608 - constants only
+# Of what every group has settled the oldest, `?` bytes or a little more. Without a durable group nothing.
 _EVICT = """
-DELETE FROM messages WHERE pos <= (SELECT max(pos) FROM (
-    SELECT pos, sum(size) OVER (ORDER BY pos) - size AS before FROM messages WHERE pos <= :settled)
-    WHERE before < :wanted)
+DELETE FROM messages WHERE pos IN (SELECT pos FROM (
+    SELECT pos, sum(size) OVER (ORDER BY pos) - size AS before FROM messages
+    WHERE pos <= (SELECT min(cursor) FROM groups) AND EXISTS (SELECT 1 FROM groups WHERE owner IS NULL)
+    AND pos NOT IN (SELECT pos FROM pending)
+) WHERE before < ?)
 """
-_WAITING = """
+_GROUPS = """
 SELECT name, (SELECT count(*) FROM messages WHERE pos > cursor)
-    + (SELECT count(*) FROM pending WHERE grp = groups.id AND owner IS NULL) FROM groups ORDER BY name
+    + (SELECT count(*) FROM pending WHERE grp = groups.id AND owner IS NULL AND reason IS NULL) AS waiting
+FROM groups ORDER BY waiting DESC, name
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A message as it stands in the log. `again`: somebody may have seen it before."""
+    """A message as it stands in the log; `attempts`: how often it may have been seen before."""
 
     pos: int
     key: str
     content_type: str
     headers: Mapping[str, str]
     body: bytes
-    again: bool = False
+    attempts: int = 0
+    reason: str | None = None  # of a dead letter
 
     @classmethod
-    def of_row(cls, pos: int, key: str, content_type: str, headers: str, body: bytes, again: int) -> Stored:
-        """From a row of the file; ValueError when it is damaged."""
-        return cls(pos, key, content_type, json.loads(headers), body, bool(again))
+    def of_row(cls, row: Sequence[Any]) -> Stored:
+        """From _COLUMNS; ValueError when they are damaged."""
+        pos, key, content_type, headers, body, attempts, reason = row
+        return cls(pos, key, content_type, json.loads(headers), body, attempts, reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,18 +193,18 @@ class Log:
         if used + need <= self.max_bytes:
             return self.max_bytes - used, None
         self.reap(db)
-        settled, slowest = db.execute(_SETTLED).fetchone()
         # A little more than is needed, so that a full log does not pay for this at every append.
-        wanted = used + need - self.max_bytes + self.max_bytes // 32
-        db.execute(_EVICT, {"settled": settled, "wanted": wanted})
+        db.execute(_EVICT, (used + need - self.max_bytes + self.max_bytes // 32,))
         (used,) = db.execute("SELECT bytes FROM used").fetchone()
-        (unread,) = db.execute("SELECT count(*) FROM messages WHERE pos > ?", (settled or 0,)).fetchone()
-        who = "it is full of dead letters" if not unread else "nobody has read what is in it"
-        if unread and slowest:
-            who = f"group {slowest!r} has not read what is in it"
+        who, waiting = db.execute(_GROUPS).fetchone() or (None, 1)
+        told = f"group {who!r} has not read what is in it; start that consumer"
+        if who is None:
+            told = "nobody has read what is in it; start a consumer"
+        elif not waiting:
+            told = "all that is in it is under way or a dead letter; see virtbus dead"
         return self.max_bytes - used, BusUnavailable(
-            f"embedded bus {self.path}: full ({self.max_bytes} bytes) and {who}; start that consumer, or stop"
-            f" the bus's users and delete {self.path}* to drop it"
+            f"embedded bus {self.path}: full ({self.max_bytes} bytes) and {told}, or stop the bus's users and"
+            f" delete {self.path}* to drop it"
         )
 
     def reap(self, db: sqlite3.Connection, me: int | None = None) -> None:
@@ -219,7 +218,9 @@ class Log:
         ).fetchall():
             gone = not self.is_locked(member)
             if gone or not 0 <= now - called <= LEASE_SECONDS:
-                db.execute("UPDATE pending SET owner = NULL, again = 1 WHERE owner = ?", (member,))
+                db.execute(
+                    "UPDATE pending SET owner = NULL, attempts = attempts + 1 WHERE owner = ?", (member,)
+                )
             if gone:
                 db.execute("DELETE FROM members WHERE id = ?", (member,))
 
@@ -229,21 +230,33 @@ class Log:
             (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
             if verdict != "ok":
                 raise sqlite3.DatabaseError(verdict)
-            (used,), (count,) = (
-                db.execute(sql).fetchone()
-                for sql in ("SELECT bytes FROM used", "SELECT count(*) FROM messages")
-            )
-            return LogState(used, count, dict(db.execute(_WAITING).fetchall()))
+            (used,) = db.execute("SELECT bytes FROM used").fetchone()
+            (count,) = db.execute("SELECT count(*) FROM messages").fetchone()
+            return LogState(used, count, dict(db.execute(_GROUPS).fetchall()))
 
-    def dead_letters(self, group: str, limit: int) -> list[tuple[Stored, str]]:
-        """The oldest dead letters of a group with their reasons, unchanged where they are."""
+    def dead_letters(self, group: str, behind: int, limit: int) -> list[Stored]:
+        """The oldest dead letters of a group behind a position; they stay where they are."""
         with self.transaction() as db:
-            rows = db.execute(
-                "SELECT pos, key, content_type, headers, body, 1, reason FROM dead WHERE grp = ? ORDER BY id"
-                " LIMIT ?",
-                (group, limit),
-            ).fetchall()
-            return [(Stored.of_row(*row[:6]), row[6]) for row in rows]
+            rows = db.execute(_DEAD, (group, behind, limit)).fetchall()
+            return [Stored.of_row(row) for row in rows]
+
+    def send_back(self, group: str, pos: int) -> None:
+        """Hand a dead letter to its group again, as it came, in its old place."""
+        with self.transaction(durable=True) as db:
+            db.execute(
+                "UPDATE pending SET reason = NULL, attempts = 0 WHERE pos = ?"
+                " AND grp = (SELECT id FROM groups WHERE name = ?)",
+                (pos, group),
+            )
+
+    def drop(self, group: str, pos: int) -> None:
+        """Forget a dead letter."""
+        with self.transaction(durable=True) as db:
+            db.execute(
+                "DELETE FROM pending WHERE reason IS NOT NULL AND pos = ?"
+                " AND grp = (SELECT id FROM groups WHERE name = ?)",
+                (pos, group),
+            )
 
     # The kernel releases a lock with its process, whatever ends that and in whichever container it runs.
     # Locks of the open file (fcntl(2), F_OFD_SETLK): two members in one process do not share them.
@@ -330,7 +343,8 @@ class Member:
             while True:
                 rows = db.execute(_ELIGIBLE, names).fetchall()
                 (aside,) = db.execute(
-                    "SELECT count(*) FROM pending WHERE grp = ? AND owner IS NULL", (self.group,)
+                    "SELECT count(*) FROM pending WHERE grp = ? AND owner IS NULL AND reason IS NULL",
+                    (self.group,),
                 ).fetchone()
                 if len(rows) >= limit or aside - len(rows) >= LOOK_AHEAD or not self._advance(db, limit):
                     break
@@ -338,12 +352,12 @@ class Member:
                 "UPDATE pending SET owner = ? WHERE grp = ? AND pos = ?",
                 [(self.id, self.group, row[0]) for row in rows],
             )
-            return [Stored.of_row(*row) for row in rows]
+            return [Stored.of_row(row) for row in rows]
 
     def _advance(self, db: sqlite3.Connection, limit: int) -> bool:
         """Move the cursor over the next messages, which are pending then; False when there are none."""
         added = db.execute(
-            "INSERT INTO pending SELECT :group, pos, key, NULL, 0, 0, 0 FROM messages"
+            "INSERT INTO pending SELECT :group, pos, key, NULL, 0, 0, 0, NULL FROM messages"
             " WHERE pos > (SELECT cursor FROM groups WHERE id = :group) ORDER BY pos LIMIT :limit",
             {"group": self.group, "limit": max(limit, 16)},
         ).rowcount
@@ -366,38 +380,28 @@ class Member:
             self._sign_of_life(db)
             db.execute("DELETE FROM pending WHERE grp = ? AND pos = ?", (self.group, pos))
 
-    def give_back(self, positions: Sequence[int], *, after: float = 0.0, again: bool = True) -> None:
+    def give_back(self, positions: Sequence[int], *, after: float = 0.0, seen: bool = True) -> None:
         """End leases of ours: hand the messages out again, not before `after` seconds.
 
-        `again` False: nobody has seen them, so the next delivery does not count as a repetition.
+        `seen` False: the next delivery does not count as a repetition.
         """
         now = self._log.clock()
         with self._log.transaction() as db:
             self._sign_of_life(db)
             db.executemany(
-                "UPDATE pending SET owner = NULL, since = ?, due = ?, again = max(again, ?)"
+                "UPDATE pending SET owner = NULL, since = ?, due = ?, attempts = attempts + ?"
                 " WHERE grp = ? AND pos = ? AND owner = ?",
-                [(now, now + after, again, self.group, pos, self.id) for pos in positions],
+                [(now, now + after, seen, self.group, pos, self.id) for pos in positions],
             )
 
     def dead_letter(self, pos: int, reason: str) -> None:
-        """Move a message to the group's dead letters, durably. BusUnavailable when their room is used up."""
-        bound = int(self._log.max_bytes * (1 + _DEAD_LETTER_SHARE))
+        """Put a message aside, durably. It stays in the log until it is sent back or dropped."""
         with self._log.transaction(durable=True) as db:
             self._sign_of_life(db)
             db.execute(
-                "INSERT INTO dead (grp, reason, pos, key, content_type, headers, body, size) SELECT"
-                " (SELECT name FROM groups WHERE id = ?), ?, pos, key, content_type, headers, body, size"
-                " FROM messages WHERE pos = ?",
-                (self.group, reason, pos),
+                "UPDATE pending SET owner = NULL, reason = ? WHERE grp = ? AND pos = ?",
+                (reason, self.group, pos),
             )
-            (used,) = db.execute("SELECT bytes FROM used").fetchone()
-            if used > bound:
-                raise BusUnavailable(
-                    f"embedded bus {self._log.path}: full of dead letters; stop the bus's users and move"
-                    f" {self._log.path}* away, or give the URL a larger max_bytes"
-                )
-            db.execute("DELETE FROM pending WHERE grp = ? AND pos = ?", (self.group, pos))
 
     def wait(self, timeout: float) -> None:
         """Until the file has changed, or for `timeout` seconds; a fifth of one at most, for delays end."""
@@ -409,7 +413,7 @@ class Member:
     def leave(self) -> None:
         """Give back every lease and close the log; idempotent."""
         with suppress(BusUnavailable, BusDenied), self._log.transaction() as db:
-            db.execute("UPDATE pending SET owner = NULL, again = 1 WHERE owner = ?", (self.id,))
+            db.execute("UPDATE pending SET owner = NULL, attempts = attempts + 1 WHERE owner = ?", (self.id,))
             db.execute("DELETE FROM members WHERE id = ?", (self.id,))
         self._log.close()
 
