@@ -85,9 +85,7 @@ class FakeFactory:
 def test_a_missing_module_names_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "confluent_kafka", None)
     monkeypatch.delitem(sys.modules, "virtbus.bus.kafka", raising=False)
-    with pytest.raises(
-        ConfigError, match=r"needs the Python module .*pip install 'virtbus\[kafka\]'"
-    ):
+    with pytest.raises(ConfigError, match=r"needs the Python module .*pip install 'virtbus\[kafka\]'"):
         open_bus("kafka://host")
 
 
