@@ -7,8 +7,14 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+import click
+
+from virtbus.commands.options import (
+    common,
+    load,
+)
 from virtbus.errors import ConfigError
 
 # systemd.exec(5), systemd.service(5). Not set, and why: PrivateUsers= would hide libvirt's group from us;
@@ -117,3 +123,29 @@ def _this_program() -> str:
     if found.name == "virtbus" and found.exists():
         return str(found.absolute())
     return shutil.which("virtbus") or "/usr/bin/virtbus"
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+@click.group("print")
+def command() -> None:
+    """Print files for the host that virtbus runs on.
+
+    \b
+    Example: virtbus print unit > /etc/systemd/system/virtbus.service
+    """
+
+
+@command.command("unit")
+@common
+@click.option("--user", default="virtbus", show_default=True, help="The user it runs as.")
+@click.option("--command", "program", metavar="PATH", help="The program [default: this one].")
+def unit_command(user: str, program: str | None, **options: Any) -> None:
+    """Print a hardened systemd unit for `virtbus run`; its head says how to install it.
+
+    \b
+    Example: virtbus print unit > /etc/systemd/system/virtbus.service
+    """
+    drain = load(options).config.drain_seconds
+    unit(sys.stdout, user=user, command=program, drain_seconds=drain)
