@@ -239,6 +239,8 @@ def packages() -> None:
     extras(opt)
     nfpm = CACHE / "nfpm"
     if not nfpm.exists():
+        if shutil.which("go") is None:
+            raise BuildError("nfpm is built with Go; install Go 1.24 or newer (Debian 12's own is too old)")
         run("go", "install", NFPM, GOBIN=str(CACHE))
     for kind in ("deb", "rpm"):
         with fresh(f"*.{kind}"):
