@@ -37,8 +37,6 @@ from virtbus.model import (
     Now,
     Observation,
     OpenIncidents,
-    Origin,
-    Phase,
     PreviousRun,
     RawIoError,
     Record,
@@ -52,16 +50,7 @@ from virtbus.model import (
 )
 from virtbus.publishing import Publisher
 from virtbus.retry import Backoff
-from virtbus.seen import (
-    LOST,
-    STALLED,
-    STANDSTILL_SECONDS,
-    Blind,
-    Moment,
-    SeenThrough,
-    earliest,
-    stalled_words,
-)
+from virtbus.seen import STANDSTILL_SECONDS, Blind, Moment, SeenThrough, earliest, stalled_words
 from virtbus.sources import Source
 from virtbus.spool import Spool
 from virtbus.telemetry import (
@@ -75,6 +64,7 @@ from virtbus.telemetry import (
     Trouble,
     emit,
 )
+from virtbus.words import GapReason, Origin, Phase, ResolutionCause, SourceState
 
 SOURCE_GRACE_SECONDS = 5.0  # how long the first event of a start waits for the first snapshot
 ALIVE_SECONDS = 5.0  # between two signs of life in the spool (the promise is 10 s)
@@ -290,7 +280,9 @@ class Agent:
         opening = self.spool.opening
         if ready is None:
             # Until the source is up nothing is observed: from now on that is a gap of its own.
-            self._unreached = Blind(Moment.of(now), "libvirt was not reachable at the agent's start", LOST)
+            self._unreached = Blind(
+                Moment.of(now), "libvirt was not reachable at the agent's start", GapReason.SOURCE_LOST
+            )
         else:
             self._previous_agent_id = self._changed_identity(ready.host) or self._previous_agent_id
         events = self._events_of(held, now)
@@ -299,19 +291,19 @@ class Agent:
         gap = partial(self._gap, started_at=since, ended_at=ended_at)
         gaps: list[Event] = [
             gap(
-                "agent_down",
+                GapReason.AGENT_DOWN,
                 previous=opening.previous,
                 missing=() if opening.damage else opening.missing,
                 found=_found(events),
             )
         ]
         if opening.damage:
-            gaps.append(gap("spool_damaged", opening.damage, missing=opening.missing))
+            gaps.append(gap(GapReason.SPOOL_DAMAGED, opening.damage, missing=opening.missing))
         if self._unreadable:
-            gaps.append(gap("spool_damaged", "; ".join(self._unreadable)[:1000]))
+            gaps.append(gap(GapReason.SPOOL_DAMAGED, "; ".join(self._unreadable)[:1000]))
         if self._previous_agent_id is not None:
-            was = self._previous_agent_id
-            gaps.append(gap("identity_changed", f"this is another machine (a cloned disk?); before: {was}"))
+            was = f"this is another machine (a cloned disk?); before: {self._previous_agent_id}"
+            gaps.append(gap(GapReason.IDENTITY_CHANGED, was))
         self._commit(gaps + events)
         self._sign_of_life(now)
         self._first_commit.set()
@@ -331,7 +323,7 @@ class Agent:
 
     def _gap(
         self,
-        reason: str,
+        reason: GapReason,
         detail: str | None = None,
         *,
         ended_at: datetime,
@@ -372,7 +364,7 @@ class Agent:
             at = to_datetime(now.wall_ns)
             return [
                 self._gap(
-                    "observations_dropped",
+                    GapReason.OBSERVATIONS_DROPPED,
                     f"an observation could not be handled: {type(error).__name__}",
                     started_at=at,
                     ended_at=at,
@@ -419,7 +411,7 @@ class Agent:
             return []
         return [
             self._gap(
-                STALLED,
+                GapReason.AGENT_STANDSTILL,
                 stalled_words(stood),
                 started_at=to_datetime(seen.moment.wall(now)),
                 ended_at=to_datetime(now.wall_ns),
@@ -432,7 +424,7 @@ class Agent:
         """What the queue could not keep, and callbacks that nobody could read: each a gap."""
         gap = partial(
             self._gap,
-            "observations_dropped",
+            GapReason.OBSERVATIONS_DROPPED,
             started_at=to_datetime(self._seen_by_now().wall(now)),
             ended_at=to_datetime(now.wall_ns),
         )
@@ -509,13 +501,14 @@ class Agent:
         self.spool.agent_id = was
         why = f"this is another machine (a copied state folder?); the agent starts again as {new}"
         self.fail(RestartNeeded(f"{why}; its id was {was}"))
-        return [self._gap("identity_changed", why, ended_at=to_datetime(now.wall_ns))]
+        return [self._gap(GapReason.IDENTITY_CHANGED, why, ended_at=to_datetime(now.wall_ns))]
 
     @property
-    def _source_state(self) -> str:
+    def _source_state(self) -> SourceState:
         if not self._seen:
-            return "starting"
-        return "connected" if all(seen.connected for seen in self._seen.values()) else "disconnected"
+            return SourceState.STARTING
+        connected = all(seen.connected for seen in self._seen.values())
+        return SourceState.CONNECTED if connected else SourceState.DISCONNECTED
 
     def _commit(self, events: list[Event]) -> None:
         """One transaction with the events and the incident states; tries for ever, folding meanwhile.
@@ -553,7 +546,7 @@ class Agent:
     def _unwritable_gap(self, failed: Now) -> Gap:
         now = self._clock()
         return self._gap(
-            "spool_unwritable",
+            GapReason.SPOOL_UNWRITABLE,
             f"the spool could not be written for {now.monotonic - failed.monotonic:.0f} s; "
             "errors were counted in memory",
             started_at=to_datetime(Moment.of(failed).wall(now)),
@@ -623,7 +616,7 @@ class Agent:
 
     def not_ready(self) -> list[str]:
         """Why the agent does not observe or keep events now; empty when it does. The broker is no reason."""
-        source = [] if self._source_state == "connected" else [f"source is {self._source_state}"]
+        source = [] if self._source_state is SourceState.CONNECTED else [f"source is {self._source_state}"]
         now = self._clock()
         for seen in list(self._seen.values()):
             silent = seen.silent_for(now)
@@ -654,7 +647,7 @@ class Agent:
         now = self._clock()
         emit(DrillAsked(asked.domain_name, asked.domain_uuid, asked.action, asked.count))
         if asked.resolve:
-            self.queue.put(DomainGone(asked.domain_uuid, now.wall_ns, "domain_stopped"))
+            self.queue.put(DomainGone(asked.domain_uuid, now.wall_ns, ResolutionCause.DOMAIN_STOPPED))
             return
         raw = RawIoError(
             domain_uuid=asked.domain_uuid,

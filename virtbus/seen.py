@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from virtbus.model import Now, SourceLost, SourceReady, SourceSeen
+from virtbus.words import GapReason
 
 # What a proof does not cover: an error on its way from the guest's disk over QEMU to the daemon, and one that
 # a source has stamped and not handed over yet. A gap that begins too early costs nothing.
 MARGIN_SECONDS = 1.0
 # The clock's own wander below this is no step: a stamp is then told as it was read.
 STEP_NS = 100_000_000
-# The words of gap events (`reason`).
-LOST, STALLED = "source_lost", "agent_stalled"
 STANDSTILL_SECONDS = 5.0  # a wait that takes so much longer than asked for: the process stood still
 ANSWER_SECONDS = 20.0  # a connection that did not answer for so long is not ready
 
@@ -74,7 +73,7 @@ class Blind(NamedTuple):
 
     since: Moment
     why: str
-    reason: str
+    reason: GapReason
 
 
 class SeenThrough:
@@ -109,7 +108,7 @@ class SeenThrough:
         self._answered = now.boot
         return ended
 
-    def lost(self, at: Moment, why: str, reason: str) -> None:
+    def lost(self, at: Moment, why: str, reason: GapReason) -> None:
         """Nothing is seen from here on: at the latest since `at`, in truth since the last proof."""
         self.connected = False
         if self.blind is None:

@@ -157,7 +157,7 @@ def test_a_process_that_stood_still_says_so_from_the_last_moment_it_saw_and_reco
     before = time.time()
     observed.slept += 60.0
     gap = observed.wait("gap", 2)[1]["data"]
-    assert gap["reason"] == "agent_stalled"
+    assert gap["reason"] == "agent_standstill"
     assert "stood still for 60 s" in gap["detail"] or "stood still for 59 s" in gap["detail"]
     # The wall clock did not move in this test, so a minute that was slept begins a minute before.
     assert moment(gap["started_at"]) <= before - 55
@@ -201,7 +201,7 @@ def test_a_source_that_proves_nothing_and_a_process_that_stood_still_is_a_gap_to
     slept[0] = 300.0
     one.source.play(a_raw_io_error())
     reasons = [event["data"]["reason"] for event in one.wait("gap", 2)]
-    assert reasons == ["agent_down", "agent_stalled"]
+    assert reasons == ["agent_down", "agent_standstill"]
     one.end()
 
 

@@ -1,7 +1,7 @@
 """An agent that is stopped (SIGSTOP) under a real guest's errors: python -m tests.faults.freeze [seconds]
 
 `freeze[tick]`: 18 errors a second; the agent goes on after so many seconds. What it did not hear must lie
-in a gap of reason agent_stalled, and it may not call itself ready before it has connected again.
+in a gap of reason agent_standstill, and it may not call itself ready before it has connected again.
 `freeze[storm]`: a guest that fails as fast as it can; the frozen agent is ended after the unit's WatchdogSec,
 as systemd ends it. libvirtd's memory must stay bounded, and it must answer `virsh list` within 10 s of that.
 """
@@ -31,7 +31,7 @@ def tick(seconds: float) -> bool:
             agent.process.send_signal(signal.SIGCONT)
             began = agent.get("/readyz")[0]  # at once: it has not looked around yet
             agent.until(
-                lambda: any(gap["reason"] == "agent_stalled" for gap in stage.came.gaps()), "told", 60
+                lambda: any(gap["reason"] == "agent_standstill" for gap in stage.came.gaps()), "told", 60
             )
             agent.ready(30)
             time.sleep(8)
@@ -40,7 +40,7 @@ def tick(seconds: float) -> bool:
             drained(agent)
             agent.stop()
         stage.came.settle()
-        (gap,) = [each for each in stage.came.gaps() if each["reason"] == "agent_stalled"]
+        (gap,) = [each for each in stage.came.gaps() if each["reason"] == "agent_standstill"]
         early = stopped - seconds_of(gap["started_at"])
         length = seconds_of(gap["ended_at"]) - seconds_of(gap["started_at"])
         good = early >= 0 and length >= seconds and began == 503

@@ -3,8 +3,9 @@
 import pytest
 
 from virtbus.model import Now, SourceLost, SourceReady, SourceSeen
-from virtbus.seen import ANSWER_SECONDS, MARGIN_SECONDS, STALLED, Moment, SeenThrough, earliest
+from virtbus.seen import ANSWER_SECONDS, MARGIN_SECONDS, Moment, SeenThrough, earliest
 from virtbus.testing import a_host
+from virtbus.words import GapReason
 
 DAY = 1_800_000_000 * 10**9
 
@@ -70,9 +71,9 @@ def test_a_loss_that_began_before_the_last_proof_begins_the_gap():
 
 def test_of_two_losses_the_first_begins_the_gap_and_a_standstill_keeps_its_reason():
     seen = connected()
-    seen.take(SourceLost(at(120).wall_ns, "stood still", reason=STALLED), at(120))
+    seen.take(SourceLost(at(120).wall_ns, "stood still", reason=GapReason.AGENT_STANDSTILL), at(120))
     seen.take(SourceLost(at(130).wall_ns, "gone"), at(130))
-    assert seen.take(ready(at(150)), at(150)).reason == STALLED
+    assert seen.take(ready(at(150)), at(150)).reason is GapReason.AGENT_STANDSTILL
 
 
 def test_a_connection_that_does_not_answer_is_silent_and_one_that_stood_still_at_once():

@@ -21,7 +21,6 @@ from virtbus.model import (
     RawIoError,
     SourceSeen,
 )
-from virtbus.seen import LOST
 from virtbus.sources import Sink
 from virtbus.sources.cache import Cache
 from virtbus.sources.crosscheck import CrossCheck, Verdict
@@ -29,21 +28,22 @@ from virtbus.sources.link import (
     RESUMED,
     STARTED,
     STOPPED,
-    STOPPED_MIGRATED,
     SUSPENDED,
     SUSPENDED_IOERROR,
     SUSPENDED_PAUSED,
+    left_by,
 )
 from virtbus.sources.looks import Look
+from virtbus.words import GapReason, GuestState
 
 # virDomainEventType → virDomainState's word
 STATE_AFTER = {
-    STARTED: "running",
-    SUSPENDED: "paused",
-    RESUMED: "running",
-    STOPPED: "shut off",
-    6: "shutting down",
-    7: "pmsuspended",
+    STARTED: GuestState.RUNNING,
+    SUSPENDED: GuestState.PAUSED,
+    RESUMED: GuestState.RUNNING,
+    STOPPED: GuestState.SHUT_OFF,
+    6: GuestState.SHUTTING_DOWN,
+    7: GuestState.PM_SUSPENDED,
 }
 PAUSES = (SUSPENDED_IOERROR, SUSPENDED_PAUSED)
 
@@ -103,7 +103,7 @@ class Closed:
 
     why: str
     silent_seconds: float = 0.0
-    reason: str = LOST
+    reason: GapReason = GapReason.SOURCE_LOST
 
 
 Note: TypeAlias = Lifecycle | Changed | LookAt | Looked | Baseline | Undecodable | Closed
@@ -183,8 +183,7 @@ class Session:
                 for burst in check.gone(uuid):
                     self._sink(burst)
                 if event == STOPPED:
-                    cause = "migrated" if detail == STOPPED_MIGRATED else "domain_stopped"
-                    self._sink(DomainGone(uuid, now.wall_ns, cause))
+                    self._sink(DomainGone(uuid, now.wall_ns, left_by(detail)))
             if self.since_listing is not None and event in STATE_AFTER:
                 self.since_listing[uuid] = (name, STATE_AFTER[event]) if event != STOPPED else None
         self.notes.put(Lifecycle(uuid, name, number, event, detail))

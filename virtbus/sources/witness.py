@@ -8,9 +8,10 @@ from threading import Event as StopEvent
 
 from virtbus.errors import SourceUnavailable
 from virtbus.model import Now
-from virtbus.seen import STALLED, STANDSTILL_SECONDS, stalled_words
+from virtbus.seen import STANDSTILL_SECONDS, stalled_words
 from virtbus.sources.link import Link
 from virtbus.sources.session import Closed, Session, Shared
+from virtbus.words import GapReason
 
 # Between two questions: a gap begins at most so long, and a margin, before its cause. A question wakes
 # libvirt's loop some nine times, so where nothing happens it is asked less often.
@@ -45,7 +46,9 @@ class Witness:
             self._session.tick = now
             return None
         since = self._session.seen or before
-        return Closed(stalled_words(stood), now.boot - min(since.boot, before.boot), STALLED)
+        return Closed(
+            stalled_words(stood), now.boot - min(since.boot, before.boot), GapReason.AGENT_STANDSTILL
+        )
 
     def _run(self) -> None:
         last = self._session.tick

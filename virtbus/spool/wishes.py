@@ -15,6 +15,7 @@ from virtbus.model import SequenceRange
 from virtbus.spool import contents, files
 from virtbus.spool.contents import GapFacts, Loss
 from virtbus.spool.ledger import CHUNK, Account
+from virtbus.words import GapReason
 
 RETRY, DROP = "retry", "drop"
 
@@ -109,7 +110,9 @@ def _losses(event: Sequence[Any], number: int) -> Iterator[Loss]:
         ranges += facts.ranges
         occurrences, started_ns = facts.occurrences, facts.started_ns
     for at, item in enumerate(ranges):
-        yield Loss(number + at, (item,), "operator_dropped", 0 if at else occurrences, started_ns, None)
+        yield Loss(
+            number + at, (item,), GapReason.OPERATOR_DROPPED, 0 if at else occurrences, started_ns, None
+        )
 
 
 def _remember_run(db: sqlite3.Connection, epoch: str, seq: int, wall_ns: int) -> None:
