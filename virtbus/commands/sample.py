@@ -125,8 +125,8 @@ def _bounds(each: Mapping[str, Any]) -> str:
 def sample() -> Iterator[str]:
     """A TOML file of all settings, each commented out with its default: lines without their ends."""
     yield "# virtbus: every setting with its default. A flag wins over the environment (VIRTBUS_BUS__URL),"
-    yield "# that over this file. Check a change with `virtbus config check`; `virtbus config show` says what is"
-    yield "# in force."
+    yield "# that over this file. Check a change with `virtbus config check`; `virtbus config show` tells"
+    yield "# what is in force."
     purposes, section = sections(), ""
     for each in settings():
         if each.section != section:
@@ -149,8 +149,8 @@ def reference() -> Iterator[str]:
     yield "# Configuration reference"
     yield ""
     yield "Written by `virtbus config reference`; do not edit. A flag wins over the environment, that over"
-    yield "the file `/etc/virtbus/virtbus.toml`, that over the default. `virtbus config sample` prints all of"
-    yield "this as a commented file, `virtbus config show` what is in force and where each value comes from, and"
+    yield "the file `/etc/virtbus/virtbus.toml`, that over the default. `virtbus config sample` prints all"
+    yield "of this as a commented file, `virtbus config show` what is in force and where each value comes from, and"
     yield "`virtbus config check` every problem with its place. In the environment `bus.url` is"
     yield "`VIRTBUS_BUS__URL`: two underscores for each dot."
     purposes, section = sections(), None
