@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from virtbus.bus import BusOptions
     from virtbus.consumer import Consumer, Delivery
     from virtbus.model import Event, Gap, Heartbeat, IoError, IoErrorResolved
-    from virtbus.seen import MissingEvents
+    from virtbus.sequences import MissingEvents
 
 # Loaded at first use: `virtbus --help` needs none of it.
 _HOMES = {
@@ -25,7 +25,7 @@ _HOMES = {
     "Heartbeat": "virtbus.model",
     "IoError": "virtbus.model",
     "IoErrorResolved": "virtbus.model",
-    "MissingEvents": "virtbus.seen",
+    "MissingEvents": "virtbus.sequences",
 }
 
 __all__ = [

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import threading
 import time
 import weakref
@@ -37,7 +36,7 @@ from types import TracebackType
 from typing import Any, ClassVar
 
 from virtbus import envelope
-from virtbus.bus import Bus, BusOptions, Subscription, open_bus
+from virtbus.bus import Bus, BusOptions, Subscription, bus_name, open_bus
 from virtbus.errors import (
     BusDenied,
     BusUnavailable,
@@ -47,10 +46,13 @@ from virtbus.errors import (
     GroupTakenOver,
     SchemaError,
 )
+from virtbus.marks import Mark, Marks
 from virtbus.model import Event, Message
 from virtbus.retry import Backoff
-from virtbus.seen import Mark, MissingEvents, SeenStore, SequenceCheck
+from virtbus.sequences import MissingEvents, SequenceCheck
 from virtbus.telemetry import BusCutOff, Metrics, TelemetryEvent, emit
+
+__all__ = ["Consumer", "Delivery", "MissingEvents"]
 
 DEDUPE_ROWS = 1_000_000
 FLUSH_ROWS = 64  # verdicts a dedupe transaction, with `group_commit`
@@ -94,9 +96,9 @@ class ConsumerRefused(TelemetryEvent):
 class Delivery:
     """One event and what is to become of it: end it with exactly one of `ack`, `retry`, `dead_letter`.
 
-    Each of them raises ConfigError for a second verdict, an argument that can't be used, or in another process
-    than the consumer's, and ConsumerClosed after its `close`; the delivery is then as it was. Nothing a broker
-    does is raised: over a lost connection the event comes again.
+    Each of them raises ConfigError for a second verdict, an argument that can't be used, or in a process that
+    is not the consumer's, and ConsumerClosed after its `close`; the delivery is then as it was. Nothing that
+    a broker does is raised: over a lost connection the event comes again.
     """
 
     event: Event | None  # None: a type or major version that this release does not know; see `data`
@@ -167,7 +169,7 @@ class Delivery:
 class _Grip:
     """What a Consumer holds on to, let go exactly once, and never by a forked child."""
 
-    def __init__(self, bus: Bus, seen: SeenStore) -> None:
+    def __init__(self, bus: Bus, seen: Marks) -> None:
         self.bus, self.seen = bus, seen
         self.subscription: Subscription | None = None
         self.pid = os.getpid()
@@ -236,15 +238,17 @@ class Consumer:
             raise ConfigError(f"max_attempts = {max_attempts}: take at least 1, or None")
         options = options if options is not None else BusOptions()
         bus = open_bus(url, options)
-        self._grip = _Grip(bus, SeenStore(dedupe, dedupe_rows, _scope(url, options, group)))
+        scope = f"{bus_name(url, options)} {'group ' + group if group else 'without a group'}"
+        self._grip = _Grip(bus, Marks(dedupe, scope, dedupe_rows))
         self._let_go = weakref.finalize(self, self._grip.let_go)
         self._seen = self._grip.seen
         self._group, self._prefetch, self._validate = group, prefetch, validate
-        self._exclusive, self._max_attempts, self._on_missing = exclusive, max_attempts, on_missing
+        self._exclusive, self._max_attempts = exclusive, max_attempts
+        self._memory = _Memory(self._seen.notes(), on_missing)
         self._flush_rows = min(FLUSH_ROWS, prefetch) if group_commit and dedupe is not None else 1
         self._sequences = SequenceCheck(reorder_seconds, on_missing) if check_gaps else None
         if self._sequences is not None:
-            self._sequences.restore(self._seen.sequences(), time.monotonic())
+            self._sequences.restore(self._seen.runs())
         self._in_flight: dict[Mark, list[Message]] = {}
         self._again: deque[Message] = deque()  # copies whose first one did not decide for them
         self._retried: OrderedDict[Mark, None] = OrderedDict()
@@ -321,8 +325,8 @@ class Consumer:
     def _check_usable(self) -> None:
         if os.getpid() != self._grip.pid:
             raise ConfigError(
-                f"this Consumer belongs to process {self._grip.pid}, and this is {os.getpid()}: connections and "
-                "files do not survive a fork, make a Consumer in each process"
+                f"this Consumer belongs to process {self._grip.pid}, and this is {os.getpid()}: connections "
+                "and files do not survive a fork, make a Consumer in each process"
             )
         if not self._let_go.alive:
             raise ConsumerClosed("this Consumer was closed: make another one")
@@ -332,14 +336,12 @@ class Consumer:
     def _next_message(self, timeout: float) -> Message | None:
         if self._grip.subscription is None:
             self._grip.subscription = self._grip.bus.consume(
-                self._group, prefetch=self._prefetch, exclusive=self._exclusive
+                self._group, prefetch=self._prefetch, exclusive=self._exclusive, memory=self._memory
             )
         if self._again:
             return self._again.popleft()
         message = self._grip.subscription.receive(timeout)
         self._connected = True
-        for one in self._grip.subscription.skipped():
-            self._on_missing(MissingEvents(one.place, "", one.first, one.last, one.why))
         return message
 
     def _opened(self, message: Message) -> Delivery | None:
@@ -379,6 +381,8 @@ class Consumer:
             )
             return None
         self._in_flight[mark] = []
+        if self._sequences is not None:
+            self._sequences.handed_out(attributes)
         return Delivery(
             event,
             attributes,
@@ -392,7 +396,7 @@ class Consumer:
         )
 
     def _is_worn_out(self, message: Message, mark: Mark) -> bool:
-        """Whether it came too often without a verdict; one that asked for a `retry` here had one each time."""
+        """Whether it came too often without a verdict; one that asked for a `retry` here had them."""
         return (
             self._max_attempts is not None
             and message.attempts is not None
@@ -410,7 +414,8 @@ class Consumer:
         if not delivery._open:
             raise ConfigError(f"event {delivery.id} has had its verdict; give each delivery exactly one")
         delivery._open = False
-        first, same = delivery._message, []
+        first = delivery._message
+        same: list[Message] = []
         for copy in self._in_flight.pop((delivery.source, delivery.id), []):
             alike = copy.body == first.body and copy.user_id == first.user_id
             (same if alike else self._again).append(copy)
@@ -457,13 +462,14 @@ class Consumer:
         """Write the marks of what is done in one transaction, then send the acks."""
         if not self._done and not closing:
             return
-        changes = self._sequences.changes() if self._sequences is not None else {}
-        try:
-            self._seen.add(list(self._done), changes)
-        except DedupeUnavailable:
-            if self._sequences is not None:
-                self._sequences.unsaved(changes)
-            raise
+        sequences, fresh, marks = self._sequences, self._memory.fresh, list(self._done)
+        if sequences is not None:
+            for mark in marks:
+                sequences.settled(*mark)
+        self._seen.write(marks, sequences.changes() if sequences is not None else (), fresh)
+        fresh.clear()
+        if sequences is not None:
+            sequences.saved()
         done, self._done = self._done, {}
         if self._grip.subscription is not None:
             for messages in done.values():
@@ -483,7 +489,18 @@ class Consumer:
         self._backoff.wait(self._stop, error, limit=max(0.0, deadline - time.monotonic()))
 
 
-def _scope(url: str, options: BusOptions, group: str | None) -> str:
-    """The name of a bus and a group in a dedupe file: without users and passwords, whatever the brokers' order."""
-    brokers = sorted(re.sub("//[^/]*@", "//", part.strip()) for part in re.split("[;,]", url) if part.strip())
-    return f"group {group} on {' '.join(brokers)} {options.exchange} {options.topic}"
+class _Memory:
+    """See virtbus.bus.Memory."""
+
+    def __init__(self, notes: dict[str, str], on_missing: Callable[[MissingEvents], None]) -> None:
+        self._notes = notes
+        self.fresh: dict[str, str] = {}  # not on disk yet
+        self.missing = on_missing
+
+    def recall(self, name: str) -> str | None:
+        """See virtbus.bus.Memory."""
+        return self._notes.get(name)
+
+    def keep(self, name: str, value: str) -> None:
+        """See virtbus.bus.Memory."""
+        self._notes[name] = self.fresh[name] = value

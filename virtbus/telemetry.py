@@ -202,7 +202,7 @@ _logger.addHandler(logging.NullHandler())
 
 
 def _to_logging(level: str, message: str, values: Mapping[str, object]) -> None:
-    """A line through the standard library, with its values as text and, for who wants them, `record.virtbus`."""
+    """A line through the standard library, with its values as text and in `record.virtbus`."""
     number = LEVELS[level]
     if _logger.isEnabledFor(number):
         told = " ".join(f"{name}={value}" for name, value in values.items())
@@ -240,7 +240,7 @@ def emit(event: TelemetryEvent) -> None:
 
 
 def configure(*, level: str = "info", fmt: str = "auto", stream: TextIO | None = None) -> None:
-    """Write a log of our own, at this level ("debug" … "error") and format ("text", "json", or "auto": text on a terminal)."""
+    """Write a log of our own: level "debug" … "error", format "text", "json" or "auto"."""
     global _log
     _log = Log(level=level, fmt=fmt, stream=stream)
 

@@ -19,6 +19,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from virtbus.errors import ConfigError
 from virtbus.model import Check, Message, Outcome, Record
+from virtbus.sequences import MissingEvents
 
 ENTRY_POINT_GROUP = "virtbus.buses"
 
@@ -194,6 +195,19 @@ class DeadLetters(Protocol):
         """Let go; idempotent."""
 
 
+class Memory(Protocol):
+    """What a subscription remembers over a restart, and whom it tells of what is lost to the group."""
+
+    def recall(self, name: str) -> str | None:
+        """The note of this name as it was last kept."""
+
+    def keep(self, name: str, value: str) -> None:
+        """Note this; it is on disk with the next marks that are, and with `Consumer.close`."""
+
+    def missing(self, told: MissingEvents, /) -> None:
+        """Events that the group will never get."""
+
+
 class Bus(Protocol):
     """A broker. One publisher thread owns an instance; `close` may be called from another."""
 
@@ -216,11 +230,14 @@ class Bus(Protocol):
         found dead is thrown away; the next `publish` connects anew. Without a connection it does nothing.
         """
 
-    def consume(self, group: str | None, *, prefetch: int = 100, exclusive: bool = False) -> Subscription:
+    def consume(
+        self, group: str | None, *, prefetch: int = 100, exclusive: bool = False, memory: Memory | None = None
+    ) -> Subscription:
         """Subscribe: a durable group shared by its members, or (None) all from now on, for this one.
 
         With `exclusive` one member at a time is active: another one stands by until it is gone (AMQP,
-        embedded), or takes over at once and the older one gets GroupTakenOver (Kafka).
+        embedded), or takes over at once and the older one gets GroupTakenOver (Kafka). `memory` belongs to
+        the group on this bus; where the broker can skip events, it is told which.
         """
 
     def dead_letters(self, group: str) -> DeadLetters:
@@ -260,6 +277,16 @@ def open_bus(url: str, options: BusOptions | None = None) -> Bus:
         raise ConfigError(f"the bus URL does not begin with a scheme: use one like {_examples()}")
     factory = _factory(scheme)
     return factory(url, options=options if options is not None else BusOptions())
+
+
+def bus_name(url: str, options: BusOptions) -> str:
+    """A bus that `open_bus` accepted, by name: without credentials, the same in any order of its hosts."""
+    scheme, _, rest = url.strip().partition(":")
+    authority, slash, path = rest.removeprefix("//").partition("/")
+    hosts = ",".join(sorted(re.split("[,;]", authority.rpartition("@")[2].lower())))
+    kind = scheme.lower().removesuffix("s")
+    within = {"amqp": options.exchange, "kafka": options.topic}.get(kind, str(options.state_dir or ""))
+    return f"{kind}://{hosts}{slash}{path} {within}"
 
 
 def known_schemes() -> tuple[str, ...]:

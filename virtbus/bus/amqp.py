@@ -34,7 +34,7 @@ from amqp import spec
 from amqp.exceptions import AMQPError
 
 from virtbus import envelope
-from virtbus.bus import BusOptions, DeadLetters, Feed, Subscription, checked_group
+from virtbus.bus import BusOptions, DeadLetters, Feed, Memory, Subscription, checked_group
 from virtbus.bus.amqp_link import (
     LINK_FAULTS,
     Dialer,
@@ -220,7 +220,9 @@ class AmqpBus:
 
     # -- the rest of the contract
 
-    def consume(self, group: str | None, *, prefetch: int = 100, exclusive: bool = False) -> Subscription:
+    def consume(
+        self, group: str | None, *, prefetch: int = 100, exclusive: bool = False, memory: Memory | None = None
+    ) -> Subscription:
         """See virtbus.bus.Bus. Connects at the first `receive`; each group has one active consumer anyway."""
         from virtbus.bus.amqp_consumer import AmqpSubscription
 

@@ -28,7 +28,7 @@ import time
 import uuid
 import weakref
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -52,6 +52,7 @@ _SPARE = 50  # messages that wait to be put aside, beside the prefetch
 _VERIFY_SECONDS = 10.0
 _STEADY_SECONDS = 10.0  # a connection that stood so long has not failed at once
 _CLOSE_SECONDS = 5.0  # for dead letters that are under way
+_FAULTS: tuple[type[BaseException], ...] = (BusUnavailable, *LINK_FAULTS)
 _REMEMBERED = 10_000  # waits that are resumed after a reconnection
 
 
@@ -417,7 +418,7 @@ class AmqpSubscription:
             emit(Trouble(f"{self._queue}: its binding can't be made sure of", error.reply_text))
             if link.connection.channel_max == 1:
                 self._lose(error)
-        except (BusUnavailable, *LINK_FAULTS) as error:
+        except _FAULTS as error:
             self._lose(error)
 
     def _marker_stands(self, link: Link) -> bool:

@@ -81,8 +81,8 @@ def queue_arguments(link: Link, **more: Any) -> list[dict[str, Any]]:
     """The arguments to declare a queue of ours with, in the order to try: a queue that an older broker or
     release made lacks the last one, and is used as it is.
 
-    RabbitMQ 4 gives up on a message after 20 deliveries, and counts what was only prefetched when a connection
-    ended; which event kills its consumer only the consumer can tell (`Consumer.max_attempts`).
+    RabbitMQ 4 gives up on a message after 20 deliveries, and counts what was only prefetched when a
+    connection ended; which event kills its consumer only the consumer can tell (`Consumer.max_attempts`).
     """
     plain = {"x-queue-type": "quorum", **more}
     unlimited = (link.server_major or 0) >= 4
@@ -243,7 +243,7 @@ class DeadLetterOffice:
             emit(DeadLetterStored(self._queue, item.message.position, item.reason[:200], cut))
 
     def _open(self) -> Link:
-        """The connection, with the dead-letter queue declared. Raises BusUnavailable, BusDenied, LINK_FAULTS."""
+        """The connection, with the queue declared. Raises BusUnavailable, BusDenied, LINK_FAULTS."""
         if self._link is None:
             self._link = self._dialer.dial(self._waker, told=None)
             self._link.on_blocked = lambda blocked, reason: None

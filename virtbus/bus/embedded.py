@@ -35,7 +35,7 @@ from uuid import uuid4
 import kombu
 
 from virtbus import envelope
-from virtbus.bus import REASON_HEADER, BusOptions, DeadLetter, Feed, checked_group
+from virtbus.bus import REASON_HEADER, BusOptions, DeadLetter, Feed, Memory, checked_group
 from virtbus.bus.embedded_log import DEFAULT_MAX_BYTES, SMALLEST_MAX_BYTES, Log, LogFull, LogState, look, peek
 from virtbus.bus.embedded_transport import KEY, Channel, connect, payload_of
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError, RecordRefused
@@ -144,7 +144,7 @@ class EmbeddedBus:
         """Nothing to serve: there is no peer."""
 
     def consume(
-        self, group: str | None, *, prefetch: int = 100, exclusive: bool = False
+        self, group: str | None, *, prefetch: int = 100, exclusive: bool = False, memory: Memory | None = None
     ) -> EmbeddedSubscription:
         """Subscribe; see `Bus.consume`. A new group begins with the oldest event that the log still has.
 
@@ -296,7 +296,7 @@ class EmbeddedSubscription:
                 self._lost(error)
 
     def dead_letter(self, message: Message, reason: str) -> None:
-        """Move it to `virtbus.<group>.dead`; what finds no room there waits, still leased, and is tried again."""
+        """Move it to `virtbus.<group>.dead`; what finds no room waits, still leased, and is tried again."""
         self._put_aside(message, reason, Backoff("dead_letter", hook=lambda _: None))
 
     def _put_aside(self, message: Message, reason: str, backoff: Backoff) -> None:

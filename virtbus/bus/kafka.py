@@ -15,7 +15,7 @@ from confluent_kafka import KafkaException
 from confluent_kafka import admin as kafka_admin
 from kombu import connection as kombu_connection
 
-from virtbus.bus import BusOptions, Feed, Subscription, checked_group
+from virtbus.bus import BusOptions, Feed, Memory, Subscription, checked_group
 from virtbus.bus.kafka_admin import Admin
 from virtbus.bus.kafka_errors import Watch, is_purged, oneline, translate
 from virtbus.bus.kafka_settings import KafkaSettings, check
@@ -333,7 +333,9 @@ class KafkaBus:
 
     # -------------------------------------------------------------------------------------- consuming
 
-    def consume(self, group: str | None, *, prefetch: int = 100, exclusive: bool = False) -> Subscription:
+    def consume(
+        self, group: str | None, *, prefetch: int = 100, exclusive: bool = False, memory: Memory | None = None
+    ) -> Subscription:
         """See virtbus.bus.Bus. A group is Kafka's consumer group `virtbus.<group>`; a new one begins with
         the oldest event that the topic still holds. Without a group it connects at once, to
         know what "now" is.

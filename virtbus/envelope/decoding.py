@@ -204,7 +204,7 @@ def _parse(text: bytes, where: str, decoder: msgspec.json.Decoder[Any]) -> Any:
 
 
 def _data(attributes: Mapping[str, str], body: bytes, where: str) -> dict[str, Any]:
-    """The JSON object that is an event's data; of a foreign type whatever else it has is in the body alone."""
+    """The JSON object that is an event's data; whatever else a foreign one has is in the body alone."""
     content_type = attributes.get("datacontenttype", CONTENT_TYPE).partition(";")[0].strip().lower()
     is_json = _JSON.fullmatch(content_type) is not None
     foreign = attributes["type"] not in _TYPES
