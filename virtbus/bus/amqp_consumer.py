@@ -5,11 +5,13 @@ a time (the others stand by), because two consumers of one queue would give up t
 dead letters are in `virtbus.<group>.dead`. A broker that gives up on a message after too many deliveries puts
 it there too, instead of dropping it.
 
-**Careful after a crash.** The broker counts a delivery for everything that was prefetched when a connection
-ended. So a new connection prefetches one message, and one after the other while they come redelivered: an
-event that kills its consumer is counted alone. basic.qos can't change a consumer, and a cancelled one would
-hand the queue to whoever stands by; so each member subscribes several times at once, with rising prefetch,
-and climbs by cancelling the lower rungs: the next in line is its own.
+**Careful after crashes.** The broker counts a delivery for everything that was prefetched when a connection
+ended, and gives up on a message after too many. So a new connection prefetches one message. As long as they
+come with many deliveries it stays at one: an event that kills its consumer is then counted alone. Not from the
+first redelivery on: quorum queues put what comes back behind what came back before, so that only a consumer
+that has all of it keeps its order. basic.qos can't change a consumer, and a cancelled one would hand the queue
+to whoever stands by; so each member subscribes several times at once, with rising prefetch, and climbs by
+cancelling the lower rungs: the next in line is its own.
 
 **Never deaf.** Every few seconds the group makes sure of its queue, its exchange and its binding, without
 traffic. A marker exchange `virtbus.<group>.watch`, bound to the exchange, goes with it: one that was deleted
@@ -47,7 +49,8 @@ from virtbus.telemetry import BusCutOff, Notice, TelemetryEvent, Trouble, emit
 
 _ACK = struct.Struct(">BHIHHQBB")  # a method frame with basic.ack: tag, multiple, frame end
 _ACKS_TOGETHER = 1024  # bytes
-_RUNGS = (1, 2, 3, 5, 9)  # prefetch while messages come redelivered: one, beside those that wait here
+_CAREFUL_AT = 8  # deliveries without a verdict; RabbitMQ's own limit, where there is one, is 20
+_RUNGS = (1, 2, 3, 5, 9)  # prefetch while messages come with so many: one, beside those that wait here
 _SPARE = 50  # messages that wait to be put aside, beside the prefetch
 _VERIFY_SECONDS = 10.0
 _STEADY_SECONDS = 10.0  # a connection that stood so long has not failed at once
@@ -112,7 +115,7 @@ class AmqpSubscription:
         self._waiting: list[tuple[float, int, Message]] = []  # a heap: due, delivery tag, message
         self._held: dict[str, deque[Message]] = {}  # by key: what came behind a message that waits
         self._resumed: dict[str, float] = {}  # by message id: when a wait ends, over reconnections
-        self._fresh = False  # a message came that nobody had before
+        self._calm = False  # a message came that had not been delivered too often
         self._office = DeadLetterOffice(dialer, options, f"{self._queue}.dead", self._put_aside)
         self._backoff = Backoff("consume")
         self._next_try = 0.0
@@ -133,10 +136,10 @@ class AmqpSubscription:
             self._connect(limit)
             with self._lock:
                 self._verify()
-                self._climb()
                 message = self._next()
                 if message is not None:
                     return message
+                self._climb()
                 now = time.monotonic()
                 if now >= limit:
                     return None
@@ -271,7 +274,7 @@ class AmqpSubscription:
         link.declare_exchange()
         self._generation += 1
         self._forget()
-        self._fresh = False
+        self._calm = False
         if self._durable:
             self._declare_group(link)
         else:
@@ -285,16 +288,19 @@ class AmqpSubscription:
         top = self._prefetch + (_SPARE if self._durable else 0)
         self._room = [*(rung for rung in _RUNGS if self._durable and rung < top), top]
         self._tags = []
-        for prefetch in self._room:
+        for number, prefetch in enumerate(self._room):
             link.be_patient()
             channel.basic_qos(0, prefetch, False)
             tag = channel.basic_consume(
                 self._queue,
+                # A broker that loses us takes back what our consumers had in the order of their tags.
+                f"virtbus-{number:02}",
                 callback=lambda raw: self._on_delivery(generation, raw),
                 on_cancel=self._on_cancel,
             )
             self._tags.append(tag)
         self._channel = channel
+        self._climb()
 
     def _declare_group(self, link: Link) -> None:
         self._declare(link, f"{self._queue}.dead", {})
@@ -454,7 +460,6 @@ class AmqpSubscription:
         properties = raw.properties
         info = raw.delivery_info
         tag, redelivered = info["delivery_tag"], bool(info["redelivered"])
-        self._fresh = self._fresh or not redelivered
         if len(raw.body) > MAX_DECODE_BYTES:
             # No event of ours is so large, and what is prefetched of them would fill the memory: the broker
             # itself puts it aside (x-dead-letter-exchange), with the reason in x-death.
@@ -476,6 +481,10 @@ class AmqpSubscription:
             handle=_Handle(generation, tag, properties),
             attempts=counted + 1 if isinstance(counted, int) else None,
         )
+        if not self._calm and (not isinstance(counted, int) or counted < _CAREFUL_AT):
+            self._calm = True
+            if self._link is not None:
+                self._climb()
         due = self._resumed.pop(properties.get("message_id", ""), 0.0) if redelivered else 0.0
         held = self._held.get(message.key) if message.key is not None else None
         if due > time.monotonic():
@@ -490,7 +499,7 @@ class AmqpSubscription:
         raise ProtocolViolation(f"the broker cancelled us: queue {self._queue} was deleted or moved")
 
     def _climb(self) -> None:
-        """More prefetch: all of it once a message came for the first time, else room for one more than wait.
+        """More prefetch: all of it once a message came that is above suspicion, else one beside what waits.
 
         The lower rungs are cancelled from above, the active one last: the next in line is ours.
         """
@@ -498,12 +507,13 @@ class AmqpSubscription:
             return
         waiting = len(self._waiting) + sum(map(len, self._held.values())) + len(self._office)
         rung = next((n for n, room in enumerate(self._room) if room > waiting), len(self._room) - 1)
-        if self._fresh:
+        if self._calm:
             rung = len(self._room) - 1
         if rung:
             lower, self._tags, self._room = self._tags[:rung], self._tags[rung:], self._room[rung:]
             for tag in reversed(lower):
                 self._channel.basic_cancel(tag, nowait=True)
+            self._channel.connection.flush()
 
     def _next(self) -> Message | None:
         if len(self._out) >= self._prefetch:
