@@ -225,6 +225,80 @@ def consume(group: str | None, count: int | None, timeout: float | None, types: 
                          out=sys.stdout, notices=sys.stderr))  # fmt: skip
 
 
+@cli.group()
+def dead() -> None:
+    """What a consumer group put aside: count, list, send back, drop.
+
+    A group's dead letters are messages that are not events, events that its consumer gave up, and what the
+    broker gave up on. The events that an agent set aside are in `virtbus spool list --dead`.
+    """
+
+
+def _group(command: F) -> F:
+    return _common(_bus(_state_dir(click.option("--group", metavar="NAME", required=True,
+                                                help="The consumer group.")(command))))  # fmt: skip
+
+
+@dead.command("count")
+@_group
+def dead_count(group: str, **options: Any) -> None:
+    """Print how many wait.
+
+    \b
+    Example: virtbus dead count --group scheduler --bus amqp://127.0.0.1//
+    """
+    from virtbus.commands import dead as command
+
+    command.count(_load(options), group, sys.stdout)
+
+
+@dead.command("list")
+@_group
+@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="The oldest N.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def dead_list(group: str, limit: int, as_json: bool, **options: Any) -> None:
+    """Print the oldest, a line each: when, id, type, size, reason. Changes nothing.
+
+    \b
+    Example: virtbus dead list --group scheduler --bus amqp://127.0.0.1//
+    """
+    from virtbus.commands import dead as command
+
+    command.show(_load(options), group, limit=limit, as_json=as_json, out=sys.stdout)
+
+
+@dead.command("retry")
+@_group
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@click.option("--all", "everything", is_flag=True, help="All of them.")
+def dead_retry(group: str, ids: tuple[str, ...], everything: bool, **options: Any) -> None:
+    """Send letters back to their group, to nobody else, as they came.
+
+    \b
+    Example: virtbus dead retry --group scheduler --all --bus amqp://127.0.0.1//
+    """
+    from virtbus.commands import dead as command
+
+    sys.exit(command.settle(_load(options), group, ids=ids, everything=everything, back=True,
+                            out=sys.stdout, notices=sys.stderr))  # fmt: skip
+
+
+@dead.command("drop")
+@_group
+@click.argument("ids", nargs=-1, metavar="[ID]...")
+@click.option("--all", "everything", is_flag=True, help="All of them.")
+def dead_drop(group: str, ids: tuple[str, ...], everything: bool, **options: Any) -> None:
+    """Remove letters for good.
+
+    \b
+    Example: virtbus dead drop --group scheduler 0193512b-1111-7222-8333-444455556666
+    """
+    from virtbus.commands import dead as command
+
+    sys.exit(command.settle(_load(options), group, ids=ids, everything=everything, back=False,
+                            out=sys.stdout, notices=sys.stderr))  # fmt: skip
+
+
 @cli.command()
 @_common
 @_libvirt

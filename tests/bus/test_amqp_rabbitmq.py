@@ -15,7 +15,7 @@ from tests.brokers.rabbitmq import RabbitMQ
 from tests.faults import amqp_kit
 from virtbus.bus import BusOptions
 from virtbus.bus.amqp import AmqpBus
-from virtbus.errors import BusDenied, BusUnavailable, ConfigError
+from virtbus.errors import BusDenied, ConfigError
 from virtbus.model import Confirmed, Deferred, Outcome, Refused, Unroutable
 from virtbus.telemetry import METRICS
 from virtbus.testing import ListFeed, TcpFaultProxy, records, wait_until

@@ -6,12 +6,12 @@ dead letters are in `virtbus.<group>.dead`. A broker that gives up on a message 
 it there too, instead of dropping it.
 
 **Careful after crashes.** The broker counts a delivery for everything that was prefetched when a connection
-ended, and gives up on a message after too many. So a new connection prefetches one message. As long as they
-come with many deliveries it stays at one: an event that kills its consumer is then counted alone. Not from the
-first redelivery on: quorum queues put what comes back behind what came back before, so that only a consumer
-that has all of it keeps its order. basic.qos can't change a consumer, and a cancelled one would hand the queue
-to whoever stands by; so each member subscribes several times at once, with rising prefetch, and climbs by
-cancelling the lower rungs: the next in line is its own.
+ended, and gives up on a message after too many. So a new connection prefetches one message, and as long as
+they come with many deliveries it stays at one: an event that kills its consumer is then counted alone. Not
+from the first redelivery on: quorum queues put what comes back behind what came back before, and only a
+consumer that has all of it keeps its order. basic.qos can't change a consumer, and a cancelled one would hand
+the queue to whoever stands by; so each member subscribes several times at once, with rising prefetch, and
+climbs by cancelling the lower rungs: the next in line is its own.
 
 **Never deaf.** Every few seconds the group makes sure of its queue, its exchange and its binding, without
 traffic. A marker exchange `virtbus.<group>.watch`, bound to the exchange, goes with it: one that was deleted
