@@ -17,7 +17,7 @@ class VirtbusError(Exception):
 
 
 class ConfigError(VirtbusError):
-    """The configuration can't be used: mend it (EX_CONFIG). May name several problems, one a line."""
+    """The configuration or an argument can't be used: fix it (EX_CONFIG). May name several problems, one a line."""
 
     exit_code = 78
 
@@ -71,6 +71,14 @@ class BusDenied(VirtbusError):
     """The broker refuses our identity, certificate or permissions: an operator has to act (EX_NOPERM)."""
 
     exit_code = 77
+
+
+class GroupTakenOver(BusDenied):
+    """A newer exclusive member of the group took over: this one is out, and waiting does not help."""
+
+
+class ConsumerClosed(VirtbusError):
+    """A consumer, or a delivery of one, was used after `close`: a mistake of the caller's."""
 
 
 class RecordRefused(VirtbusError):

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from datetime import datetime
 from importlib import import_module
 from importlib.metadata import entry_points
 from ipaddress import ip_address
@@ -24,6 +25,9 @@ ENTRY_POINT_GROUP = "virtbus.buses"
 
 REASON_HEADER = "x-virtbus-reason"
 """The header of a dead letter that says why it was put aside; at most 1,024 bytes of UTF-8."""
+
+CUT_HEADER = "x-virtbus-cut"
+"""The header of a dead letter that says what of it was left out, where it did not fit as it came."""
 
 # What ships with virtbus, for a checkout whose package metadata is not installed (or is older).
 _BUILT_IN: Mapping[str, str] = {
@@ -132,14 +136,63 @@ class Subscription(Protocol):
         """
 
     def dead_letter(self, message: Message, reason: str) -> None:
-        """Put it aside as it came, with the reason in REASON_HEADER, durably; then it is acknowledged.
+        """Put it aside as it came, with the reason in REASON_HEADER, durably; only then acknowledge it.
 
-        Raises BusDenied where that is refused, BusUnavailable when the broker went away in between; the
-        message then comes again. Without a group there is nowhere to put it: it is only logged.
+        Never raises for a broker's fault. What can't be put aside now (the dead-letter queue is gone, full,
+        refused, or the broker blocks publishers) stays unacknowledged and is tried again with backoff, while
+        other messages go on; a lost connection, a kill or `close` in between delivers it again. What does
+        not fit as it came is cut, and CUT_HEADER says what is missing. Without a group there is nowhere to
+        put it: it is only logged.
         """
 
     def close(self) -> None:
         """Leave; what was not acknowledged is delivered again to somebody."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """One message that a group put aside, or that the broker gave up on."""
+
+    position: str  # where it stands, unique among the letters of one look: for logs and for `handle`
+    id: str | None  # the CloudEvent's id, or the message's; None where it has neither
+    source: str | None  # the CloudEvent's source
+    type: str | None  # the CloudEvent's type
+    reason: str  # REASON_HEADER, or the broker's own word ("delivery_limit"), or ""
+    at: datetime | None  # when it was put aside, where that is known
+    size_bytes: int  # of the body
+    message: Message  # as it lies there
+
+
+class DeadLetters(Protocol):
+    """One look at a group's dead letters, oldest first. Not thread-safe; a context manager.
+
+    A letter without a verdict stays where it is, also when the process is killed; looking changes nothing
+    and counts as nothing. Raises BusUnavailable or BusDenied, in each method. A letter that was sent back
+    may be there twice after a kill in between (at least once), never lost.
+    """
+
+    def __enter__(self) -> DeadLetters: ...
+
+    def __exit__(self, *_: object) -> None:
+        """Let go; see `close`."""
+
+    def count(self) -> int:
+        """How many letters wait; 0 where the group has no dead letters (yet)."""
+
+    def read(self, limit: int | None = None) -> Iterator[DeadLetter]:
+        """The oldest `limit` letters that this look has not given out yet; None: all that are there now."""
+
+    def send_back(self, letter: DeadLetter) -> None:
+        """Hand it to its group again, as it came (without our headers), to nobody else; then remove it.
+
+        RecordRefused when it was cut (CUT_HEADER): it is not what came, and stays where it is.
+        """
+
+    def drop(self, letter: DeadLetter) -> None:
+        """Remove it for good."""
+
+    def close(self) -> None:
+        """Let go; idempotent."""
 
 
 class Memory(Protocol):
@@ -183,9 +236,12 @@ class Bus(Protocol):
         """Subscribe: a durable group shared by its members, or (None) all from now on, for this one.
 
         With `exclusive` one member at a time is active: another one stands by until it is gone (AMQP,
-        embedded), or takes over at once and the older one gets BusDenied (Kafka). `memory` belongs to the
+        embedded), or takes over at once and the older one gets GroupTakenOver (Kafka). `memory` belongs to the
         group on this bus; where the broker can skip events, it is told which.
         """
+
+    def dead_letters(self, group: str) -> DeadLetters:
+        """Look at what the group put aside. Raises BusUnavailable, BusDenied, or ConfigError for the name."""
 
     def probe(self) -> Sequence[Check]:
         """Look at reachability, credentials, TLS and topology; changes nothing."""
@@ -299,7 +355,7 @@ def _factory(scheme: str) -> BusFactory:
     if target is None:
         raise ConfigError(
             f'no bus serves "{scheme}:" URLs; known are {", ".join(known_schemes())}. '
-            f"Mend bus.url, or install the package whose entry point {ENTRY_POINT_GROUP} names this scheme"
+            f"Fix bus.url, or install the package whose entry point {ENTRY_POINT_GROUP} names this scheme"
         )
     module, _, name = target.partition(":")
     return _load(scheme, lambda: getattr(import_module(module), name))
