@@ -236,8 +236,8 @@ class Bus(Protocol):
         """Subscribe: a durable group shared by its members, or (None) all from now on, for this one.
 
         With `exclusive` one member at a time is active: another one stands by until it is gone (AMQP,
-        embedded), or takes over at once and the older one gets GroupTakenOver (Kafka). `memory` belongs to the
-        group on this bus; where the broker can skip events, it is told which.
+        embedded), or takes over at once and the older one gets GroupTakenOver (Kafka). `memory` belongs to
+        the group on this bus; where the broker can skip events, it is told which.
         """
 
     def dead_letters(self, group: str) -> DeadLetters:

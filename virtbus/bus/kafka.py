@@ -15,7 +15,7 @@ from confluent_kafka import KafkaException
 from confluent_kafka import admin as kafka_admin
 from kombu import connection as kombu_connection
 
-from virtbus.bus import BusOptions, Feed, Memory, Subscription, checked_group
+from virtbus.bus import BusOptions, DeadLetters, Feed, Memory, Subscription, checked_group
 from virtbus.bus.kafka_admin import Admin
 from virtbus.bus.kafka_errors import Watch, is_purged, oneline, translate
 from virtbus.bus.kafka_settings import KafkaSettings, check
@@ -342,7 +342,13 @@ class KafkaBus:
         """
         from virtbus.bus.kafka_consumer import KafkaSubscription
 
-        return KafkaSubscription(self._settings, checked_group(group), prefetch, exclusive)
+        return KafkaSubscription(self._settings, checked_group(group), prefetch, exclusive, memory)
+
+    def dead_letters(self, group: str) -> DeadLetters:
+        """See virtbus.bus.Bus."""
+        from virtbus.bus.kafka_dead import KafkaDeadLetters
+
+        return KafkaDeadLetters(self._settings, checked_group(group) or group)
 
     # ---------------------------------------------------------------------------------------- probing
 

@@ -1,0 +1,134 @@
+"""Where a Kafka group goes on in each partition, and which records it will never get.
+
+Pure. Kafka itself moves a group silently: to the oldest record that is left when retention has overtaken it,
+to any record of the same number when the topic was recreated. Hence every commit carries the topic's id as
+its metadata, and the same is noted beside the dedupe marks, for a deleted topic takes the commits along.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from virtbus.bus import Memory
+from virtbus.bus.kafka_line import Track
+from virtbus.sequences import Cause, MissingEvents
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """How far a group has read one partition."""
+
+    topic_id: str  # "" where the broker gives none (before Kafka 3.1)
+    next: int  # the offset to go on from
+    end: int  # the partition's end as it was last heard of; at least `next`
+
+    def note(self) -> str:
+        """As it is kept."""
+        return json.dumps([self.topic_id, self.next, self.end])
+
+    @classmethod
+    def read(cls, note: str | None) -> Place | None:
+        """What `note` wrote; None when there is none that can be read."""
+        try:
+            topic_id, following, end = json.loads(note or "")
+            return cls(str(topic_id), int(following), int(end))
+        except (ValueError, TypeError):
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """A partition as it is now."""
+
+    name: str  # "topic[partition]"
+    topic_id: str
+    low: int  # the oldest offset that is left
+    high: int  # the offset that the next record gets
+
+
+def resume(committed: Place | None, noted: Place | None, log: Log) -> tuple[int | None, MissingEvents | None]:
+    """Where to go on (None: where Kafka would by itself), and what is lost on the way.
+
+    `committed` is what the broker keeps for the group, `noted` what we kept. The commit decides, for an
+    operator may have moved it; the note only tells what was read where the broker has forgotten it.
+    """
+    places = [place for place in (committed, noted) if place is not None]
+    same = [place for place in places if _same(place.topic_id, log.topic_id)]
+    if not places:
+        return None, None
+    read = max(same or places, key=lambda place: (place.next, place.end))
+    if not same:
+        return log.low, replaced(log.name, read)
+    if committed not in same:
+        committed = None
+    start = committed if committed is not None else read
+    if start.next > log.high:  # cut short, or another topic of a broker that gives no ids
+        return log.low, replaced(log.name, read)
+    if read.next < log.low:
+        return log.low, MissingEvents(log.name, log.topic_id, read.next, log.low - 1, Cause.RETENTION)
+    return (log.low if start.next < log.low else None), None
+
+
+def replaced(name: str, old: Place) -> MissingEvents:
+    """What was not read of a partition that is another one now; the last offset where it was heard of."""
+    last = old.end - 1 if old.end > old.next else None
+    return MissingEvents(name, old.topic_id, old.next, last, Cause.REPLACED)
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two ids may be of one topic: an unknown one may be any."""
+    return not one or not other or one == other
+
+
+class Losses:
+    """What one subscription's group has read and will never get; tells each loss once."""
+
+    def __init__(self, topic: str, memory: Memory) -> None:
+        self._topic, self._memory = topic, memory
+        self.topic_id = ""  # of the topic that is read now
+        self._told: set[tuple[str, str, int]] = set()
+
+    def read(self, partition: int, following: int, end: int) -> None:
+        """The group goes on from `following`."""
+        place = Place(self.topic_id, following, max(following, end))
+        self._memory.keep(self._name(partition), place.note())
+
+    def resume(
+        self, partition: int, committed: int | None, committed_id: str, low: int, high: int
+    ) -> int | None:
+        """Where to go on in a partition that was assigned; None: where the commit says."""
+        name = self._name(partition)
+        noted = Place.read(self._memory.recall(name))
+        place = None
+        if committed is not None:
+            heard = noted.end if noted is not None and noted.topic_id == committed_id else committed
+            place = Place(committed_id, committed, max(committed, heard))
+        start, lost = resume(place, noted, Log(name, self.topic_id, low, high))
+        if lost is not None:
+            self._tell(lost)
+        following = committed if start is None else start
+        if following is not None:
+            self.read(partition, following, high)
+        return start
+
+    def passed_over(self, partition: int, first: int, last: int, low: int | None) -> None:
+        """Offsets that did not come: lost when they are older than the oldest that is left."""
+        if low is not None and low > first:
+            lost = min(last, low - 1)
+            self._tell(MissingEvents(self._name(partition), self.topic_id, first, lost, Cause.RETENTION))
+
+    def went_back(self, partition: int, track: Track) -> None:
+        """A partition begins anew, so it is another one."""
+        if track.position is not None:
+            old = Place(self.topic_id, track.position, max(track.end, track.position))
+            self._tell(replaced(self._name(partition), old))
+
+    def _name(self, partition: int) -> str:
+        return f"{self._topic}[{partition}]"
+
+    def _tell(self, lost: MissingEvents) -> None:
+        told = (lost.source, lost.epoch, -1 if lost.cause is Cause.REPLACED else lost.first)
+        if told not in self._told:
+            self._told.add(told)
+            self._memory.missing(lost)
