@@ -22,7 +22,9 @@ def serve(subscription: Subscription, seconds: float = 20.0) -> None:
     """Receive until nothing waits to be put aside any more."""
     limit = time.monotonic() + seconds
     while subscription._line.waiting and time.monotonic() < limit:  # type: ignore[attr-defined]
-        assert subscription.receive(0.1) is None
+        message = subscription.receive(0.1)
+        if message is not None:  # a neighbour that comes again
+            subscription.ack(message)
 
 
 def make_topic(url: str, topic: str, **config: str) -> None:
