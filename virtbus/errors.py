@@ -17,7 +17,7 @@ class VirtbusError(Exception):
 
 
 class ConfigError(VirtbusError):
-    """The configuration or an argument can't be used: fix it (EX_CONFIG). May name several problems, one a line."""
+    """Settings or an argument can't be used: fix it (EX_CONFIG). May name several problems, one a line."""
 
     exit_code = 78
 

@@ -35,16 +35,17 @@ from uuid import uuid4
 import kombu
 
 from virtbus import envelope
-from virtbus.bus import BusOptions, Feed, Memory, checked_group
-from virtbus.bus.embedded_log import DEFAULT_MAX_BYTES, SMALLEST_MAX_BYTES, LogFull, LogState, look, peek
+from virtbus.bus import REASON_HEADER, BusOptions, DeadLetter, Feed, Memory, checked_group
+from virtbus.bus.embedded_log import DEFAULT_MAX_BYTES, SMALLEST_MAX_BYTES, Log, LogFull, LogState, look, peek
 from virtbus.bus.embedded_transport import KEY, Channel, connect, payload_of
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError, RecordRefused
 from virtbus.model import Binding, Check, Confirmed, Deferred, Message, Outcome, Record, Refused
 from virtbus.retry import Backoff
-from virtbus.telemetry import BusConnected, BusLost, emit
+from virtbus.telemetry import BusConnected, BusLost, Trouble, emit
 
 FILE_NAME = "bus.db"
 _RECONNECT_CEILING_SECONDS = 1.0
+_ALL = 1 << 31  # dead letters at a look
 
 # ------------------------------------------------------------------------------------------ the bus
 
@@ -158,12 +159,9 @@ class EmbeddedBus:
             subscription.connect()
         return subscription
 
-    def dead_letters(self, group: str, limit: int = 100) -> list[Message]:
-        """The oldest dead letters of a group, unchanged where they are; the reason is in the header
-        `x-virtbus-reason`. They stay until somebody consumes the queue `virtbus.<group>.dead`.
-        """
-        queue = f"virtbus.{checked_group(group)}.dead"
-        return [_message(payload_of(lease), handle=None) for lease in peek(self.path, queue, limit)]
+    def dead_letters(self, group: str) -> EmbeddedDeadLetters:
+        """See virtbus.bus.Bus."""
+        return EmbeddedDeadLetters(self.path, self.max_bytes, f"virtbus.{checked_group(group)}")
 
     def probe(self) -> Sequence[Check]:
         """Whether the file can be made or used, is whole, and has room; changes nothing."""
@@ -229,6 +227,7 @@ class EmbeddedSubscription:
         self._connection: kombu.Connection | None = None
         self._channel: Channel | None = None
         self._inbox: deque[Any] = deque()
+        self._asides: list[tuple[float, Message, str, Backoff]] = []
         self._connections = count(1)
         self._backoff = Backoff("consume", ceiling=_RECONNECT_CEILING_SECONDS)
         self._generation = 0
@@ -262,6 +261,7 @@ class EmbeddedSubscription:
         while not self._closed:
             try:
                 self.connect()
+                self._again()
                 assert self._connection is not None
                 self._connection.drain_events(timeout=max(0.0, end - time.monotonic()))
                 received = self._inbox.popleft()
@@ -296,13 +296,29 @@ class EmbeddedSubscription:
                 self._lost(error)
 
     def dead_letter(self, message: Message, reason: str) -> None:
-        """Move it to `virtbus.<group>.dead`. BusUnavailable: not stored, it comes again."""
-        if (channel := self._holder(message)) is not None:
-            try:
-                channel.dead_letter(_tag(message), reason)
-            except BusUnavailable:
-                self._drop()
-                raise
+        """Move it to `virtbus.<group>.dead`; what finds no room waits, still leased, and is tried again."""
+        self._put_aside(message, reason, Backoff("dead_letter", hook=lambda _: None))
+
+    def _put_aside(self, message: Message, reason: str, backoff: Backoff) -> None:
+        if (channel := self._holder(message)) is None:
+            return
+        try:
+            channel.dead_letter(_tag(message), reason)
+        except LogFull as error:
+            emit(Trouble(f"putting {message.position} aside; trying again, other messages go on", error))
+            self._asides.append((time.monotonic() + backoff.next_wait(), message, reason, backoff))
+        except BusUnavailable as error:
+            self._lost(error)
+
+    def _again(self) -> None:
+        """Try again to put aside what found no room, each when it is due."""
+        now = time.monotonic()
+        due, self._asides = (
+            [one for one in self._asides if one[0] <= now],
+            [one for one in self._asides if one[0] > now],
+        )
+        for _, message, reason, backoff in due:
+            self._put_aside(message, reason, backoff)
 
     def close(self) -> None:
         """Leave; idempotent."""
@@ -344,8 +360,66 @@ class EmbeddedSubscription:
         connection, self._connection, self._channel = self._connection, None, None
         self._generation = 0
         self._inbox.clear()
+        self._asides.clear()
         if connection is not None:
             connection.release()
+
+
+class EmbeddedDeadLetters:
+    """See virtbus.bus.DeadLetters: it reads beside everybody, and takes only what gets a verdict."""
+
+    def __init__(self, path: Path, max_bytes: int, queue: str) -> None:
+        """`queue` is the group's."""
+        self._path, self._max_bytes, self._queue = path, max_bytes, queue
+        self._read = 0
+
+    def __enter__(self) -> EmbeddedDeadLetters:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def count(self) -> int:
+        """See virtbus.bus.DeadLetters."""
+        return len(peek(self._path, f"{self._queue}.dead", _ALL))
+
+    def read(self, limit: int | None = None) -> Iterator[DeadLetter]:
+        """See virtbus.bus.DeadLetters."""
+        leases = [one for one in peek(self._path, f"{self._queue}.dead", _ALL) if one.pos > self._read]
+        for lease in leases[:limit]:
+            self._read = lease.pos
+            message = _message(payload_of(lease), handle=lease.pos)
+            headers = {name: value for name, value in message.headers.items() if isinstance(value, str)}
+            yield DeadLetter(
+                position=f"{self._queue}.dead@{lease.pos}",
+                id=headers.get("ce-id"),
+                source=headers.get("ce-source"),
+                type=headers.get("ce-type"),
+                reason=headers.get(REASON_HEADER, ""),
+                at=None,
+                size_bytes=len(message.body),
+                message=message,
+            )
+
+    def send_back(self, letter: DeadLetter) -> None:
+        """See virtbus.bus.DeadLetters."""
+        self._move(letter, self._queue)
+
+    def drop(self, letter: DeadLetter) -> None:
+        """See virtbus.bus.DeadLetters."""
+        self._move(letter, None)
+
+    def _move(self, letter: DeadLetter, into: str | None) -> None:
+        with contextlib.closing(Log(self._path, max_bytes=self._max_bytes)) as log:
+            pos = letter.message.handle
+            assert isinstance(pos, int)
+            if into is None:
+                log.settle(f"{self._queue}.dead", pos)
+            else:
+                log.dead_letter(f"{self._queue}.dead", pos, into, {REASON_HEADER: None})
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 # ---------------------------------------------------------------------------------------- small parts

@@ -421,7 +421,7 @@ class Log:
                 self._next_due[queue] = min(due, self._next_due.get(queue, due))
 
     def dead_letter(self, queue: str, pos: int, into: str, headers: Mapping[str, Any]) -> None:
-        """Move a message to the queue `into` with more headers, durably, and settle it.
+        """Move a message to the queue `into` with more headers (None: without it), durably, and settle it.
 
         Raises LogFull when the dead letters that nobody reads have used their room.
         """
@@ -432,7 +432,8 @@ class Log:
             entry = _leased(queue, 0, row).entry
             dead = Entry(
                 "", into, entry.key, entry.content_type, entry.content_encoding,
-                {**entry.headers, **headers}, entry.properties, entry.body, into,
+                {k: v for k, v in {**entry.headers, **headers}.items() if v is not None},
+                entry.properties, entry.body, into,
             )  # fmt: skip
             copy = _row(dead, self.path, self.max_bytes * 2)
             bound = int(self.max_bytes * (1 + _DEAD_LETTER_SHARE))
