@@ -256,9 +256,7 @@ class RabbitMQ:
 
     def permit_topic(self, name: str, vhost: str, exchange: str, *, write: str = "", read: str = "") -> None:
         """Restrict a user to routing keys of a topic exchange, which is made for it: regular expressions."""
-        with amqp.Connection(
-            f"127.0.0.1:{self.port}", virtual_host=vhost
-        ) as connection:  # for 4.3
+        with amqp.Connection(f"127.0.0.1:{self.port}", virtual_host=vhost) as connection:  # for 4.3
             connection.channel().exchange_declare(exchange, "topic", durable=True, auto_delete=False)
         rights = ", ".join(f"<<{erlang(each)}>>" for each in (write, read))
         self.eval(

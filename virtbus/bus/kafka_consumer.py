@@ -189,7 +189,7 @@ class KafkaSubscription:
             handle.settled = True
             self._done(handle)  # a dead letter that another group sent back to itself
             return None
-        message = message_of(polled, redelivered=meant_for is not None, handle=handle)
+        message = message_of(polled, headers, redelivered=meant_for is not None, handle=handle)
         return self._line.took(message, handle)
 
     def _done(self, handle: Handle) -> None:

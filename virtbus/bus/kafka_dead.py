@@ -237,6 +237,19 @@ def _cut(text: str, size: int) -> str:
     return text.encode("utf-8", "replace")[:size].decode("utf-8", "ignore")
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A record of the dead letters' topic, with its headers."""
+
+    record: Any
+    headers: Headers
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """(partition, offset)."""
+        return self.record.partition(), self.record.offset()
+
+
 class KafkaDeadLetters:
     """See virtbus.bus.DeadLetters. A look walks through the whole topic, for it holds all groups' letters."""
 
@@ -256,36 +269,33 @@ class KafkaDeadLetters:
 
     def count(self) -> int:
         """See virtbus.bus.DeadLetters."""
-        return sum(1 for _ in self._letters())
+        return len(self._letters())
 
     def read(self, limit: int | None = None) -> Iterator[DeadLetter]:
         """See virtbus.bus.DeadLetters."""
-        left = limit
-        for record in self._letters():
-            place = record.partition(), record.offset()
-            if left == 0:
-                return
-            if place not in self._given:
-                self._given.add(place)
-                left = None if left is None else left - 1
-                yield _letter(record)
+        new = [entry for entry in self._letters() if entry.place not in self._given]
+        for entry in new[:limit]:
+            self._given.add(entry.place)
+            yield _letter(entry)
 
     def send_back(self, letter: DeadLetter) -> None:
         """See virtbus.bus.DeadLetters. Other groups' members pass it over; a foreign reader sees it twice."""
-        if CUT_HEADER in letter.message.headers:
-            told = bytes(letter.message.headers[CUT_HEADER]).decode("utf-8", "replace")  # type: ignore[call-overload]
-            raise RecordRefused(f"{letter.position} can't be sent back, it lacks {told}")
-        record: Any = letter.message.handle
-        headers = [(name, value) for name, value in headers_of(record) if name not in _OURS]
+        entry = _entry(letter)
+        cut = dict(entry.headers).get(CUT_HEADER)
+        if cut is not None:
+            raise RecordRefused(
+                f"{letter.position} can't be sent back, it lacks {cut.decode('utf-8', 'replace')}"
+            )
+        headers = [(name, value) for name, value in entry.headers if name not in _OURS]
         headers.append((FOR_HEADER, self._name))
-        self._publish(self._settings.options.topic, record.value(), record.key(), headers)
+        self._publish(self._settings.options.topic, entry.record.value(), entry.record.key(), headers)
         self.drop(letter)
 
     def drop(self, letter: DeadLetter) -> None:
         """See virtbus.bus.DeadLetters."""
-        record: Any = letter.message.handle
-        headers: Headers = [(SETTLED_HEADER, b"%d" % record.offset()), (GROUP_HEADER, self._name)]
-        self._publish(self._settings.dead_topic, None, b"settled", headers, record.partition())
+        partition, offset = _entry(letter).place
+        headers: Headers = [(SETTLED_HEADER, b"%d" % offset), (GROUP_HEADER, self._name)]
+        self._publish(self._settings.dead_topic, None, b"settled", headers, partition)
         self._settled = True
 
     def close(self) -> None:
@@ -299,27 +309,26 @@ class KafkaDeadLetters:
 
     # ---- within
 
-    def _letters(self) -> list[Any]:
+    def _letters(self) -> list[_Entry]:
         """The group's letters that are not settled, oldest first."""
-        letters = [
-            one for one in self._unsettled()[0] if dict(headers_of(one)).get(GROUP_HEADER) == self._name
-        ]
-        return sorted(letters, key=lambda one: (one.timestamp()[1], one.partition(), one.offset()))
+        letters = [one for one in self._unsettled()[0] if dict(one.headers).get(GROUP_HEADER) == self._name]
+        return sorted(letters, key=lambda one: (one.record.timestamp()[1], one.place))
 
-    def _unsettled(self) -> tuple[list[Any], dict[int, int]]:
+    def _unsettled(self) -> tuple[list[_Entry], dict[int, int]]:
         """Every group's letters that are not settled, and the end of each partition that holds records."""
         settled: set[tuple[int, int]] = set()
-        letters: list[Any] = []
+        letters: list[_Entry] = []
         ends: dict[int, int] = {}
         for record in self._records():
-            partition = record.partition()
-            ends[partition] = record.offset() + 1
-            names = dict(headers_of(record)).get(SETTLED_HEADER)
+            entry = _Entry(record, headers_of(record))
+            partition, offset = entry.place
+            ends[partition] = offset + 1
+            names = dict(entry.headers).get(SETTLED_HEADER)
             if names is None:
-                letters.append(record)
+                letters.append(entry)
             elif names.isdigit():
                 settled.add((partition, int(names)))
-        return [one for one in letters if (one.partition(), one.offset()) not in settled], ends
+        return [one for one in letters if one.place not in settled], ends
 
     def _records(self) -> Iterator[Any]:
         """Everything that the topic holds now."""
@@ -375,8 +384,8 @@ class KafkaDeadLetters:
     def _trim(self) -> None:
         """Delete what stands before each partition's first letter that is not settled, of any group."""
         letters, upto = self._unsettled()
-        for one in letters:
-            upto[one.partition()] = min(one.offset(), upto[one.partition()])
+        for partition, offset in (one.place for one in letters):
+            upto[partition] = min(offset, upto[partition])
         topic = self._settings.dead_topic
         admin = Admin(self._settings)
         for partition, offset in upto.items():
@@ -388,15 +397,19 @@ class KafkaDeadLetters:
             admin.call(f'deleting settled records of topic "{topic}"', delete)
 
 
-def _letter(record: Any) -> DeadLetter:
-    message = message_of(record)
-    headers = message.headers
+def _entry(letter: DeadLetter) -> _Entry:
+    entry: _Entry = letter.message.handle  # type: ignore[assignment]
+    return entry
+
+
+def _letter(entry: _Entry) -> DeadLetter:
+    message = message_of(entry.record, entry.headers, handle=entry)
 
     def text(name: str) -> str | None:
-        value = headers.get(name)
+        value = message.headers.get(name)
         return value.decode("utf-8", "replace") if isinstance(value, bytes) else None
 
-    kind, stamp = record.timestamp()
+    kind, stamp = entry.record.timestamp()
     at = None if kind == TIMESTAMP_NOT_AVAILABLE else datetime.fromtimestamp(stamp / 1000, UTC)
     return DeadLetter(
         position=message.position,

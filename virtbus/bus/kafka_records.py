@@ -15,20 +15,23 @@ _give_headers = operator.methodcaller("headers")
 
 
 def headers_of(polled: Any) -> Headers:
-    """A record's headers; none when confluent-kafka can't give them (a name not in UTF-8): no event."""
+    """A record's headers; none when confluent-kafka can't give them (a name not in UTF-8): no event.
+
+    To be called once a record: after such a name the next call ends the interpreter.
+    """
     try:
         return list(_give_headers(polled) or ())
     except (SystemError, UnicodeDecodeError):
         return []
 
 
-def message_of(polled: Any, *, redelivered: bool = False, handle: object = None) -> Message:
-    """A polled record as a message; `handle` is the record itself where none is given.
+def message_of(polled: Any, headers: Headers, *, redelivered: bool = False, handle: object = None) -> Message:
+    """A polled record with its headers as a message; `handle` is the record itself where none is given.
 
     A header that has two values is there as the list of them, so that whoever reads it has to refuse it.
     """
     values: dict[str, list[bytes | None]] = {}
-    for name, value in headers_of(polled):
+    for name, value in headers:
         known = values.setdefault(name, [])
         if value not in known:
             known.append(value)
