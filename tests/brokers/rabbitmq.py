@@ -278,6 +278,18 @@ class RabbitMQ:
             lambda: self.eval("rabbit_alarm:get_alarms() =/= [].") == alarmed, f"alarm is {alarmed}", 20
         )
 
+    @contextmanager
+    def largest_message(self, size: int) -> Iterator[None]:
+        """Take no message of more bytes for the length of a `with` block. For the whole node."""
+        setting = (
+            "application:set_env(rabbit, max_message_size, {0}), persistent_term:put(max_message_size, {0})."
+        )
+        self.eval(setting.format(size))  # the latter is 4.x's, which reads the former at its start only
+        try:
+            yield
+        finally:
+            self.eval(setting.format(134217728))
+
     def queues(self, vhost: str) -> dict[str, int]:
         """How many messages each queue of `vhost` holds, ready and unacknowledged."""
         out = self.rabbitmqctl("list_queues", "--vhost", vhost, "--silent", "name", "messages")
