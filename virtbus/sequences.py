@@ -40,7 +40,8 @@ class MissingEvents(TelemetryEvent):
 
     With the cause "unexplained" they are sequence numbers of an agent (`source`) in one `epoch`. Otherwise
     they are Kafka offsets: `source` is "topic[partition]" and `epoch` the id of the topic they were in, ""
-    when the broker does not tell; `last` is None when nobody can know how far it went.
+    when the broker does not tell; `last` is None where nobody knows how far they went, as in a topic that
+    is gone.
     """
 
     LEVEL: ClassVar[str] = "error"

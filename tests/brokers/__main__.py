@@ -2,8 +2,8 @@
 
     python -m tests.brokers [NAME…]        rabbitmq-bookworm, rabbitmq-trixie, rabbitmq-forky, kafka-VERSION
 
-RabbitMQ comes from Debian's suites, each in a folder (tests/lab/chroot.py), Kafka from Maven. Ends with 1 when a
-test failed anywhere. What differs between releases is told in docs/events.md.
+RabbitMQ comes from Debian's suites, each in a folder (tests/lab/chroot.py), Kafka from Maven. Ends with 1
+when a test failed anywhere. What differs between releases is told in docs/events.md.
 """
 
 from __future__ import annotations

@@ -13,15 +13,15 @@ LOG = Log("t[0]", A, 10, 50)
     ("committed", "noted", "start"),
     [
         pytest.param(None, None, None, id="a new group begins where Kafka lets it"),
-        pytest.param(Place(A, 20, 50), None, None, id="a commit stands"),
-        pytest.param(Place("", 20, 50), None, None, id="a commit of an older release stands"),
-        pytest.param(Place(A, 20, 50), Place(A, 15, 50), None, id="the commit is further: others read on"),
-        pytest.param(Place(A, 20, 50), Place(A, 25, 50), None, id="an operator moved the commit back"),
-        pytest.param(Place(A, 5, 50), Place(A, 25, 50), 10, id="and back beyond what is left"),
-        pytest.param(None, Place(A, 25, 50), None, id="the commit expired: Kafka begins with the oldest"),
-        pytest.param(Place(A, 10, 50), None, None, id="the oldest that is left is the next"),
-        pytest.param(Place(A, 50, 50), None, None, id="at the end"),
-        pytest.param(Place(A, 20, 50), Place(B, 90, 99), None, id="an old topic's note beside a new commit"),
+        pytest.param(Place(A, 20), None, None, id="a commit stands"),
+        pytest.param(Place("", 20), None, None, id="a commit of an older release stands"),
+        pytest.param(Place(A, 20), Place(A, 15), None, id="the commit is further: others read on"),
+        pytest.param(Place(A, 20), Place(A, 25), None, id="an operator moved the commit back"),
+        pytest.param(Place(A, 5), Place(A, 25), 10, id="and back beyond what is left"),
+        pytest.param(None, Place(A, 25), None, id="the commit expired: Kafka begins with the oldest"),
+        pytest.param(Place(A, 10), None, None, id="the oldest that is left is the next"),
+        pytest.param(Place(A, 50), None, None, id="at the end"),
+        pytest.param(Place(A, 20), Place(B, 90), None, id="an old topic's note beside a new commit"),
     ],
 )
 def test_nothing_is_lost(committed, noted, start):
@@ -31,12 +31,12 @@ def test_nothing_is_lost(committed, noted, start):
 @pytest.mark.parametrize(
     ("committed", "noted", "lost"),
     [
-        pytest.param(Place(A, 4, 50), None, (A, 4, 9, Cause.RETENTION), id="retention overtook the group"),
-        pytest.param(None, Place(A, 4, 50), (A, 4, 9, Cause.RETENTION), id="and its commit expired"),
-        pytest.param(Place(A, 4, 9), Place(A, 7, 9), (A, 7, 9, Cause.RETENTION), id="the note is further"),
-        pytest.param(Place(B, 20, 20), None, (B, 20, None, Cause.REPLACED), id="a recreated topic"),
-        pytest.param(None, Place(B, 20, 31), (B, 20, 30, Cause.REPLACED), id="its end was heard of"),
-        pytest.param(Place("", 70, 70), None, ("", 70, None, Cause.REPLACED), id="beyond the end, no ids"),
+        pytest.param(Place(A, 4), None, (A, 4, 9, Cause.RETENTION), id="retention overtook the group"),
+        pytest.param(None, Place(A, 4), (A, 4, 9, Cause.RETENTION), id="and its commit expired"),
+        pytest.param(Place(A, 4), Place(A, 7), (A, 7, 9, Cause.RETENTION), id="the note is further"),
+        pytest.param(Place(B, 20), None, (B, 20, None, Cause.REPLACED), id="a recreated topic"),
+        pytest.param(None, Place(B, 20), (B, 20, None, Cause.REPLACED), id="and the commits went with it"),
+        pytest.param(Place("", 70), None, ("", 70, None, Cause.REPLACED), id="beyond the end, no ids"),
     ],
 )
 def test_what_is_lost_is_told_with_its_numbers_and_the_group_goes_on_with_the_oldest(committed, noted, lost):
@@ -49,4 +49,4 @@ def test_a_note_that_can_not_be_read_is_none(note):
 
 
 def test_a_place_is_what_was_noted():
-    assert Place.read(Place(A, 3, 9).note()) == Place(A, 3, 9)
+    assert Place.read(Place(A, 3).note()) == Place(A, 3)

@@ -197,7 +197,7 @@ class KafkaSubscription:
         if watermark is None or self._group is None:
             return
         place = TopicPartition(handle.topic, handle.partition, watermark, self._losses.topic_id)
-        self._losses.read(handle.partition, watermark, handle.track.end)
+        self._losses.read(handle.partition, watermark)
         try:
             self._consumer.store_offsets(offsets=[place])
         except KafkaException as error:
@@ -247,7 +247,7 @@ class KafkaSubscription:
             else:
                 places = self._end(consumer, topic)
                 for place in places:
-                    self._line.assign(place.partition, place.offset, place.offset)
+                    self._line.assign(place.partition, place.offset)
                 consumer.assign(places)
         except BaseException:
             consumer.close()
@@ -288,7 +288,7 @@ class KafkaSubscription:
                 start = self._losses.resume(place.partition, offset, known.metadata or "", low, high)
             if start is not None:
                 place.offset = start
-            self._line.assign(place.partition, offset if start is None else start, high or 0)
+            self._line.assign(place.partition, offset if start is None else start)
         consumer.incremental_assign(places)
         self._paused = None  # new partitions come unpaused, others stay as they are: `_throttle` looks again
         self._ousted_at = None
@@ -333,13 +333,12 @@ class KafkaSubscription:
         if self._group is None:
             self._take_new_partitions()
         for partition, track in [] if self._paused else list(tracks.items()):
-            low, high = self._ends(partition, _ASK_SECONDS)
-            if low is None or high is None:
+            low, _ = self._ends(partition, _ASK_SECONDS)
+            if low is None:
                 break
             if track.following is not None and low > track.following:
                 self._losses.passed_over(partition, track.following, low - 1, low)
                 track.following = low
-            track.end = max(track.end, high)
 
     def _take_new_partitions(self) -> None:
         """Everything in a partition that was added since is from after we began."""

@@ -104,7 +104,7 @@ class _Ear(logging.Handler):
         kind, _, text = record.getMessage().partition(" ")
         if kind == "FAIL":
             told = oneline(text.partition("]: ")[2] or text)
-            # Hung up at the first bytes, by a listener that reads them as something else. librdkafka may go on:
+            # Hung up at the first bytes, by a listener that reads them as something else. More may follow:
             # "(after 1ms in state APIVERSION_QUERY, 4 identical error(s) suppressed)".
             if re.search(r"Disconnected.*\bin state (APIVERSION_QUERY|SSL_HANDSHAKE)\b", told):
                 told += "; is it a TLS listener, and the URL kafka://, or the other way round?"

@@ -22,9 +22,8 @@ class Track:
     Guarantee: `done` gives an offset to commit only when every message before it is acknowledged.
     """
 
-    def __init__(self, following: int | None = None, end: int = 0) -> None:
+    def __init__(self, following: int | None = None) -> None:
         self.following = following  # the offset that comes next in an unbroken log; None: not known yet
-        self.end = end  # the partition's end as it was last heard of
         self._open: deque[int] = deque()  # taken, in order; an acknowledged one goes when it is the first
         self._acknowledged: set[int] = set()
 
@@ -48,7 +47,6 @@ class Track:
         Offsets rise, with holes where the log was compacted; (`following`, -1) when it went back.
         """
         expected, self.following = self.following, offset + 1
-        self.end = max(self.end, offset + 1)
         self._open.append(offset)
         if expected is None or offset == expected:
             return None
@@ -109,10 +107,10 @@ class Line:
 
     # ---- partitions
 
-    def assign(self, partition: int, following: int | None = None, end: int = 0) -> Track:
+    def assign(self, partition: int, following: int | None = None) -> Track:
         """A partition is ours; what came from it before means nothing any more."""
         self.forget([partition])
-        track = self.tracks[partition] = Track(following, end)
+        track = self.tracks[partition] = Track(following)
         return track
 
     def forget(self, partitions: list[int]) -> None:

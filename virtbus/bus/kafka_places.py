@@ -21,18 +21,17 @@ class Place:
 
     topic_id: str  # "" where the broker gives none (before Kafka 3.1)
     next: int  # the offset to go on from
-    end: int  # the partition's end as it was last heard of; at least `next`
 
     def note(self) -> str:
         """As it is kept."""
-        return json.dumps([self.topic_id, self.next, self.end])
+        return json.dumps([self.topic_id, self.next])
 
     @classmethod
     def read(cls, note: str | None) -> Place | None:
         """What `note` wrote; None when there is none that can be read."""
         try:
-            topic_id, following, end = json.loads(note or "")
-            return cls(str(topic_id), int(following), int(end))
+            topic_id, following = json.loads(note or "")
+            return cls(str(topic_id), int(following))
         except (ValueError, TypeError):
             return None
 
@@ -57,7 +56,7 @@ def resume(committed: Place | None, noted: Place | None, log: Log) -> tuple[int 
     same = [place for place in places if _same(place.topic_id, log.topic_id)]
     if not places:
         return None, None
-    read = max(same or places, key=lambda place: (place.next, place.end))
+    read = max(same or places, key=lambda place: place.next)
     if not same:
         return log.low, replaced(log.name, read)
     if committed not in same:
@@ -71,9 +70,8 @@ def resume(committed: Place | None, noted: Place | None, log: Log) -> tuple[int 
 
 
 def replaced(name: str, old: Place) -> MissingEvents:
-    """What was not read of a partition that is another one now; the last offset where it was heard of."""
-    last = old.end - 1 if old.end > old.next else None
-    return MissingEvents(name, old.topic_id, old.next, last, Cause.REPLACED)
+    """What was not read of a partition that is another one now; nobody knows how far it went."""
+    return MissingEvents(name, old.topic_id, old.next, None, Cause.REPLACED)
 
 
 def _same(one: str, other: str) -> bool:
@@ -89,27 +87,23 @@ class Losses:
         self.topic_id = ""  # of the topic that is read now
         self._told: set[tuple[str, str, int]] = set()
 
-    def read(self, partition: int, following: int, end: int) -> None:
+    def read(self, partition: int, following: int) -> None:
         """The group goes on from `following`."""
-        place = Place(self.topic_id, following, max(following, end))
-        self._memory.keep(self._name(partition), place.note())
+        self._memory.keep(self._name(partition), Place(self.topic_id, following).note())
 
     def resume(
         self, partition: int, committed: int | None, committed_id: str, low: int, high: int
     ) -> int | None:
         """Where to go on in a partition that was assigned; None: where the commit says."""
         name = self._name(partition)
+        place = None if committed is None else Place(committed_id, committed)
         noted = Place.read(self._memory.recall(name))
-        place = None
-        if committed is not None:
-            heard = noted.end if noted is not None and noted.topic_id == committed_id else committed
-            place = Place(committed_id, committed, max(committed, heard))
         start, lost = resume(place, noted, Log(name, self.topic_id, low, high))
         if lost is not None:
             self._tell(lost)
         following = committed if start is None else start
         if following is not None:
-            self.read(partition, following, high)
+            self.read(partition, following)
         return start
 
     def passed_over(self, partition: int, first: int, last: int, low: int | None) -> None:
@@ -121,8 +115,7 @@ class Losses:
     def went_back(self, partition: int, track: Track) -> None:
         """A partition begins anew, so it is another one."""
         if track.position is not None:
-            old = Place(self.topic_id, track.position, max(track.end, track.position))
-            self._tell(replaced(self._name(partition), old))
+            self._tell(replaced(self._name(partition), Place(self.topic_id, track.position)))
 
     def _name(self, partition: int) -> str:
         return f"{self._topic}[{partition}]"
