@@ -5,8 +5,8 @@
 Each round publishes, lets a consumer run for a moment, ends it (SIGKILL or in good order) or not, and deletes
 a random part of each partition as retention would; every fourth round deletes the whole topic and makes
 another of its name. The obligations are the records whose delivery the broker reported. Prints the line
-`kafka_overtaken rounds=… sent=… handed_out=… named=… unnamed=…`; ends with 1 when a record was neither handed out
-nor named.
+`kafka_overtaken rounds=… sent=… handed_out=… named=… unnamed=…`; ends with 1 when a record was neither handed
+out nor named.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,10 @@ class Reader:
                 self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, text=True)
             self.thread = threading.Thread(target=self.listen, args=(self.process,), daemon=True)
             self.thread.start()
+
+    def said(self) -> int:
+        """How many lines it has printed."""
+        return len(self.handed) + len(self.told)
 
     def listen(self, process: subprocess.Popen[str]) -> None:
         """Sort its lines."""
@@ -103,9 +108,10 @@ class Account:
                 found = self.client.describe_topics(TopicCollection([TOPIC]))[TOPIC].result(30)
                 self.topic_id = str(found.topic_id)
 
-    def publish(self, count: int) -> None:
-        """Publish so many events and note where each went."""
-        for record in records(count, keys=KEYS):
+    def publish(self, count: int) -> set[str]:
+        """Publish so many events and note where each went; their ids."""
+        items = records(count, keys=KEYS)
+        for record in items:
             wire = envelope.to_kafka(record.attributes, record.body)
 
             def stored(error: Any, message: Any, name: str = record.id) -> None:
@@ -114,6 +120,7 @@ class Account:
 
             self.producer.produce(TOPIC, wire.value, wire.key, headers=wire.headers, on_delivery=stored)
         assert self.producer.flush(60) == 0
+        return {record.id for record in items}
 
     def expire(self, chance: random.Random) -> None:
         """Delete a random part of each partition, as retention does."""
@@ -128,6 +135,13 @@ class Account:
             except KafkaException as error:  # below what was deleted before: nothing to do
                 if error.args[0].code() != KafkaError.OFFSET_OUT_OF_RANGE:
                     raise RuntimeError(f"deleting up to {place}") from error
+
+
+def wait(condition: Callable[[], bool], seconds: float = 120.0) -> None:
+    """Until it is true; what is missing after that is found in the account."""
+    until = time.monotonic() + seconds
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def is_named(place: tuple[str, int, int], told: list[dict[str, Any]]) -> bool:
@@ -151,8 +165,10 @@ def scenario(cluster: Cluster, folder: Path, rounds: int, seed: int) -> bool:
     try:
         for number in range(rounds):
             account.publish(chance.randint(50, 300))
+            said = reader.said()
             reader.start()
-            time.sleep(chance.uniform(0.5, 4.0))
+            wait(lambda: reader.said() > said)  # noqa: B023 - called at once
+            time.sleep(chance.uniform(0.0, 0.5))
             if number % 3:  # else it runs on, and is overtaken while it does
                 reader.end(signal.SIGKILL if number % 2 else signal.SIGTERM)
             account.publish(chance.randint(50, 300))
@@ -160,14 +176,9 @@ def scenario(cluster: Cluster, folder: Path, rounds: int, seed: int) -> bool:
                 account.make_topic()
             else:
                 account.expire(chance)
-        account.publish(100)
+        last = account.publish(100)
         reader.start()
-        quiet_since, before = time.monotonic(), -1
-        while time.monotonic() - quiet_since < 10.0:
-            now = len(reader.handed) + len(reader.told)
-            if now != before:
-                quiet_since, before = time.monotonic(), now
-            time.sleep(0.1)
+        wait(lambda: last <= set(reader.handed))
     finally:
         reader.end(signal.SIGTERM)
     handed = set(reader.handed)

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -18,9 +18,6 @@ from confluent_kafka.admin import (
     AclBindingFilter,
     AclOperation,
     AclPermissionType,
-    AlterConfigOpType,
-    ConfigEntry,
-    ConfigResource,
     NewTopic,
     ResourcePatternType,
     ResourceType,
@@ -35,16 +32,6 @@ from virtbus.model import Confirmed, Deferred
 from virtbus.testing import ListFeed, records
 
 pytestmark = pytest.mark.slow
-
-
-def configure(url: str, topic: str, **settings: str) -> None:
-    client = admin(url)
-    entries = [
-        ConfigEntry(name.replace("_", "."), value, incremental_operation=AlterConfigOpType.SET)
-        for name, value in settings.items()
-    ]
-    resource = ConfigResource(ConfigResource.Type.TOPIC, topic, incremental_configs=entries)
-    client.incremental_alter_configs([resource])[resource].result(20)
 
 
 def patiently(feed: ListFeed, bus: KafkaBus, seconds: float = 90.0) -> list[str]:
@@ -70,21 +57,32 @@ def confirmed(feed: ListFeed) -> set[str]:
 
 
 def test_min_insync_replicas_that_are_not_met_defer_and_met_again_deliver(
-    kafka_url: str, kafka_topic: str
+    tmp_path: Path, kafka_topic: str
 ) -> None:
     items = records(20, keys=5)
-    with opened(kafka_url, kafka_topic, confirm_timeout=2.0) as bus:
-        assert ListFeed(records(1)).drain(bus) == 1
-        configure(kafka_url, kafka_topic, min_insync_replicas="2")  # the only broker can't do that
-        feed = ListFeed(items)
-        feed.publish(bus, again=True)
-        assert confirmed(feed) == set()
-        assert any("min.insync.replicas = 2: bring their brokers back" in why for why in reasons(feed))
-        check = next(each for each in bus.probe() if each.name == "bus.topic")
-        assert (check.status, check.exit_code) == ("failed", BusUnavailable.exit_code)
-        configure(kafka_url, kafka_topic, min_insync_replicas="1")
-        patiently(feed, bus)
-        assert confirmed(feed) == {item.id for item in items}
+    cluster = Cluster(tmp_path / "three", brokers=3).start()
+    options = {"topic_replication": 3, "topic_config": {"min.insync.replicas": "3"}}
+    try:
+        with opened(cluster.url, kafka_topic, confirm_timeout=4.0, connect_timeout=10.0, **options) as bus:
+            assert ListFeed(records(1)).drain(bus, timeout=60) == 1
+            cluster.kill(cluster.brokers[2])
+            feed = ListFeed(items)
+            limit = time.monotonic() + 60
+            while not any("min.insync.replicas" in why for why in reasons(feed)):
+                assert time.monotonic() < limit, reasons(feed)
+                with suppress(BusUnavailable):
+                    feed.publish(bus, again=True)
+            assert any("min.insync.replicas = 3: bring their brokers back" in why for why in reasons(feed))
+            before = confirmed(feed)
+            feed.publish(bus, again=True)
+            assert confirmed(feed) == before, "nothing is confirmed by two of three"
+            check = next(each for each in bus.probe() if each.name == "bus.topic")
+            assert (check.status, check.exit_code) == ("failed", BusUnavailable.exit_code)
+            cluster.restart(cluster.brokers[2])
+            patiently(feed, bus)
+            assert confirmed(feed) == {item.id for item in items}
+    finally:
+        cluster.stop()
 
 
 def test_a_topic_that_is_deleted_while_events_wait_is_named_and_not_only_timed_out(
