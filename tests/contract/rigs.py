@@ -83,11 +83,10 @@ class EmbeddedRig:
         return open_bus(f"embedded://{self.folder}/a-file/bus.db", BusOptions())
 
     def dead_letters(self, group: str, count: int) -> Sequence[Message]:
-        bus: Any = self.open()
-        try:
-            found: Sequence[Message] = bus.dead_letters(group)
-        finally:
-            bus.close()
+        bus = self.open()
+        with bus.dead_letters(group) as letters:
+            found = [letter.message for letter in letters.read()]
+        bus.close()
         return found
 
 

@@ -371,7 +371,8 @@ class AmqpDeadLetters:
     def __init__(self, dialer: Dialer, options: BusOptions, queue: str) -> None:
         """Connects. `queue` is the group's. Raises BusUnavailable, BusDenied."""
         self._options, self._group, self._queue = options, queue, f"{queue}.dead"
-        self._link = dialer.dial(Waker(), told=None)
+        self._waker = Waker()
+        self._link = dialer.dial(self._waker, told=None)
         self._channel: Any = None
         self._open: deque[DeadLetter] = deque()
 

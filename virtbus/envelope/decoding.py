@@ -205,17 +205,18 @@ def _parse(text: bytes, where: str, decoder: msgspec.json.Decoder[Any]) -> Any:
 
 def _data(attributes: Mapping[str, str], body: bytes, where: str) -> dict[str, Any]:
     """The JSON object that is an event's data; whatever else a foreign one has is in the body alone."""
-    content_type = attributes.get("datacontenttype", CONTENT_TYPE).partition(";")[0].strip().lower()
+    told = attributes.get("datacontenttype")
+    content_type = (told or CONTENT_TYPE).partition(";")[0].strip().lower()
     is_json = _JSON.fullmatch(content_type) is not None
     foreign = attributes["type"] not in _TYPES
+    if foreign and (not body or not is_json):
+        return {}
     if not is_json:
-        if foreign:
-            return {}
         raise SchemaError(f"{where}: the data is {content_type[:80]!r}, not JSON")
     try:
         data = _parse(body, where, _ANY)
     except SchemaError:
-        if foreign:
+        if foreign and told is None:  # it never said that this is JSON
             return {}
         raise
     if isinstance(data, dict):
