@@ -42,7 +42,7 @@ COOKIE = "virtbustests"
 READY_SECONDS = 180
 
 # Names a Debian suite: its RabbitMQ is used wherever no other is asked for (`make brokers`).
-SUITE = "VIRTBUS_RABBITMQ_SUITE"
+SUITE = "VIRTBUS_TEST_RABBITMQ"
 
 # Runs a program of another root file system, which sees this machine's processes, devices and the node's
 # folder; the mounts are its own and go when it ends.

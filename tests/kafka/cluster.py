@@ -35,7 +35,7 @@ class KafkaMissing(Exception):
 
 
 # Names another release of Kafka than pom.xml pins (`make brokers`).
-VERSION = "VIRTBUS_KAFKA_VERSION"
+VERSION = "VIRTBUS_TEST_KAFKA"
 
 
 def kafka_version() -> str:

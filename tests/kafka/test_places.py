@@ -12,20 +12,20 @@ LOG = Log("t[0]", A, 10, 50)
 @pytest.mark.parametrize(
     ("committed", "noted", "start"),
     [
-        pytest.param(None, None, None, id="a new group begins where Kafka lets it"),
+        pytest.param(None, None, 10, id="a new group begins with the oldest"),
         pytest.param(Place(A, 20), None, None, id="a commit stands"),
         pytest.param(Place("", 20), None, None, id="a commit of an older release stands"),
         pytest.param(Place(A, 20), Place(A, 15), None, id="the commit is further: others read on"),
         pytest.param(Place(A, 20), Place(A, 25), None, id="an operator moved the commit back"),
         pytest.param(Place(A, 5), Place(A, 25), 10, id="and back beyond what is left"),
-        pytest.param(None, Place(A, 25), None, id="the commit expired: Kafka begins with the oldest"),
+        pytest.param(None, Place(A, 25), 10, id="the commit expired: what was read comes again"),
         pytest.param(Place(A, 10), None, None, id="the oldest that is left is the next"),
         pytest.param(Place(A, 50), None, None, id="at the end"),
         pytest.param(Place(A, 20), Place(B, 90), None, id="an old topic's note beside a new commit"),
     ],
 )
 def test_nothing_is_lost(committed, noted, start):
-    assert resume(committed, noted, LOG) == (start, None)
+    assert resume(committed, noted, LOG) == (start, ())
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,11 @@ def test_nothing_is_lost(committed, noted, start):
     ],
 )
 def test_what_is_lost_is_told_with_its_numbers_and_the_group_goes_on_with_the_oldest(committed, noted, lost):
-    assert resume(committed, noted, LOG) == (10, MissingEvents("t[0]", *lost))
+    start, (told, *more) = resume(committed, noted, LOG)
+    assert (start, told) == (10, MissingEvents("t[0]", *lost))
+    # Of a topic that took the place of another the group missed what retention took before it came.
+    replaced = [MissingEvents("t[0]", A, 0, 9, Cause.RETENTION)]
+    assert more == (replaced if told.cause is Cause.REPLACED else [])
 
 
 @pytest.mark.parametrize("note", [None, "", "x", "[]", '["a", "b", 1]', "{}", "3"])

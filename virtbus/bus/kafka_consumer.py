@@ -180,7 +180,7 @@ class KafkaSubscription:
             track = self._line.assign(partition, offset)  # what came before is another log's
         passed_over = track.took(offset)
         if passed_over is not None:
-            low, _ = self._ends(partition, _ASK_SECONDS)
+            low, _ = _ends(self._consumer, TopicPartition(self._settings.options.topic, partition))
             self._losses.passed_over(partition, *passed_over, low)
         headers = headers_of(polled)
         handle = Handle(track, polled.topic(), partition, offset, polled.key(), headers)
@@ -245,7 +245,7 @@ class KafkaSubscription:
                     [topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._revoked
                 )
             else:
-                places = self._end(consumer, topic)
+                places = _now(consumer, topic)
                 for place in places:
                     self._line.assign(place.partition, place.offset)
                 consumer.assign(places)
@@ -253,23 +253,6 @@ class KafkaSubscription:
             consumer.close()
             raise
         self._consumer = consumer
-
-    def _end(self, consumer: Any, topic: str) -> list[Any]:
-        """Where each partition ends now."""
-        doing = f'looking for the end of topic "{topic}"'
-        deadline = time.monotonic() + _CALL_SECONDS
-        while True:
-            try:
-                partitions = consumer.list_topics(topic, timeout=_CALL_SECONDS).topics[topic].partitions
-                places = [TopicPartition(topic, partition) for partition in partitions]
-                for place in places:
-                    place.offset = consumer.get_watermark_offsets(place, timeout=_CALL_SECONDS)[1]
-                return places
-            except KafkaException as error:
-                # A topic that was just made, or a broker that just came back, has no leader for a moment.
-                if error.args[0].code() not in _NO_LEADER_YET or time.monotonic() > deadline:
-                    raise translate(error.args[0], doing) from error
-                time.sleep(0.1)
 
     def _assigned(self, consumer: Any, places: list[Any]) -> None:
         """Partitions are ours: go on where the group left off, and tell what is lost on the way."""
@@ -279,17 +262,21 @@ class KafkaSubscription:
             KafkaException
         ):  # librdkafka asks again by itself; what was passed over is seen by the gap then
             committed = {}
+        begun = []
         for place in places:
             known = committed.get(place.partition)
             offset = known.offset if known is not None and known.offset >= 0 else None
-            low, high = self._ends(place.partition, _CALL_SECONDS, consumer)
+            low, high = _ends(consumer, place, _CALL_SECONDS)
             start = None
             if known is not None and low is not None and high is not None:
                 start = self._losses.resume(place.partition, offset, known.metadata or "", low, high)
             if start is not None:
                 place.offset = start
+                begun.append(TopicPartition(place.topic, place.partition, start, self._losses.topic_id))
             self._line.assign(place.partition, offset if start is None else start)
         consumer.incremental_assign(places)
+        if begun:  # from here on the group has a place that retention can overtake
+            consumer.store_offsets(offsets=begun)
         self._paused = None  # new partitions come unpaused, others stay as they are: `_throttle` looks again
         self._ousted_at = None
 
@@ -300,19 +287,6 @@ class KafkaSubscription:
         self._line.forget([place.partition for place in places])
         if self._exclusive and not self._line.tracks:
             self._ousted_at = time.monotonic()
-
-    def _ends(
-        self, partition: int, timeout: float, consumer: Any = None
-    ) -> tuple[int, int] | tuple[None, None]:
-        """The oldest offset that a partition still holds and the next that it gives; None: no answer."""
-        place = TopicPartition(self._settings.options.topic, partition)
-        try:
-            found: tuple[int, int] = (consumer or self._consumer).get_watermark_offsets(
-                place, timeout=timeout
-            )
-        except KafkaException:
-            return None, None
-        return found
 
     def _look_around(self) -> None:
         """Nothing comes: is it still the same topic, and has it lost what we were about to read?"""
@@ -333,7 +307,7 @@ class KafkaSubscription:
         if self._group is None:
             self._take_new_partitions()
         for partition, track in [] if self._paused else list(tracks.items()):
-            low, _ = self._ends(partition, _ASK_SECONDS)
+            low, _ = _ends(self._consumer, TopicPartition(self._settings.options.topic, partition))
             if low is None:
                 break
             if track.following is not None and low > track.following:
@@ -404,6 +378,33 @@ class KafkaSubscription:
         consumer, self._consumer = self._consumer, None
         self._line.forget(list(self._line.tracks))
         _leave(consumer)
+
+
+def _now(consumer: Any, topic: str) -> list[Any]:
+    """Where each partition of a topic ends now."""
+    doing = f'looking for the end of topic "{topic}"'
+    deadline = time.monotonic() + _CALL_SECONDS
+    while True:
+        try:
+            partitions = consumer.list_topics(topic, timeout=_CALL_SECONDS).topics[topic].partitions
+            places = [TopicPartition(topic, partition) for partition in partitions]
+            for place in places:
+                place.offset = consumer.get_watermark_offsets(place, timeout=_CALL_SECONDS)[1]
+            return places
+        except KafkaException as error:
+            # A topic that was just made, or a broker that just came back, has no leader for a moment.
+            if error.args[0].code() not in _NO_LEADER_YET or time.monotonic() > deadline:
+                raise translate(error.args[0], doing) from error
+            time.sleep(0.1)
+
+
+def _ends(consumer: Any, place: Any, timeout: float = _ASK_SECONDS) -> tuple[int, int] | tuple[None, None]:
+    """The oldest offset that a partition still holds, and the next that it gives; None: no answer."""
+    try:
+        found: tuple[int, int] = consumer.get_watermark_offsets(place, timeout=timeout)
+    except KafkaException:
+        return None, None
+    return found
 
 
 def _leave(consumer: Any) -> None:

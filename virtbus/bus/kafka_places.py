@@ -46,27 +46,35 @@ class Log:
     high: int  # the offset that the next record gets
 
 
-def resume(committed: Place | None, noted: Place | None, log: Log) -> tuple[int | None, MissingEvents | None]:
-    """Where to go on (None: where Kafka would by itself), and what is lost on the way.
+def resume(
+    committed: Place | None, noted: Place | None, log: Log
+) -> tuple[int | None, tuple[MissingEvents, ...]]:
+    """Where to go on (None: where the commit says), and what is lost on the way.
 
     `committed` is what the broker keeps for the group, `noted` what we kept. The commit decides, for an
-    operator may have moved it; the note only tells what was read where the broker has forgotten it.
+    operator may have moved it; the note only tells what was read where the broker has forgotten it. Without
+    either the group is new, and misses nothing.
     """
     places = [place for place in (committed, noted) if place is not None]
     same = [place for place in places if _same(place.topic_id, log.topic_id)]
     if not places:
-        return None, None
+        return log.low, ()
     read = max(same or places, key=lambda place: place.next)
-    if not same:
-        return log.low, replaced(log.name, read)
-    if committed not in same:
-        committed = None
-    start = committed if committed is not None else read
+    if not same:  # all of the new topic is from after the group began
+        return log.low, (replaced(log.name, read), *_expired(log, 0))
+    start = committed if committed in same and committed is not None else read
     if start.next > log.high:  # cut short, or another topic of a broker that gives no ids
-        return log.low, replaced(log.name, read)
-    if read.next < log.low:
-        return log.low, MissingEvents(log.name, log.topic_id, read.next, log.low - 1, Cause.RETENTION)
-    return (log.low if start.next < log.low else None), None
+        return log.low, (replaced(log.name, read), *_expired(log, 0))
+    if start.next < log.low or committed is not start:
+        return log.low, _expired(log, read.next)
+    return None, ()
+
+
+def _expired(log: Log, following: int) -> tuple[MissingEvents, ...]:
+    """What retention took of what was to come next."""
+    if following >= log.low:
+        return ()
+    return (MissingEvents(log.name, log.topic_id, following, log.low - 1, Cause.RETENTION),)
 
 
 def replaced(name: str, old: Place) -> MissingEvents:
@@ -99,8 +107,8 @@ class Losses:
         place = None if committed is None else Place(committed_id, committed)
         noted = Place.read(self._memory.recall(name))
         start, lost = resume(place, noted, Log(name, self.topic_id, low, high))
-        if lost is not None:
-            self._tell(lost)
+        for each in lost:
+            self._tell(each)
         following = committed if start is None else start
         if following is not None:
             self.read(partition, following)
