@@ -319,6 +319,8 @@ class Consumer:
         try:
             with suppress(BusUnavailable, BusDenied):  # the marks are on disk: what comes again is recognised
                 self._flush(closing=True)
+            with suppress(DedupeUnavailable):  # how far the bus got with these acks: good to know, no more
+                self._seen.write([], (), self._memory.fresh)
         finally:
             self._let_go()
 
@@ -444,6 +446,8 @@ class Consumer:
         *older, newest = self._closed_by(delivery)
         self._retried.pop((delivery.source, delivery.id), None)
         if self._grip.subscription is not None:
+            if self._sequences is not None:
+                self._sequences.settled(delivery.source, delivery.id)
             with suppress(BusUnavailable, BusDenied):  # it comes again
                 self._grip.subscription.dead_letter(newest, reason)
                 for copy in older:
