@@ -72,7 +72,7 @@ def test_a_dead_letter_that_does_not_fit_is_cut_and_says_so(amqp_url: str) -> No
     bus = open_bus(amqp_url, BusOptions())
     with bus.dead_letters(GROUP) as letters:
         (letter,) = letters.read()
-        assert next(iter(letter.message.headers)) == REASON_HEADER
+        assert REASON_HEADER in letter.message.headers
         assert "not a CloudEvent" in letter.reason
         assert letter.message.headers["small"] == "kept"
         assert "trace" in str(letter.message.headers[CUT_HEADER])
