@@ -239,9 +239,7 @@ def test_a_group_whose_exchange_was_deleted_says_so(
 def test_a_group_without_the_right_to_mark_the_exchange_is_still_bound_again(
     rabbitmq: RabbitMQ, vhost: str
 ) -> None:
-    rabbitmq.user(
-        "reader", vhost, configure=r"^virtbus\.g", write=r"^(virtbus\.g|amq\.default$)", read=".*"
-    )
+    rabbitmq.user("reader", vhost, configure=r"^virtbus\.g", write=r"^(virtbus\.g|amq\.default$)", read=".*")
     url = rabbitmq.url(vhost)
     with kombu.Connection(url) as other:
         channel = other.channel()

@@ -7,27 +7,14 @@ that event again. On RabbitMQ and the embedded bus.
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 import sys
 import tempfile
 from pathlib import Path
 
 from tests.faults.amqp_kit import private_broker
-from tests.faults.consumer_kit import GROUP, make_group, publish, say
-from virtbus.consumer import Consumer
+from tests.faults.consumer_kit import make_group, one_and_die, publish, say
 from virtbus.testing import records
-
-
-def one_and_die(url: str, folder: str) -> None:
-    """One effect, its ack, and the end."""
-    consumer = Consumer(url, group=GROUP, dedupe=Path(folder) / "seen.db")
-    delivery = consumer.receive(30.0)
-    assert delivery is not None
-    with (Path(folder) / "effects").open("a", encoding="ascii") as out:
-        out.write(f"{delivery.id}\n")
-    delivery.ack()
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def kills(url: str, folder: Path, number: int) -> tuple[int, int]:
@@ -35,7 +22,7 @@ def kills(url: str, folder: Path, number: int) -> tuple[int, int]:
     make_group(url)
     publish(url, records(number, keys=20))
     spawn = multiprocessing.get_context("forkserver")
-    spawn.set_forkserver_preload(["tests.faults.ack_durable", "virtbus.bus.amqp_consumer"])
+    spawn.set_forkserver_preload(["tests.faults.consumer_kit", "virtbus.bus.amqp_consumer"])
     for _ in range(number):
         process = spawn.Process(target=one_and_die, args=(url, str(folder)))
         process.start()

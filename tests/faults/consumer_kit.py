@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import amqp
 import kombu
@@ -241,6 +244,17 @@ def _next(consumer: Consumer) -> Delivery | None:
         if delivery is not None:
             return delivery
     return None
+
+
+def one_and_die(url: str, folder: str) -> None:
+    """One effect, its ack, and the end."""
+    consumer = Consumer(url, group=GROUP, dedupe=Path(folder) / "seen.db")
+    delivery = consumer.receive(30.0)
+    assert delivery is not None
+    with (Path(folder) / "effects").open("a", encoding="ascii") as out:
+        out.write(f"{delivery.id}\n")
+    delivery.ack()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 # ------------------------------------------------------------------------------------- deaf
