@@ -51,7 +51,13 @@ SCENARIOS = (
     Scenario("incidents_model", "random histories of errors, kills and failed commits",
              "--examples 10000", "--examples 200"),
     Scenario("consumer_kills", "a consumer is killed at random under load, on each bus", "200", "5"),
+    Scenario("poison_neighbours", "a message that can't be put aside, before good ones", "3", "1"),
+    Scenario("crash_neighbours", "an event that kills its consumer, before good ones", "3", "1"),
+    Scenario("deaf_group", "exchange, queue, binding, virtual host deleted under load", "3", "1"),
+    Scenario("ack_durable", "SIGKILL right after an ack returned", "200", "5"),
     Scenario("kafka_restarts", "the only Kafka broker is killed under load", "--runs 10", "--runs 2"),
+    Scenario("kafka_overtaken", "retention overtakes a Kafka group, its topic is replaced",
+             "--rounds 40", "--rounds 8"),
     Scenario("kafka_leader", "leaders of a Kafka cluster are killed under load", "--runs 5", "--runs 1"),
 )  # fmt: skip
 

@@ -103,9 +103,10 @@ class _Ear(logging.Handler):
         """`FAIL [client] [thread]: broker: what happened (after N ms in state S)`."""
         kind, _, text = record.getMessage().partition(" ")
         if kind == "FAIL":
-            told = oneline(text.rpartition("]: ")[2])
-            # Hung up at the first bytes, by a listener that reads them as something else.
-            if re.search(r"Disconnected.* in state (APIVERSION_QUERY|SSL_HANDSHAKE)\)", told):
+            told = oneline(text.partition("]: ")[2] or text)
+            # Hung up at the first bytes, by a listener that reads them as something else. More may follow:
+            # "(after 1ms in state APIVERSION_QUERY, 4 identical error(s) suppressed)".
+            if re.search(r"Disconnected.*\bin state (APIVERSION_QUERY|SSL_HANDSHAKE)\b", told):
                 told += "; is it a TLS listener, and the URL kafka://, or the other way round?"
             self._watch.last = told
             if "SSL alert" in told:  # with TLS 1.3 the broker's refusal comes after our side's handshake
