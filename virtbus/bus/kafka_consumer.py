@@ -147,7 +147,12 @@ class KafkaSubscription:
             emit(Notice(f"put aside without a group, so only logged: {message.position}: {reason}"))
             self._done(handle)
             return
-        self._dead_letters.put(message, handle.key, handle.headers, reason, lambda: self._put_aside(handle))
+
+        def done() -> None:
+            if self._consumer is not None and self._line.owns(handle):
+                self._done(handle)
+
+        self._dead_letters.put(message, handle.key, handle.headers, reason, done)
         self._line.set_aside(len(self._dead_letters))
 
     def close(self) -> None:
@@ -162,8 +167,7 @@ class KafkaSubscription:
     # ---------------------------------------------------------------------------------------- messages
 
     def _poll(self, wait: float) -> Any:
-        # Reports about dead letters come in between.
-        longest = 0.05 if self._dead_letters is not None and len(self._dead_letters) else 0.5
+        longest = 0.05 if self._dead_letters is not None and len(self._dead_letters) else 0.5  # for reports
         try:
             return self._consumer.poll(min(wait, longest))
         except KafkaException as error:  # a fatal error is raised by poll instead of given to error_cb
@@ -206,10 +210,6 @@ class KafkaSubscription:
             # The partition went away this moment: its next owner delivers the message again.
             if error.args[0].code() != KafkaError._STATE:
                 emit(Trouble("storing a Kafka offset", oneline(error)))
-
-    def _put_aside(self, handle: Handle) -> None:
-        if self._consumer is not None and self._line.owns(handle):
-            self._done(handle)
 
     def _serve(self) -> None:
         if self._dead_letters is not None and len(self._dead_letters):
@@ -339,11 +339,8 @@ class KafkaSubscription:
             raise BusUnavailable(f"{doing}: {watch.last or 'no broker answers'}")
 
     def _is_ousted(self) -> bool:
-        """Whether a newer exclusive member replaced us.
-
-        librdkafka tells nobody that it was fenced off, not even by a revocation: its assignment is empty,
-        and stays so. After a cut it would long have joined again.
-        """
+        """Whether a newer exclusive member replaced us: librdkafka tells nobody that it was fenced off."""
+        # Its assignment is empty, and stays so. After a cut it would long have joined again.
         if self._exclusive and self._line.tracks and not self._consumer.assignment():
             self._line.forget(list(self._line.tracks))
             self._ousted_at = time.monotonic()
