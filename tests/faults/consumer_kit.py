@@ -328,6 +328,7 @@ def deafened(broker: RabbitMQ, what: str, *, rate: float = 50.0, after: float = 
     listen(lambda: False, after)
     ended.set()
     thread.join()
+    _close_channel(url)
     listen(lambda: all(name in handed for at, name in sent if at >= first), 20)
     listen(lambda: False, 5.0)  # the window of the gap check
     consumer.close()
@@ -350,10 +351,16 @@ def _send(url: str, record: Record) -> None:
             )  # fmt: skip
             channel.basic_publish_confirm(message, "virtbus.events", envelope.routing_key(record.attributes))
         except (OSError, amqp.exceptions.AMQPError):
-            _channels.pop(url, None)
+            _close_channel(url)
             time.sleep(0.05)
         else:
             return
+
+
+def _close_channel(url: str) -> None:
+    connection, _ = _channels.pop(url, (None, None))
+    if connection is not None:
+        connection.collect()
 
 
 _channels: dict[str, tuple[kombu.Connection, amqp.Channel]] = {}
@@ -362,8 +369,12 @@ _channels: dict[str, tuple[kombu.Connection, amqp.Channel]] = {}
 def _channel(url: str) -> amqp.Channel:
     if url not in _channels:
         connection = kombu.Connection(url)
-        channel = connection.channel()
-        channel.exchange_declare("virtbus.events", type="topic", durable=True, auto_delete=False)
-        channel.confirm_select()
+        try:
+            channel = connection.channel()
+            channel.exchange_declare("virtbus.events", type="topic", durable=True, auto_delete=False)
+            channel.confirm_select()
+        except BaseException:
+            connection.collect()
+            raise
         _channels[url] = connection, channel
     return _channels[url][1]

@@ -279,7 +279,7 @@ class AmqpSubscription:
             self._declare_group(link)
         else:
             self._queue, self._ours = f"virtbus.tap.{uuid.uuid4().hex}", True
-        channel = link.channel()
+        channel = self._channel = link.channel()
         if not self._durable:
             channel.queue_declare(self._queue, durable=False, exclusive=True, auto_delete=True)
         if self._ours:
@@ -299,7 +299,6 @@ class AmqpSubscription:
                 on_cancel=self._on_cancel,
             )
             self._tags.append(tag)
-        self._channel = channel
         self._climb()
 
     def _declare_group(self, link: Link) -> None:
