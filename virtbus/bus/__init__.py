@@ -6,17 +6,16 @@ Adapters (`amqp`, `kafka`, `embedded`) keep every word of it; tests/contract pro
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import datetime
-from importlib import import_module
-from importlib.metadata import entry_points
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 from urllib.parse import SplitResult, urlsplit
 
+from virtbus import plugins
 from virtbus.errors import ConfigError
 from virtbus.model import Check, Message, Outcome, Record
 from virtbus.sequences import MissingEvents
@@ -29,15 +28,6 @@ REASON_HEADER = "x-virtbus-reason"
 CUT_HEADER = "x-virtbus-cut"
 """The header of a dead letter that says what of it was left out, where it did not fit as it came."""
 
-# What ships with virtbus, for a checkout whose package metadata is not installed (or is older).
-_BUILT_IN: Mapping[str, str] = {
-    "amqp": "virtbus.bus.amqp:AmqpBus",
-    "amqps": "virtbus.bus.amqp:AmqpBus",
-    "kafka": "virtbus.bus.kafka:KafkaBus",
-    "kafkas": "virtbus.bus.kafka:KafkaBus",
-    "embedded": "virtbus.bus.embedded:EmbeddedBus",
-}
-_EXTRAS: Mapping[str, str] = {"confluent_kafka": "kafka"}
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*\Z")
 _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 
@@ -275,7 +265,13 @@ def open_bus(url: str, options: BusOptions | None = None) -> Bus:
     scheme = url.partition(":")[0].strip().lower()
     if ":" not in url or not _SCHEME.match(scheme):
         raise ConfigError(f"the bus URL does not begin with a scheme: use one like {_examples()}")
-    factory = _factory(scheme)
+    point = plugins.find(ENTRY_POINT_GROUP, scheme)
+    if point is None:
+        raise ConfigError(
+            f'no bus serves "{scheme}:" URLs; known are {", ".join(plugins.names(ENTRY_POINT_GROUP))}. '
+            f"Fix bus.url, or install the package whose entry point {ENTRY_POINT_GROUP} names this scheme"
+        )
+    factory: BusFactory = plugins.load(point, f'"{scheme}:"')
     return factory(url, options=options if options is not None else BusOptions())
 
 
@@ -287,11 +283,6 @@ def bus_name(url: str, options: BusOptions) -> str:
     kind = scheme.lower().removesuffix("s")
     within = {"amqp": options.exchange, "kafka": options.topic}.get(kind, str(options.state_dir or ""))
     return f"{kind}://{hosts}{slash}{path} {within}"
-
-
-def known_schemes() -> tuple[str, ...]:
-    """The URL schemes that some adapter serves, sorted."""
-    return tuple(sorted({*_BUILT_IN, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))}))
 
 
 def checked_group(group: str | None) -> str | None:
@@ -345,26 +336,3 @@ def is_loopback(host: str) -> bool:
 
 def _examples() -> str:
     return "amqps://user@host/vhost, kafka://host:9092 or embedded:"
-
-
-def _factory(scheme: str) -> BusFactory:
-    """An installed entry point wins over the built-in table, so that a third party can replace one."""
-    for point in entry_points(group=ENTRY_POINT_GROUP, name=scheme):
-        return _load(scheme, point.load)
-    target = _BUILT_IN.get(scheme)
-    if target is None:
-        raise ConfigError(
-            f'no bus serves "{scheme}:" URLs; known are {", ".join(known_schemes())}. '
-            f"Fix bus.url, or install the package whose entry point {ENTRY_POINT_GROUP} names this scheme"
-        )
-    module, _, name = target.partition(":")
-    return _load(scheme, lambda: getattr(import_module(module), name))
-
-
-def _load(scheme: str, load: Callable[[], object]) -> BusFactory:
-    try:
-        return cast(BusFactory, load())
-    except ModuleNotFoundError as error:
-        extra = _EXTRAS.get(error.name or "")
-        remedy = f"pip install 'virtbus[{extra}]'" if extra else "install the package it comes from"
-        raise ConfigError(f'"{scheme}:" needs the Python module {error.name}: {remedy}') from error

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO, TypeVar
+
+import click
 
 from virtbus.bus import DeadLetter, DeadLetters
 from virtbus.commands import wiring
+from virtbus.commands.options import bus, common, load, state_dir
 from virtbus.config import Loaded
 from virtbus.errors import ConfigError, RecordRefused
 from virtbus.log import printable
@@ -101,3 +105,86 @@ def _line(letter: DeadLetter) -> str:
         letter.reason or "-",
     )
     return "  ".join(printable(word) for word in words)
+
+
+# ------------------------------------------------------------------------------- the command line
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _group(function: F) -> F:
+    named = click.option("--group", metavar="NAME", required=True, help="The consumer group.")
+    return common(bus(state_dir(named(function))))
+
+
+_ids = click.argument("ids", nargs=-1, metavar="[ID]...")
+_all = click.option("--all", "everything", is_flag=True, help="All of them.")
+
+
+@click.group("dead")
+def command() -> None:
+    """What a consumer group put aside: count, list, send back, drop.
+
+    A group's dead letters are messages that are not events, events that its consumer gave up, and what the
+    broker gave up on. The events that an agent set aside are in `virtbus spool list --dead`.
+    """
+
+
+@command.command("count")
+@_group
+def count_command(group: str, **options: Any) -> None:
+    """Print how many wait.
+
+    \b
+    Example: virtbus dead count --group scheduler --bus amqp://127.0.0.1//
+    """
+    count(load(options), group, sys.stdout)
+
+
+@command.command("list")
+@_group
+@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="The oldest N.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
+def list_command(group: str, limit: int, as_json: bool, **options: Any) -> None:
+    """Print the oldest, a line each: when, id, type, size, reason. Changes nothing.
+
+    \b
+    Example: virtbus dead list --group scheduler --bus amqp://127.0.0.1//
+    """
+    show(load(options), group, limit=limit, as_json=as_json, out=sys.stdout)
+
+
+@command.command("retry")
+@_group
+@_ids
+@_all
+def retry_command(group: str, ids: tuple[str, ...], everything: bool, **options: Any) -> None:
+    """Send letters back to their group, to nobody else, as they came.
+
+    \b
+    Example: virtbus dead retry --group scheduler --all --bus amqp://127.0.0.1//
+    """
+    sys.exit(
+        settle(
+            load(options), group, ids=ids, everything=everything, back=True,
+            out=sys.stdout, notices=sys.stderr,
+        )
+    )  # fmt: skip
+
+
+@command.command("drop")
+@_group
+@_ids
+@_all
+def drop_command(group: str, ids: tuple[str, ...], everything: bool, **options: Any) -> None:
+    """Remove letters for good.
+
+    \b
+    Example: virtbus dead drop --group scheduler 0193512b-1111-7222-8333-444455556666
+    """
+    sys.exit(
+        settle(
+            load(options), group, ids=ids, everything=everything, back=False,
+            out=sys.stdout, notices=sys.stderr,
+        )
+    )  # fmt: skip
