@@ -332,6 +332,40 @@ class BusLost(TelemetryEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class DeadLetterWaits(TelemetryEvent):
+    """A message could not be put aside now; it is kept unacknowledged and tried again."""
+
+    LEVEL: ClassVar[str] = "error"
+    MESSAGE: ClassVar[str] = "a dead letter can't be put aside now; trying again, other messages go on"
+    LIMIT_SECONDS: ClassVar[float] = 30.0
+    queue: str  # or topic
+    position: str
+    waiting: int
+    error: Exception | str
+
+    def limit_key(self) -> object:
+        """A line a queue."""
+        return self.queue
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetterStored(TelemetryEvent):
+    """A message lies in the dead letters, confirmed by the broker."""
+
+    LEVEL: ClassVar[str] = "warning"
+    MESSAGE: ClassVar[str] = "put into the dead letters; see `virtbus dead list`"
+    LIMIT_SECONDS: ClassVar[float] = 10.0
+    queue: str
+    position: str
+    reason: str
+    cut: str | None = None
+
+    def measure(self, metrics: Metrics) -> None:
+        """Count it."""
+        metrics.dead_letters.labels("consumer").inc()
+
+
+@dataclass(frozen=True, slots=True)
 class BusCutOff(TelemetryEvent):
     """A consumer's connection to the broker is gone or was thrown away."""
 
