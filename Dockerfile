@@ -25,6 +25,7 @@ RUN python3 -m venv tool \
  && tool/bin/pip install --require-hashes --requirement .docker/build.txt \
  && tool/bin/pip wheel --wheel-dir wheels --require-hashes --no-build-isolation --requirement .docker/requirements-${FOR}.txt
 COPY pyproject.toml README.md LICENSE ./
+COPY .packaging/readme.py .packaging/readme.py
 COPY schemas schemas
 COPY virtbus virtbus
 RUN tool/bin/pip wheel --wheel-dir wheels --no-deps --no-build-isolation . \

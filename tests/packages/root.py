@@ -54,13 +54,23 @@ class Root:
     def command(self, *words: str, user: str = "") -> list[str]:
         """What runs `words` inside of it, as root or as a user of its own, in an empty environment."""
         who = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"] if user else []
-        clean = ["env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL=C.UTF-8", "DEBIAN_FRONTEND=noninteractive"]
+        clean = [
+            "env",
+            "-i",
+            "PATH=/usr/sbin:/usr/bin:/sbin:/bin",
+            "LC_ALL=C.UTF-8",
+            "DEBIAN_FRONTEND=noninteractive",
+        ]
         return ["unshare", "--mount", "sh", "-euc", INSIDE, "inside", str(self.path), *clean, *who, *words]
 
     def run(self, *words: str, user: str = "", check: bool = True) -> subprocess.CompletedProcess[str]:
         """Run `words` inside of it to their end."""
         done = subprocess.run(
-            self.command(*words, user=user), capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
+            self.command(*words, user=user),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            stdin=subprocess.DEVNULL,
         )
         if check:
             assert done.returncode == 0, f"{' '.join(words)}: {done.returncode}\n{done.stdout}{done.stderr}"
@@ -97,7 +107,9 @@ def earlier(deb: Path, version: str, folder: Path) -> Path:
     subprocess.run(["dpkg-deb", "--raw-extract", str(deb), str(tree)], check=True)
     control = tree / "DEBIAN/control"
     lines = control.read_text().splitlines(keepends=True)
-    control.write_text("".join(f"Version: {version}-1\n" if line.startswith("Version:") else line for line in lines))
+    control.write_text(
+        "".join(f"Version: {version}-1\n" if line.startswith("Version:") else line for line in lines)
+    )
     module = next(tree.glob("opt/virtbus/lib/python3/dist-packages/virtbus/__init__.py"))
     text, changes = [], 0
     for line in module.read_text().splitlines(keepends=True):

@@ -12,17 +12,16 @@ import os
 import re
 import subprocess
 import threading
-import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.brokers.rabbitmq import RabbitMQ
+from tests.brokers.rabbitmq import RabbitMQ, wait_until
 from tests.conftest import need
 from tests.lab import chroot
 from tests.lab.lab import CHECKOUT, PAUSED_IOERROR, RUNNING, Guest, Lab, missing
@@ -33,6 +32,7 @@ from virtbus import __version__
 pytestmark = [pytest.mark.lab, pytest.mark.rabbitmq, pytest.mark.slow, pytest.mark.timeout(900)]
 
 DIST = CHECKOUT / "dist"
+SECONDS = 120
 BEFORE = "0.0.1"
 CONFIG = "etc/virtbus/virtbus.toml"
 STATE = "var/lib/virtbus"
@@ -46,13 +46,6 @@ def package(kind: str) -> Path:
     return found[0]
 
 
-def until(check: Callable[[], object], what: str, seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.1)
-
-
 class Told:
     """What a consumer of the package prints: events by (source, id)."""
 
@@ -62,7 +55,15 @@ class Told:
             root.command("/usr/bin/virtbus", "consume", "--bus", url, "--group", "packages"),
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        threading.Thread(target=self._read, daemon=True).start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+        self.reader.join(30)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -102,7 +103,7 @@ def agent(root: Root, http: str) -> Iterator[subprocess.Popen[bytes]]:
         return True
 
     try:
-        until(ready, "the agent is ready")
+        wait_until(ready, "the agent is ready", SECONDS)
         yield process
         process.terminate()
         assert process.wait(60) == 0, log.read_text()[-3000:]
@@ -179,19 +180,25 @@ def test_a_package_from_dpkg_i_to_purge_loses_no_event(
                 doctor = root.run("virtbus", "doctor", user="virtbus")
                 assert "FAIL" not in doctor.stdout
                 fail(guest)
-                until(lambda: told.errors() == guest.injected() > 0, "the first error is consumed")
+                wait_until(
+                    lambda: told.errors() == guest.injected() > 0, "the first error is consumed", SECONDS
+                )
 
             # The broker is away: what happens waits in the spool, and so it does while the agent is upgraded.
             configure(root, nowhere, lab, http)
             with agent(root, http):
                 for _ in range(3):
                     fail(guest)
-                until(lambda: backlog(root) >= 3, "three errors wait in the spool")
+                wait_until(lambda: backlog(root) >= 3, "three errors wait in the spool", SECONDS)
             waiting = backlog(root)
             identity = (root.path / STATE / "agent-id").read_text()
             edited = (root.path / CONFIG).read_text()
             root.install(new)
-            assert root.asked_of_systemd() == ["daemon-reload", "daemon-reload", "try-restart virtbus.service"]
+            assert root.asked_of_systemd() == [
+                "daemon-reload",
+                "daemon-reload",
+                "try-restart virtbus.service",
+            ]
             assert root.run("virtbus", "--version").stdout == f"virtbus {__version__}\n"
             assert (root.path / CONFIG).read_text() == edited
             assert (root.path / STATE / "agent-id").read_text() == identity
@@ -200,13 +207,12 @@ def test_a_package_from_dpkg_i_to_purge_loses_no_event(
             configure(root, url, lab, http)
             with agent(root, http):
                 fail(guest)
-                until(lambda: told.errors() >= guest.injected(), "the backlog is consumed")
-                until(lambda: backlog(root) == 0, "the spool is empty")
+                wait_until(lambda: told.errors() >= guest.injected(), "the backlog is consumed", SECONDS)
+                wait_until(lambda: backlog(root) == 0, "the spool is empty", SECONDS)
             assert (guest.injected(), told.errors()) == (5, 5)
             assert len({source for source, _ in told.events}) == 1
         finally:
-            told.process.terminate()
-            told.process.wait(30)
+            told.close()
 
         # Removed: the program goes, what it knows and what it was told stays.
         root.run("dpkg", "-r", "virtbus")
@@ -246,7 +252,9 @@ def test_the_manual_pages_and_the_completion_are_read_without_a_warning(tmp_path
     subprocess.run(["dpkg-deb", "--extract", str(package("deb")), str(tmp_path)], check=True)
     pages = sorted((tmp_path / "usr/share/man/man1").glob("*.1*"))
     assert {"virtbus.1", "virtbus-run.1"} <= {page.name.removesuffix(".gz") for page in pages}
-    subprocess.run(["bash", "-n", str(tmp_path / "usr/share/bash-completion/completions/virtbus")], check=True)
+    subprocess.run(
+        ["bash", "-n", str(tmp_path / "usr/share/bash-completion/completions/virtbus")], check=True
+    )
 
 
 def test_systemd_takes_the_unit_and_finds_it_hardened(tmp_path: Path) -> None:
@@ -260,7 +268,9 @@ def test_systemd_takes_the_unit_and_finds_it_hardened(tmp_path: Path) -> None:
     )
     assert (verified.returncode, verified.stderr) == (0, "")
     rated = subprocess.run(
-        ["systemd-analyze", "security", "--offline=yes", "--threshold=20", str(unit)], capture_output=True, text=True
+        ["systemd-analyze", "security", "--offline=yes", "--threshold=20", str(unit)],
+        capture_output=True,
+        text=True,
     )
     assert rated.returncode == 0, rated.stdout + rated.stderr
 
