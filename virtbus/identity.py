@@ -105,7 +105,7 @@ def is_of_another_machine(state_dir: Path, machine_id_file: Path = Path("/etc/ma
 
 
 def _machine(file: Path) -> tuple[str, str]:
-    """The machine's id, "" without one, and its digest: machine-id(5) is confidential, so only that is kept."""
+    """The machine's id ("" without one) and its digest, which is all we keep: machine-id(5) is confidential."""
     try:
         machine = file.read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):

@@ -1,4 +1,4 @@
-"""The consumers of docs/examples read our events from a real RabbitMQ: what is good is acted on, what is not is put aside."""
+"""The consumers of docs/examples on a real RabbitMQ: every event is acted on, what is none is put aside."""
 
 from __future__ import annotations
 

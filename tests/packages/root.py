@@ -1,12 +1,13 @@
 """A copy of a Debian suite's root file system, to install a package in as an operator does.
 
-The copy has libvirt and QEMU, as a hypervisor has, and no systemd that runs: `systemctl` is a script that writes down
-what the package's own scripts ask for.
+The copy has libvirt and QEMU, as a hypervisor has, and no systemd that runs: `systemctl` is a script that
+writes down what the package's own scripts ask for.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -111,16 +112,15 @@ def earlier(deb: Path, version: str, folder: Path) -> Path:
         "".join(f"Version: {version}-1\n" if line.startswith("Version:") else line for line in lines)
     )
     module = next(tree.glob("opt/virtbus/lib/python3/dist-packages/virtbus/__init__.py"))
-    text, changes = [], 0
-    for line in module.read_text().splitlines(keepends=True):
-        named = line.startswith("__version__ = ")
-        changes += named
-        text.append(f'__version__ = "{version}"\n' if named else line)
+    text, changes = re.subn(
+        r"^__version__ = .*$", f'__version__ = "{version}"', module.read_text(), flags=re.MULTILINE
+    )
     assert changes == 1
-    module.write_text("".join(text))
+    module.write_text(text)
     python = tree / "opt/virtbus/bin/python"
     subprocess.run(
-        [str(python), "-I", "-m", "compileall", "-q", "-f", "--invalidation-mode", "unchecked-hash", str(module)],
+        [str(python), "-I", "-m", "compileall", "-q", "-f", "--invalidation-mode", "unchecked-hash",
+         str(module)],
         check=True, env={"PATH": os.environ["PATH"]},
     )  # fmt: skip
     (tree / "DEBIAN/md5sums").unlink(missing_ok=True)

@@ -22,7 +22,7 @@ from virtbus.identity import is_of_another_machine, load_agent_id, read_agent_id
     "--user",
     default="virtbus",
     show_default=True,
-    help="With --create as root: whom a new folder belongs to.",
+    help="Owner of a folder that root makes with --create.",
 )
 def command(create: bool, user: str, **options: Any) -> None:
     """Print the agent's id, which its routing keys and broker permissions name.
@@ -35,8 +35,8 @@ def command(create: bool, user: str, **options: Any) -> None:
     folder = Path(load(options).config.state_dir)
     if create and is_of_another_machine(folder):
         raise ConfigError(
-            f"{folder}/agent-id was made on another machine, a cloned disk's perhaps, and the agent will not use it; "
-            f"start the agent, which says so in a gap event, or delete {folder} when nothing in it is needed"
+            f"{folder}/agent-id was made on another machine (a cloned disk?), so the agent will not use it; "
+            f"start the agent, which tells so in a gap event, or delete {folder} if nothing in it is needed"
         )
     found = read_agent_id(folder)
     if found is None and create:
