@@ -1,6 +1,6 @@
 """The README as a package index shows it: links into the repository are whole addresses there.
 
-hatchling calls it (pyproject.toml, tool.hatch.metadata.hooks.custom); the pages' index is made by it too.
+hatchling calls it (pyproject.toml, tool.hatch.metadata.hooks.custom).
 """
 
 from __future__ import annotations

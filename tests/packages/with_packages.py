@@ -10,12 +10,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
+import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +238,85 @@ def backlog(root: Root) -> int:
     """How many events wait in the spool."""
     status = json.loads(root.run("virtbus", "spool", "status", "--json", user="virtbus").stdout)
     return int(status["pending"])
+
+
+def page(heading: str, language: str) -> list[str]:
+    """The blocks of one language below a heading of the install page."""
+    text = (CHECKOUT / "docs/install.md").read_text()
+    part = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    return re.findall(rf"^```{language}\n(.*?)^```", part, re.MULTILINE | re.DOTALL)
+
+
+def test_the_install_pages_own_commands_lead_from_the_package_to_a_guests_error_on_rabbitmq(
+    root: Root, rabbitmq: RabbitMQ, vhost: str, request: pytest.FixtureRequest
+) -> None:
+    started = time.monotonic()
+    shutil.copy(package("deb"), root.path / "root")
+    http = f"127.0.0.1:{free_ports(1)[0]}"
+    url = rabbitmq.url(vhost)
+    with Lab(root=root.path) as lab, ExitStack() as stack:
+        told: Told | None = None
+        for command in (
+            line for block in page("Debian and Ubuntu", "console") for line in block.splitlines()
+        ):
+            if command.startswith("systemctl"):
+                root.run("sh", "-c", command)
+                assert root.asked_of_systemd()[-1:] == ["enable --now virtbus"]
+                stack.enter_context(agent(root, http))
+            elif command.startswith("virtbus emit"):
+                told = Told(root, url)
+                stack.callback(told.close)
+                wait_until(lambda: "virtbus.packages" in rabbitmq.queues(vhost), "the group's queue", SECONDS)
+                root.run("sh", "-c", command)
+                wait_until(told.errors, "the drill comes", SECONDS)
+            else:
+                # This root's program has an address for its pages that no other test uses.
+                root.run("sh", "-c", f"cd /root && {command}")
+            if command.startswith("apt-get"):
+                # What stands on the page, with this broker, this guest's libvirt and this test's port.
+                (text,) = page("Debian and Ubuntu", "toml")
+                account, _, place = url.removeprefix("amqp://").partition("@")
+                user, _, password = account.partition(":")
+                text, changed = re.subn(
+                    r"^url = .*$", f'url = "amqp://{user}@{place}"', text, flags=re.MULTILINE
+                )
+                assert changed == 1
+                text += f'[libvirt]\nuri = "{lab.uri_ro}"\n[http]\nlisten = "{http}"\n'
+                (root.path / CONFIG).write_text(text)
+                (root.path / "etc/virtbus/password").write_text(f"{password}\n")
+                root.run("chown", "root:virtbus", "/etc/virtbus/password")
+                root.run("chmod", "0640", "/etc/virtbus/password")
+        assert told is not None
+        drilled = told.errors()
+        guest = lab.guest("db1").start()
+        fail(guest)
+        wait_until(lambda: told.errors() == drilled + guest.injected(), "the guest's error comes", SECONDS)
+    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        reporter.write_line(f"{root.path.parent.name}: {(time.monotonic() - started) / 60:.1f} minutes")
+
+
+def test_the_wheel_is_installed_without_a_compiler_and_has_no_relative_link(tmp_path: Path) -> None:
+    (wheel,) = DIST.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = str(tmp_path / "venv/bin/python")
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:",
+         str(wheel)],
+        check=True,
+    )  # fmt: skip
+    shown = (
+        "import importlib.metadata as m; from virtbus import Consumer, IoError; import virtbus.fleet;"
+        "print(m.metadata('virtbus').get_payload() or m.metadata('virtbus')['Description'])"
+    )
+    readme = subprocess.run([python, "-I", "-c", shown], check=True, capture_output=True, text=True).stdout
+    links = re.findall(r"\]\(([^)\s]+)\)", readme)
+    assert len(links) > 10
+    assert [link for link in links if "://" not in link and not link.startswith("#")] == []
+    validated = subprocess.run(
+        [str(tmp_path / "venv/bin/virtbus"), "schema", "list"], check=True, capture_output=True
+    )
+    assert b"io.virtbus.domain.io_error.v1" in validated.stdout
 
 
 # ------------------------------------------------------------------------------------------ the files

@@ -59,10 +59,9 @@ func consume(url, queue string) error {
 	}); err != nil {
 		return err
 	}
-	for _, key := range []string{"io_error.#", "resolved.#", "gap.#"} {
-		if err := channel.QueueBind(queue, key, exchange, false, nil); err != nil {
-			return err
-		}
+	// Everything: what no queue takes comes back to the agents as unroutable.
+	if err := channel.QueueBind(queue, "#", exchange, false, nil); err != nil {
+		return err
 	}
 	if err := channel.Qos(16, 0, false); err != nil {
 		return err
@@ -107,6 +106,7 @@ func act(e *event.Event) error {
 		fmt.Printf("error %s %s: %s %s\n", e.ID(), data.Domain.Name, data.Error.Action, data.Error.Reason)
 	case e.Type() == "io.virtbus.domain.io_error_resolved.v1" && data.Domain != nil:
 		fmt.Printf("resolved %s %s\n", e.ID(), data.Domain.Name)
+	case e.Type() == "io.virtbus.agent.heartbeat.v1": // its open incidents, for who starts without a memory
 	case e.Type() == "io.virtbus.agent.gap.v1":
 		fmt.Printf("gap %s: %s was blind: %s\n", e.ID(), e.Source(), data.Reason)
 	default: // of a later version: not an error

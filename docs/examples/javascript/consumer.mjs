@@ -23,6 +23,8 @@ async function act(event) {
     case 'io.virtbus.domain.io_error_resolved.v1':
       console.log(`resolved ${event.id} ${data.domain.name}`);
       break;
+    case 'io.virtbus.agent.heartbeat.v1': // its open incidents, for who starts without a memory
+      break;
     case 'io.virtbus.agent.gap.v1':
       console.log(`gap ${event.id}: ${event.source} was blind: ${data.reason}`);
       break;
@@ -50,7 +52,7 @@ async function consume() {
     deadLetterExchange: '',
     deadLetterRoutingKey: `${queue}.dead`,
   });
-  for (const key of ['io_error.#', 'resolved.#', 'gap.#']) await channel.bindQueue(queue, EXCHANGE, key);
+  await channel.bindQueue(queue, EXCHANGE, '#'); // what no queue takes comes back to the agents as unroutable
   await channel.prefetch(16);
   let last = Promise.resolve(); // one after the other, in order
   await channel.consume(queue, (message) => {
