@@ -160,8 +160,7 @@ def test_a_package_from_dpkg_i_to_purge_loses_no_event(
     assert not (root.path / STATE).exists()
     if not given:
         assert root.run("virtbus", "--version").stdout == f"virtbus {BEFORE}\n"
-    account = root.run("id", "virtbus").stdout
-    assert "uid=" in account
+    assert "uid=" in root.run("id", "virtbus").stdout
     assert root.run("stat", "-c", "%U:%G %a", f"/{CONFIG}", "/etc/virtbus").stdout.split("\n")[:2] == [
         "root:virtbus 640",
         "root:virtbus 750",
@@ -172,6 +171,10 @@ def test_a_package_from_dpkg_i_to_purge_loses_no_event(
     refused = root.run("virtbus", "run", user="virtbus", check=False)
     assert refused.returncode == 78  # the unit's RestartPreventExitStatus
     assert "bus.url" in refused.stderr
+
+    # The id can be had before the first start, and the agent's user owns it.
+    seeded = root.run("virtbus", "agent-id", "--create").stdout.strip()
+    assert root.run("stat", "-c", "%U %a", f"/{STATE}/agent-id").stdout == "virtbus 600\n"
 
     http = f"127.0.0.1:{free_ports(1)[0]}"
     nowhere = f"amqp://guest:guest@127.0.0.1:{free_ports(1)[0]}/{vhost}"
@@ -216,7 +219,7 @@ def test_a_package_from_dpkg_i_to_purge_loses_no_event(
                 wait_until(lambda: told.errors() >= guest.injected(), "the backlog is consumed", SECONDS)
                 wait_until(lambda: backlog(root) == 0, "the spool is empty", SECONDS)
             assert (guest.injected(), told.errors()) == (5, 5)
-            assert len({source for source, _ in told.events}) == 1
+            assert {source for source, _ in told.events} == {f"/virtbus/agents/{seeded}"}
         finally:
             told.close()
 
