@@ -362,6 +362,8 @@ def install(opt: Path) -> None:
         "--no-build-isolation",
         "--requirement",
         lock,
+        # What is compiled here lies in a folder of a random name: without it in the file the bytes are the same.
+        CFLAGS="-g0",
     )
     run(
         pip, "--python", python, "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--find-links", wheels,

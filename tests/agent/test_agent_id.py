@@ -1,4 +1,4 @@
-"""`virtbus agent-id`: the id is there before the first start, and nobody takes another machine's for his own."""
+"""`virtbus agent-id`: there before the first start; another machine's is not taken for its own."""
 
 from __future__ import annotations
 
