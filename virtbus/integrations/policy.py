@@ -58,12 +58,12 @@ class HoldPolicy:
         self._rules = rules
         self._bad_since: dict[str, float] = {}
         self._well_since: dict[str, float] = {}
-        self._left_alone: set[str] = set()
+        self.left_alone: set[str] = set()  # see `leave_alone`; a host goes from it when it was well
         self.withheld: tuple[str, ...] = ()  # hosts that the limit keeps from being held, after `decide`
 
     def leave_alone(self, host: str) -> None:
         """Somebody else holds this host, or undid what we did: not ours until it has been well again."""
-        self._left_alone.add(host)
+        self.left_alone.add(host)
 
     def decide(
         self, view: FleetView, held: Mapping[str, Held], now: float, wall: float
@@ -79,7 +79,7 @@ class HoldPolicy:
                 self._well_since.pop(host.name, None)
                 since = self._bad_since.setdefault(host.name, now)
                 ready = now - since >= self._rules.raise_seconds and host.state == "observing"
-                if ready and host.name not in held and host.name not in self._left_alone:
+                if ready and host.name not in held and host.name not in self.left_alone:
                     candidates.append((since, host))
                 continue
             self._bad_since.pop(host.name, None)
@@ -89,10 +89,12 @@ class HoldPolicy:
             since = self._well_since.setdefault(host.name, now)
             needed = self._clear_seconds(held.get(host.name))
             if now - since >= needed:
-                self._left_alone.discard(host.name)
+                self.left_alone.discard(host.name)
                 if host.name in held:
                     out.append(Decision(host.name, False, f"well for {now - since:.0f} s"))
-        room = max(1, math.floor(self._rules.max_share * len(view.hosts))) - len(held) + len(out)
+        room = max(1, math.floor(self._rules.max_share * len(view.hosts))) - len(
+            held
+        )  # also those whose release is under way
         self.withheld = ()
         if view.suspect_ourselves:
             return tuple(out)
