@@ -373,6 +373,8 @@ def doctor(as_json: bool, timeout: float, **options: Any) -> None:
 @click.option("--write", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
               help="Keep FILE up to date instead, as JSON: for a scheduler on this machine.")  # fmt: skip
 @click.option("--listen", type=_Seconds(0), metavar="S", help="End after S seconds.")
+@_setting("react.fleet_listen", "--http-listen", metavar="HOST:PORT",
+          help="With --write: address of /metrics, /livez, /readyz (react.fleet_listen).")  # fmt: skip
 def fleet(once: bool, as_json: bool, write: Path | None, listen: float | None, **options: Any) -> None:
     """Show which hosts and storage systems are in trouble, and whose fault it is.
 
@@ -387,30 +389,99 @@ def fleet(once: bool, as_json: bool, write: Path | None, listen: float | None, *
                          out=sys.stdout, notices=sys.stderr))  # fmt: skip
 
 
-@cli.command()
-@_common
+def _react_options(command: F) -> F:
+    """What `react` and its commands share."""
+    for option in reversed(
+        [
+            click.option("--with", "names", multiple=True, metavar="NAME",
+                         help="exec, webhook, kubernetes, nova, masakari, or one that a package adds."),
+            click.option("--option", "settings", multiple=True, metavar="KEY=VALUE",
+                         help="A setting of [react], e.g. --option 'exec.command=[\"/usr/bin/logger\"]'."),
+        ]
+    ):  # fmt: skip
+        command = option(command)
+    return _common(_state_dir(command))
+
+
+@cli.group(invoke_without_command=True)
+@_react_options
 @_bus
-@_state_dir
-@click.option("--with", "names", required=True, multiple=True, metavar="NAME",
-              help="exec, webhook, kubernetes, nova, masakari, or one that a package adds.")  # fmt: skip
+@_setting("react.listen", "--http-listen", metavar="HOST:PORT",
+          help="Where /metrics, /livez and /readyz are served; '' for none (react.listen).")  # fmt: skip
 @click.option("--group", metavar="GROUP", help="Durable group: GROUP-NAME [default: react-NAME].")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done; takes no event from the group.")
 @click.option("--probe", is_flag=True, help="Only look whether the control plane lets us, and end.")
-@click.option("--option", "settings", multiple=True, metavar="KEY=VALUE",
-              help="A setting of [react], e.g. --option 'exec.command=[\"/usr/bin/logger\"]'.")  # fmt: skip
-def react(names: tuple[str, ...], group: str | None, dry_run: bool, probe: bool, settings: tuple[str, ...],
-          **options: Any) -> None:  # fmt: skip
+@click.pass_context
+def react(ctx: click.Context, /, names: tuple[str, ...], group: str | None, dry_run: bool, probe: bool,
+          settings: tuple[str, ...], **options: Any) -> None:  # fmt: skip
     """Tell control planes: run integrations until a signal, each for itself.
 
     Actions are stored before they are done, limited, and each is a line in the log. Guests are never moved
     or restarted.
 
     \b
-    Example: virtbus react --with kubernetes --bus amqps://scheduler@broker//
+    Examples:
+      virtbus react --with kubernetes --bus amqps://scheduler@broker//
+      virtbus react holds --with kubernetes
     """
-    from virtbus import config as settings_module
     from virtbus.commands import react as command
 
+    if ctx.invoked_subcommand is not None:
+        ctx.obj = (names, settings, options)
+        return
+    if not names:
+        raise click.UsageError("Missing option '--with'", ctx)
+    sys.exit(command.run(_load_react(settings, options), names=names, group=group, dry_run=dry_run,
+                         probe=probe, out=sys.stdout))  # fmt: skip
+
+
+@react.command()
+@_react_options
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_context
+def holds(ctx: click.Context, /, names: tuple[str, ...], settings: tuple[str, ...], as_json: bool,
+          **options: Any) -> None:  # fmt: skip
+    """List what is held: where, since when, why and by whom, as the control plane shows it.
+
+    Without --with: of the control planes whose state is here.
+    """
+    from virtbus.commands import holds as command
+
+    names, loaded = _of_react(ctx, names, settings, options)
+    sys.exit(command.show(loaded, names=names, as_json=as_json, out=sys.stdout))
+
+
+@react.command()
+@click.argument("host")
+@_react_options
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_context
+def release(ctx: click.Context, /, host: str, names: tuple[str, ...], settings: tuple[str, ...], as_json: bool,
+            **options: Any) -> None:  # fmt: skip
+    """Give HOST back by hand; it is left alone until it was well once. A host that is not held is fine.
+
+    \b
+    Example: virtbus react release compute-7 --with kubernetes
+    """
+    from virtbus.commands import holds as command
+
+    names, loaded = _of_react(ctx, names, settings, options)
+    sys.exit(command.release(loaded, host, names=names, as_json=as_json, out=sys.stdout))
+
+
+def _of_react(
+    ctx: click.Context, names: tuple[str, ...], settings: tuple[str, ...], options: Mapping[str, Any]
+) -> tuple[tuple[str, ...], Any]:
+    """A command's own options win over those that stand before it: `react --config FILE holds`."""
+    before, earlier, given = ctx.obj
+    told = {key: value for key, value in options.items() if value not in (None, False)}
+    return names or before, _load_react((*earlier, *settings), {**given, **told})
+
+
+def _load_react(settings: tuple[str, ...], given: Mapping[str, Any]) -> Any:
+    from virtbus import config as settings_module
+
+    options = dict(given)
     for text in settings:
         key, separator, value = text.partition("=")
         if not separator:
@@ -419,8 +490,7 @@ def react(names: tuple[str, ...], group: str | None, dry_run: bool, probe: bool,
         if not settings_module.knows(dotted):
             dotted = f"react.options.{key}"
         options[dotted] = settings_module.from_text(dotted, value)
-    sys.exit(command.run(_load(options), names=names, group=group, dry_run=dry_run, probe=probe,
-                         out=sys.stdout))  # fmt: skip
+    return _load(options)
 
 
 @cli.command()

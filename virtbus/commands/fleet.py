@@ -11,18 +11,20 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from virtbus.commands import wiring
-from virtbus.commands.react import fleet_rules
+from virtbus.commands.react import fleet_rules, serving
 from virtbus.commands.terminal import cut, progress, wrapped
 from virtbus.config import Loaded, bus_url
 from virtbus.consumer import Consumer
 from virtbus.errors import ConfigError
 from virtbus.fleet import Blame, Fleet, FleetView, HostHealth
+from virtbus.integrations.told import REACT
 from virtbus.log import takes_escapes
-from virtbus.model import Clock
+from virtbus.model import Clock, Heartbeat
 
 _WIDE = 120  # columns: what a host's trouble is stands beside it, else below
 _REDRAW_SECONDS = 1.0
 _WRITE_SECONDS = 2.0
+_STUCK_SECONDS = 60.0  # a file that is not written for so long: the writer hangs
 ROUND_SECONDS = 65.0  # one round of heartbeats, and a little
 
 
@@ -42,9 +44,17 @@ def run(
     seconds = listen if listen is not None else (ROUND_SECONDS if once else None)
     end = None if seconds is None else time.monotonic() + seconds
     live = not once and not as_json and write is None and takes_escapes(out)
-    drawn = 0.0
+    drawn = heard = time.monotonic() - _REDRAW_SECONDS
     begun, shown = time.monotonic(), 0  # seconds
+    REACT.heard.labels("fleet").set_function(lambda: time.monotonic() - heard)
     with (
+        serving(
+            loaded,
+            "react.fleet_listen",
+            config.react.fleet_listen if write else "",
+            dead=lambda: ["fleet"] if time.monotonic() - drawn > _STUCK_SECONDS else [],
+            not_ready=lambda: [] if write is not None and write.exists() else ["nothing is written yet"],
+        ),
         Consumer(
             bus_url(config), group=None, options=wiring.bus_options(config), prefetch=1000, patient=False
         ) as consumer,
@@ -53,6 +63,8 @@ def run(
         while end is None or time.monotonic() < end:
             delivery = consumer.receive(0.2)
             if delivery is not None:
+                if isinstance(delivery.event, Heartbeat):
+                    heard = time.monotonic()
                 if delivery.event is not None:
                     fleet.saw(delivery.event, delivery.attributes, clock())
                 delivery.ack()
@@ -62,7 +74,9 @@ def run(
                 shown = passed
             elif time.monotonic() - drawn >= (_WRITE_SECONDS if write else _REDRAW_SECONDS):
                 drawn = time.monotonic()
-                _show(fleet.view(clock()), as_json=as_json, write=write, live=live, out=out)
+                view = fleet.view(clock())
+                REACT.fleet.show(view)
+                _show(view, as_json=as_json, write=write, live=live, out=out)
     view = fleet.view(clock())
     _show(view, as_json=as_json, write=write, live=live, out=out)
     return 0

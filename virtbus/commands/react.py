@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import signal
+import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from virtbus import __version__
 from virtbus.commands import wiring
 from virtbus.config import Config, Loaded, bus_url
 from virtbus.consumer import Consumer
+from virtbus.control import HttpServer
+from virtbus.errors import ConfigError
 from virtbus.fleet import Fleet, FleetRules, StorageRules, VerdictRules
 from virtbus.fleet.storage import SHARED_PATHS
 from virtbus.integrations.base import Integration, open_integration
 from virtbus.integrations.policy import HoldPolicy, HoldRules
 from virtbus.integrations.reactor import Reactor
 from virtbus.integrations.store import ActionStore
+from virtbus.integrations.told import REACT
 from virtbus.log import printable
-from virtbus.telemetry import Notice, emit
+from virtbus.telemetry import METRICS, Notice, emit
 
 _PREFETCH = 500
 
@@ -62,6 +67,15 @@ def run(
         for integration in integrations:
             reactors.append(_reactor(integration, config, group, dry_run, stack))
         _on_signals(reactors)
+        stack.enter_context(
+            serving(
+                loaded,
+                "react.listen",
+                config.react.listen,
+                dead=lambda: [name for reactor in reactors for name in reactor.dead()],
+                not_ready=lambda: [why for reactor in reactors for why in reactor.not_ready()],
+            )
+        )
         with ThreadPoolExecutor(len(reactors), "virtbus-reactor") as pool:
             running = [pool.submit(reactor.run) for reactor in reactors]
             while not (done := [one for one in running if one.done()]):
@@ -77,7 +91,7 @@ def _reactor(
     integration: Integration, config: Config, group: str | None, dry_run: bool, stack: ExitStack
 ) -> Reactor:
     name = integration.name
-    folder = Path(config.react.state_dir or Path(config.state_dir) / "react")
+    folder = state_folder(config)
     store = ActionStore(None if dry_run else folder / f"{name}.db")
     stack.callback(store.close)
     # A dry run takes nothing away from the real one: it listens beside the group.
@@ -100,7 +114,46 @@ def _reactor(
         publishers=config.react.publishers,
         actions_per_minute=config.react.actions_per_minute,
         dry_run=dry_run,
+        by=f"{group or 'react'}-{name}@{socket.gethostname()}",
     )
+
+
+@contextmanager
+def serving(
+    loaded: Loaded,
+    setting: str,
+    listen: str,
+    *,
+    dead: Callable[[], Sequence[str]],
+    not_ready: Callable[[], Sequence[str]],
+) -> Iterator[None]:
+    """/metrics, /livez and /readyz at `listen` while inside; nothing when it is empty.
+
+    A default address that another process has is done without, aloud. Raises ConfigError for one that
+    was set.
+    """
+    METRICS.build_info.labels(__version__).set(1)
+    server = None
+    if listen:
+        try:
+            server = HttpServer(
+                listen, dead=dead, not_ready=not_ready, registry=REACT.registry, setting=setting
+            )
+            server.start()
+        except ConfigError as error:
+            if setting in loaded.origins:
+                raise
+            emit(Notice(f"no /metrics of this process: {error}"))
+    try:
+        yield
+    finally:
+        if server is not None:
+            server.close()
+
+
+def state_folder(config: Config) -> Path:
+    """Where the integrations keep their state."""
+    return Path(config.react.state_dir or Path(config.state_dir) / "react")
 
 
 def _probe(integration: Integration, out: TextIO) -> int:

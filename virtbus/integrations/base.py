@@ -56,6 +56,12 @@ class TargetUnavailable(VirtbusError):
     exit_code = 69
 
 
+class TargetDenied(TargetUnavailable):
+    """The control plane refuses our account (401, 403): tried again, for an operator can grant it."""
+
+    exit_code = 77
+
+
 class ActionRefused(VirtbusError):
     """The control plane refuses this action: a hold or an event is given up and an operator is told."""
 
@@ -66,7 +72,7 @@ class NotOurs(ActionRefused):
     """Somebody else already holds the host, or changed what we did: it is left to them."""
 
 
-class TargetMissing(TargetUnavailable):
+class TargetMissing(NotOurs):
     """The control plane does not know the host (yet): a report waits for it, a hold is decided again."""
 
 

@@ -15,7 +15,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, ClassVar, TypeVar
@@ -37,6 +37,7 @@ from virtbus.integrations.base import (
     Hold,
     Integration,
     NotOurs,
+    TargetDenied,
     TargetMissing,
     TargetUnavailable,
     utc,
@@ -49,7 +50,6 @@ DETAILS = "virtbus.io/hold"  # JSON: host, why, since, times, by
 COMPONENT = "virtbus"
 _TIMEOUT = 10.0
 _CONFLICTS = 5
-_PAGE = 250  # nodes a request
 _KNOWN_SECONDS = 60.0  # the list of nodes is not read more often to find a host by its name
 _LABEL_VALUE = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _MERGE = "application/merge-patch+json"
@@ -290,20 +290,12 @@ class Kubernetes(Integration):
         )))  # fmt: skip
 
     def _list(self) -> None:
-        """All nodes, page by page: the client's own objects would cost a second of CPU for a thousand."""
-
-        def pages() -> Iterator[_Node]:
-            following = None
-            while True:
-                page = _plain(self._api.list_node(
-                    limit=_PAGE, _continue=following, _preload_content=False, _request_timeout=_TIMEOUT
-                ))  # fmt: skip
-                yield from map(_facts, page.get("items") or ())
-                following = page.get("metadata", {}).get("continue")
-                if not following:
-                    return
-
-        self._listed = self._call("listing", "*", lambda: list(pages()))
+        """All nodes, as plain JSON: the client's own objects would cost a second of CPU for a thousand."""
+        self._listed = self._call("listing", "*", lambda: [
+            _facts(one) for one in _plain(
+                self._api.list_node(_preload_content=False, _request_timeout=_TIMEOUT)
+            ).get("items", ())
+        ])  # fmt: skip
         self._listed_at = time.monotonic()
         self._names.clear()
 
@@ -384,7 +376,7 @@ def _translated(error: Exception, doing: str, node: str) -> TargetUnavailable | 
         return TargetMissing(f"{text}: there is no such node")
     if error.status in (400, 422):
         return ActionRefused(f"{text}: {error.body}")
-    return TargetUnavailable(text)
+    return TargetDenied(text) if error.status in (401, 403) else TargetUnavailable(text)
 
 
 def _plain(answer: Any) -> dict[str, Any]:

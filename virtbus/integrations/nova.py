@@ -101,8 +101,9 @@ class Nova(Integration):
             lambda: list(self._cloud.compute.services(binary=self._binary, **asked)),
         )
 
-    def _service(self, host: str, found: Sequence[Any]) -> Any:
+    def _service(self, host: str, found: Sequence[Any] | None = None) -> Any:
         """The host's service: as told, by its name, or by its short name when that is only one."""
+        found = self._services() if found is None else found
         told = self._hosts.get(host)
         wanted = [told] if told is not None else [host, host.partition(".")[0]]
         for name in wanted:

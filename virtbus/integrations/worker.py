@@ -14,6 +14,7 @@ from virtbus.integrations.base import (
     EVENT,
     HOLD,
     RELEASE,
+    REPORT,
     Action,
     Integration,
     NotOurs,
@@ -269,14 +270,14 @@ class Worker:
     def _failed(self, number: int, action: Action, attempts: int, error: Exception) -> float | None:
         name = self._integration.name
         missing = isinstance(error, TargetMissing)
-        if isinstance(error, NotOurs) or (missing and action.verb in (HOLD, RELEASE)):
+        if isinstance(error, NotOurs) and not (missing and action.verb == REPORT):
             result = Result.MISSING if missing else Result.LEFT_ALONE
             if missing and action.verb == HOLD:
                 self.absent[action.target] = self._clock().monotonic
             self._settle(number, action, result, str(error))
             self._audit(action, result, str(error), attempts)
             return None
-        refused = isinstance(error, VirtbusError) and not error.retryable
+        refused = isinstance(error, VirtbusError) and not error.retryable and not missing
         broken = not isinstance(error, VirtbusError) and attempts >= MOST_SURPRISES
         if (refused and action.verb != RELEASE) or (broken and action.verb == EVENT):
             self._settle(number, action, Result.REFUSED, str(error))
