@@ -441,9 +441,9 @@ def react(ctx: click.Context, /, names: tuple[str, ...], group: str | None, dry_
 @click.pass_context
 def holds(ctx: click.Context, /, names: tuple[str, ...], settings: tuple[str, ...], as_json: bool,
           **options: Any) -> None:  # fmt: skip
-    """List what is held: where, since when, why and by whom, as the control plane shows it.
+    """List what is held, since when, why and by whom.
 
-    Without --with: of the control planes whose state is here.
+    Read from the control plane, where it stands. Without --with: of the control planes whose state is here.
     """
     from virtbus.commands import holds as command
 
@@ -456,9 +456,11 @@ def holds(ctx: click.Context, /, names: tuple[str, ...], settings: tuple[str, ..
 @_react_options
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.pass_context
-def release(ctx: click.Context, /, host: str, names: tuple[str, ...], settings: tuple[str, ...], as_json: bool,
-            **options: Any) -> None:  # fmt: skip
-    """Give HOST back by hand; it is left alone until it was well once. A host that is not held is fine.
+def release(ctx: click.Context, /, host: str, names: tuple[str, ...], settings: tuple[str, ...],
+            as_json: bool, **options: Any) -> None:  # fmt: skip
+    """Give a host back by hand.
+
+    It is left alone until it was well once. A host that is not held is fine.
 
     \b
     Example: virtbus react release compute-7 --with kubernetes

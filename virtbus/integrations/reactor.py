@@ -235,6 +235,11 @@ class Reactor:
             self._store.rename(row, host)
             ours[host] = rows[host] = replace(ours.pop(row.host), host=host)
         self._note_heard(ours, view, now)
+        for host in [
+            host for host, since in self._worker.absent.items() if now.monotonic - since >= _ABSENT_SECONDS
+        ]:
+            del self._worker.absent[host]
+            self._policy.left_alone.discard(host)  # whether it is there by now, its next hold tells
         self._decide(view, rows, ours, now)
         self._give_back_orphans(ours, view, now)
         for row in rows.values():
@@ -261,9 +266,6 @@ class Reactor:
             self._tell(Withheld(self._integration.name, len(held), hosts))
 
     def _hold(self, decision: Decision, before: Row | None, view: FleetView, now: Now) -> None:
-        absent = self._worker.absent.get(decision.host)
-        if absent is not None and now.monotonic - absent < _ABSENT_SECONDS:
-            return
         wall = now.wall_ns / 1e9
         known = None if before is None else Held(before.since, before.times)
         released_at = None if before is None else before.released_at

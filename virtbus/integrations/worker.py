@@ -156,12 +156,16 @@ class Worker:
         return self._thread.is_alive()
 
     def start(self) -> None:
-        """Look at the control plane, and take up what waits."""
+        """Take up what waits, and run."""
+        self.take_up()
+        self._thread.start()
+
+    def take_up(self) -> None:
+        """What waits in the store; holds on their way when we ended are for the first look to tell."""
         if type(self._integration).look is not Integration.look:
             self._store.doubt()
         for number, action, attempts in self._store.waiting():
             self._append(number, action, attempts)
-        self._thread.start()
 
     def stop(self) -> None:
         """End after the action in hand."""
@@ -199,53 +203,52 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            self._work()
+            while not self._stop.is_set():
+                if not self.step():
+                    with self._changed:
+                        wait = self._wait(self._clock().monotonic)
+                        if wait > 0 and not self._stop.is_set():
+                            self._changed.wait(None if wait == float("inf") else wait)
         except Exception as error:  # noqa: BLE001 - `Reactor.run` raises it: a dead worker must not look healthy
             self.failure = error
             self._stop.set()
 
-    def _work(self) -> None:
-        while not self._stop.is_set():
-            target = self._next()
-            if target is None:
-                if not self._stop.is_set():
-                    self._look()
-                continue
-            number, action, attempts = self._queues[target][0]
-            wait = self._turn(number, action, attempts)
-            with self._changed:
-                queue = self._queues[target]
-                if wait is None:
-                    queue.popleft()
-                    self.waiting -= 1
-                    self._backoffs.pop(target, None)
-                else:
-                    queue[0] = (number, action, attempts + 1)
-                if queue:
-                    due = self._clock().monotonic + (wait or 0.0)
-                    heappush(self._due, (due, queue[0][0], target))
-                else:
-                    del self._queues[target]
-
-    def _next(self) -> str | None:
-        """The target whose turn it is, once the rate allows; None when a look is due, and at the end."""
+    def step(self) -> bool:
+        """Look or execute once, whichever is due; False when nothing is. The thread does nothing else."""
         with self._changed:
-            while not self._stop.is_set():
-                now = self._clock().monotonic
-                look = self.looks.due(now)
-                if look <= 0:
-                    return None
-                self._tokens = min(self._burst, self._tokens + (now - self._filled_at) / self._spacing)
-                self._filled_at = now
-                wait = min(look, self._due[0][0] - now if self._due else float("inf"))
-                if wait > 0:
-                    self._changed.wait(None if wait == float("inf") else wait)
-                elif self._tokens < 1.0:
-                    self._stop.wait((1.0 - self._tokens) * self._spacing)
-                else:
-                    self._tokens -= 1.0
-                    return heappop(self._due)[2]
-        return None
+            now = self._clock().monotonic
+            if self._wait(now) > 0:
+                return False
+            target = None if self.looks.due(now) <= 0 else heappop(self._due)[2]
+            if target is not None:
+                self._tokens -= 1.0
+                number, action, attempts = self._queues[target][0]
+        if target is None:
+            self._look()
+            return True
+        wait = self._turn(number, action, attempts)
+        with self._changed:
+            queue = self._queues[target]
+            if wait is None:
+                queue.popleft()
+                self.waiting -= 1
+                self._backoffs.pop(target, None)
+            else:
+                queue[0] = (number, action, attempts + 1)
+            if queue:
+                heappush(self._due, (self._clock().monotonic + (wait or 0.0), queue[0][0], target))
+            else:
+                del self._queues[target]
+        return True
+
+    def _wait(self, now: float) -> float:
+        """Seconds until something is due and the rate allows it; 0 or less: now."""
+        self._tokens = min(self._burst, self._tokens + (now - self._filled_at) / self._spacing)
+        self._filled_at = now
+        action = float("inf")
+        if self._due:
+            action = max(self._due[0][0] - now, (1.0 - self._tokens) * self._spacing)
+        return min(self.looks.due(now), action)
 
     # ---- one action
 
@@ -272,7 +275,8 @@ class Worker:
         missing = isinstance(error, TargetMissing)
         if isinstance(error, NotOurs) and not (missing and action.verb == REPORT):
             result = Result.MISSING if missing else Result.LEFT_ALONE
-            if missing and action.verb == HOLD:
+            if missing and action.verb == HOLD:  # it takes no place from those that can be held
+                self._leave_alone(action.target)
                 self.absent[action.target] = self._clock().monotonic
             self._settle(number, action, result, str(error))
             self._audit(action, result, str(error), attempts)
