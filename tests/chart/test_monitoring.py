@@ -40,9 +40,8 @@ def promtool() -> Path:
 
 
 def _rules() -> list[dict[str, Any]]:
-    (group,) = yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"]
-    rules: list[dict[str, Any]] = group["rules"]
-    return rules
+    groups = yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"]
+    return [rule for group in groups for rule in group["rules"]]
 
 
 def _run(*command: object) -> subprocess.CompletedProcess[str]:
@@ -61,9 +60,10 @@ def test_promtool_takes_the_alerts_as_rendered(promtool: Path, tmp_path: Path) -
     file.write_text(yaml.safe_dump(spec), encoding="utf-8")
     done = _run(promtool, "check", "rules", file)
     assert done.returncode == 0, done.stdout + done.stderr
-    for rule in spec["groups"][0]["rules"]:
-        assert 'job="agents",namespace="virtbus"' in rule["expr"]
-        assert rule["annotations"]["runbook_url"].startswith("https://")
+    for group, job in zip(spec["groups"], ("agents", "agents-react"), strict=True):
+        for rule in group["rules"]:
+            assert f'job="{job}",namespace="virtbus"' in rule["expr"]
+            assert rule["annotations"]["runbook_url"].startswith("https://")
 
 
 def test_each_alert_fires_when_it_should_and_is_silent_when_not(promtool: Path, tmp_path: Path) -> None:

@@ -7,13 +7,15 @@ is in with_kubernetes.py and test_openstack.py.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import pytest
 
 from virtbus.consumer import Delivery
 from virtbus.fleet import Fleet, FleetRules
@@ -147,11 +149,13 @@ class Bus:
 class World:
     """Hosts with agents, a control plane, and a reactor that may be killed and started again."""
 
-    def __init__(self, folder: Path, hosts: Mapping[str, str], *, rules: HoldRules = RULES) -> None:
-        """`hosts` are libvirt's names, with the control plane's."""
+    def __init__(
+        self, folder: Path, hosts: Sequence[str], *, plane: Any = None, rules: HoldRules = RULES
+    ) -> None:
+        """`plane` is a real integration where it is not to be the one of this module."""
         self.folder, self.rules = folder, rules
         self.wall, self.monotonic = 1_800_000_000.0, 1000.0
-        self.plane = Plane(*hosts.values())
+        self.plane = Plane(*hosts) if plane is None else plane
         self.bus = Bus()
         self.told: list[Any] = []
         self.agents = {host: str(uuid.uuid4()) for host in hosts}
@@ -251,3 +255,62 @@ class World:
 
         with mock.patch.object(self.plane, "fails", fails):
             yield
+
+
+POINTS = [
+    f"{place} {moment}"
+    for place in ("decide", "tried", "hold", "release", "finish", "reconcile")
+    for moment in ("before", "after")
+]
+
+
+def killing(world: World, where: str, patches: pytest.MonkeyPatch) -> list[str]:
+    """Arm one kill at a point between decision, action and bookkeeping; the list tells when it struck."""
+    struck: list[str] = []
+    place, _, moment = where.partition(" ")
+    owner: Any = world.plane if place in (HOLD, RELEASE) else ActionStore
+    name = "execute" if place in (HOLD, RELEASE) else place
+    real = getattr(owner, name)
+
+    def strike(arguments: tuple[Any, ...]) -> None:
+        if not struck and (name != "execute" or arguments[0].verb == place):
+            struck.append(where)
+            raise Killed
+
+    def wrapped(*arguments: Any, **more: Any) -> Any:
+        if moment == "before":
+            strike(arguments)
+        answer = real(*arguments, **more)
+        strike(arguments)
+        return answer
+
+    patches.setattr(owner, name, wrapped)
+    return struck
+
+
+def story_of_a_kill(
+    world: World,
+    point: str,
+    patches: pytest.MonkeyPatch,
+    host: str,
+    *,
+    ends: str,
+    losing_state: bool,
+    held: Callable[[], set[str]],
+) -> None:
+    """One host falls ill, gets well, and falls ill again where it `ends` "bad"; on the way we are killed."""
+    world.run(20)
+    if point.startswith("release"):
+        world.bad = {host}
+        world.run(60)
+        assert held() == {host}
+    with patches.context() as armed:
+        struck = killing(world, point, armed)
+        real = world.kill
+        armed.setattr(world, "kill", lambda: real(losing_state=losing_state))
+        for bad in ({host}, set(), {host}) if ends == "bad" else ({host}, set()):
+            world.bad = bad
+            world.run(150)
+        world.run(200)
+    assert struck == [point], "the point was not passed"
+    assert held() == ({host} if ends == "bad" else set())

@@ -6,14 +6,13 @@ import random
 
 import pytest
 
-from tests.integrations.plane import RULES, Killed, World
+from tests.integrations.plane import POINTS, RULES, Killed, World, story_of_a_kill
 from virtbus.integrations.base import HOLD, RELEASE, REPORT, ActionRefused, Found, Hold, TargetUnavailable
 from virtbus.integrations.holds import Finding, HoldState, Row, reconcile
-from virtbus.integrations.store import ActionStore
 from virtbus.integrations.told import ReleaseRefused
 from virtbus.retry import no_waiting
 
-HOSTS = {"h1": "h1", "h2": "h2", "h3": "h3"}
+HOSTS = ("h1", "h2", "h3")
 
 
 @pytest.fixture
@@ -256,69 +255,20 @@ def test_a_decommissioned_host_is_given_back_after_a_day(tmp_path):
 # ---- kills
 
 
-def killing(world: World, where: str) -> list[str]:
-    """Arm a kill at one point between decision, action and bookkeeping; a list that tells when it struck."""
-    struck: list[str] = []
-
-    def strike(*_):
-        if not struck:
-            struck.append(where)
-            raise Killed
-
-    def around(name: str, before: bool):
-        real = getattr(ActionStore, name)
-
-        def wrapped(self, *arguments, **more):
-            if before:
-                strike()
-            answer = real(self, *arguments, **more)
-            strike()
-            return answer
-
-        return wrapped
-
-    place, _, moment = where.partition(" ")
-    if place in ("hold", "release"):
-        hook = lambda verb, target: strike() if verb == place else None  # noqa: E731
-        setattr(world.plane, "fails" if moment == "before" else "after", hook)
-    else:
-        world.patches.setattr(ActionStore, place, around(place, moment == "before"))
-    return struck
-
-
-POINTS = [f"{place} {moment}" for place in ("decide", "tried", "hold", "release", "finish", "reconcile")
-          for moment in ("before", "after")]  # fmt: skip
-
-
 @pytest.mark.parametrize("losing_state", [False, True], ids=["state kept", "state lost"])
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("ends", ["bad", "well"])
 def test_a_kill_at_any_point_leaves_what_is_true(world, monkeypatch, point, losing_state, ends):
-    world.patches = monkeypatch
-    world.run(20)
-    if ends == "well" or point.startswith("release"):
-        held_h1(world)
-        world.bad = set()
-    else:
-        world.bad = {"h1"}
-    struck = killing(world, point)
-    real = world.kill
-    world.kill = lambda: real(losing_state=losing_state)
-    world.run(100)
-    if ends == "bad":
-        world.bad = {"h1"}
-        world.run(100)
-    world.run(400)
-    assert struck == [point], "the point was passed"
-    assert world.plane.held == ({"h1"} if ends == "bad" else set())
-    del world.kill
+    story_of_a_kill(
+        world, point, monkeypatch, "h1", ends=ends, losing_state=losing_state, held=lambda: world.plane.held
+    )
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_whatever_happens_no_well_host_is_held_and_none_for_ever(tmp_path, seed):
     """Half an hour of kills, wipes, lost state, outages and operators; then a quiet one."""
     chance = random.Random(seed)
-    hosts = {f"h{number}": f"h{number}" for number in range(9)}
+    hosts = [f"h{number}" for number in range(9)]
     world = World(tmp_path, hosts)
     prone = {"h0", "h1", "h2", "h3", "h4"}
     most = 0

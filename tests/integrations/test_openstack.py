@@ -14,6 +14,7 @@ from tests.conftest import need
 from tests.integrations import control_planes
 from tests.integrations.control_planes import NovaApi
 from tests.integrations.parts import Recording, errors, eventually, heartbeat, publish, running
+from tests.integrations.plane import POINTS, World, story_of_a_kill
 from virtbus.config import React, ReactMasakari, ReactNova
 from virtbus.consumer import Consumer
 from virtbus.integrations.base import (
@@ -136,6 +137,47 @@ def test_events_on_rabbitmq_disable_the_service_and_a_well_heartbeat_enables_it(
         eventually(lambda: nova_api.services()["compute-1"][0] == "disabled", "disabled")
         publish(amqp_url, heartbeat("compute-1", sequence=200))
         eventually(lambda: nova_api.services()["compute-1"][0] == "enabled", "enabled")
+
+
+# ---- holds live in Nova
+
+
+def disabled(nova_api: NovaApi) -> set[str]:
+    """Hosts whose service is disabled, and by us."""
+    found = {host: reason for host, (status, reason) in nova_api.services().items() if status == "disabled"}
+    assert all(reason.startswith("virtbus: ") for reason in found.values()), found
+    return set(found)
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_kill_at_any_point_leaves_in_nova_what_is_true(nova, nova_api, tmp_path, monkeypatch, point):
+    for ends, losing_state in (("bad", False), ("well", True)):
+        folder = tmp_path / ends
+        folder.mkdir()
+        world = World(folder, ["compute-1", "compute-2", "compute-3"], plane=nova)
+        world.run(20)
+        story_of_a_kill(
+            world, point, monkeypatch, "compute-2", ends=ends, losing_state=losing_state,
+            held=lambda: {host.partition(".")[0] for host in disabled(nova_api)},
+        )  # fmt: skip
+        world.bad = set()
+        world.run(200)
+        assert disabled(nova_api) == set()
+        world.kill()
+
+
+def test_a_service_that_we_disabled_tells_why_since_when_and_by_whom(nova, nova_api, tmp_path):
+    world = World(tmp_path, ["compute-1", "compute-2", "compute-3"], plane=nova)
+    world.bad = {"compute-1"}
+    world.run(60)
+    (told,) = nova.look({}, everything=True).holds
+    assert (told.host, told.since, told.by, told.times) == ("compute-1", 1_800_000_032.0, "test", 1)
+    assert told.why.startswith("undetermined: ")
+    _, found = nova_api.request("GET", "/v2.1/os-services?host=compute-1&binary=nova-compute")
+    nova_api.request("PUT", f"/v2.1/os-services/{found['services'][0]['id']}", {"status": "enabled"})
+    world.run(200)
+    assert disabled(nova_api) == set(), "an operator enabled it: left alone until it was well once"
+    world.kill()
 
 
 # ---- the weigher

@@ -231,7 +231,7 @@ class Reactor:
         REACT.releasing.labels(name).set(sum(row.state is HoldState.RELEASING for row in ours.values()))
         if not self._worker.looks.known:
             return  # what is held is not known: nothing more is held, nothing is given back
-        for row, host in renamed(ours.values(), view):
+        for row, host in list(renamed(ours.values(), view)):
             self._store.rename(row, host)
             ours[host] = rows[host] = replace(ours.pop(row.host), host=host)
         self._note_heard(ours, view, now)

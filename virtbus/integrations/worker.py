@@ -112,8 +112,16 @@ class LookSchedule:
         self._not_before = now + wait
 
 
+_Line = tuple[str, str]  # target and topic: what is done in order
+
+
+def _line(action: Action) -> _Line:
+    """A report that fails does not keep its host from being held."""
+    return (action.target, action.topic)
+
+
 class Worker:
-    """Executes what is stored: in order for each target, other targets go on while one fails."""
+    """Executes what is stored: in order for each target and topic, others go on while one fails."""
 
     def __init__(
         self,
@@ -133,9 +141,9 @@ class Worker:
         self._tokens, self._filled_at = self._burst, clock().monotonic
         self._dry_run, self._by, self._clock, self._tell = dry_run, by, clock, tell
         self._changed = threading.Condition()
-        self._queues: dict[str, deque[tuple[int, Action, int]]] = {}
-        self._due: list[tuple[float, int, str]] = []  # when, number, target
-        self._backoffs: dict[str, Backoff] = {}
+        self._queues: dict[_Line, deque[tuple[int, Action, int]]] = {}
+        self._due: list[tuple[float, int, _Line]] = []  # when, number, line
+        self._backoffs: dict[_Line, Backoff] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="virtbus-react", daemon=True)
         self.looks = LookSchedule()
@@ -194,10 +202,11 @@ class Worker:
     def _append(self, number: int, action: Action, attempts: int) -> None:
         with self._changed:
             self.waiting += 1
-            queue = self._queues.get(action.target)
+            line = _line(action)
+            queue = self._queues.get(line)
             if queue is None:
-                queue = self._queues[action.target] = deque()
-                heappush(self._due, (0.0, number, action.target))
+                queue = self._queues[line] = deque()
+                heappush(self._due, (0.0, number, line))
                 self._changed.notify_all()
             queue.append((number, action, attempts))
 
@@ -219,26 +228,26 @@ class Worker:
             now = self._clock().monotonic
             if self._wait(now) > 0:
                 return False
-            target = None if self.looks.due(now) <= 0 else heappop(self._due)[2]
-            if target is not None:
+            line = None if self.looks.due(now) <= 0 else heappop(self._due)[2]
+            if line is not None:
                 self._tokens -= 1.0
-                number, action, attempts = self._queues[target][0]
-        if target is None:
+                number, action, attempts = self._queues[line][0]
+        if line is None:
             self._look()
             return True
         wait = self._turn(number, action, attempts)
         with self._changed:
-            queue = self._queues[target]
+            queue = self._queues[line]
             if wait is None:
                 queue.popleft()
                 self.waiting -= 1
-                self._backoffs.pop(target, None)
+                self._backoffs.pop(line, None)
             else:
                 queue[0] = (number, action, attempts + 1)
             if queue:
-                heappush(self._due, (self._clock().monotonic + (wait or 0.0), queue[0][0], target))
+                heappush(self._due, (self._clock().monotonic + (wait or 0.0), queue[0][0], line))
             else:
-                del self._queues[target]
+                del self._queues[line]
         return True
 
     def _wait(self, now: float) -> float:
@@ -288,7 +297,7 @@ class Worker:
             self._tell(ActionGivenUp(name, action.verb, action.target, action.why, action.key, error))
             return None
         backoff = self._backoffs.setdefault(
-            action.target, Backoff(f"react {name}", ceiling=RETRY_CEILING_SECONDS)
+            _line(action), Backoff(f"react {name}", ceiling=RETRY_CEILING_SECONDS)
         )
         wait = backoff.next_wait()
         told = round(wait, 3)
