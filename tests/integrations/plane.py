@@ -36,6 +36,7 @@ from virtbus.integrations.reactor import Reactor
 from virtbus.integrations.store import ActionStore
 from virtbus.model import Action as Kind
 from virtbus.model import Now, OpenIncident, OpenIncidents, SourceHealth, to_datetime
+from virtbus.telemetry import METRICS, TelemetryEvent
 from virtbus.testing import a_device, a_heartbeat, a_host, a_record
 
 RULES = HoldRules("any", 1, raise_seconds=30.0, clear_seconds=60.0, max_share=0.34)
@@ -169,6 +170,10 @@ class World:
     def now(self) -> Now:
         return Now(round(self.wall * 1e9), self.monotonic)
 
+    def tell(self, event: TelemetryEvent) -> None:
+        event.measure(METRICS)
+        self.told.append(event)
+
     def start(self) -> None:
         self.store = ActionStore(self.folder / "plane.db")
         self.reactor = Reactor(
@@ -179,7 +184,7 @@ class World:
             policy=HoldPolicy(self.rules),
             by="test",
             clock=self.now,
-            tell=self.told.append,
+            tell=self.tell,
         )
         self.reactor._worker.take_up()
 
