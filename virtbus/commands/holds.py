@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
-from virtbus.commands.react import state_folder
+import click
+
+from virtbus import config as settings_of
+from virtbus.commands.options import common, load, state_dir
 from virtbus.commands.terminal import cut
+from virtbus.commands.wiring import react_folder
 from virtbus.config import Config, Loaded
 from virtbus.errors import ConfigError
 from virtbus.integrations.base import RELEASE, Action, Hold, Integration, NotOurs, open_integration, utc
@@ -76,7 +81,7 @@ def _holds(integration: Integration) -> Sequence[Hold]:
 
 def _opened(config: Config, names: Sequence[str]) -> Iterator[Integration]:
     """Those that were named, or that hold hosts and have their state here."""
-    folder = state_folder(config)
+    folder = react_folder(config)
     chosen = list(names) or sorted(file.stem for file in folder.glob("*.db"))
     hold = 0
     for name in dict.fromkeys(chosen):
@@ -106,3 +111,93 @@ def _data(name: str, hold: Hold) -> dict[str, Any]:
         "by": hold.by,
         "intact": hold.intact,
     }
+
+
+# ------------------------------------------------------------------------------- the command line
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def options(command: F) -> F:
+    """What `react` and its commands share."""
+    for option in (
+        click.option(
+            "--option",
+            "settings",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="A setting of [react], e.g. --option 'exec.command=[\"/usr/bin/logger\"]'.",
+        ),
+        click.option(
+            "--with",
+            "names",
+            multiple=True,
+            metavar="NAME",
+            help="exec, webhook, kubernetes, nova, masakari, or one that a package adds.",
+        ),
+    ):
+        command = option(command)
+    return common(state_dir(command))
+
+
+def load_with(settings: Sequence[str], given: Mapping[str, Any]) -> Loaded:
+    """Settings with those of --option. Raises ConfigError for one that is not KEY=VALUE."""
+    told = dict(given)
+    for text in settings:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise ConfigError(f"--option {text}: write KEY=VALUE")
+        dotted = f"react.{key}"
+        if not settings_of.knows(dotted):
+            dotted = f"react.options.{key}"
+        told[dotted] = settings_of.from_text(dotted, value)
+    return load(told)
+
+
+def _told(
+    ctx: click.Context, names: tuple[str, ...], settings: tuple[str, ...], given: Mapping[str, Any]
+) -> tuple[tuple[str, ...], Loaded]:
+    """A command's own options win over those that stand before it: `react --config FILE holds`."""
+    before, earlier, outer = ctx.obj
+    own = {key: value for key, value in given.items() if value not in (None, False)}
+    return names or before, load_with((*earlier, *settings), {**outer, **own})
+
+
+@click.command("holds")
+@options
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_context
+def list_command(
+    ctx: click.Context, /, names: tuple[str, ...], settings: tuple[str, ...], as_json: bool, **given: Any
+) -> None:
+    """List what is held, since when, why and by whom.
+
+    Read from the control plane, where it stands. Without --with: of the control planes whose state is here.
+    """
+    names, loaded = _told(ctx, names, settings, given)
+    sys.exit(show(loaded, names=names, as_json=as_json, out=sys.stdout))
+
+
+@click.command("release")
+@click.argument("host")
+@options
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.pass_context
+def release_command(
+    ctx: click.Context,
+    /,
+    host: str,
+    names: tuple[str, ...],
+    settings: tuple[str, ...],
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Give a host back by hand.
+
+    It is left alone until it was well once. A host that is not held is fine.
+
+    \b
+    Example: virtbus react release compute-7 --with kubernetes
+    """
+    names, loaded = _told(ctx, names, settings, given)
+    sys.exit(release(loaded, host, names=names, as_json=as_json, out=sys.stdout))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
+
+import click
 
 from virtbus import __version__
-from virtbus.commands import wiring
+from virtbus.commands import holds, wiring
+from virtbus.commands.options import bus, setting
+from virtbus.commands.wiring import react_folder
 from virtbus.config import Config, Loaded, bus_url
 from virtbus.consumer import Consumer
 from virtbus.control import HttpServer
@@ -91,7 +95,7 @@ def _reactor(
     integration: Integration, config: Config, group: str | None, dry_run: bool, stack: ExitStack
 ) -> Reactor:
     name = integration.name
-    folder = state_folder(config)
+    folder = react_folder(config)
     store = ActionStore(None if dry_run else folder / f"{name}.db")
     stack.callback(store.close)
     # A dry run takes nothing away from the real one: it listens beside the group.
@@ -151,11 +155,6 @@ def serving(
             server.close()
 
 
-def state_folder(config: Config) -> Path:
-    """Where the integrations keep their state."""
-    return Path(config.react.state_dir or Path(config.state_dir) / "react")
-
-
 def _probe(integration: Integration, out: TextIO) -> int:
     code = 0
     for check in integration.probe():
@@ -173,3 +172,52 @@ def _on_signals(reactors: Sequence[Reactor]) -> None:
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+@click.group("react", invoke_without_command=True)
+@holds.options
+@bus
+@setting(
+    "react.listen",
+    "--http-listen",
+    metavar="HOST:PORT",
+    help="Where /metrics, /livez and /readyz are served; '' for none (react.listen).",
+)
+@click.option("--group", metavar="GROUP", help="Durable group: GROUP-NAME [default: react-NAME].")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done; takes no event from the group.")
+@click.option("--probe", is_flag=True, help="Only look whether the control plane lets us, and end.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    /,
+    names: tuple[str, ...],
+    group: str | None,
+    dry_run: bool,
+    probe: bool,
+    settings: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Tell control planes: run integrations until a signal, each for itself.
+
+    Actions are stored before they are done, limited, and each is a line in the log. Guests are never moved
+    or restarted.
+
+    \b
+    Examples:
+      virtbus react --with kubernetes --bus amqps://scheduler@broker//
+      virtbus react holds --with kubernetes
+    """
+    if ctx.invoked_subcommand is not None:
+        ctx.obj = (names, settings, options)
+        return
+    if not names:
+        raise click.UsageError("Missing option '--with'", ctx)
+    loaded = holds.load_with(settings, options)
+    sys.exit(run(loaded, names=names, group=group, dry_run=dry_run, probe=probe, out=sys.stdout))
+
+
+command.add_command(holds.list_command)
+command.add_command(holds.release_command)
