@@ -231,7 +231,7 @@ def test_a_kill_at_any_point_leaves_on_the_node_what_is_true(
             held=lambda: held(kube_apiserver, nodes),
         )  # fmt: skip
         world.bad = set()
-        world.run(200)
+        world.run(400)  # twice as long each time it came back
         assert held(kube_apiserver, nodes) == set()
         world.kill()
 

@@ -103,7 +103,7 @@ def reconcile(
     for name, row in rows.items():
         mark = marks.get(name)
         if row.state is HoldState.UNSURE and (mark is not None or acting):
-            change = _unsure(row, mark, wall)
+            change = _unsure(row, mark)
         elif row.state is not HoldState.HELD or (asked is not None and name not in asked):
             continue
         elif mark is not None:
@@ -137,9 +137,9 @@ def _adopted(name: str, row: Row | None, hold: Hold, wall: float) -> Change:
     return Change(_again(adopted), Finding.ADOPTED, True)
 
 
-def _unsure(row: Row, mark: Hold | None, wall: float) -> Change:
+def _unsure(row: Row, mark: Hold | None) -> Change:
     if mark is None:
-        return Change(replace(row, state=HoldState.FREE, released_at=wall))
+        return Change(replace(row, state=HoldState.FREE))
     held = replace(row, state=HoldState.HELD, target=mark.target, uid=mark.uid)
     return Change(held) if mark.intact else Change(_again(held), Finding.WIPED, True)
 

@@ -210,7 +210,7 @@ class ActionStore:
         with self._transaction() as db:
             db.execute("UPDATE holds SET agent = ?, heard_at = ? WHERE host = ?", [agent, wall, host])
 
-    def doubt(self) -> None:
+    def doubt(self, wall: float) -> None:
         """After a kill, for a control plane that can be asked: what was on its way is for the look to tell.
 
         A decision that waited is taken again, or not, by what is true then.
@@ -219,6 +219,7 @@ class ActionStore:
             db.execute(
                 "UPDATE actions SET state = 'replaced' WHERE state = 'waiting' AND topic = ?", [HOLD_TOPIC]
             )
+            db.execute("UPDATE holds SET released_at = ? WHERE state = ?", [wall, HoldState.RELEASING])
             db.execute(
                 "UPDATE holds SET state = ? WHERE state IN (?, ?)",
                 [HoldState.UNSURE, HoldState.HOLDING, HoldState.RELEASING],

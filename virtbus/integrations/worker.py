@@ -171,7 +171,7 @@ class Worker:
     def take_up(self) -> None:
         """What waits in the store; holds on their way when we ended are for the first look to tell."""
         if type(self._integration).look is not Integration.look:
-            self._store.doubt()
+            self._store.doubt(self._clock().wall_ns / 1e9)
         for number, action, attempts in self._store.waiting():
             self._append(number, action, attempts)
 
