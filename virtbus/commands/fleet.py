@@ -16,7 +16,7 @@ from virtbus.commands.terminal import cut, progress, wrapped
 from virtbus.config import Loaded, bus_url
 from virtbus.consumer import Consumer
 from virtbus.errors import ConfigError
-from virtbus.fleet import Blame, Fleet, FleetView, HostHealth
+from virtbus.fleet import Blame, Fleet, FleetView, HostHealth, Publishers
 from virtbus.log import takes_escapes
 from virtbus.model import Clock
 
