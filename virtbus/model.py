@@ -545,6 +545,7 @@ class Message:
     user_id: str | None  # proven by the broker, or None
     position: str  # where it stood, for logs: "queue#tag" or "topic[partition]@offset"
     handle: object = field(compare=False, repr=False, default=None)
+    attempts: int | None = None  # deliveries of it so far, this one too, where the broker counts them
 
 
 @dataclass(frozen=True, slots=True)

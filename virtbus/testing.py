@@ -23,7 +23,7 @@ from threading import Event as StopEvent
 from typing import Any, TypeVar
 
 from virtbus import envelope
-from virtbus.bus import Feed
+from virtbus.bus import Feed, Memory
 from virtbus.errors import BusUnavailable
 from virtbus.faultkit import FakeAmqpConnection, FakeAmqpPeer, Published, Script, TcpFaultProxy, wait_until
 from virtbus.model import (
@@ -493,7 +493,9 @@ class FakeBus:
         """See virtbus.bus.Bus; counts in `ticks`."""
         self.ticks += 1
 
-    def consume(self, group: str | None, *, prefetch: int = 100, exclusive: bool = False) -> FakeSubscription:
+    def consume(
+        self, group: str | None, *, prefetch: int = 100, exclusive: bool = False, memory: Memory | None = None
+    ) -> FakeSubscription:
         """See virtbus.bus.Bus."""
         name = group if group is not None else f"tap-{len(self._groups)}"
         with self._changed:
