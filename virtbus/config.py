@@ -288,7 +288,7 @@ class React(_Section, frozen=True):
             description="A host is held back when it is at fault; also when that can't be told; "
             "or for any trouble, a backend's too"
         ),
-    ] = "undetermined"
+    ] = "host"
     min_guests: Annotated[int, Meta(ge=1, description="Guests in trouble before a host is held back")] = 2
     raise_seconds: Annotated[float, Meta(ge=0, description="Trouble lasts so long before a host is held")] = (
         30.0

@@ -14,7 +14,7 @@ from tests.integrations.parts import Recording, eventually, heartbeat, publish
 from tests.integrations.plane import Killed, Plane, World
 from tests.ports import free_ports
 from virtbus.errors import BusUnavailable
-from virtbus.fleet import Fleet
+from virtbus.fleet import Fleet, Publishers
 from virtbus.integrations.base import EVENT, Action
 from virtbus.integrations.store import ActionStore
 from virtbus.integrations.told import REACT, EventPutAside
@@ -106,7 +106,7 @@ def test_an_event_that_cant_be_worked_on_is_put_aside_and_the_others_go_on(world
 
 def test_a_dead_letter_that_the_broker_does_not_take_now_ends_nothing(world, monkeypatch):
     world.start()
-    world.reactor._publishers = ["virtbus-{host}"]
+    world.reactor._publishers = Publishers(["virtbus-{host}"])
     monkeypatch.setattr(world.bus, "_dead_letter", mock.Mock(side_effect=BusUnavailable("nack")))
     world.run(3)
     assert world.kills == 0

@@ -25,12 +25,13 @@ from virtbus.commands.options import (
 from virtbus.commands.react import fleet_rules, serving
 from virtbus.commands.terminal import cut, progress, wrapped
 from virtbus.config import Loaded, bus_url
-from virtbus.consumer import Consumer
+from virtbus.consumer import Consumer, Delivery
 from virtbus.errors import ConfigError
-from virtbus.fleet import Blame, Fleet, FleetView, HostHealth
-from virtbus.integrations.told import REACT
+from virtbus.fleet import Blame, Fleet, FleetView, HostHealth, Publishers
+from virtbus.integrations.told import REACT, Disbelieved, EventPutAside
 from virtbus.log import takes_escapes
-from virtbus.model import Clock, Heartbeat
+from virtbus.model import Clock, Heartbeat, Now
+from virtbus.telemetry import emit
 
 _WIDE = 120  # columns: what a host's trouble is stands beside it, else below
 _REDRAW_SECONDS = 1.0
@@ -52,6 +53,7 @@ def run(
     """Show the fleet until an interrupt; with `once` after listening for `listen` seconds (one round)."""
     config = loaded.config
     fleet, clock = Fleet(fleet_rules(config)), Clock()
+    publishers = Publishers(config.react.publishers)
     seconds = listen if listen is not None else (ROUND_SECONDS if once else None)
     end = None if seconds is None else time.monotonic() + seconds
     live = not once and not as_json and write is None and takes_escapes(out)
@@ -74,10 +76,8 @@ def run(
         while end is None or time.monotonic() < end:
             delivery = consumer.receive(0.2)
             if delivery is not None:
-                if isinstance(delivery.event, Heartbeat):
+                if _fold(fleet, publishers, delivery, clock()):
                     heard = time.monotonic()
-                if delivery.event is not None:
-                    fleet.saw(delivery.event, delivery.attributes, clock())
                 delivery.ack()
             if once:
                 passed = int(time.monotonic() - begun)
@@ -91,6 +91,24 @@ def run(
     view = fleet.view(clock())
     _show(view, as_json=as_json, write=write, live=live, out=out)
     return 0
+
+
+def _fold(fleet: Fleet, publishers: Publishers, delivery: Delivery, now: Now) -> bool:
+    """Fold one event in if it is believed; whether it was a heartbeat. Nothing that it holds ends us."""
+    event = delivery.event
+    host = None if event is None or event.host is None else event.host.name
+    why = publishers.refuses(delivery.publisher, delivery.source, host)
+    if why is not None:
+        emit(Disbelieved(delivery.publisher, host, delivery.source, delivery.id, why))
+        return False
+    if event is None:
+        return False
+    try:
+        fleet.saw(event, delivery.attributes, now)
+    except Exception as error:  # noqa: BLE001 - one event must not end the others
+        emit(EventPutAside("fleet", delivery.source, delivery.id, error))
+        return False
+    return isinstance(event, Heartbeat)
 
 
 def _show(view: FleetView, *, as_json: bool, write: Path | None, live: bool, out: TextIO) -> None:

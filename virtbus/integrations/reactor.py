@@ -12,12 +12,11 @@ import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
 
 from virtbus.consumer import Consumer, Delivery
 from virtbus.envelope import uuid7
 from virtbus.errors import BusUnavailable
-from virtbus.fleet import Fleet, FleetView, HostHealth
+from virtbus.fleet import Fleet, FleetView, HostHealth, Publishers
 from virtbus.integrations.base import REPORT, Action, Integration
 from virtbus.integrations.holds import HoldState, Row, orphaned, renamed
 from virtbus.integrations.policy import Decision, Held, HoldPolicy
@@ -34,7 +33,7 @@ from virtbus.integrations.worker import Worker
 from virtbus.model import Clock, Heartbeat, Now
 from virtbus.telemetry import TelemetryEvent, Trouble, emit
 
-__all__ = ["ActionGivenUp", "Audited", "Reactor", "Withheld", "believed"]
+__all__ = ["ActionGivenUp", "Audited", "Reactor", "Withheld"]
 
 _BATCH = 64
 _BATCH_SECONDS = 0.05
@@ -70,7 +69,8 @@ class Reactor:
         `by` names this instance in what it marks.
         """
         self._integration, self._consumer, self._store = integration, consumer, store
-        self.fleet, self._policy, self._publishers = fleet, policy, publishers
+        self.fleet, self._policy = fleet, policy
+        self._publishers = Publishers(publishers, store.owners)
         self._clock = clock or Clock()
         self._tell = tell
         self._worker = Worker(
@@ -157,9 +157,10 @@ class Reactor:
         now = self._clock()
         self._worker.heard(now.monotonic)
         host = None if delivery.event is None or delivery.event.host is None else delivery.event.host.name
-        if not believed(self._publishers, delivery.publisher, host):
-            self._tell(Disbelieved(delivery.publisher, host, delivery.source, delivery.id))
-            self._put_aside(delivery, f"publisher {delivery.publisher} may not speak for host {host}")
+        why = self._publishers.refuses(delivery.publisher, delivery.source, host)
+        if why is not None:
+            self._tell(Disbelieved(delivery.publisher, host, delivery.source, delivery.id, why))
+            self._put_aside(delivery, why)
             return
         try:
             if delivery.event is not None:
@@ -316,31 +317,3 @@ class Reactor:
             entries.append((host.name, text, action))
         if entries:
             self._worker.put(self._store.show(entries, now.wall_ns / 1e9))
-
-
-def believed(patterns: Sequence[str], publisher: str | None, host: str | None) -> bool:
-    """Whether a broker user may send events of `host`; without patterns everybody may.
-
-    `publisher` is what the broker proved (AMQP user-id). A pattern with {host} binds a user to one host:
-    nobody else's events count for it. Events without a host (an agent that has not seen its hypervisor
-    yet) need a pattern without {host}, or one whose other words fit.
-    """
-    if not patterns:
-        return True
-    if publisher is None:
-        return False
-    for pattern in patterns:
-        if "{host}" not in pattern:
-            fits = fnmatchcase(publisher, pattern)
-        elif host is None:
-            fits = fnmatchcase(publisher, pattern.replace("{host}", "*"))
-        else:
-            fits = fnmatchcase(publisher, pattern.replace("{host}", _literal(host)))
-        if fits:
-            return True
-    return False
-
-
-def _literal(text: str) -> str:
-    """A host name must not be a glob: an agent chooses it."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in text)

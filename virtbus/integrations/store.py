@@ -7,7 +7,7 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, fields, replace
 from pathlib import Path
@@ -50,6 +50,10 @@ CREATE TABLE IF NOT EXISTS holds (
   agent TEXT NOT NULL,
   heard_at REAL NOT NULL,
   released_at REAL
+);
+CREATE TABLE IF NOT EXISTS owners (
+  source TEXT PRIMARY KEY,
+  publisher TEXT NOT NULL
 );
 CREATE TABLE IF NOT EXISTS conditions (
   host TEXT PRIMARY KEY,
@@ -97,6 +101,11 @@ class ActionStore:
                 f"{path} can't be used: {error}; move it away (what is held is read from the control plane, "
                 "events that wait in it are not handed over)"
             ) from error
+
+    @property
+    def owners(self) -> MutableMapping[str, str]:
+        """Which publisher each source belongs to: the first one that spoke for it; durable when set."""
+        return _Owners(self)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -265,6 +274,20 @@ class ActionStore:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
+
+
+class _Owners(dict[str, str]):
+    """A dict whose items are on disk before they count."""
+
+    def __init__(self, store: ActionStore) -> None:
+        self._store = store
+        with store._lock:
+            super().__init__(store._db.execute("SELECT source, publisher FROM owners").fetchall())
+
+    def __setitem__(self, source: str, publisher: str) -> None:
+        with self._store._transaction() as db:
+            db.execute("INSERT OR IGNORE INTO owners VALUES (?, ?)", [source, publisher])
+        super().__setitem__(source, publisher)
 
 
 def _rows(db: sqlite3.Connection) -> dict[str, Row]:

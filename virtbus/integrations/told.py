@@ -304,12 +304,13 @@ class Disbelieved(TelemetryEvent):
     """An event that its publisher may not send."""
 
     LEVEL: ClassVar[str] = "error"
-    MESSAGE: ClassVar[str] = "an event is not believed: its publisher may not speak for that host"
+    MESSAGE: ClassVar[str] = "an event is not believed"
     LIMIT_SECONDS: ClassVar[float] = 1.0
     publisher: str | None
     host: str | None
     source: str
     id: str
+    why: str
 
     def measure(self, metrics: Metrics) -> None:
         """Count it."""
