@@ -24,11 +24,13 @@ from virtbus.commands.options import (
 from virtbus.commands.react import fleet_rules
 from virtbus.commands.terminal import cut, progress, wrapped
 from virtbus.config import Loaded, bus_url
-from virtbus.consumer import Consumer
+from virtbus.consumer import Consumer, Delivery
 from virtbus.errors import ConfigError
 from virtbus.fleet import Blame, Fleet, FleetView, HostHealth, Publishers
+from virtbus.integrations.reactor import Disbelieved
 from virtbus.log import takes_escapes
-from virtbus.model import Clock
+from virtbus.model import Clock, Now
+from virtbus.telemetry import Trouble, emit
 
 _WIDE = 120  # columns: what a host's trouble is stands beside it, else below
 _REDRAW_SECONDS = 1.0
@@ -49,6 +51,7 @@ def run(
     """Show the fleet until an interrupt; with `once` after listening for `listen` seconds (one round)."""
     config = loaded.config
     fleet, clock = Fleet(fleet_rules(config)), Clock()
+    publishers = Publishers(config.react.publishers)
     seconds = listen if listen is not None else (ROUND_SECONDS if once else None)
     end = None if seconds is None else time.monotonic() + seconds
     live = not once and not as_json and write is None and takes_escapes(out)
@@ -63,8 +66,7 @@ def run(
         while end is None or time.monotonic() < end:
             delivery = consumer.receive(0.2)
             if delivery is not None:
-                if delivery.event is not None:
-                    fleet.saw(delivery.event, delivery.attributes, clock())
+                _take(delivery, fleet, publishers, clock())
                 delivery.ack()
             if once:
                 passed = int(time.monotonic() - begun)
@@ -76,6 +78,21 @@ def run(
     view = fleet.view(clock())
     _show(view, as_json=as_json, write=write, live=live, out=out)
     return 0
+
+
+def _take(delivery: Delivery, fleet: Fleet, publishers: Publishers, now: Now) -> None:
+    """Fold in what its publisher may send; an event that can't be folded is told, and costs only itself."""
+    event = delivery.event
+    if event is None:
+        return
+    host = None if event.host is None else event.host.name
+    if publishers.refuses(delivery.publisher, delivery.source, host) is not None:
+        emit(Disbelieved(delivery.publisher, host, delivery.source, delivery.id))
+        return
+    try:
+        fleet.saw(event, delivery.attributes, now)
+    except Exception as error:  # noqa: BLE001 - one event must not end the view of all others
+        emit(Trouble("fleet", error, event_id=delivery.id))
 
 
 def _show(view: FleetView, *, as_json: bool, write: Path | None, live: bool, out: TextIO) -> None:

@@ -13,20 +13,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from heapq import heappop, heappush
 from typing import ClassVar
 
 from virtbus.consumer import Consumer, Delivery
 from virtbus.envelope import uuid7
 from virtbus.errors import VirtbusError
-from virtbus.fleet import Fleet, HostHealth
+from virtbus.fleet import Fleet, HostHealth, Publishers
+from virtbus.fleet.believing import believed
 from virtbus.integrations.base import HOLD, RELEASE, REPORT, Action, Integration, NotOurs
 from virtbus.integrations.policy import Decision, HoldPolicy
 from virtbus.integrations.store import ActionStore
 from virtbus.model import Clock, Now
 from virtbus.retry import Backoff
 from virtbus.telemetry import TelemetryEvent, emit
+
+__all__ = ["ActionGivenUp", "Audited", "Disbelieved", "Reactor", "Withheld", "believed"]
 
 RETRY_CEILING_SECONDS = 60.0
 _BATCH = 64
@@ -105,7 +107,7 @@ class Disbelieved(TelemetryEvent):
     """An event that its publisher may not send."""
 
     LEVEL: ClassVar[str] = "error"
-    MESSAGE: ClassVar[str] = "an event is not believed: its publisher may not speak for that host"
+    MESSAGE: ClassVar[str] = "an event is not believed: its publisher may not speak for that host or agent"
     LIMIT_SECONDS: ClassVar[float] = 1.0
     publisher: str | None
     host: str | None
@@ -136,7 +138,7 @@ class Reactor:
     ) -> None:
         """The parts are made, and closed, by the caller; `tell` gets every audit line."""
         self._integration, self._consumer, self._store = integration, consumer, store
-        self.fleet, self._policy, self._publishers = fleet, policy, publishers
+        self.fleet, self._policy, self._publishers = fleet, policy, Publishers(publishers)
         self._clock = clock or Clock()
         self._tell = tell
         self._worker = _Worker(
@@ -187,9 +189,10 @@ class Reactor:
 
     def _take(self, delivery: Delivery) -> None:
         host = None if delivery.event is None or delivery.event.host is None else delivery.event.host.name
-        if not believed(self._publishers, delivery.publisher, host):
+        why = self._publishers.refuses(delivery.publisher, delivery.source, host)
+        if why is not None:
             self._tell(Disbelieved(delivery.publisher, host, delivery.source, delivery.id))
-            delivery.dead_letter(f"publisher {delivery.publisher} may not speak for host {host}")
+            delivery.dead_letter(why)
             return
         now = self._clock()
         if delivery.event is not None:
@@ -250,34 +253,6 @@ class Reactor:
             entries.append((host.name, text, action))
         if entries:
             self._worker.put(self._store.show(entries, now.wall_ns / 1e9))
-
-
-def believed(patterns: Sequence[str], publisher: str | None, host: str | None) -> bool:
-    """Whether a broker user may send events of `host`; without patterns everybody may.
-
-    `publisher` is what the broker proved (AMQP user-id). A pattern with {host} binds a user to one host:
-    nobody else's events count for it. Events without a host (an agent that has not seen its hypervisor
-    yet) need a pattern without {host}, or one whose other words fit.
-    """
-    if not patterns:
-        return True
-    if publisher is None:
-        return False
-    for pattern in patterns:
-        if "{host}" not in pattern:
-            fits = fnmatchcase(publisher, pattern)
-        elif host is None:
-            fits = fnmatchcase(publisher, pattern.replace("{host}", "*"))
-        else:
-            fits = fnmatchcase(publisher, pattern.replace("{host}", _literal(host)))
-        if fits:
-            return True
-    return False
-
-
-def _literal(text: str) -> str:
-    """A host name must not be a glob: an agent chooses it."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in text)
 
 
 class _Worker:
