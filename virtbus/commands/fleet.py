@@ -76,7 +76,7 @@ def run(
         while end is None or time.monotonic() < end:
             delivery = consumer.receive(0.2)
             if delivery is not None:
-                if _fold(fleet, publishers, delivery, clock()):
+                if _take(delivery, fleet, publishers, clock()):
                     heard = time.monotonic()
                 delivery.ack()
             if once:
@@ -93,7 +93,7 @@ def run(
     return 0
 
 
-def _fold(fleet: Fleet, publishers: Publishers, delivery: Delivery, now: Now) -> bool:
+def _take(delivery: Delivery, fleet: Fleet, publishers: Publishers, now: Now) -> bool:
     """Fold one event in if it is believed; whether it was a heartbeat. Nothing that it holds ends us."""
     event = delivery.event
     host = None if event is None or event.host is None else event.host.name

@@ -31,7 +31,7 @@ class Publishers:
             return None
         if publisher is None:
             return "the broker does not prove who published it"
-        fitting = [pattern for pattern in self._patterns if _fits(pattern, publisher, host)]
+        fitting = [pattern for pattern in self._patterns if believed((pattern,), publisher, host)]
         if not fitting:
             return f"publisher {publisher} may not speak for host {host}"
         owner = self._owners.get(source)
@@ -49,9 +49,19 @@ class Publishers:
         return None
 
 
-def _fits(pattern: str, publisher: str, host: str | None) -> bool:
-    """Events without a host (an agent that has not seen its hypervisor yet) fit any host of a pattern."""
-    return fnmatchcase(publisher, pattern.replace("{host}", "*" if host is None else _literal(host)))
+def believed(patterns: Sequence[str], publisher: str | None, host: str | None) -> bool:
+    """Whether a broker user may send events of `host`; without patterns everybody may.
+
+    `publisher` is what the broker proved (AMQP user-id). A pattern with {host} binds a user to one host:
+    nobody else's events count for it. Events without a host (an agent that has not seen its hypervisor
+    yet) need a pattern without {host}, or one whose other words fit.
+    """
+    if not patterns:
+        return True
+    if publisher is None:
+        return False
+    name = "*" if host is None else _literal(host)
+    return any(fnmatchcase(publisher, pattern.replace("{host}", name)) for pattern in patterns)
 
 
 def _literal(text: str) -> str:

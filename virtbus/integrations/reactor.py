@@ -17,6 +17,7 @@ from virtbus.consumer import Consumer, Delivery
 from virtbus.envelope import uuid7
 from virtbus.errors import BusUnavailable
 from virtbus.fleet import Fleet, FleetView, HostHealth, Publishers
+from virtbus.fleet.believing import believed
 from virtbus.integrations.base import REPORT, Action, Integration
 from virtbus.integrations.holds import HoldState, Row, orphaned, renamed
 from virtbus.integrations.policy import Decision, Held, HoldPolicy
@@ -33,7 +34,7 @@ from virtbus.integrations.worker import Worker
 from virtbus.model import Clock, Heartbeat, Now
 from virtbus.telemetry import TelemetryEvent, Trouble, emit
 
-__all__ = ["ActionGivenUp", "Audited", "Reactor", "Withheld"]
+__all__ = ["ActionGivenUp", "Audited", "Reactor", "Withheld", "believed"]
 
 _BATCH = 64
 _BATCH_SECONDS = 0.05
