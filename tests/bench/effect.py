@@ -130,7 +130,11 @@ def _monitors(folder: str, lab: Lab, url: str, sink: Sink) -> Iterator[Callable[
 
     def latencies() -> list[float]:
         begun = [json.loads(line) for line in heard.read_text().splitlines() if line.startswith("[")]
-        arrived = [at for at, _, _ in list(sink.posts)]
+        arrived = [
+            at
+            for at, _, body in list(sink.posts)
+            if body["notification"]["payload"]["event"] == "IO_ERROR"  # it tells of the pause, too
+        ]
         return [end - start for end, (_, start) in zip(arrived, begun, strict=False)]
 
     with heard.open("wb") as out, subprocess.Popen(words, stdout=out) as monitor:

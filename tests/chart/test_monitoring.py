@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import generate_latest
 
 from tests.chart import helm, tools
 from tests.chart.helm import CHART
@@ -25,6 +26,7 @@ from tests.chart.prometheus import DASHBOARD, Prometheus, fill, panels
 from tests.conftest import need
 from tests.lab.lab import Lab
 from tests.ports import free_ports
+from virtbus.integrations.told import REACT
 
 ALERTS = CHART / "files" / "alerts.yaml"
 UNIT_TESTS = Path(__file__).parent / "alerts.test.yaml"
@@ -176,6 +178,8 @@ def test_every_metric_of_alerts_and_dashboard_is_the_agents_and_every_query_find
     watched: Watched,
 ) -> None:
     known = set(re.findall(r"^(virtbus_\w+)(?:\{| )", watched.metrics, re.MULTILINE))
+    reacting = generate_latest(REACT.registry).decode()
+    known |= set(re.findall(r"^# TYPE (virtbus_(?:react|fleet)_\w+)", reacting, re.MULTILINE))
     queries = [target["expr"] for panel in panels() for target in panel["targets"]]
     rules = [rule["expr"] for rule in _rules()]
     for expression in [*queries, *rules]:
