@@ -115,7 +115,8 @@ def _virtbus(folder: str, lab: Lab, url: str, sink: Sink) -> Iterator[Callable[[
     log = Path(folder) / "react.log"
     with log.open("wb") as out, subprocess.Popen(words, stderr=out) as reacting:
         try:
-            wait_for(lambda: "broker connected" in log.read_text(), "a reactor that listens", 30)
+            wait_for(lambda: "group react-webhook" in log.read_text(), "a reactor that listens", 30)
+            time.sleep(3)  # its queue is declared and bound
             with agent(folder, lab, url, "[incidents]\nfold = false\n").ready():
                 yield latencies
         finally:
