@@ -227,6 +227,18 @@ def test_a_host_that_is_told_with_its_domain_now_keeps_its_hold(world):
     assert [one for one in world.plane.done if one[0] != REPORT].count((HOLD, "h1")) == 1
 
 
+def test_a_host_of_another_domain_does_not_take_over_a_hold(tmp_path):
+    world = World(tmp_path, ["h1.a.org", "h1.b.org", "h3.a.org"])
+    world.bad = {"h1.a.org"}
+    world.run(60)
+    world.kill()
+    world.silent = {"h1.a.org"}
+    world.bad = set()
+    world.run(300)
+    assert world.plane.held == {"h1.a.org"}, "nobody has said that it is well"
+    world.kill()
+
+
 def test_a_renamed_host_is_given_back_by_its_old_name(world):
     held_h1(world)
     world.run(60)

@@ -157,12 +157,19 @@ def short(name: str) -> str:
 
 
 def renamed(rows: Iterable[Row], view: FleetView) -> Iterator[tuple[Row, str]]:
-    """Rows that the fleet knows by another name of the same host: `compute-1` as `compute-1.example.org`."""
-    names = {host.name for host in view.hosts}
+    """Rows that the fleet knows by another name of the same host: `compute-1` as `compute-1.example.org`.
+
+    Never one domain's for another's: `compute-1.a.org` and `compute-1.b.org` are two hosts.
+    """
+    names = {host.name: host.agent_id for host in view.hosts}
     for row in rows:
         if not row.ours or row.host in names:
             continue
-        same = [name for name in names if short(name) == short(row.host)]
+        same = [
+            name
+            for name, agent in names.items()
+            if (name == short(row.host) or short(name) == row.host) and row.agent in ("", agent)
+        ]
         if len(same) == 1:
             yield row, same[0]
 

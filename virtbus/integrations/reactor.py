@@ -113,7 +113,7 @@ class Reactor:
 
     def dead(self) -> Sequence[str]:
         """Threads that have ended; empty while it runs."""
-        return () if self._worker.alive else (f"react-{self._integration.name}",)
+        return (f"react-{self._integration.name}",) if self._worker.dead else ()
 
     def not_ready(self) -> Sequence[str]:
         """Why it can't act yet. A broker that is away is no reason: a restart would not help."""
