@@ -141,7 +141,7 @@ def test_a_condition_stands_beside_the_others_and_keeps_its_transition_time(kube
     assert second["lastTransitionTime"] == first["lastTransitionTime"]
     kubernetes.execute(an_action(REPORT, node, **kubernetes.condition(a_health())))
     assert condition(kube_apiserver, node)["status"] == "True"
-    assert events(kube_apiserver, node) == ["VirtbusHostAtFault", "VirtbusNoTrouble"]
+    assert sorted(events(kube_apiserver, node)) == ["VirtbusHostAtFault", "VirtbusNoTrouble"]
 
 
 @pytest.mark.parametrize(("state", "reason"), [("silent", "AgentSilent"), ("blind", "AgentBlind")])
