@@ -343,6 +343,12 @@ def test_what_a_look_means(found, finding, state):
     assert [(one.finding, one.row.state) for one in changes] == ([(finding, state)] if finding else [])
 
 
+def test_two_marks_that_name_one_host_are_both_adopted():
+    marks = [a_mark(uid="u1"), Hold("h1", "n2", "why", uid="u2")]
+    changes = reconcile({}, Found(marks, {}), asked=None, reported=(), acting=True, wall=9.0)
+    assert [(one.row.host, one.row.target) for one in changes] == [("h1", "n1"), ("n2", "n2")]
+
+
 def test_a_look_at_some_says_nothing_of_the_others():
     rows = {"h1": a_row()}
     assert reconcile(rows, Found([], {}), asked=["h2"], reported=(), acting=True, wall=9.0) == []

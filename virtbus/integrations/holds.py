@@ -98,7 +98,8 @@ def reconcile(
     by_uid = {row.uid: name for name, row in rows.items() if row.uid and row.ours}
     marks: dict[str, Hold] = {}
     for hold in found.holds:
-        marks[by_uid.get(hold.uid, hold.host)] = hold
+        name = by_uid.get(hold.uid, hold.host)
+        marks[hold.target if name in marks else name] = hold  # two marks for one host are two holds
     out = [_adopted(name, rows.get(name), hold, wall) for name, hold in marks.items() if _is_new(rows, name)]
     for name, row in rows.items():
         mark = marks.get(name)
