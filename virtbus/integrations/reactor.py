@@ -24,6 +24,7 @@ from virtbus.integrations.policy import Decision, Held, HoldPolicy
 from virtbus.integrations.store import ActionStore
 from virtbus.integrations.told import (
     REACT,
+    ActionFailed,
     ActionGivenUp,
     Audited,
     Disbelieved,
@@ -34,7 +35,15 @@ from virtbus.integrations.worker import Worker
 from virtbus.model import Clock, Heartbeat, Now
 from virtbus.telemetry import TelemetryEvent, Trouble, emit
 
-__all__ = ["ActionGivenUp", "Audited", "Reactor", "Withheld", "believed"]
+__all__ = [
+    "ActionFailed",
+    "ActionGivenUp",
+    "Audited",
+    "Disbelieved",
+    "Reactor",
+    "Withheld",
+    "believed",
+]
 
 _BATCH = 64
 _BATCH_SECONDS = 0.05
@@ -97,7 +106,7 @@ class Reactor:
         self._worker.start()
         try:
             while not self._worker.stopping:
-                self.step(_BATCH_SECONDS if self._batch else 0.2)
+                self.step(0.0 if self._batch else 0.2)
         finally:
             self.stop()
             self._worker.join()
@@ -136,6 +145,7 @@ class Reactor:
 
     def step(self, timeout: float) -> None:
         """Take one event, and judge when it is time; `run` does nothing else."""
+        delivery = None
         if self._worker.waiting >= _MOST_WAITING:
             time.sleep(min(timeout, 0.2))  # the control plane is slow: the events wait in the broker
         else:
@@ -143,8 +153,11 @@ class Reactor:
             if delivery is not None:
                 self._take(delivery)
         now = self._clock()
+        # What came together is stored together; nothing waits for what may come.
         if self._batch and (
-            len(self._batch) >= _BATCH or now.monotonic - self._batch_since >= _BATCH_SECONDS
+            delivery is None
+            or len(self._batch) >= _BATCH
+            or now.monotonic - self._batch_since >= _BATCH_SECONDS
         ):
             self._store_batch(now)
         if now.monotonic - self._judged_at >= _JUDGE_SECONDS:
