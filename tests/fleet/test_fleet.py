@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from datetime import timedelta
@@ -130,6 +131,15 @@ def test_a_replayed_error_is_no_trouble_unless_the_rules_say_so():
         fleet = Fleet(FleetRules(drills=drills))
         fleet.saw(replayed, attributes(5), now())
         fleet.saw(a_heartbeat(committed_sequence=5, incidents=listed()), attributes(), now())
+        assert fleet.view(now()).incidents == expected
+
+
+def test_a_drill_that_only_a_heartbeat_tells_of_is_no_trouble_either():
+    (item,) = listed().items
+    drill = OpenIncidents(1, (dataclasses.replace(item, drill=True),))
+    for drills, expected in ((False, 0), (True, 1)):
+        fleet = Fleet(FleetRules(drills=drills))
+        fleet.saw(a_heartbeat(incidents=drill), attributes(), now())
         assert fleet.view(now()).incidents == expected
 
 
