@@ -413,6 +413,7 @@ class OpenIncident:
     paused: bool
     flapping: bool
     scope: Scope = Scope.DEVICE
+    drill: bool = False  # of replayed errors: never a live one
 
 
 @dataclass(frozen=True, slots=True)

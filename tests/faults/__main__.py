@@ -48,6 +48,7 @@ SCENARIOS = (
              "--examples 10000", "--examples 200"),
     Scenario("consumer_kills", "a consumer is killed at random under load, on each bus", "200", "5"),
     Scenario("kafka_restarts", "the only Kafka broker is killed under load", "--runs 10", "--runs 2"),
+    Scenario("holds", "random fleets over days: holds, and whether they are given back", "1000 2", "20 1"),
     Scenario("kafka_leader", "leaders of a Kafka cluster are killed under load", "--runs 5", "--runs 1"),
 )  # fmt: skip
 

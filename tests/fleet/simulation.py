@@ -1,8 +1,8 @@
 """Random fleets over simulated days: what a reactor holds, and whether it is given back.
 
-The fleet's verdict and the policy of holds are the real ones; hosts, storage, clocks, the control plane and the
-reactor's deaths are simulated, from one seed. The control plane keeps what is held, as the real ones do; all else
-is lost when the reactor is killed.
+The fleet's verdict and the policy of holds are the real ones; hosts, storage, clocks, the control plane and
+the reactor's deaths are simulated, from one seed. The control plane keeps what is held, as the real ones do;
+all else is lost when the reactor is killed.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class Simulation:
             "rename",
             "replace",
         ]
-        while (at := at + self.random.expovariate(1 / (4 * HOUR))) < self.end:
+        while (at := at + self.random.expovariate(1 / HOUR)) < self.end:
             kind = self.random.choice(what)
             lasts = self.random.uniform(5 * 60, 3 * HOUR)
             some = [host for host in self.hosts if self.random.random() < 0.6]

@@ -261,6 +261,9 @@ class Fleet:
         agent.complete = event.incidents.total == len(event.incidents.items)
         listed = set()
         for item in event.incidents.items:
+            if item.drill and not self.rules.drills:
+                agent.end(item.id, Ended(None, now.monotonic, None))
+                continue
             listed.add(item.id)
             if agent.ended_after(item.id, version):
                 continue
