@@ -52,7 +52,6 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "Check events against their schemas: structured CloudEvents, one document or JSON lines.",
     ),
     "schema": ("schema:command", "Show, check and hand out the events' JSON schemas."),
-    "dead": ("dead:command", "What a consumer group put aside: count, list, send back, drop."),
     "spool": ("spool:command", "Look into the spool, and let an operator decide what becomes of an event."),
     "print": ("unit:command", "Print files for the host that virtbus runs on."),
 }

@@ -186,13 +186,16 @@ class HeartbeatSettings(_Section, frozen=True):
     ] = 60.0
 
 
+_LISTEN = r"^(\[[0-9a-fA-F:.]+\]|[^\[\]:]+):[0-9]{1,5}$|^$"
+
+
 class Http(_Section, frozen=True):
     """The HTTP listener of /metrics, /livez and /readyz."""
 
     listen: Annotated[
         str,
         Meta(
-            pattern=r"^(\[[0-9a-fA-F:.]+\]|[^\[\]:]+):[0-9]{1,5}$|^$",
+            pattern=_LISTEN,
             description="host:port; empty is off; loopback unless something else must scrape it",
             examples=["127.0.0.1:9466", "[::1]:9466", "0.0.0.0:9466"],
         ),
@@ -298,7 +301,7 @@ class React(_Section, frozen=True):
             description="A host is held back when it is at fault; also when that can't be told; "
             "or for any trouble, a backend's too"
         ),
-    ] = "undetermined"
+    ] = "host"
     min_guests: Annotated[
         int, Meta(ge=1, le=1_000_000, description="Guests in trouble before a host is held back")
     ] = 2
@@ -317,6 +320,17 @@ class React(_Section, frozen=True):
         float, Meta(gt=0, le=1, description="Share of all hosts that may be held at once (one always may)")
     ] = 0.1
     actions_per_minute: Annotated[float, Meta(gt=0, le=1_000_000, description="Upper limit")] = 600.0
+    listen: Annotated[
+        str,
+        Meta(
+            pattern=_LISTEN,
+            description="host:port of its /metrics, /livez and /readyz; empty is off",
+            examples=["127.0.0.1:9467", "0.0.0.0:9467"],
+        ),
+    ] = "127.0.0.1:9467"
+    fleet_listen: Annotated[
+        str, Meta(pattern=_LISTEN, description="The same of `virtbus fleet --write`; empty is off")
+    ] = "127.0.0.1:9468"
     drills: Annotated[
         bool, Meta(description="Act on replayed errors (drills, recordings) too, as if they were live")
     ] = False

@@ -447,6 +447,7 @@ class OpenIncident:
     paused: bool
     flapping: bool
     scope: Scope = Scope.DEVICE
+    drill: bool = False  # of replayed errors: never a live one
 
 
 @dataclass(frozen=True, slots=True)

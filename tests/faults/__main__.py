@@ -58,6 +58,7 @@ SCENARIOS = (
     Scenario("kafka_restarts", "the only Kafka broker is killed under load", "--runs 10", "--runs 2"),
     Scenario("kafka_overtaken", "retention overtakes a Kafka group, its topic is replaced",
              "--rounds 40", "--rounds 8"),
+    Scenario("holds", "random fleets over days: holds, and whether they are given back", "1000 2", "20 1"),
     Scenario("kafka_leader", "leaders of a Kafka cluster are killed under load", "--runs 5", "--runs 1"),
 )  # fmt: skip
 
