@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 
+from virtbus import redaction
 from virtbus.bus import Bus
 from virtbus.control import Taps
 from virtbus.errors import BusDenied, BusUnavailable, SpoolCorrupt, SpoolFull

@@ -20,6 +20,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Metric
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from virtbus import redaction
 from virtbus.log import Log
 from virtbus.words import Origin, Phase
 
@@ -213,7 +214,7 @@ def emit(event: TelemetryEvent) -> None:
     for item in fields(event):
         value = getattr(event, item.name)
         if value is not None:
-            extra[item.name] = str(value) if isinstance(value, BaseException) else value
+            extra[item.name] = redaction.text(value) if isinstance(value, str | BaseException) else value
     try:
         _log.write(event.LEVEL, event.MESSAGE, extra)
     except (OSError, ValueError):

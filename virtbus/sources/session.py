@@ -131,6 +131,7 @@ class Session:
         """Tell it at once; see Handler."""
         now = self._now()
         shared = self._shared
+        raw = shared.cache.shown(raw)
         uuid, alias = raw.domain_uuid, raw.alias
         with shared.lock:
             if not self.live:
