@@ -66,6 +66,7 @@ def _pair(word: str) -> str:
 # ------------------------------------------------------------------------------- names of files and images
 
 _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://)(.*)", re.DOTALL)
+_USER_AND_PASSWORD = re.compile(r"[^/:?]*:(?![\w.-]+=).*@", re.DOTALL)
 _OPTIONS = re.compile(r"[:;&][\w.-]+=.*", re.DOTALL)  # of rbd:…:key=…, also without the "rbd:"
 _COMMA_OPTION = re.compile(r",([\w.-]+)=")
 
@@ -82,10 +83,9 @@ def path(name: str, *, local: bool = False) -> str:
         return f"json:{HIDDEN}"
     if url := _URL.fullmatch(name):
         return url[1] + _without_user(*_cut_query(url[2]))
-    head, at, tail = name.split("?", 1)[0].partition("@")
-    if at and ":" in head and "/" not in head:
-        return f"{HIDDEN}@{_without_options(tail)}"
-    return _without_options(head + at + tail)
+    if _USER_AND_PASSWORD.match(name):
+        return f"{HIDDEN}@{_without_options(host(name).split('?', 1)[0])}"
+    return _without_options(name.split("?", 1)[0])
 
 
 def host(name: str) -> str:
@@ -128,11 +128,11 @@ def _without_options(name: str) -> str:
 _SUSPECT = re.compile(r"[@=?]|://|json:|earer |uthorization:|[\"']\s*:")
 _JSON_PATH = re.compile(r"json:\s*\{(?:.*\}|.*)", re.DOTALL)
 _USER = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]{0,30})://([^\s@]*)@")
-_URL_QUERY = re.compile(r"(://[^\s?#\"'<>]*)([?#])([^\s\"'<>]*)")
-_NAME_QUERY = re.compile(r"\?(?=[\w.%-]{1,64}=)([^\s\"'<>]*)")
+_URL_QUERY = re.compile(r"(://[^\s?#\"'<>]*[?#])([^\s\"'<>]*)")
+_NAME_QUERY = re.compile(r"(\?(?=[\w.%-]{1,64}=))([^\s\"'<>]*)")
 _OPTION = re.compile(r"(^|.)\b([\w.-]{1,64})=(\"[^\"]*\"|'[^']*'|(?:\\.|[^\s,;&:'\")])+)", re.DOTALL)
 _MEMBER = re.compile(r"([\"'])([\w.-]+)\1\s*:\s*(\"(?:\\.|[^\"])*\"?|'(?:\\.|[^'])*'?)")
-_LOGIN = re.compile(r"(?<![\w/@.+-])([\w.+-]{1,64}):([^\s/@'\"]{1,256})@(?=[\w\[])")
+_LOGIN = re.compile(r"(?<![\w/@.+-])([\w.+-]{1,64}):(?!//)([^\s'\"]{1,256})@(?=[\w\[])")
 _BEARER = re.compile(r"\b([Bb]earer|[Aa]uthorization:\s*\w+)\s+[^\s'\"]+")
 
 
@@ -143,8 +143,7 @@ def text(words: object) -> str:
         return shown
     shown = _JSON_PATH.sub(f"json:{HIDDEN}", shown)
     shown = _USER.sub(_user, shown)
-    shown = _URL_QUERY.sub(lambda found: found[1] + found[2] + _query(found[3]), shown)
-    shown = _NAME_QUERY.sub(lambda found: "?" + _query(found[1]), shown)
+    shown = _NAME_QUERY.sub(_without_values, _URL_QUERY.sub(_without_values, shown))
     shown = _OPTION.sub(_option, shown)
     shown = _MEMBER.sub(
         lambda found: f"{found[1]}{found[2]}{found[1]}: {HIDDEN}" if is_secret(found[2]) else found[0], shown
@@ -162,8 +161,14 @@ def _user(found: re.Match[str]) -> str:
     return f"{scheme}://{HIDDEN if scheme.lower() in ('http', 'https', 'ftp', 'ftps') else name}@"
 
 
+def _without_values(found: re.Match[str]) -> str:
+    query = found[2].rstrip(":,.;)")  # punctuation belongs to the sentence
+    return found[1] + _query(query) + found[2][len(query) :]
+
+
 def _option(found: re.Match[str]) -> str:
     before, key = found[1], found[2]
     # A bare "key=" is an option where it follows another one (rbd:…:key=…), and a word of ours elsewhere.
     hidden = is_secret(key) and (key.lower() != "key" or before in tuple(":,;&?"))
-    return f"{before}{key}={HIDDEN}" if hidden else found[0]
+    value = HIDDEN if hidden else _OPTION.sub(_option, found[3])  # of path='rbd:…:key=…', say
+    return f"{before}{key}={value}"

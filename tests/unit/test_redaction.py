@@ -49,6 +49,7 @@ def test_a_path_that_is_known_to_be_the_hosts_own_stays_whatever_is_in_it(name: 
         ("p.iso?token=hunter2", "p.iso"),
         ("/export/p.iso?X-Sig=hunter2", "/export/p.iso"),
         ("user:hunter2@host/share", "***@host/share"),
+        ("user:hun/ter@2@host/share", "***@host/share"),
         ("rbd:vms/db1:id=admin:key=hunter2==:mon_host=m", "rbd:vms/db1"),
         ("vms/db1:id=admin:key=hunter2", "vms/db1"),
         ("vol/a,size=10,password=hunter2", "vol/a,size=10"),
@@ -114,12 +115,15 @@ def test_ordinary_words_stay_as_they_are(words: str) -> None:
         "Could not open 'iso/a.iso?X-Sig=hunter2'",
         "error opening rbd:vms/db1:id=admin:key=hunter2==:mon_host=m",
         "error opening vms/db1:id=admin:key=hunter2\\:hunter2: no such image",
+        "disk='vdb', path='rbd:vms/db1:id=admin:key=hunter2'",
         "-blockdev driver=ssh,password=hunter2,path=/x",
         'Could not open \'json:{"driver":"https","file":{"url":"https://u:hunter2@h/"},"x":"hunter2"}\'',
         'json:{"truncated":"hunter2',
         '{"password": "hunter2", "file.password-secret": "hunter2"}',
         "failed to log in as admin:hunter2@host",
         "amqp://user:hunter2?hunter2@host//",
+        "https://user:hunter2/hunter2@host/a",
+        "user:hunter2/hunter2@host/a",
         "Authorization: Basic hunter2",
         "refused: Bearer hunter2",
         "https://user:hunter2'hunter2@host/",
@@ -129,6 +133,11 @@ def test_no_secret_stays_in_a_text(words: str) -> None:
     assert "hunter2" not in redaction.text(words)
     assert "hunter2" not in str(SourceUnavailable(words))
     assert "hunter2" not in repr(VirtbusError(words))
+
+
+def test_a_url_in_a_text_keeps_all_but_its_secret() -> None:
+    told = redaction.text("https://user:hunter2@host/a?x=hunter2: refused")
+    assert told == "https://user:***@host/a?x=***: refused"
 
 
 def test_who_logs_in_at_a_hypervisor_or_broker_is_no_secret() -> None:
