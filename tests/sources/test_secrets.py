@@ -166,9 +166,7 @@ def everything_told(canary: str) -> dict[str, str]:
             source=Observer(host, options=SourceOptions(grace_seconds=0.1)),  # type: ignore[arg-type]
             bus=bus,
             spool=spool,
-            incidents=Incidents(
-                IncidentLimits(first_window_seconds=0.05, max_window_seconds=0.05), new_id=ids
-            ),
+            incidents=Incidents(limits, new_id=ids),
             agent_id=AGENT,
             options=AgentOptions(heartbeat_seconds=0.05, drain_seconds=2.0),
         )

@@ -10,7 +10,7 @@ Guarantees:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from xml.etree.ElementTree import Element, TreeBuilder  # only the tree; the parser is expat, set up below
 from xml.parsers import expat
 
@@ -28,6 +28,7 @@ _KEPT = ("name", "uuid", "metadata", "devices")  # all that is read of a <domain
 
 NOVA = "http://openstack.org/xmlns/libvirt/nova/"  # followed by the version
 KUBEVIRT = "http://kubevirt.io"
+_DISKS = ("disk", "cdrom", "floppy", "lun")  # virDomainDiskDevice
 OVIRT = "http://ovirt.org/vm/"  # followed by the version, or "tune/" and the version
 
 
@@ -59,6 +60,8 @@ def parse(
         device = _device(element)
         if device is not None and device.alias is not None:
             devices.setdefault(device.alias, device)  # a <console> bears its <serial>'s alias, after it
+    if root.find(f"metadata/{{{KUBEVIRT}}}kubevirt") is not None:
+        devices = {alias: _kubevirt_volume(device) for alias, device in devices.items()}
     return DomainXml(
         uuid=uuid.strip() if uuid else None,
         name=name,
@@ -191,6 +194,17 @@ def _disk_source(disk: Element, image_format: str | None) -> DeviceSource:
         format=image_format,
         backing=backing,
     )
+
+
+def _kubevirt_volume(device: Device) -> Device:
+    """A disk of KubeVirt with the name of its volume, which its user alias holds (`ua-<volume>`).
+
+    The name of a claim (PVC) is not in the XML: paths hold the volume's name too.
+    """
+    alias, source = device.alias or "", device.source
+    if device.kind not in _DISKS or source is None or source.path is None or not alias.startswith("ua-"):
+        return device
+    return replace(device, source=replace(source, volume=alias.removeprefix("ua-")))
 
 
 def _chain(disk: Element) -> Iterator[Element]:
