@@ -150,9 +150,7 @@ def test_a_kubevirt_machine_names_its_namespace_and_uid() -> None:
 KUBEVIRT = Path(__file__).parents[1] / "data" / "guests" / "kubevirt.xml"
 
 
-def test_a_kubevirt_machine_is_known_by_namespace_name_and_uid_whatever_else_is_in_its_metadata() -> (
-    None
-):
+def test_a_kubevirt_machine_is_known_by_namespace_name_and_uid_whatever_else_is_in_its_metadata() -> None:
     read = parse(KUBEVIRT.read_text())
     assert read.name == "shop_web-1.blue"
     uid = "9a1f7c52-6b6e-4c3e-9b0e-1f2a3b4c5d6e"
