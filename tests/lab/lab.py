@@ -139,6 +139,7 @@ class NbdDisk:
     `error` is the errno name that the guest's QEMU sees: EIO, ENOSPC, EPERM, …
     `policy` is QEMU's write error policy: stop, report, ignore or enospace; `read_policy` the same for reads.
     `address` is what the guest reaches it by, an IPv4 address of the lab's own network; "" is a Unix socket.
+    `alias` is the device's user alias ("ua-…"); "" leaves it to libvirt.
     """
 
     error: str = "EIO"
@@ -149,6 +150,7 @@ class NbdDisk:
     serial: str = ""
     reads: bool = False
     address: str = ""
+    alias: str = ""
 
 
 @dataclass(frozen=True)
@@ -582,12 +584,13 @@ class Guest:
             kind = "file"
             source = f"<source file='{self._pool(target)}/disk.img'/>"
         serial = f"<serial>{escape(disk.serial)}</serial>" if disk.serial else ""
+        alias = f"<alias name='{disk.alias}'/>" if isinstance(disk, NbdDisk) and disk.alias else ""
         # SeaBIOS leaves a disk alone that has no place in the boot order, and our guest writes through it.
         order = f"<boot order='{list(self.disks).index(target) + 1}'/>"
         return (
             f"<disk type='{kind}' device='disk'><driver name='qemu' type='raw' "
             f"error_policy='{disk.policy}' rerror_policy='{disk.read_policy}'/>{source}"
-            f"<target dev='{target}' bus='{disk.bus}'/>{order}{serial}</disk>"
+            f"<target dev='{target}' bus='{disk.bus}'/>{order}{serial}{alias}</disk>"
         )
 
     def _make_disks(self, boot: str) -> None:
