@@ -70,7 +70,7 @@ class Publisher:
                         raise
 
     def _failed(self, error: Exception) -> None:
-        self.error = str(error)
+        self.error = redaction.text(error)
         if isinstance(error, SpoolFull):
             emit(SpoolUnwritable(str(self._spool.path), error))
         elif not isinstance(error, BusUnavailable | BusDenied | SpoolCorrupt):
