@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 
+from virtbus import redaction
 from virtbus.bus import Bus
 from virtbus.control import Taps
 from virtbus.errors import BusDenied, BusUnavailable, SpoolCorrupt, SpoolFull
@@ -69,7 +70,7 @@ class Publisher:
                         raise
 
     def _failed(self, error: Exception) -> None:
-        self.error = str(error)
+        self.error = redaction.text(error)
         if isinstance(error, SpoolFull):
             emit(SpoolUnwritable(str(self._spool.path), error))
         elif not isinstance(error, BusUnavailable | BusDenied | SpoolCorrupt):

@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Metric
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from virtbus import redaction
 from virtbus.log import LEVELS, Log
 from virtbus.words import Origin, Phase
 
@@ -228,7 +229,7 @@ def emit(event: TelemetryEvent) -> None:
     for item in fields(event):
         value = getattr(event, item.name)
         if value is not None:
-            extra[item.name] = str(value) if isinstance(value, BaseException) else value
+            extra[item.name] = redaction.text(value) if isinstance(value, str | BaseException) else value
     try:
         if _log is None:
             _to_logging(event.LEVEL, event.MESSAGE, extra)

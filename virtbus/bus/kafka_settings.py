@@ -19,9 +19,10 @@ from urllib.parse import unquote
 
 from confluent_kafka import KafkaException, Producer
 
+from virtbus import redaction
 from virtbus.bus import BusOptions, is_loopback
 from virtbus.bus.kafka_errors import Watch, oneline
-from virtbus.config import REDACTED, is_secret, secret_text, why_unread
+from virtbus.config import secret_text, why_unread
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError
 
 DEFAULT_PORT = 9092
@@ -393,7 +394,9 @@ def _option_problems(options: BusOptions) -> Iterator[str]:
         if name in _OWNED:
             yield f"bus.kafka.options: {name} can't be set: {_OWNED[name]}"
             continue
-        shown = REDACTED if is_secret(name) else repr(value)  # of a secret's misspelt name, too
+        shown = (
+            redaction.HIDDEN if redaction.is_secret(name) else repr(value)
+        )  # of a secret's misspelt name, too
         try:
             Producer({"log_level": 0, name: value})
         except KafkaException as error:

@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from virtbus import telemetry
+from virtbus import redaction, telemetry
 from virtbus.agent import Agent, AgentOptions
 from virtbus.commands import wiring
 from virtbus.commands.options import (
@@ -31,7 +31,7 @@ from virtbus.commands.options import (
     setting,
     state_dir,
 )
-from virtbus.config import Config, Loaded, bus_url, differences, exposed_secrets, redact_url
+from virtbus.config import Config, Loaded, bus_url, differences, exposed_secrets
 from virtbus.control import ControlSocket, HttpServer
 from virtbus.envelope import uuid7
 from virtbus.errors import AgentBroken, ConfigError, VirtbusError
@@ -92,7 +92,7 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
                 fold=config.incidents.fold,
             ),
             clock=clock,
-            bus_name=redact_url(bus_url(config)),
+            bus_name=redaction.uri(bus_url(config)),
             identify=partial(tie_to_host, state_dir),
         )
         threading.excepthook = partial(_end_with_thread, agent)

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import libvirt
 
-from virtbus.config import redact_password
+from virtbus import redaction
 from virtbus.errors import ConfigError, SourceDenied, SourceUnavailable, VirtbusError
 from virtbus.model import Check, Description, Hypervisor, RawIoError, SourceReady
 from virtbus.sources import Sink, SourceOptions
@@ -179,7 +179,7 @@ class LibvirtLink:
     def __init__(self, connection: Any, uri: str, closing: Callable[[], None]) -> None:
         self._connection = connection
         self._local = is_local(uri)
-        self._uri = redact_password(uri)
+        self._uri = redaction.uri(uri)
         self._closing = closing
 
     def facts(self) -> HostFacts:
@@ -331,7 +331,7 @@ class LibvirtConnector:
     """Opens links to one URI. See `virtbus.sources.link.Connector`."""
 
     def __init__(self, uri: str, options: SourceOptions) -> None:
-        self.uri = redact_password(uri)  # what messages say
+        self.uri = redaction.uri(uri)  # what messages say
         self._address = uri
         self._interval = options.keepalive_interval_seconds
         self._count = options.keepalive_count
@@ -474,7 +474,7 @@ class LibvirtSource:
 
     def __init__(self, uri: str, *, options: SourceOptions | None = None) -> None:
         """Connect to nothing yet."""
-        self.uri = redact_password(uri)
+        self.uri = redaction.uri(uri)
         options = options or SourceOptions()
         self._connector = LibvirtConnector(uri, options)
         self._observer = Observer(self._connector, options=options)

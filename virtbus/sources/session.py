@@ -144,6 +144,7 @@ class Session:
         """Tell it at once; see Handler."""
         now = self._shared.clock()
         shared = self._shared
+        raw = shared.cache.shown(raw)
         uuid, alias = raw.domain_uuid, raw.alias
         self.heard = True
         with shared.lock:
