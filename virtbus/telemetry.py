@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Metric
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from virtbus import redaction
 from virtbus.log import LEVELS, Log
 from virtbus.words import Origin, Phase
 
@@ -228,7 +229,7 @@ def emit(event: TelemetryEvent) -> None:
     for item in fields(event):
         value = getattr(event, item.name)
         if value is not None:
-            extra[item.name] = str(value) if isinstance(value, BaseException) else value
+            extra[item.name] = redaction.text(value) if isinstance(value, str | BaseException) else value
     try:
         if _log is None:
             _to_logging(event.LEVEL, event.MESSAGE, extra)
@@ -329,6 +330,40 @@ class BusLost(TelemetryEvent):
     def measure(self, metrics: Metrics) -> None:
         """The bus is down."""
         metrics.bus_connected.set(0)
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetterWaits(TelemetryEvent):
+    """A message could not be put aside now; it is kept unacknowledged and tried again."""
+
+    LEVEL: ClassVar[str] = "error"
+    MESSAGE: ClassVar[str] = "a dead letter can't be put aside now; trying again, other messages go on"
+    LIMIT_SECONDS: ClassVar[float] = 30.0
+    queue: str  # or topic
+    position: str
+    waiting: int
+    error: Exception | str
+
+    def limit_key(self) -> object:
+        """A line a queue."""
+        return self.queue
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetterStored(TelemetryEvent):
+    """A message lies in the dead letters, confirmed by the broker."""
+
+    LEVEL: ClassVar[str] = "warning"
+    MESSAGE: ClassVar[str] = "put into the dead letters; see `virtbus dead list`"
+    LIMIT_SECONDS: ClassVar[float] = 10.0
+    queue: str
+    position: str
+    reason: str
+    cut: str | None = None
+
+    def measure(self, metrics: Metrics) -> None:
+        """Count it."""
+        metrics.dead_letters.labels("consumer").inc()
 
 
 @dataclass(frozen=True, slots=True)
@@ -512,6 +547,16 @@ class Trouble(TelemetryEvent):
     def limit_key(self) -> object:
         """A line a place."""
         return self.where
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadDied(TelemetryEvent):
+    """A thread of the agent ended by an unexpected error: the agent ends with exit code 70."""
+
+    LEVEL: ClassVar[str] = "error"
+    MESSAGE: ClassVar[str] = "a thread ended by an unexpected error; the agent ends, start it again"
+    thread: str
+    error: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,10 @@ SCENARIOS = (
     Scenario("spool_damage", "random damage to the spool's files", "1000 20261123", "50 20261123"),
     Scenario("spool_model", "a model of the spool against the real one", "1000", "50"),
     Scenario("clock", "the wall clock jumps an hour forward and back", "", "--quick"),
+    Scenario("freeze", "an agent that is stopped under a real guest's errors", "60", "20"),
+    Scenario("blind_restart", "libvirt goes away and the agent ends before it is back", "20", "3"),
+    Scenario("gap_edges", "errors at the edges of gaps, over kills under load", "100", "6"),
+    Scenario("two_writers", "the lock is removed and a second agent starts", "10", "1"),
     Scenario("amqp_herd", "a thousand agents after the broker's return", "1000 15", "100 5"),
     Scenario("throughput", "from the spool against raw pipelined kombu", "3 20000", "1 5000"),
     Scenario("incidents_model", "random histories of errors, kills and failed commits",
@@ -54,6 +58,7 @@ SCENARIOS = (
     Scenario("kafka_restarts", "the only Kafka broker is killed under load", "--runs 10", "--runs 2"),
     Scenario("kafka_overtaken", "retention overtakes a Kafka group, its topic is replaced",
              "--rounds 40", "--rounds 8"),
+    Scenario("holds", "random fleets over days: holds, and whether they are given back", "1000 2", "20 1"),
     Scenario("kafka_leader", "leaders of a Kafka cluster are killed under load", "--runs 5", "--runs 1"),
 )  # fmt: skip
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -195,3 +197,35 @@ def test_a_foreign_record_that_no_topic_of_ours_takes_does_not_stop_the_consumer
     assert got == {item.id for item in good}
     (dead,) = read(kafka_url, f"{kafka_topic}.dead", 1)
     assert json.loads(dead.value())["size_bytes"] == 3_000_000
+
+
+def test_the_command_counts_lists_sends_back_and_drops(
+    kafka_url: str, kafka_topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = records(3, keys=3)
+    monkeypatch.setenv("VIRTBUS_BUS__TOPIC", kafka_topic)
+    with opened(kafka_url, kafka_topic) as bus:
+        ListFeed(items).publish(bus)
+        with joined(bus, "g") as subscription:
+            for message in take(subscription, 3, ack=False):
+                subscription.dead_letter(message, "no such host")
+            serve(subscription)
+
+    def dead(*words: str) -> str:
+        command = [sys.executable, "-m", "virtbus", "dead", *words, "--group", "g", "--bus", kafka_url]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert dead("count") == "3\n"
+    listed = dead("list")
+    assert [item.id in listed for item in items] == [True] * 3
+    assert listed.count("no such host") == 3
+    dead("retry", items[0].id)
+    dead("drop", items[1].id)
+    assert dead("count") == "1\n"
+    with Consumer(kafka_url, group="g", options=BusOptions(topic=kafka_topic)) as consumer:
+        delivery = consumer.receive(20.0)
+        assert delivery is not None
+        assert delivery.id == items[0].id
+        delivery.ack()

@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+from confluent_kafka import KafkaError
 
 from virtbus.bus.kafka_errors import Watch
 
@@ -22,6 +23,15 @@ def test_the_hint_at_tls_is_there_whatever_librdkafka_appends(state, more):
     )
     assert told.startswith("localhost:9093/bootstrap: Disconnected")
     assert told.endswith("is it a TLS listener, and the URL kafka://, or the other way round?")
+
+
+def test_the_hint_is_there_too_when_librdkafka_reports_the_error_itself():
+    watch = Watch(listening=True)
+    told = (
+        "ssl://h:1/bootstrap: Disconnected: SSL connection closed by peer (after 0ms in state SSL_HANDSHAKE)"
+    )
+    watch(KafkaError(KafkaError._TRANSPORT, told))
+    assert watch.last == f"{told}; is it a TLS listener, and the URL kafka://, or the other way round?"
 
 
 def test_an_address_in_brackets_is_kept():

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, ClassVar
+from typing import Any
 
 import amqp
 from amqp import spec
@@ -27,7 +27,7 @@ from virtbus.bus.amqp_link import LINK_FAULTS, Dialer, Link, Waker, translated
 from virtbus.errors import BusDenied, BusUnavailable, RecordRefused
 from virtbus.model import Binding, Message
 from virtbus.retry import Backoff
-from virtbus.telemetry import Metrics, TelemetryEvent, Trouble, emit
+from virtbus.telemetry import DeadLetterStored, DeadLetterWaits, Trouble, emit
 
 USER_HEADER = "x-virtbus-user-id"
 AT_HEADER = "x-virtbus-dead-at"
@@ -41,40 +41,6 @@ _REFUSING = frozenset({311, 406, 501, 502})  # reply codes that speak of this me
 _FRAME_OVERHEAD = 8 + 14 + 64  # frame, content header, and what the properties' names need
 # A letter that was looked at so often is written anew: a policy may limit deliveries, also of dead letters.
 _LOOKS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class DeadLetterWaits(TelemetryEvent):
-    """A message could not be put aside now; it is kept unacknowledged and tried again."""
-
-    LEVEL: ClassVar[str] = "error"
-    MESSAGE: ClassVar[str] = "a dead letter can't be put aside now; trying again, other messages go on"
-    LIMIT_SECONDS: ClassVar[float] = 30.0
-    queue: str
-    position: str
-    waiting: int
-    error: Exception | str
-
-    def limit_key(self) -> object:
-        """A line a queue."""
-        return self.queue
-
-
-@dataclass(frozen=True, slots=True)
-class DeadLetterStored(TelemetryEvent):
-    """A message lies in the dead letters, confirmed by the broker."""
-
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "put into the dead letters; see `virtbus dead list`"
-    LIMIT_SECONDS: ClassVar[float] = 10.0
-    queue: str
-    position: str
-    reason: str
-    cut: str | None = None
-
-    def measure(self, metrics: Metrics) -> None:
-        """Count it."""
-        metrics.dead_letters.labels("consumer").inc()
 
 
 def queue_arguments(link: Link, **more: Any) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ from kombu.connection import Connection
 from kombu.transport import pyamqp
 
 from virtbus.bus import BusOptions, is_loopback, split_url
+from virtbus.config import secret_text, why_unread
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError
 from virtbus.telemetry import BusConnected, BusLost, InsecureTransport, Notice, TelemetryEvent, emit
 
@@ -604,11 +605,10 @@ def _password(endpoint: Endpoint, options: BusOptions) -> str:
     if options.password_file is None:
         return endpoint.password
     try:
-        return options.password_file.read_text(encoding="utf-8").rstrip("\r\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        return secret_text(options.password_file)
+    except (OSError, ValueError) as error:
         raise BusUnavailable(
-            f"can't read the broker password from {options.password_file}: {reason}; check path and rights"
+            f"can't read the broker password from {options.password_file}: {why_unread(error)}"
         ) from error
 
 

@@ -111,9 +111,14 @@ class TopicLook:
         self._asked: Future[Any] | None = None
         self._at = time.monotonic() + every
 
+    @property
+    def is_asking(self) -> bool:
+        """Whether an answer is on its way."""
+        return self._asked is not None
+
     def due(self, now: float) -> bool:
         """Whether `poll` has anything to do."""
-        return now >= self._at or self._asked is not None
+        return now >= self._at or self.is_asking
 
     def soon(self) -> None:
         """Ask at the next `poll`."""

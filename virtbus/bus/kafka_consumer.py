@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from typing import Any
 
 from confluent_kafka import (
@@ -19,7 +22,7 @@ from virtbus.bus import Memory
 from virtbus.bus.kafka_admin import Admin, TopicLook, make, topic_id
 from virtbus.bus.kafka_dead import FOR_HEADER, DeadLetterWriter
 from virtbus.bus.kafka_errors import Watch, is_missing, oneline, translate
-from virtbus.bus.kafka_line import Handle, Line
+from virtbus.bus.kafka_line import Handle, Line, Track
 from virtbus.bus.kafka_places import Losses
 from virtbus.bus.kafka_records import headers_of, message_of
 from virtbus.bus.kafka_settings import KafkaSettings
@@ -65,12 +68,9 @@ class KafkaSubscription:
 
     def __init__(
         self,
-        settings: KafkaSettings,
-        group: str | None,
-        prefetch: int,
-        exclusive: bool = False,
+        settings: KafkaSettings, group: str | None, prefetch: int, exclusive: bool = False,
         memory: Memory | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Without a group: raises BusUnavailable or BusDenied when "now" can't be found out."""
         self._settings = settings
         self._group = group
@@ -83,6 +83,7 @@ class KafkaSubscription:
         self._dead_letters = DeadLetterWriter(settings, group) if group is not None else None
         self._losses = Losses(settings.options.topic, memory or _OwnMemory())
         self._look = TopicLook(settings, settings.options.topic, _LOOK_SECONDS)
+        self._asked: list[tuple[Track, int | None]] = []  # how far each was read when the look began
         self._watch = Watch()
         self._consumer: Any = None
         if group is None:
@@ -107,16 +108,17 @@ class KafkaSubscription:
             due = self._line.wait(now)
             self._throttle()
             polled = self._poll(wait if due is None else min(wait, due))
+            if self._look.due(time.monotonic()):
+                self._look_around(idle=polled is None)
+                if self._consumer is None:  # another topic: what was polled comes again if it is of that one
+                    self._connect()
+                    continue
             if polled is not None and polled.error() is None:
                 message = self._took(polled)
                 if message is not None:
                     return message
                 continue
             self._raise_for(None if polled is None else polled.error(), time.monotonic() >= deadline)
-            if polled is None and self._look.due(time.monotonic()):
-                self._look_around()
-                if self._consumer is None:  # it was another topic
-                    self._connect()
             if turn and time.monotonic() >= deadline and not self._line.due(time.monotonic()):
                 return None
 
@@ -145,7 +147,12 @@ class KafkaSubscription:
             emit(Notice(f"put aside without a group, so only logged: {message.position}: {reason}"))
             self._done(handle)
             return
-        self._dead_letters.put(message, handle.key, handle.headers, reason, lambda: self._put_aside(handle))
+
+        def done() -> None:
+            if self._consumer is not None and self._line.owns(handle):
+                self._done(handle)
+
+        self._dead_letters.put(message, handle.key, handle.headers, reason, done)
         self._line.set_aside(len(self._dead_letters))
 
     def close(self) -> None:
@@ -160,8 +167,7 @@ class KafkaSubscription:
     # ---------------------------------------------------------------------------------------- messages
 
     def _poll(self, wait: float) -> Any:
-        # Reports about dead letters come in between.
-        longest = 0.05 if self._dead_letters is not None and len(self._dead_letters) else 0.5
+        longest = 0.05 if self._dead_letters is not None and len(self._dead_letters) else 0.5  # for reports
         try:
             return self._consumer.poll(min(wait, longest))
         except KafkaException as error:  # a fatal error is raised by poll instead of given to error_cb
@@ -175,13 +181,13 @@ class KafkaSubscription:
         if track is None:  # assigned without a callback: never seen, but a message must not be lost for it
             track = self._line.assign(partition)
         elif track.following is not None and offset < track.following:
-            self._losses.went_back(partition, track)
+            self._losses.replaced(partition, track)
             self._look.soon()
             track = self._line.assign(partition, offset)  # what came before is another log's
         passed_over = track.took(offset)
         if passed_over is not None:
-            low, _ = _ends(self._consumer, TopicPartition(self._settings.options.topic, partition))
-            self._losses.passed_over(partition, *passed_over, low)
+            ends = _ends(self._consumer, TopicPartition(polled.topic(), partition))
+            self._losses.passed_over(partition, *passed_over, ends)
         headers = headers_of(polled)
         handle = Handle(track, polled.topic(), partition, offset, polled.key(), headers)
         meant_for = next((value for name, value in headers if name == FOR_HEADER), None)
@@ -204,10 +210,6 @@ class KafkaSubscription:
             # The partition went away this moment: its next owner delivers the message again.
             if error.args[0].code() != KafkaError._STATE:
                 emit(Trouble("storing a Kafka offset", oneline(error)))
-
-    def _put_aside(self, handle: Handle) -> None:
-        if self._consumer is not None and self._line.owns(handle):
-            self._done(handle)
 
     def _serve(self) -> None:
         if self._dead_letters is not None and len(self._dead_letters):
@@ -255,25 +257,13 @@ class KafkaSubscription:
         self._consumer = consumer
 
     def _assigned(self, consumer: Any, places: list[Any]) -> None:
-        """Partitions are ours: go on where the group left off, and tell what is lost on the way."""
-        try:
-            committed = {one.partition: one for one in consumer.committed(places, timeout=_CALL_SECONDS)}
-        except (
-            KafkaException
-        ):  # librdkafka asks again by itself; what was passed over is seen by the gap then
-            committed = {}
+        """Partitions are ours: go on where the group left off."""
         begun = []
-        for place in places:
-            known = committed.get(place.partition)
-            offset = known.offset if known is not None and known.offset >= 0 else None
-            low, high = _ends(consumer, place, _CALL_SECONDS)
-            start = None
-            if known is not None and low is not None and high is not None:
-                start = self._losses.resume(place.partition, offset, known.metadata or "", low, high)
+        for place, committed, start in _starts(consumer, places, self._losses):
             if start is not None:
                 place.offset = start
                 begun.append(TopicPartition(place.topic, place.partition, start, self._losses.topic_id))
-            self._line.assign(place.partition, offset if start is None else start)
+            self._line.assign(place.partition, committed if start is None else start)
         consumer.incremental_assign(places)
         if begun:  # from here on the group has a place that retention can overtake
             consumer.store_offsets(offsets=begun)
@@ -288,45 +278,37 @@ class KafkaSubscription:
         if self._exclusive and not self._line.tracks:
             self._ousted_at = time.monotonic()
 
-    def _look_around(self) -> None:
-        """Nothing comes: is it still the same topic, and has it lost what we were about to read?"""
-        now = time.monotonic()
-        found = self._look.poll(now)
+    def _look_around(self, idle: bool) -> None:
+        """Is it still the same topic, and, where nothing comes, has it lost what we were about to read?"""
+        tracks = self._line.tracks
+        if not self._look.is_asking:
+            self._asked = [(track, track.position) for track in tracks.values()]
+        found = self._look.poll(time.monotonic())
         if found is None or self._watch.all_down:
             return
-        tracks = self._line.tracks
         if found != self._losses.topic_id:
+            for partition, track in tracks.items():
+                self._losses.replaced(partition, track)
             if self._group is not None:
                 self._restart()  # to take it from its beginning
                 return
-            for partition, track in tracks.items():
-                self._losses.went_back(partition, track)
             self._losses.topic_id = found
             self._consumer.unassign()
             tracks.clear()
+        for track, position in self._asked:
+            track.sure = position
         if self._group is None:
             self._take_new_partitions()
-        for partition, track in [] if self._paused else list(tracks.items()):
-            low, _ = _ends(self._consumer, TopicPartition(self._settings.options.topic, partition))
-            if low is None:
-                break
-            if track.following is not None and low > track.following:
-                self._losses.passed_over(partition, track.following, low - 1, low)
-                track.following = low
+        if idle and not self._paused:
+            _look_for_losses(self._consumer, self._settings.options.topic, tracks, self._losses)
 
     def _take_new_partitions(self) -> None:
         """Everything in a partition that was added since is from after we began."""
-        topic = self._settings.options.topic
-        try:
-            found = self._consumer.list_topics(topic, timeout=_ASK_SECONDS).topics[topic].partitions
-            new = [number for number in found if number not in self._line.tracks]
-            if new:
-                self._consumer.incremental_assign([TopicPartition(topic, n, OFFSET_BEGINNING) for n in new])
-        except KafkaException:  # the next look finds them
-            return
-        for number in new:
-            self._line.assign(number)
-        self._paused = None
+        new = _added(self._consumer, self._settings.options.topic, self._line.tracks.keys())
+        for partition in new:
+            self._line.assign(partition)
+        if new:
+            self._paused = None
 
     def _raise_for(self, error: Any, over: bool) -> None:
         """Raise what the caller has to know; the client itself goes on trying."""
@@ -357,11 +339,8 @@ class KafkaSubscription:
             raise BusUnavailable(f"{doing}: {watch.last or 'no broker answers'}")
 
     def _is_ousted(self) -> bool:
-        """Whether a newer exclusive member replaced us.
-
-        librdkafka tells nobody that it was fenced off, not even by a revocation: its assignment is empty,
-        and stays so. After a cut it would long have joined again.
-        """
+        """Whether a newer exclusive member replaced us: librdkafka tells nobody that it was fenced off."""
+        # Its assignment is empty, and stays so. After a cut it would long have joined again.
         if self._exclusive and self._line.tracks and not self._consumer.assignment():
             self._line.forget(list(self._line.tracks))
             self._ousted_at = time.monotonic()
@@ -398,12 +377,53 @@ def _now(consumer: Any, topic: str) -> list[Any]:
             time.sleep(0.1)
 
 
-def _ends(consumer: Any, place: Any, timeout: float = _ASK_SECONDS) -> tuple[int, int] | tuple[None, None]:
+def _starts(consumer: Any, places: list[Any], losses: Losses) -> Iterator[tuple[Any, int | None, int | None]]:
+    """(place, committed offset, where to go on instead) of partitions; tells what is lost on the way.
+
+    Without an answer librdkafka asks again by itself, and what was passed over is seen at the next record.
+    """
+    found = {}
+    with suppress(KafkaException):
+        found = {one.partition: one for one in consumer.committed(places, timeout=_CALL_SECONDS)}
+    for place in places:
+        known = found.get(place.partition)
+        offset = known.offset if known is not None and known.offset >= 0 else None
+        ends = _ends(consumer, place, _CALL_SECONDS)
+        start = None
+        if known is not None and ends is not None:
+            start = losses.resume(place.partition, offset, known.metadata or "", *ends)
+        yield place, offset, start
+
+
+def _added(consumer: Any, topic: str, known: AbstractSet[int]) -> list[int]:
+    """The partitions of a topic beyond those that are known, assigned from their beginning."""
+    try:
+        found = consumer.list_topics(topic, timeout=_ASK_SECONDS).topics[topic].partitions
+        new = [number for number in found if number not in known]
+        if new:
+            consumer.incremental_assign([TopicPartition(topic, number, OFFSET_BEGINNING) for number in new])
+    except KafkaException:  # the next look finds them
+        return []
+    return new
+
+
+def _look_for_losses(consumer: Any, topic: str, tracks: dict[int, Track], losses: Losses) -> None:
+    """Nothing is waiting here: has retention taken what was about to come?"""
+    for partition, track in tracks.items():
+        ends = _ends(consumer, TopicPartition(topic, partition))
+        if ends is None:
+            return
+        if track.following is not None and ends[0] > track.following:
+            losses.passed_over(partition, track.following, ends[0] - 1, ends)
+            track.following = ends[0]
+
+
+def _ends(consumer: Any, place: Any, timeout: float = _ASK_SECONDS) -> tuple[int, int] | None:
     """The oldest offset that a partition still holds, and the next that it gives; None: no answer."""
     try:
         found: tuple[int, int] = consumer.get_watermark_offsets(place, timeout=timeout)
     except KafkaException:
-        return None, None
+        return None
     return found
 
 

@@ -35,7 +35,7 @@ from virtbus.bus.kafka_settings import KafkaSettings
 from virtbus.errors import BusDenied, BusUnavailable, RecordRefused, VirtbusError
 from virtbus.model import Message
 from virtbus.retry import Backoff
-from virtbus.telemetry import Trouble, emit
+from virtbus.telemetry import DeadLetterStored, DeadLetterWaits, emit
 
 POSITION_HEADER = "x-virtbus-position"  # where the record stood: topic[partition]@offset
 GROUP_HEADER = "x-virtbus-group"  # the group that put it aside
@@ -167,6 +167,9 @@ class DeadLetterWriter:
             error = pending.outcome.pop() if pending.outcome else KafkaError(KafkaError._MSG_TIMED_OUT)
             if error is None:
                 self._backoff.reset()
+                cut = None if pending.shape == _Shape.WHOLE else "the record: a stub names it"
+                position, reason = pending.message.position, pending.reason[:200]
+                emit(DeadLetterStored(self._settings.dead_topic, position, reason, cut))
                 pending.done()
                 continue
             again.append(pending)
@@ -185,7 +188,8 @@ class DeadLetterWriter:
     def _failed(self, error: VirtbusError) -> None:
         self._drop()
         self._again_at = time.monotonic() + self._backoff.next_wait()
-        emit(Trouble(f"putting {len(self)} messages aside; they wait, the others go on", error))
+        first = self._waiting[0].message.position if self._waiting else ""
+        emit(DeadLetterWaits(self._settings.dead_topic, first, len(self), error))
 
     def _drop(self) -> None:
         """Throw the producer away; what it still held is sent again by the next one."""

@@ -24,6 +24,7 @@ class Track:
 
     def __init__(self, following: int | None = None) -> None:
         self.following = following  # the offset that comes next in an unbroken log; None: not known yet
+        self.sure = following  # `position` when the topic was last known to be the same
         self._open: deque[int] = deque()  # taken, in order; an acknowledged one goes when it is the first
         self._acknowledged: set[int] = set()
 

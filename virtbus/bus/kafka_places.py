@@ -114,16 +114,20 @@ class Losses:
             self.read(partition, following)
         return start
 
-    def passed_over(self, partition: int, first: int, last: int, low: int | None) -> None:
-        """Offsets that did not come: lost when they are older than the oldest that is left."""
-        if low is not None and low > first:
-            lost = min(last, low - 1)
+    def passed_over(self, partition: int, first: int, last: int, ends: tuple[int, int] | None) -> None:
+        """Offsets that did not come: compacted away, or lost if they are older than the oldest that is left.
+
+        Lost too when the broker does not say, or speaks of another log that is shorter by now.
+        """
+        low, high = ends if ends is not None else (last + 1, last + 1)
+        lost = last if high <= last else min(last, low - 1)
+        if lost >= first:
             self._tell(MissingEvents(self._name(partition), self.topic_id, first, lost, Cause.RETENTION))
 
-    def went_back(self, partition: int, track: Track) -> None:
-        """A partition begins anew, so it is another one."""
-        if track.position is not None:
-            self._tell(replaced(self._name(partition), Place(self.topic_id, track.position)))
+    def replaced(self, partition: int, track: Track) -> None:
+        """A partition is another one now; since it was last known to be the same, nobody knows which."""
+        if track.sure is not None:
+            self._tell(replaced(self._name(partition), Place(self.topic_id, track.sure)))
 
     def _name(self, partition: int) -> str:
         return f"{self._topic}[{partition}]"

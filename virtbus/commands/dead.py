@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import click
 
@@ -22,12 +22,12 @@ EXIT_REFUSED = RecordRefused.exit_code
 
 @contextmanager
 def _opened(loaded: Loaded, group: str) -> Iterator[DeadLetters]:
-    opened = wiring.open_bus(loaded.config)
+    bus = wiring.open_bus(loaded.config)
     try:
-        with opened.dead_letters(group) as letters:
+        with bus.dead_letters(group) as letters:
             yield letters
     finally:
-        opened.close()
+        bus.close()
 
 
 def count(loaded: Loaded, group: str, out: TextIO) -> None:
@@ -107,6 +107,20 @@ def _line(letter: DeadLetter) -> str:
     return "  ".join(printable(word) for word in words)
 
 
+# ------------------------------------------------------------------------------- the command line
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _group(function: F) -> F:
+    named = click.option("--group", metavar="NAME", required=True, help="The consumer group.")
+    return common(bus(state_dir(named(function))))
+
+
+_ids = click.argument("ids", nargs=-1, metavar="[ID]...")
+_all = click.option("--all", "everything", is_flag=True, help="All of them.")
+
+
 @click.group("dead")
 def command() -> None:
     """What a consumer group put aside: count, list, send back, drop.
@@ -116,15 +130,9 @@ def command() -> None:
     """
 
 
-_group = click.option("--group", metavar="NAME", required=True, help="The consumer group.")
-
-
 @command.command("count")
-@common
-@bus
-@state_dir
 @_group
-def dead_count(group: str, **options: Any) -> None:
+def count_command(group: str, **options: Any) -> None:
     """Print how many wait.
 
     \b
@@ -134,13 +142,10 @@ def dead_count(group: str, **options: Any) -> None:
 
 
 @command.command("list")
-@common
-@bus
-@state_dir
 @_group
 @click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="The oldest N.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
-def dead_list(group: str, limit: int, as_json: bool, **options: Any) -> None:
+def list_command(group: str, limit: int, as_json: bool, **options: Any) -> None:
     """Print the oldest, a line each: when, id, type, size, reason. Changes nothing.
 
     \b
@@ -150,34 +155,36 @@ def dead_list(group: str, limit: int, as_json: bool, **options: Any) -> None:
 
 
 @command.command("retry")
-@common
-@bus
-@state_dir
 @_group
-@click.argument("ids", nargs=-1, metavar="[ID]...")
-@click.option("--all", "everything", is_flag=True, help="All of them.")
-def dead_retry(group: str, ids: tuple[str, ...], everything: bool, **options: Any) -> None:
+@_ids
+@_all
+def retry_command(group: str, ids: tuple[str, ...], everything: bool, **options: Any) -> None:
     """Send letters back to their group, to nobody else, as they came.
 
     \b
     Example: virtbus dead retry --group scheduler --all --bus amqp://127.0.0.1//
     """
-    sys.exit(settle(load(options), group, ids=ids, everything=everything, back=True,
-                    out=sys.stdout, notices=sys.stderr))  # fmt: skip
+    sys.exit(
+        settle(
+            load(options), group, ids=ids, everything=everything, back=True,
+            out=sys.stdout, notices=sys.stderr,
+        )
+    )  # fmt: skip
 
 
 @command.command("drop")
-@common
-@bus
-@state_dir
 @_group
-@click.argument("ids", nargs=-1, metavar="[ID]...")
-@click.option("--all", "everything", is_flag=True, help="All of them.")
-def dead_drop(group: str, ids: tuple[str, ...], everything: bool, **options: Any) -> None:
+@_ids
+@_all
+def drop_command(group: str, ids: tuple[str, ...], everything: bool, **options: Any) -> None:
     """Remove letters for good.
 
     \b
     Example: virtbus dead drop --group scheduler 0193512b-1111-7222-8333-444455556666
     """
-    sys.exit(settle(load(options), group, ids=ids, everything=everything, back=False,
-                    out=sys.stdout, notices=sys.stderr))  # fmt: skip
+    sys.exit(
+        settle(
+            load(options), group, ids=ids, everything=everything, back=False,
+            out=sys.stdout, notices=sys.stderr,
+        )
+    )  # fmt: skip

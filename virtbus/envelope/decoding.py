@@ -132,6 +132,10 @@ def _headers(message: Message) -> dict[str, str]:
         prefix = next((one for one in _PREFIXES[message.binding] if name.startswith(one)), None)
         if raw_value is None or (prefix is None and name != "content-type"):  # null: as if it were not there
             continue
+        if isinstance(raw_value, list) and message.binding is Binding.KAFKA:
+            raise SchemaError(
+                f"{message.position}: header {name[:40]!r} is there twice with different values"
+            )
         value = _text(raw_value, message.position, f"header {name[:40]!r}")
         if headers.setdefault(name[len(prefix or "") :], value) != value:
             raise SchemaError(
