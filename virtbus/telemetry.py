@@ -207,7 +207,8 @@ def _to_logging(level: str, message: str, values: Mapping[str, object]) -> None:
     number = LEVELS[level]
     if _logger.isEnabledFor(number):
         told = " ".join(f"{name}={value}" for name, value in values.items())
-        _logger.log(number, "%s", f"{message} {told}".rstrip(), extra={"virtbus": dict(values)})
+        line = f"{message} {told}".rstrip().encode("utf-8", "backslashreplace").decode()  # half a character
+        _logger.log(number, "%s", line, extra={"virtbus": dict(values)})
 
 
 def emit(event: TelemetryEvent) -> None:
