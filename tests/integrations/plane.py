@@ -135,7 +135,10 @@ class Bus:
         if not self.waiting:
             return None
         event, record = self.waiting.pop(0)
-        return Delivery(event, record.attributes, {}, record.body, None, False, self, record)  # type: ignore[arg-type]
+        return Delivery(
+            event=event, attributes=record.attributes, data={}, body=record.body, publisher=None,
+            redelivered=False, attempts=1, _consumer=self, _message=record,  # type: ignore[arg-type]
+        )  # fmt: skip
 
     def _settle(self, delivery: Delivery) -> None:
         self.acked.append(delivery.id)
