@@ -204,7 +204,7 @@ def test_a_real_guests_disk_fails_and_its_node_is_tainted_until_it_is_resumed(
     add_node(kube_apiserver, name)
     config = tmp_path / "react.toml"
     config.write_text(
-        f'state_dir = "{tmp_path}/react"\n[react]\nmin_guests = 1\nraise_seconds = 0.5\nclear_seconds = 0.5\n'
+        f'state_dir = "{tmp_path}/react"\n[react]\nwhen = "any"\nmin_guests = 1\nraise_seconds = 0.5\nclear_seconds = 0.5\n'
         f'publishers = ["*"]\n[react.kubernetes]\nkubeconfig = "{kube_apiserver.kubeconfig}"\n'
     )
     guest = lab.guest("victim", error="EIO").start()
