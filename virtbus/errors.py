@@ -10,12 +10,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+from virtbus import redaction
+
 
 class VirtbusError(Exception):
-    """Base of all errors that virtbus raises on purpose; its text is one line a person can act on."""
+    """Base of all errors that virtbus raises on purpose; its text is one line a person can act on.
+
+    It holds no secret, whatever it was made of: libvirt's, a broker's or a server's words, a URL, a path.
+    """
 
     retryable: ClassVar[bool] = False
     exit_code: ClassVar[int] = 70
+
+    def __init__(self, text: object = "") -> None:
+        super().__init__(redaction.text(text))
 
 
 class ConfigError(VirtbusError):
@@ -28,6 +36,19 @@ class SchemaError(VirtbusError):
     """Data does not fit its schema, or a schema is unknown (EX_DATAERR)."""
 
     exit_code = 65
+
+
+class AgentBroken(VirtbusError):
+    """A thread of the agent ended by an error that nobody expected: a supervisor starts it again."""
+
+    exit_code = 70
+
+
+class RestartNeeded(VirtbusError):
+    """The agent can't go on as it was started: a supervisor starts it again (EX_TEMPFAIL)."""
+
+    retryable = True
+    exit_code = 75
 
 
 class InputMissing(VirtbusError):

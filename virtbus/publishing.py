@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 
+from virtbus import redaction
 from virtbus.bus import Bus
 from virtbus.control import Taps
 from virtbus.errors import BusDenied, BusUnavailable, SpoolCorrupt, SpoolFull
@@ -69,7 +70,7 @@ class Publisher:
                         raise
 
     def _failed(self, error: Exception) -> None:
-        self.error = str(error)
+        self.error = redaction.text(error)
         if isinstance(error, SpoolFull):
             emit(SpoolUnwritable(str(self._spool.path), error))
         elif not isinstance(error, BusUnavailable | BusDenied | SpoolCorrupt):
@@ -134,11 +135,15 @@ class _SpoolFeed:
         self._outcomes: list[tuple[Record, Outcome]] = []
         self._confirmed = 0  # outcomes that are not counted in the metrics yet
         # A random phase: a thousand agents that start together must not beat together.
-        self._next_beat = time.monotonic() + random.uniform(0, interval())  # noqa: S311 - no secret
+        self._every = interval()
+        self._next_beat = time.monotonic() + random.uniform(0, self._every)  # noqa: S311 - no secret
 
     def heartbeat_in(self) -> float:
-        """Seconds until the next heartbeat is due."""
-        return max(0.0, self._next_beat - time.monotonic()) if self._interval() else 3600.0
+        """Seconds until the next heartbeat is due. An interval that a reload changed counts from now."""
+        every, now = self._interval(), time.monotonic()
+        if every != self._every:
+            self._every, self._next_beat = every, now + random.uniform(0, every)  # noqa: S311 - no secret
+        return max(0.0, self._next_beat - now) if every else 3600.0
 
     def take(self, limit: int, busy: AbstractSet[str]) -> Sequence[Record]:
         """See virtbus.bus.Feed."""

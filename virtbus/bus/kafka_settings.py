@@ -19,9 +19,10 @@ from urllib.parse import unquote
 
 from confluent_kafka import KafkaException, Producer
 
+from virtbus import redaction
 from virtbus.bus import BusOptions, is_loopback
 from virtbus.bus.kafka_errors import Watch, oneline
-from virtbus.config import REDACTED, is_secret
+from virtbus.config import secret_text, why_unread
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError
 
 DEFAULT_PORT = 9092
@@ -100,10 +101,9 @@ class KafkaSettings:
         if path is None:
             return self.url_password or ""
         try:
-            return path.read_text(encoding="utf-8").rstrip("\r\n")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise BusDenied(f"bus.password_file: {path} can't be read: {reason}") from error
+            return secret_text(path)
+        except (OSError, ValueError) as error:
+            raise BusDenied(f"bus.password_file: {path} can't be read: {why_unread(error)}") from error
 
     def client(self, watch: Watch) -> dict[str, Any]:
         """The librdkafka options that producers, consumers and admin clients share."""
@@ -394,7 +394,9 @@ def _option_problems(options: BusOptions) -> Iterator[str]:
         if name in _OWNED:
             yield f"bus.kafka.options: {name} can't be set: {_OWNED[name]}"
             continue
-        shown = REDACTED if is_secret(name) else repr(value)  # of a secret's misspelt name, too
+        shown = (
+            redaction.HIDDEN if redaction.is_secret(name) else repr(value)
+        )  # of a secret's misspelt name, too
         try:
             Producer({"log_level": 0, name: value})
         except KafkaException as error:

@@ -11,7 +11,8 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from virtbus.model import Description, Device, Domain
+from virtbus import redaction
+from virtbus.model import Description, Device, Domain, RawIoError
 from virtbus.sources.domain_xml import DomainXml
 from virtbus.words import GuestState
 
@@ -62,6 +63,17 @@ class Cache:
         """Whether the domain's description has this device."""
         entry = self._entries.get(uuid)
         return entry is not None and entry.xml is not None and alias in entry.xml.devices
+
+    def shown(self, raw: RawIoError) -> RawIoError:
+        """The error without what may be a secret in its words; a name that the description shows stays."""
+        path, reason = redaction.path(raw.path), redaction.text(raw.reason)
+        if path != raw.path and (entry := self._entries.get(raw.domain_uuid)) is not None:
+            sources = [device.source for device in entry.devices.values() if device.source is not None]
+            if any(raw.path == source.path or raw.path in source.backing for source in sources):
+                path = raw.path
+        if path == raw.path and reason == raw.reason:
+            return raw
+        return raw._replace(path=path, reason=reason)
 
     def aliases(self, uuid: str) -> frozenset[str] | None:
         """The aliases of a domain's devices; None when its XML was not read."""

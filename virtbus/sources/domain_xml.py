@@ -4,18 +4,17 @@ A domain's XML is written by others: names, paths and metadata are whatever a te
 Guarantees:
 
 1. no DTD, no entities, no external access, bounded size, depth and number of elements: refused otherwise;
-2. no secret leaves: `<auth>`, user names and passwords in URLs, query strings and key=value options of
-   pseudo-protocol paths are cut, `json:` paths are hidden whole.
+2. no secret leaves: `<auth>`, cookies and queries are not read, names pass virtbus.redaction.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from xml.etree.ElementTree import Element, TreeBuilder  # only the tree; the parser is expat, set up below
 from xml.parsers import expat
 
+from virtbus import redaction
 from virtbus.config import OwnerRule
 from virtbus.errors import SchemaError
 from virtbus.model import Device, DeviceSource, ErrorPolicy, Owner
@@ -29,6 +28,7 @@ _KEPT = ("name", "uuid", "metadata", "devices")  # all that is read of a <domain
 
 NOVA = "http://openstack.org/xmlns/libvirt/nova/"  # followed by the version
 KUBEVIRT = "http://kubevirt.io"
+_DISKS = ("disk", "cdrom", "floppy", "lun")  # virDomainDiskDevice
 OVIRT = "http://ovirt.org/vm/"  # followed by the version, or "tune/" and the version
 
 
@@ -60,6 +60,8 @@ def parse(
         device = _device(element)
         if device is not None and device.alias is not None:
             devices.setdefault(device.alias, device)  # a <console> bears its <serial>'s alias, after it
+    if root.find(f"metadata/{{{KUBEVIRT}}}kubevirt") is not None:
+        devices = {alias: _kubevirt_volume(device) for alias, device in devices.items()}
     return DomainXml(
         uuid=uuid.strip() if uuid else None,
         name=name,
@@ -155,7 +157,7 @@ def _device(element: Element) -> Device | None:
         target=None if target is None else target.get("dev"),
         bus=None if target is None else target.get("bus"),
         kind=element.get("device", "disk"),
-        serial=element.findtext("serial"),
+        serial=_text(element.findtext("serial")),
         source=_disk_source(element, None if driver is None else driver.get("type")),
         policy=policy,
     )
@@ -171,7 +173,7 @@ def _plain_source(element: Element) -> DeviceSource | None:
     host = source.get("host")
     return DeviceSource(
         type=kind,
-        path=None if path is None else redact(path, network=False),
+        path=None if path is None else redaction.path(path, local=True),
         hosts=() if host is None else (_host(host, source.get("service")),),
     )
 
@@ -186,12 +188,23 @@ def _disk_source(disk: Element, image_format: str | None) -> DeviceSource:
         type=kind,
         protocol=source.get("protocol"),
         path=_path(kind, source),
-        pool=source.get("pool"),
-        volume=source.get("volume"),
+        pool=_text(source.get("pool")),
+        volume=_text(source.get("volume")),
         hosts=tuple(_hosts(source)),
         format=image_format,
         backing=backing,
     )
+
+
+def _kubevirt_volume(device: Device) -> Device:
+    """A disk of KubeVirt with the name of its volume, which its user alias holds (`ua-<volume>`).
+
+    The name of a claim (PVC) is not in the XML: paths hold the volume's name too.
+    """
+    alias, source = device.alias or "", device.source
+    if device.kind not in _DISKS or source is None or source.path is None or not alias.startswith("ua-"):
+        return device
+    return replace(device, source=replace(source, volume=alias.removeprefix("ua-")))
 
 
 def _chain(disk: Element) -> Iterator[Element]:
@@ -230,7 +243,7 @@ def _path(kind: str, source: Element) -> str | None:
         )
         return f"{domain}:{bus}:{slot}.{function}"
     path = source.get(_PATH_ATTRIBUTE.get(kind, ""))
-    return None if path is None else redact(path, network=kind == "network")
+    return None if path is None else redaction.path(path, local=kind != "network")
 
 
 def _hosts(source: Element) -> Iterator[str]:
@@ -242,48 +255,10 @@ def _hosts(source: Element) -> Iterator[str]:
 
 
 def _host(name: str, port: str | None) -> str:
-    name = name.rpartition("@")[2]  # nobody's user name or password
+    name = redaction.host(name)
     if ":" in name and not name.startswith("["):
         name = f"[{name}]"
     return f"{name}:{port}" if port else name
-
-
-HIDDEN = "***"
-_URL = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*://)(.*)$", re.DOTALL)
-_PSEUDO = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*:")
-_OPTIONS = re.compile(r"[:;,&?][\w.-]+=.*$", re.DOTALL)
-
-
-def redact(path: str, *, network: bool) -> str:
-    """A source path without what could be a secret; `network` when it is no path of the file system.
-
-    A file's own path is kept as it is. Better too much is hidden than too little.
-    """
-    if path.startswith("/") and not network:
-        return path
-    if path.startswith("json:"):
-        return f"json:{HIDDEN}"
-    if url := _URL.match(path):
-        scheme, rest = url[1], re.split(r"[?#]", url[2], maxsplit=1)[0]
-        authority, slash, tail = rest.partition("/")
-        _, at, after = authority.rpartition("@")
-        if at:
-            authority = f"{HIDDEN}@{after}"
-        elif ":" in authority and "@" in tail:
-            # A password may hold a "/": then what looks like a host and a port is a user and a password.
-            return f"{scheme}{HIDDEN}@{_without_options(tail.rpartition('@')[2])}"
-        return f"{scheme}{_without_options(authority + slash + tail)}"
-    if not network and not _PSEUDO.match(path):
-        return path
-    path = path.split("?", 1)[0]
-    head, at, tail = path.partition("@")
-    if at and ":" in head and "/" not in head:
-        path = f"{HIDDEN}@{tail}"
-    return _without_options(path)
-
-
-def _without_options(text: str) -> str:
-    return _OPTIONS.sub("", text)
 
 
 # --------------------------------------------------------------------------------------------- owner
@@ -343,4 +318,8 @@ def _at(element: Element, path: str | None) -> str | None:
         if step not in ("", "."):
             found = next((child for child in found if child.tag.rpartition("}")[2] == step), None)
     text = None if found is None or found.text is None else found.text.strip()
-    return text or None
+    return _text(text) or None
+
+
+def _text(words: str | None) -> str | None:
+    return words and redaction.text(words)

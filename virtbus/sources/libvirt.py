@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import libvirt
 
-from virtbus.config import redact_password
+from virtbus import redaction
 from virtbus.errors import ConfigError, SourceDenied, SourceUnavailable, VirtbusError
 from virtbus.model import Check, Description, Hypervisor, RawIoError, SourceReady
 from virtbus.sources import Sink, SourceOptions
@@ -76,6 +76,21 @@ class _EventLoop:
         """Whether this is the loop's thread."""
         return threading.current_thread() is cls._thread
 
+    @classmethod
+    def call(cls, then: Callable[[], None]) -> None:
+        """Call `then` once on the loop's thread, behind the callbacks that wait there already.
+
+        What was read from a connection waits behind a timer that was added when the connection was opened,
+        and timers that are due are called in the order in which they were added (vireventpoll.c): a new one
+        comes after it.
+        """
+
+        def due(timer: int, then: Callable[[], None]) -> None:
+            libvirt.virEventRemoveTimeout(timer)
+            then()
+
+        libvirt.virEventAddTimeout(0, due, then)
+
     @staticmethod
     def _run() -> None:
         while True:
@@ -106,7 +121,7 @@ class _LostCallbacks:
             if not loop.is_loop():
                 before(kind, error, trace)
             elif isinstance(error, UnicodeDecodeError):
-                emit(CallbackUndecodable(error))
+                emit(CallbackUndecodable(error))  # and a gap: somebody's error may have been in it
                 for handler in list(loop.handlers):
                     handler.undecodable()
             else:
@@ -164,7 +179,7 @@ class LibvirtLink:
     def __init__(self, connection: Any, uri: str, closing: Callable[[], None]) -> None:
         self._connection = connection
         self._local = is_local(uri)
-        self._uri = redact_password(uri)
+        self._uri = redaction.uri(uri)
         self._closing = closing
 
     def facts(self) -> HostFacts:
@@ -260,6 +275,12 @@ class LibvirtLink:
                 results[names[0]] = error.get_error_message() or str(error)
         return results
 
+    def heard(self, then: Callable[[], None]) -> None:
+        """See Link."""
+        with _Call(f"{self._uri}: the connection of the events"):
+            self._connection.getLibVersion()  # goes to the daemon each time, and to no guest
+            _EventLoop.call(then)
+
     def alive(self) -> bool:
         """See Link."""
         try:
@@ -310,7 +331,7 @@ class LibvirtConnector:
     """Opens links to one URI. See `virtbus.sources.link.Connector`."""
 
     def __init__(self, uri: str, options: SourceOptions) -> None:
-        self.uri = redact_password(uri)  # what messages say
+        self.uri = redaction.uri(uri)  # what messages say
         self._address = uri
         self._interval = options.keepalive_interval_seconds
         self._count = options.keepalive_count
@@ -453,7 +474,7 @@ class LibvirtSource:
 
     def __init__(self, uri: str, *, options: SourceOptions | None = None) -> None:
         """Connect to nothing yet."""
-        self.uri = redact_password(uri)
+        self.uri = redaction.uri(uri)
         options = options or SourceOptions()
         self._connector = LibvirtConnector(uri, options)
         self._observer = Observer(self._connector, options=options)

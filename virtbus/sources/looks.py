@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from virtbus import redaction
 from virtbus.model import MAX_COUNT, Device, Evidence, to_ns
 from virtbus.sources.link import (
     DISK_ERROR_NO_SPACE,
@@ -80,7 +81,7 @@ def read_messages(lines: Sequence[str]) -> tuple[Message, ...]:
             except ValueError:
                 moment = None
             at_ns = None if moment is None else to_ns(moment)
-        found.append(Message(head["disk"], at_ns, text[1] if text else line))
+        found.append(Message(head["disk"], at_ns, redaction.text(text[1] if text else line)))
     return tuple(found)
 
 

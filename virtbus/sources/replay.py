@@ -15,6 +15,7 @@ from threading import Event as StopEvent
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
+from virtbus import redaction
 from virtbus.errors import ConfigError, InputMissing, SchemaError
 from virtbus.model import (
     Burst,
@@ -160,7 +161,7 @@ class ReplaySource:
                 uuid,
                 name,
                 number,
-                str(record.get("srcPath") or ""),
+                redaction.path(str(record.get("srcPath") or "")),
                 str(record.get("devAlias") or ""),
                 _integer(record.get("action")),
                 str(record.get("reason") or ""),
