@@ -7,58 +7,18 @@ The registry is ours alone (no process-wide default), bounded in labels: no doma
 
 from __future__ import annotations
 
-import math
+import logging
 import threading
 import time
-from bisect import bisect_left
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from itertools import accumulate
 from typing import Any, ClassVar, TextIO
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Metric
-from prometheus_client.core import HistogramMetricFamily
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from virtbus.log import Log
+from virtbus.log import Handler, Line
 from virtbus.model import Origin, Phase
 
 _CONFIRM_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-
-
-class Durations(Collector):
-    """A histogram that takes many observations at once.
-
-    prometheus_client's own takes two locks an observation: 0.7 µs, on the path that drains a backlog.
-    """
-
-    def __init__(
-        self, name: str, documentation: str, *, buckets: Sequence[float], registry: CollectorRegistry
-    ) -> None:
-        """`buckets` are upper bounds in seconds, ascending, without infinity."""
-        self._name, self._documentation = name, documentation
-        self._bounds = [*map(float, buckets), math.inf]
-        self._names = [*map(str, self._bounds[:-1]), "+Inf"]
-        self._counts = [0] * len(self._bounds)
-        self._sum = 0.0
-        self._lock = threading.Lock()
-        registry.register(self)
-
-    def observe_all(self, seconds: Iterable[float]) -> None:
-        """Count each of them."""
-        bounds, counts = self._bounds, self._counts
-        with self._lock:
-            for each in seconds:
-                counts[bisect_left(bounds, each)] += 1
-                self._sum += each
-
-    def collect(self) -> Iterable[Metric]:
-        """See prometheus_client's Collector."""
-        with self._lock:
-            counts, total = list(self._counts), self._sum
-        through = accumulate(counts)
-        buckets = [(bound, n) for bound, n in zip(self._names, through, strict=True)]
-        yield HistogramMetricFamily(self._name, self._documentation, buckets=buckets, sum_value=total)
 
 
 class Metrics:
@@ -93,7 +53,7 @@ class Metrics:
             registry=r,
         )
         self.outcomes = Counter("virtbus_publish_outcomes", "Outcomes of publishing", ["outcome"], registry=r)
-        self.confirm_seconds = Durations(
+        self.confirm_seconds = Histogram(
             "virtbus_confirm_seconds",
             "From handing an event to the broker's client to its confirmation",
             buckets=_CONFIRM_BUCKETS,
@@ -195,11 +155,16 @@ class _Limiter:
 
 
 _limiter = _Limiter()
-_log = Log()
+_logger = logging.getLogger("virtbus")
+_logger.addHandler(logging.NullHandler())  # a library in somebody's program logs as that program wants
 
 
 def emit(event: TelemetryEvent) -> None:
-    """Write the line and move the metrics. Never raises."""
+    """Write the line and move the metrics. Never raises.
+
+    Lines go to Python's `logging` under `virtbus`, with the values in `record.virtbus`; only after
+    `configure` does anything go to standard error by itself.
+    """
     event.measure(METRICS)
     if event.LEVEL in ("warning", "error"):
         METRICS.warnings.labels(type(event).__name__).inc()
@@ -214,17 +179,16 @@ def emit(event: TelemetryEvent) -> None:
         value = getattr(event, item.name)
         if value is not None:
             extra[item.name] = str(value) if isinstance(value, BaseException) else value
-    try:
-        _log.write(event.LEVEL, event.MESSAGE, extra)
-    except (OSError, ValueError):
-        # The log's disk is full, or nobody reads it: the metric tells, and the path goes on.
-        METRICS.log_failures.inc()
+    number = logging.getLevelNamesMapping()[event.LEVEL.upper()]
+    if _logger.isEnabledFor(number):
+        _logger.log(number, Line(event.MESSAGE, extra), extra={"virtbus": extra})
 
 
 def configure(*, level: str = "info", fmt: str = "auto", stream: TextIO | None = None) -> None:
-    """Set the log's level ("debug" … "error") and format ("text", "json", or "auto": text on a terminal)."""
-    global _log
-    _log = Log(level=level, fmt=fmt, stream=stream)
+    """Write a log of our own: level "debug" … "error"; format "text", "json", or "auto" (by terminal)."""
+    _logger.handlers = [Handler(stream, fmt, METRICS.log_failures.inc)]
+    _logger.propagate = False
+    _logger.setLevel(level.upper())
 
 
 # ------------------------------------------------------------------------------------- the events
