@@ -64,16 +64,14 @@ from virtbus.model import (
     Now,
     Observation,
     OpenIncident,
-    Origin,
-    Phase,
     RawIoError,
     Resolution,
-    Scope,
     SourceLost,
     SourceReady,
     to_datetime,
 )
 from virtbus.telemetry import Trouble, emit
+from virtbus.words import GuestState, Origin, Phase, ResolutionCause, Scope
 
 Describe: TypeAlias = Callable[[str], Description | None]
 """Domain UUID → what the cache knows of it, at once, or None."""
@@ -88,8 +86,8 @@ _FREE_MESSAGES = 10  # after these an incident waits between messages …
 _MESSAGE_SPACING = 1.0  # … at least this many seconds
 _PAUSED_GUESTS = 10_000  # at most so many are remembered by one incident (scope host)
 # libvirt's words for states; virsh writes two of them with a blank.
-_STOPPED_STATES = frozenset({"shutoff", "shut off", "crashed"})
-_RUNNING_STATES = frozenset({"running", "blocked", "idle"})
+_STOPPED_STATES = frozenset({GuestState.SHUT_OFF, GuestState.CRASHED})
+_RUNNING_STATES = frozenset({GuestState.RUNNING, GuestState.BLOCKED})
 
 
 @dataclass(frozen=True)
@@ -217,7 +215,7 @@ class Incidents:
                 widen = not incident.urgent and any_counts(incident.pending)
                 events += self._tell(incident, now, describe, widen=widen)
             if self._due(incident) <= now.monotonic:  # then it is quiet
-                cause = "resumed" if incident.resumed else "quiet"
+                cause = ResolutionCause.RESUMED if incident.resumed else ResolutionCause.QUIET
                 events += self._resolve(incident, cause, now.wall_ns, now, describe)
         self._wake = min(map(self._due, self._open.values()), default=math.inf)
         return events
@@ -463,10 +461,10 @@ class Incidents:
             if incident.paused and incident.drill == other.drill:
                 other.paused |= incident.paused
                 self._changed[other.key] = None
-        return self._resolve(incident, "device_removed", at_ns, now, describe)
+        return self._resolve(incident, ResolutionCause.DEVICE_REMOVED, at_ns, now, describe)
 
     def _resolve(
-        self, incident: IncidentState, cause: str, at_ns: int, now: Now, describe: Describe
+        self, incident: IncidentState, cause: ResolutionCause, at_ns: int, now: Now, describe: Describe
     ) -> list[Event]:
         """End an incident: first what is pending, then the resolution."""
         events = self._tell(incident, now, describe, widen=False, last=True)
@@ -528,7 +526,7 @@ class Incidents:
                 continue
             domain = domains.get(uuid_in(incident.key))
             if domain is None:
-                events += self._resolve(incident, "domain_stopped", ready.at_ns, now, describe)
+                events += self._resolve(incident, ResolutionCause.DOMAIN_STOPPED, ready.at_ns, now, describe)
             elif (
                 incident.scope is Scope.DEVICE
                 and incident.enriched  # else the alias may never have been in the XML

@@ -19,7 +19,7 @@ from virtbus.errors import ConfigError
 
 # systemd.exec(5), systemd.service(5). Not set, and why: PrivateUsers= would hide libvirt's group from us;
 # ProcSubset=pid would hide the boot id; PrivateNetwork= would hide the broker.
-_UNIT = """\
+_BY_HAND = """\
 # A system user of its own, whom libvirtd must know, and the broker's URL in a file for root alone:
 #   useradd --system --user-group --no-create-home --shell /usr/sbin/nologin {user}
 #   install -m 0600 /dev/stdin /etc/virtbus/bus-url <<< 'amqps://virtbus:password@broker:5671//'
@@ -27,6 +27,12 @@ _UNIT = """\
 #   systemctl daemon-reload && systemctl enable --now virtbus
 # Without the file: take LoadCredential and the line after it out, and set bus.url in the configuration.
 
+"""
+_CREDENTIAL = """\
+LoadCredential=bus-url:/etc/virtbus/bus-url
+Environment=VIRTBUS_BUS__URL_FILE=%d/bus-url
+"""
+_UNIT = """\
 [Unit]
 Description=virtbus: guest I/O errors as durable events
 Wants=network-online.target
@@ -38,9 +44,7 @@ StartLimitIntervalSec=0
 Type=notify
 ExecStart={command} run
 ExecReload=/bin/kill -HUP $MAINPID
-LoadCredential=bus-url:/etc/virtbus/bus-url
-Environment=VIRTBUS_BUS__URL_FILE=%d/bus-url
-Restart=on-failure
+{credential}Restart=on-failure
 RestartSec=5
 # 78: the settings are wrong. Starting again with the same ones would help nobody.
 RestartPreventExitStatus=78
@@ -94,9 +98,12 @@ WantedBy=multi-user.target
 """
 
 
-def unit(out: TextIO, *, user: str, command: str | None, drain_seconds: float) -> None:
+def unit(
+    out: TextIO, *, user: str, command: str | None, drain_seconds: float, packaged: bool = False
+) -> None:
     """Print the unit; `command` is the program's absolute path, by default that of the one that runs now.
 
+    `packaged`: the unit of a package, which brings the user, and whose broker stands in the configuration.
     Raises ConfigError when that has no absolute path, or for words that systemd would read differently.
     """
     path = command or _this_program()
@@ -105,7 +112,10 @@ def unit(out: TextIO, *, user: str, command: str | None, drain_seconds: float) -
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,30}", user):  # systemd.exec(5), User=
         raise ConfigError(f"{user!r} is no name of a user; name one with --user")
     stop = math.ceil(drain_seconds) + 20
-    out.write(_UNIT.format(user=user, command=path, drain=drain_seconds, stop=stop))
+    credential = "" if packaged else _CREDENTIAL
+    if not packaged:
+        out.write(_BY_HAND.format(user=user))
+    out.write(_UNIT.format(user=user, command=path, drain=drain_seconds, stop=stop, credential=credential))
 
 
 def _this_program() -> str:

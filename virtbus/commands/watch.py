@@ -18,10 +18,11 @@ from virtbus.commands.options import (
 )
 from virtbus.errors import ConfigError, SourceUnavailable, VirtbusError
 from virtbus.log import printable
-from virtbus.model import Action, Description, Domain, Host, RawIoError
+from virtbus.model import Description, Domain, Host, RawIoError
 from virtbus.sources import SourceOptions, domain_xml, recording
 from virtbus.sources.libvirt import LibvirtConnector
 from virtbus.sources.link import STARTED, STATES, Handler, Link
+from virtbus.words import Action, GuestState
 
 _EVENTS = ("defined", "undefined", "started", "suspended", "resumed", "stopped", "shutdown", "pmsuspended")
 _SUSPENDED = ("paused", "migrated", "I/O error", "watchdog", "restored", "from snapshot", "API error")
@@ -94,7 +95,7 @@ class _Watch(Handler):
         except VirtbusError as error:
             self.lines.put(recording.problem_line(str(error)) if self._as_json else printable(str(error)))
             return
-        domain = Domain(uuid, name, xml.id, state, xml.owner)
+        domain = Domain(uuid, name, xml.id, GuestState(state), xml.owner)
         self.say(recording.domain_line(Description(domain, xml.devices)), f"{printable(name)} {uuid} {state}")
 
     def io_error(self, raw: RawIoError) -> None:

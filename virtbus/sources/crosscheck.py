@@ -23,7 +23,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import Enum
 
-from virtbus.model import Burst, Device, Origin, RawIoError
+from virtbus.model import Burst, Device, RawIoError
 from virtbus.sources.link import (
     ACTION_PAUSE,
     ACTION_REPORT,
@@ -33,6 +33,7 @@ from virtbus.sources.link import (
     RUNNING,
 )
 from virtbus.sources.looks import Look, Message, disk_errors_by_alias, gather, stamps_by_alias
+from virtbus.words import ENOSPC, DiskError, Origin
 
 LATE_SECONDS = 10.0  # an event that is later than this after its finding is an error of its own
 EVIDENCE_SECONDS = 60.0  # at most one look for evidence a device in this time
@@ -263,7 +264,7 @@ class CrossCheck:
         if case is None:
             return frozenset()
         last = {**case.reports, **case.told}
-        return frozenset(alias for alias, raw in last.items() if raw.reason == "enospc")
+        return frozenset(alias for alias, raw in last.items() if raw.reason == ENOSPC)
 
     def known(self, raw: RawIoError) -> Burst:
         """An event of verdict KNOWN, as it is passed on: its facts, no count."""
@@ -426,7 +427,7 @@ def _raw(
     domain: tuple[str, str, int | None], *, alias: str, code: int | None, action: int, ns: int
 ) -> RawIoError:
     # libvirt's reason and its "no space" disk error come from the same word of QEMU, "nospace".
-    reason = "enospc" if code == DISK_ERROR_NO_SPACE else ""
+    reason = ENOSPC if code == DISK_ERROR_NO_SPACE else ""
     return RawIoError(*domain, path="", alias=alias, action_code=action, reason=reason, observed_at=ns)
 
 
@@ -453,6 +454,6 @@ def _burst(
         last_ns=raw.observed_at,
         origin=origin,
         message=message,
-        disk_error=None if code is None else DISK_ERRORS.get(code, f"code {code}"),
+        disk_error=None if code is None else DISK_ERRORS.get(code, DiskError.UNSPECIFIED),
         evidence=evidence,
     )

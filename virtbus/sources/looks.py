@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from virtbus.model import Device, Evidence, to_ns
+from virtbus.model import MAX_COUNT, Device, Evidence, to_ns
 from virtbus.sources.link import (
     DISK_ERROR_NO_SPACE,
     DISK_ERRORS,
@@ -17,6 +17,9 @@ from virtbus.sources.link import (
     STATES,
     Space,
 )
+from virtbus.words import ENOSPC
+from virtbus.words import EvidenceCheck as Looked
+from virtbus.words import EvidenceVerdict as Says
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +98,6 @@ def stamps_by_alias(look: Look, devices: Mapping[str, Device]) -> dict[str, int]
 
 # ------------------------------------------------------------------------------------------ evidence
 
-CONFIRMS, CONTRADICTS, INCONCLUSIVE, UNAVAILABLE = "confirms", "contradicts", "inconclusive", "unavailable"
 FULL_BELOW_BYTES = 1 << 20  # less than a guest's single write: full for it
 
 
@@ -105,25 +107,31 @@ def gather(
     """What was looked at and what it says, in the order of the checks."""
     out = []
     if lifecycle:
-        out.append(Evidence("lifecycle", CONFIRMS, "the guest was suspended by an I/O error"))
+        out.append(Evidence(Looked.LIFECYCLE, Says.CONFIRMS, "the guest was suspended by an I/O error"))
     if look is None:
-        return (*out, Evidence("state", UNAVAILABLE, "the look-up did not end in time"))
+        return (
+            *out,
+            Evidence(Looked.STATE, Says.UNAVAILABLE, "the look-up did not end in time"),
+        )
     if pause:
-        verdict = CONFIRMS if look.paused_by_io_error else INCONCLUSIVE
-        out.append(Evidence("state", verdict, f"{STATES.get(look.state, look.state)}, reason {look.reason}"))
+        verdict = Says.CONFIRMS if look.paused_by_io_error else Says.INCONCLUSIVE
+        out.append(
+            Evidence(Looked.STATE, verdict, f"{STATES.get(look.state, look.state)}, reason {look.reason}")
+        )
     target = None if device is None else device.target
     if look.disk_errors is None:
         if look.state == PAUSED:
-            out.append(Evidence("disk_errors", UNAVAILABLE))
+            out.append(Evidence(Looked.DISK_ERRORS, Says.UNAVAILABLE))
     elif target is not None:
         code = look.disk_errors.get(target)
         name = None if code is None else DISK_ERRORS.get(code, f"code {code}")
-        verdict = INCONCLUSIVE if code is None else CONFIRMS
-        out.append(Evidence("disk_errors", verdict, f"{target}: {name or 'none'}"))
+        verdict = Says.INCONCLUSIVE if code is None else Says.CONFIRMS
+        out.append(Evidence(Looked.DISK_ERRORS, verdict, f"{target}: {name or 'none'}"))
     if look.messages is not None and target is not None:
         texts = [m.text for m in look.messages if m.target == target]
-        out.append(Evidence("messages", CONFIRMS if texts else INCONCLUSIVE, texts[-1] if texts else None))
-    no_space = reason == "enospc" or (
+        verdict = Says.CONFIRMS if texts else Says.INCONCLUSIVE
+        out.append(Evidence(Looked.MESSAGES, verdict, texts[-1] if texts else None))
+    no_space = reason == ENOSPC or (
         target is not None and (look.disk_errors or {}).get(target) == DISK_ERROR_NO_SPACE
     )
     if no_space and target is not None:
@@ -137,29 +145,38 @@ def _space_evidence(look: Look, device: Device | None, target: str) -> list[Evid
     space = look.spaces.get(target)
     kind = device.source.type if device is not None and device.source is not None else None
     if space is None:
-        out.append(Evidence("block_info", UNAVAILABLE))
+        out.append(Evidence(Looked.BLOCK_INFO, Says.UNAVAILABLE))
     else:
-        verdict, found = INCONCLUSIVE, "says nothing about the space below"
+        verdict, found = Says.INCONCLUSIVE, "says nothing about the space below"
         if kind == "block" and space.physical:
             left = space.physical - space.allocation
-            verdict = CONFIRMS if left < FULL_BELOW_BYTES else INCONCLUSIVE
+            verdict = Says.CONFIRMS if left < FULL_BELOW_BYTES else Says.INCONCLUSIVE
             found = f"{left} bytes of the block device were never written"
         elif kind == "file" and space.capacity and space.allocation >= space.capacity:
-            verdict, found = CONTRADICTS, "the image is wholly allocated: it needs no more space"
+            verdict, found = (
+                Says.CONTRADICTS,
+                "the image is wholly allocated: it needs no more space",
+            )
         out.append(
             Evidence(
-                "block_info",
+                Looked.BLOCK_INFO,
                 verdict,
                 found,
-                capacity_bytes=space.capacity,
-                allocation_bytes=space.allocation,
-                physical_bytes=space.physical,
+                capacity_bytes=min(space.capacity, MAX_COUNT),
+                allocation_bytes=min(space.allocation, MAX_COUNT),
+                physical_bytes=min(space.physical, MAX_COUNT),
             )
         )
     free = look.free.get(target)
     if free is None:
-        out.append(Evidence("file_system", UNAVAILABLE, "the image's file system is not visible here"))
+        out.append(
+            Evidence(
+                Looked.FILE_SYSTEM,
+                Says.UNAVAILABLE,
+                "the image's file system is not visible here",
+            )
+        )
     else:
-        verdict = CONFIRMS if free.free_bytes < FULL_BELOW_BYTES else CONTRADICTS
-        out.append(Evidence("file_system", verdict, f"{free.free_bytes} bytes free at {free.path}"))
+        verdict = Says.CONFIRMS if free.free_bytes < FULL_BELOW_BYTES else Says.CONTRADICTS
+        out.append(Evidence(Looked.FILE_SYSTEM, verdict, f"{free.free_bytes} bytes free at {free.path}"))
     return out

@@ -28,7 +28,6 @@ from virtbus.model import (
     Host,
     Now,
     Observation,
-    Origin,
     RawIoError,
     SourceReady,
 )
@@ -38,13 +37,14 @@ from virtbus.sources.link import (
     RESUMED,
     STARTED,
     STOPPED,
-    STOPPED_MIGRATED,
     SUSPENDED,
     SUSPENDED_IOERROR,
     SUSPENDED_PAUSED,
+    left_by,
 )
 from virtbus.sources.looks import Look, read_messages
 from virtbus.telemetry import Notice, emit
+from virtbus.words import Origin
 
 FULL_SPEED = math.inf
 
@@ -186,8 +186,7 @@ class ReplaySource:
                 check.looked(uuid, replace(look, asked_at=at), known.devices if known else {})
         if event in (STARTED, STOPPED):
             left: list[Observation] = [_replayed(burst, ns) for burst in check.gone(uuid)]
-            cause = "migrated" if detail == STOPPED_MIGRATED else "domain_stopped"
-            return [*left, DomainGone(uuid, ns, cause)] if event == STOPPED else left
+            return [*left, DomainGone(uuid, ns, left_by(detail))] if event == STOPPED else left
         return []
 
     def _decided(self, check: CrossCheck, due: float) -> list[Observation]:

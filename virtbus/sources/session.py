@@ -19,21 +19,22 @@ from virtbus.sources.link import (
     RESUMED,
     STARTED,
     STOPPED,
-    STOPPED_MIGRATED,
     SUSPENDED,
     SUSPENDED_IOERROR,
     SUSPENDED_PAUSED,
+    left_by,
 )
 from virtbus.sources.looks import Look
+from virtbus.words import GuestState
 
 # virDomainEventType → virDomainState's word
 STATE_AFTER = {
-    STARTED: "running",
-    SUSPENDED: "paused",
-    RESUMED: "running",
-    STOPPED: "shut off",
-    6: "shutting down",
-    7: "pmsuspended",
+    STARTED: GuestState.RUNNING,
+    SUSPENDED: GuestState.PAUSED,
+    RESUMED: GuestState.RUNNING,
+    STOPPED: GuestState.SHUT_OFF,
+    6: GuestState.SHUTTING_DOWN,
+    7: GuestState.PM_SUSPENDED,
 }
 PAUSES = (SUSPENDED_IOERROR, SUSPENDED_PAUSED)
 
@@ -167,8 +168,7 @@ class Session:
                 for burst in check.gone(uuid):
                     self._sink(burst)
                 if event == STOPPED:
-                    cause = "migrated" if detail == STOPPED_MIGRATED else "domain_stopped"
-                    self._sink(DomainGone(uuid, now.wall_ns, cause))
+                    self._sink(DomainGone(uuid, now.wall_ns, left_by(detail)))
             if self.since_listing is not None and event in STATE_AFTER:
                 self.since_listing[uuid] = (name, STATE_AFTER[event]) if event != STOPPED else None
         self.notes.put(Lifecycle(uuid, name, number, event, detail))
