@@ -26,7 +26,6 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -40,8 +39,28 @@ PYTHON = "python3.11"
 # The newest glibc that the packages may ask for: RHEL 9's.
 GLIBC = (2, 34)
 # What of the standard library no part of virtbus imports.
-UNUSED = ("test", "idlelib", "lib2to3", "tkinter", "turtledemo", "ensurepip", "pydoc_data", "distutils/command")
-UNUSED_MODULES = ("_tkinter", "_curses", "_curses_panel", "readline", "_dbm", "_gdbm", "nis", "_crypt", "_bz2", "_testcapi")
+UNUSED = (
+    "test",
+    "idlelib",
+    "lib2to3",
+    "tkinter",
+    "turtledemo",
+    "ensurepip",
+    "pydoc_data",
+    "distutils/command",
+)
+UNUSED_MODULES = (
+    "_tkinter",
+    "_curses",
+    "_curses_panel",
+    "readline",
+    "_dbm",
+    "_gdbm",
+    "nis",
+    "_crypt",
+    "_bz2",
+    "_testcapi",
+)
 
 
 class BuildError(Exception):
@@ -95,7 +114,12 @@ def run(*command: str | Path, cwd: Path = ROOT, **extra: str) -> None:
     with log.open("a", encoding="utf-8") as out:
         print(f"+ {' '.join(map(str, command))}", file=out, flush=True)
         done = subprocess.run(
-            [str(word) for word in command], cwd=cwd, env=os.environ | extra, stdout=out, stderr=out, check=False
+            [str(word) for word in command],
+            cwd=cwd,
+            env=os.environ | extra,
+            stdout=out,
+            stderr=out,
+            check=False,
         )
     if done.returncode:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
@@ -126,7 +150,14 @@ def tool_pip() -> Path:
     tool = WORK / "tool"
     if not (tool / "installed").exists():
         run(sys.executable, "-m", "venv", "--clear", tool)
-        run(tool / "bin/pip", "install", "--quiet", "--require-hashes", "--requirement", ROOT / ".docker/build.txt")
+        run(
+            tool / "bin/pip",
+            "install",
+            "--quiet",
+            "--require-hashes",
+            "--requirement",
+            ROOT / ".docker/build.txt",
+        )
         (tool / "installed").touch()
     return tool / "bin" / "pip"
 
@@ -149,7 +180,17 @@ def chart() -> None:
     folder = WORK / "chart"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    run(helm, "package", "charts/virtbus", "--version", version(), "--app-version", version(), "--destination", folder)
+    run(
+        helm,
+        "package",
+        "charts/virtbus",
+        "--version",
+        version(),
+        "--app-version",
+        version(),
+        "--destination",
+        folder,
+    )
     made = next(folder.glob("*.tgz"))
     with fresh("virtbus-*.tgz"):
         (DIST / made.name).write_bytes(same_bytes(made))
@@ -159,7 +200,10 @@ def same_bytes(archive: Path) -> bytes:
     """A .tgz with its members sorted, and owner and time that depend on the commit alone."""
     moment = int(os.environ["SOURCE_DATE_EPOCH"])
     plain = io.BytesIO()
-    with tarfile.open(archive) as source, tarfile.open(fileobj=plain, mode="w", format=tarfile.PAX_FORMAT) as out:
+    with (
+        tarfile.open(archive) as source,
+        tarfile.open(fileobj=plain, mode="w", format=tarfile.PAX_FORMAT) as out,
+    ):
         for member in sorted(source.getmembers(), key=lambda each: each.name):
             member.mtime, member.uid, member.gid, member.uname, member.gname = moment, 0, 0, "", ""
             member.pax_headers = {}
@@ -179,7 +223,9 @@ def packages() -> None:
         line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if "=" in line
     )
     if release.get("VERSION_CODENAME") != "bookworm":
-        raise BuildError("the packages are built on Debian 12 (its glibc runs everywhere); use a debian:12 container")
+        raise BuildError(
+            "the packages are built on Debian 12 (its glibc runs everywhere); use a debian:12 container"
+        )
     opt = interpreter()
     install(opt)
     check_glibc(opt)
@@ -204,7 +250,7 @@ def moment_in_words() -> str:
 
 
 def architecture() -> str:
-    """This machine's, by Go's names, which nfpm maps to those of each package format."""
+    """The machine's, by Go's names, which nfpm maps to those of each package format."""
     names = {"x86_64": "amd64", "aarch64": "arm64"}
     return names[os.uname().machine]
 
@@ -222,7 +268,11 @@ def debian_sources() -> list[str]:
             text = re.sub(r"^Types: .*$", "Types: deb-src", file.read_text(), flags=re.MULTILINE)
             text = re.sub(r"^deb(-src)? ", "deb-src ", text, flags=re.MULTILINE)
             (parts / file.name).write_text(text)
-    options = {"Dir::Etc::sourcelist": "/dev/null", "Dir::Etc::sourceparts": parts, "Dir::State::lists": lists}
+    options = {
+        "Dir::Etc::sourcelist": "/dev/null",
+        "Dir::Etc::sourceparts": parts,
+        "Dir::State::lists": lists,
+    }
     words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
     run("apt-get", *words, "update", "-qq")
     return words
@@ -231,8 +281,12 @@ def debian_sources() -> list[str]:
 def source_package() -> Path:
     """The newest source package of the interpreter that the archive hands out: its .dsc, the rest beside it."""
     options = debian_sources()
-    shown = subprocess.run(["apt-cache", *options, "showsrc", PYTHON], capture_output=True, text=True, check=True).stdout
-    versions = sorted(re.findall(r"^Version: (\S+)$", shown, re.MULTILINE), key=lambda each: re.split(r"(\d+)", each))
+    shown = subprocess.run(
+        ["apt-cache", *options, "showsrc", PYTHON], capture_output=True, text=True, check=True
+    ).stdout
+    versions = sorted(
+        re.findall(r"^Version: (\S+)$", shown, re.MULTILINE), key=lambda each: re.split(r"(\d+)", each)
+    )
     for number, each in enumerate(reversed(versions)):
         folder = CACHE / "sources" / each
         found = folder / f"{PYTHON}_{each.partition(':')[2] or each}.dsc"
@@ -241,7 +295,10 @@ def source_package() -> Path:
             try:
                 run("apt-get", *options, "source", "--download-only", "-qq", f"{PYTHON}={each}", cwd=folder)
             except BuildError as error:
-                print(f"dist: warning: {PYTHON} {each} can't be downloaded; trying an older one", file=sys.stderr)
+                print(
+                    f"dist: warning: {PYTHON} {each} can't be downloaded; trying an older one",
+                    file=sys.stderr,
+                )
                 if number + 1 == len(versions):
                     raise BuildError(f"no source package of {PYTHON} can be downloaded") from error
                 continue
@@ -293,13 +350,23 @@ def interpreter() -> Path:
 
 
 def install(opt: Path) -> None:
-    """virtbus and its pinned dependencies into the interpreter's own site-packages; every file's hash is checked."""
+    """Virtbus and its pinned dependencies into the interpreter's own site-packages; every file's hash is checked."""
     python, pip, wheels = opt / "bin" / PYTHON, tool_pip(), WORK / "wheels"
     if not (DIST / f"virtbus-{version()}-py3-none-any.whl").exists():
         wheel()
     lock = ROOT / ".docker" / "requirements-agent.txt"
     wheels.mkdir(parents=True, exist_ok=True)
-    run(pip, "wheel", "--quiet", "--wheel-dir", wheels, "--require-hashes", "--no-build-isolation", "--requirement", lock)
+    run(
+        pip,
+        "wheel",
+        "--quiet",
+        "--wheel-dir",
+        wheels,
+        "--require-hashes",
+        "--no-build-isolation",
+        "--requirement",
+        lock,
+    )
     run(
         pip, "--python", python, "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--find-links", wheels,
         "--requirement", unhashed(lock), DIST / f"virtbus-{version()}-py3-none-any.whl",
@@ -311,11 +378,16 @@ def install(opt: Path) -> None:
     launcher = opt / "bin" / "virtbus"
     # -I: neither the caller's PYTHON* variables nor his folder decide what a daemon imports.
     launcher.write_text(
-        "#!/opt/virtbus/bin/python -I\nimport sys\n\nfrom virtbus.cli import main\n\nsys.exit(main())\n", encoding="utf-8"
+        "#!/opt/virtbus/bin/python -I\nimport sys\n\nfrom virtbus.cli import main\n\nsys.exit(main())\n",
+        encoding="utf-8",
     )
     launcher.chmod(0o755)
     site = opt / "lib" / PYTHON / "site-packages"
-    for note in (*site.glob("*.dist-info/direct_url.json"), *site.glob("*.dist-info/INSTALLER"), *site.glob("*.dist-info/REQUESTED")):
+    for note in (
+        *site.glob("*.dist-info/direct_url.json"),
+        *site.glob("*.dist-info/INSTALLER"),
+        *site.glob("*.dist-info/REQUESTED"),
+    ):
         note.unlink()
     for record in site.glob("*.dist-info/RECORD"):
         record.unlink()  # names what was left out here; dpkg and rpm keep their own list
@@ -331,7 +403,9 @@ def install(opt: Path) -> None:
 
 def unhashed(lock: Path) -> Path:
     """The lock's names and versions alone: pip refuses hashes beside a wheel that was built here."""
-    names = [line.split(" ")[0] for line in lock.read_text().splitlines() if re.match(r"[a-z0-9][^ ]*==", line)]
+    names = [
+        line.split(" ")[0] for line in lock.read_text().splitlines() if re.match(r"[a-z0-9][^ ]*==", line)
+    ]
     out = WORK / "names.txt"
     out.write_text("\n".join(names) + "\n", encoding="utf-8")
     return out
@@ -360,7 +434,9 @@ def extras(opt: Path) -> None:
 
     def say(code: str) -> str:
         # The staged interpreter finds itself by its own place; nothing of the host is used.
-        return subprocess.run([*virtbus, code], capture_output=True, text=True, check=True, env={"PATH": "/usr/bin:/bin"}).stdout
+        return subprocess.run(
+            [*virtbus, code], capture_output=True, text=True, check=True, env={"PATH": "/usr/bin:/bin"}
+        ).stdout
 
     (out / "virtbus.service").write_text(
         say("import sys; from virtbus.commands.unit import unit; unit(sys.stdout, user='virtbus', command='/usr/bin/virtbus', "
@@ -368,7 +444,7 @@ def extras(opt: Path) -> None:
         encoding="utf-8",
     )  # fmt: skip
     completion = subprocess.run(
-        [opt / "bin" / PYTHON, "-I", "-c", "from virtbus.cli import main; main()"],
+        [opt / "bin" / PYTHON, "-I", "-c", "from virtbus.cli import cli; cli()"],
         capture_output=True, text=True, check=False,
         env={"PATH": "/usr/bin:/bin", "_VIRTBUS_COMPLETE": "bash_source"},
     )  # fmt: skip
@@ -397,7 +473,12 @@ def sbom() -> None:
     bill = json.loads(target.read_text(encoding="utf-8"))
     source = source_package().stem.partition("_")
     bill["components"].append(
-        {"type": "application", "name": "cpython", "version": source[2], "purl": f"pkg:deb/debian/{PYTHON}@{source[2]}?arch=source"}
+        {
+            "type": "application",
+            "name": "cpython",
+            "version": source[2],
+            "purl": f"pkg:deb/debian/{PYTHON}@{source[2]}?arch=source",
+        }
     )
     target.write_text(json.dumps(bill, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from virtbus.cli import main as program
+from virtbus.cli import cli as program
 
 
 def main() -> None:
@@ -49,7 +49,10 @@ def page(path: str, command: click.Command, context: click.Context, version: str
         f".B {escaped(path)}\n{escaped(synopsis)}",
     ]
     if said:
-        lines += [".SH DESCRIPTION", *(escaped(line) if line.strip() else ".PP" for line in said.splitlines())]
+        lines += [
+            ".SH DESCRIPTION",
+            *(escaped(line) if line.strip() else ".PP" for line in said.splitlines()),
+        ]
     options = [record for each in command.get_params(context) if (record := each.get_help_record(context))]
     if options:
         lines.append(".SH OPTIONS")
@@ -60,7 +63,11 @@ def page(path: str, command: click.Command, context: click.Context, version: str
         for child in command.list_commands(context):
             found = command.get_command(context, child)
             if found is not None and not found.hidden:
-                lines += [".TP", f"\\fB{escaped(name)}\\-{escaped(child)}\\fP(1)", escaped(found.get_short_help_str(200))]
+                lines += [
+                    ".TP",
+                    f"\\fB{escaped(name)}\\-{escaped(child)}\\fP(1)",
+                    escaped(found.get_short_help_str(200)),
+                ]
     return "\n".join(lines) + "\n"
 
 

@@ -1,8 +1,8 @@
 """Keep what a release names in one place: the version in virtbus/__init__.py, the repository in pyproject.toml.
 
-    python3 .packaging/release.py check [--tag v1.2.3]    does everything agree? (make check; the release workflow)
-    python3 .packaging/release.py sync                    write both into the files that must repeat them
-    python3 .packaging/release.py notes 1.2.3             that version's part of CHANGELOG.md
+python3 .packaging/release.py check [--tag v1.2.3]    does everything agree? (make check; the release workflow)
+python3 .packaging/release.py sync                    write both into the files that must repeat them
+python3 .packaging/release.py notes 1.2.3             that version's part of CHANGELOG.md
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def version() -> str:
     """The version, from the one place that names it."""
-    return re.findall(r'^__version__ = "([^"]+)"$', (ROOT / "virtbus/__init__.py").read_text(), re.MULTILINE)[0]
+    return re.findall(r'^__version__ = "([^"]+)"$', (ROOT / "virtbus/__init__.py").read_text(), re.MULTILINE)[
+        0
+    ]
 
 
 def repository() -> str:
@@ -65,7 +67,9 @@ def sync() -> None:
 def notes(number: str) -> str:
     """What CHANGELOG.md says of a version. Raises SystemExit when it says nothing."""
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    match = re.search(rf"^## \[{re.escape(number)}\][^\n]*\n(.*?)(?=^## \[|^\[|\Z)", text, re.MULTILINE | re.DOTALL)
+    match = re.search(
+        rf"^## \[{re.escape(number)}\][^\n]*\n(.*?)(?=^## \[|^\[|\Z)", text, re.MULTILINE | re.DOTALL
+    )
     if match is None or not match[1].strip():
         raise SystemExit(f"CHANGELOG.md has no notes of {number}: add a heading '## [{number}] - DATE'")
     return match[1].strip()

@@ -22,7 +22,7 @@ UNMISTAKABLE = {
 } | {Platform.OPENSTACK.value, words.EvidenceCheck.DISK_ERRORS.value, words.EvidenceCheck.BLOCK_INFO.value}
 # The same letters with another meaning: a method's name of ours, a package of PyPI.
 OTHER_MEANINGS = {
-    ("virtbus/integrations/base.py", "openstack"),
+    ("virtbus/plugins.py", "openstack"),
     ("virtbus/commands/watch.py", "resumed"),
     ("virtbus/commands/watch.py", "migrated"),
 }
