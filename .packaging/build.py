@@ -62,6 +62,13 @@ UNUSED_MODULES = (
     "_testcapi",
 )
 
+# How the interpreter is compiled; `{tree}` is its source.
+CFLAGS = "-O2 -g0 -fstack-protector-strong -D_FORTIFY_SOURCE=2 -include {here}/portable.h -ffile-prefix-map={tree}=."
+LDFLAGS = "-Wl,-z,relro,-z,now"
+CONFIGURE = ("--prefix=/opt/virtbus", "--without-ensurepip", "--disable-test-modules", "--with-system-expat")
+# As Debian does: a fix of theirs makes this module use what only the interpreter's own parts may.
+SETUP = "*static*\npyexpat pyexpat.c -lexpat\n"
+
 
 class BuildError(Exception):
     """What failed and what to do, in one line."""
@@ -232,21 +239,15 @@ def packages() -> None:
     extras(opt)
     nfpm = CACHE / "nfpm"
     if not nfpm.exists():
+        if shutil.which("go") is None:
+            raise BuildError("nfpm is built with Go; install Go 1.24 or newer (Debian 12's own is too old)")
         run("go", "install", NFPM, GOBIN=str(CACHE))
     for kind in ("deb", "rpm"):
         with fresh(f"*.{kind}"):
             run(
                 nfpm, "package", "--packager", kind, "--config", HERE / "nfpm.yaml", "--target", DIST,
-                cwd=WORK, VERSION=version(), ARCH=architecture(), PACKAGING=str(HERE),
-                MTIME=moment_in_words(),
+                cwd=WORK, VERSION=version(), ARCH=architecture(),
             )  # fmt: skip
-
-
-def moment_in_words() -> str:
-    """The commit's time as RFC 3339, for nfpm."""
-    from datetime import UTC, datetime
-
-    return datetime.fromtimestamp(int(os.environ["SOURCE_DATE_EPOCH"]), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def architecture() -> str:
@@ -309,20 +310,16 @@ def source_package() -> Path:
 def interpreter() -> Path:
     """CPython below build/packages/root/opt/virtbus; compiled once for a version of Debian's source, then copied."""
     dsc = source_package()
-    recipe = hashlib.sha256(Path(__file__).read_bytes() + (HERE / "portable.h").read_bytes()).hexdigest()[:12]
-    built = CACHE / f"{dsc.stem}-{recipe}"
+    recipe = repr((CFLAGS, LDFLAGS, CONFIGURE, SETUP, (HERE / "portable.h").read_text()))
+    built = CACHE / f"{dsc.stem}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     if not built.exists():
         print(f"compiling {dsc.stem} (some minutes)")
         tree = CACHE / "source"
         shutil.rmtree(tree, ignore_errors=True)
         run("dpkg-source", "--no-check", "-x", dsc, tree)
-        flags = f"-O2 -g0 -fstack-protector-strong -D_FORTIFY_SOURCE=2 -include {HERE}/portable.h -ffile-prefix-map={tree}=."
-        # As Debian does: a fix of theirs makes this module use what only the interpreter's own parts may.
-        (tree / "Modules/Setup.local").write_text("*static*\npyexpat pyexpat.c -lexpat\n", encoding="utf-8")
-        run(
-            "./configure", "--prefix=/opt/virtbus", "--without-ensurepip", "--disable-test-modules", "--with-system-expat",
-            "--enable-loadable-sqlite-extensions=no", cwd=tree, CFLAGS=flags, LDFLAGS="-Wl,-z,relro,-z,now",
-        )  # fmt: skip
+        (tree / "Modules/Setup.local").write_text(SETUP, encoding="utf-8")
+        flags = CFLAGS.format(here=HERE, tree=tree)
+        run("./configure", *CONFIGURE, cwd=tree, CFLAGS=flags, LDFLAGS=LDFLAGS)
         run("make", f"-j{os.cpu_count()}", cwd=tree)
         staged = built.with_suffix(".new")
         shutil.rmtree(staged, ignore_errors=True)
@@ -352,8 +349,7 @@ def interpreter() -> Path:
 def install(opt: Path) -> None:
     """Virtbus and its pinned dependencies into the interpreter's own site-packages; every file's hash is checked."""
     python, pip, wheels = opt / "bin" / PYTHON, tool_pip(), WORK / "wheels"
-    if not (DIST / f"virtbus-{version()}-py3-none-any.whl").exists():
-        wheel()
+    wheel()
     lock = ROOT / ".docker" / "requirements-agent.txt"
     wheels.mkdir(parents=True, exist_ok=True)
     run(
@@ -370,6 +366,7 @@ def install(opt: Path) -> None:
     run(
         pip, "--python", python, "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--find-links", wheels,
         "--requirement", unhashed(lock), DIST / f"virtbus-{version()}-py3-none-any.whl",
+        DEB_PYTHON_INSTALL_LAYOUT="deb",  # as one of Debian's packages: lib/python3/dist-packages, not local/
     )  # fmt: skip
     for file in (opt / "bin").iterdir():
         if file.name != PYTHON:
@@ -382,7 +379,7 @@ def install(opt: Path) -> None:
         encoding="utf-8",
     )
     launcher.chmod(0o755)
-    site = opt / "lib" / PYTHON / "site-packages"
+    site = opt / "lib" / "python3" / "dist-packages"
     for note in (
         *site.glob("*.dist-info/direct_url.json"),
         *site.glob("*.dist-info/INSTALLER"),
@@ -431,6 +428,9 @@ def extras(opt: Path) -> None:
     out = WORK / "extras"
     shutil.rmtree(out, ignore_errors=True)
     (out / "man").mkdir(parents=True)
+    shutil.copytree(HERE / "scripts", out / "scripts")
+    for file in (HERE / "virtbus.sysusers", HERE / "virtbus.toml", ROOT / "LICENSE", ROOT / "CHANGELOG.md"):
+        shutil.copy(file, out)
 
     def say(code: str) -> str:
         # The staged interpreter finds itself by its own place; nothing of the host is used.
