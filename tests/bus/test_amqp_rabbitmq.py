@@ -451,8 +451,8 @@ def test_a_dead_letter_whose_queue_is_gone_is_not_lost(rabbitmq: RabbitMQ, vhost
     ("url", "says"),
     [
         ("amqp://", "no usable host"),
-        ("amqp://host:99999/", "no usable host and port"),
-        ("amqp://host:port/", "no usable host and port"),
+        ("amqp://host:99999/", 'has port "99999"'),
+        ("amqp://host:port/", 'has port "port"'),
         ("amqp://user:pa?ss@host/", "percent-encoded"),
         ("amqp://one;two", "whole URL"),
         ("amqp://host/?heartbeat=3", "query"),

@@ -20,7 +20,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import unquote
 
 import amqp
 from amqp import spec
@@ -29,7 +28,8 @@ from amqp.method_framing import frame_writer
 from kombu.connection import Connection
 from kombu.transport import pyamqp
 
-from virtbus.bus import BusOptions, is_loopback, split_url
+from virtbus.bus import BusOptions, is_loopback
+from virtbus.bus.url import read_url
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError
 from virtbus.telemetry import BusConnected, BusLost, InsecureTransport, Notice, emit
 
@@ -100,22 +100,25 @@ def _endpoint(url: str, options: BusOptions) -> Endpoint:
             "each broker of a list needs a whole URL that begins with amqp:// or amqps:// "
             '(a ";" or "," inside a password is written %3B or %2C)'
         )
-    parts = split_url(url)
+    parts = read_url(url)
+    host, port = parts.host
     tls = parts.scheme == "amqps"
-    assert parts.hostname is not None
+    if parts.query:
+        raise ConfigError(
+            f"the bus URL of host {host} has a query: settings go to bus.* in the configuration"
+        )
     if options.auth == "external" and not tls:
         raise ConfigError(
-            f'bus.auth is "external" but broker {parts.hostname} is amqp://: the identity is the TLS '
-            "certificate, so use amqps://"
+            f'bus.auth is "external" but broker {host} is amqp://: the identity is the TLS certificate, so use '
+            "amqps://"
         )
-    path = unquote(parts.path[1:]) if parts.path else ""
     return Endpoint(
-        host=parts.hostname,
-        port=parts.port or (5671 if tls else 5672),
-        vhost=path or "/",
+        host=host,
+        port=port or (5671 if tls else 5672),
+        vhost=parts.path[1:] or "/",
         tls=tls,
-        username=options.username or unquote(parts.username or "") or "guest",
-        password=unquote(parts.password) if parts.password is not None else "guest",
+        username=options.username or parts.username or "guest",
+        password=parts.password if parts.password is not None else "guest",
     )
 
 
