@@ -109,8 +109,8 @@ def _endpoint(url: str, options: BusOptions) -> Endpoint:
         )
     if options.auth == "external" and not tls:
         raise ConfigError(
-            f'bus.auth is "external" but broker {host} is amqp://: the identity is the TLS certificate, so use '
-            "amqps://"
+            f'bus.auth is "external" but broker {host} is amqp://: the identity is the TLS certificate, so '
+            "use amqps://"
         )
     return Endpoint(
         host=host,
