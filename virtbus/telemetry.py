@@ -102,7 +102,7 @@ class Metrics:
         # A rate over a series that begins at 1 misses the first: closed sets of labels begin at 0.
         for outcome in ("confirmed", "deferred", "unroutable", "refused"):
             self.outcomes.labels(outcome)
-        for why in ("refused", "invalid", "damaged"):
+        for why in ("refused", "invalid", "damaged", "poison", "consumer"):
             self.dead_letters.labels(why)
         for result in ("found", "failed", "late"):
             self.lookups.labels(result)
@@ -294,6 +294,52 @@ class BusLost(
     error: Exception | str
 
 
+class DeadLetterWaits(
+    TelemetryEvent,
+    level="error",
+    message="a dead letter can't be put aside now; trying again, other messages go on",
+    every=30,
+    by="queue",
+):
+    """A message could not be put aside now; it is kept unacknowledged and tried again."""
+
+    queue: str  # or topic
+    position: str
+    waiting: int
+    error: Exception | str
+
+
+class DeadLetterStored(
+    TelemetryEvent,
+    level="warning",
+    message="put into the dead letters; see `virtbus dead list`",
+    every=10,
+):
+    """A message lies in the dead letters, confirmed by the broker."""
+
+    queue: str
+    position: str
+    reason: str
+    cut: str | None = None
+
+    def measure(self, metrics: Metrics) -> None:
+        """Count it."""
+        metrics.dead_letters.labels("consumer").inc()
+
+
+class BusCutOff(
+    TelemetryEvent,
+    level="warning",
+    message="broker connection lost; what was not acknowledged is delivered again",
+    every=30,
+    sets={"bus_connected": 0},
+):
+    """A consumer's connection to the broker is gone or was thrown away."""
+
+    bus: str
+    error: Exception | str
+
+
 class BusBlocked(TelemetryEvent, level="warning", message="broker blocks publishers", every=30, by="blocked"):
     """The broker blocks or unblocks publishers (its memory or disk alarm)."""
 
@@ -414,6 +460,17 @@ class Trouble(TelemetryEvent, level="error", message="unexpected error; carrying
     where: str
     error: Exception | str
     event_id: str | None = None
+
+
+class ThreadDied(
+    TelemetryEvent,
+    level="error",
+    message="a thread ended by an unexpected error; the agent ends, start it again",
+):
+    """A thread of the agent ended by an unexpected error: the agent ends with exit code 70."""
+
+    thread: str
+    error: str
 
 
 class LookupFinished(TelemetryEvent, level="debug", message="domain looked up", counts=("lookups:result",)):

@@ -61,6 +61,8 @@ class SimulatedHost:
         self.links: list[SimulatedLink] = []
         self.down = False
         self.frozen = threading.Event()  # while set, `open` hangs
+        self.answers = threading.Event()  # while not set, questions on the events' connection hang
+        self.answers.set()
         self.hanging: set[str] = set()  # domains whose looks hang
         self.release = threading.Event()
         self.calls = 0
@@ -159,6 +161,11 @@ class SimulatedLink:
     def _check(self) -> None:
         if not self.open:
             raise SourceUnavailable("simulated: the connection is closed")
+
+    def heard(self, then: Callable[[], None]) -> None:
+        self._check()
+        self.host.answers.wait()
+        then()
 
     def facts(self) -> HostFacts:
         self._check()
