@@ -258,10 +258,10 @@ def test_too_many_levels_are_refused() -> None:
 
 
 def test_too_many_elements_are_refused_in_bounded_time() -> None:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(SchemaError, match="elements"):
         parse(domain(metadata="<a/>" * 800_000))
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_an_encoding_declaration_does_not_change_how_bytes_are_read() -> None:

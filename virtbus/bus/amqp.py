@@ -465,7 +465,6 @@ class _Publisher:
         if not tags or tag > self._tag:
             raise ProtocolViolation(f"the broker settled delivery tag {tag}, which is not under way")
         now = time.monotonic()
-        waits = []
         for one in tags:
             record, sent_at = flying.pop(one)
             del self._tags[record.id]
@@ -475,9 +474,8 @@ class _Publisher:
                 self.outcomes.append((record, _RETURNED))
                 continue
             if outcome is _CONFIRMED:
-                waits.append(now - sent_at)
+                METRICS.confirm_seconds.observe(now - sent_at)
             self.outcomes.append((record, outcome))
-        METRICS.confirm_seconds.observe_all(waits)
 
     def _on_return(self, error: Exception, exchange: str, routing_key: str, message: Any) -> None:
         """Comes before the ack of the same message: remember it until then."""

@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import unquote
 
 import amqp
 from amqp import spec
@@ -30,7 +29,9 @@ from amqp.method_framing import frame_writer
 from kombu.connection import Connection
 from kombu.transport import pyamqp
 
-from virtbus.bus import BusOptions, is_loopback, split_url
+from virtbus import errors
+from virtbus.bus import BusOptions, is_loopback
+from virtbus.bus.url import read_url
 from virtbus.config import secret_text, why_unread
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError
 from virtbus.telemetry import BusConnected, BusLost, InsecureTransport, Notice, TelemetryEvent, emit
@@ -105,22 +106,25 @@ def _endpoint(url: str, options: BusOptions) -> Endpoint:
             "each broker of a list needs a whole URL that begins with amqp:// or amqps:// "
             '(a ";" or "," inside a password is written %3B or %2C)'
         )
-    parts = split_url(url)
+    parts = read_url(url)
+    host, port = parts.host
     tls = parts.scheme == "amqps"
-    assert parts.hostname is not None
+    if parts.query:
+        raise ConfigError(
+            f"the bus URL of host {host} has a query: settings go to bus.* in the configuration"
+        )
     if options.auth == "external" and not tls:
         raise ConfigError(
-            f'bus.auth is "external" but broker {parts.hostname} is amqp://: the identity is the TLS '
-            "certificate, so use amqps://"
+            f'bus.auth is "external" but broker {host} is amqp://: the identity is the TLS certificate, so '
+            "use amqps://"
         )
-    path = unquote(parts.path[1:]) if parts.path else ""
     return Endpoint(
-        host=parts.hostname,
-        port=parts.port or (5671 if tls else 5672),
-        vhost=path or "/",
+        host=host,
+        port=port or (5671 if tls else 5672),
+        vhost=parts.path[1:] or "/",
         tls=tls,
-        username=options.username or unquote(parts.username or "") or "guest",
-        password=unquote(parts.password) if parts.password is not None else "guest",
+        username=options.username or parts.username or "guest",
+        password=parts.password if parts.password is not None else "guest",
     )
 
 
@@ -418,7 +422,7 @@ class Link:
 
     def _open(self, waker: Waker) -> _Connection:
         options, endpoint = self.options, self.endpoint
-        try:
+        with errors.translating(faults(self.name, doing="connecting")):
             client = Connection(
                 hostname=endpoint.host,
                 port=endpoint.port,
@@ -443,8 +447,6 @@ class Link:
             # Not Connection.connect(): that retries on its own.
             connection: _Connection = client.transport.establish_connection()
             return connection
-        except LINK_FAULTS as error:
-            raise translated(error, self.name, doing="connecting") from error
 
     def channel(self) -> _Channel:
         """Open a channel. Raises as LINK_FAULTS."""
@@ -648,30 +650,46 @@ def _socket_settings(options: BusOptions) -> dict[int, int]:
 
 def translated(error: BaseException, name: str, *, doing: str) -> BusUnavailable | BusDenied:
     """Our error for one of LINK_FAULTS: what failed, on which broker, what to do. Never holds a secret."""
+    told = errors.translated(error, faults(name, doing=doing))
+    assert isinstance(told, BusUnavailable | BusDenied)
+    return told
+
+
+def faults(name: str, *, doing: str) -> errors.Translations:
+    """What LINK_FAULTS mean, the narrower first, for `errors.translating`."""
     where = f"{name}: {doing}"
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return BusDenied(
+
+    def away(why: str) -> Callable[[BaseException], BusUnavailable]:
+        return lambda error: BusUnavailable(f"{where}: {why}")
+
+    def unreadable(error: OSError) -> BusUnavailable:
+        why = error.strerror or error
+        return BusUnavailable(
+            f"{where}: can't read {error.filename}: {why}" if error.filename else f"{where}: {why}"
+        )
+
+    return {
+        ssl.SSLCertVerificationError: lambda error: BusDenied(
             f"{where}: the broker's certificate is not trusted ({error.verify_message}): "
             "check bus.tls.ca_file, and that the URL's host is a name in the certificate"
-        )
-    if isinstance(error, ssl.SSLError):
-        reason = error.reason or "TLS failed"
-        if "ALERT" in reason:
-            return BusDenied(f"{where}: the broker refuses our TLS ({reason}): check bus.tls.cert_file")
-        return BusUnavailable(f"{where}: {reason}: is this the broker's TLS port?")
-    if isinstance(error, AMQPError):
-        return _translated_amqp(error, where)
-    if isinstance(error, TimeoutError):
-        return BusUnavailable(f"{where}: no answer in time: check the address, the network and the broker")
-    if isinstance(error, socket.gaierror):
-        return BusUnavailable(f"{where}: the host name can't be resolved: check bus.url and DNS")
-    if isinstance(error, FileNotFoundError | PermissionError) and error.filename:
-        return BusUnavailable(f"{where}: can't read {error.filename}: {error.strerror}")
-    if isinstance(error, ConnectionRefusedError):
-        return BusUnavailable(f"{where}: connection refused: is the broker up, is the port right?")
-    if isinstance(error, OSError):
-        return BusUnavailable(f"{where}: {error.strerror or error}")
-    return BusUnavailable(f"{where}: the peer does not speak AMQP 0-9-1 ({type(error).__name__})")
+        ),
+        ssl.SSLError: lambda error: _translated_tls(error, where),
+        AMQPError: lambda error: _translated_amqp(error, where),
+        TimeoutError: away("no answer in time: check the address, the network and the broker"),
+        socket.gaierror: away("the host name can't be resolved: check bus.url and DNS"),
+        ConnectionRefusedError: away("connection refused: is the broker up, is the port right?"),
+        OSError: unreadable,
+        struct.error: lambda error: BusUnavailable(
+            f"{where}: the peer does not speak AMQP 0-9-1 ({type(error).__name__})"
+        ),
+    }
+
+
+def _translated_tls(error: ssl.SSLError, where: str) -> BusUnavailable | BusDenied:
+    reason = error.reason or "TLS failed"
+    if "ALERT" in reason:
+        return BusDenied(f"{where}: the broker refuses our TLS ({reason}): check bus.tls.cert_file")
+    return BusUnavailable(f"{where}: {reason}: is this the broker's TLS port?")
 
 
 def _translated_amqp(error: AMQPError, where: str) -> BusUnavailable | BusDenied:

@@ -115,7 +115,8 @@ class _Link:
         sent = [(flying.pop(record.key)[1], error) for record, error in reports]
         waits = [now - since for since, error in sent if error is None]
         if waits:
-            METRICS.confirm_seconds.observe_all(waits)
+            for wait in waits:
+                METRICS.confirm_seconds.observe(wait)
             self.watch.forget()
         return reports
 

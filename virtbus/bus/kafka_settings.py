@@ -15,13 +15,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote
 
 from confluent_kafka import KafkaException, Producer
 
 from virtbus import redaction
 from virtbus.bus import BusOptions, is_loopback
 from virtbus.bus.kafka_errors import Watch, oneline
+from virtbus.bus.url import read_url
 from virtbus.config import secret_text, why_unread
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError
 
@@ -257,32 +257,21 @@ def _token_and_expiry(text: str, now: float) -> tuple[str, float]:
 def check(url: str, options: BusOptions) -> KafkaSettings:
     """The settings of a kafka:// or kafkas:// URL; ConfigError names every problem at once, one a line."""
     problems: list[str] = []
-    scheme, _, rest = url.strip().partition("://")
-    tls = scheme.lower() == "kafkas"
-    authority, slash, path = rest.partition("/")
-    if "@" in path:
-        # Not a path but most of the password: no part of this may be shown.
-        raise ConfigError(
-            f"bus.url: an @ after the hosts: write {scheme}://[user@]host[:port] (inside a user or password "
-            "every / ? @ ; , is percent-encoded)"
-        )
-    userinfo, at, hosts = authority.rpartition("@")
-    user, colon, password = userinfo.partition(":")
-    servers = []
-    if path or "?" in authority:
-        what = f'"{slash}{path.partition("?")[0]}"' if path else "a query"
+    parts = read_url(url)
+    tls = parts.scheme == "kafkas"
+    if parts.path not in ("", "/") or parts.query:
+        what = f'"{parts.path}"' if parts.path else "a query"
         problems.append(f"bus.url: {what} after the hosts means nothing to Kafka: the topic is bus.topic")
-    for host in re.split("[,;]", hosts.partition("?")[0]):
-        server, problem = _server(host)
-        if problem:
-            problems.append(f"bus.url: {problem}")
-        elif server:
-            servers.append(server)
-    if not servers and not any(problem.startswith("bus.url: host") for problem in problems):
-        problems.append(f"bus.url: no host: write {scheme}://host[:port][,host[:port]…]")
+    problems += [f"bus.url: {problem}" for problem in parts.problems]
+    if not parts.hosts and not parts.problems:
+        problems.append(f"bus.url: no host: write {parts.scheme}://host[:port][,host[:port]…]")
+    servers = [
+        f"[{name}]:{port or DEFAULT_PORT}" if ":" in name else f"{name}:{port or DEFAULT_PORT}"
+        for name, port in parts.hosts
+    ]
     problems += _topic_problems(options.topic)
-    username = options.username or (unquote(user) if at else None) or None
-    mechanism, mechanism_problems = _mechanism(options, username, has_password=bool(colon))
+    username = options.username or parts.username or None
+    mechanism, mechanism_problems = _mechanism(options, username, has_password=parts.password is not None)
     problems += mechanism_problems
     problems += _file_problems(options, tls)
     problems += _option_problems(options)
@@ -292,7 +281,7 @@ def check(url: str, options: BusOptions) -> KafkaSettings:
         mechanism=mechanism,
         username=username,
         options=options,
-        url_password=unquote(password) if colon else None,
+        url_password=parts.password,
     )
     if not problems:
         problems += _combination_problems(settings)
@@ -309,22 +298,6 @@ def _combination_problems(settings: KafkaSettings) -> Iterator[str]:
         Producer(config)
     except KafkaException as error:
         yield f"bus.kafka: librdkafka refuses the settings: {oneline(error.args[0].str())}"
-
-
-def _server(host: str) -> tuple[str | None, str | None]:
-    """(host:port, problem) of one broker in the URL."""
-    host = host.strip()
-    match = re.match(r"(\[[0-9A-Fa-f:.%]+\]|[^:\[\]\s]*)(?::(.*))?\Z", host)
-    if match is None:
-        return None, f'host "{host}" can\'t be read: write host, host:port or [IPv6]:port'
-    name, port = match[1], match[2]
-    if not name:
-        return None, f'host missing before port "{port}"' if port else None
-    if port is None:
-        return f"{name}:{DEFAULT_PORT}", None
-    if not (port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
-        return None, f'host {name} has port "{port}": use 1 to 65535, or leave it out for {DEFAULT_PORT}'
-    return f"{name}:{int(port)}", None
 
 
 def _topic_problems(topic: str) -> Iterator[str]:

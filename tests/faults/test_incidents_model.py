@@ -4,7 +4,7 @@ from collections import Counter
 
 from hypothesis import HealthCheck, settings
 
-from tests.unit.incidents_machine import IncidentsMachine
+from tests.faults.incidents_machine import IncidentsMachine
 from virtbus.words import Scope
 
 opened = Counter()
