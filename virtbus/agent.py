@@ -32,6 +32,7 @@ from virtbus.model import (
     Gap,
     Heartbeat,
     Host,
+    HostKnown,
     IoError,
     IoErrorResolved,
     Now,
@@ -371,6 +372,8 @@ class Agent:
             if isinstance(item, SourceReady):
                 events += self._came_back(item, now)
                 continue
+            if isinstance(item, HostKnown):
+                self.host = self.spool.host = item.host
             if isinstance(item, SourceLost):
                 self._source_lost = self._source_lost or item
                 self._source_state, self._source_since_ns = "disconnected", item.at_ns

@@ -76,6 +76,20 @@ class Facts(msgspec.Struct, frozen=True, omit_defaults=True):
             burst.evidence,
         )
 
+    def filled(self, known: Facts) -> Facts:
+        """These facts, with the path and reason known of the error where a look can't tell them."""
+        return msgspec.structs.replace(self, path=self.path or known.path, reason=self.reason or known.reason)
+
+    def add_to(self, known: Facts) -> bool:
+        """Whether they say anything about the error that was not known; numbers in texts are not news."""
+        checks = {(one.check, one.verdict) for one in self.evidence}
+        return (
+            self.differ(known)
+            or self.message not in (None, known.message)
+            or self.disk_error not in (None, known.disk_error)
+            or not checks <= {(one.check, one.verdict) for one in known.evidence}
+        )
+
     def differ(self, other: Facts) -> bool:
         """Whether action or reason changed between the two: that is news."""
         return self.action_code != other.action_code or self.reason != other.reason
@@ -140,6 +154,9 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
     pauses: int = 0
     paused_at: list[float] = []  # the last pauses of a loop
     flapping: bool = False  # as last told
+    stamp_ns: int | None = None  # the hypervisor's own time of its newest error, where it kept one
+    removed: bool = False  # its device was unplugged while the guest stood still
+    shown: Device | None = None  # as last told
     saved_at: float = 0.0
     saved_ns: int = 0
 
@@ -161,8 +178,11 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
                 break
         else:
             self.pending.append(Pending(burst.origin, facts, burst.count, first, last))
-        self.facts = facts
+        self.facts = self.facts.followed_by(facts) if not burst.count else facts
+        if burst.stamp_ns is not None:
+            self.stamp_ns = max(self.stamp_ns or 0, burst.stamp_ns)
         if burst.count:
+            self.removed = False
             self.first_ns = min(self.first_ns, first)
             self.last_ns = max(self.last_ns, last)
 
@@ -292,11 +312,11 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
             to_datetime(pending.last_ns)
 
 
-class Seen(msgspec.Struct):
+class Seen(msgspec.Struct, omit_defaults=True):
     """The last error of a device whose incident is over: a later look must not tell it again."""
 
     format: int
-    last_ns: int
+    last_ns: int  # the later one of our time and the hypervisor's own
 
 
 class Meta(msgspec.Struct):

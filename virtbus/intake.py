@@ -10,6 +10,7 @@ from virtbus.model import (
     Burst,
     DeviceRemoved,
     DomainGone,
+    DomainHalted,
     DomainResumed,
     Observation,
     Origin,
@@ -87,7 +88,7 @@ class IntakeQueue:
 
     def _put_crowded(self, observation: Observation) -> None:
         """Keep the last word about a domain or device: memory before order, and it is told."""
-        if isinstance(observation, DomainResumed | DomainGone | DeviceRemoved):
+        if isinstance(observation, DomainResumed | DomainHalted | DomainGone | DeviceRemoved):
             key = (type(observation), observation.domain_uuid, getattr(observation, "alias", None))
             replaced = self._folded.pop(key, None) is not None
             if replaced or len(self._folded) < 2 * self._fold_limit:

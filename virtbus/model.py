@@ -159,11 +159,13 @@ class DeviceSource:
     type: str  # "file", "block", "network", "volume", …
     protocol: str | None = None  # "nbd", "rbd", "iscsi", "nfs", …
     path: str | None = None  # file, device node, or the name of the export or image
+    namespace: int | None = None  # of an NVMe controller, whose address is the path
+    data_file: str | None = None  # where a qcow2 image keeps its data, when not in itself
     pool: str | None = None
     volume: str | None = None
     hosts: tuple[str, ...] = ()  # "host:port" or "unix:/path"
     format: str | None = None
-    backing: tuple[str, ...] = ()  # the images below, nearest first
+    backing: tuple[str, ...] = ()  # the images below, nearest first: a path, or protocol://server/name
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +238,7 @@ class Burst:
     message: str | None = None  # the hypervisor's text, for people
     disk_error: str | None = None  # "unspecified" or "no_space" (virDomainDiskErrorCode)
     evidence: tuple[Evidence, ...] = ()
+    stamp_ns: int | None = None  # the hypervisor's own time of the last of them, where it kept one
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +246,23 @@ class DomainResumed:
     """The guest runs again."""
 
     domain_uuid: str
+    at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class DomainHalted:
+    """The guest is there and does not run, for whatever reason: its devices' silence proves nothing."""
+
+    domain_uuid: str
+    at_ns: int
+    state: str  # libvirt's word: "paused", "pmsuspended", "crashed"
+
+
+@dataclass(frozen=True, slots=True)
+class HostKnown:
+    """What was not known of the host when it was first looked at."""
+
+    host: Host
     at_ns: int
 
 
@@ -299,7 +319,15 @@ class SourceLost:
 
 
 Observation: TypeAlias = (
-    RawIoError | Burst | DomainResumed | DomainGone | DeviceRemoved | SourceReady | SourceLost
+    RawIoError
+    | Burst
+    | DomainResumed
+    | DomainHalted
+    | DomainGone
+    | DeviceRemoved
+    | HostKnown
+    | SourceReady
+    | SourceLost
 )
 
 # ------------------------------------------------------------------------------------- the events

@@ -11,10 +11,11 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from virtbus.model import Description, Device, Domain
-from virtbus.sources.domain_xml import DomainXml
+from virtbus.model import Description, Device, DeviceSource, Domain
+from virtbus.sources.domain_xml import DomainXml, shown_path
 
 GONE_KEPT = 1024  # entries of domains that are gone
+STRANGE_KEPT = 16  # paths of a domain that its XML does not explain
 ASK_AGAIN_SECONDS = 10.0  # between two look-ups of a domain whose description lacks something
 
 
@@ -29,6 +30,7 @@ class Entry:
     xml: DomainXml | None = None
     refused: bool = False
     asked_at: float = float("-inf")
+    strange: frozenset[tuple[str, str]] = frozenset()  # (alias, path) that its XML was read again for
     description: Description | None = field(default=None, compare=False)
 
     @property
@@ -66,6 +68,30 @@ class Cache:
         """The aliases of a domain's devices; None when its XML was not read."""
         entry = self._entries.get(uuid)
         return None if entry is None or entry.xml is None else frozenset(entry.xml.devices)
+
+    def resolve(self, uuid: str, path: str) -> str:
+        """The alias of the disk that an event without one speaks of; "" when that can't be told."""
+        entry = self._entries.get(uuid)
+        return "" if entry is None or entry.xml is None else entry.xml.resolve(path)
+
+    def stale(self, uuid: str, alias: str, path: str) -> bool:
+        """Whether an event's path shows that the disk has another source by now than its XML had.
+
+        No event tells of a snapshot. Until the XML is read again only the path is known of the source.
+        """
+        with self._lock:
+            old = self._entries.get(uuid)
+            if old is None or old.xml is None or not path or (alias, path) in old.strange:
+                return False
+            device, names = old.xml.devices.get(alias), old.xml.images.get(alias, ())
+            if device is None or not names or path in names:
+                return False
+            source = DeviceSource("unknown", path=shown_path(path))
+            devices = {**old.xml.devices, alias: replace(device, source=source)}
+            strange = frozenset([*old.strange, (alias, path)][-STRANGE_KEPT:])
+            xml = replace(old.xml, devices=devices)
+            self._entries[uuid] = _described(replace(old, xml=xml, strange=strange))
+            return True
 
     def saw(self, uuid: str, name: str, number: int | None, state: str) -> bool:
         """A domain is there, in this state; True when it is new, or (another number) started anew."""

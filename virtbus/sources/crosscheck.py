@@ -10,7 +10,9 @@ comes later than the grace time, nor after the resume that follows it:
 3. an event that comes after its finding is not counted again (it only adds what it knows);
 4. where "twice" and "never" can't be told apart, it is twice: nothing is lost;
 5. an event of a pause that comes after its guest was resumed (QEMU from 9.2 to 10 may hold it back for a
-   second) is followed by a look, and where that finds the guest running, by word that it does.
+   second) is followed by a look, and where that finds the guest running, by word that it does;
+6. an error told without its device's name (libvirt gives none during a blockcopy, or the look is late) is
+   named by the first look that can, without a count.
 
 A disk error that virDomainGetDiskErrors gives may be an old one: QEMU keeps it after the guest was resumed
 (measured on QEMU 5.2 to 11.1). So what was there before a pause says nothing about it.
@@ -23,16 +25,25 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import Enum
 
-from virtbus.model import Burst, Device, Origin, RawIoError
+from virtbus.model import Burst, Device, Evidence, Origin, RawIoError
 from virtbus.sources.link import (
     ACTION_PAUSE,
     ACTION_REPORT,
     DISK_ERROR_NO_SPACE,
+    DISK_ERROR_UNSPECIFIED,
     DISK_ERRORS,
     PAUSED,
     RUNNING,
 )
-from virtbus.sources.looks import Look, Message, disk_errors_by_alias, gather, stamps_by_alias
+from virtbus.sources.looks import (
+    CONFIRMS,
+    Look,
+    Message,
+    disk_errors_by_alias,
+    gather,
+    newest_by_alias,
+    newest_message,
+)
 
 LATE_SECONDS = 10.0  # an event that is later than this after its finding is an error of its own
 EVIDENCE_SECONDS = 60.0  # at most one look for evidence a device in this time
@@ -72,6 +83,14 @@ class _Pause:
 
 
 @dataclass(slots=True)
+class _Finding:
+    """An error of the present pause that was told without an event."""
+
+    at: float  # monotonic
+    raw: RawIoError
+
+
+@dataclass(slots=True)
 class _Case:
     """A domain in trouble."""
 
@@ -84,9 +103,10 @@ class _Case:
     found_ahead: bool = False  # a finding whose pause is still to come
     doubted_at: float | None = None  # an event told of a pause, and no pause came yet
     ask_at: float = 0.0  # when a look is to tell
-    # Since the last resume: alias → its event, or when its finding was told.
+    # Since the last resume: alias ("": not known) → its event, or its finding.
     told: dict[str, RawIoError] = field(default_factory=dict)
-    synthesised: dict[str, float] = field(default_factory=dict)
+    synthesised: dict[str, _Finding] = field(default_factory=dict)
+    unseen: set[str] = field(default_factory=set)  # aliases told of before any look at their pause
     # Also before it:
     stale: dict[str, int] = field(default_factory=dict)  # alias → a disk error that may be an old one
     last_ns: dict[str, int] = field(default_factory=dict)  # alias → the last error told
@@ -123,9 +143,12 @@ class CrossCheck:
             case.wanting.add(alias)
             return Verdict.TELL_AND_LOOK
         case.told[alias] = raw
-        for told in (alias, ""):  # "": a finding that could not name its device
-            at = case.synthesised.pop(told, None)
-            if at is not None and mono - at <= LATE_SECONDS:
+        # "" is a finding that could not name its device; an event without a name is of any finding.
+        for told in (alias, "") if alias else tuple(case.synthesised):
+            finding = case.synthesised.pop(told, None)
+            if finding is not None and mono - finding.at <= LATE_SECONDS:
+                if not alias and told:
+                    case.told[told] = case.told.pop(alias)._replace(alias=told)
                 return Verdict.KNOWN
         if case.pauses and not case.pauses[-1].over:
             case.pauses[-1].told[alias] = raw
@@ -163,6 +186,7 @@ class CrossCheck:
         case.credit = {}
         case.told.clear()
         case.synthesised.clear()
+        case.unseen.clear()
 
     def gone(self, uuid: str) -> list[Burst]:
         """The domain left: what is still undecided is told now, the rest is forgotten."""
@@ -183,21 +207,52 @@ class CrossCheck:
     def looked(self, uuid: str, look: Look, devices: Mapping[str, Device]) -> list[Burst]:
         """What a look found: kept for the undecided pause that it saw.
 
-        What it says about errors without a pause is returned as bursts of no count.
+        What it says about errors without a pause, and about those of a pause that was told before any look,
+        is returned: bursts of no count, and devices of that pause that nobody told of.
         """
         case = self._cases.get(uuid)
         if case is None:
             return []
-        seen = [pause for pause in case.pauses if pause.began <= look.asked_at and pause.look is None]
+        seen = [pause for pause in case.pauses if pause.began <= look.asked_at and not _complete(pause.look)]
         if seen:
             seen[-1].look = look
             seen[-1].wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
         wanting, case.wanting = case.wanting, set()
-        return [
+        found = [
             _burst(raw, 0, Origin.EVENT, look, devices.get(alias), pause=False)
             for alias, raw in case.reports.items()
             if alias in wanting
         ]
+        if case.paused and look.paused_by_io_error and not any(not pause.over for pause in case.pauses):
+            found += self._look_back(uuid, case, look, devices)
+        return found
+
+    def identified(self, uuid: str, alias: str) -> list[Burst]:
+        """The device behind the events that came without its name: what was told of it, without a count."""
+        case = self._cases.get(uuid)
+        if case is None:
+            return []
+        raws = [found.pop("") for found in (case.reports, case.told) if "" in found]
+        if finding := case.synthesised.pop("", None):
+            raws.append(finding.raw)
+        for raw in raws:
+            kept = case.told if raw.action_code == ACTION_PAUSE else case.reports
+            kept[alias] = raw._replace(alias=alias)
+        for names in (case.unseen, case.wanting):
+            if "" in names:
+                names.discard("")
+                names.add(alias)
+        for each in (*(pause.told for pause in case.pauses), case.credit):
+            if "" in each:
+                each[alias] = each.pop("")._replace(alias=alias)
+        return [
+            _burst(raw._replace(alias=alias), 0, Origin.EVENT, None, None, pause=False) for raw in raws[:1]
+        ]
+
+    def has_nameless(self, uuid: str) -> bool:
+        """Whether something was told of the domain without the name of its device."""
+        case = self._cases.get(uuid)
+        return case is not None and any("" in each for each in (case.reports, case.told, case.synthesised))
 
     def baseline(self, uuid: str, name: str, number: int | None, wrong: Mapping[str, int]) -> None:
         """The disk errors (by alias) of a guest that runs: left over from before."""
@@ -271,6 +326,23 @@ class CrossCheck:
 
     # ---- after a (re)connect
 
+    def listed(
+        self, uuid: str, name: str, number: int | None, *, alias: str, mono: float, ns: int
+    ) -> list[Burst]:
+        """The listing shows a guest paused by an I/O error, and no look at it has been answered yet.
+
+        `alias` is its only disk, or "": then the look that comes later names it, without a count.
+        """
+        case = self._case(uuid, name, number)
+        if case.told or case.synthesised or any(not pause.over for pause in case.pauses):
+            return []
+        case.paused = case.found_ahead = True
+        raw = _raw((uuid, name, number), alias=alias, code=None, action=ACTION_PAUSE, ns=ns)
+        case.synthesised[alias] = _Finding(mono, raw)
+        case.unseen.add(alias)
+        seen = Evidence("state", CONFIRMS, "listed as paused by an I/O error")
+        return [Burst(raw, 1, ns, ns, Origin.RECONCILE, evidence=(seen,))]
+
     def reconcile(
         self,
         uuid: str,
@@ -293,24 +365,30 @@ class CrossCheck:
             self.resumed(uuid)  # and nobody told us
         newer = _newer_messages(look, since_ns, case, devices)
         found: dict[str, Burst] = {}
+        named: list[Burst] = []
         if look.paused_by_io_error:
             case = self._case(uuid, name, number)
             case.paused = True
-            told = case.told.keys() | case.synthesised.keys()
             wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
+            suspects = wrong or dict.fromkeys(newer, DISK_ERROR_UNSPECIFIED)
+            named = self._name(case, suspects, look, devices)
+            told = case.told.keys() | case.synthesised.keys()
             fresh = [
-                alias for alias in _missed(case, wrong, told, devices) if alias not in told or alias in newer
+                alias
+                for alias in _missed(case, suspects, told, devices)
+                if alias not in told or alias in newer
             ]
-            fresh += [alias for alias in newer if alias in wrong and alias not in fresh]
+            fresh += [alias for alias in newer if alias in suspects and alias not in fresh]
             case.stale = wrong
-            stamps = stamps_by_alias(look, devices)
+            stamps = newest_by_alias(look, devices)
             for alias in fresh:
-                at = stamps.get(alias, ns)
+                kept = stamps.get(alias)
+                at = ns if kept is None or kept.at_ns is None else kept.at_ns
                 raw = _raw(
                     (uuid, name, number), alias=alias, code=wrong.get(alias), action=ACTION_PAUSE, ns=at
                 )
                 found[alias] = _burst(raw, 1, Origin.RECONCILE, look, devices.get(alias), pause=True)
-                case.synthesised[alias] = mono
+                case.synthesised[alias] = _Finding(mono, raw)
                 case.last_ns[alias] = at
             if fresh:
                 # Its pause may still be on its way to us, unless it is the one that waits for its event.
@@ -325,7 +403,7 @@ class CrossCheck:
             raw = _raw((uuid, name, number), alias=alias, code=None, action=_action_by_policy(device), ns=at)
             found[alias] = _burst(raw, 1, Origin.RECONCILE, look, device, pause=False)
             self._case(uuid, name, number).last_ns[alias] = at
-        return list(found.values())
+        return [*named, *found.values()]
 
     def keep_only(self, uuids: frozenset[str]) -> list[Burst]:
         """Forget the domains that are not there any more; what was undecided of them is told."""
@@ -348,39 +426,136 @@ class CrossCheck:
         self, uuid: str, case: _Case, pause: _Pause, mono: float, devices: Mapping[str, Device]
     ) -> list[Burst]:
         look, told = pause.look, pause.told
-        fresh = [alias for alias, code in pause.wrong.items() if case.stale.get(alias) != code]
+        wrong = pause.wrong
+        fresh = [alias for alias, code in wrong.items() if case.stale.get(alias) != code]
         by_error = look is not None and look.paused_by_io_error
+        if "" in told and by_error and (alias := _suspect(case, wrong, told.keys(), devices)):
+            told[alias] = told.pop("")._replace(alias=alias)
+            if not pause.over:
+                case.told[alias] = case.told.pop("", told[alias])._replace(alias=alias)
         missed: list[str] = []
         if pause.certain or (by_error and fresh):
             known = told.keys() | case.synthesised.keys()
-            missed = _missed(case, pause.wrong if by_error else {}, known, devices)
+            missed = _missed(case, wrong if by_error else {}, known, devices)
         if look is not None:
-            case.stale = pause.wrong
+            case.stale = wrong
         found = []
         for alias in missed:
-            code = pause.wrong.get(alias)
-            raw = _raw(
-                (uuid, case.name, case.number), alias=alias, code=code, action=ACTION_PAUSE, ns=pause.ns
-            )
-            found.append(_burst(raw, 1, Origin.LIFECYCLE, look, devices.get(alias), pause=True))
-            case.last_ns[alias] = pause.ns
+            found.append(self._found(uuid, case, alias, pause.ns, look, devices, wrong.get(alias)))
             if not pause.over:
-                case.synthesised[alias] = mono
+                case.synthesised[alias] = _Finding(mono, found[-1].raw)
         if look is not None:
             found += [
                 _burst(raw, 0, Origin.EVENT, look, devices.get(alias), pause=True)
                 for alias, raw in told.items()
             ]
+        if not _complete(look) and not pause.over:
+            case.unseen |= {*told, *missed}
         return found
+
+    def _found(
+        self,
+        uuid: str,
+        case: _Case,
+        alias: str,
+        ns: int,
+        look: Look | None,
+        devices: Mapping[str, Device],
+        code: int | None,
+    ) -> Burst:
+        """An error of a pause that no event told of."""
+        raw = _raw((uuid, case.name, case.number), alias=alias, code=code, action=ACTION_PAUSE, ns=ns)
+        case.last_ns[alias] = ns
+        return _burst(raw, 1, Origin.LIFECYCLE, look, devices.get(alias), pause=True)
+
+    def _look_back(self, uuid: str, case: _Case, look: Look, devices: Mapping[str, Device]) -> list[Burst]:
+        """What a look says about a pause that was told before it: names, evidence, further devices."""
+        if not case.unseen and "" not in case.told and "" not in case.synthesised:
+            return []
+        wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
+        found = self._name(case, wrong, look, devices)
+        known = case.told.keys() | case.synthesised.keys()
+        named = {burst.raw.alias for burst in found}
+        found += [
+            _burst(_raw_of(case, alias), 0, Origin.EVENT, look, devices.get(alias), pause=True)
+            for alias in sorted(case.unseen - named)
+            if alias in known and alias in devices
+        ]
+        if known and look.complete:
+            for alias in _missed(case, wrong, known, devices):
+                found.append(
+                    self._found(
+                        uuid,
+                        case,
+                        alias,
+                        _raw_of(case, next(iter(known))).observed_at,
+                        look,
+                        devices,
+                        wrong[alias],
+                    )
+                )
+                case.synthesised[alias] = _Finding(look.asked_at, found[-1].raw)
+        if look.complete:
+            case.unseen.clear()
+            case.stale = wrong
+        return found
+
+    def _name(
+        self, case: _Case, wrong: Mapping[str, int], look: Look, devices: Mapping[str, Device]
+    ) -> list[Burst]:
+        """Name what was told of this pause without a device, if the look can; a burst of no count."""
+        told = case.told.keys() | case.synthesised.keys()
+        if "" not in told:
+            return []
+        alias = _suspect(case, wrong, told, devices)
+        if not alias:
+            return []
+        raw = _raw_of(case, "")._replace(alias=alias)
+        if "" in case.told:
+            case.told[alias] = raw
+            del case.told[""]
+        finding = case.synthesised.pop("", None)
+        if finding is not None:
+            if not raw.reason and wrong.get(alias) == DISK_ERROR_NO_SPACE:
+                raw = raw._replace(reason="enospc")
+            case.synthesised[alias] = _Finding(finding.at, raw)
+        case.last_ns[alias] = max(case.last_ns.get(alias, 0), raw.observed_at)
+        case.unseen.discard("")
+        return [_burst(raw, 0, Origin.EVENT, look, devices.get(alias), pause=True)]
+
+
+def _complete(look: Look | None) -> bool:
+    return look is not None and look.complete
+
+
+def _raw_of(case: _Case, alias: str) -> RawIoError:
+    """What was told of a device in this pause."""
+    return case.told[alias] if alias in case.told else case.synthesised[alias].raw
+
+
+def _suspect(
+    case: _Case, wrong: Mapping[str, int], told: AbstractSet[str], devices: Mapping[str, Device]
+) -> str:
+    """The device of an error that came without its name; "" when that can't be told."""
+    return _missed(case, wrong, told - {""}, devices, nameless=True)[0]
 
 
 def _missed(
-    case: _Case, wrong: Mapping[str, int], told: AbstractSet[str], devices: Mapping[str, Device]
+    case: _Case,
+    wrong: Mapping[str, int],
+    told: AbstractSet[str],
+    devices: Mapping[str, Device],
+    *,
+    nameless: bool = False,
 ) -> list[str]:
-    """The devices of one pause that nobody told of; "" when the pause was not told and nothing names it."""
+    """The devices of one pause that nobody told of; "" when the pause was not told and nothing names it.
+
+    `nameless`: something was told without a name, so there is one more than those in `told`.
+    """
     fresh = [alias for alias, code in wrong.items() if alias not in told and case.stale.get(alias) != code]
-    if fresh or told:
+    if fresh or (told and not nameless):
         return fresh
+    wrong = {alias: code for alias, code in wrong.items() if alias not in told}
     # One that failed before failed again: the only one, or the only one whose events libvirt loses.
     for suspects in (list(wrong), [alias for alias in wrong if _is_unnamed(devices.get(alias))]):
         if len(suspects) == 1:
@@ -400,17 +575,12 @@ def _newer_messages(
     """The messages that tell of an error which nobody told us of, by alias; the newest of each."""
     if since_ns is None or look.messages is None:
         return {}
-    by_target = {device.target: alias for alias, device in devices.items() if device.target}
     newer: dict[str, Message] = {}
-    for message in look.messages:
+    for alias, message in newest_by_alias(look, devices).items():
         if message.at_ns is None or message.at_ns <= since_ns:
             continue
-        alias = by_target.get(message.target, "")
         told = None if case is None else case.last_ns.get(alias)
-        if told is not None and message.at_ns <= told + STAMP_SLACK_NS:
-            continue
-        before = newer.get(alias)
-        if before is None or (before.at_ns or 0) < message.at_ns:
+        if told is None or message.at_ns > told + STAMP_SLACK_NS:
             newer[alias] = message
     return newer
 
@@ -440,10 +610,10 @@ def _burst(
     pause: bool,
 ) -> Burst:
     target = None if device is None else device.target
-    message = None
+    kept = None
     code = None
     if look is not None and target is not None:
-        message = next((m.text for m in look.messages or () if m.target == target), None)
+        kept = newest_message(look.messages, target)
         code = (look.disk_errors or {}).get(target)
     evidence = gather(look, device, raw.reason, lifecycle=origin is Origin.LIFECYCLE, pause=pause)
     return Burst(
@@ -452,7 +622,8 @@ def _burst(
         first_ns=raw.observed_at,
         last_ns=raw.observed_at,
         origin=origin,
-        message=message,
+        message=kept and kept.text,
+        stamp_ns=kept and kept.at_ns,
         disk_error=None if code is None else DISK_ERRORS.get(code, f"code {code}"),
         evidence=evidence,
     )

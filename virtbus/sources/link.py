@@ -28,6 +28,9 @@ STATES = {
 PAUSED_UNKNOWN, PAUSED_IOERROR = 0, 5
 # virDomainEventType
 DEFINED, UNDEFINED, STARTED, SUSPENDED, RESUMED, STOPPED = 0, 1, 2, 3, 4, 5
+PMSUSPENDED_EVENT, CRASHED_EVENT = 7, 8
+# virDomainEventStartedDetailType
+STARTED_WAKEUP = 4
 # virDomainEventSuspendedDetailType
 SUSPENDED_PAUSED, SUSPENDED_IOERROR = 0, 2
 # virDomainEventStoppedDetailType

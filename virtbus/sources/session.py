@@ -11,13 +11,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from virtbus.model import Burst, DeviceRemoved, DomainGone, DomainResumed, Now, RawIoError
+from virtbus.model import (
+    DeviceRemoved,
+    DomainGone,
+    DomainHalted,
+    DomainResumed,
+    Now,
+    Observation,
+    RawIoError,
+)
 from virtbus.sources import Sink
 from virtbus.sources.cache import Cache
 from virtbus.sources.crosscheck import CrossCheck, Verdict
 from virtbus.sources.link import (
+    CRASHED_EVENT,
+    PMSUSPENDED_EVENT,
     RESUMED,
     STARTED,
+    STARTED_WAKEUP,
     STOPPED,
     STOPPED_MIGRATED,
     SUSPENDED,
@@ -33,9 +44,21 @@ STATE_AFTER = {
     RESUMED: "running",
     STOPPED: "shut off",
     6: "shutting down",
-    7: "pmsuspended",
+    PMSUSPENDED_EVENT: "pmsuspended",
+    CRASHED_EVENT: "crashed",
 }
 PAUSES = (SUSPENDED_IOERROR, SUSPENDED_PAUSED)
+
+
+def meaning(uuid: str, event: int, detail: int, ns: int) -> Observation | None:
+    """What a lifecycle callback says about its domain: that it runs, stands still, or is gone."""
+    if event in (RESUMED, STARTED):
+        return DomainResumed(uuid, ns)
+    if event in (SUSPENDED, PMSUSPENDED_EVENT, CRASHED_EVENT):
+        return DomainHalted(uuid, ns, STATE_AFTER[event])
+    if event == STOPPED:
+        return DomainGone(uuid, ns, "migrated" if detail == STOPPED_MIGRATED else "domain_stopped")
+    return None
 
 
 # ------------------------------------------------------------------------ notes for the source thread
@@ -83,6 +106,18 @@ class Baseline:
 
 
 @dataclass(frozen=True, slots=True)
+class Described:
+    """The domain's XML was read."""
+
+    uuid: str
+
+
+@dataclass(frozen=True, slots=True)
+class HostAnswered:
+    """The host's UUID is known now."""
+
+
+@dataclass(frozen=True, slots=True)
 class Undecodable:
     """A callback was lost: every domain is to be looked at."""
 
@@ -95,7 +130,9 @@ class Closed:
     silent_seconds: float = 0.0
 
 
-Note: TypeAlias = Lifecycle | Changed | LookAt | Looked | Baseline | Undecodable | Closed
+Note: TypeAlias = (
+    Lifecycle | Changed | LookAt | Looked | Baseline | Described | HostAnswered | Undecodable | Closed
+)
 
 
 # ------------------------------------------------------------------------------------------ callbacks
@@ -130,30 +167,36 @@ class Session:
         """Tell it at once; see Handler."""
         now = self._now()
         shared = self._shared
-        uuid, alias = raw.domain_uuid, raw.alias
+        uuid, given = raw.domain_uuid, raw.alias
         with shared.lock:
             if not self.live:
                 return
+            stale = shared.cache.stale(uuid, given, raw.path)
+            alias = given or shared.cache.resolve(uuid, raw.path)
+            if alias != given:
+                raw = raw._replace(alias=alias)
+                for burst in shared.check.identified(uuid, alias):
+                    self._sink(burst)
             verdict = shared.check.event(raw, now.monotonic)
             self._sink(raw if verdict is not Verdict.KNOWN else shared.check.known(raw))
         if verdict is Verdict.TELL_AND_LOOK:
             self.notes.put(LookAt(uuid))
-        if not shared.cache.knows(uuid, alias):
+        if stale or not given or not shared.cache.knows(uuid, alias):
             if shared.cache.get(uuid) is None:
                 shared.cache.saw(uuid, raw.domain_name, raw.domain_id, "running")
-            if shared.cache.may_ask(uuid, now.monotonic):
+            if shared.cache.may_ask(uuid, now.monotonic) or stale:
                 self.notes.put(Changed(uuid))
 
     def lifecycle(self, uuid: str, name: str, number: int | None, event: int, detail: int) -> None:
         """Tell what resolves, remember what pauses; see Handler."""
         now = self._now()
         check = self._shared.check
+        said = meaning(uuid, event, detail, now.wall_ns)
         with self._shared.lock:
             if not self.live:
                 return
-            if event == RESUMED:
+            if event == RESUMED or (event == STARTED and detail == STARTED_WAKEUP):
                 check.resumed(uuid)
-                self._sink(DomainResumed(uuid, now.wall_ns))
             elif event == SUSPENDED and detail in PAUSES:
                 check.suspended(
                     uuid,
@@ -166,9 +209,8 @@ class Session:
             elif event in (STOPPED, STARTED):
                 for burst in check.gone(uuid):
                     self._sink(burst)
-                if event == STOPPED:
-                    cause = "migrated" if detail == STOPPED_MIGRATED else "domain_stopped"
-                    self._sink(DomainGone(uuid, now.wall_ns, cause))
+            if said is not None:
+                self._sink(said)
             if self.since_listing is not None and event in STATE_AFTER:
                 self.since_listing[uuid] = (name, STATE_AFTER[event]) if event != STOPPED else None
         self.notes.put(Lifecycle(uuid, name, number, event, detail))
@@ -195,7 +237,7 @@ class Session:
         """See Handler."""
         self.notes.put(Closed(why, silent_seconds))
 
-    def tell(self, found: Sequence[Burst | DomainResumed]) -> None:
+    def tell(self, found: Sequence[Observation]) -> None:
         """Tell what a look found; the observer's lock is held."""
         for each in found:
             self._sink(each)
