@@ -40,7 +40,7 @@ LIVE = "incident/"
 DRILL = "drill/"
 SEEN = "seen/"
 
-PAUSE_CODE = 1  # VIR_DOMAIN_EVENT_IO_ERROR_PAUSE
+PAUSE_CODE, REPORT_CODE = 1, 2  # VIR_DOMAIN_EVENT_IO_ERROR_PAUSE, _REPORT
 
 
 def uuid_in(key: str) -> str:
@@ -372,12 +372,14 @@ def any_counts(pending: Iterable[Pending]) -> bool:
 
 
 def _at_image(device: Device, path: str | None) -> Device:
-    """The device with the place in its backing chain that a path names: 0 is the top, None is unknown."""
+    """The device with the place in its backing chain that a path names: 0 is the top, None is unknown.
+
+    Of a network image libvirt gives the name alone, its server not.
+    """
     source = device.source
     if source is None or not path:
         return device
-    if path == source.path:
-        return replace(device, chain_index=0)
-    if path in source.backing:
-        return replace(device, chain_index=source.backing.index(path) + 1)
-    return device
+    names = [image.partition("://")[2].partition("/")[2] or image for image in source.backing]
+    chain = [(source.path, source.data_file), *zip(source.backing, names, strict=True)]
+    found = next((index for index, images in enumerate(chain) if path in images), None)
+    return device if found is None else replace(device, chain_index=found)

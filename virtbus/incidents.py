@@ -43,6 +43,7 @@ from virtbus.incident_state import (
     LIVE,
     META,
     PAUSE_CODE,
+    REPORT_CODE,
     SEEN,
     Facts,
     IncidentState,
@@ -63,6 +64,7 @@ from virtbus.model import (
     DomainGone,
     DomainHalted,
     DomainResumed,
+    DomainState,
     Event,
     Host,
     HostKnown,
@@ -540,7 +542,7 @@ class Incidents:
         return events
 
     def _domain_now(self, incident: IncidentState, cause: str) -> Domain:
-        """The domain as it is at the resolution: the description may be older than what ended the incident."""
+        """The domain as it is at the resolution; its description may be older than that."""
         if incident.scope is Scope.HOST or incident.drill:
             return incident.domain
         state = "shut off" if cause in _GONE_CAUSES else self._halted.get(incident.domain.uuid)
@@ -574,7 +576,7 @@ class Incidents:
 
         1. Incidents whose domain or device is gone end (why it went can't be known any more:
            `domain_stopped`, `device_removed`).
-        2. Findings that no incident tells of are errors.
+        2. Findings that no incident tells of are errors; so is a pause by an error that nothing tells of.
         3. Guests run or are paused as they were found.
         4. No incident counts as quiet before we have watched it again for the widest window.
         """
@@ -613,7 +615,7 @@ class Incidents:
             if domain.state in _RUNNING_STATES:
                 events += self._resume_if_paused(domain.uuid, ready.at_ns, now, describe)
             elif domain.paused_by_io_error:
-                self._keep_paused(domain.uuid, now)
+                events += self._keep_paused(domain, ready.at_ns, now, describe)
         settle = min(self._limits.quiet_seconds, self._limits.max_window_seconds)
         for incident in self._open.values():
             not_before = now.monotonic + settle - self._limits.quiet_seconds
@@ -638,10 +640,10 @@ class Incidents:
             at = finding.last_ns
             return any(at <= max(one.last_ns, one.stamp_ns or 0) for one in own) or at <= seen
         if any(uuid in one.paused for one in own):
-            at = finding.stamp_ns if finding.stamp_ns is not None else -1
+            at = -1 if finding.stamp_ns is None and finding.message is None else finding.last_ns
             return any(at <= max(one.last_ns, one.stamp_ns or 0) for one in own if uuid in one.paused)
         if any(uuid in one.paused for one in live):
-            return seen >= 0 and (finding.stamp_ns is None or finding.stamp_ns <= seen)
+            return seen >= 0 and (finding.stamp_ns is None or finding.last_ns <= seen)
         whole_host = self._open.get(f"{LIVE}*")
         return whole_host is not None and uuid in whole_host.paused
 
@@ -656,14 +658,18 @@ class Incidents:
             return self._resume(domain_uuid, at_ns, now, describe)
         return []
 
-    def _keep_paused(self, domain_uuid: str, now: Now) -> None:
-        """A guest was found paused by an error: what is open of it must not grow quiet."""
-        incidents = [one for one in self._of_domain.get(domain_uuid, ()) if not one.drill]
-        if any(domain_uuid in one.paused for one in incidents):
-            return
-        pausing = [one for one in incidents if one.facts.action_code == PAUSE_CODE]
-        for incident in pausing or incidents:
-            self._pause(incident, domain_uuid, 1, now)
+    def _keep_paused(self, domain: DomainState, at_ns: int, now: Now, describe: Describe) -> list[Event]:
+        """A guest was found paused by an error: an incident holds it, or one is opened."""
+        incidents = [one for one in self._of_domain.get(domain.uuid, ()) if not one.drill]
+        if any(domain.uuid in one.paused for one in (*incidents, *self._host_incidents()) if not one.drill):
+            return []
+        unclear = [one for one in incidents if one.facts.action_code not in (PAUSE_CODE, REPORT_CODE)]
+        for incident in unclear:
+            self._pause(incident, domain.uuid, 1, now)
+        if unclear:
+            return []
+        raw = RawIoError(domain.uuid, domain.name, None, "", "", PAUSE_CODE, "", at_ns)
+        return self._error(Burst(raw, 1, at_ns, at_ns, Origin.RECONCILE), now, describe)
 
     # --------------------------------------------------------------------------------- small parts
 

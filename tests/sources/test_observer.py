@@ -323,10 +323,10 @@ def test_an_error_goes_first_and_the_look_at_its_guest_follows_once() -> None:
         host.io_error(guest)
         host.suspend(guest)
         seen.wait(RawIoError)
-        until(lambda: len(host.asked) >= 2)
+        until(lambda: len(host.asked) >= 3)
         time.sleep(0.1)
     assert min(host.asked) >= at + LOOK_AFTER_SECONDS
-    assert len(host.asked) == 2  # its state and its disks' errors
+    assert len(host.asked) == 3  # its description, its state and its disks' errors
 
 
 @pytest.mark.parametrize("detail", [SUSPENDED_PAUSED, SUSPENDED_IOERROR])

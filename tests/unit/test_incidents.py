@@ -1,6 +1,7 @@
 """Errors become incidents: told at once, counted in widening windows, resolved when they are over."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -75,16 +76,7 @@ class Bench:
         """Apply it now; an error without a time happens now."""
         if isinstance(observation, Burst) and observation.first_ns is None:
             raw = observation.raw._replace(observed_at=self.wall_ns)
-            observation = Burst(
-                raw,
-                observation.count,
-                self.wall_ns,
-                self.wall_ns,
-                observation.origin,
-                observation.message,
-                observation.disk_error,
-                observation.evidence,
-            )
+            observation = replace(observation, raw=raw, first_ns=self.wall_ns, last_ns=self.wall_ns)
         return self.incidents.apply(observation, self.now, self.describe)
 
     def wait(self, seconds):
@@ -519,13 +511,25 @@ def test_silence_of_a_device_says_nothing_while_another_device_holds_the_guest_p
     assert told(bench.wait(301)) == [("resolved", "resumed"), ("resolved", "quiet")]
 
 
-def test_unplugging_the_device_that_paused_the_guest_does_not_make_the_others_quiet():
+def test_a_standstill_is_told_until_the_guest_runs_although_the_device_that_caused_it_was_unplugged():
     bench = Bench()
     bench.see(an_error(DISK, action=PAUSE))
     bench.see(an_error(OTHER_DISK, action=REPORT))
-    assert told(bench.see(DeviceRemoved("guest-a", DISK, bench.wall_ns))) == [("resolved", "device_removed")]
-    bench.see(an_error(domain="guest-b"))
-    assert [event.domain.uuid for event in bench.wait(1000)] == ["guest-b"]
+    assert bench.see(DeviceRemoved("guest-a", DISK, bench.wall_ns)) == []
+    assert bench.wait(1000) == []
+    assert told(bench.see(DomainResumed("guest-a", bench.wall_ns))) == [("resolved", "device_removed")]
+    assert told(bench.wait(301)) == [("resolved", "quiet")]
+
+
+def test_a_standstill_by_an_unplugged_device_is_not_counted_again_after_a_restart():
+    bench = Bench()
+    bench.see(an_error(DISK, action=PAUSE))
+    bench.see(DeviceRemoved("guest-a", DISK, bench.wall_ns))
+    bench.commit()
+    bench.restart()
+    look = a_state(state="paused", paused=True, aliases=frozenset({OTHER_DISK}))
+    assert bench.ready(look, findings=(an_error("", action=PAUSE, origin=Origin.RECONCILE),)) == []
+    assert told(bench.ready(a_state(aliases=frozenset({OTHER_DISK})))) == [("resolved", "device_removed")]
 
 
 @pytest.mark.parametrize("cause", ["domain_stopped", "migrated", "undefined"])
@@ -787,7 +791,8 @@ def test_a_drill_of_a_device_that_is_gone_keeps_the_guests_other_drills_held():
     bench.see(an_error(DISK, action=PAUSE, origin=Origin.REPLAY))
     bench.see(an_error(OTHER_DISK, origin=Origin.REPLAY))
     look = a_state(state="paused", paused=True, aliases=frozenset({OTHER_DISK}))
-    assert told(bench.ready(look)) == [("resolved", "device_removed")]
+    (live,) = bench.ready(look)
+    assert live.origin is Origin.RECONCILE
     bench.see(an_error(domain="guest-b"))
     assert [event.domain.uuid for event in bench.wait(1000)] == ["guest-b"]
 

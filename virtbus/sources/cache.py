@@ -83,8 +83,8 @@ class Cache:
             old = self._entries.get(uuid)
             if old is None or old.xml is None or not path or (alias, path) in old.strange:
                 return False
-            device, names = old.xml.devices.get(alias), old.xml.images.get(alias, ())
-            if device is None or not names or path in names:
+            device = old.xml.devices.get(alias)
+            if device is None or not old.xml.images.get(alias) or old.xml.has_image(alias, path):
                 return False
             source = DeviceSource("unknown", path=shown_path(path))
             devices = {**old.xml.devices, alias: replace(device, source=source)}

@@ -622,8 +622,8 @@ def _burst(
         first_ns=raw.observed_at,
         last_ns=raw.observed_at,
         origin=origin,
-        message=kept and kept.text,
-        stamp_ns=kept and kept.at_ns,
+        message=kept.text if kept else None,
+        stamp_ns=kept.at_ns if kept else None,
         disk_error=None if code is None else DISK_ERRORS.get(code, f"code {code}"),
         evidence=evidence,
     )

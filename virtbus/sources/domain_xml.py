@@ -49,9 +49,14 @@ class DomainXml:
     id: int | None
     owner: Owner | None
     devices: Mapping[str, Device]
-    images: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # disk → names as libvirt gives them
+    # Disk → hashes of the names that libvirt may give its images: names may hold secrets.
+    images: Mapping[str, frozenset[int]] = field(default_factory=dict)
     copying: frozenset[str] = frozenset()  # disks with a block job
     complete: bool = True  # False: QEMU may have disks that libvirt does not know
+
+    def has_image(self, alias: str, path: str) -> bool:
+        """Whether a path, as an event gives it, is of one of the disk's images."""
+        return hash(path) in self.images.get(alias, ())
 
     def resolve(self, path: str) -> str:
         """The alias of the disk that an event without one speaks of; "" when that can't be told.
@@ -59,7 +64,7 @@ class DomainXml:
         By its path; else the only disk; else, as libvirt gives no alias during a copy, the only copied one.
         """
         if path:
-            named = [alias for alias, names in self.images.items() if path in names]
+            named = [alias for alias in self.images if self.has_image(alias, path)]
             if named:
                 return named[0] if len(named) == 1 else ""
         if not self.complete:
@@ -83,7 +88,7 @@ def parse(
     uuid, name = root.findtext("uuid"), root.findtext("name")
     number = root.get("id", "")
     devices: dict[str, Device] = {}
-    images: dict[str, tuple[str, ...]] = {}
+    images: dict[str, frozenset[int]] = {}
     copying = set()
     for element in root.iterfind("devices/*"):
         device = _device(element)
@@ -91,7 +96,7 @@ def parse(
             continue
         devices.setdefault(device.alias, device)  # a <console> bears its <serial>'s alias, after it
         if element.tag == "disk" and element.find("source") is not None:
-            images[device.alias] = tuple(_names(element))
+            images[device.alias] = frozenset(map(hash, _names(element)))
             if element.find("mirror") is not None:
                 copying.add(device.alias)
     return DomainXml(

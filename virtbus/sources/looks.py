@@ -148,7 +148,7 @@ def gather(
         out.append(Evidence("disk_errors", verdict, f"{target}: {name or 'none'}"))
     if look.messages is not None and target is not None:
         kept = newest_message(look.messages, target)
-        out.append(Evidence("messages", CONFIRMS if kept else INCONCLUSIVE, kept and kept.text))
+        out.append(Evidence("messages", CONFIRMS if kept else INCONCLUSIVE, kept.text if kept else None))
     if claims_no_space and target is not None:
         out += _space_evidence(look, device, target)
     return tuple(out)

@@ -65,7 +65,7 @@ class Lookups:
     def request(self, uuid: str, want: Want) -> None:
         """Ask; wants of one domain are put together. Never blocks for longer than a lock."""
         with self._lock:
-            self._questions.open(uuid, want, self._clock())
+            self._questions.open(uuid, want)
             self._dispatch()
 
     def forget(self, uuid: str) -> None:
@@ -120,7 +120,7 @@ class Lookups:
                 emit(LookupsReplaced(hanging))
             self._dispatch()
             moments = [b + self._deadline for b in running.values() if now - b < self._deadline]
-            due = self._questions.next_due(now)
+            due = self._questions.next_due()
             return min(moments if due is None or self._paused else [*moments, due], default=None)
 
     @property
@@ -195,7 +195,7 @@ class Lookups:
                         link.close()
             elif unanswered and link is not None and not link.alive():
                 self._abandon()
-                self._questions.again(asked, now)  # the domain is not to blame: on the next connection
+                self._questions.again(asked)  # the domain is not to blame: on the next connection
             else:
                 self._questions.answered(asked, unanswered, now)
             self._dispatch()

@@ -9,6 +9,7 @@ Guarantees:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container
 from dataclasses import dataclass
 from enum import Flag, auto
@@ -37,73 +38,79 @@ class Asked(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Open:
+class _Failed:
+    """Questions that were answered in vain, and when they are due again."""
+
     want: Want
-    due: float  # not before this (monotonic)
-    attempts: int = 0  # that failed, in a row
+    due: float
+    attempts: int
 
 
 class Questions:
     """The table. Not thread-safe; times are monotonic seconds."""
 
     def __init__(self) -> None:
-        self._open: dict[str, _Open] = {}
+        self._due: dict[str, Want] = {}  # to be asked now, oldest first
+        self._asked: dict[str, int] = {}  # being asked → failures in a row before
+        self._failed: dict[str, _Failed] = {}
+        self._next = math.inf  # not later than the first of `_failed` is due
         self._era = 0
 
     def __len__(self) -> int:
-        return len(self._open)
+        return len(self._due.keys() | self._asked.keys() | self._failed.keys())
 
-    def open(self, subject: str, want: Want, now: float) -> None:
-        """Ask; a question that waits after a failure becomes due at once: something new has happened."""
-        entry = self._open.setdefault(subject, _Open(Want.NOTHING, now))
-        entry.want |= want
-        entry.due = min(entry.due, now)
+    def open(self, subject: str, want: Want) -> None:
+        """Ask; what waits after a failure is asked at once, too: something new has happened."""
+        failed = self._failed.get(subject)
+        if failed is not None:
+            want |= failed.want
+            failed.want = Want.NOTHING  # its count of failures goes on
+        self._due[subject] = self._due.get(subject, Want.NOTHING) | want
 
     def forget(self, subject: str) -> None:
         """Its subject is gone."""
-        self._open.pop(subject, None)
+        for table in (self._due, self._asked, self._failed):
+            table.pop(subject, None)
 
     def clear(self) -> None:
         """The hypervisor is away: the next connection asks its own questions."""
-        self._open.clear()
+        self._due, self._asked, self._failed = {}, {}, {}
+        self._next = math.inf
         self._era += 1
 
+    def ready(self, now: float, busy: Container[str]) -> str | None:
+        """The subject to ask next: one that is not being asked already."""
+        if now >= self._next:
+            for subject, failed in self._failed.items():
+                if failed.due <= now and failed.want:
+                    self.open(subject, Want.NOTHING)
+            waits = [failed.due for failed in self._failed.values() if failed.want]
+            self._next = min(waits, default=math.inf)
+        return next((subject for subject in self._due if subject not in busy), None)
+
     def take(self, now: float, busy: Container[str]) -> Asked | None:
-        """The next question that is due and whose subject is not being asked already."""
+        """The questions to ask next, all of one subject."""
         subject = self.ready(now, busy)
         if subject is None:
             return None
-        entry = self._open[subject]
-        want, entry.want = entry.want, Want.NOTHING
-        return Asked(subject, want, self._era)
-
-    def ready(self, now: float, busy: Container[str]) -> str | None:
-        """Which subject `take` would take."""
-        for subject, entry in self._open.items():
-            if entry.want and entry.due <= now and subject not in busy:
-                return subject
-        return None
+        failed = self._failed.pop(subject, None)
+        self._asked[subject] = 0 if failed is None else failed.attempts
+        return Asked(subject, self._due.pop(subject), self._era)
 
     def answered(self, asked: Asked, unanswered: Want, now: float) -> None:
         """What became of it: `unanswered` is asked again, later."""
-        entry = self._open.get(asked.subject)
-        if entry is None or asked.era != self._era:
+        attempts = self._asked.pop(asked.subject, None) if asked.era == self._era else None
+        if attempts is None or not unanswered:
             return
-        if unanswered:
-            entry.due = max(entry.due, now + min(FIRST_WAIT * 2**entry.attempts, LONGEST_WAIT))
-            entry.attempts = min(entry.attempts + 1, 16)
-            entry.want |= unanswered
-        else:
-            entry.attempts = 0
-        if not entry.want:
-            del self._open[asked.subject]
+        due = now + min(FIRST_WAIT * 2**attempts, LONGEST_WAIT)
+        self._failed[asked.subject] = _Failed(unanswered, due, min(attempts + 1, 16))
+        self._next = min(self._next, due)
 
-    def again(self, asked: Asked, now: float) -> None:
+    def again(self, asked: Asked) -> None:
         """Ask it at once: the connection was to blame, not the subject."""
-        if asked.era == self._era and asked.subject in self._open:
-            self.open(asked.subject, asked.want, now)
+        if asked.era == self._era and self._asked.pop(asked.subject, None) is not None:
+            self.open(asked.subject, asked.want)
 
-    def next_due(self, now: float) -> float | None:
-        """When a question that waits becomes due, or None."""
-        waits = [entry.due for entry in self._open.values() if entry.want and entry.due > now]
-        return min(waits, default=None)
+    def next_due(self) -> float | None:
+        """When a question that waits becomes due, or None; may be early, never late."""
+        return None if self._next == math.inf else self._next
