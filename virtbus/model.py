@@ -159,13 +159,13 @@ class DeviceSource:
     type: str  # "file", "block", "network", "volume", …
     protocol: str | None = None  # "nbd", "rbd", "iscsi", "nfs", …
     path: str | None = None  # file, device node, or the name of the export or image
-    namespace: int | None = None  # of an NVMe controller, whose address is the path
-    data_file: str | None = None  # where a qcow2 image keeps its data, when not in itself
     pool: str | None = None
     volume: str | None = None
     hosts: tuple[str, ...] = ()  # "host:port" or "unix:/path"
     format: str | None = None
     backing: tuple[str, ...] = ()  # the images below, nearest first: a path, or protocol://server/name
+    namespace: int | None = None  # of an NVMe controller, whose address is the path
+    data_file: str | None = None  # where a qcow2 image keeps its data, when not in itself
 
 
 @dataclass(frozen=True, slots=True)
