@@ -123,6 +123,7 @@ class CrossCheck:
 
     def __init__(self, grace_seconds: float) -> None:
         self._grace = grace_seconds
+        self.slack_ns = STAMP_SLACK_NS  # 0 where the hypervisor's clock is ours
         self._cases: dict[str, _Case] = {}
 
     def __len__(self) -> int:
@@ -363,7 +364,7 @@ class CrossCheck:
         case = self._cases.get(uuid)
         if case is not None and case.paused and look.state != PAUSED:
             self.resumed(uuid)  # and nobody told us
-        newer = _newer_messages(look, since_ns, case, devices)
+        newer = _newer_messages(look, since_ns, case, devices, self.slack_ns)
         found: dict[str, Burst] = {}
         named: list[Burst] = []
         if look.paused_by_io_error:
@@ -570,7 +571,7 @@ def _is_unnamed(device: Device | None) -> bool:
 
 
 def _newer_messages(
-    look: Look, since_ns: int | None, case: _Case | None, devices: Mapping[str, Device]
+    look: Look, since_ns: int | None, case: _Case | None, devices: Mapping[str, Device], slack_ns: int
 ) -> dict[str, Message]:
     """The messages that tell of an error which nobody told us of, by alias; the newest of each."""
     if since_ns is None or look.messages is None:
@@ -580,7 +581,7 @@ def _newer_messages(
         if message.at_ns is None or message.at_ns <= since_ns:
             continue
         told = None if case is None else case.last_ns.get(alias)
-        if told is None or message.at_ns > told + STAMP_SLACK_NS:
+        if told is None or message.at_ns > told + slack_ns:
             newer[alias] = message
     return newer
 

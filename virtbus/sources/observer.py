@@ -32,6 +32,7 @@ from virtbus.retry import Backoff
 from virtbus.sources import Sink, SourceOptions
 from virtbus.sources.asking import HOST, Asker
 from virtbus.sources.connecting import Opened, Opener
+from virtbus.sources.crosscheck import STAMP_SLACK_NS
 from virtbus.sources.link import (
     PAUSED,
     PAUSED_IOERROR,
@@ -361,6 +362,7 @@ class Observer:
             if entry.uuid not in here:
                 self.cache.gone(entry.uuid)
         with self.lock:
+            self.check.slack_ns = 0 if facts.local else STAMP_SLACK_NS
             session.tell(self.check.keep_only(here))
         snapshot = _Snapshot()
         self._reconciling, self._troubled = {}, {}
