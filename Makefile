@@ -86,7 +86,7 @@ bench: setup
 
 matrix: setup
 	@tests/install-packages matrix
-	$(PYTEST) $(PYTEST_ARGS) tests/lab/matrix.py
+	$(PYTEST) $(PYTEST_ARGS) tests/lab/matrix.py tests/lab/matrix_changes.py
 
 # An hour under load and faults, then ten minutes of fuzzing: VIRTBUS_SOAK_SECONDS, VIRTBUS_FUZZ_SECONDS.
 soak: setup
