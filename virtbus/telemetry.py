@@ -507,6 +507,17 @@ class LookupsReplaced(TelemetryEvent):
 
 
 @dataclass(frozen=True, slots=True)
+class BlockJobFailed(TelemetryEvent):
+    """A copy, commit or pull of a guest's disk failed, most often at its target; libvirt does not say why."""
+
+    LEVEL: ClassVar[str] = "warning"
+    MESSAGE: ClassVar[str] = "a block job of a disk failed; its guest runs on, look at the job's target"
+    LIMIT_SECONDS: ClassVar[float] = 5.0
+    domain: str
+    disk: str
+
+
+@dataclass(frozen=True, slots=True)
 class LibvirtSaid(TelemetryEvent):
     """What libvirt's client library would have written to standard error."""
 

@@ -21,33 +21,29 @@ A disk error that virDomainGetDiskErrors gives may be an old one: QEMU keeps it 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from virtbus.model import Burst, Device, Evidence, Origin, RawIoError
-from virtbus.sources.link import (
-    ACTION_PAUSE,
-    ACTION_REPORT,
-    DISK_ERROR_NO_SPACE,
-    DISK_ERROR_UNSPECIFIED,
-    DISK_ERRORS,
-    PAUSED,
-    RUNNING,
+from virtbus.sources.cases import (
+    ACTION_UNKNOWN,
+    Case,
+    Finding,
+    Pause,
+    action_by_policy,
+    burst_of,
+    complete,
+    missed_devices,
+    newer_messages,
+    raw_error,
 )
-from virtbus.sources.looks import (
-    CONFIRMS,
-    Look,
-    Message,
-    disk_errors_by_alias,
-    gather,
-    newest_by_alias,
-    newest_message,
-)
+from virtbus.sources.link import ACTION_PAUSE, DISK_ERROR_UNSPECIFIED, PAUSED, RUNNING
+from virtbus.sources.looks import CONFIRMS, Look, disk_errors_by_alias, newest_by_alias
+
+__all__ = ["ACTION_UNKNOWN", "CrossCheck", "Decision", "Verdict"]
 
 LATE_SECONDS = 10.0  # an event that is later than this after its finding is an error of its own
 EVIDENCE_SECONDS = 60.0  # at most one look for evidence a device in this time
-ACTION_UNKNOWN = -1  # the guest runs, and the policy does not tell whether it was ever paused
 STAMP_SLACK_NS = 2_000_000_000  # between libvirt's own stamp of an error and our callback
 
 
@@ -67,54 +63,6 @@ class Decision:
     over: bool  # the guest runs again by now
 
 
-@dataclass(slots=True, eq=False)
-class _Pause:
-    """One pause that is not decided yet."""
-
-    ns: int
-    began: float
-    due: float
-    certain: bool  # libvirt said that it is by an I/O error
-    told: dict[str, RawIoError]  # the events of this pause, by alias
-    over: bool = False
-    look: Look | None = None
-    wrong: dict[str, int] = field(default_factory=dict)  # what the look found: alias → disk error
-    waited: bool = False
-
-
-@dataclass(slots=True)
-class _Finding:
-    """An error of the present pause that was told without an event."""
-
-    at: float  # monotonic
-    raw: RawIoError
-
-
-@dataclass(slots=True)
-class _Case:
-    """A domain in trouble."""
-
-    name: str
-    number: int | None
-    paused: bool = False
-    pauses: list[_Pause] = field(default_factory=list)  # undecided, oldest first
-    credit: dict[str, RawIoError] = field(default_factory=dict)  # events whose pause is still to come
-    credit_at: float = 0.0
-    found_ahead: bool = False  # a finding whose pause is still to come
-    doubted_at: float | None = None  # an event told of a pause, and no pause came yet
-    ask_at: float = 0.0  # when a look is to tell
-    # Since the last resume: alias ("": not known) → its event, or its finding.
-    told: dict[str, RawIoError] = field(default_factory=dict)
-    synthesised: dict[str, _Finding] = field(default_factory=dict)
-    unseen: set[str] = field(default_factory=set)  # aliases told of before any look at their pause
-    # Also before it:
-    stale: dict[str, int] = field(default_factory=dict)  # alias → a disk error that may be an old one
-    last_ns: dict[str, int] = field(default_factory=dict)  # alias → the last error told
-    reports: dict[str, RawIoError] = field(default_factory=dict)  # alias → the last one without a pause
-    looked_for: dict[str, float] = field(default_factory=dict)  # alias → when evidence was last asked for
-    wanting: set[str] = field(default_factory=set)  # aliases whose evidence is being looked for
-
-
 class CrossCheck:
     """The pairing of pauses and events, a case a domain; memory is bounded by the domains in trouble.
 
@@ -124,7 +72,7 @@ class CrossCheck:
     def __init__(self, grace_seconds: float) -> None:
         self._grace = grace_seconds
         self.slack_ns = STAMP_SLACK_NS  # 0 where the hypervisor's clock is ours
-        self._cases: dict[str, _Case] = {}
+        self._cases: dict[str, Case] = {}
 
     def __len__(self) -> int:
         return len(self._cases)
@@ -172,7 +120,7 @@ class CrossCheck:
             case.credit = {}
             return
         told = case.credit if mono - case.credit_at <= self._grace else {}
-        case.pauses.append(_Pause(ns, mono, mono + self._grace, by_io_error, told))
+        case.pauses.append(Pause(ns, mono, mono + self._grace, by_io_error, told))
         case.credit = {}
 
     def resumed(self, uuid: str) -> None:
@@ -194,7 +142,7 @@ class CrossCheck:
         case = self._cases.pop(uuid, None)
         if case is None:
             return []
-        return [b for pause in case.pauses for b in self._decide(uuid, case, pause, 0.0, {}) if b.count]
+        return [b for pause in case.pauses for b in case.decide(pause, 0.0, {}) if b.count]
 
     def removed(self, uuid: str, alias: str) -> None:
         """The device was unplugged: nothing is kept of it but what belongs to a pause that goes on."""
@@ -214,41 +162,24 @@ class CrossCheck:
         case = self._cases.get(uuid)
         if case is None:
             return []
-        seen = [pause for pause in case.pauses if pause.began <= look.asked_at and not _complete(pause.look)]
+        seen = [pause for pause in case.pauses if pause.began <= look.asked_at and not complete(pause.look)]
         if seen:
             seen[-1].look = look
             seen[-1].wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
         wanting, case.wanting = case.wanting, set()
         found = [
-            _burst(raw, 0, Origin.EVENT, look, devices.get(alias), pause=False)
+            burst_of(raw, 0, Origin.EVENT, look, devices.get(alias), pause=False)
             for alias, raw in case.reports.items()
             if alias in wanting
         ]
         if case.paused and look.paused_by_io_error and not any(not pause.over for pause in case.pauses):
-            found += self._look_back(uuid, case, look, devices)
+            found += case.look_back(look, devices)
         return found
 
     def identified(self, uuid: str, alias: str) -> list[Burst]:
         """The device behind the events that came without its name: what was told of it, without a count."""
         case = self._cases.get(uuid)
-        if case is None:
-            return []
-        raws = [found.pop("") for found in (case.reports, case.told) if "" in found]
-        if finding := case.synthesised.pop("", None):
-            raws.append(finding.raw)
-        for raw in raws:
-            kept = case.told if raw.action_code == ACTION_PAUSE else case.reports
-            kept[alias] = raw._replace(alias=alias)
-        for names in (case.unseen, case.wanting):
-            if "" in names:
-                names.discard("")
-                names.add(alias)
-        for each in (*(pause.told for pause in case.pauses), case.credit):
-            if "" in each:
-                each[alias] = each.pop("")._replace(alias=alias)
-        return [
-            _burst(raw._replace(alias=alias), 0, Origin.EVENT, None, None, pause=False) for raw in raws[:1]
-        ]
+        return [] if case is None else case.identified(alias)
 
     def has_nameless(self, uuid: str) -> bool:
         """Whether something was told of the domain without the name of its device."""
@@ -287,7 +218,7 @@ class CrossCheck:
                     pause.waited, pause.due = True, mono + self._grace  # once: late is better than nameless
                     continue
                 case.pauses.remove(pause)
-                bursts = self._decide(uuid, case, pause, mono, devices.get(uuid, {}))
+                bursts = case.decide(pause, mono, devices.get(uuid, {}))
                 decisions.append(Decision(bursts, not case.paused))
         return decisions
 
@@ -338,8 +269,8 @@ class CrossCheck:
         if case.told or case.synthesised or any(not pause.over for pause in case.pauses):
             return []
         case.paused = case.found_ahead = True
-        raw = _raw((uuid, name, number), alias=alias, code=None, action=ACTION_PAUSE, ns=ns)
-        case.synthesised[alias] = _Finding(mono, raw)
+        raw = raw_error((uuid, name, number), alias=alias, code=None, action=ACTION_PAUSE, ns=ns)
+        case.synthesised[alias] = Finding(mono, raw)
         case.unseen.add(alias)
         seen = Evidence("state", CONFIRMS, "listed as paused by an I/O error")
         return [Burst(raw, 1, ns, ns, Origin.RECONCILE, evidence=(seen,))]
@@ -364,7 +295,7 @@ class CrossCheck:
         case = self._cases.get(uuid)
         if case is not None and case.paused and look.state != PAUSED:
             self.resumed(uuid)  # and nobody told us
-        newer = _newer_messages(look, since_ns, case, devices, self.slack_ns)
+        newer = newer_messages(look, since_ns, case, devices, self.slack_ns)
         found: dict[str, Burst] = {}
         named: list[Burst] = []
         if look.paused_by_io_error:
@@ -372,11 +303,11 @@ class CrossCheck:
             case.paused = True
             wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
             suspects = wrong or dict.fromkeys(newer, DISK_ERROR_UNSPECIFIED)
-            named = self._name(case, suspects, look, devices)
+            named = case.name_nameless(suspects, look, devices)
             told = case.told.keys() | case.synthesised.keys()
             fresh = [
                 alias
-                for alias in _missed(case, suspects, told, devices)
+                for alias in missed_devices(case, suspects, told, devices)
                 if alias not in told or alias in newer
             ]
             fresh += [alias for alias in newer if alias in suspects and alias not in fresh]
@@ -385,11 +316,11 @@ class CrossCheck:
             for alias in fresh:
                 kept = stamps.get(alias)
                 at = ns if kept is None or kept.at_ns is None else kept.at_ns
-                raw = _raw(
+                raw = raw_error(
                     (uuid, name, number), alias=alias, code=wrong.get(alias), action=ACTION_PAUSE, ns=at
                 )
-                found[alias] = _burst(raw, 1, Origin.RECONCILE, look, devices.get(alias), pause=True)
-                case.synthesised[alias] = _Finding(mono, raw)
+                found[alias] = burst_of(raw, 1, Origin.RECONCILE, look, devices.get(alias), pause=True)
+                case.synthesised[alias] = Finding(mono, raw)
                 case.last_ns[alias] = at
             if fresh:
                 # Its pause may still be on its way to us, unless it is the one that waits for its event.
@@ -401,8 +332,10 @@ class CrossCheck:
                 continue
             at = message.at_ns or ns
             device = devices.get(alias)
-            raw = _raw((uuid, name, number), alias=alias, code=None, action=_action_by_policy(device), ns=at)
-            found[alias] = _burst(raw, 1, Origin.RECONCILE, look, device, pause=False)
+            raw = raw_error(
+                (uuid, name, number), alias=alias, code=None, action=action_by_policy(device), ns=at
+            )
+            found[alias] = burst_of(raw, 1, Origin.RECONCILE, look, device, pause=False)
             self._case(uuid, name, number).last_ns[alias] = at
         return [*named, *found.values()]
 
@@ -413,218 +346,12 @@ class CrossCheck:
 
     # ---- inside
 
-    def _case(self, uuid: str, name: str, number: int | None) -> _Case:
+    def _case(self, uuid: str, name: str, number: int | None) -> Case:
         case = self._cases.get(uuid)
         if case is None:
-            case = self._cases[uuid] = _Case(name, number)
+            case = self._cases[uuid] = Case(uuid, name, number)
         elif case.number != number and number is not None:
             if case.number is not None:  # the domain was started anew and nobody told us
-                case = self._cases[uuid] = _Case(name, number)
+                case = self._cases[uuid] = Case(uuid, name, number)
             case.number = number
         return case
-
-    def _decide(
-        self, uuid: str, case: _Case, pause: _Pause, mono: float, devices: Mapping[str, Device]
-    ) -> list[Burst]:
-        look, told = pause.look, pause.told
-        wrong = pause.wrong
-        fresh = [alias for alias, code in wrong.items() if case.stale.get(alias) != code]
-        by_error = look is not None and look.paused_by_io_error
-        if "" in told and by_error and (alias := _suspect(case, wrong, told.keys(), devices)):
-            told[alias] = told.pop("")._replace(alias=alias)
-            if not pause.over:
-                case.told[alias] = case.told.pop("", told[alias])._replace(alias=alias)
-        missed: list[str] = []
-        if pause.certain or (by_error and fresh):
-            known = told.keys() | case.synthesised.keys()
-            missed = _missed(case, wrong if by_error else {}, known, devices)
-        if look is not None:
-            case.stale = wrong
-        found = []
-        for alias in missed:
-            found.append(self._found(uuid, case, alias, pause.ns, look, devices, wrong.get(alias)))
-            if not pause.over:
-                case.synthesised[alias] = _Finding(mono, found[-1].raw)
-        if look is not None:
-            found += [
-                _burst(raw, 0, Origin.EVENT, look, devices.get(alias), pause=True)
-                for alias, raw in told.items()
-            ]
-        if not _complete(look) and not pause.over:
-            case.unseen |= {*told, *missed}
-        return found
-
-    def _found(
-        self,
-        uuid: str,
-        case: _Case,
-        alias: str,
-        ns: int,
-        look: Look | None,
-        devices: Mapping[str, Device],
-        code: int | None,
-    ) -> Burst:
-        """An error of a pause that no event told of."""
-        raw = _raw((uuid, case.name, case.number), alias=alias, code=code, action=ACTION_PAUSE, ns=ns)
-        case.last_ns[alias] = ns
-        return _burst(raw, 1, Origin.LIFECYCLE, look, devices.get(alias), pause=True)
-
-    def _look_back(self, uuid: str, case: _Case, look: Look, devices: Mapping[str, Device]) -> list[Burst]:
-        """What a look says about a pause that was told before it: names, evidence, further devices."""
-        if not case.unseen and "" not in case.told and "" not in case.synthesised:
-            return []
-        wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
-        found = self._name(case, wrong, look, devices)
-        known = case.told.keys() | case.synthesised.keys()
-        named = {burst.raw.alias for burst in found}
-        found += [
-            _burst(_raw_of(case, alias), 0, Origin.EVENT, look, devices.get(alias), pause=True)
-            for alias in sorted(case.unseen - named)
-            if alias in known and alias in devices
-        ]
-        if known and look.complete:
-            for alias in _missed(case, wrong, known, devices):
-                found.append(
-                    self._found(
-                        uuid,
-                        case,
-                        alias,
-                        _raw_of(case, next(iter(known))).observed_at,
-                        look,
-                        devices,
-                        wrong[alias],
-                    )
-                )
-                case.synthesised[alias] = _Finding(look.asked_at, found[-1].raw)
-        if look.complete:
-            case.unseen.clear()
-            case.stale = wrong
-        return found
-
-    def _name(
-        self, case: _Case, wrong: Mapping[str, int], look: Look, devices: Mapping[str, Device]
-    ) -> list[Burst]:
-        """Name what was told of this pause without a device, if the look can; a burst of no count."""
-        told = case.told.keys() | case.synthesised.keys()
-        if "" not in told:
-            return []
-        alias = _suspect(case, wrong, told, devices)
-        if not alias:
-            return []
-        raw = _raw_of(case, "")._replace(alias=alias)
-        if "" in case.told:
-            case.told[alias] = raw
-            del case.told[""]
-        finding = case.synthesised.pop("", None)
-        if finding is not None:
-            if not raw.reason and wrong.get(alias) == DISK_ERROR_NO_SPACE:
-                raw = raw._replace(reason="enospc")
-            case.synthesised[alias] = _Finding(finding.at, raw)
-        case.last_ns[alias] = max(case.last_ns.get(alias, 0), raw.observed_at)
-        case.unseen.discard("")
-        return [_burst(raw, 0, Origin.EVENT, look, devices.get(alias), pause=True)]
-
-
-def _complete(look: Look | None) -> bool:
-    return look is not None and look.complete
-
-
-def _raw_of(case: _Case, alias: str) -> RawIoError:
-    """What was told of a device in this pause."""
-    return case.told[alias] if alias in case.told else case.synthesised[alias].raw
-
-
-def _suspect(
-    case: _Case, wrong: Mapping[str, int], told: AbstractSet[str], devices: Mapping[str, Device]
-) -> str:
-    """The device of an error that came without its name; "" when that can't be told."""
-    return _missed(case, wrong, told - {""}, devices, nameless=True)[0]
-
-
-def _missed(
-    case: _Case,
-    wrong: Mapping[str, int],
-    told: AbstractSet[str],
-    devices: Mapping[str, Device],
-    *,
-    nameless: bool = False,
-) -> list[str]:
-    """The devices of one pause that nobody told of; "" when the pause was not told and nothing names it.
-
-    `nameless`: something was told without a name, so there is one more than those in `told`.
-    """
-    fresh = [alias for alias, code in wrong.items() if alias not in told and case.stale.get(alias) != code]
-    if fresh or (told and not nameless):
-        return fresh
-    wrong = {alias: code for alias, code in wrong.items() if alias not in told}
-    # One that failed before failed again: the only one, or the only one whose events libvirt loses.
-    for suspects in (list(wrong), [alias for alias in wrong if _is_unnamed(devices.get(alias))]):
-        if len(suspects) == 1:
-            return suspects
-    return [""]
-
-
-def _is_unnamed(device: Device | None) -> bool:
-    """A network disk whose source has no name: libvirt up to 9.0 drops its I/O-error events."""
-    source = None if device is None else device.source
-    return source is not None and source.type == "network" and not source.path
-
-
-def _newer_messages(
-    look: Look, since_ns: int | None, case: _Case | None, devices: Mapping[str, Device], slack_ns: int
-) -> dict[str, Message]:
-    """The messages that tell of an error which nobody told us of, by alias; the newest of each."""
-    if since_ns is None or look.messages is None:
-        return {}
-    newer: dict[str, Message] = {}
-    for alias, message in newest_by_alias(look, devices).items():
-        if message.at_ns is None or message.at_ns <= since_ns:
-            continue
-        told = None if case is None else case.last_ns.get(alias)
-        if told is None or message.at_ns > told + slack_ns:
-            newer[alias] = message
-    return newer
-
-
-def _action_by_policy(device: Device | None) -> int:
-    """What the hypervisor did about an error of a guest that runs, as far as the policies tell."""
-    policy = None if device is None else device.policy
-    asked = set() if policy is None else {policy.write, policy.read} - {None}
-    return ACTION_REPORT if asked and asked <= {"report"} else ACTION_UNKNOWN
-
-
-def _raw(
-    domain: tuple[str, str, int | None], *, alias: str, code: int | None, action: int, ns: int
-) -> RawIoError:
-    # libvirt's reason and its "no space" disk error come from the same word of QEMU, "nospace".
-    reason = "enospc" if code == DISK_ERROR_NO_SPACE else ""
-    return RawIoError(*domain, path="", alias=alias, action_code=action, reason=reason, observed_at=ns)
-
-
-def _burst(
-    raw: RawIoError,
-    count: int,
-    origin: Origin,
-    look: Look | None,
-    device: Device | None,
-    *,
-    pause: bool,
-) -> Burst:
-    target = None if device is None else device.target
-    kept = None
-    code = None
-    if look is not None and target is not None:
-        kept = newest_message(look.messages, target)
-        code = (look.disk_errors or {}).get(target)
-    evidence = gather(look, device, raw.reason, lifecycle=origin is Origin.LIFECYCLE, pause=pause)
-    return Burst(
-        raw=raw,
-        count=count,
-        first_ns=raw.observed_at,
-        last_ns=raw.observed_at,
-        origin=origin,
-        message=kept.text if kept else None,
-        stamp_ns=kept.at_ns if kept else None,
-        disk_error=None if code is None else DISK_ERRORS.get(code, f"code {code}"),
-        evidence=evidence,
-    )

@@ -438,8 +438,10 @@ def _callbacks(handler: Handler) -> Mapping[str, Callable[..., None]]:
     def changed(_c: Any, dom: Any, *_rest: object) -> None:
         handler.changed(dom.UUIDString())
 
-    def job(_c: Any, dom: Any, _disk: str, _kind: int, _status: int, _o: object) -> None:
+    def job(_c: Any, dom: Any, disk: str, _kind: int, status: int, _o: object) -> None:
         # Completed, failed, cancelled or ready: each of them changes the XML.
+        if status == libvirt.VIR_DOMAIN_BLOCK_JOB_FAILED:
+            handler.job_failed(dom.UUIDString(), disk or "")
         handler.changed(dom.UUIDString())
 
     return {"lifecycle": lifecycle, "io_error": io_error, "removed": removed, "changed": changed, "job": job}

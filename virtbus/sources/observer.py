@@ -57,6 +57,7 @@ from virtbus.sources.session import (
     Closed,
     Described,
     HostAnswered,
+    JobFailed,
     Lifecycle,
     LookAt,
     Looked,
@@ -65,7 +66,7 @@ from virtbus.sources.session import (
     Shared,
     Undecodable,
 )
-from virtbus.telemetry import SourceCutOff, SourceRegistered, Trouble, emit
+from virtbus.telemetry import BlockJobFailed, SourceCutOff, SourceRegistered, Trouble, emit
 
 RECONNECT_CEILING_SECONDS = 2.0  # callbacks are back within 5 s after the daemon is
 SNAPSHOT_SECONDS = 3.0  # what the first look could not see by then comes later
@@ -249,6 +250,9 @@ class Observer:
                     self.check.baseline(entry.uuid, entry.name, entry.number, wrong)
         elif isinstance(note, Described):
             self._on_description(session, note.uuid)
+        elif isinstance(note, JobFailed):
+            entry = self.cache.get(note.uuid)
+            emit(BlockJobFailed(note.uuid if entry is None else entry.name, note.disk))
         elif isinstance(note, HostAnswered):
             if snapshot is None and self._facts is not None:
                 session.tell([HostKnown(self._host(self._facts), self.clock().wall_ns)])

@@ -113,6 +113,14 @@ class Described:
 
 
 @dataclass(frozen=True, slots=True)
+class JobFailed:
+    """A block job failed; `disk` is libvirt's word for it, a target."""
+
+    uuid: str
+    disk: str
+
+
+@dataclass(frozen=True, slots=True)
 class HostAnswered:
     """The host's UUID is known now."""
 
@@ -131,7 +139,16 @@ class Closed:
 
 
 Note: TypeAlias = (
-    Lifecycle | Changed | LookAt | Looked | Baseline | Described | HostAnswered | Undecodable | Closed
+    Lifecycle
+    | Changed
+    | LookAt
+    | Looked
+    | Baseline
+    | Described
+    | JobFailed
+    | HostAnswered
+    | Undecodable
+    | Closed
 )
 
 
@@ -228,6 +245,10 @@ class Session:
         """See Handler."""
         self._now()
         self.notes.put(Changed(uuid))
+
+    def job_failed(self, uuid: str, disk: str) -> None:
+        """See Handler."""
+        self.notes.put(JobFailed(uuid, disk))
 
     def undecodable(self) -> None:
         """See Handler."""
