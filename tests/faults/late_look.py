@@ -2,9 +2,9 @@
 
 Real guests, each stopped by one error: one that an agent saw, one while no agent ran, one whose event
 libvirt loses. Then every QEMU hangs (SIGSTOP), and the agent is ended (SIGTERM and SIGKILL in turn) and
-started ROUNDS times; its looks at the guests end in libvirt's own time-out or never. At last the QEMUs go on, and the
-looks come. `lost` and `duplicates` compare what a consumer got with what the injector refused; `unnamed`
-counts the guests whose device no event names in the end.
+started ROUNDS times; its looks at the guests end in libvirt's own time-out or never. At last the QEMUs go on,
+and the looks come. `lost` and `duplicates` compare what a consumer got with what the injector refused;
+`unnamed` counts the guests whose device no event names in the end.
 """
 
 from __future__ import annotations

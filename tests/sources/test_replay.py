@@ -21,6 +21,7 @@ from virtbus.model import (
     DeviceSource,
     Domain,
     DomainGone,
+    DomainHalted,
     DomainResumed,
     ErrorPolicy,
     Host,
@@ -111,7 +112,7 @@ def test_what_watch_prints_is_what_replay_plays() -> None:
     assert isinstance(burst, Burst)
     assert ready.host == host
     assert (burst.raw.path, burst.raw.alias, burst.raw.reason) == ("disk0", "virtio-disk0", "enospc")
-    assert [type(item) for item in rest] == [DomainResumed, DeviceRemoved, DomainGone]
+    assert [type(item) for item in rest] == [DomainHalted, DomainResumed, DeviceRemoved, DomainGone]
     assert getattr(rest[-1], "cause", None) == "migrated"
     assert source.describe(UUID) == DESCRIPTION
 
