@@ -144,7 +144,7 @@ def snapshot(watch: Watch) -> Told:
     guest.wait_state(PAUSED_IOERROR)
     watch.until(
         guest, "the overlay is told",
-        lambda found: bool(found) and found[-1]["device"]["source"]["path"] == str(overlay), "io_error",
+        lambda found: bool(found) and bool(found[-1]["device"]["source"]["backing"]), "io_error",
     )  # fmt: skip
     return watch.told(guest)
 
