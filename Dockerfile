@@ -35,9 +35,11 @@ RUN tool/bin/pip wheel --wheel-dir wheels --no-deps --no-build-isolation . \
 FROM ${BASE}
 ARG VERSION=0.1.0
 ARG REVISION=unknown
+ARG SOURCE=https://github.com/virtbus/virtbus
 LABEL org.opencontainers.image.title="virtbus" \
       org.opencontainers.image.description="Every guest I/O error that libvirt reports, as a durable CloudEvent" \
       org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.source="${SOURCE}" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 RUN apt-get update \

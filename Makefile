@@ -13,7 +13,7 @@ PYTEST_ARGS ?=
 # Tests at a time: most of them wait for a daemon. Each file stays on one worker, with its fixtures.
 WORKERS ?= 2
 
-.PHONY: help setup demo test check audit faults matrix soak bench chart pictures sbom clean packages
+.PHONY: dist help setup demo test check audit faults matrix soak bench chart pictures sbom clean packages
 
 help:
 	@echo "make demo    a real guest's disk fails, and the error comes out as a CloudEvent"
@@ -24,6 +24,7 @@ help:
 	@echo "make pictures   docs/fleet.svg and docs/dashboard.svg, from a run of eight minutes"
 	@echo "make audit   known vulnerabilities of the dependencies (asks the network)"
 	@echo "make sbom    a bill of materials of the installed package (CycloneDX)"
+	@echo "make dist    sdist, wheel, chart, .deb, .rpm, SBOM and checksums, below dist/"
 	@echo "make clean   remove everything that was made here, .venv too"
 
 # --- what the targets need
@@ -123,6 +124,11 @@ sbom: $(VENV)/bin/python
 	  --output-file build/virtbus.cdx.json
 	@$(PYTHON) .docker/sbom.py build/virtbus.cdx.json
 	@echo "build/virtbus.cdx.json"
+
+# Everything that a release consists of, below dist/ (Debian 12, root for the build's own packages).
+dist: setup
+	@tests/install-packages dist
+	@HELM=$$($(BIN)/python -c 'from tests.chart import tools; print(tools.helm("4"))') /usr/bin/python3 .packaging/build.py
 
 clean:
 	rm -rf $(VENV) .cache build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 from virtbus import envelope, schema
 from virtbus.model import (
-    Action,
     Backlog,
     Device,
     DeviceSource,
@@ -36,9 +35,7 @@ from virtbus.model import (
     Occurrences,
     OpenIncident,
     OpenIncidents,
-    Origin,
     Owner,
-    Phase,
     PreviousRun,
     Resolution,
     ResolvedOccurrences,
@@ -47,6 +44,20 @@ from virtbus.model import (
     Stamp,
     to_datetime,
     to_ns,
+)
+from virtbus.words import (
+    ENOSPC,
+    Action,
+    DiskError,
+    EvidenceCheck,
+    EvidenceVerdict,
+    GapReason,
+    GuestState,
+    Origin,
+    Phase,
+    Platform,
+    ResolutionCause,
+    SourceState,
 )
 
 DATA = Path(__file__).parent / "data"
@@ -124,7 +135,9 @@ HOST = Host(
     "f2e1c1a0-3f5b-4a46-9f0e-2d9a6b1f7c55",
     Hypervisor("QEMU", "7.2.22", "9.0.0"),
 )
-OWNER = Owner("nova", "a1b2c3d4-0000-4000-8000-000000000001", "web-1", "9f3c2d", "shop", "77aa01", "alice")
+OWNER = Owner(
+    Platform.OPENSTACK, "a1b2c3d4-0000-4000-8000-000000000001", "web-1", "9f3c2d", "shop", "77aa01", "alice"
+)
 DEVICE = Device(
     "virtio-disk0",
     "vda",
@@ -139,17 +152,20 @@ DEVICE = Device(
 )
 FULL = IoError(
     host=HOST,
-    domain=Domain(DOMAIN, 'tab\t "quote" naïve ☃', 7, "paused", OWNER),
+    domain=Domain(DOMAIN, 'tab\t "quote" naïve ☃', 7, GuestState.PAUSED, OWNER),
     device=DEVICE,
     error=ErrorFacts(
         Action.PAUSE,
         1,
-        "enospc",
+        ENOSPC,
         "/a/path",
         "No space left on device",
-        "no_space",
+        DiskError.NO_SPACE,
         T0,
-        (Evidence("block_info", "confirms", "full", 10, 10, 10), Evidence("state", "unavailable")),
+        (
+            Evidence(EvidenceCheck.BLOCK_INFO, EvidenceVerdict.CONFIRMS, "full", 10, 10, 10),
+            Evidence(EvidenceCheck.STATE, EvidenceVerdict.UNAVAILABLE),
+        ),
     ),
     occurrences=Occurrences(3, 12, T0, T1, lower_bound=True),
     incident=Incident(INCIDENT, Phase.UPDATED, T0, 2, True, 6.5),
@@ -158,15 +174,24 @@ FULL = IoError(
 )
 RESOLVED = IoErrorResolved(
     host=HOST,
-    domain=Domain(DOMAIN, "web-1", 7, "running", OWNER),
+    domain=Domain(DOMAIN, "web-1", 7, GuestState.RUNNING, OWNER),
     device=Device("ua-data/1 %"),
     occurrences=ResolvedOccurrences(12, T0, T1),
     incident=Incident(INCIDENT, Phase.RESOLVED, T0, 1),
-    resolution=Resolution("resumed", T2, 303.5),
+    resolution=Resolution(ResolutionCause.RESUMED, T2, 303.5),
 )
-AGENT_DOWN = Gap(None, AGENT, "agent_down", None, T0, T2, PreviousRun(EPOCH, 41), found=1)
+AGENT_DOWN = Gap(None, AGENT, GapReason.AGENT_DOWN, None, T0, T2, PreviousRun(EPOCH, 41), found=1)
 SPOOL_FULL = Gap(
-    HOST, AGENT, "spool_full", "limit reached", None, T2, None, (SequenceRange(EPOCH, 17, 21),), 5, 230
+    HOST,
+    AGENT,
+    GapReason.SPOOL_FULL,
+    "limit reached",
+    None,
+    T2,
+    None,
+    (SequenceRange(EPOCH, 17, 21),),
+    5,
+    230,
 )
 HEARTBEAT = Heartbeat(
     host=HOST,
@@ -176,17 +201,13 @@ HEARTBEAT = Heartbeat(
     started_at=T0,
     sent_at=T2,
     interval_seconds=60.0,
-    source=SourceHealth("connected", T1),
+    source=SourceHealth(SourceState.CONNECTED, T1),
     backlog=Backlog(2, 4096, 1.25),
     committed_sequence=42,
     confirmed_sequence=40,
     incidents=OpenIncidents(
         1,
-        (
-            OpenIncident(
-                INCIDENT, DOMAIN, "web-1", DEVICE, Action.PAUSE, "enospc", T0, T1, 12, 1, True, False
-            ),
-        ),
+        (OpenIncident(INCIDENT, DOMAIN, "web-1", DEVICE, Action.PAUSE, ENOSPC, T0, T1, 12, 1, True, False),),
     ),
 )
 

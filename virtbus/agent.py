@@ -38,8 +38,6 @@ from virtbus.model import (
     Now,
     Observation,
     OpenIncidents,
-    Origin,
-    Phase,
     PreviousRun,
     RawIoError,
     Record,
@@ -64,6 +62,7 @@ from virtbus.telemetry import (
     Trouble,
     emit,
 )
+from virtbus.words import GapReason, Origin, Phase, ResolutionCause, SourceState
 
 SOURCE_GRACE_SECONDS = 5.0  # how long the first event of a start waits for the first snapshot
 ALIVE_SECONDS = 5.0  # between two signs of life in the spool (the promise is 10 s)
@@ -113,7 +112,7 @@ class Agent:
         self._threads: dict[str, threading.Thread] = {}
         self._failure: VirtbusError | None = None
         self._source_lost: SourceLost | None = None
-        self._source_state = "starting"
+        self._source_state = SourceState.STARTING
         started = self._clock()
         self._started = started
         self._source_since_ns = started.wall_ns
@@ -265,19 +264,19 @@ class Agent:
         gap = partial(self._gap, started_at=since, ended_at=ended_at)
         gaps: list[Event] = [
             gap(
-                "agent_down",
+                GapReason.AGENT_DOWN,
                 previous=opening.previous,
                 missing=() if opening.damage else opening.missing,
                 found=_found(events),
             )
         ]
         if opening.damage:
-            gaps.append(gap("spool_damaged", opening.damage, missing=opening.missing))
+            gaps.append(gap(GapReason.SPOOL_DAMAGED, opening.damage, missing=opening.missing))
         if self._unreadable:
-            gaps.append(gap("spool_damaged", "; ".join(self._unreadable)[:1000]))
+            gaps.append(gap(GapReason.SPOOL_DAMAGED, "; ".join(self._unreadable)[:1000]))
         if self._previous_agent_id is not None:
-            was = self._previous_agent_id
-            gaps.append(gap("identity_changed", f"the machine id changed (a cloned disk?); before: {was}"))
+            was = f"the machine id changed (a cloned disk?); before: {self._previous_agent_id}"
+            gaps.append(gap(GapReason.IDENTITY_CHANGED, was))
         self._commit(gaps + events)
         self._first_commit.set()
         if ready is None and self._source_lost is None and not self._stop.is_set():
@@ -286,7 +285,7 @@ class Agent:
 
     def _gap(
         self,
-        reason: str,
+        reason: GapReason,
         detail: str | None = None,
         *,
         ended_at: datetime,
@@ -327,7 +326,7 @@ class Agent:
             at = to_datetime(now.wall_ns)
             return [
                 self._gap(
-                    "observations_dropped",
+                    GapReason.OBSERVATIONS_DROPPED,
                     f"an observation could not be handled: {type(error).__name__}",
                     started_at=at,
                     ended_at=at,
@@ -346,7 +345,8 @@ class Agent:
             METRICS.dropped.inc(errors + others)
             why = f"the disk was too slow to keep {errors} errors and {others} other observations"
             at = to_datetime(now.wall_ns)
-            events.append(self._gap("observations_dropped", why, ended_at=at, missing_occurrences=errors))
+            gap = self._gap(GapReason.OBSERVATIONS_DROPPED, why, ended_at=at, missing_occurrences=errors)
+            events.append(gap)
         self._commit(events)
         self._sign_of_life(now)
         return not events and any(isinstance(item, RawIoError | Burst) for item in observations)
@@ -376,7 +376,7 @@ class Agent:
                 self.host = self.spool.host = item.host
             if isinstance(item, SourceLost):
                 self._source_lost = self._source_lost or item
-                self._source_state, self._source_since_ns = "disconnected", item.at_ns
+                self._source_state, self._source_since_ns = SourceState.DISCONNECTED, item.at_ns
             events += self._apply(item, now)
         return events
 
@@ -388,7 +388,7 @@ class Agent:
         if lost is None:
             return events
         gap = self._gap(
-            "source_lost",
+            GapReason.SOURCE_LOST,
             lost.why,
             started_at=to_datetime(lost.at_ns),
             ended_at=to_datetime(ready.at_ns),
@@ -399,7 +399,7 @@ class Agent:
     def _source_is_up(self, ready: SourceReady) -> None:
         self.host = ready.host
         self.incidents.host = self.spool.host = ready.host
-        self._source_state, self._source_since_ns = "connected", ready.at_ns
+        self._source_state, self._source_since_ns = SourceState.CONNECTED, ready.at_ns
 
     def _commit(self, events: list[Event]) -> None:
         """One transaction with the events and the incident states; tries for ever, folding meanwhile.
@@ -437,7 +437,7 @@ class Agent:
     def _unwritable_gap(self, failed: Now) -> Gap:
         now = self._clock()
         return self._gap(
-            "spool_unwritable",
+            GapReason.SPOOL_UNWRITABLE,
             f"the spool could not be written for {now.monotonic - failed.monotonic:.0f} s; "
             "errors were counted in memory",
             started_at=to_datetime(failed.wall_ns),
@@ -510,7 +510,7 @@ class Agent:
 
     def not_ready(self) -> list[str]:
         """Why the agent does not observe or keep events now; empty when it does. The broker is no reason."""
-        source = [] if self._source_state == "connected" else [f"source is {self._source_state}"]
+        source = [] if self._source_state is SourceState.CONNECTED else [f"source is {self._source_state}"]
         return source + self._spool_trouble()
 
     def _spool_trouble(self) -> list[str]:
@@ -536,7 +536,7 @@ class Agent:
         now = self._clock()
         emit(DrillAsked(asked.domain_name, asked.domain_uuid, asked.action, asked.count))
         if asked.resolve:
-            self.queue.put(DomainGone(asked.domain_uuid, now.wall_ns, "domain_stopped"))
+            self.queue.put(DomainGone(asked.domain_uuid, now.wall_ns, ResolutionCause.DOMAIN_STOPPED))
             return
         raw = RawIoError(
             domain_uuid=asked.domain_uuid,

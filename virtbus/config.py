@@ -168,7 +168,9 @@ class IncidentSettings(_Section, frozen=True):
 class HeartbeatSettings(_Section, frozen=True):
     """The sign of life."""
 
-    interval_seconds: Annotated[float, Meta(ge=0, description="Between two heartbeats; 0 is off")] = 60.0
+    interval_seconds: Annotated[
+        float, Meta(ge=0, le=3600, description="Between two heartbeats; 0 is off")
+    ] = 60.0
 
 
 class Http(_Section, frozen=True):

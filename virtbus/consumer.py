@@ -16,48 +16,31 @@ Guarantees:
 
 from __future__ import annotations
 
-import re
-import sqlite3
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
 
 from virtbus import envelope, schema
-from virtbus.bus import BusOptions, Subscription, open_bus
+from virtbus.bus import BusOptions, Subscription, bus_name, open_bus
 from virtbus.errors import BusUnavailable, ConfigError, DedupeUnavailable, SchemaError
-from virtbus.model import Event, Gap, Message
+from virtbus.marks import Marks
+from virtbus.model import Event, Message
 from virtbus.retry import Backoff
+from virtbus.sequences import MissingEvents, SequenceCheck
 from virtbus.telemetry import BusLost, Metrics, TelemetryEvent, emit
+
+__all__ = ["Consumer", "Delivery", "MissingEvents"]
 
 DEDUPE_ROWS = 1_000_000
 FLUSH_ROWS = 64  # verdicts a dedupe transaction
 FLUSH_SECONDS = 0.05
 REORDER_SECONDS = 60.0
 _IDLE_SECONDS = 1.0
-_TICK_SECONDS = 1.0
-_SEQUENCE = re.compile("[0-9]{1,18}")
-
-
-@dataclass(frozen=True, slots=True)
-class MissingEvents(TelemetryEvent):
-    """Events `first` to `last` of an epoch neither came nor are named in a gap event."""
-
-    LEVEL: ClassVar[str] = "error"
-    MESSAGE: ClassVar[str] = "events are missing without an explanation"
-    source: str
-    epoch: str
-    first: int
-    last: int
-
-    def limit_key(self) -> object:
-        """Every hole is told."""
-        return (self.source, self.epoch, self.first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +136,8 @@ class Consumer:
         `group` shares the events durably with the other members; without it, all events from now on.
         `dedupe` is a SQLite file of at most `dedupe_rows` marks; without it duplicates are recognised
         only while this object lives. `check_gaps` is for whoever reads everything alone: `on_missing`
-        is told of a hole in an agent's sequence that no gap event explains within `reorder_seconds`.
+        is told of a hole in an agent's sequence that no gap event explains within `reorder_seconds`; with
+        `dedupe` also of one that opened while no consumer ran. It is always told what Kafka no longer has.
         With `exclusive` only one member of the group is active (see `Bus.consume`).
         Without `patient` a broker that can't be reached at first is an error (BusUnavailable).
 
@@ -161,12 +145,17 @@ class Consumer:
         """
         if prefetch < 1:
             raise ConfigError(f"prefetch = {prefetch}: take at least 1")
+        options = options or BusOptions()
         self._bus = open_bus(url, options)
         self._subscription: Subscription | None = None
         self._group, self._prefetch, self._validate = group, prefetch, validate
         self._exclusive = exclusive
-        self._seen = _SeenStore(dedupe, dedupe_rows)
-        self._sequences = _SequenceCheck(reorder_seconds, on_missing) if check_gaps else None
+        scope = f"{bus_name(url, options)} {'group ' + group if group else 'without a group'}"
+        self._seen = Marks(dedupe, scope, dedupe_rows)
+        self._memory = _Memory(self._seen.notes(), on_missing)
+        self._sequences = SequenceCheck(reorder_seconds, on_missing) if check_gaps else None
+        if self._sequences is not None:
+            self._sequences.restore(self._seen.runs())
         self._in_flight: dict[tuple[str, str], list[Message]] = {}
         self._done: dict[tuple[str, str], list[Message]] = {}
         self._done_since = 0.0
@@ -202,7 +191,7 @@ class Consumer:
             try:
                 if self._subscription is None:
                     self._subscription = self._bus.consume(
-                        self._group, prefetch=self._prefetch, exclusive=self._exclusive
+                        self._group, prefetch=self._prefetch, exclusive=self._exclusive, memory=self._memory
                     )
                 message = self._subscription.receive(min(left, FLUSH_SECONDS) if self._done else left)
                 self._connected = True
@@ -237,6 +226,8 @@ class Consumer:
                 self._subscription.close()
                 self._subscription = None
             self._bus.close()
+            with suppress(DedupeUnavailable):  # of the marks it was told; the rest is read again
+                self._save([])
             self._seen.close()
 
     # ---- one message
@@ -270,6 +261,8 @@ class Consumer:
             self._done.setdefault(mark, []).append(message)
             return None
         self._in_flight[mark] = []
+        if self._sequences is not None:
+            self._sequences.handed_out(attributes)
         return Delivery(
             event, attributes, opened.data, opened.body, message.user_id, message.redelivered, self, message
         )
@@ -318,12 +311,23 @@ class Consumer:
         """Write the marks of what is done in one transaction, then send the acks."""
         if not self._done:
             return
-        self._seen.add(list(self._done))
+        self._save(list(self._done))
         done, self._done = self._done, {}
         if self._subscription is not None:
             for messages in done.values():
                 for message in messages:
                     self._subscription.ack(message)
+
+    def _save(self, marks: list[tuple[str, str]]) -> None:
+        """Put marks, the sequences' baseline and the bus's notes on disk, together."""
+        sequences, memory = self._sequences, self._memory
+        if sequences is not None:
+            for mark in marks:
+                sequences.settled(*mark)
+        self._seen.write(marks, sequences.changes() if sequences is not None else (), memory.fresh)
+        memory.fresh.clear()
+        if sequences is not None:
+            sequences.saved()
 
     def _lost(self, error: BusUnavailable) -> None:
         """The broker is away: what was unacknowledged comes again, to us or to another member."""
@@ -331,6 +335,23 @@ class Consumer:
             raise error
         emit(BusLost("consumer", error))
         self._backoff.wait(self._stop, error)
+
+
+class _Memory:
+    """See virtbus.bus.Memory."""
+
+    def __init__(self, notes: dict[str, str], on_missing: Callable[[MissingEvents], None]) -> None:
+        self._notes = notes
+        self.fresh: dict[str, str] = {}  # not on disk yet
+        self.missing = on_missing
+
+    def recall(self, name: str) -> str | None:
+        """See virtbus.bus.Memory."""
+        return self._notes.get(name)
+
+    def keep(self, name: str, value: str) -> None:
+        """See virtbus.bus.Memory."""
+        self._notes[name] = self.fresh[name] = value
 
 
 def _check(opened: envelope.Envelope) -> None:
@@ -350,175 +371,3 @@ def _known(named: str) -> bool:
     except SchemaError:
         return False
     return True
-
-
-# ---------------------------------------------------------------------------------------- dedupe
-
-
-class _SeenStore:
-    """Which (source, id) had their effect: bounded, the oldest give way; on disk when a path is given."""
-
-    def __init__(self, path: Path | None, rows: int) -> None:
-        self._path, self._rows = path, rows
-        self._recent: OrderedDict[tuple[str, str], None] = OrderedDict()
-        self._database: sqlite3.Connection | None = None
-        self._count = 0
-        if path is None:
-            return
-        try:
-            database = sqlite3.connect(path, isolation_level=None, timeout=5.0, check_same_thread=False)
-            path.chmod(0o600)
-            database.execute("PRAGMA journal_mode = WAL")
-            database.execute("PRAGMA synchronous = FULL")
-            database.execute(
-                "CREATE TABLE IF NOT EXISTS seen (number INTEGER PRIMARY KEY AUTOINCREMENT,"
-                " source TEXT NOT NULL, id TEXT NOT NULL, UNIQUE (source, id))"
-            )
-            (self._count,) = database.execute("SELECT count(*) FROM seen").fetchone()
-        except (sqlite3.Error, OSError) as error:
-            raise ConfigError(
-                f"dedupe file {path} can't be used: {error}; name a file of this consumer's own, or remove it"
-            ) from error
-        self._database = database
-
-    def has(self, mark: tuple[str, str]) -> bool:
-        """Whether the effect of this event is done."""
-        if mark in self._recent:
-            return True
-        if self._database is None:
-            return False
-        with self._translated():
-            found = self._database.execute("SELECT 1 FROM seen WHERE source = ? AND id = ?", mark).fetchone()
-        return found is not None
-
-    def add(self, marks: list[tuple[str, str]]) -> None:
-        """Remember, durably when there is a file."""
-        for mark in marks:
-            self._recent[mark] = None
-        while len(self._recent) > min(self._rows, 10_000):
-            self._recent.popitem(last=False)
-        if self._database is None:
-            return
-        with self._translated():
-            self._write(self._database, marks)
-
-    def _write(self, database: sqlite3.Connection, marks: list[tuple[str, str]]) -> None:
-        try:
-            database.execute("BEGIN IMMEDIATE")
-            added = database.executemany("INSERT OR IGNORE INTO seen (source, id) VALUES (?, ?)", marks)
-            count = self._count + added.rowcount
-            if count > self._rows:
-                # A tenth at a time, so that the bound costs little.
-                over = count - self._rows + self._rows // 10
-                database.execute(
-                    "DELETE FROM seen WHERE number IN (SELECT number FROM seen ORDER BY number LIMIT ?)",
-                    [over],
-                )
-                count -= over
-            database.execute("COMMIT")
-        except BaseException:
-            if database.in_transaction:  # SQLite ends it by itself after some failures
-                database.execute("ROLLBACK")
-            raise
-        self._count = count
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise DedupeUnavailable(
-                f"dedupe file {self._path} can't be used now: {error}; what is not in it is not acknowledged "
-                "yet: make room on its disk and let no other process use it, then call again"
-            ) from error
-
-    def close(self) -> None:
-        """Let go of the file."""
-        if self._database is not None:
-            self._database.close()
-            self._database = None
-
-
-# ------------------------------------------------------------------------------------- gap check
-
-
-@dataclass(slots=True)
-class _Epoch:
-    """What was seen of one run of one agent: everything below `next`, but for the holes."""
-
-    next: int
-    holes: dict[int, float] = field(default_factory=dict)  # sequence → when it was first missed
-
-
-class _SequenceCheck:
-    """Finds holes in each (source, epoch) that no gap event explains within the reordering window."""
-
-    _MAX_HOLES = 10_000  # remembered an epoch: beyond it the oldest are told at once
-    _MAX_EPOCHS = 50_000  # the least recently begun are forgotten
-
-    def __init__(self, reorder_seconds: float, on_missing: Callable[[MissingEvents], None]) -> None:
-        self._window = reorder_seconds
-        self._tell = on_missing
-        self._epochs: dict[tuple[str, str], _Epoch] = {}
-        self._holed: dict[tuple[str, str], _Epoch] = {}  # those that have, or had, holes
-        self._ticked = float("-inf")
-
-    def saw(self, attributes: Mapping[str, str], event: Event | None, now: float) -> None:
-        """An event arrived (a duplicate too)."""
-        source, epoch, sequence = attributes["source"], attributes.get("epoch"), attributes.get("sequence")
-        if epoch is not None and sequence is not None and _SEQUENCE.fullmatch(sequence):
-            self._number(source, epoch, int(sequence), now)
-        if isinstance(event, Gap):
-            for item in event.missing:
-                state = self._epochs.get((source, item.epoch))
-                if state is not None:
-                    for number in [n for n in state.holes if item.first <= n <= item.last]:
-                        del state.holes[number]
-                    if item.first <= state.next <= item.last:
-                        state.next = item.last + 1
-            if event.previous is not None:
-                # The last run's tail: what its spool knew of must have come, or come yet.
-                last = event.previous.last_sequence
-                if (source, event.previous.epoch) in self._epochs:
-                    self._expect(source, event.previous.epoch, last + 1, now)
-
-    def _number(self, source: str, epoch: str, number: int, now: float) -> None:
-        state = self._epochs.get((source, epoch))
-        if state is None:
-            self._epochs[(source, epoch)] = _Epoch(number + 1)  # the first number seen is the baseline
-            while len(self._epochs) > self._MAX_EPOCHS:
-                oldest = next(iter(self._epochs))
-                del self._epochs[oldest]
-                self._holed.pop(oldest, None)
-            return
-        state.holes.pop(number, None)
-        if number >= state.next:
-            self._expect(source, epoch, number, now)
-            state.next = number + 1
-
-    def _expect(self, source: str, epoch: str, upto: int, now: float) -> None:
-        state = self._epochs[(source, epoch)]
-        first = max(state.next, upto - self._MAX_HOLES)
-        if first > state.next:
-            self._tell(MissingEvents(source, epoch, state.next, first - 1))
-        for number in range(first, upto):
-            state.holes[number] = now
-        if state.holes:
-            self._holed[(source, epoch)] = state
-        state.next = max(state.next, upto)
-
-    def tick(self, now: float) -> None:
-        """Tell of the holes that stayed open for the whole window; looks once a second (or window)."""
-        if now - self._ticked < min(_TICK_SECONDS, self._window):
-            return
-        self._ticked = now
-        for (source, epoch), state in list(self._holed.items()):
-            late = sorted(number for number, since in state.holes.items() if now - since >= self._window)
-            start = 0
-            for index, number in enumerate(late):
-                del state.holes[number]
-                if index + 1 == len(late) or late[index + 1] != number + 1:
-                    self._tell(MissingEvents(source, epoch, late[start], number))
-                    start = index + 1
-            if not state.holes:
-                del self._holed[(source, epoch)]

@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
 
 
 class VirtbusError(Exception):
@@ -17,7 +19,7 @@ class VirtbusError(Exception):
 
 
 class ConfigError(VirtbusError):
-    """The configuration can't be used: mend it (EX_CONFIG). May name several problems, one a line."""
+    """The configuration or an argument can't be used: fix it (EX_CONFIG). One problem a line."""
 
     exit_code = 78
 
@@ -73,6 +75,14 @@ class BusDenied(VirtbusError):
     exit_code = 77
 
 
+class GroupTakenOver(BusDenied):
+    """A newer exclusive member of the group took over: this one is out, and waiting does not help."""
+
+
+class ConsumerClosed(VirtbusError):
+    """A consumer, or a delivery of one, was used after `close`: a mistake of the caller's."""
+
+
 class RecordRefused(VirtbusError):
     """The broker will never take this one record (too large, malformed for it): dead-letter it."""
 
@@ -103,3 +113,21 @@ class SpoolBusy(VirtbusError):
     """Another process holds the spool; the message names it (EX_IOERR)."""
 
     exit_code = 74
+
+
+Translations = Mapping[type[BaseException], Callable[[Any], VirtbusError]]
+"""What a third party's exceptions mean: the first class that fits decides, so narrower ones come first."""
+
+
+@contextmanager
+def translating(table: Translations) -> Iterator[None]:
+    """Raise what the block raises as one of ours, as `table` says; what it does not name passes as it is."""
+    try:
+        yield
+    except tuple(table) as error:
+        raise translated(error, table) from error
+
+
+def translated(error: BaseException, table: Translations) -> VirtbusError:
+    """`error` as one of ours: for those who keep it instead of raising it."""
+    return next(make for kind, make in table.items() if isinstance(error, kind))(error)

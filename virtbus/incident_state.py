@@ -9,7 +9,6 @@ from dataclasses import replace
 import msgspec
 
 from virtbus.model import (
-    Action,
     Burst,
     Device,
     Domain,
@@ -22,13 +21,11 @@ from virtbus.model import (
     Now,
     Occurrences,
     OpenIncident,
-    Origin,
-    Phase,
     Resolution,
     ResolvedOccurrences,
-    Scope,
     to_datetime,
 )
+from virtbus.words import Action, DiskError, GuestState, Origin, Phase, Scope
 
 FORMAT = 1  # of the states; another one is not read
 PAUSES_KEPT = 16  # for the rate of a loop
@@ -60,7 +57,7 @@ class Facts(msgspec.Struct, frozen=True, omit_defaults=True):
     reason: str
     path: str
     message: str | None = None
-    disk_error: str | None = None
+    disk_error: DiskError | None = None
     evidence: tuple[Evidence, ...] = ()
 
     @classmethod
@@ -225,7 +222,7 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
         domain = self.domain
         if facts.action_code == PAUSE_CODE and self.paused:
             # The error comes before the lifecycle event: the cache does not know of the pause yet.
-            domain = replace(domain, state="paused")
+            domain = replace(domain, state=GuestState.PAUSED)
         return IoError(
             host=host,
             domain=domain,
@@ -304,12 +301,11 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
         self.paused_at = [at + shift for at in self.paused_at]
 
     def check(self) -> None:
-        """Raise OverflowError when one of its wall-clock times is none that an event could show."""
-        for at_ns in (self.opened_ns, self.first_ns, self.last_ns, self.saved_ns):
-            to_datetime(at_ns)
-        for pending in self.pending:
-            to_datetime(pending.first_ns)
-            to_datetime(pending.last_ns)
+        """Raise OverflowError when one of its wall-clock times is none that a clock could have read."""
+        times = [self.opened_ns, self.first_ns, self.last_ns, self.saved_ns]
+        times += [at for pending in self.pending for at in (pending.first_ns, pending.last_ns)]
+        if any(not -(2**63) <= at < 2**63 for at in times):
+            raise OverflowError("its times are out of range")
 
 
 class Seen(msgspec.Struct, omit_defaults=True):

@@ -71,16 +71,14 @@ from virtbus.model import (
     Now,
     Observation,
     OpenIncident,
-    Origin,
-    Phase,
     RawIoError,
     Resolution,
-    Scope,
     SourceLost,
     SourceReady,
     to_datetime,
 )
 from virtbus.telemetry import Trouble, emit
+from virtbus.words import GuestState, Origin, Phase, ResolutionCause, Scope
 
 Describe: TypeAlias = Callable[[str], Description | None]
 """Domain UUID → what the cache knows of it, at once, or None."""
@@ -94,11 +92,9 @@ UNKNOWN_HOST = Host(name="unknown")
 _FREE_MESSAGES = 10  # after these an incident waits between messages …
 _MESSAGE_SPACING = 1.0  # … at least this many seconds
 _PAUSED_GUESTS = 10_000  # at most so many are remembered by one incident (scope host)
-# libvirt's words for states; virsh writes two of them with a blank.
-_STOPPED_STATES = frozenset({"shutoff", "shut off"})
-_HALTED_STATES = frozenset({"paused", "crashed", "pmsuspended"})
-_GONE_CAUSES = frozenset({"domain_stopped", "migrated"})
-_RUNNING_STATES = frozenset({"running", "blocked", "idle"})
+_HALTED_STATES = frozenset({GuestState.PAUSED, GuestState.CRASHED, GuestState.PM_SUSPENDED})
+_RUNNING_STATES = frozenset({GuestState.RUNNING, GuestState.BLOCKED})
+_GONE_CAUSES = frozenset({ResolutionCause.DOMAIN_STOPPED, ResolutionCause.MIGRATED})
 
 
 @dataclass(frozen=True)
@@ -163,7 +159,7 @@ class Incidents:
         self._now = Now(0, 0.0)
         self._open: dict[str, IncidentState] = {}
         self._of_domain: dict[str, list[IncidentState]] = {}  # those of scope device and domain
-        self._halted: dict[str, str] = {}  # guest that does not run → its state
+        self._halted: dict[str, GuestState] = {}  # guest that does not run → its state
         self._seen: dict[str, int] = {}  # oldest first
         self._changed: dict[str, None] = {}
         if host is not None:
@@ -232,7 +228,7 @@ class Incidents:
                 widen = not incident.urgent and any_counts(incident.pending)
                 events += self._tell(incident, now, describe, widen=widen)
             if self._due(incident) <= now.monotonic:  # then it is quiet
-                cause = "resumed" if incident.resumed else "quiet"
+                cause = ResolutionCause.RESUMED if incident.resumed else ResolutionCause.QUIET
                 events += self._resolve(incident, cause, now.wall_ns, now, describe)
         self._wake = min(map(self._due, self._open.values()), default=math.inf)
         return events
@@ -461,7 +457,7 @@ class Incidents:
             and len(self._recent_pauses(incident, now)) >= self._limits.flapping_pauses
         )
 
-    def _halt(self, domain_uuid: str, state: str) -> None:
+    def _halt(self, domain_uuid: str, state: GuestState) -> None:
         if len(self._halted) < _PAUSED_GUESTS or domain_uuid in self._halted:
             self._halted[domain_uuid] = state
 
@@ -479,7 +475,7 @@ class Incidents:
         events: list[Event] = []
         for incident in concerned:  # only now: each one's due depends on the guest's other incidents
             if incident.removed:
-                events += self._resolve(incident, "device_removed", at_ns, now, describe)
+                events += self._resolve(incident, ResolutionCause.DEVICE_REMOVED, at_ns, now, describe)
             else:
                 self._schedule(incident)
         return events
@@ -514,10 +510,10 @@ class Incidents:
             incident.removed = True
             self._changed[incident.key] = None
             return []
-        return self._resolve(incident, "device_removed", at_ns, now, describe)
+        return self._resolve(incident, ResolutionCause.DEVICE_REMOVED, at_ns, now, describe)
 
     def _resolve(
-        self, incident: IncidentState, cause: str, at_ns: int, now: Now, describe: Describe
+        self, incident: IncidentState, cause: ResolutionCause, at_ns: int, now: Now, describe: Describe
     ) -> list[Event]:
         """End an incident: first what is pending, then the resolution."""
         events = self._tell(incident, now, describe, widen=False, last=True)
@@ -541,14 +537,14 @@ class Incidents:
         events.append(incident.resolved(self._host or UNKNOWN_HOST, shown, resolution))
         return events
 
-    def _domain_now(self, incident: IncidentState, cause: str) -> Domain:
+    def _domain_now(self, incident: IncidentState, cause: ResolutionCause) -> Domain:
         """The domain as it is at the resolution; its description may be older than that."""
         if incident.scope is Scope.HOST or incident.drill:
             return incident.domain
-        state = "shut off" if cause in _GONE_CAUSES else self._halted.get(incident.domain.uuid)
+        state = GuestState.SHUT_OFF if cause in _GONE_CAUSES else self._halted.get(incident.domain.uuid)
         if state is None:
             known = incident.domain.state
-            state = "running" if known is None or known in _HALTED_STATES else known
+            state = GuestState.RUNNING if known is None or known in _HALTED_STATES else known
         return replace(incident.domain, state=state)
 
     def _remember(self, key: str, last_ns: int) -> None:
@@ -584,7 +580,7 @@ class Incidents:
         if ready.throttles != self._throttles:
             self._throttles = ready.throttles
             self._changed[META] = None
-        domains = {one.uuid: one for one in ready.domains if one.state not in _STOPPED_STATES}
+        domains = {one.uuid: one for one in ready.domains if one.state != GuestState.SHUT_OFF}
         events: list[Event] = []
         for incident in list(self._open.values()):
             if incident.scope is Scope.HOST:
@@ -592,9 +588,9 @@ class Incidents:
                 continue
             domain = domains.get(uuid_in(incident.key))
             if domain is None:
-                events += self._resolve(incident, "domain_stopped", ready.at_ns, now, describe)
+                events += self._resolve(incident, ResolutionCause.DOMAIN_STOPPED, ready.at_ns, now, describe)
             elif domain.state in _RUNNING_STATES and incident.removed:
-                events += self._resolve(incident, "device_removed", ready.at_ns, now, describe)
+                events += self._resolve(incident, ResolutionCause.DEVICE_REMOVED, ready.at_ns, now, describe)
             elif (
                 incident.scope is Scope.DEVICE
                 and incident.enriched  # else the alias may never have been in the XML
@@ -607,7 +603,7 @@ class Incidents:
         self._halted = {}
         for domain in domains.values():
             if domain.state in _HALTED_STATES:
-                self._halt(domain.uuid, domain.state)
+                self._halt(domain.uuid, GuestState(domain.state))
         # Devices that failed before last: a disk error that is kept explains no pause that another one does.
         for finding in sorted(ready.findings, key=lambda one: self._last_seen(one) >= 0):
             events += self._error(finding, now, describe)

@@ -13,12 +13,12 @@ from virtbus.model import (
     DomainHalted,
     DomainResumed,
     Observation,
-    Origin,
     RawIoError,
     SourceLost,
     SourceReady,
 )
 from virtbus.telemetry import METRICS
+from virtbus.words import Origin
 
 QUEUE_LIMIT = 10_000  # callbacks; beyond it they fold into counters
 FOLD_LIMIT = 10_000  # different (device, action, reason) counters; beyond it errors are counted as dropped

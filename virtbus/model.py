@@ -1,4 +1,4 @@
-"""Facts as frozen dataclasses and closed sets as enums: what every other module talks in.
+"""Facts as frozen dataclasses: what every other module talks in. The words in them stand in `words`.
 
 No I/O and no third-party import. Inside the agent wall time is an integer of nanoseconds since the
 Unix epoch (`*_ns`), as the callback reads it; in events it is an aware UTC `datetime`. Durations are
@@ -13,6 +13,21 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import Enum
 from typing import ClassVar, NamedTuple, TypeAlias
+
+from virtbus.words import (
+    Action,
+    DiskError,
+    EvidenceCheck,
+    EvidenceVerdict,
+    GapReason,
+    GuestState,
+    Origin,
+    Phase,
+    Platform,
+    ResolutionCause,
+    Scope,
+    SourceState,
+)
 
 # ----------------------------------------------------------------------------------------- clocks
 
@@ -33,12 +48,19 @@ class Clock:
 
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# The bounds of the schemas: what lies outside is the clock of a host that was never set, or an attack.
+EARLIEST = datetime(2000, 1, 1, tzinfo=UTC)
+LATEST = datetime(2200, 12, 31, 23, 59, 59, 999999, tzinfo=UTC)
+MAX_COUNT = 2**53  # of counts, sizes and numbers: beyond it JSON readers lose whole numbers
 
 
 def to_datetime(wall_ns: int) -> datetime:
-    """Nanoseconds since the Unix epoch → aware UTC datetime, cut to whole microseconds."""
+    """Nanoseconds since the Unix epoch → aware UTC datetime, cut to whole microseconds.
+
+    Outside the years that an event can show it is their first or last moment.
+    """
     # Not fromtimestamp(): a float of this size is off by up to a microsecond.
-    return _EPOCH + timedelta(microseconds=wall_ns // 1000)
+    return _EPOCH + timedelta(microseconds=min(max(wall_ns // 1000, _EARLIEST_US), _LATEST_US))
 
 
 def to_ns(moment: datetime) -> int:
@@ -46,64 +68,7 @@ def to_ns(moment: datetime) -> int:
     return (moment - _EPOCH) // timedelta(microseconds=1) * 1000
 
 
-# ------------------------------------------------------------------------------------ closed sets
-
-
-class Action(Enum):
-    """What the hypervisor did about the error (virDomainEventIOErrorAction), beside the raw code."""
-
-    NONE = "none"
-    PAUSE = "pause"
-    REPORT = "report"
-    UNKNOWN = "unknown"
-
-    @classmethod
-    def from_code(cls, code: int) -> Action:
-        """0 none, 1 pause, 2 report; a code that nobody knows yet is UNKNOWN."""
-        return _ACTIONS.get(code, cls.UNKNOWN)
-
-    @classmethod
-    def _missing_(cls, value: object) -> Action | None:
-        # A later minor version may name an action that this release does not know.
-        return cls.UNKNOWN if isinstance(value, str) else None
-
-
-_ACTIONS = {0: Action.NONE, 1: Action.PAUSE, 2: Action.REPORT}
-
-
-class Origin(Enum):
-    """How we know of an error."""
-
-    EVENT = "event"  # libvirt's I/O-error callback
-    LIFECYCLE = "lifecycle"  # a pause by I/O error whose own event never came
-    RECONCILE = "reconcile"  # found by looking, after we had been cut off
-    REPLAY = "replay"  # a drill or a recording: never a live error
-    UNKNOWN = "unknown"  # only read, never sent: a later minor version's origin
-
-    @classmethod
-    def _missing_(cls, value: object) -> Origin | None:
-        return cls.UNKNOWN if isinstance(value, str) else None
-
-
-class Phase(Enum):
-    """Where an incident stands."""
-
-    OPENED = "opened"
-    UPDATED = "updated"
-    RESOLVED = "resolved"
-
-
-class Scope(Enum):
-    """What one incident speaks for; wider than a device only when too many are open at once."""
-
-    DEVICE = "device"
-    DOMAIN = "domain"
-    HOST = "host"
-    UNKNOWN = "unknown"  # only read, never sent: a later minor version's scope
-
-    @classmethod
-    def _missing_(cls, value: object) -> Scope | None:
-        return cls.UNKNOWN if isinstance(value, str) else None
+_EARLIEST_US, _LATEST_US = to_ns(EARLIEST) // 1000, to_ns(LATEST) // 1000
 
 
 # ----------------------------------------------------------------------- the host and what runs on it
@@ -132,7 +97,7 @@ class Host:
 class Owner:
     """Who owns a guest, from its metadata (Nova, KubeVirt, oVirt, or a configured rule)."""
 
-    platform: str
+    platform: Platform
     id: str | None = None
     name: str | None = None
     project_id: str | None = None
@@ -143,12 +108,12 @@ class Owner:
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """A guest. `id` is libvirt's number while it runs, `state` libvirt's word ("running", "paused", …)."""
+    """A guest. `id` is libvirt's number while it runs."""
 
     uuid: str
     name: str
     id: int | None = None
-    state: str | None = None
+    state: GuestState | None = None
     owner: Owner | None = None
 
 
@@ -218,8 +183,8 @@ class RawIoError(NamedTuple):
 class Evidence:
     """One thing that was looked at, and what it says about the error."""
 
-    check: str  # "lifecycle", "state", "disk_errors", "messages", "block_info", "file_system"
-    verdict: str  # "confirms", "contradicts", "inconclusive", "unavailable"
+    check: EvidenceCheck
+    verdict: EvidenceVerdict
     found: str | None = None  # for people
     capacity_bytes: int | None = None
     allocation_bytes: int | None = None
@@ -236,7 +201,7 @@ class Burst:
     last_ns: int
     origin: Origin = Origin.EVENT
     message: str | None = None  # the hypervisor's text, for people
-    disk_error: str | None = None  # "unspecified" or "no_space" (virDomainDiskErrorCode)
+    disk_error: DiskError | None = None
     evidence: tuple[Evidence, ...] = ()
     stamp_ns: int | None = None  # the hypervisor's own time of the last of them, where it kept one
 
@@ -255,7 +220,7 @@ class DomainHalted:
 
     domain_uuid: str
     at_ns: int
-    state: str  # libvirt's word: "paused", "pmsuspended", "crashed"
+    state: GuestState  # paused, suspended to memory, or crashed and preserved
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,11 +233,11 @@ class HostKnown:
 
 @dataclass(frozen=True, slots=True)
 class DomainGone:
-    """The guest left this host; `cause` is a resolution cause ("domain_stopped", "migrated", …)."""
+    """The guest left this host."""
 
     domain_uuid: str
     at_ns: int
-    cause: str
+    cause: ResolutionCause
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,7 +307,7 @@ class ErrorFacts:
     reason: str | None  # open: "", "enospc", "message", "eio", …
     path: str | None  # as libvirt gave it: may be a backing file, or empty
     message: str | None
-    disk_error: str | None
+    disk_error: DiskError | None
     occurred_at: datetime
     evidence: tuple[Evidence, ...] = ()
 
@@ -390,9 +355,9 @@ class IoError:
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """Why and when an incident ended; causes: resumed, quiet, device_removed, domain_stopped, migrated, …"""
+    """Why and when an incident ended."""
 
-    cause: str
+    cause: ResolutionCause
     resolved_at: datetime
     duration_seconds: float
 
@@ -441,17 +406,13 @@ class PreviousRun:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Something may be missing between two times, or is known to be missing by number.
-
-    Reasons (open): agent_down, source_lost, spool_full, dead_letter, spool_damaged, spool_unwritable,
-    identity_changed, observations_dropped, operator_dropped.
-    """
+    """Something may be missing between two times, or is known to be missing by number."""
 
     TYPE: ClassVar[str] = "io.virtbus.agent.gap.v1"
 
     host: Host | None
     agent_id: str
-    reason: str
+    reason: GapReason
     detail: str | None
     started_at: datetime | None  # None: unknown
     ended_at: datetime
@@ -493,9 +454,9 @@ class Backlog:
 
 @dataclass(frozen=True, slots=True)
 class SourceHealth:
-    """Whether the source observes: state "connected", "disconnected" or "starting"."""
+    """Whether the source observes."""
 
-    state: str
+    state: SourceState
     since: datetime
 
 
@@ -612,6 +573,7 @@ class Message:
     user_id: str | None  # proven by the broker, or None
     position: str  # where it stood, for logs: "queue#tag" or "topic[partition]@offset"
     handle: object = field(compare=False, repr=False, default=None)
+    attempts: int | None = None  # deliveries of it so far, this one too, where the broker counts them
 
 
 @dataclass(frozen=True, slots=True)

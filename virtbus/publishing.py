@@ -12,7 +12,7 @@ from virtbus.bus import Bus
 from virtbus.control import Taps
 from virtbus.errors import BusDenied, BusUnavailable, SpoolCorrupt, SpoolFull
 from virtbus.model import Confirmed, Deferred, Outcome, Record, Refused, Unroutable
-from virtbus.retry import Backoff
+from virtbus.retry import Attempt, retrying, start_over
 from virtbus.spool import Spool
 from virtbus.telemetry import METRICS, BusLost, EventUnroutable, SpoolUnwritable, Trouble, emit
 
@@ -49,7 +49,6 @@ class Publisher:
         self._spool, self._bus, self._bus_name = spool, bus, bus_name
         self._drain_seconds = drain_seconds
         self._feed = _SpoolFeed(spool, taps, heartbeat, heartbeat_seconds)
-        self._backoff = Backoff("publish")
         self._abort = abort
         self.draining = threading.Event()  # nothing more will be committed
         self._end: float | None = None  # of the drain, monotonic
@@ -57,20 +56,31 @@ class Publisher:
 
     def run(self) -> None:
         """Publish until the drain is over or `abort`. Raises SpoolCorrupt."""
+        attempts = retrying("publish", sleep=self._sleep, stop=self._is_over, fatal=SpoolCorrupt)
         while not self._is_over():
-            try:
-                self._once()
-            except (BusUnavailable, BusDenied) as error:
-                emit(BusLost(self._bus_name, error))
-                self._back_off(error)
-            except SpoolFull as error:
-                emit(SpoolUnwritable(str(self._spool.path), error))
-                self._back_off(error)
-            except SpoolCorrupt:
-                raise
-            except Exception as error:  # noqa: BLE001 - an unknown fault must not end publishing
-                emit(Trouble("publisher thread", error))
-                self._back_off(error)
+            for attempt in attempts:
+                if self._is_over():
+                    return
+                with attempt:
+                    try:
+                        self._once(attempt)
+                    except Exception as error:
+                        self._failed(error)
+                        raise
+
+    def _failed(self, error: Exception) -> None:
+        self.error = str(error)
+        if isinstance(error, SpoolFull):
+            emit(SpoolUnwritable(str(self._spool.path), error))
+        elif not isinstance(error, BusUnavailable | BusDenied | SpoolCorrupt):
+            emit(Trouble("publisher thread", error))  # an unknown fault must not end publishing
+
+    def _sleep(self, seconds: float) -> None:
+        """Between attempts; the beginning of a drain, and its end, end it."""
+        if self._end is None:
+            self.draining.wait(seconds)
+        else:
+            self._abort.wait(max(0.0, min(seconds, self._end - time.monotonic())))
 
     def _is_over(self) -> bool:
         if self._abort.is_set():
@@ -81,8 +91,11 @@ class Publisher:
             self._end = time.monotonic() + self._drain_seconds()
         return time.monotonic() >= self._end or self._spool.stats().pending == 0
 
-    def _once(self) -> None:
-        """Publish all that can be taken, or wait up to a second for something."""
+    def _once(self, attempt: Attempt) -> None:
+        """Publish all that can be taken, or wait up to a second for something.
+
+        Raises what kept events from the broker.
+        """
         wait = min(1.0, self._feed.heartbeat_in())
         # While draining, a set `draining` must not end the wait at once: keys may be parked.
         asleep_until = self._abort if self._end is not None else self.draining
@@ -96,24 +109,19 @@ class Publisher:
                 self._feed.done(record, outcome)
                 if isinstance(outcome, Confirmed):
                     if self.error is not None:
-                        self._backoff.reset()
+                        start_over(attempt)
                         self.error = None
                 elif isinstance(outcome, Deferred):
                     deferred = outcome.error
                 if self._abort.is_set() or (self.draining.is_set() and self._is_over()):
                     break
+        except (BusUnavailable, BusDenied) as error:
+            emit(BusLost(self._bus_name, error))
+            raise
         finally:
             self._feed.give_back()
         if deferred is not None:
-            self._back_off(deferred)
-
-    def _back_off(self, error: Exception) -> None:
-        """Wait before the next attempt; the beginning of a drain, and its end, end the wait."""
-        self.error = str(error)
-        if self._end is None:
-            self._backoff.wait(self.draining, error)
-        else:
-            self._backoff.wait(self._abort, error, limit=self._end - time.monotonic())
+            raise deferred
 
 
 class _SpoolFeed:

@@ -1,8 +1,8 @@
 """Retries: the one place that knows tenacity.
 
-Full jitter (each wait is uniform between 0 and a bound that doubles), a ceiling of 8 s, no attempt
-limit. Waits end at once when `stop` is set: a SIGTERM never waits for a backoff. Hooks get the attempt,
-the wait and the error; never tenacity's own objects, which can print secrets.
+Full jitter (each wait is uniform between 0 and a bound that doubles), a ceiling of 8 s, no attempt limit.
+Waits end at once when they are asked to stop: a SIGTERM never waits for a backoff. Hooks get the attempt, the
+wait and the error; never tenacity's own objects, which can print secrets.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Event as StopEvent
-from typing import TypeVar
 
 import tenacity
 
@@ -21,8 +20,8 @@ from virtbus.telemetry import RetryScheduled, emit
 CEILING_SECONDS = 8.0
 FIRST_BOUND_SECONDS = 0.1
 
-T = TypeVar("T")
 Hook = Callable[[RetryScheduled], None]
+Attempt = tenacity.AttemptManager
 
 _scale = 1.0
 
@@ -38,60 +37,71 @@ def no_waiting() -> Iterator[None]:
         _scale = before
 
 
-def _is_retryable(error: BaseException) -> bool:
-    return isinstance(error, VirtbusError) and error.retryable
+def retrying(
+    stage: str,
+    *,
+    sleep: Callable[[float], None],
+    stop: Callable[[], bool] = lambda: False,
+    fatal: type[Exception] | tuple[type[Exception], ...] = (),
+    ceiling: float = CEILING_SECONDS,
+    hook: Hook = emit,
+) -> tenacity.Retrying:
+    """Attempts until one succeeds: each `attempt` of a `for` loop has the work in `with attempt:`.
+
+    `fatal` is raised at once; once `stop()` says so the loop ends after a failure, and raises nothing.
+    `sleep` waits so many seconds, or less. `hook` is told before each wait; `stage` names its line and
+    metric.
+    """
+    policy = tenacity.wait_random_exponential(multiplier=FIRST_BOUND_SECONDS, max=ceiling)
+
+    def before_sleep(state: tenacity.RetryCallState) -> None:
+        assert state.outcome is not None
+        error = state.outcome.exception() or "no reason"
+        told = error if isinstance(error, Exception) else str(error)
+        hook(RetryScheduled(stage, state.attempt_number, round(state.upcoming_sleep, 3), told))
+
+    return tenacity.Retrying(
+        wait=lambda state: float(policy(state)) * _scale,
+        stop=lambda state: stop(),
+        sleep=sleep,
+        retry=tenacity.retry_if_exception(
+            lambda error: isinstance(error, Exception) and not isinstance(error, fatal)
+        ),
+        before_sleep=before_sleep,
+        retry_error_callback=lambda state: None,
+    )
+
+
+def start_over(attempt: Attempt) -> None:
+    """Part of the work was done: whatever fails next waits as after a first failure."""
+    attempt.retry_state.attempt_number = 1
 
 
 class Backoff:
-    """The waits of one stage. `wait(stop, error)` sleeps the next one; `reset()` after a success."""
+    """The waits of one stage, for a loop that keeps the time itself. `reset()` after a success."""
 
     def __init__(self, stage: str, *, ceiling: float = CEILING_SECONDS, hook: Hook = emit) -> None:
         """`stage` names the line and the metric; `ceiling` bounds a wait in seconds."""
-        self._stage = stage
-        self._hook = hook
-        self._policy = tenacity.wait_random_exponential(multiplier=FIRST_BOUND_SECONDS, max=ceiling)
-        self._attempt = 0
+        self._stage, self._hook = stage, hook
+        self._waits: list[float] = []
+        # It notes the wait that it is told to sleep: whoever called us does that, and may be woken.
+        self._retrying = retrying(stage, sleep=self._waits.append, ceiling=ceiling, hook=lambda event: None)
+        self.reset()
 
     def reset(self) -> None:
         """Begin again with short waits."""
-        self._attempt = 0
+        self._attempts = iter(self._retrying)
+        self._attempt = next(self._attempts)
 
     def next_wait(self) -> float:
-        """Draw the next wait in seconds and count the attempt, without sleeping."""
-        self._attempt += 1
-        state = tenacity.RetryCallState(retry_object=None, fn=None, args=(), kwargs={})  # type: ignore[arg-type]
-        state.attempt_number = self._attempt
-        return float(self._policy(state)) * _scale
+        """The next wait in seconds, without sleeping; the attempt has failed."""
+        self._attempt.retry_state.set_exception((VirtbusError, VirtbusError("failed"), None))
+        self._attempt = next(self._attempts)
+        return self._waits.pop()
 
     def wait(self, stop: StopEvent, error: Exception | str, *, limit: float = math.inf) -> bool:
         """Tell the hook, then sleep the next wait, `limit` seconds at most. False when `stop` ended it."""
+        attempt = self._attempt.retry_state.attempt_number
         seconds = max(0.0, min(limit, self.next_wait()))
-        self._hook(RetryScheduled(self._stage, self._attempt, round(seconds, 3), error))
+        self._hook(RetryScheduled(self._stage, attempt, round(seconds, 3), error))
         return not stop.wait(seconds)
-
-
-def until_done(
-    call: Callable[[], T],
-    *,
-    stage: str,
-    stop: StopEvent,
-    ceiling: float = CEILING_SECONDS,
-    hook: Hook = emit,
-) -> T:
-    """Call until it succeeds; retry errors that are `retryable`, raise all others and the last at `stop`."""
-
-    def before_sleep(state: tenacity.RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome else None
-        wait = state.next_action.sleep if state.next_action else 0.0
-        hook(RetryScheduled(stage, state.attempt_number, round(wait, 3), str(error)))
-
-    wait_policy = tenacity.wait_random_exponential(multiplier=FIRST_BOUND_SECONDS, max=ceiling)
-    retrying = tenacity.Retrying(
-        wait=lambda state: float(wait_policy(state)) * _scale,
-        stop=tenacity.stop_when_event_set(stop),
-        sleep=tenacity.sleep_using_event(stop),
-        retry=tenacity.retry_if_exception(_is_retryable),
-        before_sleep=before_sleep,
-        reraise=True,
-    )
-    return retrying(call)

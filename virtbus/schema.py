@@ -221,6 +221,8 @@ def _expected(keyword: str, facts: Mapping[str, Any]) -> str:
             return f"text that matches {facts.get('pattern')}"
         case "minimum":
             return f"at least {facts.get('limit')}"
+        case "maximum":
+            return f"at most {facts.get('limit')}"
         case "minLength":
             return f"at least {facts.get('limit')} characters"
     return f"what {keyword!r} of the schema allows"

@@ -23,11 +23,10 @@ from threading import Event as StopEvent
 from typing import Any, TypeVar
 
 from virtbus import envelope
-from virtbus.bus import Feed
+from virtbus.bus import Feed, Memory
 from virtbus.errors import BusUnavailable
 from virtbus.faultkit import FakeAmqpConnection, FakeAmqpPeer, Published, Script, TcpFaultProxy, wait_until
 from virtbus.model import (
-    Action,
     Backlog,
     Binding,
     Check,
@@ -50,9 +49,7 @@ from virtbus.model import (
     Observation,
     Occurrences,
     OpenIncidents,
-    Origin,
     Outcome,
-    Phase,
     RawIoError,
     Record,
     Resolution,
@@ -64,6 +61,17 @@ from virtbus.model import (
 )
 from virtbus.retry import no_waiting
 from virtbus.sources import Sink
+from virtbus.words import (
+    ENOSPC,
+    Action,
+    DiskError,
+    GapReason,
+    GuestState,
+    Origin,
+    Phase,
+    ResolutionCause,
+    SourceState,
+)
 
 __all__ = [
     "AGENT_ID",
@@ -124,7 +132,7 @@ def a_host(**overrides: Any) -> Host:
 
 def a_domain(**overrides: Any) -> Domain:
     """The guest "web-1", running."""
-    return _with(Domain(uuid=DOMAIN_UUID, name="web-1", id=1, state="running"), overrides)
+    return _with(Domain(uuid=DOMAIN_UUID, name="web-1", id=1, state=GuestState.RUNNING), overrides)
 
 
 def a_device(**overrides: Any) -> Device:
@@ -148,15 +156,15 @@ def an_io_error(**overrides: Any) -> IoError:
     return _with(
         IoError(
             host=a_host(),
-            domain=a_domain(state="paused"),
+            domain=a_domain(state=GuestState.PAUSED),
             device=a_device(),
             error=ErrorFacts(
                 action=Action.PAUSE,
                 action_code=1,
-                reason="enospc",
+                reason=ENOSPC,
                 path="disk0",
                 message=None,
-                disk_error="no_space",
+                disk_error=DiskError.NO_SPACE,
                 occurred_at=MOMENT,
             ),
             occurrences=Occurrences(count=1, total=1, first=MOMENT, last=MOMENT),
@@ -181,7 +189,7 @@ def a_resolved(**overrides: Any) -> IoErrorResolved:
             incident=Incident(
                 id="019a05f9-4236-7000-8000-000000000001", phase=Phase.RESOLVED, opened_at=MOMENT, pauses=1
             ),
-            resolution=Resolution("resumed", MOMENT + timedelta(seconds=42), 42.0),
+            resolution=Resolution(ResolutionCause.RESUMED, MOMENT + timedelta(seconds=42), 42.0),
         ),
         overrides,
     )
@@ -193,7 +201,7 @@ def a_gap(**overrides: Any) -> Gap:
         Gap(
             host=a_host(),
             agent_id=AGENT_ID,
-            reason="agent_down",
+            reason=GapReason.AGENT_DOWN,
             detail=None,
             started_at=MOMENT - timedelta(minutes=1),
             ended_at=MOMENT,
@@ -213,7 +221,7 @@ def a_heartbeat(**overrides: Any) -> Heartbeat:
             started_at=MOMENT - timedelta(hours=1),
             sent_at=MOMENT,
             interval_seconds=60.0,
-            source=SourceHealth("connected", MOMENT - timedelta(hours=1)),
+            source=SourceHealth(SourceState.CONNECTED, MOMENT - timedelta(hours=1)),
             backlog=Backlog(0, 0, None),
             committed_sequence=7,
             confirmed_sequence=7,
@@ -225,7 +233,7 @@ def a_heartbeat(**overrides: Any) -> Heartbeat:
 
 def a_raw_io_error(**overrides: Any) -> RawIoError:
     """Libvirt's callback as the source hands it over."""
-    made = RawIoError(DOMAIN_UUID, "web-1", 1, "disk0", "virtio-disk0", 1, "enospc", to_ns(MOMENT))
+    made = RawIoError(DOMAIN_UUID, "web-1", 1, "disk0", "virtio-disk0", 1, ENOSPC, to_ns(MOMENT))
     return made._replace(**overrides)
 
 
@@ -485,7 +493,9 @@ class FakeBus:
         """See virtbus.bus.Bus; counts in `ticks`."""
         self.ticks += 1
 
-    def consume(self, group: str | None, *, prefetch: int = 100, exclusive: bool = False) -> FakeSubscription:
+    def consume(
+        self, group: str | None, *, prefetch: int = 100, exclusive: bool = False, memory: Memory | None = None
+    ) -> FakeSubscription:
         """See virtbus.bus.Bus."""
         name = group if group is not None else f"tap-{len(self._groups)}"
         with self._changed:

@@ -13,9 +13,9 @@ import click
 import pytest
 
 from tests.agent.process import AgentProcess, on_a_terminal, virtbus
+from tests.commandline import cli, commands_of
 from tests.faults.spool_kit import io_error, open_spool
 from virtbus import schema
-from virtbus.cli import cli
 from virtbus.commands import spool as spool_commands
 from virtbus.commands.fleet import table
 from virtbus.commands.status import _table
@@ -35,7 +35,7 @@ def everything(command: click.Command = cli, name: str = "virtbus") -> Iterator[
     """(words, command) of every command and group."""
     yield name, command
     if isinstance(command, click.Group):
-        for word, one in command.commands.items():
+        for word, one in commands_of(command).items():
             yield from everything(one, f"{name} {word}")
 
 
@@ -71,7 +71,7 @@ def test_a_help_text_has_examples_that_the_command_line_understands(
 def understood(command: click.Command, words: list[str]) -> None:
     """Raise what click raises for words that it does not take."""
     while isinstance(command, click.Group):
-        command = command.commands[words[0]]
+        command = commands_of(command)[words[0]]
         words = words[1:]
     command.make_context(command.name, words)
 

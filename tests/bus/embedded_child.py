@@ -11,7 +11,6 @@ from pathlib import Path
 from tests.bus.embedded_parts import ListFeed, event_id, make_record
 from virtbus import telemetry
 from virtbus.bus import BusOptions, open_bus
-from virtbus.bus.embedded_log import Log
 from virtbus.errors import VirtbusError
 from virtbus.model import Confirmed
 
@@ -55,13 +54,6 @@ def work(url: str, group: str, output: str) -> None:
             os.write(out, f"{message.key} {number} {os.getpid()}\n".encode())
             time.sleep(0.002)
             subscription.ack(message)
-
-
-def lease(path: str, seconds: str) -> None:
-    """Take one message with a short lease and wait to be stopped."""
-    log = Log(Path(path), lease_seconds=float(seconds))
-    say(str(len(log.take("q", 1))))
-    time.sleep(60)
 
 
 def fill(folder: str) -> None:

@@ -74,6 +74,66 @@ def test_a_body_larger_than_a_frame_arrives_whole() -> None:
     assert peer.published[0].body == body
 
 
+A_RECORD = Record(
+    row=1,
+    epoch="e",
+    seq=1,
+    id="0197a0f0-0000-7000-8000-000000000001",
+    key="dé",
+    attributes={
+        "specversion": "1.0",
+        "id": "0197a0f0-0000-7000-8000-000000000001",
+        "source": "/virtbus/agents/a.b",
+        "type": "io.virtbus.domain.io_error.v1",
+        "partitionkey": "dé",
+        "datacontenttype": "application/json",
+    },
+    body=b'{"n":1}',
+    created_ns=1_767_225_600_000_000_000,
+)
+# class, weight and body size; flags; then each property as AMQP 0-9-1, 4.2.6.1 orders them.
+HEADER = b"".join(
+    (
+        bytes.fromhex("003c 0000 0000000000000007 b0d0"),
+        b"\x10application/json",
+        b"\x00\x00\x00\xcc",
+        b"\x05ce-idS\x00\x00\x00\x240197a0f0-0000-7000-8000-000000000001",
+        b"\x0fce-partitionkeyS\x00\x00\x00\x03d\xc3\xa9",
+        b"\x09ce-sourceS\x00\x00\x00\x13/virtbus/agents/a.b",
+        b"\x0ece-specversionS\x00\x00\x00\x031.0",
+        b"\x07ce-typeS\x00\x00\x00\x1dio.virtbus.domain.io_error.v1",
+        b"\x0ccontent-typeS\x00\x00\x00\x10application/json",
+        b"\x02",
+        b"\x240197a0f0-0000-7000-8000-000000000001",
+        (1_767_225_600).to_bytes(8, "big"),
+        b"\x05guest",
+    )
+)
+
+
+def test_a_record_is_these_bytes_on_the_wire_and_no_others() -> None:
+    """The contract with consumers in any language; checked with kombu 5.7.0 and py-amqp 5.4.2."""
+    with FakeAmqpPeer() as peer, publisher(peer) as bus:
+        assert outcomes_of(bus, [A_RECORD]) == [Confirmed()]
+    (published,) = peer.published
+    assert published.header == HEADER
+    assert published.routing_key == "io_error.a_b.dé"
+    assert published.body == A_RECORD.body
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("subject", "s" * 140_000), ("x" * 300, "1")],
+    ids=["more than a frame", "a name that is too long"],
+)
+def test_what_amqp_can_not_carry_is_refused_and_the_next_goes_on(name: str, value: str) -> None:
+    bad = A_RECORD._replace(attributes={**A_RECORD.attributes, name: value})
+    good = A_RECORD._replace(row=2, id="2", key="other")
+    with FakeAmqpPeer() as peer, publisher(peer) as bus:
+        assert kinds(outcomes_of(bus, [bad, good])) == ["Refused", "Confirmed"]
+    assert [published.connection for published in peer.published] == [1]
+
+
 # ------------------------------------------------------------------------------------- acks
 
 

@@ -83,12 +83,8 @@ class EmbeddedRig:
         return open_bus(f"embedded://{self.folder}/a-file/bus.db", BusOptions())
 
     def dead_letters(self, group: str, count: int) -> Sequence[Message]:
-        bus: Any = self.open()
-        try:
-            found: Sequence[Message] = bus.dead_letters(group)
-        finally:
-            bus.close()
-        return found
+        with self.open().dead_letters(group) as letters:
+            return [letter.message for letter in letters.read()]
 
 
 @dataclass

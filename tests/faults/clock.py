@@ -24,10 +24,11 @@ from virtbus.agent import Agent, AgentOptions
 from virtbus.bus import BusOptions, open_bus
 from virtbus.envelope import uuid7
 from virtbus.incidents import IncidentLimits, Incidents
-from virtbus.model import IoError, Now, Phase, Stamp
+from virtbus.model import IoError, Now, Stamp
 from virtbus.spool import Spool, SpoolLimits
 from virtbus.telemetry import configure
 from virtbus.testing import FakeSource, a_raw_io_error
+from virtbus.words import Phase
 
 AGENT = "11111111-2222-4333-8444-555555555555"
 LIBRARY = "libfaketime.so.1"

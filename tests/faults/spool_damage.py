@@ -16,8 +16,9 @@ from pathlib import Path
 
 from tests.faults.spool_kit import Book, HandClock, crash, gap, gaps_of, io_error, open_spool, resolved
 from virtbus import telemetry
-from virtbus.model import Confirmed, Deferred, Gap, Phase, Refused, to_datetime
+from virtbus.model import Confirmed, Deferred, Gap, Refused, to_datetime
 from virtbus.spool import Spool
+from virtbus.words import Phase
 
 KINDS = ("flip", "flips", "sector", "page", "truncate", "empty", "remove")
 

@@ -10,7 +10,6 @@ from datetime import timedelta
 from pathlib import Path
 
 from virtbus.model import (
-    Action,
     Confirmed,
     Device,
     DeviceSource,
@@ -23,8 +22,6 @@ from virtbus.model import (
     IoErrorResolved,
     Now,
     Occurrences,
-    Origin,
-    Phase,
     Record,
     Resolution,
     ResolvedOccurrences,
@@ -33,6 +30,7 @@ from virtbus.model import (
     to_datetime,
 )
 from virtbus.spool import Spool, SpoolLimits
+from virtbus.words import Action, Origin, Phase
 
 AGENT = "6f2c3a30-9f5e-4c3e-8a40-0c1d2e3f4a5b"
 START_NS = 1_767_225_600_000_000_000  # 2026-01-01

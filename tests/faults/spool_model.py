@@ -19,8 +19,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from tests.faults.spool_kit import Book, HandClock, crash, gap, invalid, io_error, open_spool, resolved
 from virtbus import telemetry
-from virtbus.model import Confirmed, Deferred, Phase, Record, Refused, Unroutable
+from virtbus.model import Confirmed, Deferred, Record, Refused, Unroutable
 from virtbus.spool import SpoolLimits, wishes
+from virtbus.words import Phase
 
 DOMAINS = st.integers(0, 4)
 TALLY = {"runs": 0, "lost": 0, "duplicates": 0}

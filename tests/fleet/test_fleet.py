@@ -10,16 +10,7 @@ import pytest
 
 from virtbus.fleet import Blame, Fleet, FleetRules, StorageRules
 from virtbus.fleet.storage import Sharing, identify
-from virtbus.model import (
-    Action,
-    DeviceSource,
-    Now,
-    OpenIncident,
-    OpenIncidents,
-    Origin,
-    SourceHealth,
-    to_ns,
-)
+from virtbus.model import DeviceSource, Now, OpenIncident, OpenIncidents, SourceHealth, to_ns
 from virtbus.testing import (
     AGENT_ID,
     DOMAIN_UUID,
@@ -32,6 +23,7 @@ from virtbus.testing import (
     a_resolved,
     an_io_error,
 )
+from virtbus.words import Action, Origin
 
 LATER_EPOCH = EPOCH.replace("019a05f9", "019b0000")
 INCIDENT = an_io_error().incident.id

@@ -17,7 +17,6 @@ from typing import Any
 
 from virtbus.fleet import Fleet, FleetRules, FleetView, StorageRules, VerdictRules
 from virtbus.model import (
-    Action,
     Backlog,
     Device,
     DeviceSource,
@@ -35,13 +34,12 @@ from virtbus.model import (
     Occurrences,
     OpenIncident,
     OpenIncidents,
-    Origin,
-    Phase,
     Resolution,
     ResolvedOccurrences,
     SourceHealth,
     to_ns,
 )
+from virtbus.words import Action, Origin, Phase
 
 SCENARIOS = Path(__file__).parent / "scenarios"
 START = datetime(2026, 5, 4, 3, 0, 0, tzinfo=UTC)

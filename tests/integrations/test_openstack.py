@@ -28,6 +28,7 @@ from virtbus.integrations.base import (
 from virtbus.model import Action as Kind
 from virtbus.model import Origin, Owner
 from virtbus.testing import a_domain, a_record, an_io_error
+from virtbus.words import Platform
 
 pytestmark = [
     pytest.mark.timeout(1800),  # the first run installs Nova
@@ -229,7 +230,7 @@ def actions_for(integration, url, event) -> list[Action]:
 
 def test_masakaris_own_schema_accepts_our_notification_and_refuses_more(planes, tmp_path, monkeypatch):
     made = masakari(tmp_path, monkeypatch)
-    owner = Owner("nova", id="1b2c3d4e-0000-4000-8000-000000000001")
+    owner = Owner(Platform.OPENSTACK, id="1b2c3d4e-0000-4000-8000-000000000001")
     (action,) = actions_for(made, f"embedded://{tmp_path}/bus.db", an_io_error(domain=a_domain(owner=owner)))
     assert action.body["payload"]["instance_uuid"] == owner.id
     assert action.body["payload"]["vir_domain_event"] == "IO_ERROR_PAUSE"

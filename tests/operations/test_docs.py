@@ -27,11 +27,11 @@ from confluent_kafka.admin import (
 from tests.agent.process import COMMAND, AgentProcess
 from tests.brokers.rabbitmq import RabbitMQ
 from tests.chart import helm, tools
+from tests.commandline import cli, commands_of
 from tests.kafka.cluster import LIMITED_PASSWORD, LIMITED_USER, SCRAM_PASSWORD, SCRAM_USER, Cluster
 from tests.kafka.help import admin, opened
 from tests.lab.lab import Lab
 from virtbus.bus import BusOptions, open_bus
-from virtbus.cli import cli
 from virtbus.errors import BusDenied
 from virtbus.model import Confirmed, Deferred
 from virtbus.testing import ListFeed, records
@@ -347,8 +347,8 @@ def test_a_virtbus_command_inside_a_sentence_and_its_options_are_there(found: tu
     command: click.Command = cli
     while words and isinstance(command, click.Group) and not words[0].startswith("-"):
         name = words.pop(0).partition("|")[0]
-        assert name in command.commands, f"{command.name} knows no {name}"
-        command = command.commands[name]
+        assert name in commands_of(command), f"{command.name} knows no {name}"
+        command = commands_of(command)[name]
     known = {name for parameter in command.params for name in parameter.opts}
     options = {word.partition("=")[0] for word in words if word.startswith("--")}
     assert options <= known | {"--help"}, f"{command.name} knows no {options - known}"

@@ -7,14 +7,16 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import click.testing
 import pytest
 
 from tests.agent.process import AgentProcess, virtbus
+from tests.commandline import cli, commands_of
 from tests.faults.disks import read_only_files
-from virtbus.cli import cli
+from virtbus.cli import COMMANDS as TABLE
 from virtbus.commands import run
 from virtbus.sdnotify import Systemd
 
@@ -239,7 +241,7 @@ def test_running_as_root_is_warned_of(agent):
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_is_printed_for_each_shell(shell):
-    made = virtbus("completion", shell)
+    made = virtbus(_VIRTBUS_COMPLETE=f"{shell}_source")
     assert made.returncode == 0
     assert "_VIRTBUS_COMPLETE" in made.stdout
 
@@ -250,7 +252,7 @@ def test_completion_knows_the_commands():
 
 
 def test_a_completion_script_is_valid_bash(tmp_path):
-    (tmp_path / "script").write_text(virtbus("completion", "bash").stdout)
+    (tmp_path / "script").write_text(virtbus(_VIRTBUS_COMPLETE="bash_source").stdout)
     assert subprocess.run(["bash", "-n", str(tmp_path / "script")], check=False).returncode == 0
 
 
@@ -263,13 +265,25 @@ def test_status_fits_80_columns(tmp_path):
 
 
 def walk(group, path=()):
-    for name, command in group.commands.items():
+    for name, command in commands_of(group).items():
         yield (*path, name), command
-        if hasattr(command, "commands"):
+        if isinstance(command, click.Group):
             yield from walk(command, (*path, name))
 
 
 COMMANDS = dict(walk(cli))
+
+
+def test_the_list_of_commands_says_what_each_says_of_itself():
+    for name, (_, told) in TABLE.items():
+        assert COMMANDS[(name,)].get_short_help_str(200) == told
+
+
+def test_the_list_of_commands_imports_none_of_them():
+    code = "import sys; from virtbus.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code += "print([name for name in sys.modules if name.startswith('virtbus.commands.')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 @pytest.mark.parametrize("path", COMMANDS, ids=" ".join)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from virtbus.model import Burst, Device, DeviceSource, ErrorPolicy, Evidence, Origin, RawIoError
+from virtbus.model import Burst, Device, DeviceSource, ErrorPolicy, Evidence, RawIoError
 from virtbus.sources.crosscheck import ACTION_UNKNOWN, CrossCheck, Verdict
 from virtbus.sources.link import (
     ACTION_PAUSE,
@@ -22,6 +22,7 @@ from virtbus.sources.link import (
     Space,
 )
 from virtbus.sources.looks import FreeSpace, Look, gather, read_messages
+from virtbus.words import Origin
 
 GRACE = 1.0
 UUID = "4a1e599b-c22b-493a-85b4-40a340b65693"

@@ -19,7 +19,6 @@ from virtbus.model import (
     DomainGone,
     DomainResumed,
     Observation,
-    Origin,
     RawIoError,
     SourceLost,
     SourceReady,
@@ -39,6 +38,7 @@ from virtbus.sources.link import (
     SUSPENDED_PAUSED,
 )
 from virtbus.sources.observer import LOOK_AFTER_SECONDS, Observer
+from virtbus.words import Origin
 
 OPTIONS = SourceOptions(grace_seconds=0.2, lookup_deadline_seconds=0.2)
 

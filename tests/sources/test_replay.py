@@ -26,7 +26,6 @@ from virtbus.model import (
     ErrorPolicy,
     Host,
     Hypervisor,
-    Origin,
     Owner,
     RawIoError,
     SourceReady,
@@ -34,6 +33,7 @@ from virtbus.model import (
 from virtbus.sources import SourceOptions, recording
 from virtbus.sources.replay import FULL_SPEED, ReplaySource
 from virtbus.telemetry import configure
+from virtbus.words import Origin
 
 RECORDINGS = sorted((Path(__file__).parents[1] / "data" / "recordings").glob("*.jsonl"))
 UUID = "4a1e599b-c22b-493a-85b4-40a340b65693"

@@ -28,13 +28,11 @@ from virtbus.model import (
     IoError,
     IoErrorResolved,
     Now,
-    Origin,
-    Phase,
     RawIoError,
-    Scope,
     SourceLost,
     SourceReady,
 )
+from virtbus.words import Origin, Phase, Scope
 
 SECOND = 1_000_000_000
 PAUSE = 1

@@ -7,9 +7,10 @@ import pytest
 
 from virtbus import envelope
 from virtbus.bus import BusOptions, open_bus
-from virtbus.consumer import Consumer, MissingEvents, _SequenceCheck
+from virtbus.consumer import Consumer, MissingEvents
 from virtbus.errors import ConfigError
 from virtbus.model import Confirmed, Gap, PreviousRun, SequenceRange, Stamp
+from virtbus.sequences import SequenceCheck
 
 AGENT = "11111111-2222-4333-8444-555555555555"
 EPOCH = "01890000-0000-7000-8000-000000000001"
@@ -185,7 +186,7 @@ def test_a_hole_that_a_gap_event_names_is_explained(url):
 def test_an_event_that_comes_late_fills_its_hole(url):
     gaps = Gaps(url, window=60)
     assert gaps.after(url, a_record(1), a_record(3), a_record(2)) == []
-    assert gaps.consumer._sequences._epochs[(f"/virtbus/agents/{AGENT}", EPOCH)].holes == {}
+    assert gaps.consumer._sequences._runs[(f"/virtbus/agents/{AGENT}", EPOCH)].holes == {}
     gaps.consumer.close()
 
 
@@ -214,15 +215,15 @@ class Counted(dict):
 
 def test_a_look_for_holes_walks_only_the_epochs_with_holes_and_once_a_second():
     told = []
-    check = _SequenceCheck(60.0, told.append)
-    check._epochs, check._holed = Counted(), Counted()
+    check = SequenceCheck(60.0, told.append)
+    check._runs, check._holed = Counted(), Counted()
     for agent in range(1_000):
         check.saw({"source": str(agent), "epoch": "e", "sequence": "1"}, None, 0.0)
     check.saw({"source": "7", "epoch": "e", "sequence": "3"}, None, 0.0)
     for now in range(600):
         check.tick(now / 10)  # ten messages a second
     assert len(check._holed) == 1
-    assert check._epochs.walked == 0
+    assert check._runs.walked == 0
     assert check._holed.walked == 60
     assert told == []
     check.tick(60.0)

@@ -7,7 +7,6 @@ import pytest
 
 from virtbus.incidents import UNKNOWN_HOST, WHOLE_HOST, IncidentLimits, Incidents
 from virtbus.model import (
-    Action,
     Burst,
     Description,
     Device,
@@ -24,15 +23,13 @@ from virtbus.model import (
     IoError,
     IoErrorResolved,
     Now,
-    Origin,
     Owner,
-    Phase,
     RawIoError,
-    Scope,
     SourceLost,
     SourceReady,
     to_datetime,
 )
+from virtbus.words import Action, Origin, Phase, Platform, Scope
 
 SECOND = 1_000_000_000
 START = 1_795_353_029 * SECOND
@@ -54,7 +51,7 @@ def a_state(uuid="guest-a", state="running", *, paused=False, aliases=frozenset(
 
 def described(uuid):
     return Description(
-        Domain(uuid, f"name of {uuid}", 7, "running", Owner("nova", "owner of " + uuid)),
+        Domain(uuid, f"name of {uuid}", 7, "running", Owner(Platform.OPENSTACK, "owner of " + uuid)),
         {alias: Device(alias, target=f"target of {alias}") for alias in (DISK, OTHER_DISK)},
     )
 
@@ -766,7 +763,7 @@ def test_after_a_gap_we_watch_the_widest_window_before_a_device_counts_as_quiet(
     ("look", "cause"),
     [
         ((a_state("guest-b"),), "domain_stopped"),
-        ((a_state(state="shutoff"),), "domain_stopped"),
+        ((a_state(state="shut off"),), "domain_stopped"),
         ((a_state(aliases=frozenset({OTHER_DISK})),), "device_removed"),
     ],
 )

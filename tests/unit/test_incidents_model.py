@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import HealthCheck, settings
 
 from tests.unit.incidents_machine import IncidentsMachine
-from virtbus.model import Scope
+from virtbus.words import Scope
 
 opened = Counter()
 

@@ -1,12 +1,11 @@
 """Retries: jittered, bounded, and over at once when asked to stop."""
 
 import threading
-import time
 
 import pytest
 
 from virtbus.errors import BusDenied, BusUnavailable
-from virtbus.retry import CEILING_SECONDS, Backoff, no_waiting, until_done
+from virtbus.retry import CEILING_SECONDS, Backoff, no_waiting, retrying, start_over
 
 
 def test_waits_grow_with_full_jitter_up_to_the_ceiling():
@@ -31,34 +30,53 @@ def test_a_reset_begins_again_with_short_waits():
 
 def test_a_stop_ends_a_wait_at_once():
     stop = threading.Event()
-    backoff = Backoff("test", hook=lambda event: None)
+    stop.set()
+    told = []
+    backoff = Backoff("test", hook=told.append)
     for _ in range(10):
-        backoff.next_wait()
-    threading.Timer(0.05, stop.set).start()
-    begun = time.monotonic()
-    while backoff.wait(stop, "still down"):
-        pass
-    assert time.monotonic() - begun < 5
+        assert not backoff.wait(stop, "still down")
+    assert [event.attempt for event in told] == list(range(1, 11))
 
 
-def test_retryable_errors_are_tried_again_and_others_raised_at_once():
+def test_an_error_is_tried_again_until_the_work_is_done():
     told, calls = [], []
-
-    def call():
-        calls.append(1)
-        if len(calls) < 4:
-            raise BusUnavailable("down")
-        return "up"
-
     with no_waiting():
-        assert until_done(call, stage="test", stop=threading.Event(), hook=told.append) == "up"
-    assert [event.attempt for event in told] == [1, 2, 3]
+        for attempt in retrying("test", sleep=lambda seconds: None, hook=told.append):
+            with attempt:
+                calls.append(1)
+                if len(calls) < 4:
+                    raise BusUnavailable("down")
+    assert len(calls) == 4
+    assert [(event.attempt, str(event.error)) for event in told] == [(1, "down"), (2, "down"), (3, "down")]
 
-    def denied():
-        raise BusDenied("wrong password")
 
+def test_a_fatal_error_is_raised_at_once():
     with pytest.raises(BusDenied):
-        until_done(denied, stage="test", stop=threading.Event())
+        for attempt in retrying("test", sleep=lambda seconds: None, fatal=BusDenied):
+            with attempt:
+                raise BusDenied("wrong password")
+
+
+def test_once_it_is_told_to_stop_a_failure_ends_the_loop_without_a_wait():
+    waits, calls = [], []
+    for attempt in retrying(
+        "test", sleep=waits.append, stop=lambda: len(calls) == 3, hook=lambda event: None
+    ):
+        with attempt:
+            calls.append(1)
+            raise BusUnavailable("down")
+    assert (len(calls), len(waits)) == (3, 2)
+
+
+def test_waits_are_short_again_after_a_part_of_the_work_was_done():
+    waits = []
+    for attempt in retrying(
+        "test", sleep=waits.append, stop=lambda: len(waits) == 20, hook=lambda event: None
+    ):
+        with attempt:
+            start_over(attempt)
+            raise BusUnavailable("the rest")
+    assert max(waits) <= 0.1
 
 
 def test_a_thousand_agents_do_not_come_back_as_a_herd():

@@ -32,9 +32,10 @@ from tests.faults.spool_kit import (
     resolved,
 )
 from virtbus.errors import ConfigError, RecordRefused, SpoolBusy, SpoolCorrupt, SpoolFull
-from virtbus.model import Confirmed, Deferred, IoError, Origin, Phase, Refused, SequenceRange, Unroutable
+from virtbus.model import Confirmed, Deferred, IoError, Refused, SequenceRange, Unroutable
 from virtbus.spool import SpoolLimits, faults, files, settling, wishes
 from virtbus.telemetry import METRICS
+from virtbus.words import Origin, Phase
 
 NOBODY = frozenset()
 UPDATED = Phase.UPDATED

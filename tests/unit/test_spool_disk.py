@@ -14,7 +14,8 @@ from tests.faults import disks
 from tests.faults.disks import fill, sh
 from tests.faults.spool_kit import HandClock, gaps_of, io_error, open_spool, records
 from virtbus.errors import SpoolFull
-from virtbus.model import Confirmed, Phase
+from virtbus.model import Confirmed
+from virtbus.words import Phase
 
 NOBODY = frozenset()
 

@@ -6,33 +6,28 @@ Adapters (`amqp`, `kafka`, `embedded`) keep every word of it; tests/contract pro
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.metadata import entry_points
+from datetime import datetime
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 from urllib.parse import SplitResult, urlsplit
 
+from virtbus import plugins
 from virtbus.errors import ConfigError
 from virtbus.model import Check, Message, Outcome, Record
+from virtbus.sequences import MissingEvents
 
 ENTRY_POINT_GROUP = "virtbus.buses"
 
 REASON_HEADER = "x-virtbus-reason"
 """The header of a dead letter that says why it was put aside; at most 1,024 bytes of UTF-8."""
 
-# What ships with virtbus, for a checkout whose package metadata is not installed (or is older).
-_BUILT_IN: Mapping[str, str] = {
-    "amqp": "virtbus.bus.amqp:AmqpBus",
-    "amqps": "virtbus.bus.amqp:AmqpBus",
-    "kafka": "virtbus.bus.kafka:KafkaBus",
-    "kafkas": "virtbus.bus.kafka:KafkaBus",
-    "embedded": "virtbus.bus.embedded:EmbeddedBus",
-}
-_EXTRAS: Mapping[str, str] = {"confluent_kafka": "kafka"}
+CUT_HEADER = "x-virtbus-cut"
+"""The header of a dead letter that says what of it was left out, where it did not fit as it came."""
+
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*\Z")
 _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 
@@ -131,14 +126,76 @@ class Subscription(Protocol):
         """
 
     def dead_letter(self, message: Message, reason: str) -> None:
-        """Put it aside as it came, with the reason in REASON_HEADER, durably; then it is acknowledged.
+        """Put it aside as it came, with the reason in REASON_HEADER, durably; only then acknowledge it.
 
-        Raises BusDenied where that is refused, BusUnavailable when the broker went away in between; the
-        message then comes again. Without a group there is nowhere to put it: it is only logged.
+        Never raises for a broker's fault. What can't be put aside now (the dead-letter queue is gone, full,
+        refused, or the broker blocks publishers) stays unacknowledged and is tried again with backoff, while
+        other messages go on; a lost connection, a kill or `close` in between delivers it again. What does
+        not fit as it came is cut, and CUT_HEADER says what is missing. Without a group there is nowhere to
+        put it: it is only logged.
         """
 
     def close(self) -> None:
         """Leave; what was not acknowledged is delivered again to somebody."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """One message that a group put aside, or that the broker gave up on."""
+
+    position: str  # where it stands, unique among the letters of one look: for logs and for `handle`
+    id: str | None  # the CloudEvent's id, or the message's; None where it has neither
+    source: str | None  # the CloudEvent's source
+    type: str | None  # the CloudEvent's type
+    reason: str  # REASON_HEADER, or the broker's own word ("delivery_limit"), or ""
+    at: datetime | None  # when it was put aside, where that is known
+    size_bytes: int  # of the body
+    message: Message  # as it lies there
+
+
+class DeadLetters(Protocol):
+    """One look at a group's dead letters, oldest first. Not thread-safe; a context manager.
+
+    A letter without a verdict stays where it is, also when the process is killed; looking changes nothing
+    and counts as nothing. Raises BusUnavailable or BusDenied, in each method. A letter that was sent back
+    may be there twice after a kill in between (at least once), never lost.
+    """
+
+    def __enter__(self) -> DeadLetters: ...
+
+    def __exit__(self, *_: object) -> None:
+        """Let go; see `close`."""
+
+    def count(self) -> int:
+        """How many letters wait; 0 where the group has no dead letters (yet)."""
+
+    def read(self, limit: int | None = None) -> Iterator[DeadLetter]:
+        """The oldest `limit` letters that this look has not given out yet; None: all that are there now."""
+
+    def send_back(self, letter: DeadLetter) -> None:
+        """Hand it to its group again, as it came (without our headers), to nobody else; then remove it.
+
+        RecordRefused when it was cut (CUT_HEADER): it is not what came, and stays where it is.
+        """
+
+    def drop(self, letter: DeadLetter) -> None:
+        """Remove it for good."""
+
+    def close(self) -> None:
+        """Let go; idempotent."""
+
+
+class Memory(Protocol):
+    """What a subscription remembers over a restart, and whom it tells of what is lost to the group."""
+
+    def recall(self, name: str) -> str | None:
+        """The note of this name as it was last kept."""
+
+    def keep(self, name: str, value: str) -> None:
+        """Note this; it is on disk with the next marks that are, and with `Consumer.close`."""
+
+    def missing(self, told: MissingEvents, /) -> None:
+        """Events that the group will never get."""
 
 
 class Bus(Protocol):
@@ -163,12 +220,18 @@ class Bus(Protocol):
         found dead is thrown away; the next `publish` connects anew. Without a connection it does nothing.
         """
 
-    def consume(self, group: str | None, *, prefetch: int = 100, exclusive: bool = False) -> Subscription:
+    def consume(
+        self, group: str | None, *, prefetch: int = 100, exclusive: bool = False, memory: Memory | None = None
+    ) -> Subscription:
         """Subscribe: a durable group shared by its members, or (None) all from now on, for this one.
 
         With `exclusive` one member at a time is active: another one stands by until it is gone (AMQP,
-        embedded), or takes over at once and the older one gets BusDenied (Kafka).
+        embedded), or takes over at once and the older one gets GroupTakenOver (Kafka). `memory` belongs to
+        the group on this bus; where the broker can skip events, it is told which.
         """
+
+    def dead_letters(self, group: str) -> DeadLetters:
+        """Look at what the group put aside. Raises BusUnavailable, BusDenied, or ConfigError for the name."""
 
     def probe(self) -> Sequence[Check]:
         """Look at reachability, credentials, TLS and topology; changes nothing."""
@@ -202,13 +265,24 @@ def open_bus(url: str, options: BusOptions | None = None) -> Bus:
     scheme = url.partition(":")[0].strip().lower()
     if ":" not in url or not _SCHEME.match(scheme):
         raise ConfigError(f"the bus URL does not begin with a scheme: use one like {_examples()}")
-    factory = _factory(scheme)
+    point = plugins.find(ENTRY_POINT_GROUP, scheme)
+    if point is None:
+        raise ConfigError(
+            f'no bus serves "{scheme}:" URLs; known are {", ".join(plugins.names(ENTRY_POINT_GROUP))}. '
+            f"Fix bus.url, or install the package whose entry point {ENTRY_POINT_GROUP} names this scheme"
+        )
+    factory: BusFactory = plugins.load(point, f'"{scheme}:"')
     return factory(url, options=options if options is not None else BusOptions())
 
 
-def known_schemes() -> tuple[str, ...]:
-    """The URL schemes that some adapter serves, sorted."""
-    return tuple(sorted({*_BUILT_IN, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))}))
+def bus_name(url: str, options: BusOptions) -> str:
+    """A bus that `open_bus` accepted, by name: without credentials, the same in any order of its hosts."""
+    scheme, _, rest = url.strip().partition(":")
+    authority, slash, path = rest.removeprefix("//").partition("/")
+    hosts = ",".join(sorted(re.split("[,;]", authority.rpartition("@")[2].lower())))
+    kind = scheme.lower().removesuffix("s")
+    within = {"amqp": options.exchange, "kafka": options.topic}.get(kind, str(options.state_dir or ""))
+    return f"{kind}://{hosts}{slash}{path} {within}"
 
 
 def checked_group(group: str | None) -> str | None:
@@ -262,26 +336,3 @@ def is_loopback(host: str) -> bool:
 
 def _examples() -> str:
     return "amqps://user@host/vhost, kafka://host:9092 or embedded:"
-
-
-def _factory(scheme: str) -> BusFactory:
-    """An installed entry point wins over the built-in table, so that a third party can replace one."""
-    for point in entry_points(group=ENTRY_POINT_GROUP, name=scheme):
-        return _load(scheme, point.load)
-    target = _BUILT_IN.get(scheme)
-    if target is None:
-        raise ConfigError(
-            f'no bus serves "{scheme}:" URLs; known are {", ".join(known_schemes())}. '
-            f"Mend bus.url, or install the package whose entry point {ENTRY_POINT_GROUP} names this scheme"
-        )
-    module, _, name = target.partition(":")
-    return _load(scheme, lambda: getattr(import_module(module), name))
-
-
-def _load(scheme: str, load: Callable[[], object]) -> BusFactory:
-    try:
-        return cast(BusFactory, load())
-    except ModuleNotFoundError as error:
-        extra = _EXTRAS.get(error.name or "")
-        remedy = f"pip install 'virtbus[{extra}]'" if extra else "install the package it comes from"
-        raise ConfigError(f'"{scheme}:" needs the Python module {error.name}: {remedy}') from error

@@ -26,14 +26,14 @@ from __future__ import annotations
 import struct
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from amqp import spec
-from amqp.exceptions import AMQPError
+import kombu
+from amqp.exceptions import AMQPError, FrameSyntaxError
 
 from virtbus import envelope
-from virtbus.bus import BusOptions, Feed, Subscription, checked_group
+from virtbus.bus import BusOptions, Feed, Memory, Subscription, checked_group
 from virtbus.bus.amqp_link import (
     LINK_FAULTS,
     Dialer,
@@ -52,6 +52,8 @@ _CONFIRMED = Confirmed()
 _RETURNED = Unroutable()
 _NACKED = Unroutable("the broker nacked it: a queue is full (reject-publish) or failed")
 _UNSENT_LIMIT = 1 << 20  # bytes waiting for the socket before no more is taken
+_UNENCODABLE = (struct.error, ValueError, FrameSyntaxError)  # py-amqp's words for what fits in no field
+_PROPERTY_BYTES = 4096  # more than what a content header holds beside its headers, and their names
 _FIRST_LOOK, _LAST_LOOK = 0.005, 0.1  # seconds between looks at the feed while confirms are awaited
 
 # Reply codes that speak of one record, and what they make of it when it was the only one under way.
@@ -218,7 +220,9 @@ class AmqpBus:
 
     # -- the rest of the contract
 
-    def consume(self, group: str | None, *, prefetch: int = 100, exclusive: bool = False) -> Subscription:
+    def consume(
+        self, group: str | None, *, prefetch: int = 100, exclusive: bool = False, memory: Memory | None = None
+    ) -> Subscription:
         """See virtbus.bus.Bus. Connects at the first `receive`; each group has one active consumer anyway."""
         from virtbus.bus.amqp_consumer import AmqpSubscription
 
@@ -342,7 +346,9 @@ class _Publisher:
         channel.events["basic_ack"].add(self._on_ack)
         channel.events["basic_nack"].add(self._on_nack)
         channel.events["basic_return"].add(self._on_return)
-        self._encode = _Encoder(channel.channel_id, link, options)
+        exchange = kombu.Exchange(options.exchange, type="topic")  # durable, messages are persistent
+        self._producer = kombu.Producer(channel, exchange, auto_declare=False)
+        self._user = {} if link.user is None else {"user_id": link.user}
 
     @property
     def unsent(self) -> int:
@@ -352,16 +358,44 @@ class _Publisher:
     def send(self, record: Record) -> None:
         """Put a record on its way (into the buffer); what can't be encoded is refused. Does no I/O."""
         try:
-            frames = self._encode(record)
+            self._publish(record)
         except RecordRefused as error:
             self.outcomes.append((record, Refused(error)))
             return
-        self._io.write(frames)
-        self._io.bytes_sent += 1
         self._tag += 1
         self.flying[self._tag] = record, time.monotonic()
         self._tags[record.id] = self._tag
         self.busy.add(record.key)
+
+    def _publish(self, record: Record) -> None:
+        """Raises RecordRefused for what no broker could take."""
+        options = self._options
+        wire = envelope.to_amqp(record.attributes, record.body, structured=options.structured)
+        if len(wire.body) > options.max_record_bytes:
+            raise RecordRefused(
+                f"{len(wire.body)} bytes are more than bus.max_record_bytes ({options.max_record_bytes})"
+            )
+        # A broker closes the connection for headers that do not fit into one frame. A character has at most
+        # four bytes: most records are done with the first look.
+        headers, room = wire.headers, self._io.frame_max - _PROPERTY_BYTES
+        if 4 * sum(map(len, headers.values())) > room:
+            size = sum(len(name.encode()) + len(text.encode()) + 6 for name, text in headers.items())
+            if size > room:
+                raise RecordRefused(f"its attributes have {size} bytes: a frame holds {room}")
+        try:
+            self._producer.publish(
+                wire.body,
+                routing_key=envelope.routing_key(record.attributes),
+                content_type=wire.content_type,
+                headers=headers,
+                priority=None,
+                mandatory=True,
+                message_id=record.id,
+                timestamp=record.created_ns // 1_000_000_000,
+                **self._user,
+            )
+        except _UNENCODABLE as error:
+            raise RecordRefused(f"AMQP can't carry it: {error}") from error
 
     def step(self, timeout: float) -> BaseException | None:
         """Write and read for up to `timeout` seconds; the fault when the connection can't be trusted now."""
@@ -441,100 +475,3 @@ class _Publisher:
         if tag is None:
             raise ProtocolViolation("the broker returned a message that is not under way")
         self._returned.add(tag)
-
-
-# ------------------------------------------------------------------------------------- encoding
-
-_METHOD_HEAD = struct.Struct(">BHI")
-_PUBLISH = struct.pack(">HHH", *spec.Basic.Publish, 0)
-_MANDATORY = b"\x01"
-_CONTENT_HEAD = struct.Struct(">HHQH")
-# content-type, headers, delivery-mode, message-id, timestamp (AMQP 0-9-1, 4.2.6.1: from bit 15 down)
-_PROPERTY_FLAGS = 1 << 15 | 1 << 13 | 1 << 12 | 1 << 7 | 1 << 6
-_USER_ID_FLAG = 1 << 4
-_PERSISTENT = b"\x02"
-_END = b"\xce"
-
-
-def _short(text: str) -> bytes:
-    data = text.encode()
-    if len(data) > 255:
-        raise RecordRefused(f'"{text[:40]}…" has {len(data)} bytes: AMQP names hold at most 255')
-    return bytes((len(data),)) + data
-
-
-# Differ in every event: keeping their encoding would only push the others out.
-_UNIQUE = frozenset({"ce-id", "ce-time", "ce-sequence", "ce-recordedtime"})
-_KEPT = 2048  # encoded values a header: subject and partition key of 1,000 domains, twice
-
-
-class _Encoder:
-    """A record as the three kinds of frames of one basic.publish.
-
-    py-amqp's encoder takes most of the time that publishing costs, for what is nearly the same bytes
-    in each event.
-    """
-
-    def __init__(self, channel_id: int, link: Link, options: BusOptions) -> None:
-        self._channel = channel_id
-        self._options = options
-        self._largest = link.connection.frame_max - 8
-        self._exchange = _short(options.exchange)
-        user = link.user
-        self._flags = _PROPERTY_FLAGS | (_USER_ID_FLAG if user is not None else 0)
-        self._user = b"" if user is None else _short(user)
-        # Of each header its name as bytes, and its encoded fields by value where they come again.
-        self._fields: dict[str, tuple[bytes, dict[str, bytes] | None]] = {}
-
-    def _table(self, headers: Mapping[str, str]) -> bytes:
-        """The headers as a field table, without its length; one loop, for it is most of a record's cost."""
-        parts, fields = [], self._fields
-        for name, value in headers.items():
-            found = fields.get(name)
-            if found is None:
-                found = fields[name] = _short(name) + b"S", None if name in _UNIQUE else {}
-            head, known = found
-            field = known.get(value) if known is not None else None
-            if field is None:
-                data = value.encode()
-                field = head + len(data).to_bytes(4, "big") + data
-                if known is not None:
-                    if len(known) >= _KEPT:
-                        known.clear()
-                    known[value] = field
-            parts.append(field)
-        return b"".join(parts)
-
-    def __call__(self, record: Record) -> bytes:
-        """The frames. Raises RecordRefused for what no broker could take."""
-        structured = self._options.structured
-        wire = envelope.to_amqp(record.attributes, record.body, structured=structured)
-        body = wire.body
-        if len(body) > self._options.max_record_bytes:
-            raise RecordRefused(
-                f"{len(body)} bytes are more than bus.max_record_bytes ({self._options.max_record_bytes})"
-            )
-        table = self._table(wire.headers)
-        method = b"".join(
-            (_PUBLISH, self._exchange, _short(envelope.routing_key(record.attributes)), _MANDATORY)
-        )
-        content = b"".join(
-            (
-                _CONTENT_HEAD.pack(spec.Basic.CLASS_ID, 0, len(body), self._flags),
-                _short(wire.content_type),
-                len(table).to_bytes(4, "big"),
-                table,
-                _PERSISTENT,
-                _short(record.id),
-                (record.created_ns // 1_000_000_000).to_bytes(8, "big"),
-                self._user,
-            )
-        )
-        if len(content) > self._largest:
-            raise RecordRefused(f"its attributes have {len(content)} bytes: a frame holds {self._largest}")
-        head, channel = _METHOD_HEAD.pack, self._channel
-        parts = [head(1, channel, len(method)), method, _END, head(2, channel, len(content)), content, _END]
-        for start in range(0, len(body), self._largest):
-            part = body[start : start + self._largest]
-            parts += (head(3, channel, len(part)), part, _END)
-        return b"".join(parts)

@@ -130,6 +130,13 @@ class _Channel(pyamqp.Channel):
         self.send_method(spec.Channel.CloseOk)
         raise error_for_code(reply_code, reply_text, (class_id, method_id), amqp.ChannelError)
 
+    def prepare_message(self, *arguments: Any, **named: Any) -> Any:
+        """Without the content-encoding "binary" that kombu names where there is none."""
+        message = super().prepare_message(*arguments, **named)
+        if message.properties.get("content_encoding") == "binary":
+            del message.properties["content_encoding"]
+        return message
+
     def dispatch_method(self, method_sig: tuple[int, int], payload: bytes, content: Any) -> None:
         """A routing key is the sender's: one that is no text must not end the connection."""
         if method_sig == spec.Basic.Deliver:
@@ -321,6 +328,8 @@ class _Connection(pyamqp.Connection):
         One method and no more: py-amqp registers a consumer's callback only after it has seen the
         broker's consume-ok, and gives back, out of order, what was dispatched before.
         """
+        if timeout == 0:
+            raise TimeoutError  # py-amqp asks so before each publish; `pump` looks, between publishes
         limit = self.limit if timeout is None else min(self.limit, time.monotonic() + timeout)
         while not self.pump(min(1.0, limit - time.monotonic()), one=True):
             if time.monotonic() >= limit:

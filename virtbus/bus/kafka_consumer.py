@@ -24,7 +24,7 @@ from virtbus.bus import REASON_HEADER
 from virtbus.bus.kafka_admin import Admin, make
 from virtbus.bus.kafka_errors import Watch, is_missing, oneline, translate
 from virtbus.bus.kafka_settings import KafkaSettings
-from virtbus.errors import BusDenied, BusUnavailable, RecordRefused, VirtbusError
+from virtbus.errors import BusDenied, BusUnavailable, GroupTakenOver, RecordRefused, VirtbusError
 from virtbus.model import Binding, Message
 from virtbus.telemetry import Notice, Trouble, emit
 
@@ -428,7 +428,7 @@ class KafkaSubscription:
             self._restart()
             raise translate(denied, doing)
         if self._is_ousted():
-            raise BusDenied(f"{doing}: a newer exclusive member of group {self._group} took over")
+            raise GroupTakenOver(f"{doing}: a newer exclusive member of group {self._group} took over")
         if error is not None and error.code() not in (
             KafkaError._PARTITION_EOF,
             KafkaError._MAX_POLL_EXCEEDED,

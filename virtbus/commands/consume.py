@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Sequence
-from typing import TextIO
+from typing import Any, TextIO
+
+import click
 
 from virtbus import envelope
 from virtbus.commands import wiring
+from virtbus.commands.options import (
+    Seconds,
+    bus,
+    common,
+    load,
+    state_dir,
+)
 from virtbus.config import Loaded, bus_url
 from virtbus.consumer import Consumer
 
@@ -55,3 +65,38 @@ def run(
         notices.write(f"virtbus: {seen} of {count} events came in {timeout:g} s\n")
         return EXIT_TOO_FEW
     return 0
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+@click.command("consume")
+@common
+@bus
+@state_dir
+@click.option("--group", metavar="NAME", help="Share the events with the other members of a durable group.")
+@click.option("--count", type=click.IntRange(1), metavar="N", help="End after N events.")
+@click.option("--timeout", type=Seconds(0), metavar="S", help="End after S seconds.")
+@click.option("--type", "types", multiple=True, metavar="TYPE", help="Only these event types (suffices).")
+def command(
+    group: str | None, count: int | None, timeout: float | None, types: tuple[str, ...], **options: Any
+) -> None:
+    """Print events as they come: one CloudEvent in structured JSON a line.
+
+    Every event is validated against its schema; notices go to stderr. Without --group nothing is left
+    behind on the broker when this ends.
+
+    \b
+    Example: virtbus consume --bus amqp://127.0.0.1// --count 1 --timeout 60
+    """
+    sys.exit(
+        run(
+            load(options),
+            group=group,
+            count=count,
+            timeout=timeout,
+            types=types,
+            out=sys.stdout,
+            notices=sys.stderr,
+        )
+    )

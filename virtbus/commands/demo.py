@@ -15,6 +15,11 @@ from pathlib import Path
 from typing import TextIO
 from urllib.parse import quote
 
+import click
+
+from virtbus.commands.options import (
+    FILE,
+)
 from virtbus.commands.terminal import progress
 from virtbus.errors import InputMissing, VirtbusError
 from virtbus.sources import recording
@@ -103,3 +108,27 @@ def _read(consumer: subprocess.Popen[bytes], lines: queue.SimpleQueue[bytes]) ->
     for line in consumer.stdout:
         lines.put(line)
     lines.put(b"")
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+@click.command("demo")
+@click.option("--debug", is_flag=True, help="Tracebacks.")
+@click.option(
+    "--recording",
+    type=FILE,
+    metavar="FILE",
+    help="Recorded callbacks of `virtbus watch --json`; default: the built-in ones.",
+)
+def command(recording: Path | None, debug: bool) -> None:
+    """Replay recorded real I/O errors through the whole pipeline, on the embedded bus.
+
+    Nothing is installed and no broker is needed: a replay source, incidents, spool, embedded bus and a
+    consumer, in a temporary folder. The events carry origin `replay`. In a checkout, `make demo` does
+    the same with a real guest whose disk fails.
+
+    \b
+    Example: virtbus demo --recording recording.jsonl
+    """
+    sys.exit(run(recorded=recording, out=sys.stdout, notices=sys.stderr, debug=debug))

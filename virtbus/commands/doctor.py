@@ -5,12 +5,23 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 import textwrap
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
+
+import click
 
 from virtbus import doctor
 from virtbus.commands import wiring
+from virtbus.commands.options import (
+    Seconds,
+    bus,
+    common,
+    libvirt,
+    load,
+    state_dir,
+)
 from virtbus.config import Config, Loaded, bus_url, exposed_secrets
 from virtbus.errors import ConfigError
 from virtbus.identity import read_agent_id
@@ -100,3 +111,32 @@ def _lines(check: Check, *, terminal: bool, colour: bool) -> str:
     if colour:
         lines[0] = f"\x1b[{code}m{mark}\x1b[0m{lines[0].removeprefix(mark)}"
     return "\n".join(lines) + "\n"
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+@click.command("doctor")
+@common
+@libvirt
+@bus
+@state_dir
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option(
+    "--timeout",
+    type=Seconds(0.1),
+    default=15.0,
+    show_default=True,
+    metavar="S",
+    help="How long one part may take to answer.",
+)
+def command(as_json: bool, timeout: float, **options: Any) -> None:
+    """Look at every part: what is wrong, on what, and what to do.
+
+    libvirt and its events, the broker with credentials, TLS and topology, one confirmed probe event, the
+    spool's disk, the clock, the schemas. Ends with the first failure's exit code.
+
+    \b
+    Example: virtbus doctor --bus amqps://virtbus@broker//
+    """
+    sys.exit(run(load(options), as_json=as_json, timeout=timeout, out=sys.stdout))

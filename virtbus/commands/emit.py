@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping
-from typing import TextIO
+from typing import Any, TextIO
 
+import click
+
+from virtbus.commands.options import (
+    Seconds,
+    common,
+    load,
+    setting,
+)
 from virtbus.commands.status import answers
 from virtbus.config import Config
 from virtbus.control import Drill
@@ -52,3 +61,56 @@ def run(config: Config, request: Mapping[str, object], *, timeout: float, out: T
         f"event {event_id} is in the spool, the broker has not confirmed it after {timeout:g} s; "
         "see `virtbus status` and `virtbus doctor`"
     )
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+@click.command("emit")
+@common
+@setting("control.socket", "--control-socket", metavar="PATH", help="The agent's control socket.")
+@click.option(
+    "--domain-name",
+    default="virtbus-drill",
+    show_default=True,
+    metavar="NAME",
+    help="The guest that the event names.",
+)
+@click.option(
+    "--action",
+    type=click.Choice(["none", "pause", "report"]),
+    default="report",
+    show_default=True,
+    help="What the hypervisor is said to have done.",
+)
+@click.option("--reason", default="drill", show_default=True, metavar="TEXT", help="libvirt's reason.")
+@click.option("--count", type=click.IntRange(1, 1000), default=1, show_default=True, help="Errors in it.")
+@click.option("--resolve", is_flag=True, help="End the drill: its incidents are resolved.")
+@click.option(
+    "--timeout",
+    type=Seconds(0.1),
+    default=10.0,
+    show_default=True,
+    metavar="S",
+    help="How long to wait for the broker's confirmation.",
+)
+def command(
+    timeout: float, domain_name: str, action: str, reason: str, count: int, resolve: bool, **options: Any
+) -> None:
+    """Run an alert drill: an event that says `replay`, through the running agent to the broker.
+
+    It takes the way of a real error: incident, spool, broker. The guest it names does not exist; consumers
+    that act must leave events of origin `replay` alone, and every event of the drill carries it.
+
+    \b
+    Example: virtbus emit --action pause --reason enospc
+             virtbus emit --resolve
+    """
+    request = {
+        "domain_name": domain_name,
+        "action": action,
+        "reason": reason,
+        "count": count,
+        "resolve": resolve,
+    }
+    run(load(options).config, request, timeout=timeout, out=sys.stdout)

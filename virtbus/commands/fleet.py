@@ -5,12 +5,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+import click
+
 from virtbus.commands import wiring
+from virtbus.commands.options import (
+    Seconds,
+    bus,
+    common,
+    load,
+    state_dir,
+)
 from virtbus.commands.react import fleet_rules
 from virtbus.commands.terminal import cut, progress, wrapped
 from virtbus.config import Loaded, bus_url
@@ -189,3 +199,40 @@ def _with_why(line: str, why: str, wide: bool) -> list[str]:
 
 def _fitting(text: str) -> list[str]:
     return wrapped(cut(text, len(text)), indent=4).splitlines()
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+@click.command("fleet")
+@common
+@bus
+@state_dir
+@click.option("--once", is_flag=True, help="Listen for one round of heartbeats, print, and end.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON, a line each second.")
+@click.option(
+    "--write",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Keep FILE up to date instead, as JSON: for a scheduler on this machine.",
+)
+@click.option("--listen", type=Seconds(0), metavar="S", help="End after S seconds.")
+def command(once: bool, as_json: bool, write: Path | None, listen: float | None, **options: Any) -> None:
+    """Show which hosts and storage systems are in trouble, and whose fault it is.
+
+    It knows a host once it has heard its agent: complete after one round of heartbeats (60 s).
+
+    \b
+    Example: virtbus fleet --bus amqp://guest:guest@127.0.0.1// --once --json
+    """
+    sys.exit(
+        run(
+            load(options),
+            once=once,
+            as_json=as_json,
+            write=write,
+            listen=listen,
+            out=sys.stdout,
+            notices=sys.stderr,
+        )
+    )

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+import click
+
+from virtbus import config as settings_of
 from virtbus.commands import wiring
+from virtbus.commands.options import (
+    bus,
+    common,
+    load,
+    state_dir,
+)
 from virtbus.config import Config, Loaded, bus_url
 from virtbus.consumer import Consumer
+from virtbus.errors import ConfigError
 from virtbus.fleet import Fleet, FleetRules, StorageRules, VerdictRules
 from virtbus.fleet.storage import SHARED_PATHS
 from virtbus.integrations.base import Integration, open_integration
@@ -120,3 +131,55 @@ def _on_signals(reactors: Sequence[Reactor]) -> None:
 
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+@click.command("react")
+@common
+@bus
+@state_dir
+@click.option(
+    "--with",
+    "names",
+    required=True,
+    multiple=True,
+    metavar="NAME",
+    help="exec, webhook, kubernetes, nova, masakari, or one that a package adds.",
+)
+@click.option("--group", metavar="GROUP", help="Durable group: GROUP-NAME [default: react-NAME].")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done; takes no event from the group.")
+@click.option("--probe", is_flag=True, help="Only look whether the control plane lets us, and end.")
+@click.option(
+    "--option",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="A setting of [react], e.g. --option 'exec.command=[\"/usr/bin/logger\"]'.",
+)
+def command(
+    names: tuple[str, ...],
+    group: str | None,
+    dry_run: bool,
+    probe: bool,
+    settings: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Tell control planes: run integrations until a signal, each for itself.
+
+    Actions are stored before they are done, limited, and each is a line in the log. Guests are never moved
+    or restarted.
+
+    \b
+    Example: virtbus react --with kubernetes --bus amqps://scheduler@broker//
+    """
+    for text in settings:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise ConfigError(f"--option {text}: write KEY=VALUE")
+        dotted = f"react.{key}"
+        if not settings_of.knows(dotted):
+            dotted = f"react.options.{key}"
+        options[dotted] = settings_of.from_text(dotted, value)
+    sys.exit(run(load(options), names=names, group=group, dry_run=dry_run, probe=probe, out=sys.stdout))

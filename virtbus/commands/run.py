@@ -14,10 +14,22 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import click
 
 from virtbus import telemetry
 from virtbus.agent import Agent, AgentOptions
 from virtbus.commands import wiring
+from virtbus.commands.options import (
+    bus,
+    common,
+    libvirt,
+    load,
+    read,
+    setting,
+    state_dir,
+)
 from virtbus.config import Config, Loaded, bus_url, differences, exposed_secrets, redact_url
 from virtbus.control import ControlSocket, HttpServer
 from virtbus.envelope import uuid7
@@ -203,3 +215,26 @@ class _Signals:
         """The numbers of the signals that came, at most `timeout` seconds from now."""
         readable, _, _ = select.select([self._reader], [], [], timeout)
         return self._reader.recv(64) if readable else b""
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+@click.command("run")
+@common
+@libvirt
+@bus
+@state_dir
+@setting("http.listen", "--http-listen", metavar="HOST:PORT", help="/metrics, /livez, /readyz; '' is off.")
+@setting("control.socket", "--control-socket", metavar="PATH", help="For status and tap; '' is off.")
+@setting("log.format", "--log-format", type=click.Choice(["auto", "text", "json"]), help="Log format.")
+def command(**options: Any) -> None:
+    """Run the agent in the foreground.
+
+    SIGTERM or SIGINT drains (publishes what is there, at most drain_seconds) and ends; a second one
+    ends at once. What no broker has confirmed stays in the spool.
+
+    \b
+    Example: virtbus run --libvirt qemu:///system --bus amqp://127.0.0.1//
+    """
+    run(load(options), again=lambda: read(options))

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TextIO
 
+import click
+
 from virtbus import schema
+from virtbus.commands.options import (
+    FILE,
+)
 from virtbus.errors import InputMissing, SchemaError
 
 
@@ -50,3 +56,93 @@ def check(out: TextIO, *, folder: Path | None = None, released: Path | None = No
         return SchemaError.exit_code
     out.write("every schema is valid, unchanged and readable by consumers of every older minor\n")
     return 0
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+@click.group("schema")
+def command() -> None:
+    """Show, check and hand out the events' JSON schemas.
+
+    \b
+    Example: virtbus schema list
+    """
+
+
+@command.command("list")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def list_command(as_json: bool) -> None:
+    """List the schemas of this release: id, status and how the SHA-256 begins (all of it with --json).
+
+    \b
+    Example: virtbus schema list --json
+    """
+    list_schemas(sys.stdout, as_json=as_json)
+
+
+@command.command("show")
+@click.argument("name", metavar="URN|TYPE")
+def show_command(name: str) -> None:
+    """Print a schema; an event type prints its newest.
+
+    \b
+    Example: virtbus schema show io.virtbus.domain.io_error.v1
+    """
+    show(name, sys.stdout)
+
+
+@command.command("export")
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+def export_command(folder: Path) -> None:
+    """Write all schemas below FOLDER, for other languages and registries.
+
+    \b
+    Example: virtbus schema export schemas
+    """
+    export(folder, sys.stdout)
+
+
+@command.command("check")
+@click.argument("folder", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--released",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="An earlier release's schemas: each of its files must be here, unchanged.",
+)
+def check_command(folder: Path | None, released: Path | None) -> None:
+    """Check FOLDER [default: this release's schemas] for what would break a consumer.
+
+    A released file never changes, and every minor version must be readable by a consumer of every older
+    one. Ends with 0 or 65.
+
+    \b
+    Example: virtbus schema check schemas --released older-schemas
+    """
+    sys.exit(check(sys.stdout, folder=folder, released=released))
+
+
+@command.command("asyncapi")
+def asyncapi_command() -> None:
+    """Print the AsyncAPI 3 document: exchange, topic, keys, headers and payloads.
+
+    \b
+    Example: virtbus schema asyncapi > asyncapi.json
+    """
+    from virtbus.commands import contract
+
+    contract.asyncapi(sys.stdout)
+
+
+@command.command("reference")
+@click.argument("page", required=False, type=FILE)
+def reference_command(page: Path | None) -> None:
+    """Print the tables of all fields; with PAGE renew what stands between its markers.
+
+    \b
+    Example: virtbus schema reference docs/events.md
+    """
+    from virtbus.commands import contract
+
+    contract.reference(sys.stdout, page=page)

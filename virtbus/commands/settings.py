@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
+import click
+
 from virtbus import config
 from virtbus.commands import wiring
+from virtbus.commands.options import (
+    bus,
+    common,
+    libvirt,
+    load,
+    state_dir,
+)
 from virtbus.errors import ConfigError
 
 
@@ -62,3 +72,51 @@ def check(loaded: config.Loaded, out: TextIO) -> None:
     if problems:
         raise ConfigError("\n".join(problems))
     out.write(f"settings are good ({loaded.file or 'no file: defaults, environment and flags'})\n")
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+@click.group("config")
+def command() -> None:
+    """Show and check the settings.
+
+    \b
+    Example: virtbus config check
+    """
+
+
+@command.command("show")
+@common
+@bus
+@libvirt
+@state_dir
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def show_command(as_json: bool, **options: Any) -> None:
+    """Print the effective settings, without secrets, and where each one comes from.
+
+    \b
+    Example: virtbus config show --json
+    """
+    show(load(options), as_json=as_json, out=sys.stdout)
+
+
+@command.command("schema")
+def schema_command() -> None:
+    """Print the settings' JSON schema.
+
+    \b
+    Example: virtbus config schema > virtbus.schema.json
+    """
+    schema(sys.stdout)
+
+
+@command.command("check")
+@common
+def check_command(**options: Any) -> None:
+    """Check the settings without connecting to anything.
+
+    \b
+    Example: virtbus config check --config virtbus.toml
+    """
+    check(load(options), sys.stdout)

@@ -12,6 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import click
+
+from virtbus.commands.options import (
+    common,
+    load,
+    patience,
+    state_dir,
+)
 from virtbus.commands.terminal import cut, progress, rows, wrapped
 from virtbus.errors import AgentUnavailable, InputMissing, SpoolBusy, SpoolCorrupt
 from virtbus.model import to_datetime
@@ -306,3 +314,101 @@ def _await(
                     f"{action}: {left} of {count} events still wait for the agent, which did nothing for "
                     f"{patience:g} s; it does it when it can: see `virtbus status`"
                 )
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+@click.group("spool")
+def command() -> None:
+    """Look into the spool, and let an operator decide what becomes of an event.
+
+    Works beside a running agent, which then does what was asked; an interrupt leaves it to that.
+
+    \b
+    Example: virtbus spool list --dead
+    """
+
+
+@command.command("status")
+@common
+@state_dir
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def status_command(as_json: bool, **options: Any) -> None:
+    """How much waits and since when, who holds the spool, what was set aside.
+
+    \b
+    Example: virtbus spool status --json
+    """
+    status(Path(load(options).config.state_dir), sys.stdout, as_json=as_json)
+
+
+@command.command("list")
+@common
+@state_dir
+@click.option("--dead", is_flag=True, help="The dead letters instead of what waits.")
+@click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="At most so many.")
+@click.option("--json", "as_json", is_flag=True, help="JSON lines.")
+def list_command(dead: bool, limit: int, as_json: bool, **options: Any) -> None:
+    """List what waits, the oldest first.
+
+    \b
+    Example: virtbus spool list --dead
+    """
+    folder = Path(load(options).config.state_dir)
+    list_events(folder, sys.stdout, dead=dead, limit=limit, as_json=as_json)
+
+
+@command.command("show")
+@common
+@state_dir
+@click.argument("event", metavar="ID|NUMBER")
+def show_command(event: str, **options: Any) -> None:
+    """Print one event as it would go out.
+
+    \b
+    Example: virtbus spool show 17
+    """
+    show(Path(load(options).config.state_dir), event, sys.stdout)
+
+
+@command.command("retry")
+@common
+@state_dir
+@click.argument("events", nargs=-1, metavar="[ID|NUMBER]…")
+@patience
+def retry_command(events: tuple[str, ...], patience: float, **options: Any) -> None:
+    """Send refused dead letters again, with the same ids; all of them when none is named.
+
+    \b
+    Example: virtbus spool retry 17 18
+    """
+    retry(Path(load(options).config.state_dir), events, sys.stdout, notices=sys.stderr, patience=patience)
+
+
+@command.command("drop")
+@common
+@state_dir
+@click.argument("events", nargs=-1, metavar="[ID|NUMBER]…")
+@click.option("--dead", is_flag=True, help="Dead letters instead of what waits.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@patience
+def drop_command(events: tuple[str, ...], dead: bool, yes: bool, patience: float, **options: Any) -> None:
+    """Give events up; each is named in a gap event. All of them when none is named.
+
+    \b
+    Example: virtbus spool drop --dead
+    """
+
+    def confirm(question: str) -> bool:
+        return yes or click.confirm(question, err=True)
+
+    drop(
+        Path(load(options).config.state_dir),
+        events,
+        sys.stdout,
+        dead=dead,
+        confirm=confirm,
+        notices=sys.stderr,
+        patience=patience,
+    )

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import click
+
+from virtbus.commands.options import (
+    common,
+    load,
+    setting,
+)
 from virtbus.commands.terminal import rows
 from virtbus.config import Config
 from virtbus.control import ask
@@ -85,3 +93,36 @@ def tap(config: Config, *, stage: str | None, domain: str | None, out: TextIO) -
     ):
         out.write(json.dumps(answer, sort_keys=True) + "\n")
         out.flush()
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+@click.command("status")
+@common
+@setting("control.socket", "--control-socket", metavar="PATH", help="The agent's control socket.")
+@click.option("--json", "as_json", is_flag=True, help="The answer as it comes.")
+@click.option("--watch", "watching", is_flag=True, help="Again every second.")
+def command(as_json: bool, watching: bool, **options: Any) -> None:
+    """Ask the running agent what it is doing and what it holds.
+
+    \b
+    Example: virtbus status --watch
+    """
+    status(load(options).config, as_json=as_json, watching=watching, out=sys.stdout)
+
+
+@click.command("tap")
+@common
+@setting("control.socket", "--control-socket", metavar="PATH", help="The agent's control socket.")
+@click.option("--stage", type=click.Choice(["raw", "incident", "published"]), help="Only this stage.")
+@click.option("--domain", metavar="NAME|UUID", help="Only this domain.")
+def tap_command(stage: str | None, domain: str | None, **options: Any) -> None:
+    """Look at what passes through the running agent, one JSON line an item.
+
+    Bounded and lossy: a reader that lags loses lines (and is told how many); the agent never waits.
+
+    \b
+    Example: virtbus tap --stage incident --domain web-1
+    """
+    tap(load(options).config, stage=stage, domain=domain, out=sys.stdout)

@@ -7,13 +7,19 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+import click
+
+from virtbus.commands.options import (
+    common,
+    load,
+)
 from virtbus.errors import ConfigError
 
 # systemd.exec(5), systemd.service(5). Not set, and why: PrivateUsers= would hide libvirt's group from us;
 # ProcSubset=pid would hide the boot id; PrivateNetwork= would hide the broker.
-_UNIT = """\
+_BY_HAND = """\
 # A system user of its own, whom libvirtd must know, and the broker's URL in a file for root alone:
 #   useradd --system --user-group --no-create-home --shell /usr/sbin/nologin {user}
 #   install -m 0600 /dev/stdin /etc/virtbus/bus-url <<< 'amqps://virtbus:password@broker:5671//'
@@ -21,6 +27,12 @@ _UNIT = """\
 #   systemctl daemon-reload && systemctl enable --now virtbus
 # Without the file: take LoadCredential and the line after it out, and set bus.url in the configuration.
 
+"""
+_CREDENTIAL = """\
+LoadCredential=bus-url:/etc/virtbus/bus-url
+Environment=VIRTBUS_BUS__URL_FILE=%d/bus-url
+"""
+_UNIT = """\
 [Unit]
 Description=virtbus: guest I/O errors as durable events
 Wants=network-online.target
@@ -32,9 +44,7 @@ StartLimitIntervalSec=0
 Type=notify
 ExecStart={command} run
 ExecReload=/bin/kill -HUP $MAINPID
-LoadCredential=bus-url:/etc/virtbus/bus-url
-Environment=VIRTBUS_BUS__URL_FILE=%d/bus-url
-Restart=on-failure
+{credential}Restart=on-failure
 RestartSec=5
 # 78: the settings are wrong. Starting again with the same ones would help nobody.
 RestartPreventExitStatus=78
@@ -88,9 +98,12 @@ WantedBy=multi-user.target
 """
 
 
-def unit(out: TextIO, *, user: str, command: str | None, drain_seconds: float) -> None:
+def unit(
+    out: TextIO, *, user: str, command: str | None, drain_seconds: float, packaged: bool = False
+) -> None:
     """Print the unit; `command` is the program's absolute path, by default that of the one that runs now.
 
+    `packaged`: the unit of a package, which brings the user, and whose broker stands in the configuration.
     Raises ConfigError when that has no absolute path, or for words that systemd would read differently.
     """
     path = command or _this_program()
@@ -99,7 +112,10 @@ def unit(out: TextIO, *, user: str, command: str | None, drain_seconds: float) -
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,30}", user):  # systemd.exec(5), User=
         raise ConfigError(f"{user!r} is no name of a user; name one with --user")
     stop = math.ceil(drain_seconds) + 20
-    out.write(_UNIT.format(user=user, command=path, drain=drain_seconds, stop=stop))
+    credential = "" if packaged else _CREDENTIAL
+    if not packaged:
+        out.write(_BY_HAND.format(user=user))
+    out.write(_UNIT.format(user=user, command=path, drain=drain_seconds, stop=stop, credential=credential))
 
 
 def _this_program() -> str:
@@ -107,3 +123,29 @@ def _this_program() -> str:
     if found.name == "virtbus" and found.exists():
         return str(found.absolute())
     return shutil.which("virtbus") or "/usr/bin/virtbus"
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+@click.group("print")
+def command() -> None:
+    """Print files for the host that virtbus runs on.
+
+    \b
+    Example: virtbus print unit > /etc/systemd/system/virtbus.service
+    """
+
+
+@command.command("unit")
+@common
+@click.option("--user", default="virtbus", show_default=True, help="The user it runs as.")
+@click.option("--command", "program", metavar="PATH", help="The program [default: this one].")
+def unit_command(user: str, program: str | None, **options: Any) -> None:
+    """Print a hardened systemd unit for `virtbus run`; its head says how to install it.
+
+    \b
+    Example: virtbus print unit > /etc/systemd/system/virtbus.service
+    """
+    drain = load(options).config.drain_seconds
+    unit(sys.stdout, user=user, command=program, drain_seconds=drain)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+import click
 import msgspec
 
 from virtbus import schema
@@ -212,3 +213,25 @@ def _as_text(out: TextIO, file: str, line: int, problems: Sequence[Problem]) -> 
 def _as_json(out: TextIO, file: str, line: int, problems: Sequence[Problem]) -> None:
     told = {"file": file, "line": line or None, "problems": [problem._asdict() for problem in problems]}
     out.write(json.dumps(told) + "\n")
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+@click.command("validate")
+@click.argument("files", nargs=-1, required=True, metavar="FILE…|-")
+@click.option(
+    "--schema", "schema_name", metavar="URN|TYPE", help="The input is data of this schema, not whole events."
+)
+@click.option("--format", "fmt", type=click.Choice(["text", "json"]), default="text", help="How to tell.")
+def command(files: tuple[str, ...], schema_name: str | None, fmt: str) -> None:
+    """Check events against their schemas: structured CloudEvents, one document or JSON lines.
+
+    Tells all problems at once, each with its JSON pointer, what was expected and what was found. Ends with
+    0 when all is valid, 65 when something is not (or there was nothing to check), 66 when a file can't be
+    read.
+
+    \b
+    Example: virtbus consume --count 10 | virtbus validate -
+    """
+    sys.exit(run(files, sys.stdout, fmt=fmt, schema_name=schema_name))

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import queue
+import sys
 import time
 from datetime import UTC, datetime
-from typing import TextIO
+from typing import Any, TextIO
 
+import click
+
+from virtbus.commands.options import (
+    Seconds,
+    common,
+    libvirt,
+    load,
+)
 from virtbus.errors import ConfigError, SourceUnavailable, VirtbusError
 from virtbus.log import printable
-from virtbus.model import Action, Description, Domain, Host, RawIoError
+from virtbus.model import Description, Domain, Host, RawIoError
 from virtbus.sources import SourceOptions, domain_xml, recording
 from virtbus.sources.libvirt import LibvirtConnector
 from virtbus.sources.link import STARTED, STATES, Handler, Link
+from virtbus.words import Action, GuestState
 
 _EVENTS = ("defined", "undefined", "started", "suspended", "resumed", "stopped", "shutdown", "pmsuspended")
 _SUSPENDED = ("paused", "migrated", "I/O error", "watchdog", "restored", "from snapshot", "API error")
@@ -85,7 +95,7 @@ class _Watch(Handler):
         except VirtbusError as error:
             self.lines.put(recording.problem_line(str(error)) if self._as_json else printable(str(error)))
             return
-        domain = Domain(uuid, name, xml.id, state, xml.owner)
+        domain = Domain(uuid, name, xml.id, GuestState(state), xml.owner)
         self.say(recording.domain_line(Description(domain, xml.devices)), f"{printable(name)} {uuid} {state}")
 
     def io_error(self, raw: RawIoError) -> None:
@@ -137,3 +147,21 @@ class _Watch(Handler):
 
 def _at(ns: int) -> str:
     return datetime.fromtimestamp(ns // 1000 / 1e6, UTC).isoformat(timespec="milliseconds")
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+@click.command("watch")
+@common
+@libvirt
+@click.option("--json", "as_json", is_flag=True, help="JSON lines; `virtbus` can replay them.")
+@click.option("--timeout", type=Seconds(0), metavar="S", help="End after S seconds.")
+def command(as_json: bool, timeout: float | None, **options: Any) -> None:
+    """Print libvirt's events on the terminal: no broker, no spool.
+
+    \b
+    Example: virtbus watch --libvirt qemu:///system --json > recording.jsonl
+    """
+    uri = load(options).config.libvirt.uri
+    run(uri, as_json=as_json, out=sys.stdout, timeout=timeout)

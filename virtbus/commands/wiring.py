@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
 from pathlib import Path
 
-from virtbus import bus
+from virtbus import bus, plugins
 from virtbus.bus import Bus, BusOptions
 from virtbus.config import Config, bus_url
-from virtbus.errors import ConfigError
 from virtbus.incidents import IncidentLimits
 from virtbus.sources import Source, SourceFactory, SourceOptions
 from virtbus.spool import SpoolLimits
@@ -82,17 +80,11 @@ def open_source(config: Config, *, since_ns: int | None = None) -> Source:
 
     `since_ns` is the agent's last sign of life: what the hypervisor remembers from after it is told.
     """
-    uri = config.libvirt.uri
-    for point in entry_points(group="virtbus.sources", name=uri.partition(":")[0]):
-        factory: SourceFactory = point.load()
-        return factory(uri, options=source_options(config, since_ns))
-    try:
-        from virtbus.sources.libvirt import LibvirtSource
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"{uri} needs the Python module {error.name}: pip install 'virtbus[agent]'"
-        ) from error
-    return LibvirtSource(uri, options=source_options(config, since_ns))
+    uri, group = config.libvirt.uri, "virtbus.sources"
+    point = plugins.find(group, uri.partition(":")[0]) or plugins.find(group, "libvirt")
+    assert point is not None  # the package's own
+    factory: SourceFactory = plugins.load(point, uri)
+    return factory(uri, options=source_options(config, since_ns))
 
 
 def source_options(config: Config, since_ns: int | None = None) -> SourceOptions:

@@ -18,17 +18,8 @@ from cloudevents.core.v1.event import CloudEvent
 from virtbus import schema
 from virtbus.envelope.canonical import MAX_DATA_BYTES, SURROGATES, clean, dump, fit, plain, scrub, timestamp
 from virtbus.errors import SchemaError
-from virtbus.model import (
-    Action,
-    Event,
-    Gap,
-    Heartbeat,
-    IoError,
-    IoErrorResolved,
-    Record,
-    Stamp,
-    to_datetime,
-)
+from virtbus.model import Event, Gap, Heartbeat, IoError, IoErrorResolved, Record, Stamp, to_datetime
+from virtbus.words import Action, Severity
 
 CONTENT_TYPE = "application/json"
 STRUCTURED_CONTENT_TYPE = "application/cloudevents+json"
@@ -40,8 +31,8 @@ ROUTING_WORDS = {
     Gap.TYPE: "gap",
     Heartbeat.TYPE: "heartbeat",
 }
-_SEVERITIES = {Action.PAUSE: ("ERROR", "17"), Action.REPORT: ("WARN", "13")}
-_INFO, _WARN, _DEBUG = ("INFO", "9"), ("WARN", "13"), ("DEBUG", "5")
+_SEVERITIES = {Action.PAUSE: (Severity.ERROR.value, "17"), Action.REPORT: (Severity.WARN.value, "13")}
+_INFO, _WARN, _DEBUG = (Severity.INFO.value, "9"), (Severity.WARN.value, "13"), (Severity.DEBUG.value, "5")
 # CloudEvents attributes of type Integer: numbers in structured JSON, decimal text in headers.
 _INTEGERS = frozenset({"severitynumber"})
 

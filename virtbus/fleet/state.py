@@ -10,19 +10,8 @@ from dataclasses import dataclass, field
 
 from virtbus.fleet.storage import Backend, StorageRules, backend_of
 from virtbus.fleet.verdict import Blame, Trouble, Verdict, VerdictRules, Verdicts, assess
-from virtbus.model import (
-    Action,
-    Device,
-    Event,
-    Heartbeat,
-    Host,
-    IoError,
-    IoErrorResolved,
-    Now,
-    OpenIncident,
-    Origin,
-    to_ns,
-)
+from virtbus.model import Device, Event, Heartbeat, Host, IoError, IoErrorResolved, Now, OpenIncident, to_ns
+from virtbus.words import ENOSPC, Action, DiskError, EvidenceVerdict, GuestState, Origin, SourceState
 
 _SEQUENCE = re.compile("[0-9]{1,18}")
 
@@ -246,7 +235,7 @@ class Fleet:
             return
         if known is None and agent.complete and version <= agent.heartbeat:
             return  # a heartbeat that already speaks for this error does not list it: it is over
-        full = event.error.reason == "enospc" or event.error.disk_error == "no_space"
+        full = event.error.reason == ENOSPC or event.error.disk_error == DiskError.NO_SPACE
         verdicts = {one.verdict for one in event.error.evidence}
         self._keep(
             agent,
@@ -256,10 +245,10 @@ class Fleet:
                 backend=backend,
                 onset=to_ns(event.incident.opened_at) / 1e9,
                 action=event.error.action,
-                paused=event.domain.state == "paused" or event.error.action is Action.PAUSE,
+                paused=event.domain.state == GuestState.PAUSED or event.error.action is Action.PAUSE,
                 flapping=event.incident.flapping,
                 full=full,
-                doubtful="contradicts" in verdicts and "confirms" not in verdicts,
+                doubtful=EvidenceVerdict.CONTRADICTS in verdicts and EvidenceVerdict.CONFIRMS not in verdicts,
                 after_boot=self._after_boot(agent, to_ns(event.incident.opened_at) / 1e9),
                 version=version,
                 total=event.occurrences.total,
@@ -285,7 +274,7 @@ class Fleet:
         agent.heartbeat = version
         agent.interval = event.interval_seconds
         self._interval = max(self._interval, event.interval_seconds)
-        agent.blind = event.source.state != "connected"
+        agent.blind = event.source.state != SourceState.CONNECTED
         agent.complete = event.incidents.total == len(event.incidents.items)
         listed = set()
         for item in event.incidents.items:
@@ -316,9 +305,9 @@ class Fleet:
             action=item.action,
             paused=item.paused,
             flapping=item.flapping,
-            full=item.reason == "enospc" or (known is not None and known.full),
+            full=item.reason == ENOSPC or (known is not None and known.full),
             # A heartbeat carries no evidence: whether space is really short there, it does not tell.
-            doubtful=known.doubtful if known is not None else item.reason == "enospc",
+            doubtful=known.doubtful if known is not None else item.reason == ENOSPC,
             after_boot=known.after_boot if known is not None else self._after_boot(agent, onset),
             version=version,
             total=item.total,

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
-from importlib.metadata import entry_points
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
+from virtbus import plugins
 from virtbus.config import React
 from virtbus.consumer import Delivery
 from virtbus.errors import ConfigError, VirtbusError
@@ -25,15 +24,6 @@ from virtbus.model import Check
 ENTRY_POINT_GROUP = "virtbus.integrations"
 
 HOLD, RELEASE, REPORT, EVENT = "hold", "release", "report", "event"
-
-_BUILT_IN: Mapping[str, str] = {
-    "exec": "virtbus.integrations.hooks:Exec",
-    "kubernetes": "virtbus.integrations.kubernetes:Kubernetes",
-    "masakari": "virtbus.integrations.masakari:Masakari",
-    "nova": "virtbus.integrations.nova:Nova",
-    "webhook": "virtbus.integrations.hooks:Webhook",
-}
-_EXTRAS: Mapping[str, str] = {"openstack": "nova", "kubernetes": "kubernetes"}
 
 
 class TargetUnavailable(VirtbusError):
@@ -98,25 +88,17 @@ Factory = Callable[[React], Integration]
 
 
 def open_integration(name: str, settings: React) -> Integration:
-    """The integration of that name: an entry point of ENTRY_POINT_GROUP, or one of ours.
+    """The integration of that name: an entry point of ENTRY_POINT_GROUP.
 
     Raises ConfigError that names the known ones, or the package that is missing, or the bad setting.
     """
-    for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
-        return _make(name, point.load, settings)
-    target = _BUILT_IN.get(name)
-    if target is None:
-        known = sorted({*_BUILT_IN, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))})
-        raise ConfigError(f'no integration is called "{name}"; known are {", ".join(known)}')
-    module, _, attribute = target.partition(":")
-    return _make(name, lambda: getattr(import_module(module), attribute), settings)
-
-
-def _make(name: str, load: Callable[[], object], settings: React) -> Integration:
+    point = plugins.find(ENTRY_POINT_GROUP, name)
+    if point is None:
+        known = ", ".join(plugins.names(ENTRY_POINT_GROUP))
+        raise ConfigError(f'no integration is called "{name}"; known are {known}')
+    what = f'integration "{name}"'
+    factory: Factory = plugins.load(point, what)
     try:
-        return cast(Factory, load())(settings)
-    except ModuleNotFoundError as error:
-        module = (error.name or "").partition(".")[0]
-        extra = _EXTRAS.get(module)
-        remedy = f"pip install 'virtbus[{extra}]'" if extra else "install the package it comes from"
-        raise ConfigError(f'integration "{name}" needs the Python module {module}: {remedy}') from error
+        return factory(settings)
+    except ModuleNotFoundError as error:  # its client library is imported when it is made
+        raise plugins.missing(error, what) from error

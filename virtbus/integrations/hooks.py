@@ -24,8 +24,9 @@ from virtbus.config import React, read_secret
 from virtbus.consumer import Delivery
 from virtbus.errors import ConfigError
 from virtbus.integrations.base import EVENT, Action, ActionRefused, Integration, TargetUnavailable
-from virtbus.model import Check, Origin
+from virtbus.model import Check
 from virtbus.telemetry import TelemetryEvent, emit
+from virtbus.words import Origin
 
 _TOLD_BYTES = 500  # of a command's or server's answer, in messages
 
@@ -49,7 +50,7 @@ class _Hook(Integration):
         """The event as it came, when its type is asked for and it is no drill (or drills are)."""
         if not delivery.type.endswith(self._types):
             return None
-        if delivery.data.get("origin") == Origin.REPLAY.value and not self._drills:
+        if delivery.data.get("origin") == Origin.REPLAY and not self._drills:
             return None
         body = {"attributes": dict(delivery.attributes), "data": delivery.body.decode("utf-8")}
         return Action(

@@ -17,8 +17,9 @@ from virtbus.config import React
 from virtbus.consumer import Delivery
 from virtbus.integrations.base import EVENT, Action, Integration
 from virtbus.integrations.openstack import call, connect
-from virtbus.model import Action as Kind
-from virtbus.model import Check, IoError, Origin, Phase
+from virtbus.model import Check, IoError
+from virtbus.words import Action as Kind
+from virtbus.words import Origin, Phase, Platform
 
 _EVENTS = {Kind.PAUSE: "IO_ERROR_PAUSE", Kind.REPORT: "IO_ERROR_REPORT", Kind.NONE: "IO_ERROR_NONE"}
 
@@ -44,7 +45,7 @@ class Masakari(Integration):
         if event.error.action is Kind.REPORT and not self._report:
             return None
         owner = event.domain.owner
-        if owner is not None and owner.platform != "nova":
+        if owner is not None and owner.platform != Platform.OPENSTACK:
             return None
         kind = _EVENTS.get(event.error.action)
         if kind is None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from virtbus.model import Description, Device, DeviceSource, Domain
 from virtbus.sources.domain_xml import DomainXml, shown_path
+from virtbus.words import GuestState
 
 GONE_KEPT = 1024  # entries of domains that are gone
 STRANGE_KEPT = 16  # paths of a domain that its XML does not explain
@@ -126,7 +127,7 @@ class Cache:
         with self._lock:
             entry = self._entries.pop(uuid, None)
             if entry is not None:
-                self._gone[uuid] = _described(replace(entry, state="shut off"))
+                self._gone[uuid] = _described(replace(entry, state=GuestState.SHUT_OFF))
                 if len(self._gone) > GONE_KEPT:
                     self._gone.popitem(last=False)
 
@@ -134,5 +135,5 @@ class Cache:
 def _described(entry: Entry) -> Entry:
     if entry.xml is None:
         return entry if entry.description is None else replace(entry, description=None)
-    domain = Domain(entry.uuid, entry.name, entry.number, entry.state, entry.xml.owner)
+    domain = Domain(entry.uuid, entry.name, entry.number, GuestState(entry.state), entry.xml.owner)
     return replace(entry, description=Description(domain, entry.xml.devices))

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
-from virtbus.model import Burst, Device, Origin, RawIoError
+from virtbus.model import Burst, Device, RawIoError
 from virtbus.sources.link import ACTION_PAUSE, ACTION_REPORT, DISK_ERROR_NO_SPACE, DISK_ERRORS
 from virtbus.sources.looks import Look, Message, disk_errors_by_alias, gather, newest_by_alias, newest_message
+from virtbus.words import ENOSPC, DiskError, Origin
 
 ACTION_UNKNOWN = -1  # the guest runs, and the policy does not tell whether it was ever paused
 
@@ -172,7 +173,7 @@ class Case:
         finding = self.synthesised.pop("", None)
         if finding is not None:
             if not raw.reason and wrong.get(alias) == DISK_ERROR_NO_SPACE:
-                raw = raw._replace(reason="enospc")
+                raw = raw._replace(reason=ENOSPC)
             self.synthesised[alias] = Finding(finding.at, raw)
         self.last_ns[alias] = max(self.last_ns.get(alias, 0), raw.observed_at)
         self.unseen.discard("")
@@ -253,7 +254,7 @@ def raw_error(
 ) -> RawIoError:
     """An error that no event told of; `code` is the disk's error (virDomainDiskErrorCode), if known."""
     # libvirt's reason and its "no space" disk error come from the same word of QEMU, "nospace".
-    reason = "enospc" if code == DISK_ERROR_NO_SPACE else ""
+    reason = ENOSPC if code == DISK_ERROR_NO_SPACE else ""
     return RawIoError(*domain, path="", alias=alias, action_code=action, reason=reason, observed_at=ns)
 
 
@@ -282,6 +283,6 @@ def burst_of(
         origin=origin,
         message=kept.text if kept else None,
         stamp_ns=kept.at_ns if kept else None,
-        disk_error=None if code is None else DISK_ERRORS.get(code, f"code {code}"),
+        disk_error=None if code is None else DISK_ERRORS.get(code, DiskError.UNSPECIFIED),
         evidence=evidence,
     )

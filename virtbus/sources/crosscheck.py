@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from virtbus.model import Burst, Device, Evidence, Origin, RawIoError
+from virtbus.model import Burst, Device, Evidence, RawIoError
 from virtbus.sources.cases import (
     ACTION_UNKNOWN,
     Case,
@@ -38,7 +38,8 @@ from virtbus.sources.cases import (
     raw_error,
 )
 from virtbus.sources.link import ACTION_PAUSE, DISK_ERROR_UNSPECIFIED, PAUSED, RUNNING
-from virtbus.sources.looks import CONFIRMS, Look, disk_errors_by_alias, newest_by_alias
+from virtbus.sources.looks import Look, disk_errors_by_alias, newest_by_alias
+from virtbus.words import ENOSPC, EvidenceCheck, EvidenceVerdict, Origin
 
 __all__ = ["ACTION_UNKNOWN", "CrossCheck", "Decision", "Verdict"]
 
@@ -250,7 +251,7 @@ class CrossCheck:
         if case is None:
             return frozenset()
         last = {**case.reports, **case.told}
-        return frozenset(alias for alias, raw in last.items() if raw.reason == "enospc")
+        return frozenset(alias for alias, raw in last.items() if raw.reason == ENOSPC)
 
     def known(self, raw: RawIoError) -> Burst:
         """An event of verdict KNOWN, as it is passed on: its facts, no count."""
@@ -272,7 +273,7 @@ class CrossCheck:
         raw = raw_error((uuid, name, number), alias=alias, code=None, action=ACTION_PAUSE, ns=ns)
         case.synthesised[alias] = Finding(mono, raw)
         case.unseen.add(alias)
-        seen = Evidence("state", CONFIRMS, "listed as paused by an I/O error")
+        seen = Evidence(EvidenceCheck.STATE, EvidenceVerdict.CONFIRMS, "listed as paused by an I/O error")
         return [Burst(raw, 1, ns, ns, Origin.RECONCILE, evidence=(seen,))]
 
     def reconcile(

@@ -19,6 +19,7 @@ from xml.parsers import expat
 from virtbus.config import OwnerRule
 from virtbus.errors import SchemaError
 from virtbus.model import Device, DeviceSource, ErrorPolicy, Owner
+from virtbus.words import Platform
 
 MAX_BYTES = 4 << 20  # libvirt's own limit of a string on the wire (REMOTE_STRING_MAX)
 MAX_DEPTH = 512  # a backing chain nests one level an image, and libvirt allows 200 images
@@ -368,7 +369,7 @@ def _owner(root: Element, uuid: str | None, name: str | None, rules: Sequence[Ow
         for namespace, element in found:
             if namespace == rule.namespace:
                 return Owner(
-                    platform=rule.platform,
+                    platform=Platform(rule.platform),
                     id=_at(element, rule.id),
                     name=_at(element, rule.name),
                     project_id=_at(element, rule.project_id),
@@ -379,7 +380,7 @@ def _owner(root: Element, uuid: str | None, name: str | None, rules: Sequence[Ow
     for namespace, element in found:
         if namespace.startswith(NOVA):
             return Owner(
-                platform="openstack",
+                platform=Platform.OPENSTACK,
                 id=uuid,  # Nova gives the domain the instance's UUID
                 name=_at(element, "name"),
                 project_id=_at(element, "owner/project/@uuid"),
@@ -391,14 +392,14 @@ def _owner(root: Element, uuid: str | None, name: str | None, rules: Sequence[Ow
             # The domain is called <namespace>_<name>; a Kubernetes name holds no underscore.
             project, _, vm = (name or "").partition("_")
             return Owner(
-                platform="kubevirt",
+                platform=Platform.KUBEVIRT,
                 id=_at(element, "uid"),
                 name=vm or None,
                 project_id=project or None,
                 project_name=project or None,
             )
         if namespace.startswith(OVIRT):
-            return Owner(platform="ovirt", id=uuid, name=name)
+            return Owner(platform=Platform.OVIRT, id=uuid, name=name)
     return None
 
 

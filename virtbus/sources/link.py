@@ -11,18 +11,19 @@ from typing import NamedTuple, Protocol
 
 from virtbus.errors import SourceUnavailable
 from virtbus.model import Hypervisor, RawIoError
+from virtbus.words import DiskError, GuestState, ResolutionCause
 
 # virDomainState
 RUNNING, PAUSED, SHUTDOWN, SHUTOFF, CRASHED = 1, 3, 4, 5, 6
 STATES = {
-    0: "no state",
-    1: "running",
-    2: "blocked",
-    3: "paused",
-    4: "shutting down",
-    5: "shut off",
-    6: "crashed",
-    7: "pmsuspended",
+    0: GuestState.NO_STATE,
+    1: GuestState.RUNNING,
+    2: GuestState.BLOCKED,
+    3: GuestState.PAUSED,
+    4: GuestState.SHUTTING_DOWN,
+    5: GuestState.SHUT_OFF,
+    6: GuestState.CRASHED,
+    7: GuestState.PM_SUSPENDED,
 }
 # virDomainPausedReason
 PAUSED_UNKNOWN, PAUSED_IOERROR = 0, 5
@@ -35,9 +36,16 @@ STARTED_WAKEUP = 4
 SUSPENDED_PAUSED, SUSPENDED_IOERROR = 0, 2
 # virDomainEventStoppedDetailType
 STOPPED_MIGRATED = 3
+
+
+def left_by(detail: object) -> ResolutionCause:
+    """Why a guest left the host, by virDomainEventStoppedDetailType."""
+    return ResolutionCause.MIGRATED if detail == STOPPED_MIGRATED else ResolutionCause.DOMAIN_STOPPED
+
+
 # virDomainDiskErrorCode
 DISK_ERROR_UNSPECIFIED, DISK_ERROR_NO_SPACE = 1, 2
-DISK_ERRORS = {DISK_ERROR_UNSPECIFIED: "unspecified", DISK_ERROR_NO_SPACE: "no_space"}
+DISK_ERRORS = {DISK_ERROR_UNSPECIFIED: DiskError.UNSPECIFIED, DISK_ERROR_NO_SPACE: DiskError.NO_SPACE}
 # virDomainEventIOErrorAction
 ACTION_PAUSE, ACTION_REPORT = 1, 2
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from virtbus.model import Device, Evidence, to_ns
+from virtbus.model import MAX_COUNT, Device, Evidence, to_ns
 from virtbus.sources.link import (
     DISK_ERROR_NO_SPACE,
     DISK_ERRORS,
@@ -17,6 +17,9 @@ from virtbus.sources.link import (
     STATES,
     Space,
 )
+from virtbus.words import ENOSPC
+from virtbus.words import EvidenceCheck as Looked
+from virtbus.words import EvidenceVerdict as Says
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +118,6 @@ def newest_by_alias(look: Look, devices: Mapping[str, Device]) -> dict[str, Mess
 
 # ------------------------------------------------------------------------------------------ evidence
 
-CONFIRMS, CONTRADICTS, INCONCLUSIVE, UNAVAILABLE = "confirms", "contradicts", "inconclusive", "unavailable"
 FULL_BELOW_BYTES = 1 << 20  # less than a guest's single write: full for it
 
 
@@ -129,26 +131,35 @@ def gather(
     out = []
     target = None if device is None else device.target
     code = None if look is None or target is None else (look.disk_errors or {}).get(target)
-    claims_no_space = reason == "enospc" or code == DISK_ERROR_NO_SPACE
-    by_pause = INCONCLUSIVE if claims_no_space else CONFIRMS
+    claims_no_space = reason == ENOSPC or code == DISK_ERROR_NO_SPACE
+    by_pause = Says.INCONCLUSIVE if claims_no_space else Says.CONFIRMS
     if lifecycle:
-        out.append(Evidence("lifecycle", by_pause, "the guest was suspended by an I/O error"))
+        out.append(Evidence(Looked.LIFECYCLE, by_pause, "the guest was suspended by an I/O error"))
     if look is None:
-        return (*out, Evidence("state", UNAVAILABLE, "the look-up did not end in time"))
+        return (
+            *out,
+            Evidence(Looked.STATE, Says.UNAVAILABLE, "the look-up did not end in time"),
+        )
     if pause:
-        verdict = by_pause if look.paused_by_io_error else INCONCLUSIVE
-        out.append(Evidence("state", verdict, f"{STATES.get(look.state, look.state)}, reason {look.reason}"))
+        verdict = by_pause if look.paused_by_io_error else Says.INCONCLUSIVE
+        out.append(
+            Evidence(Looked.STATE, verdict, f"{STATES.get(look.state, look.state)}, reason {look.reason}")
+        )
     if look.disk_errors is None:
         if look.state == PAUSED:
-            out.append(Evidence("disk_errors", UNAVAILABLE))
+            out.append(Evidence(Looked.DISK_ERRORS, Says.UNAVAILABLE))
     elif target is not None:
         name = None if code is None else DISK_ERRORS.get(code, f"code {code}")
         agrees = code == DISK_ERROR_NO_SPACE if claims_no_space else code is not None
-        verdict = CONFIRMS if agrees else INCONCLUSIVE
-        out.append(Evidence("disk_errors", verdict, f"{target}: {name or 'none'}"))
+        verdict = Says.CONFIRMS if agrees else Says.INCONCLUSIVE
+        out.append(Evidence(Looked.DISK_ERRORS, verdict, f"{target}: {name or 'none'}"))
     if look.messages is not None and target is not None:
         kept = newest_message(look.messages, target)
-        out.append(Evidence("messages", CONFIRMS if kept else INCONCLUSIVE, kept.text if kept else None))
+        out.append(
+            Evidence(
+                Looked.MESSAGES, Says.CONFIRMS if kept else Says.INCONCLUSIVE, kept.text if kept else None
+            )
+        )
     if claims_no_space and target is not None:
         out += _space_evidence(look, device, target)
     return tuple(out)
@@ -163,31 +174,37 @@ def _space_evidence(look: Look, device: Device | None, target: str) -> list[Evid
     space = look.spaces.get(target)
     source = None if device is None else device.source
     if space is None:
-        out.append(Evidence("block_info", UNAVAILABLE))
+        out.append(Evidence(Looked.BLOCK_INFO, Says.UNAVAILABLE))
     else:
-        verdict, found = INCONCLUSIVE, "says nothing about the space below"
+        verdict, found = Says.INCONCLUSIVE, "says nothing about the space below"
         # Of a raw image the highest byte written says nothing: writing again needs no more space.
         if source is not None and source.type == "block" and source.format not in (None, "raw"):
             left = space.physical - space.allocation
             if space.physical:
-                verdict = CONFIRMS if left < FULL_BELOW_BYTES else INCONCLUSIVE
+                verdict = Says.CONFIRMS if left < FULL_BELOW_BYTES else Says.INCONCLUSIVE
                 found = f"{left} bytes of the block device were never written"
         elif source is not None and source.type == "file" and space.capacity <= space.allocation:
             found = "the image is wholly allocated"
         out.append(
             Evidence(
-                "block_info",
+                Looked.BLOCK_INFO,
                 verdict,
                 found,
-                capacity_bytes=space.capacity,
-                allocation_bytes=space.allocation,
-                physical_bytes=space.physical,
+                capacity_bytes=min(space.capacity, MAX_COUNT),
+                allocation_bytes=min(space.allocation, MAX_COUNT),
+                physical_bytes=min(space.physical, MAX_COUNT),
             )
         )
     free = look.free.get(target)
     if free is None:
-        out.append(Evidence("file_system", UNAVAILABLE, "the image's file system is not visible here"))
+        out.append(
+            Evidence(
+                Looked.FILE_SYSTEM,
+                Says.UNAVAILABLE,
+                "the image's file system is not visible here",
+            )
+        )
     else:
-        verdict = CONFIRMS if free.free_bytes < FULL_BELOW_BYTES else INCONCLUSIVE
-        out.append(Evidence("file_system", verdict, f"{free.free_bytes} bytes free at {free.path}"))
+        verdict = Says.CONFIRMS if free.free_bytes < FULL_BELOW_BYTES else Says.INCONCLUSIVE
+        out.append(Evidence(Looked.FILE_SYSTEM, verdict, f"{free.free_bytes} bytes free at {free.path}"))
     return out

@@ -67,6 +67,7 @@ from virtbus.sources.session import (
     Undecodable,
 )
 from virtbus.telemetry import BlockJobFailed, SourceCutOff, SourceRegistered, Trouble, emit
+from virtbus.words import GuestState
 
 RECONNECT_CEILING_SECONDS = 2.0  # callbacks are back within 5 s after the daemon is
 SNAPSHOT_SECONDS = 3.0  # what the first look could not see by then comes later
@@ -429,7 +430,7 @@ class Observer:
                 continue
             name, state = said
             look = snapshot.looks.get(uuid)
-            still = state == "paused" and look is not None and look.paused_by_io_error
+            still = state == GuestState.PAUSED and look is not None and look.paused_by_io_error
             aliases = self.cache.aliases(uuid) if old is None else old.aliases
             states[uuid] = DomainState(uuid, name, state, still, aliases)
         return SourceReady(

@@ -32,6 +32,7 @@ from virtbus.model import (
     Owner,
     RawIoError,
 )
+from virtbus.words import GuestState
 
 _NAMESPACE = uuid.UUID("6fa459ea-ee8a-3ca4-894e-db77e160355e")  # for recordings without UUIDs
 
@@ -146,7 +147,9 @@ def description_of(record: Mapping[str, Any], name: str) -> Description:
         read = msgspec.convert(record, _DomainRecord)
     except msgspec.ValidationError as error:
         raise SchemaError(f"{name}: domain {record.get('name')!r}: {error}") from error
-    domain = Domain(read.uuid, read.name, read.id, read.state, read.owner)
+    domain = Domain(
+        read.uuid, read.name, read.id, None if read.state is None else GuestState(read.state), read.owner
+    )
     return Description(domain, {d.alias: d for d in read.devices if d.alias is not None})
 
 
@@ -170,5 +173,5 @@ def description_of_scenario(scenario: Mapping[str, Any], name: str) -> Descripti
         ),
         policy=ErrorPolicy(write=scenario.get("error_policy"), read="report"),
     )
-    domain = Domain(domain_uuid({"name": name}), name, 1, "running")
+    domain = Domain(domain_uuid({"name": name}), name, 1, GuestState.RUNNING)
     return Description(domain, {alias: device})

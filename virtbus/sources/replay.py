@@ -27,7 +27,6 @@ from virtbus.model import (
     Host,
     Now,
     Observation,
-    Origin,
     RawIoError,
     SourceReady,
 )
@@ -37,6 +36,7 @@ from virtbus.sources.link import RESUMED, STARTED, STOPPED, SUSPENDED, SUSPENDED
 from virtbus.sources.looks import Look, read_messages
 from virtbus.sources.session import PAUSES, meaning
 from virtbus.telemetry import Notice, emit
+from virtbus.words import Origin
 
 FULL_SPEED = math.inf
 

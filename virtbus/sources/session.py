@@ -30,22 +30,23 @@ from virtbus.sources.link import (
     STARTED,
     STARTED_WAKEUP,
     STOPPED,
-    STOPPED_MIGRATED,
     SUSPENDED,
     SUSPENDED_IOERROR,
     SUSPENDED_PAUSED,
+    left_by,
 )
 from virtbus.sources.looks import Look
+from virtbus.words import GuestState
 
 # virDomainEventType → virDomainState's word
 STATE_AFTER = {
-    STARTED: "running",
-    SUSPENDED: "paused",
-    RESUMED: "running",
-    STOPPED: "shut off",
-    6: "shutting down",
-    PMSUSPENDED_EVENT: "pmsuspended",
-    CRASHED_EVENT: "crashed",
+    STARTED: GuestState.RUNNING,
+    SUSPENDED: GuestState.PAUSED,
+    RESUMED: GuestState.RUNNING,
+    STOPPED: GuestState.SHUT_OFF,
+    6: GuestState.SHUTTING_DOWN,
+    PMSUSPENDED_EVENT: GuestState.PM_SUSPENDED,
+    CRASHED_EVENT: GuestState.CRASHED,
 }
 PAUSES = (SUSPENDED_IOERROR, SUSPENDED_PAUSED)
 
@@ -57,7 +58,7 @@ def meaning(uuid: str, event: int, detail: int, ns: int) -> Observation | None:
     if event in (SUSPENDED, PMSUSPENDED_EVENT, CRASHED_EVENT):
         return DomainHalted(uuid, ns, STATE_AFTER[event])
     if event == STOPPED:
-        return DomainGone(uuid, ns, "migrated" if detail == STOPPED_MIGRATED else "domain_stopped")
+        return DomainGone(uuid, ns, left_by(detail))
     return None
 
 

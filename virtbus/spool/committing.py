@@ -32,6 +32,7 @@ from virtbus.spool.files import insert_sql, sealed
 from virtbus.spool.ledger import merge_ranges
 from virtbus.spool.state import SharedState, whole_events
 from virtbus.telemetry import METRICS, EventDeadLettered, EventsGaveWay, Trouble, emit
+from virtbus.words import GapReason
 
 ALIVE_SECONDS = 10.0
 STEP = 100  # a full spool makes room for a hundredth of its size at once
@@ -131,7 +132,7 @@ class IntakeSide:
                 need -= item.size
                 victims.append(Fallen(item.epoch, item.seq, item.count, item.created_ns))
         self._merge_gaps(draft, need, 2)
-        self._claim_victims(draft, victims, "spool_full")
+        self._claim_victims(draft, victims, GapReason.SPOOL_FULL)
 
     def _expire(self, draft: Draft, born_before: float) -> None:
         victims: list[Fallen] = []
@@ -144,7 +145,7 @@ class IntakeSide:
                         break
                     rows.append(row)
             self._take_victims(draft, rows, len(rows) << 40, victims)
-        self._claim_victims(draft, victims, "spool_expired")
+        self._claim_victims(draft, victims, GapReason.SPOOL_EXPIRED)
 
     def _choose(self, draft: Draft, rank: int, need: int, victims: list[Fallen]) -> int:
         """Hold the oldest rows of a class until `need` bytes are free; what is still needed."""
@@ -173,7 +174,7 @@ class IntakeSide:
                 need -= size
         return need
 
-    def _claim_victims(self, draft: Draft, victims: list[Fallen], reason: str) -> None:
+    def _claim_victims(self, draft: Draft, victims: list[Fallen], reason: GapReason) -> None:
         if not victims:
             return
         draft.gave_way += len(victims)
@@ -216,7 +217,17 @@ class IntakeSide:
                 break
             ranges = wider
             chosen.append(Victim(position, key, size))
-            said.append(Claim("", (), facts.occurrences, facts.started_ns, None, facts.found, facts.previous))
+            said.append(
+                Claim(
+                    GapReason.SPOOL_FULL,
+                    (),
+                    facts.occurrences,
+                    facts.started_ns,
+                    None,
+                    facts.found,
+                    facts.previous,
+                )
+            )
         if len(chosen) < least:
             return need
         with self._state.memory:
@@ -228,7 +239,7 @@ class IntakeSide:
         draft.held += [(each.position, each.key) for each in chosen]
         draft.victims += chosen
         detail = f"{len(chosen)} gap events were merged into this one"
-        draft.claims.append(replace(join(said), reason="spool_full", ranges=ranges, detail=detail))
+        draft.claims.append(replace(join(said), reason=GapReason.SPOOL_FULL, ranges=ranges, detail=detail))
         return need - sum(each.size for each in chosen) + _GAP_RESERVE
 
     def _write(self, draft: Draft, states: Mapping[str, bytes | None]) -> None:

@@ -19,6 +19,7 @@ from virtbus.spool import files
 from virtbus.spool.files import COLUMNS, Damaged, SqlValue
 from virtbus.spool.index import Index
 from virtbus.spool.ledger import CHUNK_BYTES, FULL, Account, mark
+from virtbus.words import GapReason
 
 KEEP_SET_ASIDE = 2  # damaged files that are kept: they hold up to the spool's whole size each
 _MAX_PROBES = 500  # look-ups between two unreadable places
@@ -34,7 +35,7 @@ class Loss:
 
     number: int  # the row in the file
     ranges: tuple[SequenceRange, ...]
-    reason: str  # the gap's reason
+    reason: GapReason
     occurrences: int  # counted errors that went with them
     started_ns: int | None
     detail: str | None
@@ -208,7 +209,7 @@ def _load(connection: sqlite3.Connection) -> Contents:
     for item in _whole_rows(connection, "losses"):
         number, epoch, first, last, reason, occurrences, started_ns, detail, _ = item
         ranges = (SequenceRange(epoch, first, last),)
-        found.losses.append(Loss(number, ranges, reason, occurrences, started_ns, detail))
+        found.losses.append(Loss(number, ranges, GapReason(reason), occurrences, started_ns, detail))
         mark(present.setdefault(epoch, {}), first, last)
     dead = connection.execute("SELECT count(*), total(bytes), max(position) FROM dead").fetchone()
     found.present |= {epoch for (epoch,) in connection.execute("SELECT DISTINCT epoch FROM dead")}

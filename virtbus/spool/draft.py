@@ -16,8 +16,6 @@ from virtbus.model import (
     Host,
     IoError,
     IoErrorResolved,
-    Origin,
-    Phase,
     PreviousRun,
     SequenceRange,
     Stamp,
@@ -29,6 +27,7 @@ from virtbus.spool.contents import GapFacts, Loss
 from virtbus.spool.files import sealed
 from virtbus.spool.ledger import count_events, merge_ranges, subtract_ranges
 from virtbus.telemetry import Trouble, emit
+from virtbus.words import GapReason, Origin, Phase
 
 UPDATED, RESOLVED, OPENED, GAP = range(4)  # classes, in the order in which they give way
 MAX_RANGES = 400  # in one gap event: about 42 KB of JSON, and 64 KiB must hold the whole message
@@ -88,7 +87,7 @@ class New:
 class Claim:
     """Something a gap event has to name."""
 
-    reason: str
+    reason: GapReason
     ranges: tuple[SequenceRange, ...]
     occurrences: int
     started_ns: int | None
@@ -128,7 +127,7 @@ class Draft:
     named_losses: list[int] = field(default_factory=list)
     held: list[tuple[int, str]] = field(default_factory=list)
     dead_dropped: list[tuple[int, int]] = field(default_factory=list)  # (position, bytes)
-    gap_reasons: list[str] = field(default_factory=list)  # of the gap events of the spool's own
+    gap_reasons: list[GapReason] = field(default_factory=list)  # of the gap events of the spool's own
     gave_way: int = 0
     tells_opening: bool = False
 
@@ -204,7 +203,7 @@ class Scribe:
         draft.new.append(item)
         if item.error is not None:
             mine = (SequenceRange(self.epoch, item.seq, item.seq),)
-            claim = Claim("dead_letter", mine, item.count, draft.wall_ns, str(item.error)[:200])
+            claim = Claim(GapReason.DEAD_LETTER, mine, item.count, draft.wall_ns, str(item.error)[:200])
             draft.claims.append(claim)
             if facts is not None:  # what it was going to name is still to be named
                 draft.claims.append(

@@ -17,6 +17,7 @@ from virtbus.spool.contents import Contents, Loss, run_row
 from virtbus.spool.files import Damaged, insert_sql, sealed
 from virtbus.spool.ledger import Account, count_events, merge_ranges
 from virtbus.telemetry import SpoolSetAside, emit
+from virtbus.words import GapReason
 
 _NOT_DAMAGE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY)  # what else fails at the start is damage
 
@@ -159,7 +160,7 @@ def _begin(
         number = max((item.number for item in found.losses), default=0)
         for item in found.holes:
             number += 1
-            loss = Loss(number, (item,), "spool_damaged", 0, None, damage)
+            loss = Loss(number, (item,), GapReason.SPOOL_DAMAGED, 0, None, damage)
             connection.execute(insert_sql("losses"), contents.loss_row(loss))
             found.losses.append(loss)
         for each in stale:
@@ -179,7 +180,9 @@ def _begin(
     lock.sign(None)
     found.accounts[account.epoch] = account
     aside = note.get("set_aside")
-    missing = [item for loss in found.losses if loss.reason == "spool_damaged" for item in loss.ranges]
+    missing = [
+        item for loss in found.losses if loss.reason == GapReason.SPOOL_DAMAGED for item in loss.ranges
+    ]
     opening = Opening(
         previous=previous,
         last_alive_ns=last_alive_ns,

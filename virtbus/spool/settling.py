@@ -24,6 +24,7 @@ from virtbus.spool.files import insert_sql, sealed
 from virtbus.spool.ledger import mark, spans
 from virtbus.spool.state import SharedState, select_events
 from virtbus.telemetry import EventDeadLettered, SpoolStumbled, Trouble, emit
+from virtbus.words import GapReason
 
 MAX_UNSETTLED = 1024  # confirmed in memory and not in the file: so many duplicates at worst after a kill
 SETTLE_PATIENCE_SECONDS = 0.25  # how long settling waits for a commit that hangs on the disk
@@ -264,7 +265,14 @@ class PublisherSide:
             mine = (SequenceRange(record.epoch, record.seq, record.seq),)
             why = _words(error)[:200]
             losses.append(
-                Loss(number + len(losses), mine, "dead_letter", taken.occurrences, record.created_ns, why)
+                Loss(
+                    number + len(losses),
+                    mine,
+                    GapReason.DEAD_LETTER,
+                    taken.occurrences,
+                    record.created_ns,
+                    why,
+                )
             )
             self._bury(record.row, "refused", _words(error), wall_ns)
         for position, _, problem in told.damaged:
@@ -273,7 +281,7 @@ class PublisherSide:
             # What they were is not to be trusted: the ledger tells which sequences are missing now.
             detail = "rows of the spool were not what was written"
             for item in self._holes(db, losses):
-                losses.append(Loss(number + len(losses), (item,), "spool_damaged", 0, None, detail))
+                losses.append(Loss(number + len(losses), (item,), GapReason.SPOOL_DAMAGED, 0, None, detail))
             (stored,) = db.execute("SELECT total(bytes) FROM events").fetchone()
         for loss in losses:
             db.execute(insert_sql("losses"), contents.loss_row(loss))

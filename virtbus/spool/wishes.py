@@ -14,6 +14,7 @@ from virtbus.model import SequenceRange
 from virtbus.spool import contents, files
 from virtbus.spool.contents import GapFacts, Loss
 from virtbus.spool.ledger import CHUNK, Account
+from virtbus.words import GapReason
 
 RETRY, DROP = "retry", "drop"
 
@@ -63,7 +64,7 @@ def grant(
             if event[11] is not None:  # a gap event: what it named is to be named again
                 ranges += GapFacts.parse(event[11]).ranges
             for item in ranges:
-                loss = Loss(next_loss, (item,), "operator_dropped", event[6], wall_ns, None)
+                loss = Loss(next_loss, (item,), GapReason.OPERATOR_DROPPED, event[6], wall_ns, None)
                 db.execute(files.insert_sql("losses"), contents.loss_row(loss))
                 done.losses.append(loss)
                 next_loss += 1

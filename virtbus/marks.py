@@ -1,0 +1,213 @@
+"""What a consumer group remembers over a restart: which events had their effect, and how far it has read.
+
+One SQLite file, one process at a time. Everything in it belongs to a scope, which is a group on a bus: two
+groups that are given the same file never take each other's marks for their own.
+
+    seen      (scope, source, id)                the effect of this event is done
+    run       (scope, source, epoch) → state     the sequence check's baseline (virtbus.sequences)
+    note      (scope, name) → value              a bus's own: how far it read each Kafka partition
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from virtbus.errors import ConfigError, DedupeUnavailable
+
+Mark = tuple[str, str]
+"""(source, id) of an event."""
+
+_FORMAT = 1  # PRAGMA user_version
+_RECENT = 10_000  # marks kept in memory
+_TABLES = """
+CREATE TABLE IF NOT EXISTS scope (number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
+CREATE TABLE IF NOT EXISTS seen (number INTEGER PRIMARY KEY AUTOINCREMENT, scope INTEGER NOT NULL,
+  source TEXT NOT NULL, id TEXT NOT NULL, UNIQUE (scope, source, id));
+CREATE TABLE IF NOT EXISTS run (number INTEGER PRIMARY KEY, scope INTEGER NOT NULL,
+  source TEXT NOT NULL, epoch TEXT NOT NULL, state TEXT NOT NULL, UNIQUE (scope, source, epoch));
+CREATE TABLE IF NOT EXISTS note (scope INTEGER NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL,
+  PRIMARY KEY (scope, name)) WITHOUT ROWID;
+"""
+
+
+class Marks:
+    """The marks of one scope: bounded, the oldest are evicted; on disk when there is a path.
+
+    Guarantee: `write` returns when all that it was given is on disk, or raises and has written none of it.
+    """
+
+    def __init__(self, path: Path | None, scope: str, rows: int) -> None:
+        """`scope` names bus and group, `rows` bounds the marks of the whole file.
+
+        Raises ConfigError when the file can't be used, or another consumer uses it.
+        """
+        self._path, self._rows = path, rows
+        self._recent: OrderedDict[Mark, None] = OrderedDict()
+        self._database: sqlite3.Connection | None = None
+        self._lock = -1
+        self._count = self._scope = 0
+        if path is None:
+            return
+        try:
+            self._lock = _lock(path)
+            self._database = database = sqlite3.connect(
+                path, isolation_level=None, timeout=5.0, check_same_thread=False
+            )
+            path.chmod(0o600)
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = FULL")
+            (version,) = database.execute("PRAGMA user_version").fetchone()
+            (tables,) = database.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+            if version != _FORMAT and tables:
+                raise ConfigError(
+                    f"dedupe file {path} was made by another release; remove it, or name another"
+                )
+            database.executescript(_TABLES)
+            database.execute(f"PRAGMA user_version = {_FORMAT}")
+            database.execute("INSERT OR IGNORE INTO scope (name) VALUES (?)", [scope])
+            (self._scope,) = database.execute("SELECT number FROM scope WHERE name = ?", [scope]).fetchone()
+            (self._count,) = database.execute("SELECT count(*) FROM seen").fetchone()
+        except (sqlite3.Error, OSError) as error:
+            self.close()
+            raise ConfigError(
+                f"dedupe file {path} can't be used: {error}; name a file of this consumer's own, or remove it"
+            ) from error
+        except ConfigError:
+            self.close()
+            raise
+
+    def has(self, mark: Mark) -> bool:
+        """Whether the effect of this event is done."""
+        if mark in self._recent:
+            return True
+        if self._database is None:
+            return False
+        with self._translated():
+            found = self._database.execute(
+                "SELECT 1 FROM seen WHERE scope = ? AND source = ? AND id = ?", (self._scope, *mark)
+            ).fetchone()
+        return found is not None
+
+    def runs(self) -> list[tuple[str, str, str]]:
+        """(source, epoch, state) of each run, as they were first written."""
+        return self._rows_of("SELECT source, epoch, state FROM run WHERE scope = ? ORDER BY number")
+
+    def notes(self) -> dict[str, str]:
+        """What the bus kept, by name."""
+        return dict(self._rows_of("SELECT name, value FROM note WHERE scope = ?"))
+
+    def write(
+        self,
+        marks: Sequence[Mark],
+        runs: Iterable[tuple[str, str, str | None]] = (),
+        notes: Mapping[str, str] | None = None,
+    ) -> None:
+        """Add marks, and set states of runs (None: forget it) and notes; all in one synced transaction."""
+        for mark in marks:
+            self._recent[mark] = None
+        while len(self._recent) > min(self._rows, _RECENT):
+            self._recent.popitem(last=False)
+        if self._database is not None:
+            with self._translated(), _transaction(self._database):
+                count = self._write(self._database, marks, runs, notes or {})
+            self._count = count
+
+    def close(self) -> None:
+        """Let go of the file."""
+        database, self._database = self._database, None
+        if database is not None:
+            with suppress(sqlite3.Error):
+                database.close()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    # ---- within
+
+    def _write(
+        self,
+        database: sqlite3.Connection,
+        marks: Sequence[Mark],
+        runs: Iterable[tuple[str, str, str | None]],
+        notes: Mapping[str, str],
+    ) -> int:
+        """How many marks there are now."""
+        scope = self._scope
+        added = database.executemany(
+            "INSERT OR IGNORE INTO seen (scope, source, id) VALUES (?, ?, ?)",
+            [(scope, *mark) for mark in marks],
+        )
+        count = self._count + max(0, added.rowcount)
+        if count > self._rows:
+            # A tenth at a time, so that the bound costs little.
+            over = count - self._rows + self._rows // 10
+            database.execute(
+                "DELETE FROM seen WHERE number IN (SELECT number FROM seen ORDER BY number LIMIT ?)", [over]
+            )
+            count -= over
+        for source, epoch, state in runs:
+            if state is None:
+                gone = (scope, source, epoch)
+                database.execute("DELETE FROM run WHERE scope = ? AND source = ? AND epoch = ?", gone)
+            else:
+                database.execute(
+                    "INSERT INTO run (scope, source, epoch, state) VALUES (?, ?, ?, ?) "
+                    "ON CONFLICT (scope, source, epoch) DO UPDATE SET state = excluded.state",
+                    (scope, source, epoch, state),
+                )
+        database.executemany(
+            "INSERT OR REPLACE INTO note (scope, name, value) VALUES (?, ?, ?)",
+            [(scope, name, value) for name, value in notes.items()],
+        )
+        return count
+
+    def _rows_of(self, query: str) -> list[tuple[str, ...]]:
+        if self._database is None:
+            return []
+        with self._translated():
+            return self._database.execute(query, [self._scope]).fetchall()
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise DedupeUnavailable(
+                f"dedupe file {self._path} can't be used now: {error}; what is not in it is not acknowledged "
+                "yet: make room on its disk and let no other process use it, then call again"
+            ) from error
+
+
+@contextmanager
+def _transaction(database: sqlite3.Connection) -> Iterator[None]:
+    try:
+        database.execute("BEGIN IMMEDIATE")
+        yield
+        database.execute("COMMIT")
+    except BaseException:
+        if database.in_transaction:  # SQLite ends it by itself after some failures
+            database.execute("ROLLBACK")
+        raise
+
+
+def _lock(path: Path) -> int:
+    """A lock beside the file, for as long as it stays open; ConfigError while another consumer has it."""
+    lock = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(lock, 20, 0).decode(errors="replace").strip()
+        os.close(lock)
+        raise ConfigError(
+            f"dedupe file {path} is in use by process {holder or '(unknown)'}: "
+            "give each consumer a file of its own"
+        ) from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+    return lock
