@@ -185,12 +185,12 @@ class Session:
         """Tell it at once; see Handler."""
         now = self._now()
         shared = self._shared
-        uuid, given = raw.domain_uuid, raw.alias
+        uuid, given, path = raw.domain_uuid, raw.alias, raw.path  # as libvirt names it
         with shared.lock:
             if not self.live:
                 return
-            stale = shared.cache.stale(uuid, given, raw.path)
-            alias = given or shared.cache.resolve(uuid, raw.path)
+            stale = shared.cache.stale(uuid, given, path)
+            alias = given or shared.cache.resolve(uuid, path)
             if alias != given:
                 raw = raw._replace(alias=alias)
                 for burst in shared.check.identified(uuid, alias):
