@@ -153,7 +153,7 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
     flapping: bool = False  # as last told
     stamp_ns: int | None = None  # the hypervisor's own time of its newest error, where it kept one
     removed: bool = False  # its device was unplugged while the guest stood still
-    shown: Device | None = None  # as last told
+    described: bool = False  # its device's description changed since it was last told
     saved_at: float = 0.0
     saved_ns: int = 0
 

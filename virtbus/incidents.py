@@ -310,7 +310,7 @@ class Incidents:
         del self._open[incident.key]
         alias = clean(alias)
         incident.key += alias
-        incident.device = Device(alias)
+        incident.device, incident.described = Device(alias), True
         self._open[incident.key] = incident
 
     def _error_elsewhere(self, burst: Burst, prefix: str, now: Now, describe: Describe) -> list[Event]:
@@ -395,7 +395,7 @@ class Incidents:
     def _says_more(self, incident: IncidentState, facts: Facts, describe: Describe) -> bool:
         """Whether what was found out is worth an update: new facts, or another description than was told."""
         self._describe(incident, describe)
-        return facts.add_to(incident.facts) or incident.device != incident.shown
+        return facts.add_to(incident.facts) or incident.described
 
     def _tell(
         self, incident: IncidentState, now: Now, describe: Describe, *, widen: bool, last: bool = False
@@ -406,7 +406,7 @@ class Incidents:
             self._describe(incident, describe)
             pending = incident.pending.pop(0)
             phase = Phase.UPDATED if incident.messages else Phase.OPENED
-            incident.shown = incident.device
+            incident.described = False
             incident.told += pending.count
             incident.messages += 1
             wait = _MESSAGE_SPACING if incident.messages >= _FREE_MESSAGES else 0.0
@@ -440,6 +440,7 @@ class Incidents:
         elif incident.device.alias is not None:
             device = description.devices.get(incident.device.alias)
             if device is not None:
+                incident.described = incident.described or device != incident.device
                 incident.device, incident.enriched = device, True
 
     # --------------------------------------------------------------------------- pauses and the end
