@@ -39,6 +39,12 @@ class Entry:
         """The devices by alias, as far as they are known."""
         return {} if self.xml is None else self.xml.devices
 
+    def is_new_path(self, alias: str, path: str) -> bool:
+        """Whether a path is of no image that is known of a disk, and was not read about before."""
+        if self.xml is None or not path or not self.xml.images.get(alias):
+            return False
+        return not self.xml.has_image(alias, path) and (alias, path) not in self.strange
+
 
 class Cache:
     """Entries by UUID. One thread writes states, any thread reads and adds descriptions."""
@@ -80,15 +86,15 @@ class Cache:
 
         No event tells of a snapshot. Until the XML is read again only the path is known of the source.
         """
+        old = self._entries.get(uuid)  # without the lock: this is every callback's way
+        if old is None or not old.is_new_path(alias, path):
+            return False
         with self._lock:
             old = self._entries.get(uuid)
-            if old is None or old.xml is None or not path or (alias, path) in old.strange:
-                return False
-            device = old.xml.devices.get(alias)
-            if device is None or not old.xml.images.get(alias) or old.xml.has_image(alias, path):
+            if old is None or old.xml is None or not old.is_new_path(alias, path):
                 return False
             source = DeviceSource("unknown", path=shown_path(path))
-            devices = {**old.xml.devices, alias: replace(device, source=source)}
+            devices = {**old.xml.devices, alias: replace(old.xml.devices[alias], source=source)}
             strange = frozenset([*old.strange, (alias, path)][-STRANGE_KEPT:])
             xml = replace(old.xml, devices=devices)
             self._entries[uuid] = _described(replace(old, xml=xml, strange=strange))
