@@ -11,7 +11,7 @@ from typing import Any, TextIO
 import click
 
 from virtbus import config
-from virtbus.commands import wiring
+from virtbus.commands import sample, wiring
 from virtbus.commands.options import (
     bus,
     common,
@@ -109,6 +109,26 @@ def schema_command() -> None:
     Example: virtbus config schema > virtbus.schema.json
     """
     schema(sys.stdout)
+
+
+@command.command("sample")
+def sample_command() -> None:
+    """Print a configuration file with every setting, commented out, and its default.
+
+    \b
+    Example: virtbus config sample > /etc/virtbus/virtbus.toml
+    """
+    print("\n".join(sample.sample()))
+
+
+@command.command("reference")
+def reference_command() -> None:
+    """Print the reference page of all settings, in Markdown.
+
+    \b
+    Example: virtbus config reference > docs/configuration.md
+    """
+    print("\n".join(sample.reference()))
 
 
 @command.command("check")
