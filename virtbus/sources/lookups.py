@@ -107,20 +107,25 @@ class Lookups:
 
         Returns when to check again (monotonic), or None.
         """
+        running = self._current.running
+        due = self._questions.next_due()
+        if not running and due is None:
+            return None  # without the lock: the observer asks after each note
         with self._lock:
             now = self._clock()
-            running = self._current.running
             for uuid, began in running.items():
                 if now - began >= self._deadline and uuid not in self._late:
                     self._late.add(uuid)
                     emit(LookupFinished("late", uuid))
             hanging = sum(1 for began in running.values() if now - began >= self._deadline)
-            if hanging >= self._limit and not any(old.running for old in self._abandoned):
+            replaced = hanging >= self._limit and not any(old.running for old in self._abandoned)
+            if replaced:
                 self._abandon()
                 emit(LookupsReplaced(hanging))
-            self._dispatch()
+            if replaced or (due is not None and due <= now):
+                self._dispatch()
+                due = self._questions.next_due()
             moments = [b + self._deadline for b in running.values() if now - b < self._deadline]
-            due = self._questions.next_due()
             return min(moments if due is None or self._paused else [*moments, due], default=None)
 
     @property
