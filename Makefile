@@ -13,14 +13,14 @@ PYTEST_ARGS ?=
 # Tests at a time: most of them wait for a daemon. Each file stays on one worker, with its fixtures.
 WORKERS ?= 2
 
-.PHONY: dist help setup demo test check audit faults matrix soak bench chart pictures sbom clean packages
+.PHONY: dist help setup demo test check audit faults matrix brokers soak bench chart pictures sbom clean packages
 
 help:
 	@echo "make demo    a real guest's disk fails, and the error comes out as a CloudEvent"
 	@echo "make test    all tests, with real QEMU guests and a real RabbitMQ (TESTS=…, PYTEST_ARGS=…)"
 	@echo "make check   ruff, mypy --strict, import-linter, the schemas' compatibility"
 	@echo "make setup   system packages and .venv, as make test needs them"
-	@echo "make faults | matrix | soak | bench | chart   one family of tests alone"
+	@echo "make faults | matrix | brokers | soak | bench | chart   one family of tests alone"
 	@echo "make pictures   docs/fleet.svg and docs/dashboard.svg, from a run of eight minutes"
 	@echo "make audit   known vulnerabilities of the dependencies (asks the network)"
 	@echo "make sbom    a bill of materials of the installed package (CycloneDX)"
@@ -88,6 +88,12 @@ bench: setup
 matrix: setup
 	@tests/install-packages matrix
 	$(PYTEST) $(PYTEST_ARGS) tests/lab/matrix.py tests/lab/matrix_changes.py
+
+# The tests of buses and consumers on each release of RabbitMQ and Kafka that is supported, with a table at the
+# end. BROKERS names some of them, such as rabbitmq-forky or kafka-4.4.0.
+brokers: setup
+	@tests/install-packages matrix
+	$(BIN)/python -m tests.brokers $(BROKERS)
 
 # An hour under load and faults, then ten minutes of fuzzing: VIRTBUS_SOAK_SECONDS, VIRTBUS_FUZZ_SECONDS.
 soak: setup

@@ -11,8 +11,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from virtbus.bus import BusOptions
-    from virtbus.consumer import Consumer, Delivery, MissingEvents
+    from virtbus.consumer import Consumer, Delivery
     from virtbus.model import Event, Gap, Heartbeat, IoError, IoErrorResolved
+    from virtbus.sequences import MissingEvents
 
 # Loaded at first use: `virtbus --help` needs none of it.
 _HOMES = {
@@ -24,7 +25,7 @@ _HOMES = {
     "Heartbeat": "virtbus.model",
     "IoError": "virtbus.model",
     "IoErrorResolved": "virtbus.model",
-    "MissingEvents": "virtbus.consumer",
+    "MissingEvents": "virtbus.sequences",
 }
 
 __all__ = [

@@ -20,7 +20,7 @@ from functools import partial
 from virtbus import __version__, envelope
 from virtbus.bus import Bus
 from virtbus.control import Drill, Taps
-from virtbus.errors import SpoolCorrupt, SpoolFull, VirtbusError
+from virtbus.errors import AgentBroken, RestartNeeded, SpoolFull, VirtbusError
 from virtbus.incidents import Incidents
 from virtbus.intake import IntakeQueue, aggregate, callbacks_in
 from virtbus.model import (
@@ -45,11 +45,13 @@ from virtbus.model import (
     SourceHealth,
     SourceLost,
     SourceReady,
+    SourceSeen,
     Stamp,
     to_datetime,
 )
 from virtbus.publishing import Publisher
 from virtbus.retry import Backoff
+from virtbus.seen import STANDSTILL_SECONDS, Blind, Moment, SeenThrough, earliest, stalled_words
 from virtbus.sources import Source
 from virtbus.spool import Spool
 from virtbus.telemetry import (
@@ -59,6 +61,7 @@ from virtbus.telemetry import (
     DrillAsked,
     SpoolUnwritable,
     SpoolWritable,
+    ThreadDied,
     Trouble,
     emit,
 )
@@ -69,6 +72,7 @@ ALIVE_SECONDS = 5.0  # between two signs of life in the spool (the promise is 10
 # How long a storm is let gather after errors that were only counted: so, many share one sync of the disk, and
 # news among them waits no longer than this.
 GATHER_SECONDS = 0.02
+UNREAD_SECONDS = 10.0  # between two gap events about callbacks that nobody could read
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,9 @@ class Agent:
         clock: Callable[[], Now] | None = None,
         taps: Taps | None = None,
         bus_name: str = "bus",
+        identify: Callable[[Host], str | None] = lambda host: None,
     ) -> None:
+        """`identify` takes the host that libvirt names → a new agent id when the present one is another's."""
         self.source, self.bus, self.spool, self.incidents = source, bus, spool, incidents
         self.agent_id = agent_id
         self.options = options
@@ -104,17 +110,21 @@ class Agent:
         self.queue = IntakeQueue()
         self._clock = clock or Clock()
         self._previous_agent_id = previous_agent_id
+        self._identify = identify
         self._bus_name = bus_name
         self._stop = threading.Event()  # stop observing
         self._abort = threading.Event()  # stop at once
-        self._stopped_ns: int | None = None  # when observing ended
+        self._stopped: Now | None = None  # when observing ended
         self._first_commit = threading.Event()
         self._threads: dict[str, threading.Thread] = {}
         self._failure: VirtbusError | None = None
-        self._source_lost: SourceLost | None = None
-        self._source_state = SourceState.STARTING
         started = self._clock()
         self._started = started
+        since_ns = spool.opening.last_alive_ns
+        self._since = Moment.of(started) if since_ns is None else Moment.stamped(since_ns, started)
+        self._seen: dict[str, SeenThrough] = {}  # by connection
+        self._unreached: Blind | None = None  # what the first snapshot of a connection will end
+        self._unread_at = started.monotonic  # when lost callbacks may be told again
         self._source_since_ns = started.wall_ns
         self._intake_busy_since: float | None = None
         self._commit_error: str | None = None
@@ -149,13 +159,15 @@ class Agent:
             ("intake", self._take_in),
             ("publisher", self._publish),
         ):
-            thread = threading.Thread(target=target, name=f"virtbus-{name}", daemon=True)
+            thread = threading.Thread(
+                target=self._work, args=(name, target), name=f"virtbus-{name}", daemon=True
+            )
             self._threads[name] = thread
             thread.start()
 
     def stop(self) -> None:
         """Stop observing, commit what was seen, publish up to the drain deadline. Returns at once."""
-        self._stopped_ns = self._stopped_ns or self._clock().wall_ns
+        self._stopped = self._stopped or self._clock()
         self._stop.set()
         # Not the spool: a signal handler may not wait for its lock, and the intake wakes it in the end.
         self.queue.wake()
@@ -194,10 +206,20 @@ class Agent:
         if self._failure is not None:
             raise self._failure
 
-    def _fail(self, error: VirtbusError) -> None:
-        """End the agent with this error."""
+    def fail(self, error: VirtbusError) -> None:
+        """End the agent with this error: `join` raises it."""
         self._failure = self._failure or error
         self.stop()
+
+    def _work(self, name: str, target: Callable[[], None]) -> None:
+        """A thread's work. What ends it otherwise than by `stop` ends the agent, with its reason."""
+        try:
+            target()
+        except VirtbusError as error:
+            self.fail(error)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, nobody would do this thread's work
+            emit(ThreadDied(name, f"{type(error).__name__}: {error}"))
+            self.fail(AgentBroken(f"the agent's {name} thread ended: {type(error).__name__}: {error}"))
 
     # ---- source thread
 
@@ -208,14 +230,15 @@ class Agent:
             why: Exception | str = "the source ended"
             try:
                 self.source.run(self.queue.put, self._stop)
-            except VirtbusError as error:
-                self._fail(error)
-                return
+            except VirtbusError:
+                raise
             except Exception as error:  # noqa: BLE001 - a bug of a source must not blind us for good
                 emit(Trouble("source thread", error))
                 why = error
             if not self._stop.is_set():
-                self.queue.put(SourceLost(self._clock().wall_ns, f"the source ended: {why}"))
+                for connection in list(self._seen):
+                    lost = SourceLost(self._clock().wall_ns, f"the source ended: {why}", connection)
+                    self.queue.put(lost)
                 backoff.wait(self._stop, why)
 
     # ---- intake thread
@@ -226,14 +249,10 @@ class Agent:
             while not (self._stop.is_set() and len(self.queue) == 0) and not self._abort.is_set():
                 if self._intake_once(self._intake_timeout()):
                     self._stop.wait(GATHER_SECONDS)
-            if self._stopped_ns is not None and len(self.queue) == 0:
-                # From here on nobody looks. What an abort left in the queue lies after the last commit.
-                self.spool.alive(self._stopped_ns)
-        except SpoolCorrupt as error:
-            self._fail(error)  # the next start rescues what can be read
-        except Exception as error:
-            emit(Trouble("intake thread", error))
-            raise
+            if self._stopped is not None and len(self.queue) == 0:
+                # From here on nobody looks. What an abort left in the queue was not seen.
+                self._saw(self._stopped)
+                self.spool.alive(self._seen_through().wall(self._clock()))
         finally:
             self.publisher.draining.set()
             self._first_commit.set()  # whatever happened, the backlog may go out
@@ -250,17 +269,26 @@ class Agent:
         """Commit this run's first event, the gap since the last one, with what was found in it."""
         held: list[Observation] = []
         ready: SourceReady | None = None
-        deadline = time.monotonic() + SOURCE_GRACE_SECONDS
-        while ready is None and not self._stop.is_set() and time.monotonic() < deadline:
-            for item in self.queue.drain(max(0.0, min(0.5, deadline - time.monotonic()))):
+        before = self._clock()
+        deadline = before.monotonic + SOURCE_GRACE_SECONDS
+        while ready is None and not self._stop.is_set() and before.monotonic < deadline:
+            for item in self.queue.drain(max(0.0, min(0.5, deadline - before.monotonic))):
                 if ready is None and isinstance(item, SourceReady):
                     ready = item
                 held.append(item)
+            before = self._clock()
         now = self._clock()
         opening = self.spool.opening
+        if ready is None:
+            # Until the source is up nothing is observed: from now on that is a gap of its own.
+            self._unreached = Blind(
+                Moment.of(now), "libvirt was not reachable at the agent's start", GapReason.SOURCE_LOST
+            )
+        else:
+            self._previous_agent_id = self._changed_identity(ready.host) or self._previous_agent_id
         events = self._events_of(held, now)
         ended_at = to_datetime(ready.at_ns if ready else now.wall_ns)
-        since = None if opening.last_alive_ns is None else to_datetime(opening.last_alive_ns)
+        since = None if opening.last_alive_ns is None else to_datetime(self._since.wall(now))
         gap = partial(self._gap, started_at=since, ended_at=ended_at)
         gaps: list[Event] = [
             gap(
@@ -275,13 +303,24 @@ class Agent:
         if self._unreadable:
             gaps.append(gap(GapReason.SPOOL_DAMAGED, "; ".join(self._unreadable)[:1000]))
         if self._previous_agent_id is not None:
-            was = f"the machine id changed (a cloned disk?); before: {self._previous_agent_id}"
+            was = f"this is another machine (a cloned disk?); before: {self._previous_agent_id}"
             gaps.append(gap(GapReason.IDENTITY_CHANGED, was))
         self._commit(gaps + events)
+        self._sign_of_life(now)
         self._first_commit.set()
-        if ready is None and self._source_lost is None and not self._stop.is_set():
-            # Until the source is up nothing is observed: from now on that is a gap of its own.
-            self._source_lost = SourceLost(now.wall_ns, "libvirt was not reachable at the agent's start")
+
+    def _changed_identity(self, host: Host) -> str | None:
+        """Go on under an id of our own where ours is another host's → the old one, else None."""
+        try:
+            new = self._identify(host)
+        except SpoolFull as error:
+            emit(Trouble("agent-id", error))
+            return None
+        if new is None:
+            return None
+        old, self.agent_id = self.agent_id, new
+        self.spool.agent_id = new
+        return old
 
     def _gap(
         self,
@@ -300,7 +339,7 @@ class Agent:
             agent_id=self.agent_id,
             reason=reason,
             detail=detail,
-            started_at=started_at,
+            started_at=None if started_at is None else min(started_at, ended_at),
             ended_at=ended_at,
             previous=previous,
             missing=missing,
@@ -336,25 +375,78 @@ class Agent:
 
     def _intake_once(self, timeout: float) -> bool:
         """One batch: drain, apply, commit. Whether there were errors in it, and they were only counted."""
+        before = self._clock()
         observations = self.queue.drain(timeout)
         now = self._clock()
-        events = self._events_of(observations, now)
+        self._saw(before)
+        events = self._stalled(before, now, timeout)
+        events += self._events_of(observations, now)
         events += self.incidents.tick(now, self.source.describe)
-        errors, others = self.queue.take_dropped()
-        if errors or others:
-            METRICS.dropped.inc(errors + others)
-            why = f"the disk was too slow to keep {errors} errors and {others} other observations"
-            at = to_datetime(now.wall_ns)
-            gap = self._gap(GapReason.OBSERVATIONS_DROPPED, why, ended_at=at, missing_occurrences=errors)
-            events.append(gap)
+        events += self._missed(now)
         self._commit(events)
         self._sign_of_life(now)
         return not events and any(isinstance(item, RawIoError | Burst) for item in observations)
 
+    # ---- seen through
+
+    def _saw(self, before: Now) -> None:
+        for seen in self._seen.values():
+            seen.drained(before)
+
+    def _seen_through(self) -> Moment:
+        """Up to when everything that every connection told is on the disk, now that the last batch is."""
+        for seen in self._seen.values():
+            seen.committed()
+        return self._seen_by_now()
+
+    def _seen_by_now(self) -> Moment:
+        return earliest(*(seen.moment for seen in self._seen.values())) if self._seen else self._since
+
+    def _stalled(self, before: Now, now: Now, timeout: float) -> list[Event]:
+        """A wait took far longer than asked for: this process stood still (stopped, suspended, swapped out).
+
+        A source that proves what it saw notices by itself and reconnects; for any other one this is told.
+        """
+        stood = now.boot - before.boot - timeout
+        if stood < STANDSTILL_SECONDS:
+            return []
+        return [
+            self._gap(
+                GapReason.AGENT_STANDSTILL,
+                stalled_words(stood),
+                started_at=to_datetime(seen.moment.wall(now)),
+                ended_at=to_datetime(now.wall_ns),
+            )
+            for seen in self._seen.values()
+            if seen.connected and not seen.proves
+        ]
+
+    def _missed(self, now: Now) -> list[Event]:
+        """What the queue could not keep, and callbacks that nobody could read: each a gap."""
+        gap = partial(
+            self._gap,
+            GapReason.OBSERVATIONS_DROPPED,
+            started_at=to_datetime(self._seen_by_now().wall(now)),
+            ended_at=to_datetime(now.wall_ns),
+        )
+        events: list[Event] = []
+        errors, others = self.queue.take_dropped()
+        if errors or others:
+            METRICS.dropped.inc(errors + others)
+            why = f"the disk was too slow to keep {errors} errors and {others} other observations"
+            events.append(gap(why, missing_occurrences=errors))
+        if now.monotonic >= self._unread_at or self._stop.is_set():
+            unread, why = self.queue.take_unread()
+            if unread:
+                self._unread_at = now.monotonic + UNREAD_SECONDS
+                METRICS.dropped.inc(unread)
+                events.append(gap(f"{why} ({unread} times)", missing_occurrences=unread))
+        return events
+
     def _sign_of_life(self, now: Now) -> None:
-        """Tell the spool that all is seen until now; thus a bad disk shows on an idle host too."""
+        """Tell the spool up to when all is seen; thus a bad disk shows on an idle host too."""
         self._intake_busy_since = time.monotonic()
-        taken = self.spool.alive(now.wall_ns)
+        taken = self.spool.alive(self._seen_through().wall(now))
         self._intake_busy_since = None
         since = self._sign_refused
         if not taken:
@@ -369,37 +461,57 @@ class Agent:
         """What a batch becomes, in its order; keeps track of whether the source observes."""
         events: list[Event] = []
         for item in self._prepared(observations):
-            if isinstance(item, SourceReady):
-                events += self._came_back(item, now)
-                continue
             if isinstance(item, HostKnown):
                 self.host = self.spool.host = item.host
-            if isinstance(item, SourceLost):
-                self._source_lost = self._source_lost or item
-                self._source_state, self._source_since_ns = SourceState.DISCONNECTED, item.at_ns
+            if isinstance(item, SourceReady | SourceLost | SourceSeen):
+                seen = self._seen.get(item.connection)
+                if seen is None:
+                    seen = self._seen[item.connection] = SeenThrough(self._since, self._unreached)
+                blind = seen.take(item, now)
+                if isinstance(item, SourceSeen):
+                    continue
+                self._source_since_ns = item.at_ns
+                if isinstance(item, SourceReady):
+                    events += self._came_back(item, blind, now)
+                    continue
             events += self._apply(item, now)
         return events
 
-    def _came_back(self, ready: SourceReady, now: Now) -> list[Event]:
+    def _came_back(self, ready: SourceReady, blind: Blind | None, now: Now) -> list[Event]:
         """The source is up again: what was found, after the gap that says what may be missing."""
-        self._source_is_up(ready)
+        self.host = ready.host
+        self.incidents.host = self.spool.host = ready.host
         events = self._apply(ready, now)
-        lost, self._source_lost = self._source_lost, None
-        if lost is None:
+        if self._first_commit.is_set():
+            events += self._copied(ready.host, now)
+        if blind is None:
             return events
         gap = self._gap(
-            GapReason.SOURCE_LOST,
-            lost.why,
-            started_at=to_datetime(lost.at_ns),
+            blind.reason,
+            blind.why,
+            started_at=to_datetime(blind.since.wall(now)),
             ended_at=to_datetime(ready.at_ns),
             found=_found(events),
         )
         return [gap, *events]
 
-    def _source_is_up(self, ready: SourceReady) -> None:
-        self.host = ready.host
-        self.incidents.host = self.spool.host = ready.host
-        self._source_state, self._source_since_ns = SourceState.CONNECTED, ready.at_ns
+    def _copied(self, host: Host, now: Now) -> list[Event]:
+        """Libvirt came late and says that our id is another host's: told, and begun again under a new one."""
+        was = self._changed_identity(host)
+        if was is None:
+            return []
+        new, self.agent_id = self.agent_id, was  # this run began under the old one and ends so
+        self.spool.agent_id = was
+        why = f"this is another machine (a copied state folder?); the agent starts again as {new}"
+        self.fail(RestartNeeded(f"{why}; its id was {was}"))
+        return [self._gap(GapReason.IDENTITY_CHANGED, why, ended_at=to_datetime(now.wall_ns))]
+
+    @property
+    def _source_state(self) -> SourceState:
+        if not self._seen:
+            return SourceState.STARTING
+        connected = all(seen.connected for seen in self._seen.values())
+        return SourceState.CONNECTED if connected else SourceState.DISCONNECTED
 
     def _commit(self, events: list[Event]) -> None:
         """One transaction with the events and the incident states; tries for ever, folding meanwhile.
@@ -440,7 +552,7 @@ class Agent:
             GapReason.SPOOL_UNWRITABLE,
             f"the spool could not be written for {now.monotonic - failed.monotonic:.0f} s; "
             "errors were counted in memory",
-            started_at=to_datetime(failed.wall_ns),
+            started_at=to_datetime(Moment.of(failed).wall(now)),
             ended_at=to_datetime(now.wall_ns),
         )
 
@@ -462,10 +574,7 @@ class Agent:
 
     def _publish(self) -> None:
         self._first_commit.wait()
-        try:
-            self.publisher.run()
-        except SpoolCorrupt as error:
-            self._fail(error)
+        self.publisher.run()
 
     # ---- what it is like
 
@@ -511,6 +620,11 @@ class Agent:
     def not_ready(self) -> list[str]:
         """Why the agent does not observe or keep events now; empty when it does. The broker is no reason."""
         source = [] if self._source_state is SourceState.CONNECTED else [f"source is {self._source_state}"]
+        now = self._clock()
+        for seen in list(self._seen.values()):
+            silent = seen.silent_for(now)
+            if silent is not None:
+                source.append(f"source: no answer on the connection of the events for {silent:.0f} s")
         return source + self._spool_trouble()
 
     def _spool_trouble(self) -> list[str]:

@@ -24,8 +24,10 @@ DEFAULT_FILE = Path("/etc/virtbus/virtbus.toml")
 ENVIRONMENT_PREFIX = "VIRTBUS_"
 REDACTED = "***"
 
-Seconds = Annotated[float, Meta(gt=0)]
-Count = Annotated[int, Meta(ge=1)]
+# Every number has an upper bound: what no wait, socket or file system takes would break a thread later.
+DAY, YEARS = 86_400, 3_153_600_000  # seconds; a hundred years
+Seconds = Annotated[float, Meta(gt=0, le=DAY)]
+Count = Annotated[int, Meta(ge=1, le=YEARS)]
 Path_ = Annotated[str, Meta(min_length=1)]
 
 
@@ -56,8 +58,12 @@ class Libvirt(_Section, frozen=True):
         Seconds, Meta(description="How long one look-up of a domain may take before it is given up")
     ] = 0.5
     lookups_in_flight: Annotated[int, Meta(ge=1, le=16, description="Look-ups at the same time")] = 4
-    keepalive_interval_seconds: Annotated[int, Meta(ge=1, description="Between two keepalive messages")] = 5
-    keepalive_count: Annotated[int, Meta(ge=1, description="Unanswered ones that end the connection")] = 3
+    keepalive_interval_seconds: Annotated[
+        int, Meta(ge=1, le=60, description="Between two keepalive messages")
+    ] = 5
+    keepalive_count: Annotated[
+        int, Meta(ge=1, le=100, description="Unanswered ones that end the connection")
+    ] = 3
     grace_seconds: Annotated[
         Seconds, Meta(description="How long a pause by I/O error waits for its own I/O-error event")
     ] = 1.0
@@ -78,8 +84,8 @@ class Tls(_Section, frozen=True):
 class KafkaTopic(_Section, frozen=True):
     """What a missing topic is created with."""
 
-    partitions: Annotated[int, Meta(ge=1, description="Number of partitions")] = 12
-    replication: Annotated[int, Meta(ge=-1, description="Replicas; -1 is the broker's default")] = -1
+    partitions: Annotated[int, Meta(ge=1, le=100_000, description="Number of partitions")] = 12
+    replication: Annotated[int, Meta(ge=-1, le=1000, description="Replicas; -1 is the broker's default")] = -1
     retention_seconds: Annotated[Count | None, Meta(description="retention.ms in seconds")] = None
     min_insync_replicas: Annotated[Count | None, Meta(description="min.insync.replicas")] = None
 
@@ -147,9 +153,12 @@ class Bus(_Section, frozen=True):
 class SpoolSettings(_Section, frozen=True):
     """The durable outbox."""
 
-    max_bytes: Annotated[int, Meta(ge=1 << 20, description="Bytes of events it may hold")] = 256 << 20
+    max_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 40, description="Bytes of events it may hold")] = (
+        256 << 20
+    )
     max_age_seconds: Annotated[
-        Seconds | None, Meta(description="Give up older events (named in a gap event); null: never")
+        Annotated[float, Meta(gt=0, le=YEARS)] | None,
+        Meta(description="Give up older events (named in a gap event); null: never"),
     ] = None
 
 
@@ -160,8 +169,12 @@ class IncidentSettings(_Section, frozen=True):
     first_window_seconds: Annotated[Seconds, Meta(description="First window; it doubles")] = 1.0
     max_window_seconds: Annotated[Seconds, Meta(description="Widest window")] = 60.0
     quiet_seconds: Annotated[Seconds, Meta(description="Quiet for so long resolves an incident")] = 300.0
-    max_open: Annotated[int, Meta(ge=1, description="Open incidents before they are folded wider")] = 1000
-    flapping_pauses: Annotated[int, Meta(ge=2, description="So many pauses are a pause/resume loop")] = 3
+    max_open: Annotated[
+        int, Meta(ge=1, le=1_000_000, description="Open incidents before they are folded wider")
+    ] = 1000
+    flapping_pauses: Annotated[
+        int, Meta(ge=2, le=1_000_000, description="So many pauses are a pause/resume loop")
+    ] = 3
     flapping_window_seconds: Annotated[Seconds, Meta(description="… within this time")] = 600.0
 
 
@@ -173,13 +186,16 @@ class HeartbeatSettings(_Section, frozen=True):
     ] = 60.0
 
 
+_LISTEN = r"^(\[[0-9a-fA-F:.]+\]|[^\[\]:]+):[0-9]{1,5}$|^$"
+
+
 class Http(_Section, frozen=True):
     """The HTTP listener of /metrics, /livez and /readyz."""
 
     listen: Annotated[
         str,
         Meta(
-            pattern=r"^(\[[0-9a-fA-F:.]+\]|[^\[\]:]+):[0-9]{1,5}$|^$",
+            pattern=_LISTEN,
             description="host:port; empty is off; loopback unless something else must scrape it",
             examples=["127.0.0.1:9466", "[::1]:9466", "0.0.0.0:9466"],
         ),
@@ -285,18 +301,36 @@ class React(_Section, frozen=True):
             description="A host is held back when it is at fault; also when that can't be told; "
             "or for any trouble, a backend's too"
         ),
-    ] = "undetermined"
-    min_guests: Annotated[int, Meta(ge=1, description="Guests in trouble before a host is held back")] = 2
-    raise_seconds: Annotated[float, Meta(ge=0, description="Trouble lasts so long before a host is held")] = (
-        30.0
-    )
+    ] = "host"
+    min_guests: Annotated[
+        int, Meta(ge=1, le=1_000_000, description="Guests in trouble before a host is held back")
+    ] = 2
+    raise_seconds: Annotated[
+        float, Meta(ge=0, le=7 * DAY, description="Trouble lasts so long before a host is held")
+    ] = 30.0
     clear_seconds: Annotated[
-        float, Meta(ge=0, description="Well for so long before it is released; doubles when it comes again")
+        float,
+        Meta(
+            ge=0,
+            le=7 * DAY,
+            description="Well for so long before it is released; doubles when it comes again",
+        ),
     ] = 300.0
     max_share: Annotated[
         float, Meta(gt=0, le=1, description="Share of all hosts that may be held at once (one always may)")
     ] = 0.1
-    actions_per_minute: Annotated[float, Meta(gt=0, description="Upper limit")] = 600.0
+    actions_per_minute: Annotated[float, Meta(gt=0, le=1_000_000, description="Upper limit")] = 600.0
+    listen: Annotated[
+        str,
+        Meta(
+            pattern=_LISTEN,
+            description="host:port of its /metrics, /livez and /readyz; empty is off",
+            examples=["127.0.0.1:9467", "0.0.0.0:9467"],
+        ),
+    ] = "127.0.0.1:9467"
+    fleet_listen: Annotated[
+        str, Meta(pattern=_LISTEN, description="The same of `virtbus fleet --write`; empty is off")
+    ] = "127.0.0.1:9468"
     drills: Annotated[
         bool, Meta(description="Act on replayed errors (drills, recordings) too, as if they were live")
     ] = False
@@ -319,7 +353,7 @@ class Config(_Section, frozen=True):
 
     state_dir: Annotated[Path_, Meta(description="Folder of agent-id, spool and lock")] = "/var/lib/virtbus"
     drain_seconds: Annotated[
-        float, Meta(ge=0, description="After SIGTERM, publish what is there for so long at most")
+        float, Meta(ge=0, le=3600, description="After SIGTERM, publish what is there for so long at most")
     ] = 10.0
     libvirt: Annotated[Libvirt, Meta(description="The hypervisor")] = Libvirt()
     bus: Annotated[Bus, Meta(description="The broker")] = Bus()
@@ -374,7 +408,7 @@ def load(
     path = file if file is not None else DEFAULT_FILE
     used: Path | None = None
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
     except FileNotFoundError:
         if file is not None:
             raise InputMissing(
@@ -413,7 +447,8 @@ def load(
             _set(merged, key, given)
             origins[key] = f"flag --{key.replace('.', '-').replace('_', '-')}"
 
-    problems += _check(schema, merged, origins)
+    unusable = _unusable_text(merged, origins)  # the schema's check can't even read such text
+    problems += unusable or _check(schema, merged, origins)
     if not problems:
         config = msgspec.convert(merged, Config)
         problems += list(_cross_checks(config, origins))
@@ -496,8 +531,9 @@ def _from_text(schema: Mapping[str, Any], key: str, raw: str) -> object:
     if types & {"string"} or not types:
         return raw
     try:
-        return tomllib.loads(f"value = {raw}")["value"]
-    except (tomllib.TOMLDecodeError, RecursionError):
+        (value,) = tomllib.loads(f"value = {raw}").values()  # a second line is no part of a value
+        return value
+    except (ValueError, RecursionError):
         wanted = " or ".join(sorted(types - {"null"}))
         # A table or list may hold secrets; a number does not.
         shown = "it" if types & {"object", "array"} else repr(raw)
@@ -536,6 +572,32 @@ def _check(schema: dict[str, Any], merged: dict[str, Any], origins: Mapping[str,
         expected = _expected(schema, where) or message
         problems.append(f"{_place(where, origins)}: {where or 'the file'} = {shown}: expected {expected}")
     return sorted(problems)
+
+
+def _unusable_text(merged: Mapping[str, Any], origins: Mapping[str, str]) -> list[str]:
+    """Text that no file, socket or broker takes: it would break whoever uses it, on its own thread."""
+    problems = []
+    for key, value in _texts(merged):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            problems.append(f"{_place(key, origins)}: {key} is not UTF-8 text")
+        else:
+            if "\0" in value:
+                problems.append(f"{_place(key, origins)}: {key} holds a NUL character")
+    return problems
+
+
+def _texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    if isinstance(node, str):
+        yield key, node
+    elif isinstance(node, Mapping):
+        for name, value in node.items():
+            yield from _texts(value, f"{key}.{name}" if key else name)
+            yield from _texts(name, key)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from _texts(value, key)
 
 
 def _expected(schema: Mapping[str, Any], key: str) -> str | None:
@@ -605,6 +667,8 @@ def _cross_checks(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
         yield f"{_place('bus.tls', origins)}: bus.tls.cert_file and bus.tls.key_file go together; set both"
     if bus.auth == "external" and bus.tls.cert_file is None:
         yield f"{_place('bus.auth', origins)}: bus.auth = 'external' needs bus.tls.cert_file and key_file"
+    if len(bus.exchange.encode()) > 255:  # AMQP's short string
+        yield f"{_place('bus.exchange', origins)}: bus.exchange is longer than 255 bytes of UTF-8"
     if config.incidents.max_window_seconds < config.incidents.first_window_seconds:
         yield (
             f"{_place('incidents', origins)}: incidents.max_window_seconds is less than "
@@ -618,11 +682,24 @@ def _cross_checks(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
 def read_secret(path: str, what: str) -> str:
     """The first line of a secret's file. Raises ConfigError naming `what` and the path, never the content."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise ConfigError(f"{what}: {path} can't be read: {reason}; check path and rights") from error
-    return text.splitlines()[0].strip() if text.strip() else ""
+        return secret_text(Path(path)).splitlines()[0].strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{what}: {path} can't be read: {why_unread(error)}") from error
+
+
+def secret_text(path: Path) -> str:
+    """The text of a secret's file without its last line end. Raises OSError; ValueError when it is empty."""
+    text = path.read_text(encoding="utf-8-sig").rstrip("\r\n")
+    if not text.strip():
+        raise ValueError("it is empty; was the secret written to it?")
+    return text
+
+
+def why_unread(error: OSError | ValueError) -> str:
+    """What keeps a secret's file from being used; never what is in it."""
+    if isinstance(error, OSError):
+        return f"{error.strerror}; check path and rights"
+    return "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else str(error)
 
 
 def bus_url(config: Config) -> str:

@@ -1,23 +1,33 @@
 """The SDK for schedulers: typed, validated, deduplicated events from any bus; no libvirt needed.
 
-    for delivery in Consumer("amqps://scheduler@broker//", group="scheduler", dedupe=Path("seen.db")):
-        act_on(delivery.event)
-        delivery.ack()
+    with Consumer("amqps://scheduler@broker//", group="scheduler", dedupe=Path("seen.db")) as consumer:
+        for delivery in consumer:
+            act_on(delivery.event)
+            delivery.ack()
 
 Guarantees:
 1. effect first, ack after: a message is acknowledged only after its verdict, so a crash repeats the
    events in flight and loses none;
-2. with a `dedupe` file an event that was acknowledged is not handed out again, also after a restart:
-   its mark is on disk before the ack leaves;
+2. with a `dedupe` file an event that was acknowledged is not handed out again, also after a restart: when
+   `ack` returns its mark is on disk (with `group_commit` a moment later, and always before the broker is
+   told);
 3. in the order of each partition key (the domain); `retry` holds the key back until it succeeds;
-4. what is no event of ours goes to the dead letters with the reason, never round in a loop; what a newer
-   agent sends is handed over (unknown minor versions typed, unknown majors and types raw).
+4. what is not an event goes to the dead letters with the reason, never round in a loop, and costs nothing
+   but itself; what a newer agent or somebody else sends is handed over (unknown minor versions typed, unknown
+   majors and types raw).
+
+It logs through Python's `logging` under `virtbus`, and prints nothing. One process and one thread at a time
+use a Consumer: after a fork the child makes its own.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import threading
 import time
+import weakref
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,30 +35,41 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar
 
-from virtbus import envelope, schema
-from virtbus.bus import BusOptions, Subscription, bus_name, open_bus
-from virtbus.errors import BusUnavailable, ConfigError, DedupeUnavailable, SchemaError
-from virtbus.marks import Marks
+from virtbus import envelope
+from virtbus.bus import Bus, BusOptions, Subscription, bus_name, open_bus
+from virtbus.errors import (
+    BusDenied,
+    BusUnavailable,
+    ConfigError,
+    ConsumerClosed,
+    DedupeUnavailable,
+    GroupTakenOver,
+    SchemaError,
+)
+from virtbus.marks import Mark, Marks
 from virtbus.model import Event, Message
 from virtbus.retry import Backoff
 from virtbus.sequences import MissingEvents, SequenceCheck
-from virtbus.telemetry import BusLost, Metrics, TelemetryEvent, emit
+from virtbus.telemetry import BusCutOff, Metrics, TelemetryEvent, emit
 
 __all__ = ["Consumer", "Delivery", "MissingEvents"]
 
 DEDUPE_ROWS = 1_000_000
-FLUSH_ROWS = 64  # verdicts a dedupe transaction
+FLUSH_ROWS = 64  # verdicts a dedupe transaction, with `group_commit`
 FLUSH_SECONDS = 0.05
+MAX_ATTEMPTS = 20
 REORDER_SECONDS = 60.0
 _IDLE_SECONDS = 1.0
+_YEAR = 366 * 86400.0
+_RETRIED = 10_000  # events remembered that had `retry` as their verdict
 
 
 @dataclass(frozen=True, slots=True)
 class PoisonMessage(TelemetryEvent):
-    """A message that is no event of ours was put aside."""
+    """A message that is not an event goes to the dead letters."""
 
     LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "not an event of ours; put into the dead letters"
+    MESSAGE: ClassVar[str] = "not an event; goes to the dead letters"
     position: str
     reason: str
 
@@ -61,16 +82,32 @@ class PoisonMessage(TelemetryEvent):
         return self.position
 
 
+@dataclass(frozen=True, slots=True)
+class ConsumerRefused(TelemetryEvent):
+    """The broker refuses this consumer; it is tried again, as a password may be on its way."""
+
+    LEVEL: ClassVar[str] = "error"
+    MESSAGE: ClassVar[str] = "the broker refuses this consumer; trying again"
+    LIMIT_SECONDS: ClassVar[float] = 30.0
+    error: Exception | str
+
+
 @dataclass(slots=True)
 class Delivery:
-    """One event and what is to become of it: end it with exactly one of `ack`, `retry`, `dead_letter`."""
+    """One event and what is to become of it: end it with exactly one of `ack`, `retry`, `dead_letter`.
+
+    Each of them raises ConfigError for a second verdict, an argument that can't be used, or in a process that
+    is not the consumer's, and ConsumerClosed after its `close`; the delivery is then as it was. Nothing that
+    a broker does is raised: over a lost connection the event comes again.
+    """
 
     event: Event | None  # None: a type or major version that this release does not know; see `data`
     attributes: Mapping[str, str]  # the CloudEvents attributes
-    data: Mapping[str, Any]
+    data: Mapping[str, Any]  # empty where a foreign event has no JSON object; see `body`
     body: bytes
     publisher: str | None  # who sent it as the broker proved (AMQP user-id), or None
     redelivered: bool
+    attempts: int | None  # how often the broker has delivered it, this time too; None where it does not tell
     _consumer: Consumer = field(repr=False)
     _message: Message = field(repr=False)
     _open: bool = field(default=True, repr=False)
@@ -96,24 +133,64 @@ class Delivery:
         return self.attributes.get("partitionkey")
 
     def ack(self) -> None:
-        """The effect is done: do not deliver it again.
+        """The effect is done: do not deliver it again. With a dedupe file its mark is on disk on return.
 
-        Raises DedupeUnavailable when the marks can't be written now. The verdict stands: it is written,
-        and the acknowledgement sent, by the next call of the consumer that finds the file usable.
+        Raises DedupeUnavailable when the mark can't be written now. The verdict stands: it is written, and
+        the acknowledgement sent, by the next call of the consumer that finds the file usable.
         """
         self._consumer._settle(self)
 
     def retry(self, after: float) -> None:
-        """Deliver it again after about `after` seconds, and nothing of its key before."""
-        self._consumer._retry(self, after)
+        """Deliver it again after about `after` seconds (0 to a year), and nothing of its key before.
+
+        It waits in this process. A crash, or another member taking over, delivers it at once.
+        """
+        if not isinstance(after, int | float) or isinstance(after, bool) or not math.isfinite(after):
+            raise ConfigError(f"retry(after={after!r}): take a number of seconds")
+        if not 0 <= after <= _YEAR:
+            raise ConfigError(f"retry(after={after!r}): take 0 to {_YEAR:.0f} seconds")
+        self._consumer._retry(self, float(after))
 
     def dead_letter(self, reason: str) -> None:
-        """Put it aside with the reason; it counts as done."""
+        """Put it aside with the reason (its first 1,024 bytes): see `virtbus dead`.
+
+        It is not marked as seen: what carries the same id later is handed out. Where the dead letters take
+        nothing now it is tried again in the background, while other events go on.
+        """
+        if not isinstance(reason, str):
+            raise ConfigError(f"dead_letter(reason={reason!r}): take a text")
+        try:
+            reason.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"dead_letter(reason={reason!r}): it holds half a character") from error
         self._consumer._dead_letter(self, reason)
 
 
+class _Grip:
+    """What a Consumer holds on to, let go exactly once, and never by a forked child."""
+
+    def __init__(self, bus: Bus, seen: Marks) -> None:
+        self.bus, self.seen = bus, seen
+        self.subscription: Subscription | None = None
+        self.pid = os.getpid()
+
+    def let_go(self) -> None:
+        if os.getpid() != self.pid:
+            return
+        subscription, self.subscription = self.subscription, None
+        try:
+            if subscription is not None:
+                subscription.close()
+            self.bus.close()
+        finally:
+            self.seen.close()
+
+
 class Consumer:
-    """Events from a bus, one `Delivery` after the other; reconnects for ever. Not thread-safe."""
+    """Events from a bus, one `Delivery` after the other; reconnects for ever. Not thread-safe.
+
+    Leave it with `close`, or by `with`; one that nobody holds any more leaves by itself.
+    """
 
     def __init__(
         self,
@@ -125,45 +202,65 @@ class Consumer:
         validate: bool = True,
         dedupe: Path | None = None,
         dedupe_rows: int = DEDUPE_ROWS,
+        group_commit: bool = False,
         check_gaps: bool = False,
         reorder_seconds: float = REORDER_SECONDS,
         patient: bool = True,
+        give_up_when_denied: bool = False,
         exclusive: bool = False,
+        max_attempts: int | None = MAX_ATTEMPTS,
         on_missing: Callable[[MissingEvents], None] = emit,
     ) -> None:
         """Subscribe to the bus at `url`.
 
         `group` shares the events durably with the other members; without it, all events from now on.
-        `dedupe` is a SQLite file of at most `dedupe_rows` marks; without it duplicates are recognised
-        only while this object lives. `check_gaps` is for whoever reads everything alone: `on_missing`
-        is told of a hole in an agent's sequence that no gap event explains within `reorder_seconds`; with
-        `dedupe` also of one that opened while no consumer ran. It is always told what Kafka no longer has.
+        `validate` checks data of known types against its schema; without it what can't be read as its type
+        is handed over raw.
+        `dedupe` is a SQLite file of at most `dedupe_rows` marks a group, for one process at a time; without
+        it duplicates are recognised only while this object lives. With `group_commit` the marks of several
+        acks share one write: `ack` returns before it, so a crash repeats up to 64 events or 50 ms.
+        `check_gaps` is for whoever reads everything alone: `on_missing` is told of a hole in an agent's
+        sequence that no gap event explains within `reorder_seconds`, over restarts where there is a dedupe
+        file; and, always, of what a broker says the group will never get.
         With `exclusive` only one member of the group is active (see `Bus.consume`).
-        Without `patient` a broker that can't be reached at first is an error (BusUnavailable).
+        A broker that is absent, or refuses us, is waited for; without `patient` it is an error while it was
+        never reached (BusUnavailable, BusDenied), with `give_up_when_denied` a refusal always is one.
+        An event that the broker delivered more than `max_attempts` times without a verdict is put aside: it
+        may have killed its consumer each time. None: never.
 
-        Raises ConfigError for a bad URL or dedupe file.
+        Raises ConfigError for arguments, a URL or a dedupe file that can't be used.
         """
         if prefetch < 1:
             raise ConfigError(f"prefetch = {prefetch}: take at least 1")
-        options = options or BusOptions()
-        self._bus = open_bus(url, options)
-        self._subscription: Subscription | None = None
-        self._group, self._prefetch, self._validate = group, prefetch, validate
-        self._exclusive = exclusive
+        if dedupe_rows < 1:
+            raise ConfigError(f"dedupe_rows = {dedupe_rows}: take at least 1")
+        if max_attempts is not None and max_attempts < 1:
+            raise ConfigError(f"max_attempts = {max_attempts}: take at least 1, or None")
+        options = options if options is not None else BusOptions()
+        bus = open_bus(url, options)
         scope = f"{bus_name(url, options)} {'group ' + group if group else 'without a group'}"
-        self._seen = Marks(dedupe, scope, dedupe_rows)
+        self._grip = _Grip(bus, Marks(dedupe, scope, dedupe_rows))
+        self._let_go = weakref.finalize(self, self._grip.let_go)
+        self._seen = self._grip.seen
+        self._group, self._prefetch, self._validate = group, prefetch, validate
+        self._exclusive, self._max_attempts = exclusive, max_attempts
         self._memory = _Memory(self._seen.notes(), on_missing)
+        self._flush_rows = min(FLUSH_ROWS, prefetch) if group_commit and dedupe is not None else 1
         self._sequences = SequenceCheck(reorder_seconds, on_missing) if check_gaps else None
         if self._sequences is not None:
             self._sequences.restore(self._seen.runs())
-        self._in_flight: dict[tuple[str, str], list[Message]] = {}
-        self._done: dict[tuple[str, str], list[Message]] = {}
+        self._in_flight: dict[Mark, list[Message]] = {}
+        self._again: deque[Message] = deque()  # copies whose first one did not decide for them
+        self._retried: OrderedDict[Mark, None] = OrderedDict()
+        self._done: dict[Mark, list[Message]] = {}
         self._done_since = 0.0
         self._stop = threading.Event()
         self._backoff = Backoff("consume")
         self._patient, self._connected = patient, False
+        self._give_up_when_denied = give_up_when_denied
 
     def __enter__(self) -> Consumer:
+        self._check_usable()
         return self
 
     def __exit__(
@@ -173,32 +270,31 @@ class Consumer:
 
     def __iter__(self) -> Iterator[Delivery]:
         """Deliveries for ever, until `stop`."""
+        self._check_usable()
         while not self._stop.is_set():
             delivery = self.receive(_IDLE_SECONDS)
             if delivery is not None:
                 yield delivery
 
     def receive(self, timeout: float) -> Delivery | None:
-        """The next delivery, or None after `timeout` seconds.
+        """The next delivery, or None after `timeout` seconds or `stop`.
 
-        Waits out an absent broker. Raises BusDenied where waiting can't help, and DedupeUnavailable when
-        the dedupe file can't be used now: nothing was lost, call again when it can.
+        Waits out a broker that is absent or refuses us. Raises GroupTakenOver when a newer exclusive member
+        replaced this one, BusUnavailable and BusDenied as `patient` and `give_up_when_denied` ask,
+        ConsumerClosed after `close`, ConfigError in a forked child, and DedupeUnavailable when the dedupe
+        file can't be used now: nothing was lost, call again when it can.
         """
+        self._check_usable()
         deadline = time.monotonic() + timeout
         while not self._stop.is_set():
             self._flush_if_due()
             left = max(0.0, deadline - time.monotonic())
             try:
-                if self._subscription is None:
-                    self._subscription = self._bus.consume(
-                        self._group, prefetch=self._prefetch, exclusive=self._exclusive, memory=self._memory
-                    )
-                message = self._subscription.receive(min(left, FLUSH_SECONDS) if self._done else left)
-                self._connected = True
-                delivery = None if message is None else self._open(message)
+                message = self._next_message(min(left, FLUSH_SECONDS) if self._done else left)
+                delivery = None if message is None else self._opened(message)
                 self._backoff.reset()
-            except BusUnavailable as error:
-                self._lost(error)
+            except (BusUnavailable, BusDenied) as error:
+                self._lost(error, deadline)
                 message = delivery = None
             if self._sequences is not None:
                 self._sequences.tick(time.monotonic())
@@ -213,128 +309,188 @@ class Consumer:
         self._stop.set()
 
     def close(self) -> None:
-        """Write the outstanding marks, send their acks, and leave.
+        """Write the outstanding marks, send their acks, and leave. Idempotent.
 
         Raises DedupeUnavailable, having left, when the marks can't be written: those events come again.
         """
         self._stop.set()
+        if not self._let_go.alive or os.getpid() != self._grip.pid:
+            return
         try:
-            with suppress(BusUnavailable):  # the marks are on disk: what comes again is recognised
-                self._flush()
+            with suppress(BusUnavailable, BusDenied):  # the marks are on disk: what comes again is recognised
+                self._flush(closing=True)
+            with suppress(DedupeUnavailable):  # how far the bus got with these acks: good to know, no more
+                self._seen.write([], (), self._memory.fresh)
         finally:
-            if self._subscription is not None:
-                self._subscription.close()
-                self._subscription = None
-            self._bus.close()
-            with suppress(DedupeUnavailable):  # of the marks it was told; the rest is read again
-                self._save([])
-            self._seen.close()
+            self._let_go()
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._grip.pid:
+            raise ConfigError(
+                f"this Consumer belongs to process {self._grip.pid}, and this is {os.getpid()}: connections "
+                "and files do not survive a fork, make a Consumer in each process"
+            )
+        if not self._let_go.alive:
+            raise ConsumerClosed("this Consumer was closed: make another one")
 
     # ---- one message
 
-    def _open(self, message: Message) -> Delivery | None:
-        """A message's delivery, or None when it was a duplicate or no event of ours."""
-        assert self._subscription is not None
+    def _next_message(self, timeout: float) -> Message | None:
+        if self._grip.subscription is None:
+            self._grip.subscription = self._grip.bus.consume(
+                self._group, prefetch=self._prefetch, exclusive=self._exclusive, memory=self._memory
+            )
+        if self._again:
+            return self._again.popleft()
+        message = self._grip.subscription.receive(timeout)
+        self._connected = True
+        return message
+
+    def _opened(self, message: Message) -> Delivery | None:
+        """A message's delivery, or None when it was a duplicate or is not an event."""
+        subscription = self._grip.subscription
+        assert subscription is not None
         try:
             opened = envelope.decode(message)
-            if self._validate:
-                _check(opened)
-            event = envelope.to_event(opened)
+            event = envelope.to_event(opened, validate=self._validate)
         except SchemaError as error:
-            self._subscription.dead_letter(message, str(error))
             emit(PoisonMessage(message.position, str(error)))
+            subscription.dead_letter(message, str(error))
             return None
         attributes = opened.attributes
-        if self._sequences is not None:
-            self._sequences.saw(attributes, event, time.monotonic())
         mark = (attributes["source"], attributes["id"])
         if mark in self._in_flight:
-            # A second copy while the first is being handled shares its fate.
             self._in_flight[mark].append(message)
             return None
         try:
             seen = mark in self._done or self._seen.has(mark)
         except DedupeUnavailable:
-            self._subscription.retry(message, _IDLE_SECONDS)  # undecided: it is asked again
+            subscription.retry(message, _IDLE_SECONDS)  # undecided: it is asked again
             raise
+        if self._sequences is not None:
+            self._sequences.saw(attributes, event, time.monotonic())
+        if mark in self._done:
+            self._done[mark].append(message)
+            return None
         if seen:
-            self._done.setdefault(mark, []).append(message)
+            subscription.ack(message)
+            return None
+        if self._is_worn_out(message, mark):
+            subscription.dead_letter(
+                message,
+                f"delivered {(message.attempts or 1) - 1} times without a verdict: it may have killed its "
+                "consumer each time",
+            )
             return None
         self._in_flight[mark] = []
         if self._sequences is not None:
             self._sequences.handed_out(attributes)
         return Delivery(
-            event, attributes, opened.data, opened.body, message.user_id, message.redelivered, self, message
+            event,
+            attributes,
+            opened.data,
+            opened.body,
+            message.user_id,
+            message.redelivered,
+            message.attempts,
+            self,
+            message,
         )
 
-    def _copies(self, delivery: Delivery) -> list[Message]:
-        """All copies of the message that came; only the newest, the last, is sure to be the broker's."""
+    def _is_worn_out(self, message: Message, mark: Mark) -> bool:
+        """Whether it came too often without a verdict; one that asked for a `retry` here had them."""
+        return (
+            self._max_attempts is not None
+            and message.attempts is not None
+            and message.attempts > self._max_attempts
+            and mark not in self._retried
+        )
+
+    def _closed_by(self, delivery: Delivery) -> list[Message]:
+        """The messages that share the verdict: the one handed out and, last, its newest copy.
+
+        A copy from somebody else, or with other content, is not one: it is looked at again. Only the newest
+        is sure to be the broker's, where a connection was lost in between.
+        """
+        self._check_usable()
         if not delivery._open:
             raise ConfigError(f"event {delivery.id} has had its verdict; give each delivery exactly one")
         delivery._open = False
-        return [delivery._message, *self._in_flight.pop((delivery.source, delivery.id), [])]
+        first = delivery._message
+        same: list[Message] = []
+        for copy in self._in_flight.pop((delivery.source, delivery.id), []):
+            alike = copy.body == first.body and copy.user_id == first.user_id
+            (same if alike else self._again).append(copy)
+        return [first, *same]
 
     def _settle(self, delivery: Delivery) -> None:
-        copies = self._copies(delivery)
+        copies = self._closed_by(delivery)
+        mark = (delivery.source, delivery.id)
+        self._retried.pop(mark, None)
         if not self._done:
             self._done_since = time.monotonic()
-        self._done[(delivery.source, delivery.id)] = copies
+        self._done[mark] = copies
         self._flush_if_due()
 
     def _retry(self, delivery: Delivery, after: float) -> None:
-        *older, newest = self._copies(delivery)
-        if self._subscription is not None:
+        *older, newest = self._closed_by(delivery)
+        self._retried[(delivery.source, delivery.id)] = None
+        while len(self._retried) > _RETRIED:
+            self._retried.popitem(last=False)
+        if self._grip.subscription is not None:
             for copy in older:
-                self._subscription.ack(copy)
-            self._subscription.retry(newest, after)
+                self._grip.subscription.ack(copy)
+            self._grip.subscription.retry(newest, after)
 
     def _dead_letter(self, delivery: Delivery, reason: str) -> None:
-        *older, newest = self._copies(delivery)
-        if self._subscription is not None:
-            self._subscription.dead_letter(newest, reason)
-            self._done[(delivery.source, delivery.id)] = older
-            self._flush()
+        *older, newest = self._closed_by(delivery)
+        self._retried.pop((delivery.source, delivery.id), None)
+        if self._grip.subscription is not None:
+            if self._sequences is not None:
+                self._sequences.settled(delivery.source, delivery.id)
+            with suppress(BusUnavailable, BusDenied):  # it comes again
+                self._grip.subscription.dead_letter(newest, reason)
+                for copy in older:
+                    self._grip.subscription.ack(copy)
 
     # ---- marks before acks
 
     def _flush_if_due(self) -> None:
         if self._done and (
-            len(self._done) >= min(FLUSH_ROWS, self._prefetch)
-            or time.monotonic() - self._done_since >= FLUSH_SECONDS
+            len(self._done) >= self._flush_rows or time.monotonic() - self._done_since >= FLUSH_SECONDS
         ):
-            try:
+            with suppress(BusUnavailable, BusDenied):  # what comes again is recognised
                 self._flush()
-            except BusUnavailable as error:
-                self._lost(error)
 
-    def _flush(self) -> None:
+    def _flush(self, *, closing: bool = False) -> None:
         """Write the marks of what is done in one transaction, then send the acks."""
-        if not self._done:
+        if not self._done and not closing:
             return
-        self._save(list(self._done))
-        done, self._done = self._done, {}
-        if self._subscription is not None:
-            for messages in done.values():
-                for message in messages:
-                    self._subscription.ack(message)
-
-    def _save(self, marks: list[tuple[str, str]]) -> None:
-        """Put marks, the sequences' baseline and the bus's notes on disk, together."""
-        sequences, memory = self._sequences, self._memory
+        sequences, fresh, marks = self._sequences, self._memory.fresh, list(self._done)
         if sequences is not None:
             for mark in marks:
                 sequences.settled(*mark)
-        self._seen.write(marks, sequences.changes() if sequences is not None else (), memory.fresh)
-        memory.fresh.clear()
+        self._seen.write(marks, sequences.changes() if sequences is not None else (), fresh)
+        fresh.clear()
         if sequences is not None:
             sequences.saved()
+        done, self._done = self._done, {}
+        if self._grip.subscription is not None:
+            for messages in done.values():
+                for message in messages:
+                    self._grip.subscription.ack(message)
 
-    def _lost(self, error: BusUnavailable) -> None:
+    def _lost(self, error: BusUnavailable | BusDenied, deadline: float) -> None:
         """The broker is away: what was unacknowledged comes again, to us or to another member."""
         if not self._patient and not self._connected:
             raise error
-        emit(BusLost("consumer", error))
-        self._backoff.wait(self._stop, error)
+        if isinstance(error, BusDenied):
+            if self._give_up_when_denied or isinstance(error, GroupTakenOver):
+                raise error
+            emit(ConsumerRefused(error))
+        else:
+            emit(BusCutOff("consumer", error))
+        self._backoff.wait(self._stop, error, limit=max(0.0, deadline - time.monotonic()))
 
 
 class _Memory:
@@ -352,22 +508,3 @@ class _Memory:
     def keep(self, name: str, value: str) -> None:
         """See virtbus.bus.Memory."""
         self._notes[name] = self.fresh[name] = value
-
-
-def _check(opened: envelope.Envelope) -> None:
-    """Validate data of a known type and major; raises SchemaError with the first problems."""
-    named = opened.attributes.get("dataschema") or opened.attributes["type"]
-    if not _known(named):
-        return
-    problems = schema.validate(named, opened.data)
-    if problems:
-        shown = "; ".join(f"{item.pointer or '/'}: {item.message}" for item in problems[:3])
-        raise SchemaError(f"{named}: {shown}")
-
-
-def _known(named: str) -> bool:
-    try:
-        schema.resolve(named)
-    except SchemaError:
-        return False
-    return True

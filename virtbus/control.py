@@ -28,7 +28,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, ClassVar
 
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from virtbus.errors import AgentDenied, AgentUnavailable, ConfigError
 from virtbus.telemetry import METRICS, PeerRefused, Trouble, emit
@@ -244,9 +244,15 @@ class HttpServer:
     """/metrics, /livez and /readyz on a thread of its own."""
 
     def __init__(
-        self, listen: str, *, dead: Callable[[], Sequence[str]], not_ready: Callable[[], Sequence[str]]
+        self,
+        listen: str,
+        *,
+        dead: Callable[[], Sequence[str]],
+        not_ready: Callable[[], Sequence[str]],
+        registry: CollectorRegistry = METRICS.registry,
+        setting: str = "http.listen",
     ) -> None:
-        """`listen` is host:port; raises ConfigError when it can't be had."""
+        """`listen` is host:port, from `setting`; raises ConfigError when it can't be had."""
         host, _, port = listen.rpartition(":")
         host = host.strip("[]")
 
@@ -262,7 +268,7 @@ class HttpServer:
                 if not _is_address(self.headers.get("Host")):
                     self._answer(403, "text/plain; charset=utf-8", b"ask by IP address or as localhost\n")
                 elif path == "/metrics":
-                    self._answer(200, CONTENT_TYPE_LATEST, generate_latest(METRICS.registry))
+                    self._answer(200, CONTENT_TYPE_LATEST, generate_latest(registry))
                 elif path == "/livez":
                     self._verdict([f"thread {name} is dead" for name in dead()])
                 elif path == "/readyz":
@@ -292,7 +298,7 @@ class HttpServer:
             self._server = Server((host, int(port)), Handler)
         except OSError as error:
             raise ConfigError(
-                f"http.listen = {listen}: {error.strerror or error}; "
+                f"{setting} = {listen}: {error.strerror or error}; "
                 "choose another address with --http-listen, or '' for none"
             ) from error
         self.port = int(self._server.server_address[1])

@@ -30,6 +30,19 @@ class SchemaError(VirtbusError):
     exit_code = 65
 
 
+class AgentBroken(VirtbusError):
+    """A thread of the agent ended by an error that nobody expected: a supervisor starts it again."""
+
+    exit_code = 70
+
+
+class RestartNeeded(VirtbusError):
+    """The agent can't go on as it was started: a supervisor starts it again (EX_TEMPFAIL)."""
+
+    retryable = True
+    exit_code = 75
+
+
 class InputMissing(VirtbusError):
     """A file or folder that was named can't be read (EX_NOINPUT)."""
 

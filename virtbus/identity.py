@@ -8,14 +8,18 @@ import uuid
 from pathlib import Path
 
 from virtbus.errors import SpoolFull
+from virtbus.model import Host
+
+_UNSTABLE = "unstable"  # this host's UUID says nothing
 
 
 def load_agent_id(state_dir: Path, machine_id_file: Path = Path("/etc/machine-id")) -> tuple[str, str | None]:
     """The agent's id from `<state_dir>/agent-id`, made once → (id, what was before it, or None).
 
-    The file holds the id and a digest of the machine's id. A cloned disk brings another machine's id
-    with it: it gets an id of its own, and the caller tells of it in a gap event, as it does of a file that
-    holds no id. Without a machine id (a container) the file alone decides.
+    The file holds the id, a digest of the machine's id and one of the hypervisor's host (`tie_to_host`). A
+    cloned disk brings another machine's id with it: it gets an id of its own, and the caller tells of it in
+    a gap event, as it does of a file that holds no id. Without a machine id (a container) the file alone
+    decides.
 
     Raises SpoolFull when the file can't be read or written.
     """
@@ -47,6 +51,43 @@ def load_agent_id(state_dir: Path, machine_id_file: Path = Path("/etc/machine-id
     except OSError as error:
         raise SpoolFull(f"{path} can't be written: {error.strerror}; check rights and space") from error
     return agent_id, before
+
+
+def tie_to_host(state_dir: Path, host: Host, dmi: Path = Path("/sys/class/dmi/id")) -> str | None:
+    """Tie the id to the host, by libvirt's UUID of it → a new id when it is another host's, else None.
+
+    Two hosts that were made from one backup image may share the machine's id, and never this UUID. Where
+    the firmware gives none, libvirt makes one up at each start: one that changes in the same folder on the
+    same boot, or from one boot to the next on a host without DMI, is not asked again.
+
+    Raises SpoolFull when the file can't be written.
+    """
+    path = state_dir / "agent-id"
+    if host.uuid is None:
+        return None
+    try:
+        words = path.read_text(encoding="ascii", errors="replace").splitlines()
+        here = state_dir.stat()
+    except OSError:
+        return None
+    agent_id, machine, tied, seen_at, *_ = [*words, "", "", "", ""]
+    digest = hashlib.blake2b(host.uuid.encode(), key=b"virtbus host", digest_size=16).hexdigest()
+    place = f"{host.boot_id or '-'} {here.st_dev}:{here.st_ino}"
+    if tied == _UNSTABLE or (tied == digest and seen_at == place):
+        return None
+    if tied and tied != digest:
+        same_boot = host.boot_id is not None and seen_at == place
+        if same_boot or (
+            host.boot_id is not None and not seen_at.startswith(host.boot_id) and not dmi.exists()
+        ):
+            digest = _UNSTABLE
+        else:
+            agent_id = str(uuid.uuid4())
+    try:
+        _write(path, f"{agent_id}\n{machine}\n{digest}\n{place}\n")
+    except OSError as error:
+        raise SpoolFull(f"{path} can't be written: {error.strerror}; check rights and space") from error
+    return agent_id if agent_id != words[0] else None
 
 
 def read_agent_id(state_dir: Path) -> str | None:

@@ -281,6 +281,7 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
             paused=bool(self.paused),
             flapping=flapping,
             scope=self.scope,
+            drill=self.drill,
         )
 
     # ------------------------------------------------------------------------------- through a restart

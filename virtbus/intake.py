@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import replace
 
 from virtbus.model import (
     Burst,
+    CallbackLost,
     DeviceRemoved,
     DomainGone,
     DomainHalted,
@@ -16,12 +18,14 @@ from virtbus.model import (
     RawIoError,
     SourceLost,
     SourceReady,
+    SourceSeen,
 )
 from virtbus.telemetry import METRICS
 from virtbus.words import Origin
 
 QUEUE_LIMIT = 10_000  # callbacks; beyond it they fold into counters
 FOLD_LIMIT = 10_000  # different (device, action, reason) counters; beyond it errors are counted as dropped
+_SELF = 3  # words of a connection about itself that always find room: seen, lost, ready
 BATCH_LIMIT = 20_000  # observations a transaction
 
 
@@ -35,8 +39,9 @@ class IntakeQueue:
     3. an error never changes sides with a lifecycle observation that came after it; when there is no room
        for each of those either, the last of its kind stays, and stands behind or before a domain's errors as
        the last of these did: so the domain's state in the end is the true one;
-    4. what can't be kept even so is counted in `take_dropped`; no more than `limit` and three times
-       `fold_limit` are kept together.
+    4. a connection's losses and returns that find no room become one of each, which says what all said;
+    5. what can't be kept even so is counted in `take_dropped`; no more than `limit` and three times
+       `fold_limit` are kept together (each connection beyond the first may add three).
     """
 
     def __init__(self, limit: int = QUEUE_LIMIT, fold_limit: int = FOLD_LIMIT) -> None:
@@ -48,10 +53,14 @@ class IntakeQueue:
         self._ready = threading.Event()
         self._dropped_errors = 0
         self._dropped_others = 0
+        self._unread: tuple[int, str] = (0, "")
 
     def put(self, observation: Observation) -> None:
         """Take one observation; the sink of a source."""
-        if len(self._items) < self._limit and not self._folded:
+        if isinstance(observation, CallbackLost):
+            with self._lock:
+                self._unread = (self._unread[0] + 1, observation.why)
+        elif len(self._items) < self._limit and not self._folded:
             self._items.append(observation)
         else:
             self._put_folded(observation)
@@ -60,9 +69,12 @@ class IntakeQueue:
 
     def _put_folded(self, observation: Observation) -> None:
         with self._lock:
+            if isinstance(observation, SourceSeen):
+                # Behind all that is folded, which leaves in one batch with it: it needs no barrier.
+                self._put_last((SourceSeen, observation.connection), observation)
+                return
             if not isinstance(observation, RawIoError):
-                full = len(self._items) + len(self._folded) >= self._limit + self._fold_limit
-                if full and not isinstance(observation, SourceReady | SourceLost):
+                if len(self._items) + len(self._folded) >= self._limit + self._fold_limit:
                     self._put_crowded(observation)
                     return
                 # A barrier: what was folded before it must be told before it.
@@ -79,24 +91,48 @@ class IntakeQueue:
                 if next(reversed(self._folded)) != key:  # so it never looks empty to `put`
                     del self._folded[key]  # goes to the end, behind the last words that came since
                 self._folded[key] = Burst(burst.raw, burst.count + 1, burst.first_ns, at)
-            elif len(self._folded) < 2 * self._fold_limit:
+            elif self._has_room():
                 self._folded[key] = Burst(observation, 1, at, at)
             else:
                 self._dropped_errors += 1
                 return
         METRICS.folded.inc()
 
+    def _has_room(self) -> bool:
+        """For one more thing that nothing of its kind can be folded into."""
+        kept = len(self._items) + len(self._folded)
+        return len(self._folded) < 2 * self._fold_limit and kept < self._limit + 3 * self._fold_limit - _SELF
+
+    def _put_last(self, key: tuple[object, ...], observation: Observation) -> None:
+        self._folded[key] = observation  # first, so that it never looks empty to `put`
+        if next(reversed(self._folded)) != key:
+            self._folded[key] = self._folded.pop(key)
+
     def _put_crowded(self, observation: Observation) -> None:
-        """Keep the last word about a domain or device: memory before order, and it is told."""
+        """Keep the last word about a domain, device or connection: memory before order, and it is told."""
+        if isinstance(observation, SourceReady | SourceLost):
+            key: tuple[object, ...] = (type(observation), observation.connection)
+            self._put_last(key, self._joined(self._folded.get(key), observation))
+            return
         if isinstance(observation, DomainResumed | DomainHalted | DomainGone | DeviceRemoved):
             key = (type(observation), observation.domain_uuid, getattr(observation, "alias", None))
-            replaced = self._folded.pop(key, None) is not None
-            if replaced or len(self._folded) < 2 * self._fold_limit:
-                self._folded[key] = observation
+            replaced = key in self._folded
+            if replaced or self._has_room():
+                self._put_last(key, observation)
                 self._dropped_others += replaced
                 return
         self._dropped_errors += callbacks_in(observation)
         self._dropped_others += not callbacks_in(observation)
+
+    def _joined(self, before: Observation | None, now: SourceReady | SourceLost) -> Observation:
+        """Two losses are one since the first; two returns are the last one with the findings of both."""
+        if isinstance(before, SourceLost) and isinstance(now, SourceLost):
+            return replace(now, at_ns=min(before.at_ns, now.at_ns))
+        if isinstance(before, SourceReady) and isinstance(now, SourceReady):
+            findings = before.findings + now.findings
+            self._dropped_errors += max(0, len(findings) - self._fold_limit)
+            return replace(now, findings=findings[-self._fold_limit :])
+        return now
 
     def drain(self, timeout: float) -> list[Observation]:
         """Wait up to `timeout` seconds, then take at most BATCH_LIMIT observations, oldest first."""
@@ -125,6 +161,12 @@ class IntakeQueue:
             dropped = (self._dropped_errors, self._dropped_others)
             self._dropped_errors = self._dropped_others = 0
         return dropped
+
+    def take_unread(self) -> tuple[int, str]:
+        """(how many callbacks came since the last call that nobody could read, what the last one was)."""
+        with self._lock:
+            unread, self._unread = self._unread, (0, "")
+        return unread
 
     def __len__(self) -> int:
         return len(self._items) + len(self._folded)

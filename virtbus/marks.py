@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from virtbus.errors import ConfigError, DedupeUnavailable
 
@@ -96,11 +97,11 @@ class Marks:
 
     def runs(self) -> list[tuple[str, str, str]]:
         """(source, epoch, state) of each run, as they were first written."""
-        return self._rows_of("SELECT source, epoch, state FROM run WHERE scope = ? ORDER BY number")
+        return self._all("SELECT source, epoch, state FROM run WHERE scope = ? ORDER BY number")
 
     def notes(self) -> dict[str, str]:
         """What the bus kept, by name."""
-        return dict(self._rows_of("SELECT name, value FROM note WHERE scope = ?"))
+        return dict(self._all("SELECT name, value FROM note WHERE scope = ?"))
 
     def write(
         self,
@@ -167,7 +168,7 @@ class Marks:
         )
         return count
 
-    def _rows_of(self, query: str) -> list[tuple[str, ...]]:
+    def _all(self, query: str) -> list[Any]:
         if self._database is None:
             return []
         with self._translated():

@@ -33,18 +33,25 @@ from virtbus.words import (
 
 
 class Now(NamedTuple):
-    """One reading of both clocks: wall time stamps, monotonic time measures."""
+    """One reading of the clocks: wall time stamps, monotonic time measures what this host was awake for."""
 
     wall_ns: int
     monotonic: float
+    suspended: float = 0.0  # seconds that the host slept since its boot, which monotonic leaves out
+
+    @property
+    def boot(self) -> float:
+        """Seconds since the host's boot, a suspend included (CLOCK_BOOTTIME)."""
+        return self.monotonic + self.suspended
 
 
 class Clock:
     """The system's clocks; tests pass their own object with the same call."""
 
     def __call__(self) -> Now:
-        """Read both clocks at once."""
-        return Now(time.time_ns(), time.monotonic())
+        """Read the clocks at once."""
+        monotonic = time.monotonic()
+        return Now(time.time_ns(), monotonic, time.clock_gettime(time.CLOCK_BOOTTIME) - monotonic)
 
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -273,11 +280,30 @@ class SourceReady:
     domains: tuple[DomainState, ...]
     findings: tuple[Burst, ...] = ()
     throttles: bool = False  # the hypervisor merges errors: counts are lower bounds
+    connection: str = ""  # of whose guests this speaks, where a source has several
+    proves: bool = False  # `SourceSeen` follows: without it nothing counts as seen
 
 
 @dataclass(frozen=True, slots=True)
 class SourceLost:
     """The source can't observe since `at_ns` (its last sign of life)."""
+
+    at_ns: int
+    why: str
+    connection: str = ""
+    reason: GapReason = GapReason.SOURCE_LOST
+
+
+class SourceSeen(NamedTuple):
+    """The connection answered: whatever it told before `asked` stands before this in the queue."""
+
+    asked: Now
+    connection: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CallbackLost:
+    """A callback came and could not be read: which guest it spoke of, and of what, nobody knows."""
 
     at_ns: int
     why: str
@@ -293,6 +319,8 @@ Observation: TypeAlias = (
     | HostKnown
     | SourceReady
     | SourceLost
+    | SourceSeen
+    | CallbackLost
 )
 
 # ------------------------------------------------------------------------------------- the events
@@ -441,6 +469,7 @@ class OpenIncident:
     paused: bool
     flapping: bool
     scope: Scope = Scope.DEVICE
+    drill: bool = False  # of replayed errors: never a live one
 
 
 @dataclass(frozen=True, slots=True)

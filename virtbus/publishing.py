@@ -134,11 +134,15 @@ class _SpoolFeed:
         self._outcomes: list[tuple[Record, Outcome]] = []
         self._confirmed = 0  # outcomes that are not counted in the metrics yet
         # A random phase: a thousand agents that start together must not beat together.
-        self._next_beat = time.monotonic() + random.uniform(0, interval())  # noqa: S311 - no secret
+        self._every = interval()
+        self._next_beat = time.monotonic() + random.uniform(0, self._every)  # noqa: S311 - no secret
 
     def heartbeat_in(self) -> float:
-        """Seconds until the next heartbeat is due."""
-        return max(0.0, self._next_beat - time.monotonic()) if self._interval() else 3600.0
+        """Seconds until the next heartbeat is due. An interval that a reload changed counts from now."""
+        every, now = self._interval(), time.monotonic()
+        if every != self._every:
+            self._every, self._next_beat = every, now + random.uniform(0, every)  # noqa: S311 - no secret
+        return max(0.0, self._next_beat - now) if every else 3600.0
 
     def take(self, limit: int, busy: AbstractSet[str]) -> Sequence[Record]:
         """See virtbus.bus.Feed."""

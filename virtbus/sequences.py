@@ -40,7 +40,8 @@ class MissingEvents(TelemetryEvent):
 
     With the cause "unexplained" they are sequence numbers of an agent (`source`) in one `epoch`. Otherwise
     they are Kafka offsets: `source` is "topic[partition]" and `epoch` the id of the topic they were in, ""
-    when the broker does not tell; `last` is None when nobody can know how far it went.
+    when the broker does not tell; `last` is None where nobody knows how far they went, as in a topic that
+    is gone.
     """
 
     LEVEL: ClassVar[str] = "error"
@@ -200,10 +201,10 @@ class SequenceCheck:
         if event.previous is not None:
             # The last run's tail: what its spool knew of must have come, or come yet.
             run = (source, event.previous.epoch)
-            state = self._state(run)
-            if state is not None and state.next is not None:
+            last = self._state(run)
+            if last is not None and last.next is not None:
                 self._changed.add(run)
-                self._expect(run, state, event.previous.last_sequence + 1, now)
+                self._expect(run, last, event.previous.last_sequence + 1, now)
 
     def _state(self, run: Run) -> _State | None:
         """A run's state. One that is newer than all that is known of its agent begins at number 1."""

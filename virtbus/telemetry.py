@@ -7,11 +7,12 @@ The registry is ours alone (no process-wide default), bounded in labels: no doma
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
 from typing import Any, ClassVar, TextIO
@@ -20,7 +21,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Metric
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from virtbus.log import Log
+from virtbus.log import LEVELS, Log
 from virtbus.words import Origin, Phase
 
 _CONFIRM_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -140,7 +141,7 @@ class Metrics:
         # A rate over a series that begins at 1 misses the first: closed sets of labels begin at 0.
         for outcome in ("confirmed", "deferred", "unroutable", "refused"):
             self.outcomes.labels(outcome)
-        for why in ("refused", "invalid", "damaged"):
+        for why in ("refused", "invalid", "damaged", "poison", "consumer"):
             self.dead_letters.labels(why)
         for result in ("found", "failed", "late"):
             self.lookups.labels(result)
@@ -195,11 +196,25 @@ class _Limiter:
 
 
 _limiter = _Limiter()
-_log = Log()
+_log: Log | None = None  # None: a library in somebody's program, which logs as that program wants
+_logger = logging.getLogger("virtbus")
+_logger.addHandler(logging.NullHandler())
+
+
+def _to_logging(level: str, message: str, values: Mapping[str, object]) -> None:
+    """A line through the standard library, with its values as text and in `record.virtbus`."""
+    number = LEVELS[level]
+    if _logger.isEnabledFor(number):
+        told = " ".join(f"{name}={value}" for name, value in values.items())
+        _logger.log(number, "%s", f"{message} {told}".rstrip(), extra={"virtbus": dict(values)})
 
 
 def emit(event: TelemetryEvent) -> None:
-    """Write the line and move the metrics. Never raises."""
+    """Write the line and move the metrics. Never raises.
+
+    Until `configure` was called the line goes to Python's `logging`, under `virtbus`; nothing is written to
+    standard error by itself.
+    """
     event.measure(METRICS)
     if event.LEVEL in ("warning", "error"):
         METRICS.warnings.labels(type(event).__name__).inc()
@@ -215,14 +230,17 @@ def emit(event: TelemetryEvent) -> None:
         if value is not None:
             extra[item.name] = str(value) if isinstance(value, BaseException) else value
     try:
-        _log.write(event.LEVEL, event.MESSAGE, extra)
+        if _log is None:
+            _to_logging(event.LEVEL, event.MESSAGE, extra)
+        else:
+            _log.write(event.LEVEL, event.MESSAGE, extra)
     except (OSError, ValueError):
         # The log's disk is full, or nobody reads it: the metric tells, and the path goes on.
         METRICS.log_failures.inc()
 
 
 def configure(*, level: str = "info", fmt: str = "auto", stream: TextIO | None = None) -> None:
-    """Set the log's level ("debug" … "error") and format ("text", "json", or "auto": text on a terminal)."""
+    """Write a log of our own: level "debug" … "error", format "text", "json" or "auto"."""
     global _log
     _log = Log(level=level, fmt=fmt, stream=stream)
 
@@ -304,6 +322,55 @@ class BusLost(TelemetryEvent):
 
     LEVEL: ClassVar[str] = "warning"
     MESSAGE: ClassVar[str] = "broker connection lost; events stay in the spool"
+    LIMIT_SECONDS: ClassVar[float] = 30.0
+    bus: str
+    error: Exception | str
+
+    def measure(self, metrics: Metrics) -> None:
+        """The bus is down."""
+        metrics.bus_connected.set(0)
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetterWaits(TelemetryEvent):
+    """A message could not be put aside now; it is kept unacknowledged and tried again."""
+
+    LEVEL: ClassVar[str] = "error"
+    MESSAGE: ClassVar[str] = "a dead letter can't be put aside now; trying again, other messages go on"
+    LIMIT_SECONDS: ClassVar[float] = 30.0
+    queue: str  # or topic
+    position: str
+    waiting: int
+    error: Exception | str
+
+    def limit_key(self) -> object:
+        """A line a queue."""
+        return self.queue
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetterStored(TelemetryEvent):
+    """A message lies in the dead letters, confirmed by the broker."""
+
+    LEVEL: ClassVar[str] = "warning"
+    MESSAGE: ClassVar[str] = "put into the dead letters; see `virtbus dead list`"
+    LIMIT_SECONDS: ClassVar[float] = 10.0
+    queue: str
+    position: str
+    reason: str
+    cut: str | None = None
+
+    def measure(self, metrics: Metrics) -> None:
+        """Count it."""
+        metrics.dead_letters.labels("consumer").inc()
+
+
+@dataclass(frozen=True, slots=True)
+class BusCutOff(TelemetryEvent):
+    """A consumer's connection to the broker is gone or was thrown away."""
+
+    LEVEL: ClassVar[str] = "warning"
+    MESSAGE: ClassVar[str] = "broker connection lost; what was not acknowledged is delivered again"
     LIMIT_SECONDS: ClassVar[float] = 30.0
     bus: str
     error: Exception | str
@@ -479,6 +546,16 @@ class Trouble(TelemetryEvent):
     def limit_key(self) -> object:
         """A line a place."""
         return self.where
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadDied(TelemetryEvent):
+    """A thread of the agent ended by an unexpected error: the agent ends with exit code 70."""
+
+    LEVEL: ClassVar[str] = "error"
+    MESSAGE: ClassVar[str] = "a thread ended by an unexpected error; the agent ends, start it again"
+    thread: str
+    error: str
 
 
 @dataclass(frozen=True, slots=True)

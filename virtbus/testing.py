@@ -23,7 +23,7 @@ from threading import Event as StopEvent
 from typing import Any, TypeVar
 
 from virtbus import envelope
-from virtbus.bus import Feed, Memory
+from virtbus.bus import DeadLetters, Feed, Memory
 from virtbus.errors import BusUnavailable
 from virtbus.faultkit import FakeAmqpConnection, FakeAmqpPeer, Published, Script, TcpFaultProxy, wait_until
 from virtbus.model import (
@@ -501,6 +501,10 @@ class FakeBus:
         with self._changed:
             self._groups.setdefault(name, deque())
         return FakeSubscription(self, name, prefetch, durable=group is not None)
+
+    def dead_letters(self, group: str) -> DeadLetters:
+        """See `dead`; this bus sends nothing back."""
+        raise NotImplementedError(f"the dead letters of group {group} are in FakeBus.dead")
 
     def probe(self) -> Sequence[Check]:
         """See virtbus.bus.Bus."""

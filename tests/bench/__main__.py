@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from tests.bench import growth, host, intake, kafka, publish, report
+from tests.bench import consume, effect, growth, host, intake, kafka, publish, report
 from tests.bench.measure import Row, below_floor
 
 Family = Callable[[int, bool], Sequence[Row]]
@@ -21,10 +21,12 @@ FAMILIES: dict[str, Family] = {
     "publish": lambda rounds, quick: publish.rows(rounds, events=5_000 if quick else 60_000),
     "drain": lambda rounds, quick: publish.drain_rows(rounds, events=20_000 if quick else 100_000),
     "kafka": lambda rounds, quick: kafka.rows(rounds, events=10_000 if quick else 100_000),
+    "consume": lambda rounds, quick: consume.rows(rounds, events=2_000 if quick else 10_000),
     "intake": lambda rounds, quick: intake.rows(rounds, callbacks=100_000 if quick else 300_000),
     "growth": lambda rounds, quick: growth.rows(rounds, sizes=growth.SIZES[: 3 if quick else 4]),
     "idle": lambda rounds, quick: host.idle_rows(rounds, seconds=20 if quick else host.IDLE_SECONDS),
     "latency": lambda rounds, quick: host.latency_rows(rounds, errors=20 if quick else 100),
+    "effect": lambda rounds, quick: effect.rows(rounds, errors=20 if quick else 100),
     "storm": lambda rounds, quick: host.storm_rows(rounds, 10 if quick else host.STORM_SECONDS),
 }
 

@@ -17,7 +17,7 @@ import time
 import uuid
 from pathlib import Path
 
-from tests.bench.bench_amqp_consume import bare_kombu
+from tests.bench.consume import bare
 from tests.brokers.rabbitmq import RabbitMQ
 from virtbus.bus import BusOptions, open_bus
 from virtbus.commands.fleet import table
@@ -95,7 +95,7 @@ def main() -> None:
             ListFeed(records).drain(bus, timeout=120)
             count = len(records)
             del records
-            rate = bare_kombu(url, "virtbus.bare", count)
+            rate = bare(url, count, "virtbus.bare")
             best["bare_kombu_consumer"] = max(best["bare_kombu_consumer"], rate)
             best["sdk"] = max(best["sdk"], sdk(url, "sdk", count, folder / "a.db", None))
             best["sdk_and_fleet"] = max(

@@ -1,6 +1,7 @@
 """A real RabbitMQ node of the tests' own: Debian's package, own port, node name, cookie, epmd and folders.
 
     broker = RabbitMQ.shared(folder)      # the first caller starts it, the others join
+    broker = RabbitMQ.shared(folder, root=suite_root("trixie", RABBITMQ))   # another release of it
     url = broker.url(broker.vhost())      # a virtual host for one test: nothing to clean up
     broker.close()                        # the last one to let go ends it, also by being killed
 
@@ -28,15 +29,31 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import amqp
 import trustme
 
 from tests.brokers.keeper import Hold
+from tests.lab import chroot
 from tests.ports import free_ports
 
 # Not the programs of the same names in /usr/sbin: those change to the user rabbitmq.
 BIN = Path("/usr/lib/rabbitmq/bin")
 COOKIE = "virtbustests"
-READY_SECONDS = 90
+READY_SECONDS = 180
+
+# Names a Debian suite: its RabbitMQ is used wherever no other is asked for (`make brokers`).
+SUITE = "VIRTBUS_TEST_RABBITMQ"
+
+# Runs a program of another root file system, which sees this machine's processes, devices and the node's
+# folder; the mounts are its own and go when it ends.
+INSIDE = """\
+root=$1 folder=$2; shift 2
+for each in proc sys dev; do mount --rbind /$each "$root/$each"; done
+mount -t tmpfs node "$root/tmp"
+mkdir -p "$root$folder"
+mount --bind "$folder" "$root$folder"
+exec chroot "$root" "$@"
+"""
 
 CONFIG = """\
 listeners.tcp.1 = 127.0.0.1:{port}
@@ -59,8 +76,16 @@ class BrokerError(Exception):
     """The broker for the tests failed: what was tried, and what it said."""
 
 
+def default_root() -> Path | None:
+    """The root file system that SUITE names, made if need be; None: this machine's own."""
+    suite = os.environ.get(SUITE)
+    return chroot.suite_root(suite, chroot.RABBITMQ) if suite else None
+
+
 def missing() -> list[str]:
     """What this machine lacks to run a node, in words; empty when it can."""
+    if os.environ.get(SUITE):
+        return chroot.missing()
     lacks = []
     if not (BIN / "rabbitmq-server").exists():
         lacks.append("RabbitMQ (Debian package rabbitmq-server)")
@@ -93,6 +118,7 @@ class RabbitMQ:
     epmd_port: int
     node: str
     hold: Hold
+    root: Path | None = None
     wrapper: int = 0
     _vhosts: Iterator[int] = field(default_factory=itertools.count)
     _callers: Iterator[int] = field(default_factory=itertools.count)
@@ -100,23 +126,28 @@ class RabbitMQ:
     # -- life
 
     @classmethod
-    def shared(cls, folder: Path) -> RabbitMQ:
-        """The node in `folder`: started by the first process that asks, joined by the others."""
+    def shared(cls, folder: Path, root: Path | None = None) -> RabbitMQ:
+        """The node in `folder`: started by the first process that asks, joined by the others.
+
+        `root` is the root file system that RabbitMQ comes from: by default this machine's, or SUITE's.
+        """
+        root = root or default_root()
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             generations = sorted(folder.glob("node-*"))
             for home in generations[-1:]:
                 with suppress(OSError):  # it has ended, or is about to
-                    return cls(folder=home, hold=Hold(home), **json.loads((home / "node.json").read_text()))
-            return cls._first(folder / f"node-{len(list(folder.iterdir())):03}-{os.getpid()}")
+                    facts = json.loads((home / "node.json").read_text())
+                    return cls(folder=home, hold=Hold(home), root=root, **facts)
+            return cls._first(folder / f"node-{len(list(folder.iterdir())):03}-{os.getpid()}", root)
 
     @classmethod
-    def _first(cls, home: Path) -> RabbitMQ:
+    def _first(cls, home: Path, root: Path | None) -> RabbitMQ:
         ports = free_ports(4)
         facts: dict[str, Any] = dict(zip(("port", "tls_port", "dist_port", "epmd_port"), ports, strict=True))
         facts["node"] = f"virtbus{ports[0]}@localhost"
-        broker = cls(folder=home, hold=Hold.first(home), **facts)
+        broker = cls(folder=home, hold=Hold.first(home), root=root, **facts)
         broker._prepare()
         broker.start()
         (home / "node.json").write_text(json.dumps(facts | {"wrapper": broker.wrapper}))
@@ -134,7 +165,9 @@ class RabbitMQ:
         """Start the node and wait until it takes connections. What was confirmed before is still there."""
         until = time.monotonic() + READY_SECONDS
         self.wrapper = self.hold.ask(
-            start=[str(BIN / "rabbitmq-server")], env=self._environment(), log=str(self.folder / "server.log")
+            start=self._inside(str(BIN / "rabbitmq-server")),
+            env=self._environment(),
+            log=str(self.folder / "server.log"),
         )["pid"]
         while not (self._listens(self.port) and self._listens(self.tls_port)):
             if not self.hold.ask(alive=self.wrapper)["alive"]:
@@ -150,7 +183,7 @@ class RabbitMQ:
         for a moment, and a queue declared just before the kill would be gone (seen with 3.10.8).
         """
         if flush:
-            self.eval("mnesia:sync_log().")
+            self.eval("(catch mnesia:sync_log()), ok.")  # 4.3 has no Mnesia, and nothing to flush
         os.kill(self.pid, number)
         wait_until(lambda: not self._listens(self.port), "RabbitMQ's port is closed", 30)
         # Its name must be free at epmd too, or a restart refuses.
@@ -166,6 +199,10 @@ class RabbitMQ:
     def pid(self) -> int:
         """The PID of the Erlang VM."""
         return int((self.folder / "pid").read_text())
+
+    def version(self) -> str:
+        """RabbitMQ's own version."""
+        return self.eval("{ok, V} = application:get_key(rabbit, vsn), list_to_atom(V).").strip("'")
 
     # -- what a test asks for
 
@@ -218,7 +255,9 @@ class RabbitMQ:
         )
 
     def permit_topic(self, name: str, vhost: str, exchange: str, *, write: str = "", read: str = "") -> None:
-        """Restrict a user to routing keys of a topic exchange: regular expressions."""
+        """Restrict a user to routing keys of a topic exchange, which is made for it: regular expressions."""
+        with amqp.Connection(f"127.0.0.1:{self.port}", virtual_host=vhost) as connection:  # for 4.3
+            connection.channel().exchange_declare(exchange, "topic", durable=True, auto_delete=False)
         rights = ", ".join(f"<<{erlang(each)}>>" for each in (write, read))
         self.eval(
             f"rabbit_auth_backend_internal:set_topic_permissions("
@@ -239,6 +278,18 @@ class RabbitMQ:
             lambda: self.eval("rabbit_alarm:get_alarms() =/= [].") == alarmed, f"alarm is {alarmed}", 20
         )
 
+    @contextmanager
+    def largest_message(self, size: int) -> Iterator[None]:
+        """Take no message of more bytes for the length of a `with` block. For the whole node."""
+        setting = (
+            "application:set_env(rabbit, max_message_size, {0}), persistent_term:put(max_message_size, {0})."
+        )
+        self.eval(setting.format(size))  # the latter is 4.x's, which reads the former at its start only
+        try:
+            yield
+        finally:
+            self.eval(setting.format(134217728))
+
     def queues(self, vhost: str) -> dict[str, int]:
         """How many messages each queue of `vhost` holds, ready and unacknowledged."""
         out = self.rabbitmqctl("list_queues", "--vhost", vhost, "--silent", "name", "messages")
@@ -246,12 +297,13 @@ class RabbitMQ:
 
     def rabbitmqctl(self, *words: str) -> str:
         """What rabbitmqctl prints; more than a second each."""
-        return self._run(str(BIN / "rabbitmqctl"), "--node", self.node, *words)
+        return self._run(*self._inside(str(BIN / "rabbitmqctl"), "--node", self.node, *words))
 
     def eval(self, expression: str) -> str:
         """Evaluate an Erlang expression in the node (ends with a full stop) and return its value as text."""
         # A name of its own each: two callers of one name at the same time and the node refuses one.
         name = f"caller{os.getpid()}x{next(self._callers)}"
+        # This machine's erl_call speaks to nodes of other releases too.
         words = ["erl_call", "-c", COOKIE, "-n", self.node, "-h", name, "-timeout", "30", "-e"]
         done = subprocess.run(
             words,
@@ -354,6 +406,13 @@ class RabbitMQ:
             "RABBITMQ_CONF_ENV_FILE": "/dev/null",
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-kernel inet_dist_use_interface {127,0,0,1}",
         }
+
+    def _inside(self, *words: str) -> list[str]:
+        """A command of the node's own root file system."""
+        if self.root is None:
+            return list(words)
+        return ["unshare", "--mount", "--propagation", "private", "sh", "-ec", INSIDE, "sh",
+                str(self.root), str(self.folder), *words]  # fmt: skip
 
     def _run(self, *words: str) -> str:
         done = subprocess.run(words, capture_output=True, text=True, env=self._environment(), timeout=60)

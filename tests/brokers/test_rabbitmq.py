@@ -193,3 +193,9 @@ def test_processes_share_a_node_and_the_last_one_to_go_ends_it_also_by_being_kil
             second.send_signal(signal.SIGKILL)
     wait_until(lambda: not any(Path(f"/proc/{p}").exists() for p in everything), "servers are gone", 10)
     wait_until(lambda: not folder.exists(), f"{folder} is gone", 10)
+
+
+def test_the_node_is_the_suite_that_was_asked_for(rabbitmq: RabbitMQ) -> None:
+    version = tuple(map(int, rabbitmq.version().split(".")[:2]))
+    wanted = {"trixie": (4, 0), "forky": (4, 1)}.get(os.environ.get("VIRTBUS_TEST_RABBITMQ", ""), (3, 0))
+    assert version >= wanted

@@ -103,7 +103,9 @@ def test_a_close_without_the_marks_says_so_and_lets_go_of_the_bus(url, file):
     consumer = Consumer(url, group="g", dedupe=file)
     consumer._seen._database.execute("PRAGMA busy_timeout = 50")
     delivery = consumer.receive(1.0)
-    delivery.ack()
-    with locked(file), pytest.raises(DedupeUnavailable):
-        consumer.close()
+    with locked(file):
+        with pytest.raises(DedupeUnavailable):
+            delivery.ack()
+        with pytest.raises(DedupeUnavailable):
+            consumer.close()
     assert left(url, file) == 5

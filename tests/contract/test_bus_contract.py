@@ -392,6 +392,73 @@ def test_a_dead_letter_is_put_aside_as_it_came_with_its_reason_and_never_comes_a
     assert ids(dead) == [items[0].id]
 
 
+def with_dead_letters(rig: Rig, bus: Bus, count: int) -> list[Record]:
+    """A group "a" that has put the first `count` of five aside, with the reasons 0, 1, …"""
+    items = records(5, keys=5)
+    with joined(rig, bus, "a") as subscription:
+        ListFeed(items).publish(bus)
+        for number in range(5):
+            message = subscription.receive(WAIT)
+            assert message is not None
+            if ids([message])[0] in [record.id for record in items[:count]]:
+                subscription.dead_letter(message, f"reason {number}")
+            else:
+                subscription.ack(message)
+    return items
+
+
+def test_dead_letters_are_counted_and_listed_and_a_look_changes_nothing(rig: Rig) -> None:
+    with opened(rig) as bus:
+        with bus.dead_letters("a") as letters:
+            assert letters.count() == 0
+        items = with_dead_letters(rig, bus, 3)
+        for _ in range(3):
+            with bus.dead_letters("a") as letters:
+                assert letters.count() == 3
+                found = list(letters.read())
+                assert list(letters.read()) == []
+            assert sorted(str(letter.id) for letter in found) == sorted(record.id for record in items[:3])
+            assert all(letter.reason.startswith("reason ") for letter in found)
+            assert {letter.source for letter in found} == {items[0].attributes["source"]}
+            assert all(letter.size_bytes == len(letter.message.body) for letter in found)
+        with bus.dead_letters("a") as letters:
+            assert len(list(letters.read(2))) == 2
+        with bus.dead_letters("other") as letters:
+            assert letters.count() == 0
+
+
+def test_a_dead_letter_that_is_sent_back_comes_to_its_group_alone_as_it_was(rig: Rig) -> None:
+    with opened(rig) as bus, joined(rig, bus, "b") as other:
+        items = with_dead_letters(rig, bus, 2)
+        receive(other, 5)
+        with bus.dead_letters("a") as letters:
+            for letter in letters.read():
+                if letter.id == items[0].id:
+                    letters.send_back(letter)
+        with bus.dead_letters("a") as letters:
+            assert [letter.id for letter in letters.read()] == [items[1].id]
+        member = bus.consume("a")
+        (again,) = receive(member, 1)
+        assert ids([again]) == [items[0].id]
+        assert again.body == items[0].body
+        assert REASON_HEADER not in again.headers
+        member.close()
+        assert other.receive(rig.quiet) is None
+
+
+def test_a_dead_letter_that_is_dropped_is_gone_and_the_others_stay(rig: Rig) -> None:
+    with opened(rig) as bus:
+        items = with_dead_letters(rig, bus, 3)
+        with bus.dead_letters("a") as letters:
+            for letter in letters.read():
+                if letter.id == items[1].id:
+                    letters.drop(letter)
+            assert letters.count() == 2
+        with bus.dead_letters("a") as letters:
+            left = [str(letter.id) for letter in letters.read()]
+        assert sorted(left) == sorted([items[0].id, items[2].id])
+
+
 def test_a_message_tells_its_key_and_decodes_in_either_content_mode(rig: Rig) -> None:
     for structured in (False, True):
         item = a_record()

@@ -93,11 +93,10 @@ def scenarios(broker: RabbitMQ) -> dict[str, tuple[int, float]]:
     vhost = broker.vhost()
     url = broker.url(vhost)
     declare(url)
-    broker.eval("application:set_env(rabbit, max_message_size, 100000).")
-    big = [*items]
-    big[4] = big[4]._replace(body=b'"' + b"x" * 200_000 + b'"')
-    done["406"] = publish(url, big)
-    broker.eval("application:set_env(rabbit, max_message_size, 134217728).")
+    with broker.largest_message(100_000):
+        big = [*items]
+        big[4] = big[4]._replace(body=b'"' + b"x" * 200_000 + b'"')
+        done["406"] = publish(url, big)
     return done
 
 

@@ -16,13 +16,14 @@ import pytest
 from confluent_kafka.cimpl import NewPartitions
 
 from tests.kafka.cluster import Cluster
-from tests.kafka.help import admin, bare_producer, hosts, opened, read, sized
+from tests.kafka.help import admin, bare_producer, hosts, opened, read
 from tests.kafka.mock import produce_with_header
 from virtbus import envelope
 from virtbus.bus import Subscription, kafka_consumer
 from virtbus.bus.kafka import KafkaBus
-from virtbus.bus.kafka_consumer import Track
-from virtbus.errors import BusDenied, BusUnavailable, SchemaError, VirtbusError
+from virtbus.bus.kafka_line import Track
+from virtbus.bus.kafka_records import headers_of
+from virtbus.errors import BusUnavailable, SchemaError
 from virtbus.model import Message
 from virtbus.testing import ListFeed, a_record, records
 
@@ -164,7 +165,7 @@ def test_a_rebalance_loses_nothing_and_repeats_only_what_was_not_acknowledged(
 def both_have_partitions(first: Subscription, second: Subscription, seconds: float = 30.0) -> None:
     """Wait until two members share four partitions, acknowledging what comes."""
     limit = time.monotonic() + seconds
-    while not all(len(member._tracks) == 2 for member in (first, second)):  # type: ignore[attr-defined]
+    while not all(len(member._line.tracks) == 2 for member in (first, second)):  # type: ignore[attr-defined]
         assert time.monotonic() < limit, "no rebalance"
         for member in (first, second):
             message = member.receive(0.2)
@@ -183,7 +184,7 @@ def test_a_partition_that_was_paused_goes_on_after_another_one_came(kafka_url: s
                 held = take(first, 4, ack=False)  # as much as it may have: its partitions are paused
                 assert first.receive(0.3) is None
             limit = time.monotonic() + 30
-            while len(first._tracks) < 4 and time.monotonic() < limit:  # type: ignore[attr-defined]
+            while len(first._line.tracks) < 4 and time.monotonic() < limit:  # type: ignore[attr-defined]
                 assert first.receive(0.0) is None
             for message in held:
                 first.ack(message)
@@ -202,7 +203,7 @@ def test_keys_that_are_always_due_again_keep_neither_new_messages_nor_a_rebalanc
             fresh: set[str] = set()
             limit = time.monotonic() + 30
             published = False
-            while len(fresh) < 3 or not second._tracks:  # type: ignore[attr-defined]
+            while len(fresh) < 3 or not second._line.tracks:  # type: ignore[attr-defined]
                 assert time.monotonic() < limit, "starved"
                 message = first.receive(0.5)
                 time.sleep(0.2)  # slower than retries come due
@@ -299,40 +300,9 @@ def test_a_key_that_waits_for_a_retry_does_not_grow_without_bound(kafka_url: str
             (first,) = take(subscription, 1, ack=False)
             subscription.retry(first, 3.0)
             assert subscription.receive(1.5) is None
-            assert subscription._outstanding() <= 5 * 10 + 1  # type: ignore[attr-defined]
+            assert subscription._line.outstanding <= 5 * 10 + 1  # type: ignore[attr-defined]
             got = take(subscription, 200, seconds=30.0)
     assert [event_id(message) for message in got] == [record.id for record in items]
-
-
-def test_a_dead_letter_keeps_key_and_headers_and_tells_reason_position_and_group(
-    kafka_url: str, kafka_topic: str
-) -> None:
-    (item,) = records(1)
-    with opened(kafka_url, kafka_topic) as bus:
-        ListFeed([item]).publish(bus)
-        with joined(bus, "g") as subscription:
-            (message,) = take(subscription, 1, ack=False)
-            subscription.dead_letter(message, "no such host")
-    (dead,) = read(kafka_url, f"{kafka_topic}.dead", 1)
-    found = dict(dead.headers())
-    assert (dead.key(), dead.value()) == (item.key.encode(), item.body)
-    assert found["ce_id"] == item.id.encode()
-    assert found["x-virtbus-reason"] == b"no such host"
-    assert found["x-virtbus-position"] == message.position.encode()
-    assert found["x-virtbus-group"] == b"g"
-
-
-def test_a_dead_letter_that_is_refused_comes_again_and_holds_its_key(
-    kafka_url: str, kafka_topic: str
-) -> None:
-    items = records(2)
-    with opened(kafka_url, kafka_topic) as bus:
-        ListFeed(items).publish(bus)
-    with opened(kafka_url, kafka_topic, declare=False) as bus, joined(bus, "g") as subscription:
-        (message,) = take(subscription, 1, ack=False)
-        with pytest.raises(VirtbusError, match=rf"{kafka_topic}\.dead"):
-            subscription.dead_letter(message, "unreadable")  # its topic is missing
-        assert [event_id(one) for one in take(subscription, 2)] == [item.id for item in items]
 
 
 def test_records_with_neither_key_nor_headers_nor_value_or_with_odd_ones_come_and_can_be_put_aside(
@@ -363,22 +333,8 @@ def test_records_with_neither_key_nor_headers_nor_value_or_with_odd_ones_come_an
     assert len(read(kafka_url, f"{kafka_topic}.dead", 3)) == 3
     raw = read(kafka_url, kafka_topic, 5)
     for _ in range(1000):  # an interpreter that has specialised the call must not go on with a broken list
-        assert kafka_consumer._headers(raw[0])
-    assert kafka_consumer._headers(raw[3]) == []
-
-
-@pytest.mark.parametrize("limit", [1024, 16 * 1024 * 1024], ids=["for us", "for the dead letters' topic"])
-def test_a_dead_letter_that_is_too_large_is_the_operators_affair_and_comes_again(
-    kafka_url: str, kafka_topic: str, limit: int
-) -> None:
-    item = sized(1, 1_500_000)
-    with opened(kafka_url, kafka_topic, topic_config={"max.message.bytes": "4000000"}) as bus:
-        ListFeed([item]).publish(bus)
-    with opened(kafka_url, kafka_topic, max_record_bytes=limit) as bus, joined(bus, "g") as subscription:
-        (message,) = take(subscription, 1, ack=False)
-        with pytest.raises(BusDenied, match=rf"{kafka_topic}\.dead.*max.message.bytes"):
-            subscription.dead_letter(message, "unreadable")
-        assert [one.position for one in take(subscription, 1)] == [message.position]
+        assert headers_of(raw[0])
+    assert headers_of(raw[3]) == []
 
 
 # ---------------------------------------------------------------------------------------- outages

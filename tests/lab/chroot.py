@@ -1,10 +1,11 @@
-"""Other releases of libvirt and QEMU: each Debian suite in a folder, with a lab inside it.
+"""Other releases of what the tests run against: each Debian suite in a folder.
 
     with Lab(root=suite_root("bullseye")) as lab:     # libvirt 7.0, QEMU 5.2
         ...
+    RabbitMQ.shared(folder, root=suite_root("trixie", RABBITMQ))     # RabbitMQ 4.0
 
-A suite is made once, in about a minute and 320 MB, and kept in .cache/ of the checkout. libvirtd, QEMU and
-nbdkit are the suite's; virsh, nasm and the tests are this machine's, and reach the daemon over its socket.
+A suite is made once, in about a minute and 320 MB, and kept in .cache/ of the checkout. The daemons are the
+suite's; virsh, nasm and the tests are this machine's, and reach the daemon over its socket.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tests.lab.lab import CHECKOUT, LabError
 # Oldest first, as docs and tests name them.
 SUITES = ("bullseye", "bookworm", "trixie", "forky")
 
+RABBITMQ = ("rabbitmq-server",)
 PACKAGES = ("libvirt-daemon", "libvirt-daemon-driver-qemu", "mount", "nbdkit", "qemu-system-x86")
 
 # The testing suite's lists are valid for a week only, and a mirror may lag.
@@ -37,9 +39,9 @@ def missing() -> list[str]:
     return lacks
 
 
-def suite_root(suite: str) -> Path:
-    """The root folder of a Debian suite with libvirt, QEMU and nbdkit, made if it is not there yet."""
-    recipe = hashlib.sha256(repr((suite, PACKAGES, OPTIONS.get(suite))).encode()).hexdigest()[:8]
+def suite_root(suite: str, packages: tuple[str, ...] = PACKAGES) -> Path:
+    """The root folder of a Debian suite with these packages, made if it is not there yet."""
+    recipe = hashlib.sha256(repr((suite, packages, OPTIONS.get(suite))).encode()).hexdigest()[:8]
     folder = CHECKOUT / ".cache" / "suites"
     folder.mkdir(parents=True, exist_ok=True)
     root = folder / f"{suite}-{recipe}"
@@ -49,12 +51,13 @@ def suite_root(suite: str) -> Path:
             fresh = folder / f"{suite}.new"
             shutil.rmtree(fresh, ignore_errors=True)
             done = subprocess.run(
-                ["mmdebstrap", "--quiet", "--mode=root", "--variant=apt", f"--include={','.join(PACKAGES)}",
+                ["mmdebstrap", "--quiet", "--mode=root", "--variant=apt", f"--include={','.join(packages)}",
                  *OPTIONS.get(suite, []), suite, str(fresh)],
                 capture_output=True, text=True, cwd="/", timeout=900,
             )  # fmt: skip
             if done.returncode:
                 raise LabError(f"mmdebstrap {suite}: {done.stderr.strip()[-2000:]}")
+            (fresh / "etc" / "hosts").write_text("127.0.0.1 localhost\n")  # Erlang's nodes look each other up
             shutil.rmtree(fresh / "var" / "cache" / "apt", ignore_errors=True)
             shutil.rmtree(fresh / "var" / "lib" / "apt" / "lists", ignore_errors=True)
             fresh.rename(root)

@@ -61,6 +61,8 @@ class SimulatedHost:
         self.links: list[SimulatedLink] = []
         self.down = False
         self.frozen = threading.Event()  # while set, `open` hangs
+        self.answers = threading.Event()  # while not set, questions on the events' connection hang
+        self.answers.set()
         self.hanging: set[str] = set()  # domains whose looks hang
         self.release = threading.Event()
         self.failures: dict[str, float] = {}  # a call's name → how many of its next answers are failures
@@ -166,6 +168,11 @@ class SimulatedLink:
         if self.host.failures.get(call, 0) > 0:
             self.host.failures[call] -= 1
             raise SourceUnavailable("Timed out during operation: cannot acquire state change lock")
+
+    def heard(self, then: Callable[[], None]) -> None:
+        self._check()
+        self.host.answers.wait()
+        then()
 
     def facts(self) -> HostFacts:
         self._check()

@@ -192,3 +192,62 @@ def test_a_secret_in_a_flag_shows_in_ps_and_is_named():
 
 def test_what_a_hook_inherits_is_no_setting():
     config.load(environment={"VIRTBUS_EVENT_TYPE": "x", "VIRTBUS_EVENT_ID": "1"})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "[bus]\nconfirm_timeout_seconds = 1e300",
+            ":2: bus.confirm_timeout_seconds = 1e+300: expected",
+        ),
+        ("[heartbeat]\ninterval_seconds = 86400", "heartbeat.interval_seconds = 86400: expected a number"),
+        ("[incidents]\nquiet_seconds = inf", ":2: incidents.quiet_seconds"),
+        ("[incidents]\nquiet_seconds = nan", ":2: incidents.quiet_seconds"),
+        ("[spool]\nmax_bytes = 1000000000000000000000000", ":2: spool.max_bytes"),
+        ("[libvirt]\nkeepalive_interval_seconds = 4000000000", ":2: libvirt.keepalive_interval_seconds"),
+        (f"[bus]\nexchange = '{'ü' * 200}'", ":2: bus.exchange is longer than 255 bytes"),
+        ('[bus]\ntopic = "a\\u0000b"', ":2: bus.topic holds a NUL character"),
+    ],
+)
+def test_what_would_break_a_thread_later_is_refused_with_its_place(settings_file, text, said):
+    path = settings_file(text)
+    (problem,) = problems_of(file=path)
+    assert problem.startswith(str(path))
+    assert said in problem
+
+
+def test_every_number_of_the_settings_has_an_upper_bound():
+    def unbounded(node, path):
+        for each in node.get("anyOf", [node]):
+            if each.get("type") in ("number", "integer") and "maximum" not in each:
+                yield path
+            for name, child in each.get("properties", {}).items():
+                yield from unbounded(child, f"{path}.{name}")
+
+    definitions = config.json_schema()["$defs"]
+    assert [path for name, node in definitions.items() for path in unbounded(node, name)] == []
+
+
+def test_text_of_the_environment_that_is_not_utf_8_is_refused_with_its_place():
+    (problem,) = problems_of(environment={"VIRTBUS_BUS__EXCHANGE": "a\udcff"})
+    assert problem == "environment VIRTBUS_BUS__EXCHANGE: bus.exchange is not UTF-8 text"
+
+
+def test_a_value_of_the_environment_is_one_value():
+    (problem,) = problems_of(environment={"VIRTBUS_HEARTBEAT__INTERVAL_SECONDS": "12\nfoo=3"})
+    assert problem.startswith("environment VIRTBUS_HEARTBEAT__INTERVAL_SECONDS: '12\\nfoo=3' is not")
+
+
+def test_a_byte_order_mark_is_read(tmp_path):
+    path = tmp_path / "virtbus.toml"
+    path.write_bytes(b"\xef\xbb\xbf[bus]\nwindow = 7\n")
+    assert config.load(file=path, environment={}).config.bus.window == 7
+
+
+@pytest.mark.parametrize("text", ["", "\n", " \n"])
+def test_an_empty_secret_file_is_an_error(tmp_path, text):
+    path = tmp_path / "secret"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="is empty"):
+        config.read_secret(str(path), "bus.url_file")

@@ -325,6 +325,7 @@ def test_a_drill_has_an_incident_of_its_own():
     (live,) = bench.see(an_error())
     assert live.incident.phase is Phase.OPENED
     assert live.incident.id != drill.incident.id
+    assert [one.drill for one in bench.incidents.open_incidents()] == [True, False]
 
 
 def test_a_drill_does_not_keep_a_live_incident_open():

@@ -9,7 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from virtbus.intake import BATCH_LIMIT, IntakeQueue, aggregate, callbacks_in
-from virtbus.model import Burst, DomainGone, DomainResumed, RawIoError
+from virtbus.model import (
+    Burst,
+    CallbackLost,
+    DomainGone,
+    DomainResumed,
+    Now,
+    RawIoError,
+    SourceLost,
+    SourceReady,
+    SourceSeen,
+)
+from virtbus.testing import a_host
 
 
 def an_error(alias="virtio-disk0", *, at=0, reason="", domain="d"):
@@ -129,6 +140,41 @@ def test_more_last_words_than_can_be_kept_are_counted_as_dropped():
     kept = queue.drain(0)
     assert sum(callbacks_in(item) for item in kept) + errors == 20
     assert sum(isinstance(item, DomainGone) for item in kept) + others == 20
+
+
+def test_what_is_kept_stays_bounded_while_libvirt_flaps_and_a_gap_still_spans_it_all():
+    queue = IntakeQueue(100, 100)
+    for round_ in range(10):
+        for number in range(2000):
+            queue.put(an_error(f"disk{number}", domain=f"guest{number}"))
+            assert len(queue) <= 400
+        queue.put(SourceLost(round_, "flaps"))
+        queue.put(SourceReady(a_host(), round_, (), findings=(Burst(an_error(), 1, round_, round_),)))
+        assert len(queue) <= 400
+    drained = queue.drain(0)
+    (lost,) = [item for item in drained if isinstance(item, SourceLost)]
+    (ready,) = [item for item in drained if isinstance(item, SourceReady)]
+    assert (lost.at_ns, ready.at_ns, len(ready.findings)) == (0, 9, 10)
+    assert drained.index(lost) < drained.index(ready)
+    assert sum(callbacks_in(item) for item in drained) + queue.take_dropped()[0] == 20_000
+
+
+def test_a_proof_stands_behind_all_that_was_folded_before_it():
+    queue = IntakeQueue(limit=2)
+    for at in range(5):
+        queue.put(an_error(at=at))
+    queue.put(SourceSeen(Now(5, 5.0)))
+    queue.put(an_error(at=6))
+    drained = queue.drain(0)
+    assert [callbacks_in(item) for item in drained if not isinstance(item, SourceSeen)] == [1, 1, 4]
+    assert SourceSeen(Now(5, 5.0)) in drained
+
+
+def test_callbacks_that_nobody_could_read_are_counted_and_take_no_room():
+    queue = IntakeQueue()
+    for at in range(1000):
+        queue.put(CallbackLost(at, "not UTF-8"))
+    assert (len(queue), queue.take_unread(), queue.take_unread()) == (0, (1000, "not UTF-8"), (0, ""))
 
 
 def test_a_waiting_drain_wakes_when_something_comes():

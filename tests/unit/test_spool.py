@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
 import stat
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from contextlib import closing
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
@@ -32,8 +34,8 @@ from tests.faults.spool_kit import (
     resolved,
 )
 from virtbus.errors import ConfigError, RecordRefused, SpoolBusy, SpoolCorrupt, SpoolFull
-from virtbus.model import Confirmed, Deferred, IoError, Refused, SequenceRange, Unroutable
-from virtbus.spool import SpoolLimits, faults, files, settling, wishes
+from virtbus.model import Confirmed, Deferred, IoError, Refused, SequenceRange, Unroutable, to_datetime
+from virtbus.spool import SpoolLimits, contents, faults, files, settling, wishes
 from virtbus.telemetry import METRICS
 from virtbus.words import Origin, Phase
 
@@ -1034,6 +1036,159 @@ def test_an_invalid_event_is_never_sent_even_when_asked(spool, clock):
     clock.pass_time(11)
     spool.alive(clock.wall_ns)
     assert len(gaps_of(found := records(spool))) == len(found) == 1
+
+
+def wish_on_disk(folder, action, *positions):
+    with closing(sqlite3.connect(folder / "spool.db", isolation_level=None)) as db:
+        wishes.wish(db, action, positions)
+
+
+def test_a_dropped_gap_event_leaves_its_counts_and_its_interval_to_the_one_that_names_it(folder, clock):
+    spool = open_spool(folder, clock=clock)
+    dropped = replace(gap(), missing_occurrences=500, started_at=to_datetime(START_NS - 60 * 10**9))
+    (stamp,) = spool.commit([dropped])
+    spool.close()
+    wish_on_disk(folder, wishes.DROP, 1)
+    with closing(sqlite3.connect(folder / "spool.db", isolation_level=None)) as db:
+        assert list(wishes.grant_all(db, START_NS)) == [1]
+    clock.pass_time(5)
+    spool = open_spool(folder, clock=clock)
+    spool.commit(())
+    (data,) = gaps_of(records(spool))
+    spool.close()
+    assert (data["reason"], data["missing_occurrences"]) == ("operator_dropped", 500)
+    assert ranges_of(data) == [(stamp.epoch, 1, 1)]
+    assert data["started_at"] == "2025-12-31T23:59:00.000000Z"
+    assert data["ended_at"] >= "2026-01-01T00:00:00.000000Z"
+
+
+def test_a_wish_means_the_event_that_lay_there_and_not_what_takes_its_place_after_a_restart(
+    folder, tmp_path, clock
+):
+    spool = open_spool(folder, clock=clock)
+    spool.commit([io_error(1)])
+    wish_on_disk(folder, wishes.DROP, 1)
+    records(spool)  # it is confirmed meanwhile
+    after = crash(folder, tmp_path / "after")
+    spool.close()
+    spool = open_spool(after, clock=clock)
+    (stamp,) = spool.commit([gap()])
+    clock.pass_time(11)
+    spool.alive(clock.wall_ns)
+    assert [record.id for record in records(spool)] == [stamp.id]
+    spool.close()
+
+
+# ---------------------------------------------------------------------------------------- one writer
+
+
+def unlink_lock(folder):
+    (folder / "lock").unlink()
+
+
+def replace_lock(folder):
+    (folder / "lock").unlink()
+    (folder / "lock").touch()
+
+
+def replace_database(folder):
+    shutil.copy(folder / "spool.db", folder / "copy")
+    (folder / "copy").rename(folder / "spool.db")
+
+
+def move_folder(folder):
+    folder.rename(folder.with_name("moved"))
+
+
+@pytest.mark.parametrize("harm", [unlink_lock, replace_lock, replace_database, move_folder])
+def test_a_folder_that_is_not_the_one_that_was_locked_is_written_no_longer(folder, clock, harm):
+    spool = open_spool(folder, clock=clock)
+    spool.commit([io_error(1)])
+    harm(folder)
+    with pytest.raises(SpoolFull, match="stop this agent, see that no other one uses the folder"):
+        spool.commit([io_error(2)])
+    assert not spool.alive(clock.wall_ns)  # at once, not after ten seconds
+    assert "is gone" in str(spool.refusal) or "is another file now" in str(spool.refusal)
+    assert spool.take(10, NOBODY) == []
+    spool.close()
+
+
+def test_a_folder_that_was_moved_and_comes_back_is_used_again(folder, clock):
+    spool = open_spool(folder, clock=clock)
+    spool.commit([io_error(1)])
+    move_folder(folder)
+    assert not spool.alive(clock.wall_ns)
+    folder.with_name("moved").rename(folder)
+    assert spool.alive(clock.wall_ns)
+    spool.commit([io_error(2)])
+    clock.pass_time(2)
+    assert len(records(spool)) == 2
+    spool.close()
+
+
+def test_of_two_agents_on_one_folder_the_second_is_the_only_writer(folder, clock):
+    first = open_spool(folder, clock=clock)
+    stamps = first.commit([io_error(1)])
+    unlink_lock(folder)
+    second = open_spool(folder, clock=clock)
+    stamps += second.commit([io_error(2)])
+    for harmless in (unlink_lock, lambda folder: None):
+        with pytest.raises(SpoolFull, match="another agent"):
+            first.commit([io_error(3)])
+        harmless(folder)
+    first.close()
+    second.close()
+    third = open_spool(folder, clock=clock)
+    assert (third.opening.damage, third.opening.missing) == (None, ())
+    assert [record.id for record in records(third)] == [stamp.id for stamp in stamps]
+    third.close()
+
+
+def test_a_run_that_began_later_ends_the_writing_of_an_earlier_one_whatever_the_files_look_like(
+    folder, clock, monkeypatch
+):
+    monkeypatch.setattr(files.Lock, "check", lambda self, database: None)
+    first = open_spool(folder, clock=clock)
+    first.commit([io_error(1)])
+    unlink_lock(folder)
+    second = open_spool(folder, clock=clock)
+    with pytest.raises(SpoolFull, match="another agent has begun to write here"):
+        first.commit([io_error(2)])
+    first.close()
+    second.commit([io_error(3)])
+    assert len(records(second)) == 2
+    second.close()
+
+
+def test_a_start_reads_again_what_was_committed_while_it_read(folder, clock, monkeypatch):
+    first = open_spool(folder, clock=clock)
+    stamps = first.commit([io_error(1)])
+    load, late = contents.load, []
+
+    def commits_meanwhile(connection):
+        found = load(connection)
+        if not late:  # a commit that had begun before the lock was removed
+            late.extend(first.commit([io_error(2)]))
+            unlink_lock(folder)
+        return found
+
+    monkeypatch.setattr(contents, "load", commits_meanwhile)
+    monkeypatch.setattr(files, "Lock", NoLock)
+    second = open_spool(folder, clock=clock)
+    assert {record.id for record in records(second)} == {stamp.id for stamp in (*stamps, *late)}
+    second.close()
+
+
+class NoLock(files.Lock):
+    """A lock that a second process took although the first one still writes."""
+
+    def __init__(self, state_dir):
+        (state_dir / "lock").rename(state_dir / "lock.first")
+        super().__init__(state_dir)
+        (state_dir / "lock.first").rename(state_dir / "lock")
+
+    def check(self, database):
+        return None
 
 
 # ------------------------------------------------------------------------------------------- the size

@@ -15,7 +15,7 @@ What becomes of a record (`Outcome`), and what of the connection:
 | is larger than `max_record_bytes` | Refused, without asking | stays |
 
 The broker does not say which of several unconfirmed records closed a channel. All of them are Deferred
-then, and as many records are sent one at a time next, until the guilty one stands alone.
+then, and as many records are sent one at a time next, until the offending one is alone.
 
 Acks carry nothing but a delivery tag. Tags are counted and kept with the connection they belong to and die
 with it, so that a late ack can't meet a newer record; returns are matched by message id.
@@ -23,6 +23,7 @@ with it, so that a late ack can't meet a newer record; returns are matched by me
 
 from __future__ import annotations
 
+import re
 import struct
 import threading
 import time
@@ -33,7 +34,7 @@ import kombu
 from amqp.exceptions import AMQPError, FrameSyntaxError
 
 from virtbus import envelope
-from virtbus.bus import BusOptions, Feed, Memory, Subscription, checked_group
+from virtbus.bus import BusOptions, DeadLetters, Feed, Memory, Subscription, checked_group
 from virtbus.bus.amqp_link import (
     LINK_FAULTS,
     Dialer,
@@ -59,6 +60,7 @@ _FIRST_LOOK, _LAST_LOOK = 0.005, 0.1  # seconds between looks at the feed while 
 # Reply codes that speak of one record, and what they make of it when it was the only one under way.
 _REFUSING = frozenset({311, 406, 501, 502})
 _PARKING = frozenset({505, 541})
+_TOPIC_REFUSED = re.compile(r"(ACCESS_REFUSED - )?(write |read )?access to topic\b")
 
 
 class AmqpBus:
@@ -230,6 +232,13 @@ class AmqpBus:
             Dialer(self._urls, self._options), self._options, checked_group(group), prefetch
         )
 
+    def dead_letters(self, group: str) -> DeadLetters:
+        """See virtbus.bus.Bus. Over a connection of its own."""
+        from virtbus.bus.amqp_dead import AmqpDeadLetters
+
+        checked_group(group)
+        return AmqpDeadLetters(Dialer(self._urls, self._options), self._options, f"virtbus.{group}")
+
     def probe(self) -> Sequence[Check]:
         """See virtbus.bus.Bus. Each broker: reach, trust, log in, and look whether the exchange is there."""
         checks: list[Check] = []
@@ -316,7 +325,8 @@ def _verdict_on_one(fault: BaseException, error: VirtbusError) -> Outcome | None
         return Refused(RecordRefused(f"the broker refuses it: {text} ({code})"))
     if code in _PARKING:
         return Unroutable(f"the broker fails on it: {text} ({code})")
-    if code == 403 and "topic" in text:
+    # RabbitMQ's words for a topic permission; an exchange's own name may hold the word "topic".
+    if code == 403 and _TOPIC_REFUSED.match(text):
         return Unroutable(f"the broker refuses its routing key: {text}")
     return None
 

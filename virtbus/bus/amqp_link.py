@@ -16,7 +16,8 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -30,14 +31,18 @@ from kombu.connection import Connection
 from kombu.transport import pyamqp
 
 from virtbus.bus import BusOptions, is_loopback, split_url
+from virtbus.config import secret_text, why_unread
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError
-from virtbus.telemetry import BusConnected, BusLost, InsecureTransport, Notice, emit
+from virtbus.telemetry import BusConnected, BusLost, InsecureTransport, Notice, TelemetryEvent, emit
 
 _CHUNK = 65536
 _FRAME_HEADER = struct.Struct(">BHI")
 _FRAME_END = 0xCE
 _CONTENT_HEADER = 2
-_LARGEST_FRAME = 1 << 20
+# Bodies are split at the negotiated frame size, content headers are not: what the broker itself adds to them
+# (x-death, x-delivery-count) can make one larger than what its publisher was allowed.
+_FRAME_SLACK = 1 << 20
+_FRAME_MAX = 1 << 26  # the most that is agreed to: py-amqp allocates a buffer of this size
 _CLOSE_SECONDS = 1.0
 _WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
@@ -264,7 +269,7 @@ class _Connection(pyamqp.Connection):
         try:
             while end - position >= 8:
                 kind, channel, size = _FRAME_HEADER.unpack_from(data, position)
-                if size > _LARGEST_FRAME:
+                if size > self.frame_max + _FRAME_SLACK:
                     raise UnexpectedFrame(f"a frame of {size} bytes: this is not AMQP 0-9-1")
                 last = position + 7 + size
                 if last >= end:
@@ -335,6 +340,9 @@ class _Connection(pyamqp.Connection):
             if time.monotonic() >= limit:
                 raise TimeoutError("the broker does not answer")
 
+    def _on_tune(self, channel_max: int, frame_max: int, *more: Any) -> None:
+        super()._on_tune(channel_max, min(frame_max or _FRAME_MAX, _FRAME_MAX), *more)
+
     def _on_close(self, reply_code: int, reply_text: str, class_id: int, method_id: int) -> None:
         self.send_method(spec.Connection.CloseOk)
         self.flush()
@@ -369,6 +377,11 @@ class Waker:
     def wake(self) -> None:
         """The pump that waits on `fd`, now or next, returns at once."""
         os.eventfd_write(self.fd, 1)
+
+    def wait(self, seconds: float) -> None:
+        """Until somebody wakes us, `seconds` at most; for who has no connection to pump."""
+        if select.select([self.fd], [], [], seconds)[0]:
+            os.eventfd_read(self.fd)
 
     def __del__(self) -> None:
         os.close(self.fd)
@@ -440,6 +453,23 @@ class Link:
         channel.auto_decode = False  # by an encoding that the sender names: punycode takes hours
         return channel
 
+    @contextmanager
+    def brief_channel(self) -> Iterator[_Channel]:
+        """A channel for one question: a refusal closes it and nothing else. Raises as LINK_FAULTS."""
+        channel = self.channel()
+        try:
+            yield channel
+        finally:
+            if channel.is_open and self.connection.connected:
+                channel.close()
+
+    @property
+    def server_major(self) -> int | None:
+        """RabbitMQ's major version; None for any other broker."""
+        told = self.connection.server_properties or {}
+        major = str(told.get("version", "")).partition(".")[0]
+        return int(major) if told.get("product") == "RabbitMQ" and major.isdigit() else None
+
     def be_patient(self) -> None:
         """The synchronous calls that follow have `connect_timeout` seconds together."""
         self.connection.limit = time.monotonic() + self.options.connect_timeout
@@ -496,11 +526,10 @@ class Link:
         return True
 
     def _exchange_declare(self, *, passive: bool) -> None:
-        channel = self.channel()  # of its own: a refusal closes it
-        channel.exchange_declare(
-            self.options.exchange, type="topic", passive=passive, durable=True, auto_delete=False
-        )
-        channel.close()
+        with self.brief_channel() as channel:
+            channel.exchange_declare(
+                self.options.exchange, type="topic", passive=passive, durable=True, auto_delete=False
+            )
 
     def discard(self) -> None:
         """Throw the connection away; nothing that is under way may still be trusted."""
@@ -535,8 +564,11 @@ class Dialer:
             except BusUnavailable as error:
                 raise ConfigError(f"bus.password_file: {error}") from error
 
-    def dial(self, waker: Waker) -> Link:
-        """A link to some broker. Raises BusUnavailable, or BusDenied when all of them refuse us."""
+    def dial(self, waker: Waker, told: Callable[[str], TelemetryEvent] | None = BusConnected) -> Link:
+        """A link to some broker, told of in the words of `told`.
+
+        Raises BusUnavailable, or BusDenied when all of them refuse us.
+        """
         failures: list[BusUnavailable | BusDenied] = []
         for _ in self.endpoints:
             endpoint = self.endpoints[self._next]
@@ -547,7 +579,8 @@ class Dialer:
                 self.skip()
                 continue
             self._warn_of_plaintext(endpoint)
-            emit(BusConnected(endpoint.name))
+            if told is not None:
+                emit(told(endpoint.name))
             return link
         raise next((error for error in failures if error.retryable), failures[-1])
 
@@ -561,10 +594,10 @@ class Dialer:
             emit(InsecureTransport(endpoint.name))
 
 
-def lost(link: Link, error: Exception) -> None:
-    """Throw `link` away and say so."""
+def lost(link: Link, error: Exception, told: Callable[[str, Exception], TelemetryEvent] = BusLost) -> None:
+    """Throw `link` away and say so, in the words of `told`."""
     link.discard()
-    emit(BusLost(link.name, error))
+    emit(told(link.name, error))
 
 
 def _password(endpoint: Endpoint, options: BusOptions) -> str:
@@ -572,11 +605,10 @@ def _password(endpoint: Endpoint, options: BusOptions) -> str:
     if options.password_file is None:
         return endpoint.password
     try:
-        return options.password_file.read_text(encoding="utf-8").rstrip("\r\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+        return secret_text(options.password_file)
+    except (OSError, ValueError) as error:
         raise BusUnavailable(
-            f"can't read the broker password from {options.password_file}: {reason}; check path and rights"
+            f"can't read the broker password from {options.password_file}: {why_unread(error)}"
         ) from error
 
 
@@ -647,10 +679,17 @@ def _translated_amqp(error: AMQPError, where: str) -> BusUnavailable | BusDenied
     text = str(getattr(error, "reply_text", "") or "").strip()
     if code == 403:
         return BusDenied(f"{where}: access refused ({text}): check user, password and permissions")
+    if code in (506, 530) and "limit" in text:  # of connections or channels, of a user, a host or the node
+        return BusUnavailable(f"{where}: {text}: raise the limit, or close what uses it up")
+    if code == 530 and "channel_max" in f"{text} {error}":
+        return BusUnavailable(f"{where}: {text or error}: raise channel_max")
     if code == 530:
         return BusDenied(f"{where}: not allowed ({text}): check the virtual host and the user's access to it")
     if code == 404:
-        return BusDenied(f"{where}: not found ({text}): create it, or set bus.declare = true")
+        return BusDenied(
+            f"{where}: not found ({text}): it is declared again at the next connection where "
+            "bus.declare allows it; else create it"
+        )
     if code == 406 and "user_id" in text:
         return BusDenied(f"{where}: {text}: set bus.username to the name the broker gives this certificate")
     if "auth mechanism" in text or "auth mechanism" in str(error):

@@ -12,10 +12,10 @@ from functools import partial
 from typing import Any
 
 import kombu
-from confluent_kafka import KafkaException
+from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka import admin as kafka_admin
 
-from virtbus.bus import BusOptions, Feed, Memory, Subscription, checked_group
+from virtbus.bus import BusOptions, DeadLetters, Feed, Memory, Subscription, checked_group
 from virtbus.bus.kafka_admin import Admin
 from virtbus.bus.kafka_errors import Watch, is_purged, oneline, translate
 from virtbus.bus.kafka_settings import KafkaSettings, check
@@ -240,12 +240,28 @@ class KafkaBus:
             return Deferred(fault), fault
         translated = translate(error, f"publishing event {record.id} to {self._options.topic}")
         if not isinstance(translated, RecordRefused):
+            if fault is None and error.code() == KafkaError._MSG_TIMED_OUT:
+                translated = self._explained(translated)
             return Deferred(translated), translated
         if not link.batching:
             return Refused(translated), None
         unclear = BusUnavailable(f"{translated}: its batch was refused as a whole; each is sent alone now")
         self._suspects = self._options.window  # the bad one is among the first of those that come again
         return Deferred(unclear), unclear
+
+    def _explained(self, error: VirtbusError) -> VirtbusError:
+        """A timeout with what librdkafka keeps for itself: that the topic is gone, or short of replicas."""
+        topic = self._options.topic
+        try:
+            admin = Admin(self._settings)
+            found = admin.describe(topic)
+            check = None if found is None else self._topic_check(admin, found)
+        except VirtbusError:
+            return error
+        if check is None:
+            then = "it is created at the next attempt" if self._options.declare else "create it"
+            return BusUnavailable(f'{error}: topic "{topic}" does not exist any more; {then}')
+        return BusUnavailable(f"{error}: {check.remedy}") if check.status == "failed" else error
 
     def _is_closed(self) -> bool:
         return self._closed_at is not None
@@ -345,7 +361,13 @@ class KafkaBus:
         """
         from virtbus.bus.kafka_consumer import KafkaSubscription
 
-        return KafkaSubscription(self._settings, checked_group(group), prefetch, exclusive)
+        return KafkaSubscription(self._settings, checked_group(group), prefetch, exclusive, memory)
+
+    def dead_letters(self, group: str) -> DeadLetters:
+        """See virtbus.bus.Bus."""
+        from virtbus.bus.kafka_dead import KafkaDeadLetters
+
+        return KafkaDeadLetters(self._settings, checked_group(group) or group)
 
     # ---------------------------------------------------------------------------------------- probing
 
@@ -408,12 +430,16 @@ class KafkaBus:
             facts["settings"] = oneline(error)
             insync = None
         summary = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
-        leaderless = [partition.id for partition in found.partitions if partition.leader is None]
+        leaderless = [each.id for each in found.partitions if each.leader is None]
+        short = [each.id for each in found.partitions if insync is not None and len(each.isr) < insync]
         remedy, status = None, "ok"
         if leaderless:
             status, remedy = "failed", f"partitions {leaderless} have no leader: bring their brokers back"
+        elif short:
+            told = f"partitions {short} have fewer replicas in sync than min.insync.replicas = {insync}"
+            status, remedy = "failed", f"{told}: bring their brokers back"
         elif replicas < 2 or (insync is not None and insync < 2):
             status = "warning"
             remedy = "one broker's disk can lose confirmed events: replication 3 and min.insync.replicas 2"
-        exit_code = BusUnavailable.exit_code if leaderless else 0
+        exit_code = BusUnavailable.exit_code if status == "failed" else 0
         return Check("bus.topic", status, f'topic "{topic}": {summary}', remedy, exit_code, facts)

@@ -38,13 +38,14 @@ class Admin:
         except _TopicMissing:
             return None
 
-    def ensure(self, topic: str, *, declare: bool) -> None:
-        """Create the topic when it is missing and we may.
+    def ensure(self, topic: str, *, declare: bool) -> Any:
+        """The topic's TopicDescription; it is created when it is missing and we may.
 
         Raises BusDenied when it is missing and may not be created, BusUnavailable when it can't be now.
         """
-        if self.describe(topic) is not None:
-            return
+        found = self.describe(topic)
+        if found is not None:
+            return found
         options = self.settings.options
         remedy = f'create it (kafka-topics.sh --create --topic "{topic}" --partitions …)'
         if not declare:
@@ -60,10 +61,11 @@ class Admin:
             self._result(future, f'creating topic "{topic}"')
         except BusDenied as error:
             raise BusDenied(f"{error}: permit it, or {remedy}") from error
-        while self.describe(topic) is None:  # every broker learns of it a moment later
+        while (found := self.describe(topic)) is None:  # every broker learns of it a moment later
             if time.monotonic() > self._deadline:
                 raise BusUnavailable(f'topic "{topic}" was created, but is not to be seen yet')
             time.sleep(0.05)
+        return found
 
     def call(self, doing: str, start: Callable[[AdminClient], Future[T]]) -> T:
         """The result of any other admin request."""
@@ -98,6 +100,54 @@ class Admin:
             if self.watch.last and isinstance(translated, BusUnavailable):
                 raise BusUnavailable(f"{translated}; last heard: {self.watch.last}") from error
             raise translated from error
+
+
+class TopicLook:
+    """Asks for a topic's id from time to time, without ever waiting for the answer."""
+
+    def __init__(self, settings: KafkaSettings, topic: str, every: float) -> None:
+        self._settings, self._topic, self._every = settings, topic, every
+        self._client: Any = None
+        self._asked: Future[Any] | None = None
+        self._at = time.monotonic() + every
+
+    @property
+    def is_asking(self) -> bool:
+        """Whether an answer is on its way."""
+        return self._asked is not None
+
+    def due(self, now: float) -> bool:
+        """Whether `poll` has anything to do."""
+        return now >= self._at or self.is_asking
+
+    def soon(self) -> None:
+        """Ask at the next `poll`."""
+        self._at = 0.0
+
+    def poll(self, now: float) -> str | None:
+        """The topic's id when an answer has come just now, else None, also when there is no such topic."""
+        if self._asked is None:
+            if now < self._at:
+                return None
+            if self._client is None:
+                self._client = make(AdminClient, self._settings.client(Watch()))
+            self._at = now + self._every
+            topics = TopicCollection([self._topic])
+            self._asked = self._client.describe_topics(topics, request_timeout=self._every)[self._topic]
+        self._client.poll(0)
+        if not self._asked.done():
+            return None
+        asked, self._asked = self._asked, None
+        try:
+            return topic_id(asked.result())
+        except KafkaException:
+            return None
+
+
+def topic_id(found: Any) -> str:
+    """The id in a TopicDescription; "" where the broker has none (before Kafka 3.1)."""
+    told = str(found.topic_id)
+    return "" if set(told) <= {"A", "="} else told
 
 
 class _TopicMissing(BusUnavailable):

@@ -1,14 +1,13 @@
-"""Consuming from Kafka at least once: what is acknowledged, what waits, and which offset may be committed."""
+"""Consuming from Kafka at least once: the client, the group, and what it is told when records are gone."""
 
 from __future__ import annotations
 
-import heapq
-import operator
 import threading
 import time
 import uuid
-from collections import deque
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from typing import Any
 
 from confluent_kafka import (
@@ -16,95 +15,47 @@ from confluent_kafka import (
     Consumer,
     KafkaError,
     KafkaException,
-    Producer,
     TopicPartition,
 )
 
-from virtbus.bus import REASON_HEADER
-from virtbus.bus.kafka_admin import Admin, make
+from virtbus.bus import Memory
+from virtbus.bus.kafka_admin import Admin, TopicLook, make, topic_id
+from virtbus.bus.kafka_dead import FOR_HEADER, DeadLetterWriter
 from virtbus.bus.kafka_errors import Watch, is_missing, oneline, translate
+from virtbus.bus.kafka_line import Handle, Line, Track
+from virtbus.bus.kafka_places import Losses
+from virtbus.bus.kafka_records import headers_of, message_of
 from virtbus.bus.kafka_settings import KafkaSettings
-from virtbus.errors import BusDenied, BusUnavailable, GroupTakenOver, RecordRefused, VirtbusError
-from virtbus.model import Binding, Message
+from virtbus.errors import BusDenied, BusUnavailable, GroupTakenOver
+from virtbus.model import Message
+from virtbus.sequences import MissingEvents
 from virtbus.telemetry import Notice, Trouble, emit
 
-# Not `message.headers()`: for a name that is not UTF-8 confluent-kafka gives a broken list beside its
-# exception, and an interpreter that has specialised the call goes on with the list, into a crash.
-_give_headers = operator.methodcaller("headers")
-
-# Messages of a key that waits for a retry are held back; at most this many times `prefetch` in all.
-_HELD_FACTOR = 10
 _NO_LEADER_YET = frozenset({KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE})
 _CALL_SECONDS = 5.0
+_ASK_SECONDS = 1.0  # where an answer is only nice to have
 _CLOSE_SECONDS = 5.0  # to leave the group and to commit what was acknowledged
-_DEAD_LETTER_SECONDS = 10.0
-_DEAD_LETTER_AGAIN_SECONDS = 1.0  # what could not be put aside comes again after this
-_LOOK_SECONDS = 30.0  # for partitions that were added, where there is no group to tell of them
+# How often to look for another topic of the same name, for what retention took from a partition at rest and,
+# where there is no group to tell of them, for partitions that were added.
+_LOOK_SECONDS = 20.0
 # Without a partition for so long, while brokers answer, an exclusive member was replaced.
 _OUSTED_SECONDS = 20.0
 
 
-class Track:
-    """One assigned partition: which offsets were taken and not yet acknowledged, in order.
-
-    Guarantee: `done` gives an offset to commit only when every message before it is acknowledged.
-    """
+class _OwnMemory:
+    """See virtbus.bus.Memory: for a subscription without a consumer's file."""
 
     def __init__(self) -> None:
-        self._open: deque[int] = deque()  # taken, in order; an acknowledged one goes when it is the first
-        self._acknowledged: set[int] = set()
+        self._notes: dict[str, str] = {}
 
-    def __len__(self) -> int:
-        """Messages taken and not acknowledged."""
-        return len(self._open) - len(self._acknowledged)
+    def recall(self, name: str) -> str | None:
+        return self._notes.get(name)
 
-    @property
-    def span(self) -> int:
-        """Offsets kept in mind, acknowledged or not."""
-        return len(self._open)
+    def keep(self, name: str, value: str) -> None:
+        self._notes[name] = value
 
-    def took(self, offset: int) -> None:
-        """A message came; offsets rise, with holes where the log was compacted."""
-        self._open.append(offset)
-
-    def done(self, offset: int) -> int | None:
-        """A message is acknowledged: the offset to go on from after a restart, if it moved."""
-        self._acknowledged.add(offset)
-        watermark = None
-        while self._open and self._open[0] in self._acknowledged:
-            watermark = self._open.popleft() + 1
-            self._acknowledged.discard(watermark - 1)
-        return watermark
-
-
-@dataclass(slots=True)
-class _Handle:
-    """What a message needs for its verdict; a partition taken away makes it worthless."""
-
-    track: Track
-    topic: str
-    partition: int
-    offset: int
-    key: bytes | None
-    headers: list[tuple[str, bytes]]
-    settled: bool = False
-
-
-@dataclass(slots=True)
-class _Held:
-    """A key whose first message is to come again: its later ones stand in line behind it."""
-
-    line: deque[Message]
-    out: int | None = None  # the offset of the one that is with the caller again
-    times: dict[int, float] = field(default_factory=dict)  # by offset: not before this
-
-
-@dataclass(order=True, slots=True)
-class _Due:
-    at: float
-    number: int
-    key: Any = field(compare=False)
-    held: _Held = field(compare=False)
+    def missing(self, told: MissingEvents, /) -> None:
+        emit(told)
 
 
 class KafkaSubscription:
@@ -116,25 +67,25 @@ class KafkaSubscription:
     """
 
     def __init__(
-        self, settings: KafkaSettings, group: str | None, prefetch: int, exclusive: bool = False
-    ) -> None:
+        self,
+        settings: KafkaSettings, group: str | None, prefetch: int, exclusive: bool = False,
+        memory: Memory | None = None,
+    ) -> None:  # fmt: skip
         """Without a group: raises BusUnavailable or BusDenied when "now" can't be found out."""
         self._settings = settings
         self._group = group
         self._prefetch = max(1, prefetch)
         self._exclusive = exclusive and group is not None
         self._ousted_at: float | None = None  # since when an exclusive member has no partition any more
-        self._tracks: dict[int, Track] = {}
-        self._held: dict[tuple[int, bytes], _Held] = {}
-        self._due: list[_Due] = []
-        self._ready: deque[Message] = deque()
-        self._counter = 0
+        self._line = Line(self._prefetch)
         self._paused: bool | None = None  # None: some partitions may be, and others not
         self._polled = True  # since something that waited here was handed out
-        self._dead_letters: Any = None
+        self._dead_letters = DeadLetterWriter(settings, group) if group is not None else None
+        self._losses = Losses(settings.options.topic, memory or _OwnMemory())
+        self._look = TopicLook(settings, settings.options.topic, _LOOK_SECONDS)
+        self._asked: list[tuple[Track, int | None]] = []  # how far each was read when the look began
         self._watch = Watch()
         self._consumer: Any = None
-        self._look_at = time.monotonic() + _LOOK_SECONDS
         if group is None:
             self._connect()
 
@@ -143,198 +94,134 @@ class KafkaSubscription:
         deadline = time.monotonic() + timeout
         if self._consumer is None:
             self._connect()
-        if self._group is None and time.monotonic() >= self._look_at:
-            self._take_new_partitions()
         while True:
+            self._serve()
             # What waits here and what the broker has take turns: a caller that is slower than its retries
             # come due would else hear of no new message, and of no rebalance, until the group casts it out.
             turn, self._polled = self._polled, True
-            message = self._next_ready() if turn else None
+            message = self._line.ready(time.monotonic()) if turn else None
             if message is not None:
                 self._polled = False
                 return message
             now = time.monotonic()
             wait = max(0.0, deadline - now) if turn else 0.0
-            if self._due:
-                wait = min(wait, max(0.0, self._due[0].at - now))
+            due = self._line.wait(now)
             self._throttle()
-            try:
-                polled = self._consumer.poll(min(wait, 0.5))
-            except KafkaException as error:  # a fatal error is raised by poll instead of given to error_cb
-                self._raise_for(error.args[0], over=True)
-                raise translate(error.args[0], f"consuming from {self._settings.display}") from error
+            polled = self._poll(wait if due is None else min(wait, due))
+            if self._look.due(time.monotonic()):
+                self._look_around(idle=polled is None)
+                if self._consumer is None:  # another topic: what was polled comes again if it is of that one
+                    self._connect()
+                    continue
             if polled is not None and polled.error() is None:
                 message = self._took(polled)
                 if message is not None:
                     return message
-            else:
-                self._raise_for(None if polled is None else polled.error(), time.monotonic() >= deadline)
-                if turn and time.monotonic() >= deadline and not self._due_now():
-                    return None
+                continue
+            self._raise_for(None if polled is None else polled.error(), time.monotonic() >= deadline)
+            if turn and time.monotonic() >= deadline and not self._line.due(time.monotonic()):
+                return None
 
     def ack(self, message: Message) -> None:
         """See virtbus.bus.Subscription."""
-        handle = self._settle(message)
-        if handle is None:
-            return
-        watermark = handle.track.done(handle.offset)
-        if watermark is not None and self._group is not None:
-            place = TopicPartition(handle.topic, handle.partition, watermark)
-            try:
-                self._consumer.store_offsets(offsets=[place])
-            except KafkaException as error:
-                # The partition went away this moment: its next owner delivers the message again.
-                if error.args[0].code() != KafkaError._STATE:
-                    emit(Trouble("storing a Kafka offset", oneline(error)))
-        self._next_of_key(handle)
+        handle = self._line.settle(message)
+        if handle is not None:
+            self._done(handle)
 
     def retry(self, message: Message, after: float) -> None:
         """See virtbus.bus.Subscription. It waits here; a kill before then delivers it again as well."""
-        handle = self._settle(message)
-        if handle is None:
-            return
-        handle = replace(handle, settled=False)
-        again = replace(message, redelivered=True, handle=handle)
-        name = self._name(handle)
-        held = self._held.setdefault(name, _Held(deque()))
-        if held.out == handle.offset:
-            held.out = None
-        # Others that the caller had before the first of their key came back take their places in line.
-        held.line = deque(sorted([*held.line, again], key=_offset))
-        held.times[handle.offset] = time.monotonic() + max(0.0, after)
-        self._wait(name, held, held.times[handle.offset])
+        handle = self._line.settle(message)
+        if handle is not None:
+            self._line.retry(message, handle, time.monotonic() + max(0.0, after))
 
     def dead_letter(self, message: Message, reason: str) -> None:
-        """See virtbus.bus.Subscription. It goes to the topic `<topic>.dead`, key and headers as they were."""
-        handle: _Handle = message.handle  # type: ignore[assignment]
-        if self._group is None:
+        """See virtbus.bus.Subscription. It goes to the topic `<topic>.dead`, key and headers as they were.
+
+        A record that is too large for that topic leaves a stub there, which names topic, partition, offset,
+        size and reason.
+        """
+        handle = self._line.settle(message)
+        if handle is None:
+            return
+        if self._dead_letters is None:
             emit(Notice(f"put aside without a group, so only logged: {message.position}: {reason}"))
-        elif not handle.settled and self._tracks.get(handle.partition) is handle.track:
-            try:
-                self._put_aside(message, handle, reason)
-            except VirtbusError:
-                self.retry(message, _DEAD_LETTER_AGAIN_SECONDS)  # no reconnection would bring it back
-                raise
-        self.ack(message)
+            self._done(handle)
+            return
+
+        def done() -> None:
+            if self._consumer is not None and self._line.owns(handle):
+                self._done(handle)
+
+        self._dead_letters.put(message, handle.key, handle.headers, reason, done)
+        self._line.set_aside(len(self._dead_letters))
 
     def close(self) -> None:
         """See virtbus.bus.Subscription."""
+        if self._dead_letters is not None:
+            self._dead_letters.close()
         consumer, self._consumer = self._consumer, None
-        self._forget(list(self._tracks))
+        self._line.forget(list(self._line.tracks))
         if consumer is not None:
             _leave(consumer)
-        if self._dead_letters is not None:
-            self._dead_letters.purge()
-            self._dead_letters = None
 
     # ---------------------------------------------------------------------------------------- messages
 
+    def _poll(self, wait: float) -> Any:
+        longest = 0.05 if self._dead_letters is not None and len(self._dead_letters) else 0.5  # for reports
+        try:
+            return self._consumer.poll(min(wait, longest))
+        except KafkaException as error:  # a fatal error is raised by poll instead of given to error_cb
+            self._raise_for(error.args[0], over=True)
+            raise translate(error.args[0], f"consuming from {self._settings.display}") from error
+
     def _took(self, polled: Any) -> Message | None:
-        """A message from the broker, unless its key waits."""
-        partition, offset, key = polled.partition(), polled.offset(), polled.key()
-        track = self._tracks.get(partition)
+        """A message from the broker, unless it has to wait or is not for us."""
+        partition, offset = polled.partition(), polled.offset()
+        track = self._line.tracks.get(partition)
         if track is None:  # assigned without a callback: never seen, but a message must not be lost for it
-            track = self._tracks[partition] = Track()
-        track.took(offset)
-        headers = _headers(polled)
-        handle = _Handle(track, polled.topic(), partition, offset, key, headers)
-        fields: dict[str, object] = dict(headers)
-        content_type = next((value for name, value in headers if name.lower() == "content-type"), None)
-        message = Message(
-            binding=Binding.KAFKA,
-            headers=fields,
-            content_type=None if content_type is None else content_type.decode("utf-8", "replace"),
-            body=polled.value() or b"",
-            key=None if key is None else key.decode("utf-8", "replace"),
-            redelivered=False,
-            user_id=None,
-            position=f"{polled.topic()}[{partition}]@{offset}",
-            handle=handle,
-        )
-        held = self._held.get(self._name(handle)) if key is not None else None
-        if held is not None:
-            held.line.append(message)
+            track = self._line.assign(partition)
+        elif track.following is not None and offset < track.following:
+            self._losses.replaced(partition, track)
+            self._look.soon()
+            track = self._line.assign(partition, offset)  # what came before is another log's
+        passed_over = track.took(offset)
+        if passed_over is not None:
+            ends = _ends(self._consumer, TopicPartition(polled.topic(), partition))
+            self._losses.passed_over(partition, *passed_over, ends)
+        headers = headers_of(polled)
+        handle = Handle(track, polled.topic(), partition, offset, polled.key(), headers)
+        meant_for = next((value for name, value in headers if name == FOR_HEADER), None)
+        if meant_for is not None and self._group is not None and meant_for != self._group.encode():
+            handle.settled = True
+            self._done(handle)  # a dead letter that another group sent back to itself
             return None
-        if self._handed() > self._prefetch:  # came while the pause was on its way
-            self._ready.append(message)
-            return None
-        return message
+        message = message_of(polled, headers, redelivered=meant_for is not None, handle=handle)
+        return self._line.took(message, handle)
 
-    def _next_ready(self) -> Message | None:
-        """What waited here and may go now."""
-        while self._due_now():
-            due = heapq.heappop(self._due)
-            held = due.held
-            if self._held.get(due.key) is not held or not held.line or held.out is not None:
-                continue
-            first = _offset(held.line[0])
-            if held.times.get(first, 0.0) > time.monotonic():  # a later one's time: it waits behind this
-                self._wait(due.key, held, held.times[first])
-                continue
-            held.times.pop(first, None)
-            held.out = first
-            return held.line.popleft()
-        while self._ready and self._handed() < self._prefetch:
-            message = self._ready.popleft()
-            handle: _Handle = message.handle  # type: ignore[assignment]
-            if self._tracks.get(handle.partition) is not handle.track:
-                continue
-            waits = self._held.get(self._name(handle))
-            if waits is None:
-                return message
-            waits.line.append(message)
-        return None
-
-    def _due_now(self) -> bool:
-        return bool(self._due) and self._due[0].at <= time.monotonic()
-
-    def _wait(self, name: tuple[int, bytes], held: _Held, at: float) -> None:
-        self._counter += 1
-        heapq.heappush(self._due, _Due(at, self._counter, name, held))
-
-    def _settle(self, message: Message) -> _Handle | None:
-        """The handle, once, and only while its partition is ours."""
-        handle: _Handle = message.handle  # type: ignore[assignment]
-        if handle.settled:
-            return None
-        handle.settled = True
-        return handle if self._tracks.get(handle.partition) is handle.track else None
-
-    def _next_of_key(self, handle: _Handle) -> None:
-        """An acknowledged message lets the next one of its key go."""
-        name = self._name(handle)
-        held = self._held.get(name)
-        if held is None or held.out != handle.offset:
+    def _done(self, handle: Handle) -> None:
+        watermark = self._line.done(handle)
+        if watermark is None or self._group is None:
             return
-        held.out = None
-        if held.line:
-            self._wait(name, held, 0.0)
-        else:
-            del self._held[name]
+        place = TopicPartition(handle.topic, handle.partition, watermark, self._losses.topic_id)
+        self._losses.read(handle.partition, watermark)
+        try:
+            self._consumer.store_offsets(offsets=[place])
+        except KafkaException as error:
+            # The partition went away this moment: its next owner delivers the message again.
+            if error.args[0].code() != KafkaError._STATE:
+                emit(Trouble("storing a Kafka offset", oneline(error)))
 
-    def _name(self, handle: _Handle) -> tuple[int, bytes]:
-        """A message without a key is a key of its own."""
-        return handle.partition, handle.key if handle.key is not None else b"@%d" % handle.offset
-
-    # ------------------------------------------------------------------------------------ flow control
-
-    def _outstanding(self) -> int:
-        return sum(map(len, self._tracks.values()))
-
-    def _waiting(self) -> int:
-        return len(self._ready) + sum(len(held.line) for held in self._held.values())
-
-    def _handed(self) -> int:
-        """Messages that are with the caller."""
-        return self._outstanding() - self._waiting()
+    def _serve(self) -> None:
+        if self._dead_letters is not None and len(self._dead_letters):
+            self._dead_letters.serve()
+            self._line.set_aside(len(self._dead_letters))
 
     def _throttle(self) -> None:
         """Stop fetching while the caller has enough; polling goes on, so that the group keeps us."""
-        spans = sum(track.span for track in self._tracks.values())
-        full = self._handed() >= self._prefetch or spans >= self._prefetch * _HELD_FACTOR
-        if full == self._paused or not self._tracks:
+        full = self._line.full
+        if full == self._paused or not self._line.tracks:
             return
-        places = [TopicPartition(self._settings.options.topic, partition) for partition in self._tracks]
+        places = [TopicPartition(self._settings.options.topic, partition) for partition in self._line.tracks]
         try:
             (self._consumer.pause if full else self._consumer.resume)(places)
             self._paused = full
@@ -345,7 +232,7 @@ class KafkaSubscription:
 
     def _connect(self) -> None:
         settings, topic = self._settings, self._settings.options.topic
-        Admin(settings).ensure(topic, declare=settings.options.declare)
+        self._losses.topic_id = topic_id(Admin(settings).ensure(topic, declare=settings.options.declare))
         self._watch = Watch()
         group_id = f"virtbus.{self._group}" if self._group else f"virtbus.tap.{uuid.uuid4()}"
         config = settings.consumer(self._watch, group_id, self._prefetch)
@@ -360,48 +247,26 @@ class KafkaSubscription:
                     [topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._revoked
                 )
             else:
-                places = self._end(consumer, topic)
-                self._tracks = {place.partition: Track() for place in places}
+                places = _now(consumer, topic)
+                for place in places:
+                    self._line.assign(place.partition, place.offset)
                 consumer.assign(places)
         except BaseException:
             consumer.close()
             raise
         self._consumer = consumer
 
-    def _end(self, consumer: Any, topic: str) -> list[Any]:
-        """Where each partition ends now."""
-        doing = f'looking for the end of topic "{topic}"'
-        deadline = time.monotonic() + _CALL_SECONDS
-        while True:
-            try:
-                partitions = consumer.list_topics(topic, timeout=_CALL_SECONDS).topics[topic].partitions
-                places = [TopicPartition(topic, partition) for partition in partitions]
-                for place in places:
-                    place.offset = consumer.get_watermark_offsets(place, timeout=_CALL_SECONDS)[1]
-                return places
-            except KafkaException as error:
-                # A topic that was just made, or a broker that just came back, has no leader for a moment.
-                if error.args[0].code() not in _NO_LEADER_YET or time.monotonic() > deadline:
-                    raise translate(error.args[0], doing) from error
-                time.sleep(0.1)
-
-    def _take_new_partitions(self) -> None:
-        """Everything in a partition that was added since is from after we began."""
-        self._look_at = time.monotonic() + _LOOK_SECONDS
-        topic = self._settings.options.topic
-        try:
-            found = self._consumer.list_topics(topic, timeout=1.0).topics[topic].partitions
-            new = [number for number in found if number not in self._tracks]
-            if new:
-                self._consumer.incremental_assign([TopicPartition(topic, n, OFFSET_BEGINNING) for n in new])
-        except KafkaException:  # the next look finds them
-            return
-        self._tracks |= {number: Track() for number in new}
-        self._paused = None
-
-    def _assigned(self, _consumer: Any, places: list[Any]) -> None:
-        for place in places:
-            self._tracks[place.partition] = Track()
+    def _assigned(self, consumer: Any, places: list[Any]) -> None:
+        """Partitions are ours: go on where the group left off."""
+        begun = []
+        for place, committed, start in _starts(consumer, places, self._losses):
+            if start is not None:
+                place.offset = start
+                begun.append(TopicPartition(place.topic, place.partition, start, self._losses.topic_id))
+            self._line.assign(place.partition, committed if start is None else start)
+        consumer.incremental_assign(places)
+        if begun:  # from here on the group has a place that retention can overtake
+            consumer.store_offsets(offsets=begun)
         self._paused = None  # new partitions come unpaused, others stay as they are: `_throttle` looks again
         self._ousted_at = None
 
@@ -409,15 +274,41 @@ class KafkaSubscription:
         if consumer is not self._consumer:  # one that is being closed, in a thread of its own
             return
         # What was acknowledged is stored: librdkafka commits it before it gives the partition away.
-        self._forget([place.partition for place in places])
-        if self._exclusive and not self._tracks:
+        self._line.forget([place.partition for place in places])
+        if self._exclusive and not self._line.tracks:
             self._ousted_at = time.monotonic()
 
-    def _forget(self, partitions: list[int]) -> None:
-        for partition in partitions:
-            self._tracks.pop(partition, None)
-        gone = set(partitions)
-        self._held = {name: held for name, held in self._held.items() if name[0] not in gone}
+    def _look_around(self, idle: bool) -> None:
+        """Is it still the same topic, and, where nothing comes, has it lost what we were about to read?"""
+        tracks = self._line.tracks
+        if not self._look.is_asking:
+            self._asked = [(track, track.position) for track in tracks.values()]
+        found = self._look.poll(time.monotonic())
+        if found is None or self._watch.all_down:
+            return
+        if found != self._losses.topic_id:
+            for partition, track in tracks.items():
+                self._losses.replaced(partition, track)
+            if self._group is not None:
+                self._restart()  # to take it from its beginning
+                return
+            self._losses.topic_id = found
+            self._consumer.unassign()
+            tracks.clear()
+        for track, position in self._asked:
+            track.sure = position
+        if self._group is None:
+            self._take_new_partitions()
+        if idle and not self._paused:
+            _look_for_losses(self._consumer, self._settings.options.topic, tracks, self._losses)
+
+    def _take_new_partitions(self) -> None:
+        """Everything in a partition that was added since is from after we began."""
+        new = _added(self._consumer, self._settings.options.topic, self._line.tracks.keys())
+        for partition in new:
+            self._line.assign(partition)
+        if new:
+            self._paused = None
 
     def _raise_for(self, error: Any, over: bool) -> None:
         """Raise what the caller has to know; the client itself goes on trying."""
@@ -438,6 +329,7 @@ class KafkaSubscription:
                 self._restart()
                 raise translated
             if is_missing(error):
+                self._look.soon()
                 self._restart()
                 raise BusUnavailable(str(translated)) from translated
         if watch.all_down and self._ousted_at is not None:
@@ -447,13 +339,10 @@ class KafkaSubscription:
             raise BusUnavailable(f"{doing}: {watch.last or 'no broker answers'}")
 
     def _is_ousted(self) -> bool:
-        """Whether a newer exclusive member replaced us.
-
-        librdkafka tells nobody that it was fenced off, not even by a revocation: its assignment is empty,
-        and stays so. After a cut it would long have joined again.
-        """
-        if self._exclusive and self._tracks and not self._consumer.assignment():
-            self._forget(list(self._tracks))
+        """Whether a newer exclusive member replaced us: librdkafka tells nobody that it was fenced off."""
+        # Its assignment is empty, and stays so. After a cut it would long have joined again.
+        if self._exclusive and self._line.tracks and not self._consumer.assignment():
+            self._line.forget(list(self._line.tracks))
             self._ousted_at = time.monotonic()
         return self._ousted_at is not None and time.monotonic() - self._ousted_at > _OUSTED_SECONDS
 
@@ -466,58 +355,76 @@ class KafkaSubscription:
             self._watch.forget()
             return
         consumer, self._consumer = self._consumer, None
-        self._forget(list(self._tracks))
+        self._line.forget(list(self._line.tracks))
         _leave(consumer)
 
-    # ----------------------------------------------------------------------------------- dead letters
 
-    def _put_aside(self, message: Message, handle: _Handle, reason: str) -> None:
-        settings = self._settings
-        if self._dead_letters is None:
-            Admin(settings).ensure(settings.dead_topic, declare=settings.options.declare)
-            self._dead_letters = make(Producer, settings.producer(Watch()))
-        headers = [
-            *handle.headers,
-            (REASON_HEADER, oneline(reason)[:1024].encode()),
-            ("x-virtbus-position", message.position.encode()),
-            ("x-virtbus-group", (self._group or "").encode()),
-        ]
-        outcome: list[Any] = []
-        deadline = time.monotonic() + _DEAD_LETTER_SECONDS
+def _now(consumer: Any, topic: str) -> list[Any]:
+    """Where each partition of a topic ends now."""
+    doing = f'looking for the end of topic "{topic}"'
+    deadline = time.monotonic() + _CALL_SECONDS
+    while True:
         try:
-            self._dead_letters.produce(
-                settings.dead_topic,
-                message.body,
-                handle.key,
-                headers=headers,
-                on_delivery=lambda error, _message: outcome.append(error),
-            )
-            while not outcome and time.monotonic() < deadline:
-                self._dead_letters.poll(0.1)
+            partitions = consumer.list_topics(topic, timeout=_CALL_SECONDS).topics[topic].partitions
+            places = [TopicPartition(topic, partition) for partition in partitions]
+            for place in places:
+                place.offset = consumer.get_watermark_offsets(place, timeout=_CALL_SECONDS)[1]
+            return places
         except KafkaException as error:
-            outcome.append(error.args[0])
-        except BufferError:  # larger than what the client may hold
-            outcome.append(KafkaError(KafkaError._QUEUE_FULL))
-        if outcome and outcome[0] is None:  # not `== [None]`: a KafkaError can't be compared with None
-            return
-        self._dead_letters.purge()
-        self._dead_letters = None
-        doing = f'putting {message.position} aside in "{settings.dead_topic}"'
-        failure: VirtbusError = BusUnavailable(f"{doing}: not confirmed in {_DEAD_LETTER_SECONDS:g} s")
-        if outcome:
-            failure = translate(outcome[0], doing)
-        if isinstance(failure, RecordRefused):
-            failure = BusDenied(f"{failure}: let that topic take what the other one does (max.message.bytes)")
-        raise failure
+            # A topic that was just made, or a broker that just came back, has no leader for a moment.
+            if error.args[0].code() not in _NO_LEADER_YET or time.monotonic() > deadline:
+                raise translate(error.args[0], doing) from error
+            time.sleep(0.1)
 
 
-def _headers(polled: Any) -> list[tuple[str, bytes]]:
-    """A message's headers; none when confluent-kafka can't give them (a name not in UTF-8): no event."""
+def _starts(consumer: Any, places: list[Any], losses: Losses) -> Iterator[tuple[Any, int | None, int | None]]:
+    """(place, committed offset, where to go on instead) of partitions; tells what is lost on the way.
+
+    Without an answer librdkafka asks again by itself, and what was passed over is seen at the next record.
+    """
+    found = {}
+    with suppress(KafkaException):
+        found = {one.partition: one for one in consumer.committed(places, timeout=_CALL_SECONDS)}
+    for place in places:
+        known = found.get(place.partition)
+        offset = known.offset if known is not None and known.offset >= 0 else None
+        ends = _ends(consumer, place, _CALL_SECONDS)
+        start = None
+        if known is not None and ends is not None:
+            start = losses.resume(place.partition, offset, known.metadata or "", *ends)
+        yield place, offset, start
+
+
+def _added(consumer: Any, topic: str, known: AbstractSet[int]) -> list[int]:
+    """The partitions of a topic beyond those that are known, assigned from their beginning."""
     try:
-        found = _give_headers(polled)
-        return [(name, value if value is not None else b"") for name, value in found or ()]
-    except (SystemError, UnicodeDecodeError):
+        found = consumer.list_topics(topic, timeout=_ASK_SECONDS).topics[topic].partitions
+        new = [number for number in found if number not in known]
+        if new:
+            consumer.incremental_assign([TopicPartition(topic, number, OFFSET_BEGINNING) for number in new])
+    except KafkaException:  # the next look finds them
         return []
+    return new
+
+
+def _look_for_losses(consumer: Any, topic: str, tracks: dict[int, Track], losses: Losses) -> None:
+    """Nothing is waiting here: has retention taken what was about to come?"""
+    for partition, track in tracks.items():
+        ends = _ends(consumer, TopicPartition(topic, partition))
+        if ends is None:
+            return
+        if track.following is not None and ends[0] > track.following:
+            losses.passed_over(partition, track.following, ends[0] - 1, ends)
+            track.following = ends[0]
+
+
+def _ends(consumer: Any, place: Any, timeout: float = _ASK_SECONDS) -> tuple[int, int] | None:
+    """The oldest offset that a partition still holds, and the next that it gives; None: no answer."""
+    try:
+        found: tuple[int, int] = consumer.get_watermark_offsets(place, timeout=timeout)
+    except KafkaException:
+        return None
+    return found
 
 
 def _leave(consumer: Any) -> None:
@@ -530,8 +437,3 @@ def _leave(consumer: Any) -> None:
     leaving.join(_CLOSE_SECONDS)
     if leaving.is_alive():
         emit(Notice(f"left without the broker's answer within {_CLOSE_SECONDS:g} s"))
-
-
-def _offset(message: Message) -> int:
-    handle: _Handle = message.handle  # type: ignore[assignment]
-    return handle.offset

@@ -92,6 +92,17 @@ def is_purged(error: Any) -> bool:
     return error.code() in (KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT, KafkaError._FATAL)
 
 
+def with_hint(told: str) -> str:
+    """A failure to connect, with what it most often means where librdkafka does not say it.
+
+    A listener that reads our first bytes as something else hangs up. More may follow the state:
+    "(after 1ms in state APIVERSION_QUERY, 4 identical error(s) suppressed)".
+    """
+    if re.search(r"Disconnected.*\bin state (APIVERSION_QUERY|SSL_HANDSHAKE)\b", told):
+        return f"{told}; is it a TLS listener, and the URL kafka://, or the other way round?"
+    return told
+
+
 class _Ear(logging.Handler):
     """Keeps the last thing that librdkafka logged about a failed connection."""
 
@@ -103,10 +114,7 @@ class _Ear(logging.Handler):
         """`FAIL [client] [thread]: broker: what happened (after N ms in state S)`."""
         kind, _, text = record.getMessage().partition(" ")
         if kind == "FAIL":
-            told = oneline(text.rpartition("]: ")[2])
-            # Hung up at the first bytes, by a listener that reads them as something else.
-            if re.search(r"Disconnected.* in state (APIVERSION_QUERY|SSL_HANDSHAKE)\)", told):
-                told += "; is it a TLS listener, and the URL kafka://, or the other way round?"
+            told = with_hint(oneline(text.partition("]: ")[2] or text))
             self._watch.last = told
             if "SSL alert" in told:  # with TLS 1.3 the broker's refusal comes after our side's handshake
                 self._watch(KafkaError(KafkaError._SSL, told))
@@ -132,7 +140,7 @@ class Watch:
         if code == KafkaError._ALL_BROKERS_DOWN:
             self.all_down = True
             return
-        self.last = oneline(error.str())
+        self.last = with_hint(oneline(error.str()))
         if error.fatal():
             self.fatal = error
         if code in _DENIED and self.denied is None:

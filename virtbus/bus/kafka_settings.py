@@ -21,7 +21,7 @@ from confluent_kafka import KafkaException, Producer
 
 from virtbus.bus import BusOptions, is_loopback
 from virtbus.bus.kafka_errors import Watch, oneline
-from virtbus.config import REDACTED, is_secret
+from virtbus.config import REDACTED, is_secret, secret_text, why_unread
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError
 
 DEFAULT_PORT = 9092
@@ -100,10 +100,9 @@ class KafkaSettings:
         if path is None:
             return self.url_password or ""
         try:
-            return path.read_text(encoding="utf-8").rstrip("\r\n")
-        except (OSError, UnicodeDecodeError) as error:
-            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            raise BusDenied(f"bus.password_file: {path} can't be read: {reason}") from error
+            return secret_text(path)
+        except (OSError, ValueError) as error:
+            raise BusDenied(f"bus.password_file: {path} can't be read: {why_unread(error)}") from error
 
     def client(self, watch: Watch) -> dict[str, Any]:
         """The librdkafka options that producers, consumers and admin clients share."""

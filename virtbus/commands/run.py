@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ from virtbus.commands.options import (
 from virtbus.config import Config, Loaded, bus_url, differences, exposed_secrets, redact_url
 from virtbus.control import ControlSocket, HttpServer
 from virtbus.envelope import uuid7
-from virtbus.errors import ConfigError, VirtbusError
-from virtbus.identity import load_agent_id
+from virtbus.errors import AgentBroken, ConfigError, VirtbusError
+from virtbus.identity import load_agent_id, tie_to_host
 from virtbus.incidents import Incidents
 from virtbus.model import Clock
 from virtbus.sdnotify import Systemd
@@ -46,6 +47,7 @@ from virtbus.telemetry import (
     Notice,
     RunningAsRoot,
     SecretExposed,
+    ThreadDied,
     emit,
 )
 
@@ -91,7 +93,9 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
             ),
             clock=clock,
             bus_name=redact_url(bus_url(config)),
+            identify=partial(tie_to_host, state_dir),
         )
+        threading.excepthook = partial(_end_with_thread, agent)
         if config.http.listen:
             http = HttpServer(config.http.listen, dead=agent.dead_threads, not_ready=agent.not_ready)
             http.start()
@@ -102,6 +106,14 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
         spare_collector()
         agent.start()
         _supervise(agent, loaded.config, again, signals)
+
+
+def _end_with_thread(agent: Agent, died: threading.ExceptHookArgs) -> None:
+    """A thread that ends by an error does its work no longer: end, so that a supervisor starts us again."""
+    name = died.thread.name if died.thread is not None else "a thread"
+    error = f"{died.exc_type.__name__}: {died.exc_value}"
+    emit(ThreadDied(name, error))
+    agent.fail(AgentBroken(f"thread {name} ended: {error}"))
 
 
 def spare_collector() -> None:

@@ -17,6 +17,8 @@ from virtbus.commands.options import (
 )
 from virtbus.errors import ConfigError
 
+WATCHDOG_SECONDS = 5  # libvirtd 9.0 bears a listener that is frozen for so long at 4,000 errors a second
+
 # systemd.exec(5), systemd.service(5). Not set, and why: PrivateUsers= would hide libvirt's group from us;
 # ProcSubset=pid would hide the boot id; PrivateNetwork= would hide the broker.
 _BY_HAND = """\
@@ -48,7 +50,10 @@ ExecReload=/bin/kill -HUP $MAINPID
 RestartSec=5
 # 78: the settings are wrong. Starting again with the same ones would help nobody.
 RestartPreventExitStatus=78
-WatchdogSec=60
+# A process that hears libvirt's events and stands still (frozen, swapped out) makes libvirtd pile them up and
+# answer nobody: docs/libvirt.md. SIGKILL, because one that stands still takes no other signal.
+WatchdogSec={watchdog}
+WatchdogSignal=SIGKILL
 # SIGTERM drains for at most {drain:g} s.
 TimeoutStopSec={stop}
 
@@ -115,7 +120,16 @@ def unit(
     credential = "" if packaged else _CREDENTIAL
     if not packaged:
         out.write(_BY_HAND.format(user=user))
-    out.write(_UNIT.format(user=user, command=path, drain=drain_seconds, stop=stop, credential=credential))
+    out.write(
+        _UNIT.format(
+            user=user,
+            command=path,
+            drain=drain_seconds,
+            stop=stop,
+            credential=credential,
+            watchdog=WATCHDOG_SECONDS,
+        )
+    )
 
 
 def _this_program() -> str:

@@ -99,3 +99,8 @@ def source_options(config: Config, since_ns: int | None = None) -> SourceOptions
         owner_rules=settings.owner_rules,
         since_ns=since_ns,
     )
+
+
+def react_folder(config: Config) -> Path:
+    """Where the integrations keep their state."""
+    return Path(config.react.state_dir or Path(config.state_dir) / "react")

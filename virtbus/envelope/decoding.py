@@ -1,4 +1,8 @@
-"""Messages of either binding and mode as envelopes and typed events: what comes in is trusted in nothing."""
+"""Messages of either binding and mode as envelopes and typed events: what comes in is trusted in nothing.
+
+Other people's CloudEvents pass in every shape that their specifications allow: without data, with data of any
+content type, with times as AMQP timestamps. Only events of our own types must be JSON objects.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,8 @@ import binascii
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Any
 
 import msgspec
@@ -25,11 +30,11 @@ _TYPES: dict[str, type[Any]] = {cls.TYPE: cls for cls in (IoError, IoErrorResolv
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """A message that is a CloudEvent with a JSON object as its data; nothing is said of its schema yet."""
+    """A message that is a CloudEvent; nothing is said of its schema yet."""
 
     attributes: dict[str, str]
     body: bytes
-    data: dict[str, Any]
+    data: dict[str, Any]  # empty where a foreign event's data is no JSON object: see `body`
 
 
 def decode(message: Message) -> Envelope:
@@ -44,16 +49,16 @@ def decode(message: Message) -> Envelope:
                 f"{message.position}: can't read {content_type[:80]!r}: only {STRUCTURED_CONTENT_TYPE}"
             )
         return _structured(message.body, message.position)
-    prefix = "ce-" if message.binding is Binding.AMQP else "ce_"
-    attributes = {name[3:]: value for name, value in headers.items() if name.startswith(prefix)}
+    attributes = {name: value for name, value in headers.items() if name != "content-type"}
     if not attributes:
+        prefix = _PREFIXES[message.binding][0]
         raise SchemaError(
             f"{message.position}: not a CloudEvent: no {prefix}* headers and no {STRUCTURED_CONTENT_TYPE}"
         )
     if content_type:
         attributes["datacontenttype"] = content_type
     _check_attributes(attributes, message.position)
-    return Envelope(attributes, message.body, _object(message.body, message.position))
+    return Envelope(attributes, message.body, _data(attributes, message.body, message.position))
 
 
 def decode_structured(line: bytes) -> Envelope:
@@ -62,10 +67,11 @@ def decode_structured(line: bytes) -> Envelope:
     return _structured(line, "event")
 
 
-def to_event(envelope: Envelope) -> Event | None:
+def to_event(envelope: Envelope, *, validate: bool = True) -> Event | None:
     """The typed event; None for a type or major version that this release does not know.
 
-    A later minor version is read as the newest we know. Raises SchemaError when the data breaks its schema.
+    A later minor version is read as the newest we know. Raises SchemaError when the data breaks its schema;
+    without `validate` nothing is checked, and what can't be read as its type is None too.
     """
     type_ = envelope.attributes["type"]
     cls = _TYPES.get(type_)
@@ -75,18 +81,21 @@ def to_event(envelope: Envelope) -> Event | None:
     urn = schema.parse_urn(dataschema)
     if urn is not None and (urn[0] != type_ or urn[1] != schema.latest(type_).order[0]):
         return None
-    problems = schema.validate(dataschema if urn else type_, envelope.data)
-    if problems:
-        shown = "; ".join(str(problem) for problem in problems[:3])
-        raise SchemaError(
-            f"event {envelope.attributes['id'][:80]!r} of type {type_} breaks its schema: {shown}"
-        )
+    if validate:
+        problems = schema.validate(dataschema if urn else type_, envelope.data)
+        if problems:
+            shown = "; ".join(str(problem) for problem in problems[:3])
+            raise SchemaError(
+                f"event {envelope.attributes['id'][:80]!r} of type {type_} breaks its schema: {shown}"
+            )
     try:
         try:
             event: Event = msgspec.convert(envelope.data, cls)
         except msgspec.ValidationError:
             event = msgspec.convert(_whole_numbers(envelope.data), cls)
     except (msgspec.ValidationError, ValueError, OverflowError, RecursionError) as error:
+        if not validate:
+            return None
         raise SchemaError(
             f"event {envelope.attributes['id'][:80]!r} of type {type_} can't be read: {error}"
         ) from error
@@ -104,23 +113,31 @@ def _whole_numbers(value: Any) -> Any:
     return value
 
 
+_JSON = re.compile(r"(application|text)/([a-z0-9.-]+\+)?json")
 _NAME = re.compile("[a-z0-9]{1,64}")
 _RFC3339 = re.compile(
-    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,9})?([Zz]|[+-][0-9]{2}:[0-9]{2})"
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?([Zz]|[+-][0-9]{2}:[0-9]{2})"
 )
+# How attributes are named in headers: by the RabbitMQ binding that Knative uses, and by CloudEvents' own
+# AMQP 1.0 binding, whose names a bridge (RabbitMQ's own AMQP 1.0 listener is one) carries over as they are.
+_PREFIXES = {Binding.AMQP: ("ce-", "cloudevents:", "cloudevents_"), Binding.KAFKA: ("ce_",)}
 _FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def _headers(message: Message) -> dict[str, str]:
-    """The headers that matter, names in lower case, values as text."""
-    prefix = "ce-" if message.binding is Binding.AMQP else "ce_"
+    """The attributes by their names and `content-type`, names in lower case, values as text."""
     headers: dict[str, str] = {}
     for raw_name, raw_value in message.headers.items():
         name = _text(raw_name, message.position, "a header's name").lower()
-        if not (name.startswith(prefix) or name == "content-type"):
+        prefix = next((one for one in _PREFIXES[message.binding] if name.startswith(one)), None)
+        if raw_value is None or (prefix is None and name != "content-type"):  # null: as if it were not there
             continue
+        if isinstance(raw_value, list) and message.binding is Binding.KAFKA:
+            raise SchemaError(
+                f"{message.position}: header {name[:40]!r} is there twice with different values"
+            )
         value = _text(raw_value, message.position, f"header {name[:40]!r}")
-        if headers.setdefault(name, value) != value:
+        if headers.setdefault(name[len(prefix or "") :], value) != value:
             raise SchemaError(
                 f"{message.position}: header {name[:40]!r} is there twice with different values"
             )
@@ -139,13 +156,15 @@ def _text(value: object, where: str, what: str) -> str:
             return bytes(value).decode()
         except UnicodeDecodeError as error:
             raise SchemaError(f"{where}: {what} is not UTF-8") from error
-    if isinstance(value, datetime) and value.tzinfo is not None:
-        return timestamp(value)
+    if isinstance(value, datetime):  # an AMQP timestamp is in UTC
+        return timestamp(value if value.tzinfo is not None else value.replace(tzinfo=UTC))
+    if isinstance(value, float | Decimal):
+        return str(value)
     raise SchemaError(f"{where}: {what} is a {type(value).__name__}, not text")
 
 
 def _structured(text: bytes, where: str) -> Envelope:
-    parts = _parse(text, where, _PARTS)
+    parts = _parse(text.removeprefix(b"\xef\xbb\xbf"), where, _PARTS)
     data = parts.pop("data", None)
     encoded = parts.pop("data_base64", None)
     attributes: dict[str, str] = {}
@@ -164,8 +183,8 @@ def _structured(text: bytes, where: str) -> Envelope:
     elif encoded is not None:
         body = _from_base64(_parse(bytes(encoded), where, _ANY), where)
     else:
-        raise SchemaError(f"{where}: no data")
-    return Envelope(attributes, body, _object(body, where))
+        body = b""
+    return Envelope(attributes, body, _data(attributes, body, where))
 
 
 def _from_base64(value: object, where: str) -> bytes:
@@ -188,11 +207,27 @@ def _parse(text: bytes, where: str, decoder: msgspec.json.Decoder[Any]) -> Any:
         raise SchemaError(f"{where}: not a JSON object: {error}") from error
 
 
-def _object(body: bytes, where: str) -> dict[str, Any]:
-    data = _parse(body, where, _ANY)
-    if not isinstance(data, dict):
-        raise SchemaError(f"{where}: the data is {type(data).__name__}, not a JSON object")
-    return data
+def _data(attributes: Mapping[str, str], body: bytes, where: str) -> dict[str, Any]:
+    """The JSON object that is an event's data; whatever else a foreign one has is in the body alone."""
+    told = attributes.get("datacontenttype")
+    content_type = (told or CONTENT_TYPE).partition(";")[0].strip().lower()
+    is_json = _JSON.fullmatch(content_type) is not None
+    foreign = attributes["type"] not in _TYPES
+    if foreign and (not body or not is_json):
+        return {}
+    if not is_json:
+        raise SchemaError(f"{where}: the data is {content_type[:80]!r}, not JSON")
+    try:
+        data = _parse(body, where, _ANY)
+    except SchemaError:
+        if foreign and told is None:  # it never said that this is JSON
+            return {}
+        raise
+    if isinstance(data, dict):
+        return data
+    if foreign:
+        return {}
+    raise SchemaError(f"{where}: the data is {type(data).__name__}, not a JSON object")
 
 
 def _check_size(body: bytes, where: str) -> None:
@@ -201,7 +236,7 @@ def _check_size(body: bytes, where: str) -> None:
 
 
 def _check_attributes(attributes: Mapping[str, str], where: str) -> None:
-    """The rules of CloudEvents 1.0 for attributes, and JSON as the content type."""
+    """The rules of CloudEvents 1.0 for attributes."""
     if attributes.get("specversion") != "1.0":
         raise SchemaError(
             f"{where}: specversion is {attributes.get('specversion', 'absent')[:40]!r}, not '1.0'"
@@ -217,6 +252,3 @@ def _check_attributes(attributes: Mapping[str, str], where: str) -> None:
     time = attributes.get("time")
     if time is not None and not _RFC3339.fullmatch(time):
         raise SchemaError(f"{where}: time {time[:40]!r} is not RFC 3339")
-    content_type = attributes.get("datacontenttype", CONTENT_TYPE).partition(";")[0].strip().lower()
-    if not re.fullmatch(r"(application|text)/([a-z0-9.-]+\+)?json", content_type):
-        raise SchemaError(f"{where}: the data is {content_type[:80]!r}, not JSON")

@@ -76,6 +76,21 @@ class _EventLoop:
         """Whether this is the loop's thread."""
         return threading.current_thread() is cls._thread
 
+    @classmethod
+    def call(cls, then: Callable[[], None]) -> None:
+        """Call `then` once on the loop's thread, behind the callbacks that wait there already.
+
+        What was read from a connection waits behind a timer that was added when the connection was opened,
+        and timers that are due are called in the order in which they were added (vireventpoll.c): a new one
+        comes after it.
+        """
+
+        def due(timer: int, then: Callable[[], None]) -> None:
+            libvirt.virEventRemoveTimeout(timer)
+            then()
+
+        libvirt.virEventAddTimeout(0, due, then)
+
     @staticmethod
     def _run() -> None:
         while True:
@@ -106,7 +121,7 @@ class _LostCallbacks:
             if not loop.is_loop():
                 before(kind, error, trace)
             elif isinstance(error, UnicodeDecodeError):
-                emit(CallbackUndecodable(error))
+                emit(CallbackUndecodable(error))  # and a gap: somebody's error may have been in it
                 for handler in list(loop.handlers):
                     handler.undecodable()
             else:
@@ -259,6 +274,12 @@ class LibvirtLink:
             except libvirt.libvirtError as error:
                 results[names[0]] = error.get_error_message() or str(error)
         return results
+
+    def heard(self, then: Callable[[], None]) -> None:
+        """See Link."""
+        with _Call(f"{self._uri}: the connection of the events"):
+            self._connection.getLibVersion()  # goes to the daemon each time, and to no guest
+            _EventLoop.call(then)
 
     def alive(self) -> bool:
         """See Link."""

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -142,6 +142,13 @@ class Link(Protocol):
 
     def space(self, uuid: str, target: str) -> Space:
         """Sizes of one disk; asks the guest's QEMU, which may hang."""
+
+    def heard(self, then: Callable[[], None]) -> None:
+        """Ask the daemon something, and have `then` called behind every callback it had sent before.
+
+        The answer follows them on the one ordered stream, and `then` follows them through the event loop
+        that calls them. May block for ever. Raises SourceUnavailable: then nothing is called.
+        """
 
     def alive(self) -> bool:
         """Whether it is still connected, as far as it knows; never blocks."""

@@ -29,6 +29,7 @@ from virtbus.model import (
     SourceReady,
 )
 from virtbus.retry import Backoff
+from virtbus.seen import MARGIN_SECONDS
 from virtbus.sources import Sink, SourceOptions
 from virtbus.sources.asking import HOST, Asker
 from virtbus.sources.connecting import Opened, Opener
@@ -66,6 +67,7 @@ from virtbus.sources.session import (
     Shared,
     Undecodable,
 )
+from virtbus.sources.witness import Witness
 from virtbus.telemetry import BlockJobFailed, SourceCutOff, SourceRegistered, Trouble, emit
 from virtbus.words import GuestState
 
@@ -118,7 +120,7 @@ class Observer:
         backoff = Backoff("libvirt", ceiling=RECONNECT_CEILING_SECONDS)
         try:
             while not stop.is_set():
-                session = Session(self._shared, sink)
+                session = Session(self._shared, sink, self._connector.uri)
                 try:
                     opened = self._opener.open(session, stop)
                     if opened is None:
@@ -189,7 +191,8 @@ class Observer:
             for domain in ready.domains:
                 if domain.state == "running":
                     self._lookups.request(domain.uuid, Want.BASELINE)
-            closed = self._listen(session, opened.link, sink, stop)
+            with Witness(session, self._shared, opened.link) as witness:
+                closed = self._listen(session, opened.link, sink, stop, witness)
         finally:
             self._asker.session = None
             session.end()
@@ -197,18 +200,26 @@ class Observer:
             opened.link.close()
         if closed is None:
             return None
-        silent_since = self.clock().wall_ns - int(closed.silent_seconds * 1e9)
-        self._since_ns = max(session.heard_ns, silent_since)
+        now = self.clock()
+        # What the hypervisor remembers is asked for from the last moment that was seen for certain.
+        silent = max(closed.silent_seconds, 0.0 if session.seen is None else now.boot - session.seen.boot)
+        self._since_ns = now.wall_ns - int((silent + MARGIN_SECONDS) * 1e9)
         emit(SourceCutOff(self._connector.uri, closed.why))
-        return SourceLost(self._since_ns, closed.why)
+        lost_ns = now.wall_ns - int(closed.silent_seconds * 1e9)
+        return SourceLost(lost_ns, closed.why, session.connection, closed.reason)
 
-    def _listen(self, session: Session, link: Link, sink: Sink, stop: StopEvent) -> Closed | None:
+    def _listen(
+        self, session: Session, link: Link, sink: Sink, stop: StopEvent, witness: Witness
+    ) -> Closed | None:
         """Handle notes and timers until the connection is lost; None when `stop` ended it."""
         alive_at = time.monotonic()
         while not stop.is_set():
             note = self._next_note(session)
             if isinstance(note, Closed):
                 return note
+            stalled = witness.stalled(POLL_SECONDS)
+            if stalled is not None:
+                return stalled
             try:
                 if note is not None:
                     self._handle(session, note, None)
@@ -439,6 +450,8 @@ class Observer:
             domains=tuple(states.values()),
             findings=tuple(findings),
             throttles=opened.facts.throttles,
+            connection=session.connection,
+            proves=True,
         )
 
     def _host(self, facts: HostFacts) -> Host:

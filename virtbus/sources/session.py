@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from virtbus.model import (
+    CallbackLost,
     DeviceRemoved,
     DomainGone,
     DomainHalted,
@@ -19,6 +20,7 @@ from virtbus.model import (
     Now,
     Observation,
     RawIoError,
+    SourceSeen,
 )
 from virtbus.sources import Sink
 from virtbus.sources.cache import Cache
@@ -36,7 +38,7 @@ from virtbus.sources.link import (
     left_by,
 )
 from virtbus.sources.looks import Look
-from virtbus.words import GuestState
+from virtbus.words import GapReason, GuestState
 
 # virDomainEventType → virDomainState's word
 STATE_AFTER = {
@@ -137,6 +139,7 @@ class Closed:
 
     why: str
     silent_seconds: float = 0.0
+    reason: GapReason = GapReason.SOURCE_LOST
 
 
 Note: TypeAlias = (
@@ -172,9 +175,12 @@ class Shared:
 class Session:
     """The callbacks of one connection. Deaf once it is over: each registration tells at most once."""
 
-    def __init__(self, shared: Shared, sink: Sink) -> None:
+    def __init__(self, shared: Shared, sink: Sink, connection: str = "") -> None:
+        self.connection = connection
+        self.heard = False  # something, since the last question
+        self.seen: Now | None = None  # when the last question was asked that the daemon answered
+        self.tick = shared.clock()  # when the source thread last came by
         self.notes: queue.SimpleQueue[Note] = queue.SimpleQueue()
-        self.heard_ns = 0
         # What lifecycle callbacks said since the listing: (name, state), None when it left. Then None.
         self.since_listing: dict[str, tuple[str, str] | None] | None = {}
         self.live = True
@@ -183,9 +189,10 @@ class Session:
 
     def io_error(self, raw: RawIoError) -> None:
         """Tell it at once; see Handler."""
-        now = self._now()
+        now = self._shared.clock()
         shared = self._shared
         uuid, given, path = raw.domain_uuid, raw.alias, raw.path  # as libvirt names it
+        self.heard = True
         with shared.lock:
             if not self.live:
                 return
@@ -207,7 +214,8 @@ class Session:
 
     def lifecycle(self, uuid: str, name: str, number: int | None, event: int, detail: int) -> None:
         """Tell what resolves, remember what pauses; see Handler."""
-        now = self._now()
+        self.heard = True
+        now = self._shared.clock()
         check = self._shared.check
         said = meaning(uuid, event, detail, now.wall_ns)
         with self._shared.lock:
@@ -235,7 +243,7 @@ class Session:
 
     def device_removed(self, uuid: str, alias: str) -> None:
         """See Handler."""
-        now = self._now()
+        now = self._shared.clock()
         with self._shared.lock:
             if self.live:
                 self._shared.check.removed(uuid, alias)
@@ -244,7 +252,6 @@ class Session:
 
     def changed(self, uuid: str) -> None:
         """See Handler."""
-        self._now()
         self.notes.put(Changed(uuid))
 
     def job_failed(self, uuid: str, disk: str) -> None:
@@ -252,7 +259,10 @@ class Session:
         self.notes.put(JobFailed(uuid, disk))
 
     def undecodable(self) -> None:
-        """See Handler."""
+        """See Handler. A gap at once: what nobody can read may have been a reported error, and is over."""
+        now = self._shared.clock()
+        if self.live:
+            self._sink(CallbackLost(now.wall_ns, "a callback of libvirt held text that is not UTF-8"))
         self.notes.put(Undecodable())
 
     def closed(self, why: str, silent_seconds: float) -> None:
@@ -264,12 +274,14 @@ class Session:
         for each in found:
             self._sink(each)
 
+    def saw(self, asked: Now) -> None:
+        """The daemon answered a question of `asked`: what it told before has been heard."""
+        with self._shared.lock:
+            if self.live:
+                self.seen = asked
+                self._sink(SourceSeen(asked, self.connection))
+
     def end(self) -> None:
         """Hear nothing any more."""
         with self._shared.lock:
             self.live = False
-
-    def _now(self) -> Now:
-        now = self._shared.clock()
-        self.heard_ns = now.wall_ns
-        return now

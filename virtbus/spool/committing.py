@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from virtbus.errors import SpoolFull
 from virtbus.model import Event, SequenceRange, Stamp
+from virtbus.seen import STEP_NS, Moment
 from virtbus.spool import contents, faults, files, wishes
 from virtbus.spool.contents import GapFacts, run_row
 from virtbus.spool.draft import (
@@ -49,13 +50,13 @@ _GAP_RESERVE = 2048
 class IntakeSide:
     """Commits. One thread uses it."""
 
-    def __init__(self, state: SharedState, lock: files.Lock, scribe: Scribe) -> None:
+    def __init__(self, state: SharedState, scribe: Scribe) -> None:
         """Open the connection that commits."""
         self._state = state
-        self._lock_file = lock
         self._scribe = scribe
         self._untold_opening = True
-        self._seen_ns = 0  # the last sign of life, not in the file yet perhaps
+        self._seen = Moment.stamped(state.account.alive_ns, state.clock())  # not in the file yet perhaps
+        self._booted_ns = self._seen.booted_ns  # the wall clock's beginning, as the file has it
         self._owing = False  # a commit failed and none succeeded since: what it held is not safe
         self.refusal: SpoolFull | None = None  # why the disk did not take the last sign of life
         self._signed = False  # the lock file names this run: it has committed something
@@ -244,7 +245,7 @@ class IntakeSide:
 
     def _write(self, draft: Draft, states: Mapping[str, bytes | None]) -> None:
         db = self._writer
-        db.execute("BEGIN IMMEDIATE")
+        self._state.begin(db)
         position = self._state.next_position
         for item in draft.new:
             row = item.row(position)
@@ -263,10 +264,19 @@ class IntakeSide:
                 db.execute(insert_sql("states"), sealed("states", (name, value, b"")))
         if draft.tells_opening and self._untold_opening:
             db.execute("DELETE FROM meta WHERE name='opening'")
-        alive_ns = max(self._state.account.alive_ns, draft.wall_ns)
-        db.execute(insert_sql("runs"), run_row(self._state.account, last=draft.seq, alive_ns=alive_ns))
+        self._write_run(last=draft.seq)
         faults.reach("before_commit")
         db.execute("COMMIT")
+
+    def _write_run(self, *, last: int | None = None) -> None:
+        """The run's record with what was seen, and the clock that its time is told in when that stepped."""
+        seen = self._seen
+        self._writer.execute(
+            insert_sql("runs"), run_row(self._state.account, last=last, alive_ns=seen.wall_ns)
+        )
+        if abs(seen.booted_ns - self._booted_ns) >= STEP_NS:
+            self._writer.execute(insert_sql("meta"), contents.clock_row(seen.booted_ns))
+            self._booted_ns = seen.booted_ns
 
     def _roll_back(self, held: Sequence[tuple[int, str]]) -> None:
         """Nothing of a transaction stays: not in the file, and no row is held."""
@@ -284,7 +294,7 @@ class IntakeSide:
         """The transaction is durable: let the publisher see it."""
         with self._state.memory:
             self._state.account.last = draft.seq
-            self._state.account.alive_ns = max(self._state.account.alive_ns, draft.wall_ns)
+            self._state.account.alive_ns = self._seen.wall_ns
             for victim in draft.victims:
                 self._state.index.remove(victim.position, victim.key)
                 self._state.bytes -= victim.size
@@ -308,24 +318,28 @@ class IntakeSide:
             self._state.changed.notify_all()
         if not self._signed and draft.seq:
             self._signed = True
-            self._lock_file.sign(self._scribe.epoch)
+            self._state.lock.sign(self._scribe.epoch)
         self._untold_opening &= not draft.tells_opening
         self._alive_at = now
 
     def alive(self, wall_ns: int) -> bool:
         """A sign of life, which is: whatever happened until `wall_ns` was seen; cheap to call often.
 
-        It is written at most every 10 s (and at the end), with what waits to be named or done. It counts
-        for nothing after a commit that failed, until one succeeds. False while the disk does not take it
-        (`refusal` says why): an idle host must not look healthy until its first error.
+        `wall_ns` is told in the wall clock as it is now; a time before what was told already changes
+        nothing. It is written with the next commit, or after 10 s (and at the end), with what waits to be
+        named or done. It counts for nothing after a commit that failed, until one succeeds. False while
+        the disk does not take it (`refusal` says why), or the folder is not ours any more.
         """
-        now = self._state.clock().monotonic
-        if not self._owing:
-            self._seen_ns = max(self._seen_ns, wall_ns)
+        reading = self._state.clock()
+        now = reading.monotonic
+        seen = Moment.stamped(wall_ns, reading)
+        if not self._owing and seen.boot_ns > self._seen.boot_ns:
+            self._seen = seen
         try:
             if self._state.losses and now >= self._naming_at:
                 self._naming_at = now + 1.0
                 self.commit(())
+            self._state.lock.check(self._state.path)
             if now - min(self._alive_at, self._wishes_at) < ALIVE_SECONDS:
                 return self.refusal is None
             self._alive_at = self._wishes_at = now
@@ -333,9 +347,7 @@ class IntakeSide:
                 self._heal()
                 try:
                     more = self._grant_wishes(wall_ns)
-                    alive_ns = max(self._state.account.alive_ns, self._seen_ns)
-                    self._writer.execute(insert_sql("runs"), run_row(self._state.account, alive_ns=alive_ns))
-                    self._state.account.alive_ns = alive_ns
+                    self._sign()
                 except sqlite3.Error as error:
                     self._fail(error)
             while more:
@@ -350,8 +362,23 @@ class IntakeSide:
         except SpoolFull as error:
             self.refusal = error
             return False
+        except files.NotOurs as error:
+            self._alive_at = now - ALIVE_SECONDS  # should the folder come back, that shows at once
+            self.refusal = SpoolFull(str(files.translate(error, self._state.path)))
+            return False
         self.refusal = None
         return True
+
+    def _sign(self) -> None:
+        """Write what was seen, in a transaction of its own."""
+        try:
+            self._state.begin(self._writer)
+            self._write_run()
+            self._writer.execute("COMMIT")
+        except BaseException:
+            self._roll_back(())
+            raise
+        self._state.account.alive_ns = self._seen.wall_ns
 
     def _grant_wishes(self, wall_ns: int) -> bool:
         """Do what an operator asked for beside us; what is in flight waits for another round.
@@ -362,18 +389,20 @@ class IntakeSide:
         asked = db.execute(contents.select_sql("requests", f"ORDER BY number LIMIT {_WISHES}")).fetchall()
         if not asked:
             return False
-        keys = {row[0]: row[4] for row in whole_events(db, [each[2] for each in asked])}
+        keys = {row[:3]: row[4] for row in whole_events(db, [each[2] for each in asked])}
         held: list[tuple[int, str]] = []
-        free: list[tuple[int, str, int]] = []
+        free: list[wishes.Wish] = []
         with self._state.memory:
-            for number, action, position in asked:
-                if action == wishes.DROP and position in keys:
-                    if not self._state.index.hold(position):
+            for each in asked:
+                wish = wishes.Wish(*each)
+                key = keys.get((wish.position, wish.epoch, wish.seq))
+                if wish.action == wishes.DROP and key is not None:
+                    if not self._state.index.hold(wish.position):
                         continue
-                    held.append((position, keys[position]))
-                free.append((number, action, position))
+                    held.append((wish.position, key))
+                free.append(wish)
         try:
-            db.execute("BEGIN IMMEDIATE")
+            self._state.begin(self._writer)
             done = wishes.grant(db, free, self._state.next_position, self._state.next_loss(), wall_ns)
             db.execute("COMMIT")
         except BaseException:
@@ -402,7 +431,8 @@ class IntakeSide:
             return {name: value for name, value, _ in self._writer.execute(contents.select_sql("states"))}
 
     def _fail(self, error: sqlite3.Error) -> NoReturn:
-        self._writer_sick = error
+        if not isinstance(error, files.NotOurs):  # that is no fault of the connection
+            self._writer_sick = error
         if files.is_damage(error):
             self._state.suspect()
         files.raise_translated(error, self._state.path)
@@ -415,10 +445,9 @@ class IntakeSide:
         log is folded into the file (which syncs it) and begun anew. On a full disk this also finds room.
         """
         try:
-            files.check_writable(self._state.path)
+            self._state.check()
         except sqlite3.Error as error:
-            self._writer_sick = error
-            files.raise_translated(error, self._state.path)
+            self._fail(error)
         if self._writer_sick is None:
             return
         try:
@@ -450,9 +479,8 @@ class IntakeSide:
             return False
         try:
             files.check_writable(self._state.path)
-            alive_ns = max(self._state.account.alive_ns, self._seen_ns)
-            self._writer.execute(insert_sql("runs"), run_row(self._state.account, alive_ns=alive_ns))
-        except sqlite3.Error as error:
+            self._sign()
+        except (sqlite3.Error, SpoolFull) as error:
             emit(Trouble("closing the spool", error))
         finally:
             self._state.writing.release()

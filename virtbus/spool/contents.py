@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from virtbus.model import SequenceRange, to_datetime
+from virtbus.seen import boot_id
 from virtbus.spool import files
 from virtbus.spool.files import COLUMNS, Damaged, SqlValue
 from virtbus.spool.index import Index
@@ -76,6 +77,11 @@ def run_row(
             b"",
         ),
     )
+
+
+def clock_row(booted_ns: int) -> tuple[SqlValue, ...]:
+    """The row of table meta that says in which clock `alive_ns` is told: this boot's, and its beginning."""
+    return files.sealed("meta", ("clock", json.dumps({"boot": boot_id(), "booted_ns": booted_ns}), b""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +168,7 @@ class Contents:
     next_position: int = 1
     losses: list[Loss] = field(default_factory=list)
     holes: tuple[SequenceRange, ...] = ()
+    clock: dict[str, Any] = field(default_factory=dict)  # in which the last run's times are told
     opening: dict[str, Any] = field(default_factory=dict)  # what an earlier start found and nobody told yet
 
 
@@ -196,6 +203,8 @@ def _load(connection: sqlite3.Connection) -> Contents:
     for name, value, _ in _whole_rows(connection, "meta"):
         if name == "opening":
             found.opening = json.loads(value)
+        elif name == "clock":
+            found.clock = json.loads(value)
     by_run: dict[int, Account] = {}
     for run, epoch, started_ns, alive_ns, last, below, _ in _whole_rows(connection, "runs"):
         by_run[run] = found.accounts[epoch] = Account(run, epoch, started_ns, alive_ns, last, below)

@@ -58,7 +58,8 @@ MIGRATIONS: tuple[str, ...] = (
         started_ns INTEGER, detail TEXT, checksum BLOB NOT NULL);
     CREATE TABLE states (name TEXT PRIMARY KEY NOT NULL, value BLOB NOT NULL, checksum BLOB NOT NULL)
         WITHOUT ROWID;
-    CREATE TABLE requests (number INTEGER PRIMARY KEY, action TEXT NOT NULL, position INTEGER NOT NULL);
+    CREATE TABLE requests (number INTEGER PRIMARY KEY, action TEXT NOT NULL, position INTEGER NOT NULL,
+        epoch TEXT NOT NULL, seq INTEGER NOT NULL);
     """,
 )
 
@@ -97,7 +98,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
         "checksum",
     ),
     "states": ("name", "value", "checksum"),
-    "requests": ("number", "action", "position"),
+    "requests": ("number", "action", "position", "epoch", "seq"),
 }
 UNCHECKED = frozenset({"requests"})  # an operator's wishes: nothing of it is published
 
@@ -205,6 +206,25 @@ class Lock:
                 f"the spool in {state_dir} is in use by {who}; stop it first, or set another --state-dir"
             ) from error
         self.before = read_holder(state_dir)
+        self._files: tuple[tuple[int, int], tuple[int, int]] | None = None
+
+    def check(self, database: Path) -> None:
+        """Raise NotOurs when the folder is not the one that was locked: moved, removed or replaced.
+
+        Whoever writes on all the same has a second writer beside it: the lock's name leads elsewhere.
+        """
+        if self._files is None:
+            self._files = (_identity(self._fd), _identity(database))
+        for path, known in zip((self.path, database), self._files, strict=True):
+            try:
+                now = _identity(path)
+            except FileNotFoundError:
+                now = None
+            except OSError:
+                continue  # what the disk refuses is told by who reads or writes
+            if now != known:
+                what = "is gone" if now is None else "is another file now"
+                raise NotOurs(f"{path} {what}, so another agent may write here")
 
     def sign(self, epoch: str | None) -> None:
         """Write who holds it; on a full disk the lock holds all the same."""
@@ -223,6 +243,11 @@ class Lock:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def _identity(file: int | Path) -> tuple[int, int]:
+    found = os.fstat(file) if isinstance(file, int) else file.stat()
+    return found.st_dev, found.st_ino
 
 
 def read_holder(state_dir: Path) -> Holder:
@@ -254,8 +279,17 @@ def is_damage(error: sqlite3.Error) -> bool:
     return code_of(error) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
+class NotOurs(sqlite3.OperationalError):
+    """The folder or the file is not the one that this process holds, or it holds it no longer alone."""
+
+
 def translate(error: sqlite3.Error, path: Path) -> VirtbusError:
     """A SQLite error while the spool runs, as one of ours."""
+    if isinstance(error, NotOurs):
+        return SpoolFull(
+            f"{error}: nothing is written to {path} any more; stop this agent, see that no other one uses "
+            "the folder, and start it again"
+        )
     name = getattr(error, "sqlite_errorname", None) or type(error).__name__
     if is_damage(error):
         return SpoolCorrupt(f"{path} is damaged ({name}: {error}); restart: it is set aside then and rescued")
@@ -325,6 +359,16 @@ def check_writable(path: Path) -> None:
         refusal.sqlite_errorcode = sqlite3.SQLITE_READONLY
         refusal.sqlite_errorname = "SQLITE_READONLY"
         raise refusal from error
+
+
+def check_alone(connection: sqlite3.Connection, run: int) -> None:
+    """Inside a writing transaction: raise NotOurs when a later run has begun in this file.
+
+    Its process has read the file already: what we wrote now would be overwritten or never be seen.
+    """
+    (last,) = connection.execute("SELECT max(run) FROM runs").fetchone()
+    if last is not None and last > run:
+        raise NotOurs("another agent has begun to write here")
 
 
 def let_go(connection: sqlite3.Connection, path: Path) -> None:

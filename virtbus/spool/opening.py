@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from virtbus import envelope
-from virtbus.errors import SpoolFull
-from virtbus.model import Clock, PreviousRun, SequenceRange
+from virtbus.errors import SpoolBusy, SpoolFull
+from virtbus.model import Clock, Now, PreviousRun, SequenceRange
+from virtbus.seen import Moment, boot_id
 from virtbus.spool import contents, faults, files
 from virtbus.spool.contents import Contents, Loss, run_row
 from virtbus.spool.files import Damaged, insert_sql, sealed
@@ -19,6 +20,7 @@ from virtbus.spool.ledger import Account, count_events, merge_ranges
 from virtbus.telemetry import SpoolSetAside, emit
 from virtbus.words import GapReason
 
+_TRIES = 5
 _NOT_DAMAGE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY)  # what else fails at the start is damage
 
 
@@ -30,7 +32,7 @@ class Opening:
     """
 
     previous: PreviousRun | None  # the last run that committed something, as far as the file knows
-    last_alive_ns: int | None  # its last sign of life
+    last_alive_ns: int | None  # up to when it saw everything, in the wall clock as it is now
     damage: str | None  # what was wrong with the file
     set_aside: Path | None  # where the damaged file is now
     rescued: int  # events copied from it
@@ -50,6 +52,15 @@ class Start:
 
 def start(path: Path, lock: files.Lock, clock: Clock) -> Start:
     """Begin a run on the file of `lock`'s folder, or on a new one; a damaged one is set aside and rescued."""
+    for _ in range(_TRIES):
+        try:
+            return _start(path, lock, clock)
+        except _Changed:
+            continue  # by one whose lock file was removed: it sees our lock now, and stops writing
+    raise SpoolBusy(f"{path} is being written by another process; stop it first")
+
+
+def _start(path: Path, lock: files.Lock, clock: Clock) -> Start:
     now = clock()
     contents.finish_rescue(path)
     fresh = False
@@ -68,25 +79,60 @@ def start(path: Path, lock: files.Lock, clock: Clock) -> Start:
     try:
         if suspect.exists():
             raise Damaged("SQLite found damage while the spool was in use")
-        found, minor = _examine(path)
+        seen = _examine(path)
     except Damaged as damage:
         _check_writable(path)
         faults.reach("before_rescue")
         rescue = contents.rescue(path, now.wall_ns, str(damage))
         suspect.unlink(missing_ok=True)
         try:
-            found, minor = _examine(path)
+            seen = _examine(path)
         except Damaged as again:
             # Not to start would lose more than what is set aside here.
             why = f"{damage}; and what was rescued: {again}"
             rescue = contents.rescue(path, now.wall_ns + 1000, why, copy=False)
-            found, minor = _examine(path)
+            seen = _examine(path)
         emit(SpoolSetAside(str(path), str(rescue.set_aside), rescue.rescued, str(damage)))
-    note = {**note, **found.opening}
-    return _begin(path, lock, clock, found, minor, note, fresh=fresh)
+    note = {**note, **seen.found.opening}
+    with closing(seen.reader):
+        return _begin(path, lock, clock, seen, note, fresh=fresh)
 
 
-def _examine(path: Path) -> tuple[Contents, int]:
+def _in_this_clock(alive_ns: int, clock: dict[str, Any], now: Now) -> int | None:
+    """When the last run last saw everything, as the wall clock would have said it had it been as it is now.
+
+    Of the same boot the time that passed is known. Else the stamp is believed, unless it lies after this
+    boot began: the clock was wrong then or is now, and the boot's beginning is the latest that it can be.
+    """
+    if not alive_ns:
+        return None
+    here, then = boot_id(), clock.get("boot")
+    if here is None or then is None:
+        return min(alive_ns, now.wall_ns)
+    moment = Moment(alive_ns, clock["booted_ns"])
+    if here == then and moment.boot_ns <= int(now.boot * 1e9):
+        return min(moment.wall(now), now.wall_ns)
+    return min(alive_ns, Moment.of(now).booted_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class _Examined:
+    """What the file holds, and the connection that read it and knows when another one has changed it."""
+
+    found: Contents
+    minor: int
+    reader: sqlite3.Connection
+    version: int
+
+    def is_stale(self) -> bool:
+        return _version_of(self.reader) != self.version
+
+
+class _Changed(Exception):
+    """Another process committed between the reading of the file and the beginning of our run."""
+
+
+def _examine(path: Path) -> _Examined:
     """Check version and content. Raises Damaged; SpoolCorrupt when the file is from the future."""
     if not files.is_regular(path) or path.stat().st_size == 0:
         raise Damaged("the file is empty")
@@ -97,13 +143,24 @@ def _examine(path: Path) -> tuple[Contents, int]:
             with closing(files.connect(path)) as connection:
                 files.migrate(connection, minor)
             minor = len(files.MIGRATIONS) - 1
-        with closing(files.connect_to_read(path)) as connection:
-            files.check_schema(connection)
-            return contents.load(connection), minor
+        reader = files.connect_to_read(path)
+        try:
+            files.check_schema(reader)
+            version = _version_of(reader)
+            return _Examined(contents.load(reader), minor, reader, version)
+        except BaseException:
+            reader.close()
+            raise
     except contents.UNREADABLE as error:
         if isinstance(error, sqlite3.Error) and files.code_of(error) & 0xFF in _NOT_DAMAGE:
             raise
         raise Damaged(f"{type(error).__name__}: {error}") from error
+
+
+def _version_of(reader: sqlite3.Connection) -> int:
+    """A number that differs once another connection has changed the file since the last call."""
+    (version,) = reader.execute("PRAGMA data_version").fetchone()
+    return int(version)
 
 
 def _check_writable(path: Path) -> None:
@@ -122,19 +179,18 @@ def _begin(
     path: Path,
     lock: files.Lock,
     clock: Clock,
-    found: Contents,
-    minor: int,
+    seen: _Examined,
     note: dict[str, Any],
     *,
     fresh: bool,
 ) -> Start:
-    """Write the new run, and what has to be named because of what was found."""
-    now = clock()
+    """Write the new run, and what has to be named because of what was found. Raises _Changed."""
+    now, found = clock(), seen.found
     known = sorted(found.accounts.values(), key=lambda each: each.run)
     told = [each for each in known if each.last > 0]
     damage: str | None = note.get("damage")
     previous = PreviousRun(told[-1].epoch, told[-1].last) if told else None
-    last_alive_ns = told[-1].alive_ns or None if told else None
+    last_alive_ns = _in_this_clock(told[-1].alive_ns, found.clock, now) if told else None
     before = lock.before.epoch
     if before is not None and (before not in found.accounts or not found.accounts[before].last):
         # The file went back to before that run began: SQLite dropped its log, or it was replaced.
@@ -146,7 +202,7 @@ def _begin(
         run=known[-1].run + 1 if known else 1,
         epoch=envelope.uuid7(now.wall_ns),
         started_ns=now.wall_ns,
-        alive_ns=now.wall_ns,
+        alive_ns=now.wall_ns if last_alive_ns is None else last_alive_ns,  # nothing is seen yet
     )
     # A dead letter may be sent again, and its event needs the record of its run then.
     stale = [
@@ -157,6 +213,11 @@ def _begin(
     connection = files.connect(path)
     try:
         connection.execute("BEGIN IMMEDIATE")
+        if seen.is_stale():
+            raise _Changed
+        if last_alive_ns is not None and last_alive_ns != told[-1].alive_ns:
+            told[-1].alive_ns = last_alive_ns
+            connection.execute(insert_sql("runs"), run_row(told[-1]))
         number = max((item.number for item in found.losses), default=0)
         for item in found.holes:
             number += 1
@@ -170,6 +231,7 @@ def _begin(
             )
             del found.accounts[each.epoch]
         connection.execute(insert_sql("runs"), run_row(account))
+        connection.execute(insert_sql("meta"), contents.clock_row(Moment.of(now).booted_ns))
         if damage:
             text = json.dumps({**note, "damage": damage})
             connection.execute(insert_sql("meta"), sealed("meta", ("opening", text, b"")))
@@ -192,4 +254,4 @@ def _begin(
         missing=merge_ranges(missing),
         fresh=fresh,
     )
-    return Start(found, account, opening, minor)
+    return Start(found, account, opening, seen.minor)

@@ -72,7 +72,7 @@ class Spool:
         self._lock_file = lock
         self._scribe = scribe
         self._state = state
-        self._intake = IntakeSide(state, lock, scribe)
+        self._intake = IntakeSide(state, scribe)
         self._publisher = PublisherSide(state)
 
     @classmethod
@@ -90,7 +90,8 @@ class Spool:
         lock = files.Lock(state_dir)
         try:
             start = opening.start(path, lock, clock)
-            state = SharedState(path, limits, clock, start)
+            lock.check(path)
+            state = SharedState(path, limits, clock, start, lock)
             return cls(path, lock, start, state, Scribe(start.account.epoch, agent_id))
         except sqlite3.Error as error:
             lock.close()
@@ -110,6 +111,15 @@ class Spool:
     @host.setter
     def host(self, host: Host | None) -> None:
         self._scribe.host = host
+
+    @property
+    def agent_id(self) -> str:
+        """Whose events these are; it may be set until the first of them is committed."""
+        return self._scribe.agent_id
+
+    @agent_id.setter
+    def agent_id(self, agent_id: str) -> None:
+        self._scribe.agent_id = agent_id
 
     def commit(
         self, events: Sequence[Event], states: Mapping[str, bytes | None] | None = None

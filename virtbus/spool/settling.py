@@ -254,7 +254,7 @@ class PublisherSide:
         wall_ns = self._state.clock().wall_ns
         losses: list[Loss] = []
         number = self._state.next_loss()
-        db.execute("BEGIN IMMEDIATE")
+        self._state.begin(db)
         # A backlog leaves in the order in which it came: one statement for many rows.
         db.executemany("DELETE FROM events WHERE position BETWEEN ? AND ?", spans(told.confirmed))
         again = [(row,) for row in told.again]
@@ -388,7 +388,7 @@ class PublisherSide:
 
     def _refresh_reader(self) -> None:
         """Open the publisher's connection anew after a failure; its own thread, before it is used."""
-        files.check_writable(self._state.path)
+        self._state.check()
         if self._state.reader_stale:
             self._reader.close()
             self._reader = self._state.connect("NORMAL")

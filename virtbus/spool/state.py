@@ -29,9 +29,10 @@ class SpoolLimits:
 class SharedState:
     """The file, the memory that mirrors it, and two locks, taken in this order: `writing`, `memory`."""
 
-    def __init__(self, path: Path, limits: SpoolLimits, clock: Clock, start: Start) -> None:
+    def __init__(self, path: Path, limits: SpoolLimits, clock: Clock, start: Start, lock: files.Lock) -> None:
         """Of a run that has begun."""
         self.path = path
+        self.lock = lock
         self.limits = limits
         self.clock = clock
         # Orders writing transactions; held while the disk syncs.
@@ -61,6 +62,17 @@ class SharedState:
         pages = max(2 * self.limits.max_bytes // 4096, 1024)
         connection.execute(f"PRAGMA max_page_count={pages}").fetchall()
         return connection
+
+    def check(self) -> None:
+        """Raise what SQLite would raise when the file can't be written, or is not ours any more."""
+        self.lock.check(self.path)
+        files.check_writable(self.path)
+
+    def begin(self, db: sqlite3.Connection) -> None:
+        """Begin a writing transaction. Raises NotOurs: then nobody may commit it."""
+        db.execute("BEGIN IMMEDIATE")
+        self.lock.check(self.path)
+        files.check_alone(db, self.account.run)
 
     def next_loss(self) -> int:
         """The number of the next loss; the caller holds `writing`."""

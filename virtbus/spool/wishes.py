@@ -9,6 +9,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from virtbus.model import SequenceRange
 from virtbus.spool import contents, files
@@ -17,6 +18,16 @@ from virtbus.spool.ledger import CHUNK, Account
 from virtbus.words import GapReason
 
 RETRY, DROP = "retry", "drop"
+
+
+class Wish(NamedTuple):
+    """A row of table requests: an event by its epoch and sequence, for a position is used again."""
+
+    number: int
+    action: str
+    position: int
+    epoch: str
+    seq: int
 
 
 @dataclass(slots=True)
@@ -30,41 +41,52 @@ class Granted:
 
 
 def wish(db: sqlite3.Connection, action: str, positions: Iterable[int]) -> int:
-    """Write wishes into the file, in one transaction; the number of the last one."""
+    """Write wishes into the file, in one transaction; the number of the last one.
+
+    Each means the event that lies at its position now; one where nothing lies any more is no wish.
+    """
     number = 0
     db.execute("BEGIN IMMEDIATE")
     for position in positions:
-        made = db.execute("INSERT INTO requests (action, position) VALUES (?, ?)", (action, position))
-        number = made.lastrowid or number
+        for table in ("events", "dead"):
+            sql = f"SELECT ?, position, epoch, seq FROM {table} WHERE position=?"  # noqa: S608 - our own names
+            made = db.execute(
+                f"INSERT INTO requests (action, position, epoch, seq) {sql}", (action, position)
+            )
+            if made.rowcount > 0:
+                number = made.lastrowid or number
+                break
     db.execute("COMMIT")
     return number
 
 
 def grant(
     db: sqlite3.Connection,
-    wishes: Sequence[tuple[int, str, int]],
+    wishes: Sequence[Wish],
     next_position: int,
     next_loss: int,
     wall_ns: int,
 ) -> Granted:
-    """Grant (number, action, position) inside the caller's transaction; what is gone already is no error.
+    """Grant wishes inside the caller's transaction; what is gone already is no error.
 
     A waiting event that is not what was written stays: it is found when it is taken, and what it was is
     named then.
     """
     done = Granted()
-    for number, action, position in wishes:
-        db.execute("DELETE FROM requests WHERE number=?", (number,))
-        event = db.execute(contents.select_sql("events", "WHERE position=?"), (position,)).fetchone()
-        dead = db.execute(contents.select_sql("dead", "WHERE position=?"), (position,)).fetchone()
+    for wished in wishes:
+        action, position = wished.action, wished.position
+        db.execute("DELETE FROM requests WHERE number=?", (wished.number,))
+        event, dead = (
+            db.execute(
+                contents.select_sql(table, "WHERE position=? AND epoch=? AND seq=?"),
+                (position, wished.epoch, wished.seq),
+            ).fetchone()
+            for table in ("events", "dead")
+        )
         if event is not None and action == DROP and files.is_whole("events", event):
             db.execute("DELETE FROM events WHERE position=?", (position,))
             done.dropped.append((position, event[4], event[7]))
-            ranges = [SequenceRange(event[1], event[2], event[2])]
-            if event[11] is not None:  # a gap event: what it named is to be named again
-                ranges += GapFacts.parse(event[11]).ranges
-            for item in ranges:
-                loss = Loss(next_loss, (item,), GapReason.OPERATOR_DROPPED, event[6], wall_ns, None)
+            for loss in _losses(event, next_loss):
                 db.execute(files.insert_sql("losses"), contents.loss_row(loss))
                 done.losses.append(loss)
                 next_loss += 1
@@ -78,6 +100,19 @@ def grant(
             done.revived.append((next_position, dead[4], dead[5], dead[7]))
             next_position += 1
     return done
+
+
+def _losses(event: Sequence[Any], number: int) -> Iterator[Loss]:
+    """What a dropped row of table events takes with it. A gap event's: what it named, counted and spanned."""
+    ranges, occurrences, started_ns = [SequenceRange(event[1], event[2], event[2])], event[6], event[8]
+    if event[11] is not None:
+        facts = GapFacts.parse(event[11])
+        ranges += facts.ranges
+        occurrences, started_ns = facts.occurrences, facts.started_ns
+    for at, item in enumerate(ranges):
+        yield Loss(
+            number + at, (item,), GapReason.OPERATOR_DROPPED, 0 if at else occurrences, started_ns, None
+        )
 
 
 def _remember_run(db: sqlite3.Connection, epoch: str, seq: int, wall_ns: int) -> None:
@@ -113,7 +148,7 @@ def _grant_some(db: sqlite3.Connection, wall_ns: int) -> int:
             " coalesce((SELECT max(position) FROM dead), 0))"
         ).fetchone()
         (loss,) = db.execute("SELECT coalesce(max(number), 0) FROM losses").fetchone()
-        grant(db, asked, position + 1, loss + 1, wall_ns)
+        grant(db, [Wish(*each) for each in asked], position + 1, loss + 1, wall_ns)
         db.execute("COMMIT")
     except BaseException:
         if db.in_transaction:

@@ -1,0 +1,63 @@
+"""A scheduler that acts: it keeps new guests off a host while a guest there is paused by an I/O error.
+
+python acting.py amqps://scheduler@broker// state.db
+"""
+
+import logging
+import signal
+import sqlite3
+import sys
+from pathlib import Path
+
+from virtbus import BusOptions, Consumer, Delivery, IoError, IoErrorResolved, MissingEvents
+
+
+class Holds:
+    """Which incidents hold which host: an effect that may be repeated, in a file of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.database = sqlite3.connect(path, isolation_level=None)
+        self.database.execute("CREATE TABLE IF NOT EXISTS hold (incident TEXT PRIMARY KEY, host TEXT NOT NULL)")
+
+    def hold(self, incident: str, host: str) -> None:
+        self.database.execute("INSERT OR REPLACE INTO hold VALUES (?, ?)", (incident, host))
+
+    def release(self, incident: str) -> None:
+        self.database.execute("DELETE FROM hold WHERE incident = ?", (incident,))
+
+
+def act(delivery: Delivery, holds: Holds) -> None:
+    event = delivery.event
+    if isinstance(event, IoError) and event.host is not None and event.error.action.value == "pause":
+        holds.hold(event.incident.id, event.host.name)
+    elif isinstance(event, IoErrorResolved):
+        holds.release(event.incident.id)
+
+
+def missing(told: MissingEvents) -> None:
+    logging.error("events %s to %s of %s will not come: look at its guests", told.first, told.last, told.source)
+
+
+def main(url: str, state: Path, topic: str = "virtbus.events") -> None:
+    logging.basicConfig(level=logging.WARNING)
+    holds = Holds(state)
+    with Consumer(
+        url,
+        group="acting",
+        options=BusOptions(topic=topic),
+        dedupe=state.with_suffix(".seen"),
+        check_gaps=True,
+        on_missing=missing,
+    ) as consumer:
+        signal.signal(signal.SIGTERM, lambda *_: consumer.stop())
+        for delivery in consumer:
+            try:
+                act(delivery, holds)
+            except sqlite3.OperationalError:
+                delivery.retry(after=5)
+            else:
+                delivery.ack()  # effect first, ack after
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])

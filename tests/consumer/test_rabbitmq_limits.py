@@ -1,0 +1,286 @@
+"""A group on a RabbitMQ that is set up in other ways, or in trouble: it reads on, and says what is wrong."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import struct
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import amqp
+import kombu
+import pytest
+
+from tests.brokers.rabbitmq import RabbitMQ
+from tests.faults.amqp_kit import close_connections
+from tests.faults.consumer_kit import GROUP, QUEUE, dead_ids, die, make_group, publish, publish_raw
+from virtbus.bus import CUT_HEADER, REASON_HEADER, BusOptions, open_bus
+from virtbus.bus.amqp_link import translated
+from virtbus.consumer import Consumer, Delivery
+from virtbus.errors import BusDenied, BusUnavailable, RecordRefused
+from virtbus.telemetry import METRICS
+from virtbus.testing import records
+
+pytestmark = pytest.mark.rabbitmq
+
+
+def received(consumer: Consumer, count: int, seconds: float = 30.0) -> list[Delivery]:
+    """That many, acknowledged."""
+    found: list[Delivery] = []
+    until = time.monotonic() + seconds
+    while len(found) < count and time.monotonic() < until:
+        delivery = consumer.receive(0.5)
+        if delivery is not None:
+            found.append(delivery)
+            delivery.ack()
+    return found
+
+
+@contextmanager
+def setting(broker: RabbitMQ, name: str, value: int, before: int) -> Iterator[None]:
+    broker.eval(f"application:set_env(rabbit, {name}, {value}).")
+    try:
+        yield
+    finally:
+        broker.eval(f"application:set_env(rabbit, {name}, {before}).")
+
+
+# ------------------------------------------------------------------------------------- frames
+
+
+def test_a_broker_with_larger_frames_is_read_over_one_connection(rabbitmq_alone: RabbitMQ) -> None:
+    url = rabbitmq_alone.url(rabbitmq_alone.vhost())
+    with setting(rabbitmq_alone, "frame_max", 4 * 1024 * 1024, 131072):
+        make_group(url)
+        publish_raw(url, b"x" * 2_000_000)
+        items = records(3, keys=3)
+        publish(url, items)
+        before = METRICS.bus_reconnects._value.get()
+        with Consumer(url, group=GROUP) as consumer:
+            assert [one.id for one in received(consumer, 3)] == [record.id for record in items]
+        assert METRICS.bus_reconnects._value.get() == before + 1
+
+
+def test_a_dead_letter_that_does_not_fit_is_cut_and_says_so(amqp_url: str) -> None:
+    make_group(amqp_url)
+    publish_raw(amqp_url, b"{}", {"trace": "t" * 130_950, "small": "kept"})
+    with Consumer(amqp_url, group=GROUP) as consumer:
+        assert consumer.receive(1.0) is None
+    bus = open_bus(amqp_url, BusOptions())
+    with bus.dead_letters(GROUP) as letters:
+        (letter,) = letters.read()
+        assert REASON_HEADER in letter.message.headers
+        assert "not a CloudEvent" in letter.reason
+        assert letter.message.headers["small"] == "kept"
+        assert "trace" in str(letter.message.headers[CUT_HEADER])
+        with pytest.raises(RecordRefused, match="was cut"):
+            letters.send_back(letter)
+    bus.close()
+
+
+def test_a_broker_that_allows_one_channel_is_enough(rabbitmq_alone: RabbitMQ) -> None:
+    url = rabbitmq_alone.url(rabbitmq_alone.vhost())
+    with setting(rabbitmq_alone, "channel_max", 1, 2047):
+        items = records(5, keys=5)
+        with Consumer(url, group=GROUP) as consumer:
+            consumer.receive(0.3)
+            publish(url, items)
+            found = received(consumer, 4)
+            subscription = consumer._grip.subscription
+            subscription._verify_at = 0.0  # type: ignore[union-attr]
+            found += received(consumer, 1)
+            publish_raw(url, b"poison")
+            assert consumer.receive(1.0) is None
+    assert {one.id for one in found} == {record.id for record in items}
+    assert dead_ids(url) == [None]
+
+
+# ------------------------------------------------------------------------------------- deliveries
+
+
+def test_a_delivery_tells_how_often_it_came(amqp_url: str) -> None:
+    make_group(amqp_url)
+    publish(amqp_url, records(1))
+    for attempt in (1, 2, 3):
+        consumer = Consumer(amqp_url, group=GROUP)
+        delivery = consumer.receive(20.0)
+        assert delivery is not None
+        assert (delivery.attempts, delivery.redelivered) == (attempt, attempt > 1)
+        die(consumer)
+
+
+def test_a_retry_is_kept_over_a_lost_connection(rabbitmq: RabbitMQ, vhost: str) -> None:
+    url = rabbitmq.url(vhost)
+    make_group(url)
+    first, *others = records(5, keys=5)
+    publish(url, [first, *others])
+    with Consumer(url, group=GROUP) as consumer:
+        delivery = consumer.receive(5.0)
+        assert delivery is not None
+        assert delivery.id == first.id
+        asked = time.monotonic()
+        delivery.retry(8.0)
+        close_connections(rabbitmq, vhost)
+        assert {one.id for one in received(consumer, 4)} == {record.id for record in others}
+        again = received(consumer, 1)
+        assert [one.id for one in again] == [first.id]
+        assert time.monotonic() - asked >= 7.5
+
+
+def test_a_retry_outlives_the_consumer_timeout_times_the_delivery_limit(rabbitmq_alone: RabbitMQ) -> None:
+    vhost = rabbitmq_alone.vhost()
+    url = rabbitmq_alone.url(vhost)
+    with (
+        setting(rabbitmq_alone, "consumer_timeout", 1000, 1_800_000),
+        setting(rabbitmq_alone, "channel_tick_interval", 500, 60_000),
+    ):
+        make_group(url)
+        first, *others = records(6, keys=6)
+        publish(url, [first, *others])
+        with Consumer(url, group=GROUP, max_attempts=2) as consumer:
+            delivery = consumer.receive(5.0)
+            assert delivery is not None
+            delivery.retry(10.0)
+            assert {one.id for one in received(consumer, 5)} == {record.id for record in others}
+            (again,) = received(consumer, 1)
+    assert again.id == first.id
+    assert again.attempts is not None
+    assert again.attempts > 3
+    assert dead_ids(url) == []
+
+
+# ------------------------------------------------------------------------------------- a tap after a cut
+
+
+class Nat:
+    """A way to the broker that can end for the client alone: the broker goes on believing in it."""
+
+    def __init__(self, port: int) -> None:
+        self._target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._clients: list[socket.socket] = []
+        self._kept: list[socket.socket] = []
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", self._target))
+            self._clients.append(client)
+            self._kept.append(server)
+            for source, sink in ((client, server), (server, client)):
+                threading.Thread(target=self._forward, args=(source, sink), daemon=True).start()
+
+    def _forward(self, source: socket.socket, sink: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                sink.sendall(data)
+        except OSError:
+            pass
+
+    def cut(self) -> None:
+        for client in self._clients:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            with suppress(OSError):
+                client.shutdown(socket.SHUT_RD)
+            client.close()
+        self._clients.clear()
+
+    def close(self) -> None:
+        self._listener.close()
+        for each in (*self._clients, *self._kept):
+            each.close()
+
+
+def test_reading_without_a_group_goes_on_at_once_after_a_one_sided_cut(
+    rabbitmq: RabbitMQ, vhost: str
+) -> None:
+    nat = Nat(rabbitmq.port)
+    with Consumer(f"amqp://guest:guest@127.0.0.1:{nat.port}/{vhost}") as consumer:
+        consumer.receive(0.5)
+        nat.cut()
+        connected = METRICS.bus_reconnects._value.get()
+        while METRICS.bus_reconnects._value.get() == connected:  # the test's own timeout ends it
+            consumer.receive(0.5)
+        item = records(1)[0]
+        publish(rabbitmq.url(vhost), [item])
+        assert [one.id for one in received(consumer, 1, seconds=10.0)] == [item.id]
+    nat.close()
+
+
+# ------------------------------------------------------------------------------------- what is said
+
+
+def test_a_group_whose_exchange_was_deleted_says_so(
+    rabbitmq: RabbitMQ, vhost: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = rabbitmq.url(vhost)
+    with Consumer(url, group=GROUP) as consumer, kombu.Connection(url) as other:
+        consumer.receive(0.3)
+        channel = other.channel()
+        channel.exchange_delete("virtbus.events")
+        channel.exchange_declare("virtbus.events", type="topic", durable=True, auto_delete=False)
+        consumer._grip.subscription._verify_at = 0.0  # type: ignore[union-attr]
+        with caplog.at_level(logging.INFO, logger="virtbus"):
+            consumer.receive(0.5)
+        assert any("exchange virtbus.events had been deleted" in line.getMessage() for line in caplog.records)
+        item = records(1)[0]
+        publish(url, [item])
+        assert [one.id for one in received(consumer, 1)] == [item.id]
+
+
+def test_a_group_without_the_right_to_mark_the_exchange_is_still_bound_again(
+    rabbitmq: RabbitMQ, vhost: str
+) -> None:
+    rabbitmq.user("reader", vhost, configure=r"^virtbus\.g", write=r"^(virtbus\.g|amq\.default$)", read=".*")
+    url = rabbitmq.url(vhost)
+    with kombu.Connection(url) as other:
+        channel = other.channel()
+        channel.exchange_declare("virtbus.events", type="topic", durable=True, auto_delete=False)
+        with Consumer(rabbitmq.url(vhost, user="reader", password="secret"), group=GROUP) as consumer:
+            consumer.receive(0.3)
+            channel.queue_unbind(QUEUE, "virtbus.events", "#")
+            consumer._grip.subscription._verify_at = 0.0  # type: ignore[union-attr]
+            consumer.receive(0.5)
+            item = records(1)[0]
+            publish(url, [item])
+            assert [one.id for one in received(consumer, 1)] == [item.id]
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "kind", "says", "never"),
+    [
+        (530, "NOT_ALLOWED - access to vhost 'x' refused for user 'u': connection limit (1) is reached",
+         BusUnavailable, "raise the limit", "check the virtual host"),
+        (530, "NOT_ALLOWED - vhost x not found", BusDenied, "check the virtual host", "limit"),
+        (404, "NOT_FOUND - no exchange", BusDenied, "declared again", "set bus.declare = true"),
+    ],
+)  # fmt: skip
+def test_an_error_advises_what_helps(
+    code: int, text: str, kind: type[Exception], says: str, never: str
+) -> None:
+    error = amqp.exceptions.error_for_code(code, text, (10, 40), amqp.ConnectionError)
+    told = translated(error, "amqp://host:5672/x", doing="connecting")
+    assert type(told) is kind
+    assert says in str(told)
+    assert never not in str(told)
+
+
+def test_an_exchange_whose_name_holds_the_word_topic_is_no_topic_permission() -> None:
+    from virtbus.bus.amqp import _verdict_on_one
+
+    def verdict(text: str) -> object:
+        error = amqp.exceptions.error_for_code(403, text, (60, 40), amqp.ChannelError)
+        return _verdict_on_one(error, translated(error, "x", doing="publishing"))
+
+    refused = "ACCESS_REFUSED - {}access to topic 'a.b' in exchange 'e' in vhost '/' refused for user 'u'"
+    assert verdict(refused.format("")) is not None
+    assert verdict(refused.format("write ")) is not None
+    assert verdict("ACCESS_REFUSED - access to exchange 'my.topic' in vhost '/' refused for user 'u'") is None

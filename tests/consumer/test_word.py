@@ -1,0 +1,363 @@
+"""The SDK keeps its word: what `ack`, `retry`, `dead_letter`, `close` and the dedupe file promise."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from virtbus.bus import BusOptions, open_bus
+from virtbus.consumer import Consumer
+from virtbus.errors import BusDenied, BusUnavailable, ConfigError, ConsumerClosed, GroupTakenOver
+from virtbus.model import Message
+from virtbus.testing import FakeBus, ListFeed, a_record, an_io_error, records
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """An embedded bus with ten events of ten domains for the group "g"."""
+    url = f"embedded://{tmp_path}/bus.db"
+    with Consumer(url, group="g") as first:
+        assert first.receive(0.0) is None
+    publish(url, records(10, keys=10))
+    return url
+
+
+def publish(url: str, items: Any) -> None:
+    bus = open_bus(url, BusOptions())
+    ListFeed(items).drain(bus)
+    bus.close()
+
+
+def on_fake_bus(monkeypatch: pytest.MonkeyPatch, bus: FakeBus, **options: Any) -> Consumer:
+    monkeypatch.setattr("virtbus.consumer.open_bus", lambda url, options: bus)
+    return Consumer("fake:", group="g", **options)
+
+
+def drain(consumer: Consumer, wait: float = 0.3) -> list[str]:
+    found = []
+    while (delivery := consumer.receive(wait)) is not None:
+        found.append(delivery.id)
+        delivery.ack()
+    return found
+
+
+# ------------------------------------------------------------------------------------- the dedupe file
+
+
+def marks(file: Path) -> set[str]:
+    """The ids on disk, read by another process's eyes."""
+    with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as database:
+        return {name for (name,) in database.execute("SELECT id FROM seen")}
+
+
+def test_when_ack_returns_its_mark_is_on_disk(url: str, tmp_path: Path) -> None:
+    with Consumer(url, group="g", dedupe=tmp_path / "seen.db") as consumer:
+        for _ in range(3):
+            delivery = consumer.receive(1.0)
+            assert delivery is not None
+            assert delivery.id not in marks(tmp_path / "seen.db")
+            delivery.ack()
+            assert delivery.id in marks(tmp_path / "seen.db")
+
+
+def test_marks_share_a_write_only_for_who_asks_for_it(url: str, tmp_path: Path) -> None:
+    with Consumer(url, group="g", dedupe=tmp_path / "seen.db", group_commit=True) as consumer:
+        first = consumer.receive(1.0)
+        assert first is not None
+        first.ack()
+        assert marks(tmp_path / "seen.db") == set()
+    assert marks(tmp_path / "seen.db") == {first.id}
+
+
+def test_a_second_group_has_marks_of_its_own_in_the_same_file(tmp_path: Path) -> None:
+    url = f"embedded://{tmp_path}/bus.db"
+    for group in ("one", "two"):
+        with Consumer(url, group=group) as consumer:
+            consumer.receive(0.0)
+    publish(url, records(5, keys=5))
+    for group in ("one", "two"):
+        with Consumer(url, group=group, dedupe=tmp_path / "seen.db") as consumer:
+            assert len(drain(consumer)) == 5
+
+
+def test_a_dedupe_file_in_use_is_one_clear_error(url: str, tmp_path: Path) -> None:
+    with (
+        Consumer(url, group="g", dedupe=tmp_path / "seen.db"),
+        pytest.raises(ConfigError, match=rf"in use by process {os.getpid()}.*a file of its own"),
+    ):
+        Consumer(url, group="g", dedupe=tmp_path / "seen.db")
+
+
+def test_a_dead_letter_never_marks_what_has_the_same_id(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    bus = FakeBus()
+    with on_fake_bus(monkeypatch, bus, dedupe=tmp_path / "seen.db") as consumer:
+        consumer.receive(0.0)
+        record = a_record()
+        ListFeed([record]).publish(bus)
+        forged = consumer.receive(1.0)
+        assert forged is not None
+        forged.dead_letter("not believed")
+        ListFeed([record]).publish(bus)
+        true = consumer.receive(1.0)
+        assert true is not None
+        assert true.id == record.id
+
+
+def test_a_forged_copy_in_hand_does_not_decide_for_the_true_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    bus = FakeBus()
+    with on_fake_bus(monkeypatch, bus) as consumer:
+        consumer.receive(0.0)
+        true = a_record(an_io_error())
+        forged = a_record(an_io_error(), id=true.id)
+        forged = forged._replace(body=forged.body.replace(b"enospc", b"forged"))
+        ListFeed([forged]).publish(bus)
+        ListFeed([true]).publish(bus)
+        first = consumer.receive(1.0)
+        assert first is not None
+        assert consumer.receive(0.1) is None
+        first.dead_letter("not believed")
+        second = consumer.receive(1.0)
+        assert second is not None
+        assert second.body == true.body
+
+
+# ------------------------------------------------------------------------------------- letting go
+
+
+def test_a_loop_that_is_left_lets_go_of_the_group(url: str) -> None:
+    before = threading.active_count()
+    for delivery in Consumer(url, group="g"):  # noqa: B007
+        break
+    name = delivery.id
+    del delivery
+    gc.collect()
+    with Consumer(url, group="g") as second:
+        assert name in drain(second)
+    assert threading.active_count() == before
+
+
+@pytest.mark.rabbitmq
+def test_a_loop_that_is_left_lets_go_of_a_rabbitmq_group(amqp_url: str) -> None:
+    with Consumer(amqp_url, group="g") as first:
+        first.receive(0.3)
+    publish(amqp_url, records(3))
+    before = threading.active_count()
+    for delivery in Consumer(amqp_url, group="g"):  # noqa: B007
+        break
+    name = delivery.id
+    del delivery
+    with Consumer(amqp_url, group="g") as second:
+        again = second.receive(10.0)
+        assert again is not None
+        assert again.id == name
+        assert again.attempts == 2
+    assert threading.active_count() == before
+
+
+def test_a_closed_consumer_says_so(url: str) -> None:
+    consumer = Consumer(url, group="g")
+    delivery = consumer.receive(1.0)
+    assert delivery is not None
+    consumer.close()
+    consumer.close()
+    uses = (
+        lambda: consumer.receive(0.0),
+        lambda: next(iter(consumer)),
+        consumer.__enter__,
+        delivery.ack,
+        lambda: delivery.retry(1),
+        lambda: delivery.dead_letter("x"),
+    )
+    for use in uses:
+        with pytest.raises(ConsumerClosed, match="was closed"):
+            use()
+
+
+def test_a_stopped_consumer_ends_its_loop_and_gives_nothing(url: str) -> None:
+    with Consumer(url, group="g") as consumer:
+        found = []
+        for delivery in consumer:
+            found.append(delivery.id)
+            delivery.ack()
+            if len(found) == 3:
+                consumer.stop()
+        assert len(found) == 3
+        assert consumer.receive(1.0) is None
+
+
+def test_a_forked_child_is_told_to_make_its_own(url: str) -> None:
+    with Consumer(url, group="g") as consumer:
+        assert consumer.receive(1.0) is not None
+        read, write = os.pipe()
+        if (child := os.fork()) == 0:
+            try:
+                consumer.receive(0.1)
+                os.write(write, b"nothing was raised")
+            except ConfigError as error:
+                os.write(write, str(error).encode())
+            consumer.close()  # must not reach the parent's connection
+            os._exit(0)
+        os.waitpid(child, 0)
+        os.close(write)
+        with os.fdopen(read) as told:
+            assert "make a Consumer in each process" in told.read()
+        assert len(drain(consumer)) == 9
+
+
+# ------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize("after", ["2", None, float("inf"), float("nan"), -1, 1e12, True])
+def test_a_retry_that_can_not_be_kept_is_refused_and_the_delivery_stays_open(url: str, after: Any) -> None:
+    with Consumer(url, group="g") as consumer:
+        delivery = consumer.receive(1.0)
+        assert delivery is not None
+        with pytest.raises(ConfigError, match="retry"):
+            delivery.retry(after)
+        delivery.ack()
+    with Consumer(url, group="g") as consumer:
+        assert delivery.id not in drain(consumer)
+
+
+@pytest.mark.parametrize("reason", ["lone \udcff surrogate", None, b"bytes"])
+def test_a_reason_that_is_no_text_is_refused_and_the_delivery_stays_open(url: str, reason: Any) -> None:
+    with Consumer(url, group="g") as consumer:
+        delivery = consumer.receive(1.0)
+        assert delivery is not None
+        with pytest.raises(ConfigError, match="reason"):
+            delivery.dead_letter(reason)
+        delivery.dead_letter("ünïcode \x00 " + "x" * 3000)
+
+
+# ------------------------------------------------------------------------------------- validation
+
+
+def broken() -> Any:
+    record = a_record()
+    return record._replace(body=b'{"not": "an io_error"}')
+
+
+def test_without_validation_data_is_handed_over_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    bus, items, validated = FakeBus(), [broken(), a_record()], []
+    monkeypatch.setattr("virtbus.schema.validate", lambda *words: validated.append(words) or [])
+    with on_fake_bus(monkeypatch, bus, validate=False) as consumer:
+        consumer.receive(0.0)
+        ListFeed(items).publish(bus)
+        first, second = consumer.receive(1.0), consumer.receive(1.0)
+    assert first is not None
+    assert first.event is None
+    assert first.data == {"not": "an io_error"}
+    assert second is not None
+    assert second.event is not None
+    assert validated == []
+
+
+def test_with_validation_each_event_is_validated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from virtbus import schema
+
+    bus, item, validate, validated = FakeBus(), a_record(), schema.validate, []
+    monkeypatch.setattr("virtbus.schema.validate", lambda *words: validated.append(words) or validate(*words))
+    with on_fake_bus(monkeypatch, bus) as consumer:
+        consumer.receive(0.0)
+        ListFeed([item]).publish(bus)
+        assert consumer.receive(1.0) is not None
+    assert len(validated) == 1
+
+
+# ------------------------------------------------------------------------------------- refusals
+
+
+class Refusing(FakeBus):
+    """A broker that refuses whoever subscribes, until it is told better."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error: Exception | None = error
+        self.asked = 0
+
+    def consume(self, group: str | None, **more: Any) -> Any:
+        self.asked += 1
+        if self.error is not None:
+            raise self.error
+        return super().consume(group, **more)
+
+
+def test_a_refused_log_in_is_ridden_out_like_an_absent_broker(monkeypatch: pytest.MonkeyPatch) -> None:
+    bus = Refusing(BusDenied("access refused"))
+    with on_fake_bus(monkeypatch, bus) as consumer:
+        assert consumer.receive(0.2) is None
+        bus.error = None
+        assert consumer.receive(0.0) is None
+        ListFeed([a_record()]).publish(bus)
+        assert consumer.receive(5.0) is not None
+
+
+@pytest.mark.parametrize("options", [{"give_up_when_denied": True}, {"patient": False}])
+def test_a_refused_log_in_is_raised_for_who_asks_for_it(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, bool]
+) -> None:
+    with (
+        on_fake_bus(monkeypatch, Refusing(BusDenied("access refused")), **options) as consumer,
+        pytest.raises(BusDenied, match="access refused"),
+    ):
+        consumer.receive(0.2)
+
+
+def test_a_member_that_was_replaced_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    bus = Refusing(GroupTakenOver("a newer member took over"))
+    with on_fake_bus(monkeypatch, bus) as consumer, pytest.raises(GroupTakenOver):
+        consumer.receive(0.2)
+
+
+def test_a_dead_letter_raises_nothing_that_a_broker_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    bus = FakeBus()
+    with on_fake_bus(monkeypatch, bus) as consumer:
+        consumer.receive(0.0)
+        ListFeed([a_record()]).publish(bus)
+        delivery = consumer.receive(1.0)
+        assert delivery is not None
+
+        def gone(message: Message, reason: str) -> None:
+            raise BusUnavailable("gone")
+
+        assert consumer._grip.subscription is not None
+        monkeypatch.setattr(consumer._grip.subscription, "dead_letter", gone)
+        delivery.dead_letter("no use")
+
+
+# ------------------------------------------------------------------------------------- logging
+
+
+def test_the_sdk_logs_under_virtbus_in_a_consumers_words(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus = FakeBus()
+    bus.unavailable = BusUnavailable("connection refused")
+    with caplog.at_level(logging.INFO, logger="virtbus"), on_fake_bus(monkeypatch, bus) as consumer:
+        consumer.receive(0.1)
+    lines = [record for record in caplog.records if record.name == "virtbus"]
+    assert any("delivered again" in line.getMessage() and line.levelname == "WARNING" for line in lines)
+    assert not any("spool" in line.getMessage() for line in lines)
+
+
+def test_the_sdk_writes_nothing_by_itself(tmp_path: Path) -> None:
+    program = (
+        "from virtbus import Consumer\n"
+        f"c = Consumer('embedded://{tmp_path}/a-file/bus.db', group='g')\n"
+        "c.receive(0.3); c.close()"
+    )
+    (tmp_path / "a-file").touch()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

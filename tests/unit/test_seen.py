@@ -1,0 +1,99 @@
+"""Seen through: what counts, what never does, and in which clock it is told. Pure."""
+
+import pytest
+
+from virtbus.model import Now, SourceLost, SourceReady, SourceSeen
+from virtbus.seen import ANSWER_SECONDS, MARGIN_SECONDS, Moment, SeenThrough, earliest
+from virtbus.testing import a_host
+from virtbus.words import GapReason
+
+DAY = 1_800_000_000 * 10**9
+
+
+def at(seconds, *, stepped=0.0, slept=0.0):
+    """A reading `seconds` after a boot, with a wall clock that was set by `stepped`."""
+    return Now(DAY + int((seconds + stepped) * 1e9), seconds - slept, slept)
+
+
+def ready(now, *, proves=True):
+    return SourceReady(a_host(), now.wall_ns, (), proves=proves)
+
+
+def connected():
+    now = at(100)
+    seen = SeenThrough(Moment.of(at(0)))
+    seen.take(ready(now), now)
+    seen.committed()
+    return seen
+
+
+def seconds_of(moment):
+    return moment.boot_ns / 1e9
+
+
+def test_a_question_counts_from_when_it_was_asked_and_only_once_its_batch_is_committed():
+    seen = connected()
+    seen.take(SourceSeen(at(110)), at(112))
+    assert seconds_of(seen.moment) == 100
+    assert seconds_of(seen.committed()) == 110 - MARGIN_SECONDS
+
+
+def test_a_drain_alone_proves_nothing_of_a_source_that_answers_questions():
+    seen = connected()
+    seen.drained(at(150))
+    assert seconds_of(seen.committed()) == 100
+
+
+def test_of_a_source_that_proves_nothing_a_drain_counts_from_before_it():
+    seen = SeenThrough(Moment.of(at(0)))
+    seen.take(ready(at(100), proves=False), at(100))
+    seen.committed()
+    seen.drained(at(150))
+    assert seconds_of(seen.committed()) == 150 - MARGIN_SECONDS
+
+
+def test_nothing_counts_while_the_source_is_lost_and_the_gap_begins_at_the_last_proof():
+    seen = connected()
+    seen.take(SourceLost(at(120).wall_ns, "gone"), at(120))
+    seen.take(SourceSeen(at(130)), at(131))
+    seen.drained(at(140))
+    assert seconds_of(seen.committed()) == 100
+    blind = seen.take(ready(at(150)), at(150))
+    assert (seconds_of(blind.since), blind.why) == (100, "gone")
+    assert seconds_of(seen.committed()) == 150
+
+
+def test_a_loss_that_began_before_the_last_proof_begins_the_gap():
+    seen = connected()
+    seen.take(SourceLost(at(90).wall_ns, "deaf"), at(120))
+    assert seconds_of(seen.take(ready(at(150)), at(150)).since) == 90
+
+
+def test_of_two_losses_the_first_begins_the_gap_and_a_standstill_keeps_its_reason():
+    seen = connected()
+    seen.take(SourceLost(at(120).wall_ns, "stood still", reason=GapReason.AGENT_STANDSTILL), at(120))
+    seen.take(SourceLost(at(130).wall_ns, "gone"), at(130))
+    assert seen.take(ready(at(150)), at(150)).reason is GapReason.AGENT_STANDSTILL
+
+
+def test_a_connection_that_does_not_answer_is_silent_and_one_that_stood_still_at_once():
+    seen = connected()
+    seen.take(SourceSeen(at(110)), at(110))
+    assert seen.silent_for(at(110 + ANSWER_SECONDS)) is None
+    assert seen.silent_for(at(170)) == 60
+    assert seen.silent_for(at(170, slept=60)) == 60
+
+
+@pytest.mark.parametrize("step", [-3600.0, 3600.0])
+def test_a_moment_is_told_in_the_wall_clock_as_it_is_now(step):
+    moment, now = Moment.of(at(100)), at(160, stepped=step)
+    assert (now.wall_ns - moment.wall(now)) / 1e9 == pytest.approx(60)
+
+
+def test_what_the_clock_wandered_changes_no_stamp():
+    assert Moment.of(at(100)).wall(at(160, stepped=0.05)) == at(100).wall_ns
+
+
+def test_moments_are_ordered_by_the_boots_clock_whatever_the_wall_clock_did():
+    first, second = Moment.of(at(100)), Moment.of(at(101, stepped=-3600))
+    assert earliest(second, first) == first

@@ -1,0 +1,134 @@
+"""Up to when everything that the source told is committed: the one notion that every gap begins with.
+
+It moves on only with a proof that took the events' own path. The source asks the hypervisor something on the
+connection that brings the events; the answer stands behind all that was told before the question; a marker
+goes into the queue behind those callbacks; the batch that holds the marker is committed. So it never passes a
+drain, the loss of the source, or a time in which this process stood still. Pure: clocks are passed in.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from virtbus.model import Now, SourceLost, SourceReady, SourceSeen
+from virtbus.words import GapReason
+
+# What a proof does not cover: an error on its way from the guest's disk over QEMU to the daemon, and one that
+# a source has stamped and not handed over yet. A gap that begins too early costs nothing.
+MARGIN_SECONDS = 1.0
+# The clock's own wander below this is no step: a stamp is then told as it was read.
+STEP_NS = 100_000_000
+STANDSTILL_SECONDS = 5.0  # a wait that takes so much longer than asked for: the process stood still
+ANSWER_SECONDS = 20.0  # a connection that did not answer for so long is not ready
+
+
+def boot_id() -> str | None:
+    """The kernel's id of this boot (random(4)); None where it can't be read."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+
+
+class Moment(NamedTuple):
+    """A time of this boot: as the wall clock said it, and what that clock would have said at the boot."""
+
+    wall_ns: int
+    booted_ns: int
+
+    @classmethod
+    def of(cls, now: Now, seconds_ago: float = 0.0) -> Moment:
+        """The moment of a reading, or `seconds_ago` before it."""
+        return cls(now.wall_ns - int(seconds_ago * 1e9), now.wall_ns - int(now.boot * 1e9))
+
+    @classmethod
+    def stamped(cls, wall_ns: int, now: Now) -> Moment:
+        """A stamp that was read from the wall clock not long before `now`."""
+        return cls(wall_ns, now.wall_ns - int(now.boot * 1e9))
+
+    @property
+    def boot_ns(self) -> int:
+        """Nanoseconds since the boot: what moments are ordered by, whatever the wall clock did."""
+        return self.wall_ns - self.booted_ns
+
+    def wall(self, now: Now) -> int:
+        """The same moment in the wall clock as it is now, ns."""
+        step = now.wall_ns - int(now.boot * 1e9) - self.booted_ns
+        return self.wall_ns if abs(step) < STEP_NS else self.wall_ns + step
+
+
+def stalled_words(seconds: float) -> str:
+    """What a gap says of a standstill."""
+    return f"the agent's process stood still for {seconds:.0f} s (stopped, suspended or swapped out)"
+
+
+def earliest(*moments: Moment) -> Moment:
+    """Whichever comes first, whatever the wall clock did between them."""
+    return min(moments, key=lambda each: each.boot_ns)
+
+
+class Blind(NamedTuple):
+    """The source has not been seen since a moment, and why: the gap that its return ends."""
+
+    since: Moment
+    why: str
+    reason: GapReason
+
+
+class SeenThrough:
+    """One connection's value. The intake thread feeds it with what it drained, and then asks it.
+
+    `take` remembers what a batch proves, and `committed` makes it count. Nothing counts while the connection
+    is lost; a source that proves nothing (a third party's) is believed to have told at once what it saw.
+    """
+
+    def __init__(self, since: Moment, blind: Blind | None = None) -> None:
+        """`since`: what an earlier run saw last, or the first one's start; `blind` since when this one is."""
+        self.moment = since
+        self.blind = blind
+        self.connected = False
+        self.proves = False
+        self._proven: Moment | None = None  # by what is not committed yet
+        self._answered: float | None = None  # boot time of the last question that was answered
+
+    def take(self, item: SourceReady | SourceLost | SourceSeen, now: Now) -> Blind | None:
+        """One word of the source, in the queue's order → the blindness that it ended, if any."""
+        if isinstance(item, SourceSeen):
+            if self.blind is None and self.connected:
+                self._proven = Moment.of(item.asked, MARGIN_SECONDS)
+                self._answered = item.asked.boot
+            return None
+        if isinstance(item, SourceLost):
+            self.lost(Moment.stamped(item.at_ns, now), item.why, item.reason)
+            return None
+        ended, self.blind = self.blind, None
+        self.connected, self.proves = True, item.proves
+        self._proven = Moment.stamped(item.at_ns, now)  # what lies before belongs to the gap that ends here
+        self._answered = now.boot
+        return ended
+
+    def lost(self, at: Moment, why: str, reason: GapReason) -> None:
+        """Nothing is seen from here on: at the latest since `at`, in truth since the last proof."""
+        self.connected = False
+        if self.blind is None:
+            self.blind = Blind(earliest(at, self._proven or self.moment), why, reason)
+
+    def drained(self, before: Now) -> None:
+        """A batch was taken from the queue; `before` was read before that."""
+        if self.connected and not self.proves and self._proven is None:
+            self._proven = Moment.of(before, MARGIN_SECONDS)
+
+    def committed(self) -> Moment:
+        """All that was taken is on the disk → the moment up to which everything is."""
+        proven, self._proven = self._proven, None
+        if proven is not None and proven.boot_ns > self.moment.boot_ns:
+            self.moment = proven
+        return self.moment
+
+    def silent_for(self, now: Now) -> float | None:
+        """Seconds for which a connection that has to answer has not; None while it does."""
+        if not self.connected or not self.proves or self._answered is None:
+            return None
+        silent = now.boot - self._answered
+        return silent if silent > ANSWER_SECONDS else None

@@ -1,0 +1,69 @@
+"""Proves what a connection has told, and notices when this process stood still: see virtbus.seen."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+from threading import Event as StopEvent
+
+from virtbus.errors import SourceUnavailable
+from virtbus.model import Now
+from virtbus.seen import STANDSTILL_SECONDS, stalled_words
+from virtbus.sources.link import Link
+from virtbus.sources.session import Closed, Session, Shared
+from virtbus.words import GapReason
+
+# Between two questions: a gap begins at most so long, and a margin, before its cause. A question wakes
+# libvirt's loop some nine times, so where nothing happens it is asked less often.
+PROVE_SECONDS, QUIET_SECONDS = 2.0, 10.0
+
+
+class Witness:
+    """Asks one session's connection again and again, on a thread of its own: a daemon may never answer.
+
+    A question is not asked, and so proves nothing, between a standstill of this process and the moment in
+    which the source thread notices it.
+    """
+
+    def __init__(self, session: Session, shared: Shared, link: Link) -> None:
+        self._session, self._shared, self._link = session, shared, link
+        self._over = StopEvent()
+        self._thread = threading.Thread(target=self._run, name="virtbus-witness", daemon=True)
+
+    def __enter__(self) -> Witness:
+        self._session.tick = self._shared.clock()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def stalled(self, waited: float) -> Closed | None:
+        """Called by the source thread after each wait of at most `waited` seconds: did it take far longer?"""
+        now, before = self._shared.clock(), self._session.tick
+        stood = _stood(before, now, waited)
+        if stood < STANDSTILL_SECONDS:
+            self._session.tick = now
+            return None
+        since = self._session.seen or before
+        return Closed(
+            stalled_words(stood), now.boot - min(since.boot, before.boot), GapReason.AGENT_STANDSTILL
+        )
+
+    def _run(self) -> None:
+        last = self._session.tick
+        while not self._over.wait(PROVE_SECONDS):
+            asked = self._shared.clock()
+            if not self._session.heard and asked.boot - last.boot < QUIET_SECONDS:
+                continue
+            if _stood(self._session.tick, asked, PROVE_SECONDS) >= STANDSTILL_SECONDS:
+                continue  # the source thread is about to notice
+            self._session.heard, last = False, asked
+            try:
+                self._link.heard(partial(self._session.saw, asked))
+            except SourceUnavailable:
+                continue  # the connection's end is told by its own callback, silence by readiness
+
+
+def _stood(before: Now, now: Now, waited: float) -> float:
+    return now.boot - before.boot - waited
