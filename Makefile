@@ -98,7 +98,7 @@ bench: setup
 
 matrix: setup
 	@tests/install-packages matrix
-	$(PYTEST) $(PYTEST_ARGS) tests/lab/matrix.py
+	$(PYTEST) $(PYTEST_ARGS) tests/lab/matrix.py tests/lab/matrix_changes.py
 
 # The tests of buses and consumers on each release of RabbitMQ and Kafka that is supported, with a table at the
 # end. BROKERS names some of them, such as rabbitmq-forky or kafka-4.4.0.

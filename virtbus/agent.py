@@ -32,6 +32,7 @@ from virtbus.model import (
     Gap,
     Heartbeat,
     Host,
+    HostKnown,
     IoError,
     IoErrorResolved,
     Now,
@@ -460,6 +461,8 @@ class Agent:
         """What a batch becomes, in its order; keeps track of whether the source observes."""
         events: list[Event] = []
         for item in self._prepared(observations):
+            if isinstance(item, HostKnown):
+                self.host = self.spool.host = item.host
             if isinstance(item, SourceReady | SourceLost | SourceSeen):
                 seen = self._seen.get(item.connection)
                 if seen is None:

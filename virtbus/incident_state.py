@@ -37,7 +37,7 @@ LIVE = "incident/"
 DRILL = "drill/"
 SEEN = "seen/"
 
-PAUSE_CODE = 1  # VIR_DOMAIN_EVENT_IO_ERROR_PAUSE
+PAUSE_CODE, REPORT_CODE = 1, 2  # VIR_DOMAIN_EVENT_IO_ERROR_PAUSE, _REPORT
 
 
 def uuid_in(key: str) -> str:
@@ -71,6 +71,20 @@ class Facts(msgspec.Struct, frozen=True, omit_defaults=True):
             burst.message and clean(burst.message),
             burst.disk_error,
             burst.evidence,
+        )
+
+    def filled(self, known: Facts) -> Facts:
+        """These facts, with the path and reason known of the error where a look can't tell them."""
+        return msgspec.structs.replace(self, path=self.path or known.path, reason=self.reason or known.reason)
+
+    def add_to(self, known: Facts) -> bool:
+        """Whether they say anything about the error that was not known; numbers in texts are not news."""
+        checks = {(one.check, one.verdict) for one in self.evidence}
+        return (
+            self.differ(known)
+            or self.message not in (None, known.message)
+            or self.disk_error not in (None, known.disk_error)
+            or not checks <= {(one.check, one.verdict) for one in known.evidence}
         )
 
     def differ(self, other: Facts) -> bool:
@@ -137,6 +151,9 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
     pauses: int = 0
     paused_at: list[float] = []  # the last pauses of a loop
     flapping: bool = False  # as last told
+    stamp_ns: int | None = None  # the hypervisor's own time of its newest error, where it kept one
+    removed: bool = False  # its device was unplugged while the guest stood still
+    described: bool = False  # its device's description changed since it was last told
     saved_at: float = 0.0
     saved_ns: int = 0
 
@@ -158,8 +175,11 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
                 break
         else:
             self.pending.append(Pending(burst.origin, facts, burst.count, first, last))
-        self.facts = facts
+        self.facts = self.facts.followed_by(facts) if not burst.count else facts
+        if burst.stamp_ns is not None:
+            self.stamp_ns = max(self.stamp_ns or 0, burst.stamp_ns)
         if burst.count:
+            self.removed = False
             self.first_ns = min(self.first_ns, first)
             self.last_ns = max(self.last_ns, last)
 
@@ -289,11 +309,11 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
             raise OverflowError("its times are out of range")
 
 
-class Seen(msgspec.Struct):
+class Seen(msgspec.Struct, omit_defaults=True):
     """The last error of a device whose incident is over: a later look must not tell it again."""
 
     format: int
-    last_ns: int
+    last_ns: int  # the later one of our time and the hypervisor's own
 
 
 class Meta(msgspec.Struct):
@@ -349,12 +369,14 @@ def any_counts(pending: Iterable[Pending]) -> bool:
 
 
 def _at_image(device: Device, path: str | None) -> Device:
-    """The device with the place in its backing chain that a path names: 0 is the top, None is unknown."""
+    """The device with the place in its backing chain that a path names: 0 is the top, None is unknown.
+
+    Of a network image libvirt gives the name alone, its server not.
+    """
     source = device.source
     if source is None or not path:
         return device
-    if path == source.path:
-        return replace(device, chain_index=0)
-    if path in source.backing:
-        return replace(device, chain_index=source.backing.index(path) + 1)
-    return device
+    names = [image.partition("://")[2].partition("/")[2] or image for image in source.backing]
+    chain = [(source.path, source.data_file), *zip(source.backing, names, strict=True)]
+    found = next((index for index, images in enumerate(chain) if path in images), None)
+    return device if found is None else replace(device, chain_index=found)

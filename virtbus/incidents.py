@@ -16,8 +16,12 @@ told without delay, and never more than one a window. A change of action or reas
 flapping, goes out at once where guarantee 3 allows it, else as soon as it does; what was counted by then goes
 with it, under the newest action and reason.
 
-A burst of count 0 is what was found out about errors that were told already (evidence, a text): it is
-told like an error of its incident, as an update of count 0, but opens none and does not disturb the quiet.
+A burst of count 0 is what was found out about errors that were told already (evidence, a text, the device's
+name): it is told like an error of its incident, as an update of count 0, when it says anything new, but opens
+none and does not disturb the quiet. What a look finds (origin `reconcile`) and an incident of this or an
+earlier run tells of already is such a burst, whenever the look comes.
+
+A guest that does not run, for whatever reason, proves nothing by its silence.
 
 Errors of origin `replay` have incidents of their own: a drill never hides in a live incident, nor a live
 error in a drill's.
@@ -30,7 +34,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from virtbus.incident_state import (
@@ -39,6 +43,7 @@ from virtbus.incident_state import (
     LIVE,
     META,
     PAUSE_CODE,
+    REPORT_CODE,
     SEEN,
     Facts,
     IncidentState,
@@ -57,10 +62,12 @@ from virtbus.model import (
     DeviceRemoved,
     Domain,
     DomainGone,
+    DomainHalted,
     DomainResumed,
     DomainState,
     Event,
     Host,
+    HostKnown,
     Now,
     Observation,
     OpenIncident,
@@ -85,9 +92,9 @@ UNKNOWN_HOST = Host(name="unknown")
 _FREE_MESSAGES = 10  # after these an incident waits between messages …
 _MESSAGE_SPACING = 1.0  # … at least this many seconds
 _PAUSED_GUESTS = 10_000  # at most so many are remembered by one incident (scope host)
-# libvirt's words for states; virsh writes two of them with a blank.
-_STOPPED_STATES = frozenset({GuestState.SHUT_OFF, GuestState.CRASHED})
+_HALTED_STATES = frozenset({GuestState.PAUSED, GuestState.CRASHED, GuestState.PM_SUSPENDED})
 _RUNNING_STATES = frozenset({GuestState.RUNNING, GuestState.BLOCKED})
+_GONE_CAUSES = frozenset({ResolutionCause.DOMAIN_STOPPED, ResolutionCause.MIGRATED})
 
 
 @dataclass(frozen=True)
@@ -152,6 +159,7 @@ class Incidents:
         self._now = Now(0, 0.0)
         self._open: dict[str, IncidentState] = {}
         self._of_domain: dict[str, list[IncidentState]] = {}  # those of scope device and domain
+        self._halted: dict[str, GuestState] = {}  # guest that does not run → its state
         self._seen: dict[str, int] = {}  # oldest first
         self._changed: dict[str, None] = {}
         if host is not None:
@@ -187,7 +195,12 @@ class Incidents:
             at = observation.observed_at
             return self._error(Burst(observation, 1, at, at), now, describe)
         if isinstance(observation, DomainResumed):
-            self._resume(observation.domain_uuid, now)
+            return self._resume(observation.domain_uuid, observation.at_ns, now, describe)
+        if isinstance(observation, DomainHalted):
+            self._halt(observation.domain_uuid, observation.state)
+            return []
+        if isinstance(observation, HostKnown):
+            self.host = observation.host
             return []
         if isinstance(observation, DomainGone):
             return self._gone(observation, now, describe)
@@ -274,18 +287,31 @@ class Incidents:
 
     def _error(self, burst: Burst, now: Now, describe: Describe) -> list[Event]:
         """Count a burst into its incident, or open one; tell what can't wait for the window's end."""
+        if burst.count and burst.origin is Origin.RECONCILE and self._tells_of(burst):
+            burst = replace(burst, count=0)
         raw = burst.raw
         prefix = DRILL if burst.origin is Origin.REPLAY else LIVE
         incident = self._open.get(f"{prefix}{raw.domain_uuid}/{raw.alias}")
-        if incident is not None:
-            return self._count(incident, burst, now, describe)
-        if burst.count:
+        if incident is None and burst.count:
             return self._error_elsewhere(burst, prefix, now, describe)
-        # Facts about an error that was told without its device's name, or folded into its domain.
-        for key in (f"{prefix}{raw.domain_uuid}/", f"{prefix}{raw.domain_uuid}"):
-            if key in self._open:
-                return self._count(self._open[key], burst, now, describe)
-        return []
+        if incident is None:
+            # Facts about an error that was told without its device's name, or folded into its domain.
+            nameless, whole = (self._open.get(f"{prefix}{raw.domain_uuid}{end}") for end in ("/", ""))
+            incident = nameless or whole
+            if nameless is not None:
+                self._name(nameless, raw.alias)
+        if incident is None:
+            return []
+        return self._count(incident, burst, now, describe)
+
+    def _name(self, incident: IncidentState, alias: str) -> None:
+        """The device of an incident that did not know it."""
+        self._changed[incident.key] = None
+        del self._open[incident.key]
+        alias = clean(alias)
+        incident.key += alias
+        incident.device, incident.described = Device(alias), True
+        self._open[incident.key] = incident
 
     def _error_elsewhere(self, burst: Burst, prefix: str, now: Now, describe: Describe) -> list[Event]:
         """An error of a device that has no incident: open one, of the device if there is room."""
@@ -334,6 +360,12 @@ class Incidents:
         """Add a burst to what is pending, and tell it now if it can't wait and need not."""
         events: list[Event] = []
         facts = Facts.of(burst)
+        if not burst.count:
+            facts = facts.filled(incident.facts)
+            if not self._says_more(incident, facts, describe):
+                if burst.stamp_ns is not None:
+                    incident.stamp_ns = max(incident.stamp_ns or 0, burst.stamp_ns)
+                return []
         news = facts.differ(incident.facts)
         if news and incident.pending and incident.messages + 2 <= _FREE_MESSAGES:
             # What came before the change goes out under its own action and reason while that is cheap.
@@ -360,6 +392,11 @@ class Incidents:
         self._schedule(incident)
         return events
 
+    def _says_more(self, incident: IncidentState, facts: Facts, describe: Describe) -> bool:
+        """Whether what was found out is worth an update: new facts, or another description than was told."""
+        self._describe(incident, describe)
+        return facts.add_to(incident.facts) or incident.described
+
     def _tell(
         self, incident: IncidentState, now: Now, describe: Describe, *, widen: bool, last: bool = False
     ) -> list[Event]:
@@ -369,6 +406,7 @@ class Incidents:
             self._describe(incident, describe)
             pending = incident.pending.pop(0)
             phase = Phase.UPDATED if incident.messages else Phase.OPENED
+            incident.described = False
             incident.told += pending.count
             incident.messages += 1
             wait = _MESSAGE_SPACING if incident.messages >= _FREE_MESSAGES else 0.0
@@ -402,6 +440,7 @@ class Incidents:
         elif incident.device.alias is not None:
             device = description.devices.get(incident.device.alias)
             if device is not None:
+                incident.described = incident.described or device != incident.device
                 incident.device, incident.enriched = device, True
 
     # --------------------------------------------------------------------------- pauses and the end
@@ -419,8 +458,13 @@ class Incidents:
             and len(self._recent_pauses(incident, now)) >= self._limits.flapping_pauses
         )
 
-    def _resume(self, domain_uuid: str, now: Now) -> None:
-        """The guest runs: from now on its devices can prove that they are quiet."""
+    def _halt(self, domain_uuid: str, state: GuestState) -> None:
+        if len(self._halted) < _PAUSED_GUESTS or domain_uuid in self._halted:
+            self._halted[domain_uuid] = state
+
+    def _resume(self, domain_uuid: str, at_ns: int, now: Now, describe: Describe) -> list[Event]:
+        """The guest runs: from now on its devices can prove that they are quiet; one that is gone has."""
+        self._halted.pop(domain_uuid, None)
         concerned = list(self._of_domain.get(domain_uuid, ()))
         concerned += [one for one in self._host_incidents() if domain_uuid in one.paused]
         for incident in concerned:
@@ -429,11 +473,17 @@ class Incidents:
                 incident.resumed = True
             incident.quiet_since_at = now.monotonic
             self._changed[incident.key] = None
+        events: list[Event] = []
         for incident in concerned:  # only now: each one's due depends on the guest's other incidents
-            self._schedule(incident)
+            if incident.removed:
+                events += self._resolve(incident, ResolutionCause.DEVICE_REMOVED, at_ns, now, describe)
+            else:
+                self._schedule(incident)
+        return events
 
     def _gone(self, gone: DomainGone, now: Now, describe: Describe) -> list[Event]:
         events: list[Event] = []
+        self._halted.pop(gone.domain_uuid, None)
         for incident in list(self._of_domain.get(gone.domain_uuid, ())):
             events += self._resolve(incident, gone.cause, gone.at_ns, now, describe)
         for incident in self._host_incidents():
@@ -447,7 +497,7 @@ class Incidents:
 
     def _removed(self, removed: DeviceRemoved, now: Now, describe: Describe) -> list[Event]:
         events: list[Event] = []
-        for incident in self._of_domain.get(removed.domain_uuid, ()):
+        for incident in list(self._of_domain.get(removed.domain_uuid, ())):
             if incident.scope is Scope.DEVICE and incident.device.alias == removed.alias:
                 events += self._resolve_removed(incident, removed.at_ns, now, describe)
         self._forget(lambda uuid, alias: (uuid, alias) == (removed.domain_uuid, removed.alias))
@@ -456,11 +506,11 @@ class Incidents:
     def _resolve_removed(
         self, incident: IncidentState, at_ns: int, now: Now, describe: Describe
     ) -> list[Event]:
-        """The device is gone; a guest that it holds paused still stands, for its other incidents."""
-        for other in self._of_domain[uuid_in(incident.key)]:
-            if incident.paused and incident.drill == other.drill:
-                other.paused |= incident.paused
-                self._changed[other.key] = None
+        """The device is gone; the standstill that it caused is told until the guest runs or is gone."""
+        if incident.paused:
+            incident.removed = True
+            self._changed[incident.key] = None
+            return []
         return self._resolve(incident, ResolutionCause.DEVICE_REMOVED, at_ns, now, describe)
 
     def _resolve(
@@ -468,6 +518,8 @@ class Incidents:
     ) -> list[Event]:
         """End an incident: first what is pending, then the resolution."""
         events = self._tell(incident, now, describe, widen=False, last=True)
+        self._describe(incident, describe)
+        incident.domain = self._domain_now(incident, cause)
         del self._open[incident.key]
         if incident.scope is not Scope.HOST:
             uuid = uuid_in(incident.key)
@@ -476,7 +528,8 @@ class Incidents:
                 del self._of_domain[uuid]
         self._changed[incident.key] = None
         if not incident.drill and incident.scope is not Scope.HOST:
-            self._remember(SEEN + incident.key.removeprefix(LIVE), incident.last_ns)
+            last_ns = max(incident.last_ns, incident.stamp_ns or 0)
+            self._remember(SEEN + incident.key.removeprefix(LIVE), last_ns)
         incident.flapping = self._flaps(incident, now)
         shown = incident.incident(Phase.RESOLVED, self._recent_pauses(incident, now))
         # Monotonic: wall time may have jumped since.
@@ -484,6 +537,16 @@ class Incidents:
         resolution = Resolution(cause, to_datetime(at_ns), seconds)
         events.append(incident.resolved(self._host or UNKNOWN_HOST, shown, resolution))
         return events
+
+    def _domain_now(self, incident: IncidentState, cause: ResolutionCause) -> Domain:
+        """The domain as it is at the resolution; its description may be older than that."""
+        if incident.scope is Scope.HOST or incident.drill:
+            return incident.domain
+        state = GuestState.SHUT_OFF if cause in _GONE_CAUSES else self._halted.get(incident.domain.uuid)
+        if state is None:
+            known = incident.domain.state
+            state = GuestState.RUNNING if known is None or known in _HALTED_STATES else known
+        return replace(incident.domain, state=state)
 
     def _remember(self, key: str, last_ns: int) -> None:
         """Keep the last error's time of a resolved incident, for as many devices as may be open."""
@@ -510,7 +573,7 @@ class Incidents:
 
         1. Incidents whose domain or device is gone end (why it went can't be known any more:
            `domain_stopped`, `device_removed`).
-        2. Findings that no incident tells of are errors.
+        2. Findings that no incident tells of are errors; so is a pause by an error that nothing tells of.
         3. Guests run or are paused as they were found.
         4. No incident counts as quiet before we have watched it again for the widest window.
         """
@@ -518,7 +581,7 @@ class Incidents:
         if ready.throttles != self._throttles:
             self._throttles = ready.throttles
             self._changed[META] = None
-        domains = {one.uuid: one for one in ready.domains if one.state not in _STOPPED_STATES}
+        domains = {one.uuid: one for one in ready.domains if one.state != GuestState.SHUT_OFF}
         events: list[Event] = []
         for incident in list(self._open.values()):
             if incident.scope is Scope.HOST:
@@ -527,6 +590,8 @@ class Incidents:
             domain = domains.get(uuid_in(incident.key))
             if domain is None:
                 events += self._resolve(incident, ResolutionCause.DOMAIN_STOPPED, ready.at_ns, now, describe)
+            elif domain.state in _RUNNING_STATES and incident.removed:
+                events += self._resolve(incident, ResolutionCause.DEVICE_REMOVED, ready.at_ns, now, describe)
             elif (
                 incident.scope is Scope.DEVICE
                 and incident.enriched  # else the alias may never have been in the XML
@@ -536,14 +601,18 @@ class Incidents:
                 events += self._resolve_removed(incident, ready.at_ns, now, describe)
         self._forget(lambda uuid, _alias: uuid not in domains)
         self._blind = False
-        for finding in ready.findings:
-            if not self._tells_of(finding, domains.get(finding.raw.domain_uuid)):
-                events += self._error(finding, now, describe)
+        self._halted = {}
+        for domain in domains.values():
+            if domain.state in _HALTED_STATES:
+                self._halt(domain.uuid, GuestState(domain.state))
+        # Devices that failed before last: a disk error that is kept explains no pause that another one does.
+        for finding in sorted(ready.findings, key=lambda one: self._last_seen(one) >= 0):
+            events += self._error(finding, now, describe)
         for domain in domains.values():
             if domain.state in _RUNNING_STATES:
-                self._resume_if_paused(domain.uuid, now)
+                events += self._resume_if_paused(domain.uuid, ready.at_ns, now, describe)
             elif domain.paused_by_io_error:
-                self._keep_paused(domain.uuid, now)
+                events += self._keep_paused(domain, ready.at_ns, now, describe)
         settle = min(self._limits.quiet_seconds, self._limits.max_window_seconds)
         for incident in self._open.values():
             not_before = now.monotonic + settle - self._limits.quiet_seconds
@@ -552,42 +621,52 @@ class Incidents:
             self._schedule(incident)
         return events
 
-    def _tells_of(self, finding: Burst, domain: DomainState | None) -> bool:
-        """Whether an event told of this finding already.
+    def _tells_of(self, finding: Burst) -> bool:
+        """Whether an incident of this or an earlier run told of a look's finding already.
 
-        A guest that stands still by an error: yes, if an incident of the device (or of an unknown device
-        of that guest) holds it paused, and the finding has no time of its own (only an error with the
-        hypervisor's text has one; else it is the look's) or none after the incident's last error.
-        Any other error: yes, if its device had one at that time or later.
+        An error's own time is that of the message which the hypervisor kept of it: what has one is known if
+        its device had an error at that time or later. A standing pause without one is known if an incident of
+        its device (or of an unknown device of its guest) holds the guest paused; also if another incident
+        does and the device failed before, because its disk error is kept.
         """
         uuid, alias = finding.raw.domain_uuid, finding.raw.alias
-        pause = finding.raw.action_code == PAUSE_CODE and (domain is None or domain.paused_by_io_error)
-        for incident in self._of_domain.get(uuid, ()):
-            if incident.drill or (alias and incident.device.alias not in (None, alias)):
-                continue
-            if pause and uuid not in incident.paused:
-                continue
-            if finding.last_ns <= incident.last_ns or (pause and finding.message is None):
-                return True
-        if pause:
-            whole_host = self._open.get(f"{LIVE}*")
-            return whole_host is not None and uuid in whole_host.paused
-        told = max(self._seen.get(f"{SEEN}{uuid}/{alias}", -1), self._seen.get(f"{SEEN}{uuid}", -1))
-        return finding.last_ns <= told
+        live = [one for one in self._of_domain.get(uuid, ()) if not one.drill]
+        own = [one for one in live if not alias or one.device.alias in (None, alias)]
+        seen = self._last_seen(finding)
+        if finding.raw.action_code != PAUSE_CODE:
+            at = finding.last_ns
+            return any(at <= max(one.last_ns, one.stamp_ns or 0) for one in own) or at <= seen
+        if any(uuid in one.paused for one in own):
+            at = -1 if finding.stamp_ns is None and finding.message is None else finding.last_ns
+            return any(at <= max(one.last_ns, one.stamp_ns or 0) for one in own if uuid in one.paused)
+        if any(uuid in one.paused for one in live):
+            return seen >= 0 and (finding.stamp_ns is None or finding.last_ns <= seen)
+        whole_host = self._open.get(f"{LIVE}*")
+        return whole_host is not None and uuid in whole_host.paused
 
-    def _resume_if_paused(self, domain_uuid: str, now: Now) -> None:
+    def _last_seen(self, finding: Burst) -> int:
+        """The last error of the finding's device in an incident that is over (ns), or -1."""
+        uuid, alias = finding.raw.domain_uuid, finding.raw.alias
+        return max(self._seen.get(f"{SEEN}{uuid}/{alias}", -1), self._seen.get(f"{SEEN}{uuid}", -1))
+
+    def _resume_if_paused(self, domain_uuid: str, at_ns: int, now: Now, describe: Describe) -> list[Event]:
         concerned = [*self._of_domain.get(domain_uuid, ()), *self._host_incidents()]
         if any(domain_uuid in incident.paused for incident in concerned):
-            self._resume(domain_uuid, now)
+            return self._resume(domain_uuid, at_ns, now, describe)
+        return []
 
-    def _keep_paused(self, domain_uuid: str, now: Now) -> None:
-        """A guest was found paused by an error: what is open of it must not grow quiet."""
-        incidents = [one for one in self._of_domain.get(domain_uuid, ()) if not one.drill]
-        if any(domain_uuid in one.paused for one in incidents):
-            return
-        pausing = [one for one in incidents if one.facts.action_code == PAUSE_CODE]
-        for incident in pausing or incidents:
-            self._pause(incident, domain_uuid, 1, now)
+    def _keep_paused(self, domain: DomainState, at_ns: int, now: Now, describe: Describe) -> list[Event]:
+        """A guest was found paused by an error: an incident holds it, or one is opened."""
+        incidents = [one for one in self._of_domain.get(domain.uuid, ()) if not one.drill]
+        if any(domain.uuid in one.paused for one in (*incidents, *self._host_incidents()) if not one.drill):
+            return []
+        unclear = [one for one in incidents if one.facts.action_code not in (PAUSE_CODE, REPORT_CODE)]
+        for incident in unclear:
+            self._pause(incident, domain.uuid, 1, now)
+        if unclear:
+            return []
+        raw = RawIoError(domain.uuid, domain.name, None, "", "", PAUSE_CODE, "", at_ns)
+        return self._error(Burst(raw, 1, at_ns, at_ns, Origin.RECONCILE), now, describe)
 
     # --------------------------------------------------------------------------------- small parts
 
@@ -599,6 +678,8 @@ class Incidents:
         if incident.scope is Scope.HOST:
             return bool(incident.paused)
         uuid = uuid_in(incident.key)
+        if uuid in self._halted and not incident.drill:
+            return True
         siblings = [*self._of_domain.get(uuid, ()), *self._host_incidents()]
         return any(uuid in one.paused for one in siblings if one.drill == incident.drill)
 

@@ -12,6 +12,7 @@ from virtbus.model import (
     CallbackLost,
     DeviceRemoved,
     DomainGone,
+    DomainHalted,
     DomainResumed,
     Observation,
     RawIoError,
@@ -113,7 +114,7 @@ class IntakeQueue:
             key: tuple[object, ...] = (type(observation), observation.connection)
             self._put_last(key, self._joined(self._folded.get(key), observation))
             return
-        if isinstance(observation, DomainResumed | DomainGone | DeviceRemoved):
+        if isinstance(observation, DomainResumed | DomainHalted | DomainGone | DeviceRemoved):
             key = (type(observation), observation.domain_uuid, getattr(observation, "alias", None))
             replaced = key in self._folded
             if replaced or self._has_room():

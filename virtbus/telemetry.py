@@ -493,6 +493,18 @@ class LookupsReplaced(
     hanging: int
 
 
+class BlockJobFailed(
+    TelemetryEvent,
+    level="warning",
+    message="a block job of a disk failed; its guest runs on, look at the job's target",
+    every=5,
+):
+    """A copy, commit or pull of a guest's disk failed, most often at its target; libvirt does not say why."""
+
+    domain: str
+    disk: str
+
+
 class LibvirtSaid(TelemetryEvent, level="debug", message="libvirt"):
     """What libvirt's client library would have written to standard error."""
 

@@ -48,6 +48,7 @@ SCENARIOS = (
     Scenario("two_writers", "the lock is removed and a second agent starts", "10", "1"),
     Scenario("amqp_herd", "a thousand agents after the broker's return", "1000 15", "100 5"),
     Scenario("throughput", "from the spool against raw pipelined kombu", "3 20000", "1 5000"),
+    Scenario("late_look", "guests whose QEMU hangs, over restarts of the agent", "20", "3"),
     Scenario("incidents_model", "random histories of errors, kills and failed commits",
              "--examples 10000", "--examples 200"),
     Scenario("consumer_kills", "a consumer is killed at random under load, on each bus", "200", "5"),

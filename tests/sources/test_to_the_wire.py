@@ -82,7 +82,6 @@ def is_error(item: Observation) -> bool:
         ("virtio-disk0", 0, "", "none", "disk", True),
         ("virtio-disk0", 99, "", "unknown", "disk", True),
         ("never-heard-of", ACTION_REPORT, "", "report", None, False),
-        ("", ACTION_REPORT, "", "report", None, False),
         ("virtio-disk0", ACTION_REPORT, "<domain>" + "x" * (10 << 20), "report", None, False),
         ("virtio-disk0", ACTION_REPORT, "<!DOCTYPE d [<!ENTITY e 'x'>]><domain/>", "report", None, False),
         ("virtio-disk0", ACTION_REPORT, "<domain>&e;</domain>", "report", None, False),

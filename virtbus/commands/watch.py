@@ -137,6 +137,9 @@ class _Watch(Handler):
     def changed(self, uuid: str) -> None:
         """Nothing to print."""
 
+    def job_failed(self, uuid: str, disk: str) -> None:
+        """Not shown."""
+
     def undecodable(self) -> None:
         """See Handler."""
         text = "a callback was lost: its text is not UTF-8"

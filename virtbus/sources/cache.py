@@ -12,11 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from virtbus import redaction
-from virtbus.model import Description, Device, Domain, RawIoError
+from virtbus.model import Description, Device, DeviceSource, Domain, RawIoError
 from virtbus.sources.domain_xml import DomainXml
 from virtbus.words import GuestState
 
 GONE_KEPT = 1024  # entries of domains that are gone
+STRANGE_KEPT = 16  # paths of a domain that its XML does not explain
 ASK_AGAIN_SECONDS = 10.0  # between two look-ups of a domain whose description lacks something
 
 
@@ -31,12 +32,19 @@ class Entry:
     xml: DomainXml | None = None
     refused: bool = False
     asked_at: float = float("-inf")
+    strange: frozenset[tuple[str, str]] = frozenset()  # (alias, path) that its XML was read again for
     description: Description | None = field(default=None, compare=False)
 
     @property
     def devices(self) -> Mapping[str, Device]:
         """The devices by alias, as far as they are known."""
         return {} if self.xml is None else self.xml.devices
+
+    def is_new_path(self, alias: str, path: str) -> bool:
+        """Whether a path is of no image that is known of a disk, and was not read about before."""
+        if self.xml is None or not path or not self.xml.images.get(alias):
+            return False
+        return not self.xml.has_image(alias, path) and (alias, path) not in self.strange
 
 
 class Cache:
@@ -79,6 +87,30 @@ class Cache:
         """The aliases of a domain's devices; None when its XML was not read."""
         entry = self._entries.get(uuid)
         return None if entry is None or entry.xml is None else frozenset(entry.xml.devices)
+
+    def resolve(self, uuid: str, path: str) -> str:
+        """The alias of the disk that an event without one speaks of; "" when that can't be told."""
+        entry = self._entries.get(uuid)
+        return "" if entry is None or entry.xml is None else entry.xml.resolve(path)
+
+    def stale(self, uuid: str, alias: str, path: str) -> bool:
+        """Whether an event's path shows that the disk has another source by now than its XML had.
+
+        No event tells of a snapshot. Until the XML is read again only the path is known of the source.
+        """
+        old = self._entries.get(uuid)  # without the lock: this is every callback's way
+        if old is None or not old.is_new_path(alias, path):
+            return False
+        with self._lock:
+            old = self._entries.get(uuid)
+            if old is None or old.xml is None or not old.is_new_path(alias, path):
+                return False
+            source = DeviceSource("unknown", path=redaction.path(path))
+            devices = {**old.xml.devices, alias: replace(old.xml.devices[alias], source=source)}
+            strange = frozenset([*old.strange, (alias, path)][-STRANGE_KEPT:])
+            xml = replace(old.xml, devices=devices)
+            self._entries[uuid] = _described(replace(old, xml=xml, strange=strange))
+            return True
 
     def saw(self, uuid: str, name: str, number: int | None, state: str) -> bool:
         """A domain is there, in this state; True when it is new, or (another number) started anew."""

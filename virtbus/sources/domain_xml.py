@@ -10,7 +10,7 @@ Guarantees:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from xml.etree.ElementTree import Element, TreeBuilder  # only the tree; the parser is expat, set up below
 from xml.parsers import expat
 
@@ -24,7 +24,16 @@ MAX_BYTES = 4 << 20  # libvirt's own limit of a string on the wire (REMOTE_STRIN
 MAX_DEPTH = 512  # a backing chain nests one level an image, and libvirt allows 200 images
 MAX_ELEMENTS = 100_000
 
-_KEPT = ("name", "uuid", "metadata", "devices")  # all that is read of a <domain>
+COMMANDLINE = (
+    "{http://libvirt.org/schemas/domain/qemu/1.0}commandline"  # may hold disks libvirt does not know
+)
+_KEPT = (
+    "name",
+    "uuid",
+    "metadata",
+    "devices",
+    COMMANDLINE.removeprefix("{"),
+)  # all that is read of a <domain>
 
 NOVA = "http://openstack.org/xmlns/libvirt/nova/"  # followed by the version
 KUBEVIRT = "http://kubevirt.io"
@@ -41,6 +50,30 @@ class DomainXml:
     id: int | None
     owner: Owner | None
     devices: Mapping[str, Device]
+    # Disk → hashes of the names that libvirt may give its images: names may hold secrets.
+    images: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    copying: frozenset[str] = frozenset()  # disks with a block job
+    complete: bool = True  # False: QEMU may have disks that libvirt does not know
+
+    def has_image(self, alias: str, path: str) -> bool:
+        """Whether a path, as an event gives it, is of one of the disk's images."""
+        return hash(path) in self.images.get(alias, ())
+
+    def resolve(self, path: str) -> str:
+        """The alias of the disk that an event without one speaks of; "" when that can't be told.
+
+        By its path; else the only disk; else, as libvirt gives no alias during a copy, the only copied one.
+        """
+        if path:
+            named = [alias for alias in self.images if self.has_image(alias, path)]
+            if named:
+                return named[0] if len(named) == 1 else ""
+        if not self.complete:
+            return ""
+        for suspects in (list(self.images), sorted(self.copying)):
+            if len(suspects) == 1:
+                return suspects[0]
+        return ""
 
 
 def parse(
@@ -56,18 +89,28 @@ def parse(
     uuid, name = root.findtext("uuid"), root.findtext("name")
     number = root.get("id", "")
     devices: dict[str, Device] = {}
+    images: dict[str, frozenset[int]] = {}
+    copying = set()
     for element in root.iterfind("devices/*"):
         device = _device(element)
-        if device is not None and device.alias is not None:
-            devices.setdefault(device.alias, device)  # a <console> bears its <serial>'s alias, after it
+        if device is None or device.alias is None:
+            continue
+        devices.setdefault(device.alias, device)  # a <console> bears its <serial>'s alias, after it
+        if element.tag == "disk" and element.find("source") is not None:
+            images[device.alias] = frozenset(map(hash, _names(element)))
+            if element.find("mirror") is not None:
+                copying.add(device.alias)
     if root.find(f"metadata/{{{KUBEVIRT}}}kubevirt") is not None:
         devices = {alias: _kubevirt_volume(device) for alias, device in devices.items()}
     return DomainXml(
         uuid=uuid.strip() if uuid else None,
         name=name,
-        id=int(number) if number.isdecimal() and len(number) < 10 else None,
+        id=_number(number),
         owner=_owner(root, uuid, name, owner_rules),
         devices=devices,
+        images=images,
+        copying=frozenset(copying),
+        complete=root.find(COMMANDLINE) is None,
     )
 
 
@@ -151,6 +194,8 @@ def _device(element: Element) -> Device | None:
     policy = None
     if driver is not None:
         write, read = driver.get("error_policy"), driver.get("rerror_policy")
+        if read is None and write != "enospace":  # which is not valid for reads: these keep QEMU's default
+            read = write
         policy = ErrorPolicy(write, read) if write or read else None
     return Device(
         alias=alias.get("name"),
@@ -188,6 +233,8 @@ def _disk_source(disk: Element, image_format: str | None) -> DeviceSource:
         type=kind,
         protocol=source.get("protocol"),
         path=_path(kind, source),
+        namespace=_number(source.get("namespace")) if kind == "nvme" else None,
+        data_file=_data_file(source),
         pool=_text(source.get("pool")),
         volume=_text(source.get("volume")),
         hosts=tuple(_hosts(source)),
@@ -220,7 +267,29 @@ def _image(element: Element) -> str:
     assert source is not None
     if source.get("pool") or source.get("volume"):
         return f"{source.get('pool', '')}/{source.get('volume', '')}"
-    return _path(element.get("type", "unknown"), source) or ""
+    path = _path(element.get("type", "unknown"), source) or ""
+    protocol, hosts = source.get("protocol"), ",".join(_hosts(source))
+    return f"{protocol}://{hosts}/{path.removeprefix('/')}" if protocol else path
+
+
+def _data_file(source: Element) -> str | None:
+    """The external data file of a qcow2 image (libvirt 10.10 and later)."""
+    store = source.find("dataStore")
+    inner = None if store is None else store.find("source")
+    return None if store is None or inner is None else _path(store.get("type", "unknown"), inner)
+
+
+def _names(disk: Element) -> Iterator[str]:
+    """What libvirt may call a disk's images in an error's event; they never leave this process."""
+    for image in (disk, *_chain(disk), *disk.iterfind("mirror")):
+        for source in (*image.iterfind("source"), *image.iterfind("source/dataStore/source")):
+            yield from (
+                source.get(key, "") for key in ("file", "dev", "dir", "name", "path") if source.get(key)
+            )
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text is not None and text.isdecimal() and len(text) < 10 else None
 
 
 _PATH_ATTRIBUTE = {

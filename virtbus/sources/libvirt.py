@@ -421,6 +421,7 @@ _EVENTS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("DEVICE_ADDED",), "changed"),
     (("DISK_CHANGE",), "changed"),
     (("BLOCK_JOB_2", "BLOCK_JOB"), "job"),
+    (("TRAY_CHANGE",), "changed"),
     (("METADATA_CHANGE",), "changed"),
 )
 
@@ -458,10 +459,11 @@ def _callbacks(handler: Handler) -> Mapping[str, Callable[..., None]]:
     def changed(_c: Any, dom: Any, *_rest: object) -> None:
         handler.changed(dom.UUIDString())
 
-    def job(_c: Any, dom: Any, _disk: str, _kind: int, status: int, _o: object) -> None:
-        # A finished copy or commit changes the chain; progress does not.
-        if status in (libvirt.VIR_DOMAIN_BLOCK_JOB_COMPLETED, libvirt.VIR_DOMAIN_BLOCK_JOB_CANCELED):
-            handler.changed(dom.UUIDString())
+    def job(_c: Any, dom: Any, disk: str, _kind: int, status: int, _o: object) -> None:
+        # Completed, failed, cancelled or ready: each of them changes the XML.
+        if status == libvirt.VIR_DOMAIN_BLOCK_JOB_FAILED:
+            handler.job_failed(dom.UUIDString(), disk or "")
+        handler.changed(dom.UUIDString())
 
     return {"lifecycle": lifecycle, "io_error": io_error, "removed": removed, "changed": changed, "job": job}
 

@@ -51,6 +51,7 @@ class Look:
     spaces: Mapping[str, Space] = field(default_factory=dict)
     free: Mapping[str, FreeSpace] = field(default_factory=dict)
     asked_at: float = 0.0  # monotonic: what began later it can't have seen
+    complete: bool = True  # False: a part of it failed, and is asked for again
 
     @property
     def paused_by_io_error(self) -> bool:
@@ -85,16 +86,35 @@ def read_messages(lines: Sequence[str]) -> tuple[Message, ...]:
     return tuple(found)
 
 
+DISK_KINDS = frozenset({None, "disk", "cdrom", "lun", "floppy"})  # None: a recording that does not tell
+
+
+def disks_by_target(devices: Mapping[str, Device]) -> dict[str, str]:
+    """Disk target → alias; an interface may have a target that is called like a disk's."""
+    return {d.target: alias for alias, d in devices.items() if d.target and d.kind in DISK_KINDS}
+
+
 def disk_errors_by_alias(disk_errors: Mapping[str, int], devices: Mapping[str, Device]) -> dict[str, int]:
     """Disk errors by alias, which libvirt gives by target; an alias nobody knows becomes ""."""
-    by_target = {device.target: alias for alias, device in devices.items() if device.target}
-    return {by_target.get(target, ""): code for target, code in disk_errors.items()}
+    aliases = disks_by_target(devices)
+    return {aliases.get(target, ""): code for target, code in disk_errors.items()}
 
 
-def stamps_by_alias(look: Look, devices: Mapping[str, Device]) -> dict[str, int]:
-    """When each device's last error was, as far as libvirt kept a message of it."""
-    by_target = {device.target: alias for alias, device in devices.items() if device.target}
-    return {by_target.get(m.target, ""): m.at_ns for m in look.messages or () if m.at_ns is not None}
+def newest_message(messages: Sequence[Message] | None, target: str | None) -> Message | None:
+    """The last error of a disk: libvirt keeps one message an image, in the order of the backing chain."""
+    own = [message for message in messages or () if message.target == target]
+    return max(own, key=lambda message: message.at_ns or -1, default=None)
+
+
+def newest_by_alias(look: Look, devices: Mapping[str, Device]) -> dict[str, Message]:
+    """The last error of each disk that libvirt kept a message of; "" for a disk that nobody knows."""
+    aliases = disks_by_target(devices)
+    found: dict[str, Message] = {}
+    for target in {message.target for message in look.messages or ()}:
+        message = newest_message(look.messages, target)
+        if message is not None:
+            found[aliases.get(target, "")] = message
+    return found
 
 
 # ------------------------------------------------------------------------------------------ evidence
@@ -105,59 +125,67 @@ FULL_BELOW_BYTES = 1 << 20  # less than a guest's single write: full for it
 def gather(
     look: Look | None, device: Device | None, reason: str, *, lifecycle: bool, pause: bool
 ) -> tuple[Evidence, ...]:
-    """What was looked at and what it says, in the order of the checks."""
+    """What was looked at and what it says, in the order of the checks.
+
+    A pause confirms an error; that space was short it does not.
+    """
     out = []
+    target = None if device is None else device.target
+    code = None if look is None or target is None else (look.disk_errors or {}).get(target)
+    claims_no_space = reason == ENOSPC or code == DISK_ERROR_NO_SPACE
+    by_pause = Says.INCONCLUSIVE if claims_no_space else Says.CONFIRMS
     if lifecycle:
-        out.append(Evidence(Looked.LIFECYCLE, Says.CONFIRMS, "the guest was suspended by an I/O error"))
+        out.append(Evidence(Looked.LIFECYCLE, by_pause, "the guest was suspended by an I/O error"))
     if look is None:
         return (
             *out,
             Evidence(Looked.STATE, Says.UNAVAILABLE, "the look-up did not end in time"),
         )
     if pause:
-        verdict = Says.CONFIRMS if look.paused_by_io_error else Says.INCONCLUSIVE
+        verdict = by_pause if look.paused_by_io_error else Says.INCONCLUSIVE
         out.append(
             Evidence(Looked.STATE, verdict, f"{STATES.get(look.state, look.state)}, reason {look.reason}")
         )
-    target = None if device is None else device.target
     if look.disk_errors is None:
         if look.state == PAUSED:
             out.append(Evidence(Looked.DISK_ERRORS, Says.UNAVAILABLE))
     elif target is not None:
-        code = look.disk_errors.get(target)
         name = None if code is None else DISK_ERRORS.get(code, f"code {code}")
-        verdict = Says.INCONCLUSIVE if code is None else Says.CONFIRMS
+        agrees = code == DISK_ERROR_NO_SPACE if claims_no_space else code is not None
+        verdict = Says.CONFIRMS if agrees else Says.INCONCLUSIVE
         out.append(Evidence(Looked.DISK_ERRORS, verdict, f"{target}: {name or 'none'}"))
     if look.messages is not None and target is not None:
-        texts = [m.text for m in look.messages if m.target == target]
-        verdict = Says.CONFIRMS if texts else Says.INCONCLUSIVE
-        out.append(Evidence(Looked.MESSAGES, verdict, texts[-1] if texts else None))
-    no_space = reason == ENOSPC or (
-        target is not None and (look.disk_errors or {}).get(target) == DISK_ERROR_NO_SPACE
-    )
-    if no_space and target is not None:
+        kept = newest_message(look.messages, target)
+        out.append(
+            Evidence(
+                Looked.MESSAGES, Says.CONFIRMS if kept else Says.INCONCLUSIVE, kept.text if kept else None
+            )
+        )
+    if claims_no_space and target is not None:
         out += _space_evidence(look, device, target)
     return tuple(out)
 
 
 def _space_evidence(look: Look, device: Device | None, target: str) -> list[Evidence]:
-    """Is there really no space? A stale device says so too."""
+    """Is there really no space? What is seen here can confirm it, and never contradict it.
+
+    A file system may lack metadata blocks, quota or space in the pool below it while its blocks are free.
+    """
     out = []
     space = look.spaces.get(target)
-    kind = device.source.type if device is not None and device.source is not None else None
+    source = None if device is None else device.source
     if space is None:
         out.append(Evidence(Looked.BLOCK_INFO, Says.UNAVAILABLE))
     else:
         verdict, found = Says.INCONCLUSIVE, "says nothing about the space below"
-        if kind == "block" and space.physical:
+        # Of a raw image the highest byte written says nothing: writing again needs no more space.
+        if source is not None and source.type == "block" and source.format not in (None, "raw"):
             left = space.physical - space.allocation
-            verdict = Says.CONFIRMS if left < FULL_BELOW_BYTES else Says.INCONCLUSIVE
-            found = f"{left} bytes of the block device were never written"
-        elif kind == "file" and space.capacity and space.allocation >= space.capacity:
-            verdict, found = (
-                Says.CONTRADICTS,
-                "the image is wholly allocated: it needs no more space",
-            )
+            if space.physical:
+                verdict = Says.CONFIRMS if left < FULL_BELOW_BYTES else Says.INCONCLUSIVE
+                found = f"{left} bytes of the block device were never written"
+        elif source is not None and source.type == "file" and space.capacity <= space.allocation:
+            found = "the image is wholly allocated"
         out.append(
             Evidence(
                 Looked.BLOCK_INFO,
@@ -178,6 +206,6 @@ def _space_evidence(look: Look, device: Device | None, target: str) -> list[Evid
             )
         )
     else:
-        verdict = Says.CONFIRMS if free.free_bytes < FULL_BELOW_BYTES else Says.CONTRADICTS
+        verdict = Says.CONFIRMS if free.free_bytes < FULL_BELOW_BYTES else Says.INCONCLUSIVE
         out.append(Evidence(Looked.FILE_SYSTEM, verdict, f"{free.free_bytes} bytes free at {free.path}"))
     return out
