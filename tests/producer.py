@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from xml.etree import ElementTree
 
+from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.envelope import uuid7
-from virtbus.incidents import IncidentLimits, Incidents
 from virtbus.model import Description, Domain, DomainResumed, Event, Host, Now, RawIoError, Record
 from virtbus.sources import domain_xml
 from virtbus.testing import a_host, a_record

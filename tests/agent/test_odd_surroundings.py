@@ -19,7 +19,7 @@ import pytest
 from tests.agent.process import COMMAND, AgentProcess, virtbus
 from tests.agent.test_bad_input import complaint
 from tests.conftest import need
-from virtbus.control import ask
+from virtbus.agent.control import ask
 
 
 @pytest.fixture(scope="module")

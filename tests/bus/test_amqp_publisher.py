@@ -9,20 +9,13 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.faultkit import FakeAmqpConnection, FakeAmqpPeer, Published, TcpFaultProxy, wait_until
 from virtbus.bus import BusOptions
-from virtbus.bus.amqp import AmqpBus
+from virtbus.bus.amqp.bus import AmqpBus
 from virtbus.errors import BusDenied, BusUnavailable
 from virtbus.model import Confirmed, Deferred, Outcome, Record, Refused, Unroutable
 from virtbus.telemetry import METRICS
-from virtbus.testing import (
-    FakeAmqpConnection,
-    FakeAmqpPeer,
-    ListFeed,
-    Published,
-    TcpFaultProxy,
-    records,
-    wait_until,
-)
+from virtbus.testing import ListFeed, records
 
 Script = Callable[[FakeAmqpConnection, Published], None]
 

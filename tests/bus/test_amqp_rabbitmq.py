@@ -12,13 +12,14 @@ import kombu
 import pytest
 
 from tests.brokers.rabbitmq import RabbitMQ
+from tests.faultkit import TcpFaultProxy, wait_until
 from tests.faults import amqp_kit
 from virtbus.bus import BusOptions
-from virtbus.bus.amqp import AmqpBus
+from virtbus.bus.amqp.bus import AmqpBus
 from virtbus.errors import BusDenied, ConfigError
 from virtbus.model import Confirmed, Deferred, Outcome, Refused, Unroutable
 from virtbus.telemetry import METRICS
-from virtbus.testing import ListFeed, TcpFaultProxy, records, wait_until
+from virtbus.testing import ListFeed, records
 
 
 @contextmanager
@@ -253,7 +254,7 @@ def test_a_client_certificate_is_an_identity(rabbitmq: RabbitMQ, vhost: str) -> 
 def test_plaintext_beyond_loopback_is_told_once_and_shown(
     rabbitmq: RabbitMQ, vhost: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from virtbus.bus import amqp_link
+    from virtbus.bus.amqp.bus import connection as amqp_link
 
     monkeypatch.setattr(amqp_link, "is_loopback", lambda host: False)
     told: list[object] = []
@@ -458,7 +459,7 @@ def test_a_url_that_cannot_be_used_is_named_without_its_secrets(url: str, says: 
 
 
 def test_urls_are_read_as_operators_write_them() -> None:
-    from virtbus.bus.amqp_link import endpoints
+    from virtbus.bus.amqp.connection import endpoints
 
     text = "amqps://us%40er:p%3Bw@rabbit-1:5673/%2Fprod;amqp://[::1], amqp://host//"
     first, second, third = endpoints(text, BusOptions())

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.faultkit import wait_until
 from virtbus.bus import BusOptions, open_bus
 from virtbus.consumer import Consumer
-from virtbus.testing import ListFeed, a_record, an_io_error, wait_until
+from virtbus.testing import ListFeed, a_record, an_io_error
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "acting.py"
 KILLS = int(os.environ.get("VIRTBUS_TEST_CONSUMER_KILLS", "5"))

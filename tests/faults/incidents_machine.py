@@ -13,7 +13,7 @@ import msgspec
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from virtbus.incidents import IncidentLimits, Incidents
+from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.model import (
     Burst,
     Description,

@@ -18,9 +18,9 @@ from tests.integrations.parts import Recording, errors, eventually, heartbeat, p
 from tests.integrations.plane import POINTS, World, story_of_a_kill
 from tests.lab.lab import PAUSED_IOERROR
 from tests.lab.test_source import NOVA
+from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.config import React, ReactMasakari, ReactNova
 from virtbus.consumer import Consumer
-from virtbus.incidents import IncidentLimits, Incidents
 from virtbus.integrations.base import (
     HOLD,
     RELEASE,

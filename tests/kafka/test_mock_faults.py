@@ -12,7 +12,7 @@ from confluent_kafka import KafkaError
 
 from tests.kafka.help import headers, opened, read, sized
 from tests.kafka.mock import INIT_PRODUCER_ID, OFFSET_COMMIT, PRODUCE, MockCluster
-from virtbus.bus.kafka import KafkaBus
+from virtbus.bus.kafka.bus import KafkaBus
 from virtbus.errors import BusDenied
 from virtbus.model import Confirmed, Deferred, Outcome, Record, Refused
 from virtbus.testing import ListFeed, records

@@ -12,8 +12,8 @@ import pytest
 from confluent_kafka import KafkaError
 
 from virtbus.bus import BusOptions, open_bus
-from virtbus.bus.kafka_errors import Verdict, Watch, translate, verdict
-from virtbus.bus.kafka_settings import KafkaSettings, _token_and_expiry, check
+from virtbus.bus.kafka.errors import Verdict, Watch, translate, verdict
+from virtbus.bus.kafka.settings import KafkaSettings, _token_and_expiry, check
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError, RecordRefused
 
 

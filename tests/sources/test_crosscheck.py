@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from virtbus.model import Burst, Device, DeviceSource, ErrorPolicy, Evidence, RawIoError
 from virtbus.sources.crosscheck import ACTION_UNKNOWN, CrossCheck, Verdict
+from virtbus.sources.evidence import FreeSpace, Look, gather, read_messages
 from virtbus.sources.link import (
     ACTION_PAUSE,
     ACTION_REPORT,
@@ -21,7 +22,6 @@ from virtbus.sources.link import (
     RUNNING,
     Space,
 )
-from virtbus.sources.looks import FreeSpace, Look, gather, read_messages
 from virtbus.words import Origin
 
 GRACE = 1.0

@@ -17,19 +17,20 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from prometheus_client import generate_latest
 
+from tests.faultkit import wait_until
 from tests.sources.simulated import Guest, SimulatedHost, SimulatedLink
 from virtbus import envelope, telemetry
-from virtbus.agent import Agent, AgentOptions
+from virtbus.agent.agent import Agent, AgentOptions
+from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.commands import watch
 from virtbus.envelope.canonical import plain
 from virtbus.errors import SourceUnavailable
-from virtbus.incidents import IncidentLimits, Incidents
 from virtbus.model import RawIoError
 from virtbus.sources import SourceOptions
 from virtbus.sources.link import ACTION_REPORT, STARTED, SUSPENDED, SUSPENDED_IOERROR
 from virtbus.sources.observer import Observer
 from virtbus.spool import Spool, SpoolLimits
-from virtbus.testing import FakeBus, no_waiting, wait_until
+from virtbus.testing import FakeBus, no_waiting
 
 # Where a secret stands in the name of an image, as QEMU, libvirt and operators write it.
 NAMES = (

@@ -10,7 +10,7 @@ import pytest
 
 from tests.sources.simulated import Seen, SimulatedHost
 from virtbus import envelope, schema
-from virtbus.incidents import IncidentLimits, Incidents
+from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.model import Clock, Event, IoError, Observation, Stamp
 from virtbus.retry import no_waiting
 from virtbus.sources import SourceOptions

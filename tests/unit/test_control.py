@@ -10,7 +10,9 @@ import time
 
 import pytest
 
-from virtbus.control import MAX_HTTP_PEERS, TAP_BUFFER, ControlSocket, HttpServer, Taps, ask
+from virtbus.agent.control import ControlSocket, ask
+from virtbus.agent.http import MAX_HTTP_PEERS, HttpServer
+from virtbus.agent.tap import TAP_BUFFER, Taps
 from virtbus.errors import AgentDenied, AgentUnavailable, ConfigError
 from virtbus.model import RawIoError
 from virtbus.telemetry import METRICS

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from virtbus.incidents import UNKNOWN_HOST, WHOLE_HOST, IncidentLimits, Incidents
+from virtbus.agent.incidents import UNKNOWN_HOST, WHOLE_HOST, IncidentLimits, Incidents
 from virtbus.model import (
     Burst,
     Description,

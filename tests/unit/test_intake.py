@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from virtbus.intake import BATCH_LIMIT, IntakeQueue, aggregate, callbacks_in
+from virtbus.agent.queue import BATCH_LIMIT, IntakeQueue, aggregate, callbacks_in
 from virtbus.model import (
     Burst,
     CallbackLost,

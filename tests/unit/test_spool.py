@@ -34,7 +34,8 @@ from tests.faults.spool_kit import (
 )
 from virtbus.errors import ConfigError, RecordRefused, SpoolBusy, SpoolCorrupt, SpoolFull
 from virtbus.model import Confirmed, Deferred, IoError, Refused, SequenceRange, Unroutable, to_datetime
-from virtbus.spool import SpoolLimits, contents, faults, files, settling, wishes
+from virtbus.spool import SpoolLimits, contents, faults, files, settling
+from virtbus.spool import requests as wishes
 from virtbus.telemetry import METRICS
 from virtbus.words import Origin, Phase
 

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from tests.faultkit import TcpFaultProxy, wait_until
 from virtbus import envelope
 from virtbus.errors import BusUnavailable
 from virtbus.model import (
@@ -27,7 +28,6 @@ from virtbus.testing import (
     FakeBus,
     FakeSource,
     ListFeed,
-    TcpFaultProxy,
     a_gap,
     a_heartbeat,
     a_raw_io_error,
@@ -35,7 +35,6 @@ from virtbus.testing import (
     a_resolved,
     an_io_error,
     records,
-    wait_until,
 )
 
 

@@ -14,12 +14,12 @@ from typing import Any, TextIO
 import click
 
 from virtbus import __version__
+from virtbus.agent.http import HttpServer
 from virtbus.commands import holds, wiring
 from virtbus.commands.options import bus, setting
 from virtbus.commands.wiring import react_folder
 from virtbus.config import Config, Loaded, bus_url
 from virtbus.consumer import Consumer
-from virtbus.control import HttpServer
 from virtbus.errors import ConfigError
 from virtbus.fleet import Fleet, FleetRules, StorageRules, VerdictRules
 from virtbus.fleet.storage import SHARED_PATHS

@@ -20,7 +20,12 @@ from typing import Any
 import click
 
 from virtbus import redaction, telemetry
-from virtbus.agent import Agent, AgentOptions
+from virtbus.agent.agent import Agent, AgentOptions
+from virtbus.agent.control import ControlSocket
+from virtbus.agent.http import HttpServer
+from virtbus.agent.identity import load_agent_id, tie_to_host
+from virtbus.agent.incidents import Incidents
+from virtbus.agent.systemd import Systemd
 from virtbus.commands import wiring
 from virtbus.commands.options import (
     bus,
@@ -32,13 +37,9 @@ from virtbus.commands.options import (
     state_dir,
 )
 from virtbus.config import Config, Loaded, bus_url, differences, exposed_secrets
-from virtbus.control import ControlSocket, HttpServer
 from virtbus.envelope import uuid7
 from virtbus.errors import AgentBroken, ConfigError, VirtbusError
-from virtbus.identity import load_agent_id, tie_to_host
-from virtbus.incidents import Incidents
 from virtbus.model import Clock
-from virtbus.sdnotify import Systemd
 from virtbus.spool import Spool, prepare_state_dir
 from virtbus.telemetry import (
     METRICS,

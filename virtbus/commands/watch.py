@@ -20,7 +20,7 @@ from virtbus.errors import ConfigError, SourceUnavailable, VirtbusError
 from virtbus.log import printable
 from virtbus.model import Description, Domain, Host, RawIoError
 from virtbus.sources import SourceOptions, domain_xml, recording
-from virtbus.sources.cache import Cache
+from virtbus.sources.descriptions import Cache
 from virtbus.sources.libvirt import LibvirtConnector
 from virtbus.sources.link import STARTED, STATES, Handler, Link
 from virtbus.words import Action, GuestState

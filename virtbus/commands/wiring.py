@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from virtbus import bus, plugins
+from virtbus.agent.incidents import IncidentLimits
 from virtbus.bus import Bus, BusOptions
 from virtbus.config import Config, bus_url
-from virtbus.incidents import IncidentLimits
 from virtbus.sources import Source, SourceFactory, SourceOptions
 from virtbus.spool import SpoolLimits
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from virtbus.config import OwnerRule
 from virtbus.errors import SchemaError, SourceUnavailable
 from virtbus.sources import domain_xml
+from virtbus.sources.evidence import FreeSpace, Look, disks_by_target, read_messages
 from virtbus.sources.link import (
     DISK_ERROR_NO_SPACE,
     PAUSED,
@@ -19,7 +20,6 @@ from virtbus.sources.link import (
     Space,
     Unsupported,
 )
-from virtbus.sources.looks import FreeSpace, Look, disks_by_target, read_messages
 from virtbus.sources.questions import Want
 from virtbus.sources.session import Baseline, Described, HostAnswered, Looked, Session, Shared
 from virtbus.telemetry import DomainUnreadable, LookupFinished, emit

@@ -7,8 +7,15 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from virtbus.model import Burst, Device, RawIoError
+from virtbus.sources.evidence import (
+    Look,
+    Message,
+    disk_errors_by_alias,
+    gather,
+    newest_by_alias,
+    newest_message,
+)
 from virtbus.sources.link import ACTION_PAUSE, ACTION_REPORT, DISK_ERROR_NO_SPACE, DISK_ERRORS
-from virtbus.sources.looks import Look, Message, disk_errors_by_alias, gather, newest_by_alias, newest_message
 from virtbus.words import ENOSPC, DiskError, Origin
 
 ACTION_UNKNOWN = -1  # the guest runs, and the policy does not tell whether it was ever paused

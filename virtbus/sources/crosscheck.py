@@ -37,8 +37,8 @@ from virtbus.sources.cases import (
     newer_messages,
     raw_error,
 )
+from virtbus.sources.evidence import Look, disk_errors_by_alias, newest_by_alias
 from virtbus.sources.link import ACTION_PAUSE, DISK_ERROR_UNSPECIFIED, PAUSED, RUNNING
-from virtbus.sources.looks import Look, disk_errors_by_alias, newest_by_alias
 from virtbus.words import ENOSPC, EvidenceCheck, EvidenceVerdict, Origin
 
 __all__ = ["ACTION_UNKNOWN", "CrossCheck", "Decision", "Verdict"]

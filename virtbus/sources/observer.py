@@ -34,6 +34,7 @@ from virtbus.sources import Sink, SourceOptions
 from virtbus.sources.asking import HOST, Asker
 from virtbus.sources.connecting import Opened, Opener
 from virtbus.sources.crosscheck import STAMP_SLACK_NS
+from virtbus.sources.evidence import Look, disk_errors_by_alias
 from virtbus.sources.link import (
     PAUSED,
     PAUSED_IOERROR,
@@ -47,7 +48,6 @@ from virtbus.sources.link import (
     HostFacts,
     Link,
 )
-from virtbus.sources.looks import Look, disk_errors_by_alias
 from virtbus.sources.lookups import Lookups
 from virtbus.sources.questions import Want
 from virtbus.sources.session import (

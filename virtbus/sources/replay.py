@@ -33,8 +33,8 @@ from virtbus.model import (
 )
 from virtbus.sources import Sink, SourceOptions, recording
 from virtbus.sources.crosscheck import CrossCheck, Verdict
+from virtbus.sources.evidence import Look, read_messages
 from virtbus.sources.link import RESUMED, STARTED, STOPPED, SUSPENDED, SUSPENDED_IOERROR
-from virtbus.sources.looks import Look, read_messages
 from virtbus.sources.session import PAUSES, meaning
 from virtbus.telemetry import Notice, emit
 from virtbus.words import Origin

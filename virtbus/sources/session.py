@@ -23,8 +23,9 @@ from virtbus.model import (
     SourceSeen,
 )
 from virtbus.sources import Sink
-from virtbus.sources.cache import Cache
 from virtbus.sources.crosscheck import CrossCheck, Verdict
+from virtbus.sources.descriptions import Cache
+from virtbus.sources.evidence import Look
 from virtbus.sources.link import (
     CRASHED_EVENT,
     PMSUSPENDED_EVENT,
@@ -37,7 +38,6 @@ from virtbus.sources.link import (
     SUSPENDED_PAUSED,
     left_by,
 )
-from virtbus.sources.looks import Look
 from virtbus.words import GapReason, GuestState
 
 # virDomainEventType → virDomainState's word

@@ -23,7 +23,7 @@ from virtbus.spool import contents, faults, files
 from virtbus.spool.contents import GapFacts, Loss, run_row
 from virtbus.spool.files import insert_sql, sealed
 from virtbus.spool.ledger import mark, spans
-from virtbus.spool.state import SharedState, select_events
+from virtbus.spool.mirror import SharedState, select_events
 from virtbus.telemetry import EventDeadLettered, SpoolStumbled, Trouble, emit
 from virtbus.words import GapReason
 

@@ -37,7 +37,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from virtbus.incident_state import (
+from virtbus.agent.incident import (
     DRILL,
     FORMAT,
     LIVE,

@@ -11,8 +11,8 @@ from confluent_kafka import KafkaError, KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
-from virtbus.bus.kafka_errors import Watch, is_missing, oneline, translate
-from virtbus.bus.kafka_settings import KafkaSettings
+from virtbus.bus.kafka.errors import Watch, is_missing, oneline, translate
+from virtbus.bus.kafka.settings import KafkaSettings
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError
 
 T = TypeVar("T")

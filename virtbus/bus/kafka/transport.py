@@ -15,8 +15,8 @@ from typing import Any
 from confluent_kafka import KafkaException, Producer
 from kombu.transport import TRANSPORT_ALIASES, virtual
 
-from virtbus.bus.kafka_admin import Admin, make
-from virtbus.bus.kafka_settings import KafkaSettings
+from virtbus.bus.kafka.client import Admin, make
+from virtbus.bus.kafka.settings import KafkaSettings
 from virtbus.errors import VirtbusError
 
 TRANSPORT = "virtbus-kafka"

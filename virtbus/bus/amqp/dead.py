@@ -23,7 +23,7 @@ from amqp.exceptions import AMQPError
 from amqp.serialization import dumps
 
 from virtbus.bus import CUT_HEADER, REASON_HEADER, BusOptions, DeadLetter
-from virtbus.bus.amqp_link import LINK_FAULTS, Dialer, Link, Waker, translated
+from virtbus.bus.amqp.connection import LINK_FAULTS, Dialer, Link, Waker, translated
 from virtbus.errors import BusDenied, BusUnavailable, RecordRefused
 from virtbus.model import Binding, Message
 from virtbus.retry import Backoff

@@ -35,7 +35,7 @@ from amqp.exceptions import AMQPError, FrameSyntaxError
 
 from virtbus import envelope
 from virtbus.bus import BusOptions, DeadLetters, Feed, Memory, Subscription, checked_group
-from virtbus.bus.amqp_link import (
+from virtbus.bus.amqp.connection import (
     LINK_FAULTS,
     Dialer,
     Endpoint,
@@ -226,7 +226,7 @@ class AmqpBus:
         self, group: str | None, *, prefetch: int = 100, exclusive: bool = False, memory: Memory | None = None
     ) -> Subscription:
         """See virtbus.bus.Bus. Connects at the first `receive`; each group has one active consumer anyway."""
-        from virtbus.bus.amqp_consumer import AmqpSubscription
+        from virtbus.bus.amqp.subscription import AmqpSubscription
 
         return AmqpSubscription(
             Dialer(self._urls, self._options), self._options, checked_group(group), prefetch
@@ -234,7 +234,7 @@ class AmqpBus:
 
     def dead_letters(self, group: str) -> DeadLetters:
         """See virtbus.bus.Bus. Over a connection of its own."""
-        from virtbus.bus.amqp_dead import AmqpDeadLetters
+        from virtbus.bus.amqp.dead import AmqpDeadLetters
 
         checked_group(group)
         return AmqpDeadLetters(Dialer(self._urls, self._options), self._options, f"virtbus.{group}")

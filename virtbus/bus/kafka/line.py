@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from virtbus.bus.kafka_records import Headers
+from virtbus.bus.kafka.records import Headers
 from virtbus.model import Message
 
 # Messages of a key that waits for a retry are held back; at most this many times `prefetch` in all.

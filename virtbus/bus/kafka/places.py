@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 
 from virtbus.bus import Memory
-from virtbus.bus.kafka_line import Track
+from virtbus.bus.kafka.line import Track
 from virtbus.sequences import Cause, MissingEvents
 
 

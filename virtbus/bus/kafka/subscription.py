@@ -19,13 +19,13 @@ from confluent_kafka import (
 )
 
 from virtbus.bus import Memory
-from virtbus.bus.kafka_admin import Admin, TopicLook, make, topic_id
-from virtbus.bus.kafka_dead import FOR_HEADER, DeadLetterWriter
-from virtbus.bus.kafka_errors import Watch, is_missing, oneline, translate
-from virtbus.bus.kafka_line import Handle, Line, Track
-from virtbus.bus.kafka_places import Losses
-from virtbus.bus.kafka_records import headers_of, message_of
-from virtbus.bus.kafka_settings import KafkaSettings
+from virtbus.bus.kafka.client import Admin, TopicLook, make, topic_id
+from virtbus.bus.kafka.dead import FOR_HEADER, DeadLetterWriter
+from virtbus.bus.kafka.errors import Watch, is_missing, oneline, translate
+from virtbus.bus.kafka.line import Handle, Line, Track
+from virtbus.bus.kafka.places import Losses
+from virtbus.bus.kafka.records import headers_of, message_of
+from virtbus.bus.kafka.settings import KafkaSettings
 from virtbus.errors import BusDenied, BusUnavailable, GroupTakenOver
 from virtbus.model import Message
 from virtbus.sequences import MissingEvents

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 
 from virtbus import redaction
+from virtbus.agent.tap import Taps
 from virtbus.bus import Bus
-from virtbus.control import Taps
 from virtbus.errors import BusDenied, BusUnavailable, SpoolCorrupt, SpoolFull
 from virtbus.model import Confirmed, Deferred, Outcome, Record, Refused, Unroutable
 from virtbus.retry import Attempt, retrying, start_over

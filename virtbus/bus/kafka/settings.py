@@ -20,7 +20,7 @@ from confluent_kafka import KafkaException, Producer
 
 from virtbus import redaction
 from virtbus.bus import BusOptions, is_loopback
-from virtbus.bus.kafka_errors import Watch, oneline
+from virtbus.bus.kafka.errors import Watch, oneline
 from virtbus.bus.url import read_url
 from virtbus.config import secret_text, why_unread
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError

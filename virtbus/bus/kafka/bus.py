@@ -16,10 +16,10 @@ from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka import admin as kafka_admin
 
 from virtbus.bus import BusOptions, DeadLetters, Feed, Memory, Subscription, checked_group
-from virtbus.bus.kafka_admin import Admin
-from virtbus.bus.kafka_errors import Watch, is_purged, oneline, translate
-from virtbus.bus.kafka_settings import KafkaSettings, check
-from virtbus.bus.kafka_transport import TRANSPORT
+from virtbus.bus.kafka.client import Admin
+from virtbus.bus.kafka.errors import Watch, is_purged, oneline, translate
+from virtbus.bus.kafka.settings import KafkaSettings, check
+from virtbus.bus.kafka.transport import TRANSPORT
 from virtbus.envelope import to_kafka
 from virtbus.errors import BusDenied, BusUnavailable, RecordRefused, VirtbusError
 from virtbus.model import Check, Confirmed, Deferred, Outcome, Record, Refused
@@ -360,13 +360,13 @@ class KafkaBus:
         the oldest event that the topic still holds. Without a group it connects at once, to
         know what "now" is.
         """
-        from virtbus.bus.kafka_consumer import KafkaSubscription
+        from virtbus.bus.kafka.subscription import KafkaSubscription
 
         return KafkaSubscription(self._settings, checked_group(group), prefetch, exclusive, memory)
 
     def dead_letters(self, group: str) -> DeadLetters:
         """See virtbus.bus.Bus."""
-        from virtbus.bus.kafka_dead import KafkaDeadLetters
+        from virtbus.bus.kafka.dead import KafkaDeadLetters
 
         return KafkaDeadLetters(self._settings, checked_group(group) or group)
 

@@ -18,11 +18,13 @@ from datetime import datetime
 from functools import partial
 
 from virtbus import __version__, envelope
+from virtbus.agent.control import Drill
+from virtbus.agent.incidents import Incidents
+from virtbus.agent.publisher import Publisher
+from virtbus.agent.queue import IntakeQueue, aggregate, callbacks_in
+from virtbus.agent.tap import Taps
 from virtbus.bus import Bus
-from virtbus.control import Drill, Taps
 from virtbus.errors import AgentBroken, RestartNeeded, SpoolFull, VirtbusError
-from virtbus.incidents import Incidents
-from virtbus.intake import IntakeQueue, aggregate, callbacks_in
 from virtbus.model import (
     Backlog,
     Burst,
@@ -49,7 +51,6 @@ from virtbus.model import (
     Stamp,
     to_datetime,
 )
-from virtbus.publishing import Publisher
 from virtbus.retry import Backoff
 from virtbus.seen import STANDSTILL_SECONDS, Blind, Moment, SeenThrough, earliest, stalled_words
 from virtbus.sources import Source

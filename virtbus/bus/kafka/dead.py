@@ -28,10 +28,10 @@ from confluent_kafka import (
 )
 
 from virtbus.bus import CUT_HEADER, REASON_HEADER, DeadLetter
-from virtbus.bus.kafka_admin import Admin, make
-from virtbus.bus.kafka_errors import Watch, oneline, translate
-from virtbus.bus.kafka_records import Headers, headers_of, message_of
-from virtbus.bus.kafka_settings import KafkaSettings
+from virtbus.bus.kafka.client import Admin, make
+from virtbus.bus.kafka.errors import Watch, oneline, translate
+from virtbus.bus.kafka.records import Headers, headers_of, message_of
+from virtbus.bus.kafka.settings import KafkaSettings
 from virtbus.errors import BusDenied, BusUnavailable, RecordRefused, VirtbusError
 from virtbus.model import Message
 from virtbus.retry import Backoff
