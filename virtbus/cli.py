@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import click
 from click.shell_completion import CompletionItem
 
-from virtbus import __version__, plugins
+from virtbus import __version__, plugins, redaction
 from virtbus.errors import ConfigError, SpoolFull, VirtbusError
 
 EXIT_USAGE = ConfigError.exit_code
@@ -53,7 +53,6 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "Check events against their schemas: structured CloudEvents, one document or JSON lines.",
     ),
     "schema": ("schema:command", "Show, check and hand out the events' JSON schemas."),
-    "dead": ("dead:command", "What a consumer group put aside: count, list, send back, drop."),
     "spool": ("spool:command", "Look into the spool, and let an operator decide what becomes of an event."),
     "print": ("unit:command", "Print files for the host that virtbus runs on."),
 }
@@ -81,12 +80,12 @@ def main(argv: list[str] | None = None) -> NoReturn:
         code = 0
     except VirtbusError as error:
         if debug:
-            raise
+            _trace(error)
         _complain(str(error))
         code = error.exit_code
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is told, and ends with a code
         if debug:
-            raise
+            _trace(error)
         if isinstance(error, OSError) and error.filename is None and error.errno in _NO_ROOM:
             # Whatever else can be full was translated where it was written.
             _discard_output()
@@ -127,10 +126,18 @@ def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _trace(error: Exception) -> None:
+    """The traceback, without the secrets that other people's exceptions may hold."""
+    import traceback
+
+    for entry in traceback.format_exception(error):
+        click.echo(redaction.text(entry), err=True, nl=False)
+
+
 def _complain(text: str) -> None:
     from virtbus.log import printable  # a broker's words may be among them
 
-    for line in text.splitlines() or [""]:
+    for line in redaction.text(text).splitlines() or [""]:
         click.echo(f"virtbus: {printable(line)}", err=True)
 
 

@@ -18,11 +18,11 @@ import jsonschema_rs
 import msgspec
 from msgspec import Meta
 
+from virtbus import redaction
 from virtbus.errors import ConfigError, InputMissing
 
 DEFAULT_FILE = Path("/etc/virtbus/virtbus.toml")
 ENVIRONMENT_PREFIX = "VIRTBUS_"
-REDACTED = "***"
 
 # Every number has an upper bound: what no wait, socket or file system takes would break a thread later.
 DAY, YEARS = 86_400, 3_153_600_000  # seconds; a hundred years
@@ -186,13 +186,16 @@ class HeartbeatSettings(_Section, frozen=True):
     ] = 60.0
 
 
+_LISTEN = r"^(\[[0-9a-fA-F:.]+\]|[^\[\]:]+):[0-9]{1,5}$|^$"
+
+
 class Http(_Section, frozen=True):
     """The HTTP listener of /metrics, /livez and /readyz."""
 
     listen: Annotated[
         str,
         Meta(
-            pattern=r"^(\[[0-9a-fA-F:.]+\]|[^\[\]:]+):[0-9]{1,5}$|^$",
+            pattern=_LISTEN,
             description="host:port; empty is off; loopback unless something else must scrape it",
             examples=["127.0.0.1:9466", "[::1]:9466", "0.0.0.0:9466"],
         ),
@@ -298,7 +301,7 @@ class React(_Section, frozen=True):
             description="A host is held back when it is at fault; also when that can't be told; "
             "or for any trouble, a backend's too"
         ),
-    ] = "undetermined"
+    ] = "host"
     min_guests: Annotated[
         int, Meta(ge=1, le=1_000_000, description="Guests in trouble before a host is held back")
     ] = 2
@@ -317,6 +320,17 @@ class React(_Section, frozen=True):
         float, Meta(gt=0, le=1, description="Share of all hosts that may be held at once (one always may)")
     ] = 0.1
     actions_per_minute: Annotated[float, Meta(gt=0, le=1_000_000, description="Upper limit")] = 600.0
+    listen: Annotated[
+        str,
+        Meta(
+            pattern=_LISTEN,
+            description="host:port of its /metrics, /livez and /readyz; empty is off",
+            examples=["127.0.0.1:9467", "0.0.0.0:9467"],
+        ),
+    ] = "127.0.0.1:9467"
+    fleet_listen: Annotated[
+        str, Meta(pattern=_LISTEN, description="The same of `virtbus fleet --write`; empty is off")
+    ] = "127.0.0.1:9468"
     drills: Annotated[
         bool, Meta(description="Act on replayed errors (drills, recordings) too, as if they were live")
     ] = False
@@ -552,8 +566,10 @@ def _check(schema: dict[str, Any], merged: dict[str, Any], origins: Mapping[str,
                 problems.append(f"{_place(key, origins)}: unknown setting {key}{_did_you_mean(name, known)}")
             continue
         shown = repr(error.instance)
-        if is_secret(where) or ("://" in shown and "@" in shown):  # a URL, in whatever it was wrapped
-            shown = REDACTED
+        if redaction.is_secret(where) or (
+            "://" in shown and "@" in shown
+        ):  # a URL, in whatever it was wrapped
+            shown = redaction.HIDDEN
         message = error.message.replace(repr(error.instance), "").strip().strip('"')
         expected = _expected(schema, where) or message
         problems.append(f"{_place(where, origins)}: {where or 'the file'} = {shown}: expected {expected}")
@@ -701,35 +717,7 @@ def bus_url(config: Config) -> str:
     return url
 
 
-# ----------------------------------------------------------------------------------------- redaction
-
-_SECRET_WORDS = re.compile(
-    r"pass|secret|token|credential|jaas|oauthbearer\.config|(^|[._-])key($|[._-])(?!file)", re.IGNORECASE
-)
-
-
-def is_secret(key: str) -> bool:
-    """Whether a setting of this dotted key, or a free option of this name, is never shown."""
-    name = key.rpartition("options.")[2] if "options." in key else key.rpartition(".")[2]
-    return bool(_SECRET_WORDS.search(name)) and not name.endswith(("_file", ".location", "_command"))
-
-
-def redact_url(url: str) -> str:
-    """The URL (or several, by ';') without passwords and without values in its query.
-
-    Works on the text, not on a parsed URL: a password with '/', '?' or '@' in it must not slip through
-    as a path. Better too much is hidden than too little.
-    """
-    return ";".join(_redact_one(part) for part in re.split(r";(?=[a-z][a-z0-9+.-]*:)", url))
-
-
-def _redact_one(url: str) -> str:
-    return re.sub(r"=[^&]*", f"={REDACTED}", redact_password(url))
-
-
-def redact_password(url: str) -> str:
-    """One URL without the password before its host; for URLs whose query holds no secret (libvirt's)."""
-    return re.sub(r"^([^:/]*:/*)([^:@]*):.*@", rf"\1\2:{REDACTED}@", url, flags=re.DOTALL)
+# ------------------------------------------------------------------------------------ what may be shown
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -747,11 +735,11 @@ def effective(config: Config) -> dict[str, Any]:
             return {name: clean(value, f"{key}.{name}" if key else name) for name, value in node.items()}
         if isinstance(node, list | tuple):
             if key.endswith("command"):  # whatever stands behind the program may be a password or a token
-                return [word if at == 0 else REDACTED for at, word in enumerate(node)]
+                return [word if at == 0 else redaction.HIDDEN for at, word in enumerate(node)]
             return [clean(item, key) for item in node]
-        if node is not None and is_secret(key):
-            return REDACTED
-        return redact_url(node) if isinstance(node, str) and (key == "bus.url" or "://" in node) else node
+        if node is not None and redaction.is_secret(key):
+            return redaction.HIDDEN
+        return redaction.uri(node) if isinstance(node, str) and (key == "bus.url" or "://" in node) else node
 
     redacted: dict[str, Any] = clean(plain, "")
     return redacted

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
-from virtbus import envelope, schema
+from virtbus import envelope, redaction, schema
 from virtbus.bus import Bus
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError, SpoolCorrupt, SpoolFull, VirtbusError
 from virtbus.model import Check, Checks, Confirmed, Outcome, Record, Refused, Unroutable, to_datetime
@@ -117,8 +117,9 @@ def _part(name: str, look: Callable[[], Checks], timeout: float) -> Iterator[Che
 
     threading.Thread(target=run, name=f"virtbus-doctor-{name}", daemon=True).start()
     if done.wait(timeout):
-        for check in found:  # whoever looked, a failure is never without a next step
-            yield check if check.status != "failed" or check.remedy else replace(check, remedy=_next(check))
+        for check in found:  # whoever looked, no secret is shown, and a failure is never without a next step
+            shown = replace(check, summary=redaction.text(check.summary))
+            yield shown if shown.status != "failed" or shown.remedy else replace(shown, remedy=_next(shown))
     else:
         yield Check(
             name,

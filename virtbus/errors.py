@@ -10,12 +10,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
+from virtbus import redaction
+
 
 class VirtbusError(Exception):
-    """Base of all errors that virtbus raises on purpose; its text is one line a person can act on."""
+    """Base of all errors that virtbus raises on purpose; its text is one line a person can act on.
+
+    It holds no secret, whatever it was made of: libvirt's, a broker's or a server's words, a URL, a path.
+    """
 
     retryable: ClassVar[bool] = False
     exit_code: ClassVar[int] = 70
+
+    def __init__(self, text: object = "") -> None:
+        super().__init__(redaction.text(text))
 
 
 class ConfigError(VirtbusError):

@@ -1,17 +1,14 @@
-"""Log lines: one JSON object each, or text for people; and what may be shown on a terminal.
-
-The standard library's own: a logging framework brought asyncio along, and two MiB with it, for six calls.
-"""
+"""Log lines through Python's `logging`: one formatter, JSON or text; and what a terminal may show."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 _COLOURS = {"debug": "\x1b[2m", "info": "\x1b[32m", "warning": "\x1b[33m", "error": "\x1b[31m"}
@@ -53,29 +50,55 @@ def _in_colour(time: str, level: str, message: str, values: Mapping[str, object]
     return f"\x1b[2m{time}{_END} [{name}] \x1b[1m{printable(message):<{_MESSAGE_WIDTH}}{_END} {told}".rstrip()
 
 
-class Log:
-    """Where lines go, from which level on, and in which form; any thread writes whole lines."""
+class Line(NamedTuple):
+    """A message with its values behind it: other people's formatters take it as text."""
 
-    def __init__(self, *, level: str = "info", fmt: str = "auto", stream: TextIO | None = None) -> None:
-        """`level`: "debug" … "error"; `fmt`: "text", "json", or "auto": text on a terminal."""
-        self._stream = stream  # None: standard error as it is when a line is written, which may be none
-        out = stream or sys.stderr
-        is_terminal = out is not None and hasattr(out, "isatty") and out.isatty()
-        self._threshold = LEVELS[level]
-        self._lock = threading.Lock()
+    message: str
+    values: Mapping[str, object]
+
+    def __str__(self) -> str:
+        text = " ".join((self.message, *(f"{name}={value}" for name, value in self.values.items())))
+        return text.encode("utf-8", "backslashreplace").decode()
+
+
+class Formatter(logging.Formatter):
+    """A record as one line: its message, then its values."""
+
+    def __init__(self, fmt: str, stream: TextIO | None) -> None:
+        """`fmt`: "text", "json", or "auto": text when `stream` is a terminal."""
+        super().__init__()
+        is_terminal = stream is not None and hasattr(stream, "isatty") and stream.isatty()
         self._render: _Render = _as_json
         if fmt == "text" or (fmt == "auto" and is_terminal):
-            self._render = _in_colour if is_terminal and takes_colour(out) else _as_text
+            self._render = (
+                _in_colour if stream is not None and is_terminal and takes_colour(stream) else _as_text
+            )
 
-    def write(self, level: str, message: str, values: Mapping[str, object]) -> None:
-        """Write one line, if `level` is high enough. Raises OSError or ValueError when that fails."""
-        if LEVELS[level] < self._threshold:
-            return
-        time = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-        line = self._render(time, level, message, values)
-        out = self._stream or sys.stderr
-        if out is None:
-            raise ValueError("there is no standard error to log to")
-        with self._lock:
-            out.write(f"{line}\n")
-            out.flush()
+    def format(self, record: logging.LogRecord) -> str:
+        """See logging.Formatter."""
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="microseconds")
+        line = record.msg if isinstance(record.msg, Line) else Line(record.getMessage(), {})
+        return self._render(time.replace("+00:00", "Z"), record.levelname.lower(), *line)
+
+
+class Handler(logging.StreamHandler[TextIO]):
+    """Writes lines to a stream, or to standard error as it is then; `failed` is told of a failure."""
+
+    def __init__(self, stream: TextIO | None, fmt: str, failed: Callable[[], None]) -> None:
+        self._given = stream
+        super().__init__(stream or sys.stderr)
+        self._failed = failed
+        self.setFormatter(Formatter(fmt, stream or sys.stderr))
+
+    @property
+    def stream(self) -> TextIO:
+        """Where lines go."""
+        return self._given or sys.stderr
+
+    @stream.setter
+    def stream(self, value: TextIO) -> None:
+        """Given once, at the beginning."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """See logging.Handler: the disk is full, or nobody reads it, or there is no standard error."""
+        self._failed()

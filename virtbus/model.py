@@ -135,7 +135,9 @@ class DeviceSource:
     volume: str | None = None
     hosts: tuple[str, ...] = ()  # "host:port" or "unix:/path"
     format: str | None = None
-    backing: tuple[str, ...] = ()  # the images below, nearest first
+    backing: tuple[str, ...] = ()  # the images below, nearest first: a path, or protocol://server/name
+    namespace: int | None = None  # of an NVMe controller, whose address is the path
+    data_file: str | None = None  # where a qcow2 image keeps its data, when not in itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +210,7 @@ class Burst:
     message: str | None = None  # the hypervisor's text, for people
     disk_error: DiskError | None = None
     evidence: tuple[Evidence, ...] = ()
+    stamp_ns: int | None = None  # the hypervisor's own time of the last of them, where it kept one
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +218,23 @@ class DomainResumed:
     """The guest runs again."""
 
     domain_uuid: str
+    at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class DomainHalted:
+    """The guest is there and does not run, for whatever reason: its devices' silence proves nothing."""
+
+    domain_uuid: str
+    at_ns: int
+    state: GuestState  # paused, suspended to memory, or crashed and preserved
+
+
+@dataclass(frozen=True, slots=True)
+class HostKnown:
+    """What was not known of the host when it was first looked at."""
+
+    host: Host
     at_ns: int
 
 
@@ -293,8 +313,10 @@ Observation: TypeAlias = (
     RawIoError
     | Burst
     | DomainResumed
+    | DomainHalted
     | DomainGone
     | DeviceRemoved
+    | HostKnown
     | SourceReady
     | SourceLost
     | SourceSeen
@@ -447,6 +469,7 @@ class OpenIncident:
     paused: bool
     flapping: bool
     scope: Scope = Scope.DEVICE
+    drill: bool = False  # of replayed errors: never a live one
 
 
 @dataclass(frozen=True, slots=True)

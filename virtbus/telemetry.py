@@ -8,58 +8,20 @@ The registry is ours alone (no process-wide default), bounded in labels: no doma
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
-from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from itertools import accumulate
-from typing import Any, ClassVar, TextIO
+from types import MappingProxyType
+from typing import Any, ClassVar, TextIO, dataclass_transform
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Metric
-from prometheus_client.core import HistogramMetricFamily
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from virtbus.log import LEVELS, Log
+from virtbus import redaction
+from virtbus.log import Handler, Line
 from virtbus.words import Origin, Phase
 
 _CONFIRM_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
-
-
-class Durations(Collector):
-    """A histogram that takes many observations at once.
-
-    prometheus_client's own takes two locks an observation: 0.7 µs, on the path that drains a backlog.
-    """
-
-    def __init__(
-        self, name: str, documentation: str, *, buckets: Sequence[float], registry: CollectorRegistry
-    ) -> None:
-        """`buckets` are upper bounds in seconds, ascending, without infinity."""
-        self._name, self._documentation = name, documentation
-        self._bounds = [*map(float, buckets), math.inf]
-        self._names = [*map(str, self._bounds[:-1]), "+Inf"]
-        self._counts = [0] * len(self._bounds)
-        self._sum = 0.0
-        self._lock = threading.Lock()
-        registry.register(self)
-
-    def observe_all(self, seconds: Iterable[float]) -> None:
-        """Count each of them."""
-        bounds, counts = self._bounds, self._counts
-        with self._lock:
-            for each in seconds:
-                counts[bisect_left(bounds, each)] += 1
-                self._sum += each
-
-    def collect(self) -> Iterable[Metric]:
-        """See prometheus_client's Collector."""
-        with self._lock:
-            counts, total = list(self._counts), self._sum
-        through = accumulate(counts)
-        buckets = [(bound, n) for bound, n in zip(self._names, through, strict=True)]
-        yield HistogramMetricFamily(self._name, self._documentation, buckets=buckets, sum_value=total)
 
 
 class Metrics:
@@ -94,7 +56,7 @@ class Metrics:
             registry=r,
         )
         self.outcomes = Counter("virtbus_publish_outcomes", "Outcomes of publishing", ["outcome"], registry=r)
-        self.confirm_seconds = Durations(
+        self.confirm_seconds = Histogram(
             "virtbus_confirm_seconds",
             "From handing an event to the broker's client to its confirmation",
             buckets=_CONFIRM_BUCKETS,
@@ -158,21 +120,51 @@ class Metrics:
 METRICS = Metrics()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass_transform(frozen_default=True)
 class TelemetryEvent:
-    """Base of typed internal events. Fields become the line's keys; `measure` moves the metrics."""
+    """Base of typed internal events, each declared in one line; its fields are the line's values.
+
+    `message` and `level` are the line's; a repeat of the same class, and of the same field `by`, within
+    `every` seconds is counted and not logged. `sets` gives gauges their values; `counts` names the counters
+    that go up, "counter" or "counter:field" where the field is its label. Else `measure` moves metrics.
+    """
 
     LEVEL: ClassVar[str] = "info"
     MESSAGE: ClassVar[str] = ""
-    # A repeat of the same class and `limit_key()` within this many seconds is counted, not logged.
     LIMIT_SECONDS: ClassVar[float] = 0.0
+    _by: ClassVar[str | None] = None
+    _sets: ClassVar[Mapping[str, float]] = {}
+    _counts: ClassVar[Sequence[str]] = ()
+
+    def __init_subclass__(
+        cls,
+        *,
+        message: str | None = None,
+        level: str = "info",
+        every: float = 0.0,
+        by: str | None = None,
+        sets: Mapping[str, float] = MappingProxyType({}),
+        counts: Sequence[str] = (),
+    ) -> None:
+        """Make it a frozen dataclass with what its one line says."""
+        super().__init_subclass__()
+        if message is not None:
+            cls.MESSAGE, cls.LEVEL, cls.LIMIT_SECONDS = message, level, every
+            cls._by, cls._sets, cls._counts = by, sets, counts
+            dataclass(frozen=True)(cls)
 
     def measure(self, metrics: Metrics) -> None:
-        """Move the metrics that belong to this event; the default moves none."""
+        """Move the metrics that belong to this event."""
+        for name, value in self._sets.items():
+            getattr(metrics, name).set(value)
+        for told in self._counts:
+            name, _, label = told.partition(":")
+            counter: Counter = getattr(metrics, name)
+            (counter.labels(getattr(self, label)) if label else counter).inc()
 
     def limit_key(self) -> object:
         """What makes two events repeats of each other."""
-        return None
+        return None if self._by is None else getattr(self, self._by)
 
 
 class _Limiter:
@@ -196,24 +188,15 @@ class _Limiter:
 
 
 _limiter = _Limiter()
-_log: Log | None = None  # None: a library in somebody's program, which logs as that program wants
 _logger = logging.getLogger("virtbus")
-_logger.addHandler(logging.NullHandler())
-
-
-def _to_logging(level: str, message: str, values: Mapping[str, object]) -> None:
-    """A line through the standard library, with its values as text and in `record.virtbus`."""
-    number = LEVELS[level]
-    if _logger.isEnabledFor(number):
-        told = " ".join(f"{name}={value}" for name, value in values.items())
-        _logger.log(number, "%s", f"{message} {told}".rstrip(), extra={"virtbus": dict(values)})
+_logger.addHandler(logging.NullHandler())  # a library in somebody's program logs as that program wants
 
 
 def emit(event: TelemetryEvent) -> None:
     """Write the line and move the metrics. Never raises.
 
-    Until `configure` was called the line goes to Python's `logging`, under `virtbus`; nothing is written to
-    standard error by itself.
+    Lines go to Python's `logging` under `virtbus`, with the values in `record.virtbus`; only after
+    `configure` does anything go to standard error by itself.
     """
     event.measure(METRICS)
     if event.LEVEL in ("warning", "error"):
@@ -225,34 +208,28 @@ def emit(event: TelemetryEvent) -> None:
             return
         if left_out:
             extra["left_out"] = left_out
-    for item in fields(event):
+    for item in fields(event):  # type: ignore[arg-type]
         value = getattr(event, item.name)
         if value is not None:
-            extra[item.name] = str(value) if isinstance(value, BaseException) else value
-    try:
-        if _log is None:
-            _to_logging(event.LEVEL, event.MESSAGE, extra)
-        else:
-            _log.write(event.LEVEL, event.MESSAGE, extra)
-    except (OSError, ValueError):
-        # The log's disk is full, or nobody reads it: the metric tells, and the path goes on.
-        METRICS.log_failures.inc()
+            extra[item.name] = redaction.text(value) if isinstance(value, str | BaseException) else value
+    number = logging.getLevelNamesMapping()[event.LEVEL.upper()]
+    if _logger.isEnabledFor(number):
+        _logger.log(number, Line(event.MESSAGE, extra), extra={"virtbus": extra})
 
 
 def configure(*, level: str = "info", fmt: str = "auto", stream: TextIO | None = None) -> None:
-    """Write a log of our own: level "debug" … "error", format "text", "json" or "auto"."""
-    global _log
-    _log = Log(level=level, fmt=fmt, stream=stream)
+    """Write a log of our own: level "debug" … "error"; format "text", "json", or "auto" (by terminal)."""
+    _logger.handlers = [Handler(stream, fmt, METRICS.log_failures.inc)]
+    _logger.propagate = False
+    _logger.setLevel(level.upper())
 
 
 # ------------------------------------------------------------------------------------- the events
 
 
-@dataclass(frozen=True, slots=True)
-class AgentStarted(TelemetryEvent):
+class AgentStarted(TelemetryEvent, message="agent started"):
     """The agent's identity and epoch are known."""
 
-    MESSAGE: ClassVar[str] = "agent started"
     version: str
     agent_id: str
     epoch: str
@@ -264,97 +241,83 @@ class AgentStarted(TelemetryEvent):
         metrics.started_seconds.set(self.started_unix)
 
 
-@dataclass(frozen=True, slots=True)
-class AgentStopped(TelemetryEvent):
+class AgentStopped(TelemetryEvent, message="agent stopped"):
     """The agent ends; what was not confirmed stays in the spool."""
 
-    MESSAGE: ClassVar[str] = "agent stopped"
     left_in_spool: int
 
 
-@dataclass(frozen=True, slots=True)
-class SourceRegistered(TelemetryEvent):
+class SourceRegistered(
+    TelemetryEvent,
+    message="libvirt connected, callbacks registered",
+    sets={"source_connected": 1},
+    counts=("source_reconnects",),
+):
     """Callbacks are registered and the first look is done."""
 
-    MESSAGE: ClassVar[str] = "libvirt connected, callbacks registered"
     uri: str
     libvirt_version: str | None
     hypervisor_version: str | None
     domains: int
 
-    def measure(self, metrics: Metrics) -> None:
-        """The source is up."""
-        metrics.source_connected.set(1)
-        metrics.source_reconnects.inc()
 
-
-@dataclass(frozen=True, slots=True)
-class SourceCutOff(TelemetryEvent):
+class SourceCutOff(
+    TelemetryEvent,
+    level="warning",
+    message="cut off from libvirt; reconnecting",
+    every=30,
+    sets={"source_connected": 0},
+):
     """The source does not observe now."""
 
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "cut off from libvirt; reconnecting"
-    LIMIT_SECONDS: ClassVar[float] = 30.0
     uri: str
     error: Exception | str
 
-    def measure(self, metrics: Metrics) -> None:
-        """The source is down."""
-        metrics.source_connected.set(0)
 
-
-@dataclass(frozen=True, slots=True)
-class BusConnected(TelemetryEvent):
+class BusConnected(
+    TelemetryEvent, message="broker connected", sets={"bus_connected": 1}, counts=("bus_reconnects",)
+):
     """A connection to the broker stands."""
 
-    MESSAGE: ClassVar[str] = "broker connected"
     bus: str
 
-    def measure(self, metrics: Metrics) -> None:
-        """The bus is up."""
-        metrics.bus_connected.set(1)
-        metrics.bus_reconnects.inc()
 
-
-@dataclass(frozen=True, slots=True)
-class BusLost(TelemetryEvent):
+class BusLost(
+    TelemetryEvent,
+    level="warning",
+    message="broker connection lost; events stay in the spool",
+    every=30,
+    sets={"bus_connected": 0},
+):
     """The connection to the broker is gone or was thrown away."""
 
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "broker connection lost; events stay in the spool"
-    LIMIT_SECONDS: ClassVar[float] = 30.0
     bus: str
     error: Exception | str
 
-    def measure(self, metrics: Metrics) -> None:
-        """The bus is down."""
-        metrics.bus_connected.set(0)
 
-
-@dataclass(frozen=True, slots=True)
-class DeadLetterWaits(TelemetryEvent):
+class DeadLetterWaits(
+    TelemetryEvent,
+    level="error",
+    message="a dead letter can't be put aside now; trying again, other messages go on",
+    every=30,
+    by="queue",
+):
     """A message could not be put aside now; it is kept unacknowledged and tried again."""
 
-    LEVEL: ClassVar[str] = "error"
-    MESSAGE: ClassVar[str] = "a dead letter can't be put aside now; trying again, other messages go on"
-    LIMIT_SECONDS: ClassVar[float] = 30.0
     queue: str  # or topic
     position: str
     waiting: int
     error: Exception | str
 
-    def limit_key(self) -> object:
-        """A line a queue."""
-        return self.queue
 
-
-@dataclass(frozen=True, slots=True)
-class DeadLetterStored(TelemetryEvent):
+class DeadLetterStored(
+    TelemetryEvent,
+    level="warning",
+    message="put into the dead letters; see `virtbus dead list`",
+    every=10,
+):
     """A message lies in the dead letters, confirmed by the broker."""
 
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "put into the dead letters; see `virtbus dead list`"
-    LIMIT_SECONDS: ClassVar[float] = 10.0
     queue: str
     position: str
     reason: str
@@ -365,28 +328,22 @@ class DeadLetterStored(TelemetryEvent):
         metrics.dead_letters.labels("consumer").inc()
 
 
-@dataclass(frozen=True, slots=True)
-class BusCutOff(TelemetryEvent):
+class BusCutOff(
+    TelemetryEvent,
+    level="warning",
+    message="broker connection lost; what was not acknowledged is delivered again",
+    every=30,
+    sets={"bus_connected": 0},
+):
     """A consumer's connection to the broker is gone or was thrown away."""
 
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "broker connection lost; what was not acknowledged is delivered again"
-    LIMIT_SECONDS: ClassVar[float] = 30.0
     bus: str
     error: Exception | str
 
-    def measure(self, metrics: Metrics) -> None:
-        """The bus is down."""
-        metrics.bus_connected.set(0)
 
-
-@dataclass(frozen=True, slots=True)
-class BusBlocked(TelemetryEvent):
+class BusBlocked(TelemetryEvent, level="warning", message="broker blocks publishers", every=30, by="blocked"):
     """The broker blocks or unblocks publishers (its memory or disk alarm)."""
 
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "broker blocks publishers"
-    LIMIT_SECONDS: ClassVar[float] = 30.0
     bus: str
     blocked: bool
     reason: str | None = None
@@ -395,66 +352,49 @@ class BusBlocked(TelemetryEvent):
         """Show the state."""
         metrics.bus_blocked.set(1 if self.blocked else 0)
 
-    def limit_key(self) -> object:
-        """Blocked and unblocked are two lines."""
-        return self.blocked
 
-
-@dataclass(frozen=True, slots=True)
-class RetryScheduled(TelemetryEvent):
+class RetryScheduled(
+    TelemetryEvent, level="warning", message="trying again", every=30, by="stage", counts=("retries:stage",)
+):
     """Something failed and is tried again after a wait."""
 
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "trying again"
-    LIMIT_SECONDS: ClassVar[float] = 30.0
     stage: str
     attempt: int
     wait_seconds: float
     error: Exception | str
 
-    def measure(self, metrics: Metrics) -> None:
-        """Count the wait."""
-        metrics.retries.labels(self.stage).inc()
 
-    def limit_key(self) -> object:
-        """A line a stage."""
-        return self.stage
-
-
-@dataclass(frozen=True, slots=True)
-class EventUnroutable(TelemetryEvent):
+class EventUnroutable(
+    TelemetryEvent,
+    level="warning",
+    message="the broker has no place for this event; parked, will be tried again",
+    every=30,
+):
     """The broker has no place for this event now (nobody is bound, a full queue); its key waits."""
 
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "the broker has no place for this event; parked, will be tried again"
-    LIMIT_SECONDS: ClassVar[float] = 30.0
     event_id: str
     key: str
     why: str
 
 
-@dataclass(frozen=True, slots=True)
-class EventDeadLettered(TelemetryEvent):
+class EventDeadLettered(
+    TelemetryEvent,
+    level="error",
+    message="event set aside: see `virtbus spool list --dead`",
+    counts=("dead_letters:why",),
+):
     """An event was set aside in the spool's dead letters."""
 
-    LEVEL: ClassVar[str] = "error"
-    MESSAGE: ClassVar[str] = "event set aside: see `virtbus spool list --dead`"
     event_id: str
     why: str  # "refused", "invalid" or "damaged"
     error: Exception | str
 
-    def measure(self, metrics: Metrics) -> None:
-        """Count it."""
-        metrics.dead_letters.labels(self.why).inc()
 
-
-@dataclass(frozen=True, slots=True)
-class EventsGaveWay(TelemetryEvent):
+class EventsGaveWay(
+    TelemetryEvent, level="error", message="spool full: events gave way, named in a gap event", every=10
+):
     """The spool was full; the least important events were given up and named in a gap event."""
 
-    LEVEL: ClassVar[str] = "error"
-    MESSAGE: ClassVar[str] = "spool full: events gave way, named in a gap event"
-    LIMIT_SECONDS: ClassVar[float] = 10.0
     count: int
 
     def measure(self, metrics: Metrics) -> None:
@@ -462,227 +402,191 @@ class EventsGaveWay(TelemetryEvent):
         metrics.dropped.inc(self.count)
 
 
-@dataclass(frozen=True, slots=True)
-class SpoolUnwritable(TelemetryEvent):
+class SpoolUnwritable(
+    TelemetryEvent, level="error", message="spool can't be written; counts are kept in memory", every=10
+):
     """A commit failed; counts are kept in memory."""
 
-    LEVEL: ClassVar[str] = "error"
-    MESSAGE: ClassVar[str] = "spool can't be written; counts are kept in memory"
-    LIMIT_SECONDS: ClassVar[float] = 10.0
     path: str
     error: Exception | str
 
 
-@dataclass(frozen=True, slots=True)
-class SpoolStumbled(TelemetryEvent):
+class SpoolStumbled(
+    TelemetryEvent, level="warning", message="the spool's disk refused; tried again", every=30, by="doing"
+):
     """The disk refused what the publisher asked of the spool; nothing is lost, it asks again."""
 
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "the spool's disk refused; tried again"
-    LIMIT_SECONDS: ClassVar[float] = 30.0
     doing: str
     error: Exception | str
 
-    def limit_key(self) -> object:
-        """A line for reading, one for settling."""
-        return self.doing
 
-
-@dataclass(frozen=True, slots=True)
-class SpoolWritable(TelemetryEvent):
+class SpoolWritable(TelemetryEvent, message="spool is written again"):
     """Commits succeed again."""
 
-    MESSAGE: ClassVar[str] = "spool is written again"
     path: str
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class SpoolSetAside(TelemetryEvent):
+class SpoolSetAside(
+    TelemetryEvent, level="error", message="damaged spool set aside; what could be read was rescued"
+):
     """A damaged spool file was renamed and a new one begun."""
 
-    LEVEL: ClassVar[str] = "error"
-    MESSAGE: ClassVar[str] = "damaged spool set aside; what could be read was rescued"
     path: str
     set_aside: str
     rescued: int
     error: Exception | str
 
 
-@dataclass(frozen=True, slots=True)
-class InsecureTransport(TelemetryEvent):
+class InsecureTransport(
+    TelemetryEvent,
+    level="warning",
+    message="PLAINTEXT to the broker: anyone on the path reads and forges events; use amqps:// or kafkas://",
+    sets={"insecure_transport": 1},
+):
     """The broker is reached in plaintext beyond loopback."""
 
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = (
-        "PLAINTEXT to the broker: anyone on the path reads and forges events; use amqps:// or kafkas://"
-    )
     bus: str
 
-    def measure(self, metrics: Metrics) -> None:
-        """Show it."""
-        metrics.insecure_transport.set(1)
 
-
-@dataclass(frozen=True, slots=True)
-class Notice(TelemetryEvent):
+class Notice(TelemetryEvent, message="notice"):
     """A plain informational line with no metric of its own."""
 
-    MESSAGE: ClassVar[str] = "notice"
     what: str
 
 
-@dataclass(frozen=True, slots=True)
-class Trouble(TelemetryEvent):
+class Trouble(TelemetryEvent, level="error", message="unexpected error; carrying on", every=5, by="where"):
     """An unexpected error that was survived; a bug of ours when it names one of our own types."""
 
-    LEVEL: ClassVar[str] = "error"
-    MESSAGE: ClassVar[str] = "unexpected error; carrying on"
-    LIMIT_SECONDS: ClassVar[float] = 5.0
     where: str
     error: Exception | str
     event_id: str | None = None
 
-    def limit_key(self) -> object:
-        """A line a place."""
-        return self.where
 
-
-@dataclass(frozen=True, slots=True)
-class ThreadDied(TelemetryEvent):
+class ThreadDied(
+    TelemetryEvent,
+    level="error",
+    message="a thread ended by an unexpected error; the agent ends, start it again",
+):
     """A thread of the agent ended by an unexpected error: the agent ends with exit code 70."""
 
-    LEVEL: ClassVar[str] = "error"
-    MESSAGE: ClassVar[str] = "a thread ended by an unexpected error; the agent ends, start it again"
     thread: str
     error: str
 
 
-@dataclass(frozen=True, slots=True)
-class LookupFinished(TelemetryEvent):
+class LookupFinished(TelemetryEvent, level="debug", message="domain looked up", counts=("lookups:result",)):
     """A look-up of a domain ended, or outlived its deadline: result "found", "failed" or "late"."""
 
-    LEVEL: ClassVar[str] = "debug"
-    MESSAGE: ClassVar[str] = "domain looked up"
     result: str
     domain_uuid: str
     error: Exception | str | None = None
 
-    def measure(self, metrics: Metrics) -> None:
-        """Count it."""
-        metrics.lookups.labels(self.result).inc()
 
-
-@dataclass(frozen=True, slots=True)
-class LookupsReplaced(TelemetryEvent):
+class LookupsReplaced(
+    TelemetryEvent,
+    level="warning",
+    message="look-ups hang in libvirt; events go on, their connection is replaced",
+    every=30,
+):
     """Every place of the look-up connection hangs: a second connection takes over."""
 
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "look-ups hang in libvirt; events go on, their connection is replaced"
-    LIMIT_SECONDS: ClassVar[float] = 30.0
     hanging: int
 
 
-@dataclass(frozen=True, slots=True)
-class LibvirtSaid(TelemetryEvent):
+class BlockJobFailed(
+    TelemetryEvent,
+    level="warning",
+    message="a block job of a disk failed; its guest runs on, look at the job's target",
+    every=5,
+):
+    """A copy, commit or pull of a guest's disk failed, most often at its target; libvirt does not say why."""
+
+    domain: str
+    disk: str
+
+
+class LibvirtSaid(TelemetryEvent, level="debug", message="libvirt"):
     """What libvirt's client library would have written to standard error."""
 
-    LEVEL: ClassVar[str] = "debug"
-    MESSAGE: ClassVar[str] = "libvirt"
     what: str
 
 
-@dataclass(frozen=True, slots=True)
-class EventUnsupported(TelemetryEvent):
+class EventUnsupported(
+    TelemetryEvent, level="warning", message="libvirt does not offer this event; going on without"
+):
     """The daemon does not know an event: what depends on it is found later, or by looking."""
 
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "libvirt does not offer this event; going on without"
     name: str
     error: Exception | str
 
 
-@dataclass(frozen=True, slots=True)
-class CallbackUndecodable(TelemetryEvent):
+class CallbackUndecodable(
+    TelemetryEvent,
+    level="warning",
+    message="a libvirt callback is not UTF-8 and was lost; looking at all domains",
+    every=30,
+):
     """A callback was lost because its text is not UTF-8; every domain is looked at instead."""
 
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "a libvirt callback is not UTF-8 and was lost; looking at all domains"
-    LIMIT_SECONDS: ClassVar[float] = 30.0
     error: Exception | str
 
 
-@dataclass(frozen=True, slots=True)
-class DomainUnreadable(TelemetryEvent):
+class DomainUnreadable(
+    TelemetryEvent,
+    level="warning",
+    message="domain XML refused; its events go out without a description",
+    every=60,
+    by="domain_uuid",
+):
     """A domain's XML was refused: its events go out without a description."""
 
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "domain XML refused; its events go out without a description"
-    LIMIT_SECONDS: ClassVar[float] = 60.0
     domain_uuid: str
     error: Exception | str
 
-    def limit_key(self) -> object:
-        """A line a domain."""
-        return self.domain_uuid
 
-
-@dataclass(frozen=True, slots=True)
-class RunningAsRoot(TelemetryEvent):
+class RunningAsRoot(
+    TelemetryEvent,
+    level="warning",
+    message="running as root; a user of its own that may open libvirt's read-only socket is enough",
+):
     """The agent has more rights than it needs."""
 
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = (
-        "running as root; a user of its own that may open libvirt's read-only socket is enough"
-    )
 
-
-@dataclass(frozen=True, slots=True)
-class SecretExposed(TelemetryEvent):
+class SecretExposed(TelemetryEvent, level="warning", message="a secret is open to every user of this host"):
     """Another user of this host can read a secret."""
 
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "a secret is open to every user of this host"
     what: str
 
 
-@dataclass(frozen=True, slots=True)
-class ConfigReloaded(TelemetryEvent):
+class ConfigReloaded(
+    TelemetryEvent, message="settings read anew; passwords and certificates are, at each connection"
+):
     """SIGHUP: the settings were read anew."""
 
-    MESSAGE: ClassVar[str] = "settings read anew; passwords and certificates are, at each connection"
     applied: list[str]
     needs_restart: list[str]
 
 
-@dataclass(frozen=True, slots=True)
-class ConfigRefused(TelemetryEvent):
+class ConfigRefused(TelemetryEvent, level="error", message="settings refused; going on with those in force"):
     """SIGHUP: the new settings can't be used."""
 
-    LEVEL: ClassVar[str] = "error"
-    MESSAGE: ClassVar[str] = "settings refused; going on with those in force"
     error: Exception | str
 
 
-@dataclass(frozen=True, slots=True)
-class DrillAsked(TelemetryEvent):
+class DrillAsked(TelemetryEvent, level="warning", message="alert drill: an event of origin replay is made"):
     """Somebody runs an alert drill over the control socket."""
 
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "alert drill: an event of origin replay is made"
     domain_name: str
     domain_uuid: str
     action: str
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class PeerRefused(TelemetryEvent):
+class PeerRefused(
+    TelemetryEvent, level="warning", message="control socket: another user was refused", every=30
+):
     """A user who is neither ours nor root connected to the control socket."""
 
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "control socket: another user was refused"
-    LIMIT_SECONDS: ClassVar[float] = 30.0
     uid: int
 
 

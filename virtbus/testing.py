@@ -25,7 +25,6 @@ from typing import Any, TypeVar
 from virtbus import envelope
 from virtbus.bus import DeadLetters, Feed, Memory
 from virtbus.errors import BusUnavailable
-from virtbus.faultkit import FakeAmqpConnection, FakeAmqpPeer, Published, Script, TcpFaultProxy, wait_until
 from virtbus.model import (
     Backlog,
     Binding,
@@ -78,15 +77,10 @@ __all__ = [
     "DOMAIN_UUID",
     "EPOCH",
     "MOMENT",
-    "FakeAmqpConnection",
-    "FakeAmqpPeer",
     "FakeBus",
     "FakeSource",
     "FakeSubscription",
     "ListFeed",
-    "Published",
-    "Script",
-    "TcpFaultProxy",
     "a_device",
     "a_domain",
     "a_gap",
@@ -99,7 +93,6 @@ __all__ = [
     "an_io_error",
     "no_waiting",
     "records",
-    "wait_until",
 ]
 
 AGENT_ID = "6f1c3f5e-8f4e-4f0e-9c39-0c5b2c7b1a11"

@@ -17,7 +17,9 @@ class Holds:
 
     def __init__(self, path: Path) -> None:
         self.database = sqlite3.connect(path, isolation_level=None)
-        self.database.execute("CREATE TABLE IF NOT EXISTS hold (incident TEXT PRIMARY KEY, host TEXT NOT NULL)")
+        self.database.execute(
+            "CREATE TABLE IF NOT EXISTS hold (incident TEXT PRIMARY KEY, host TEXT NOT NULL)"
+        )
 
     def hold(self, incident: str, host: str) -> None:
         self.database.execute("INSERT OR REPLACE INTO hold VALUES (?, ?)", (incident, host))
@@ -35,7 +37,9 @@ def act(delivery: Delivery, holds: Holds) -> None:
 
 
 def missing(told: MissingEvents) -> None:
-    logging.error("events %s to %s of %s will not come: look at its guests", told.first, told.last, told.source)
+    logging.error(
+        "events %s to %s of %s will not come: look at its guests", told.first, told.last, told.source
+    )
 
 
 def main(url: str, state: Path, topic: str = "virtbus.events") -> None:

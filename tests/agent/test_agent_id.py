@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.agent.process import virtbus
-from virtbus.identity import is_of_another_machine, load_agent_id
+from virtbus.agent.identity import is_of_another_machine, load_agent_id
 
 
 def agent_id(folder: Path, *words: str) -> tuple[int, str, str]:

@@ -128,7 +128,7 @@ def test_the_sdk_works_where_libvirt_cant_be_imported(tmp_path):
         "import virtbus; from virtbus import Consumer, IoError\n"
         f"consumer = Consumer('embedded://{tmp_path}/bus.db', group='g')\n"
         "assert consumer.receive(0.1) is None; consumer.close()\n"
-        "ours = ('virtbus.agent', 'virtbus.spool', 'virtbus.sources')\n"
+        "ours = ('virtbus.agent.agent', 'virtbus.spool', 'virtbus.sources')\n"
         "assert not [name for name in sys.modules if name.startswith(ours)]\n"
     )
     done = subprocess.run(

@@ -11,8 +11,8 @@ import kombu
 import pytest
 
 from tests.agent.process import AgentProcess, virtbus
+from tests.faultkit import TcpFaultProxy
 from tests.lab.lab import PAUSED_IOERROR, RUNNING, Lab
-from virtbus.testing import TcpFaultProxy
 
 IO_ERROR = "io.virtbus.domain.io_error.v1"
 GAP = "io.virtbus.agent.gap.v1"

@@ -19,7 +19,7 @@ import pytest
 from tests.agent.process import COMMAND, AgentProcess, virtbus
 from tests.agent.test_bad_input import complaint
 from tests.conftest import need
-from virtbus.control import ask
+from virtbus.agent.control import ask
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,7 @@ def test_a_missing_word_is_one_line() -> None:
 @pytest.mark.parametrize("command", ["consume", "emit", "doctor", "watch"])
 @pytest.mark.parametrize("number", ["nan", "inf", "1e+20"])
 def test_a_time_that_never_ends_is_no_timeout(command: str, number: str) -> None:
-    assert f"{number} is no number of seconds up to a year" in complaint(
+    assert f"{number} is not a number of seconds up to a year" in complaint(
         command, "--timeout", number, code=78
     )
 

@@ -10,16 +10,17 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from tests.agent.test_agent import AGENT, House
+from tests.faultkit import wait_until
 from tests.faults.spool_kit import open_spool
 from tests.sources.simulated import SimulatedHost
 from tests.sources.test_observer import OPTIONS
-from virtbus.agent import Agent, AgentOptions
-from virtbus.incidents import IncidentLimits, Incidents
+from virtbus.agent.agent import Agent, AgentOptions
+from virtbus.agent.incidents import IncidentLimits, Incidents
+from virtbus.agent.publisher import _SpoolFeed
 from virtbus.model import CallbackLost, Host, Now, SourceLost, SourceReady, SourceSeen
-from virtbus.publishing import _SpoolFeed
 from virtbus.sources.observer import Observer
 from virtbus.spool import Spool, SpoolLimits, faults
-from virtbus.testing import FakeBus, FakeSource, a_gap, a_host, a_raw_io_error, wait_until
+from virtbus.testing import FakeBus, FakeSource, a_gap, a_host, a_raw_io_error
 
 T = 1_800_000_000 * 10**9
 
@@ -79,7 +80,7 @@ def test_an_error_that_was_queued_after_the_drain_lies_in_the_gap_when_its_commi
 def test_the_time_for_which_libvirt_was_away_lies_in_a_gap_also_when_the_agent_ends_meanwhile(
     tmp_path, house, monkeypatch, end
 ):
-    monkeypatch.setattr("virtbus.agent.ALIVE_SECONDS", 0.05)
+    monkeypatch.setattr("virtbus.agent.agent.ALIVE_SECONDS", 0.05)
     monkeypatch.setattr("virtbus.spool.committing.ALIVE_SECONDS", 0.05)
 
     def away():
@@ -104,7 +105,7 @@ def test_a_start_that_finds_no_libvirt_claims_to_have_seen_nothing(tmp_path, hou
     first = house()
     first.wait("gap")
     first.end()
-    monkeypatch.setattr("virtbus.agent.SOURCE_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("virtbus.agent.agent.SOURCE_GRACE_SECONDS", 0.1)
     run = FakeSource.run
     monkeypatch.setattr(FakeSource, "run", lambda self, sink, stop: stop.wait())
     ended = time.time()
@@ -303,7 +304,7 @@ def test_a_thread_that_dies_ends_the_agent_with_its_reason(tmp_path, monkeypatch
 
 def copied(tmp_path, *hosts: Host):
     """The ids that agents on one state folder's copies get, one a host, and what they tell."""
-    from virtbus.identity import load_agent_id, tie_to_host
+    from virtbus.agent.identity import load_agent_id, tie_to_host
 
     machine = tmp_path / "machine-id"
     machine.write_text("0123456789abcdef0123456789abcdef\n")
@@ -341,7 +342,7 @@ def test_an_agent_on_a_copied_folder_says_so_before_anything_else_under_its_new_
 
 
 def test_libvirt_that_comes_late_and_names_another_host_ends_the_agent_for_a_new_start(tmp_path, monkeypatch):
-    monkeypatch.setattr("virtbus.agent.SOURCE_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("virtbus.agent.agent.SOURCE_GRACE_SECONDS", 0.1)
     monkeypatch.setattr(FakeSource, "run", lambda self, sink, stop: stop.wait())
     new = "99999999-2222-4333-8444-555555555555"
     one = House(tmp_path / "state")

@@ -1,7 +1,7 @@
-"""Consuming from RabbitMQ: the SDK with a dedupe file and validation beside bare kombu, on one queue in one run.
+"""Consuming from RabbitMQ: the SDK with dedupe file and validation beside bare kombu, one queue, one run.
 
-Both acknowledge each message; prefetch 100. The bare consumer decodes nothing and remembers nothing. `durable`
-is the SDK's default (a synced mark each ack), `group commit` shares a write among up to 64 acks.
+Both acknowledge each message; prefetch 100. The bare consumer decodes nothing and remembers nothing.
+`durable` is the SDK's default (a synced mark each ack), `group commit` shares a write among up to 64 acks.
 """
 
 from __future__ import annotations

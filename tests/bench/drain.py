@@ -19,11 +19,11 @@ from pathlib import Path
 
 from tests.bench.measure import cpu_seconds, memory
 from virtbus import telemetry
-from virtbus.agent import Agent, AgentOptions
+from virtbus.agent.agent import Agent, AgentOptions
+from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.bus import BusOptions, open_bus
 from virtbus.commands.run import spare_collector
 from virtbus.envelope import uuid7
-from virtbus.incidents import IncidentLimits, Incidents
 from virtbus.spool import Spool, SpoolLimits
 from virtbus.testing import FakeSource, a_domain, an_io_error
 

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from virtbus.agent.control import ask
 from virtbus.bus import BusOptions, open_bus
-from virtbus.control import ask
 from virtbus.envelope import decode
 from virtbus.errors import BusUnavailable
 

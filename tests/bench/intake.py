@@ -14,9 +14,9 @@ from pathlib import Path
 from tests.bench import peers
 from tests.bench.measure import Row
 from virtbus import telemetry
-from virtbus.agent import Agent, AgentOptions
+from virtbus.agent.agent import Agent, AgentOptions
+from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.envelope import uuid7
-from virtbus.incidents import IncidentLimits, Incidents
 from virtbus.model import RawIoError
 from virtbus.sources import Sink
 from virtbus.spool import Spool, SpoolLimits

@@ -11,7 +11,7 @@ import pytest
 import virtbus.bus as bus_module
 from virtbus import plugins
 from virtbus.bus import BusOptions, checked_group, is_loopback, open_bus
-from virtbus.bus.amqp import AmqpBus
+from virtbus.bus.amqp.bus import AmqpBus
 from virtbus.errors import ConfigError
 
 
@@ -84,7 +84,7 @@ class FakeFactory:
 
 def test_a_missing_module_names_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "confluent_kafka", None)
-    monkeypatch.delitem(sys.modules, "virtbus.bus.kafka", raising=False)
+    monkeypatch.delitem(sys.modules, "virtbus.bus.kafka.bus", raising=False)
     with pytest.raises(ConfigError, match=r"needs the Python module .*pip install 'virtbus\[kafka\]'"):
         open_bus("kafka://host")
 

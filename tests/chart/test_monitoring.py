@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import generate_latest
 
 from tests.chart import helm, tools
 from tests.chart.helm import CHART
@@ -25,6 +26,7 @@ from tests.chart.prometheus import DASHBOARD, Prometheus, fill, panels
 from tests.conftest import need
 from tests.lab.lab import Lab
 from tests.ports import free_ports
+from virtbus.integrations.told import REACT
 
 ALERTS = CHART / "files" / "alerts.yaml"
 UNIT_TESTS = Path(__file__).parent / "alerts.test.yaml"
@@ -40,9 +42,8 @@ def promtool() -> Path:
 
 
 def _rules() -> list[dict[str, Any]]:
-    (group,) = yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"]
-    rules: list[dict[str, Any]] = group["rules"]
-    return rules
+    groups = yaml.safe_load(ALERTS.read_text(encoding="utf-8"))["groups"]
+    return [rule for group in groups for rule in group["rules"]]
 
 
 def _run(*command: object) -> subprocess.CompletedProcess[str]:
@@ -61,9 +62,10 @@ def test_promtool_takes_the_alerts_as_rendered(promtool: Path, tmp_path: Path) -
     file.write_text(yaml.safe_dump(spec), encoding="utf-8")
     done = _run(promtool, "check", "rules", file)
     assert done.returncode == 0, done.stdout + done.stderr
-    for rule in spec["groups"][0]["rules"]:
-        assert 'job="agents",namespace="virtbus"' in rule["expr"]
-        assert rule["annotations"]["runbook_url"].startswith("https://")
+    for group, job in zip(spec["groups"], ("agents", "agents-react"), strict=True):
+        for rule in group["rules"]:
+            assert f'job="{job}",namespace="virtbus"' in rule["expr"]
+            assert rule["annotations"]["runbook_url"].startswith("https://")
 
 
 def test_each_alert_fires_when_it_should_and_is_silent_when_not(promtool: Path, tmp_path: Path) -> None:
@@ -176,6 +178,8 @@ def test_every_metric_of_alerts_and_dashboard_is_the_agents_and_every_query_find
     watched: Watched,
 ) -> None:
     known = set(re.findall(r"^(virtbus_\w+)(?:\{| )", watched.metrics, re.MULTILINE))
+    reacting = generate_latest(REACT.registry).decode()
+    known |= set(re.findall(r"^# TYPE (virtbus_(?:react|fleet)_\w+)", reacting, re.MULTILINE))
     queries = [target["expr"] for panel in panels() for target in panel["targets"]]
     rules = [rule["expr"] for rule in _rules()]
     for expression in [*queries, *rules]:

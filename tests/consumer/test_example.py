@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import runpy
@@ -9,14 +10,16 @@ import sqlite3
 import subprocess
 import sys
 import time
+import uuid
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from tests.faultkit import wait_until
 from virtbus.bus import BusOptions, open_bus
 from virtbus.consumer import Consumer
-from virtbus.testing import ListFeed, a_record, an_incident, an_io_error, wait_until
+from virtbus.testing import ListFeed, a_record, an_io_error
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "acting.py"
 KILLS = int(os.environ.get("VIRTBUS_TEST_CONSUMER_KILLS", "5"))
@@ -56,9 +59,9 @@ def test_a_scheduler_by_the_docs_survives_kills(
     for number in range(KILLS):
         scheduler = start()
         for one in range(EACH):
-            name = f"incident-{number}-{one}"
+            name = str(uuid.UUID(int=number * EACH + one))
             wanted.add(name)
-            event = an_io_error(incident=an_incident(id=name))
+            event = an_io_error(incident=dataclasses.replace(an_io_error().incident, id=name))
             ListFeed([a_record(event, row=number * EACH + one + 1)]).drain(bus)
         time.sleep(chance.uniform(0.3, 1.5))
         scheduler.kill()

@@ -49,7 +49,7 @@ def test_every_effect_happens_and_only_what_was_in_flight_at_a_kill_happens_agai
     chance = random.Random(7)
     spawn = multiprocessing.get_context("forkserver")
     spawn.set_forkserver_preload(
-        ["tests.consumer.victim", "virtbus.bus.amqp_consumer", "virtbus.bus.embedded"]
+        ["tests.consumer.victim", "virtbus.bus.amqp.subscription", "virtbus.bus.embedded"]
     )
     effects, dedupe = tmp_path / "effects", tmp_path / "seen.db"
     options = BusOptions(topic=topic)

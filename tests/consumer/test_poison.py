@@ -10,7 +10,7 @@ import kombu
 import pytest
 
 from virtbus.bus import BusOptions, open_bus
-from virtbus.bus.amqp_consumer import AmqpSubscription
+from virtbus.bus.amqp.subscription import AmqpSubscription
 from virtbus.bus.embedded import EmbeddedSubscription
 from virtbus.consumer import Consumer
 from virtbus.envelope import MAX_DECODE_BYTES

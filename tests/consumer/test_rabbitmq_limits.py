@@ -18,7 +18,7 @@ from tests.brokers.rabbitmq import RabbitMQ
 from tests.faults.amqp_kit import close_connections
 from tests.faults.consumer_kit import GROUP, QUEUE, dead_ids, die, make_group, publish, publish_raw
 from virtbus.bus import CUT_HEADER, REASON_HEADER, BusOptions, open_bus
-from virtbus.bus.amqp_link import translated
+from virtbus.bus.amqp.connection import translated
 from virtbus.consumer import Consumer, Delivery
 from virtbus.errors import BusDenied, BusUnavailable, RecordRefused
 from virtbus.telemetry import METRICS
@@ -274,7 +274,7 @@ def test_an_error_advises_what_helps(
 
 
 def test_an_exchange_whose_name_holds_the_word_topic_is_no_topic_permission() -> None:
-    from virtbus.bus.amqp import _verdict_on_one
+    from virtbus.bus.amqp.bus import _verdict_on_one
 
     def verdict(text: str) -> object:
         error = amqp.exceptions.error_for_code(403, text, (60, 40), amqp.ChannelError)

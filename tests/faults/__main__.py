@@ -48,6 +48,7 @@ SCENARIOS = (
     Scenario("two_writers", "the lock is removed and a second agent starts", "10", "1"),
     Scenario("amqp_herd", "a thousand agents after the broker's return", "1000 15", "100 5"),
     Scenario("throughput", "from the spool against raw pipelined kombu", "3 20000", "1 5000"),
+    Scenario("late_look", "guests whose QEMU hangs, over restarts of the agent", "20", "3"),
     Scenario("incidents_model", "random histories of errors, kills and failed commits",
              "--examples 10000", "--examples 200"),
     Scenario("consumer_kills", "a consumer is killed at random under load, on each bus", "200", "5"),
@@ -58,6 +59,7 @@ SCENARIOS = (
     Scenario("kafka_restarts", "the only Kafka broker is killed under load", "--runs 10", "--runs 2"),
     Scenario("kafka_overtaken", "retention overtakes a Kafka group, its topic is replaced",
              "--rounds 40", "--rounds 8"),
+    Scenario("holds", "random fleets over days: holds, and whether they are given back", "1000 2", "20 1"),
     Scenario("kafka_leader", "leaders of a Kafka cluster are killed under load", "--runs 5", "--runs 1"),
 )  # fmt: skip
 

@@ -22,7 +22,7 @@ def kills(url: str, folder: Path, number: int) -> tuple[int, int]:
     make_group(url)
     publish(url, records(number, keys=20))
     spawn = multiprocessing.get_context("forkserver")
-    spawn.set_forkserver_preload(["tests.faults.consumer_kit", "virtbus.bus.amqp_consumer"])
+    spawn.set_forkserver_preload(["tests.faults.consumer_kit", "virtbus.bus.amqp.subscription"])
     for _ in range(number):
         process = spawn.Process(target=one_and_die, args=(url, str(folder)))
         process.start()

@@ -20,12 +20,13 @@ from hypothesis import seed as with_seed
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
+from tests.faultkit import FakeAmqpConnection, FakeAmqpPeer, Published
 from virtbus import telemetry
 from virtbus.bus import BusOptions
-from virtbus.bus.amqp import AmqpBus
+from virtbus.bus.amqp.bus import AmqpBus
 from virtbus.errors import BusUnavailable
 from virtbus.model import Confirmed, Deferred, Outcome, Record, Refused, Unroutable
-from virtbus.testing import FakeAmqpConnection, FakeAmqpPeer, ListFeed, Published, records
+from virtbus.testing import ListFeed, records
 
 CONFIRM_TIMEOUT = 0.03
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from tests.faults.amqp_kit import make_queue, private_broker
 from virtbus.bus import BusOptions
-from virtbus.bus.amqp import AmqpBus
+from virtbus.bus.amqp.bus import AmqpBus
 from virtbus.errors import BusUnavailable
 from virtbus.model import Confirmed, Deferred
 from virtbus.retry import Backoff

@@ -19,13 +19,14 @@ from pathlib import Path
 import kombu
 
 from tests.brokers.rabbitmq import RabbitMQ
+from tests.faultkit import TcpFaultProxy, wait_until
 from virtbus.bus import BusOptions
-from virtbus.bus.amqp import AmqpBus
+from virtbus.bus.amqp.bus import AmqpBus
 from virtbus.errors import BusDenied, BusUnavailable
 from virtbus.model import Confirmed, Deferred, Record
 from virtbus.retry import Backoff
 from virtbus.telemetry import METRICS, configure
-from virtbus.testing import ListFeed, TcpFaultProxy, records, wait_until
+from virtbus.testing import ListFeed, records
 
 QUEUE = "load"
 

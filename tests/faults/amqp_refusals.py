@@ -15,7 +15,7 @@ import kombu
 from tests.brokers.rabbitmq import RabbitMQ
 from tests.faults.amqp_kit import drain_queue, private_broker
 from virtbus.bus import BusOptions
-from virtbus.bus.amqp import AmqpBus
+from virtbus.bus.amqp.bus import AmqpBus
 from virtbus.model import Confirmed, Deferred, Record
 from virtbus.testing import ListFeed, records
 

@@ -20,17 +20,18 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from tests.faultkit import wait_until
 from tests.faults.amqp_kit import QUEUE, drain_queue, make_queue, private_broker
 from tests.faults.disks import Disk, failing_disk, missing_tools, read_only_disk, read_only_files, small_disk
 from tests.faults.kills import Bench
-from virtbus.agent import Agent, AgentOptions
+from virtbus.agent.agent import Agent, AgentOptions
+from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.bus import BusOptions, open_bus
 from virtbus.envelope import uuid7
-from virtbus.incidents import IncidentLimits, Incidents
 from virtbus.model import Event, IoError, Stamp
 from virtbus.spool import Spool, SpoolLimits
 from virtbus.telemetry import METRICS, configure
-from virtbus.testing import FakeSource, a_raw_io_error, wait_until
+from virtbus.testing import FakeSource, a_raw_io_error
 
 AGENT = "11111111-2222-4333-8444-555555555555"
 LAST = "ffffffff-ffff-4fff-8fff-ffffffffffff"  # the domain of the error that ends a wait

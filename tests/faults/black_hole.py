@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench import publish as bench
+from tests.faultkit import TcpFaultProxy, wait_until
 from tests.faults.amqp_kit import QUEUE, check, drain_queue, make_queue, private_broker, report
-from virtbus.agent import Agent, AgentOptions
+from virtbus.agent.agent import Agent, AgentOptions
+from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.bus import BusOptions, open_bus
 from virtbus.envelope import uuid7
-from virtbus.incidents import IncidentLimits, Incidents
 from virtbus.model import Record
 from virtbus.spool import Spool, SpoolLimits
 from virtbus.telemetry import METRICS
-from virtbus.testing import FakeSource, TcpFaultProxy, a_raw_io_error, wait_until
+from virtbus.testing import FakeSource, a_raw_io_error
 
 AGENT = "11111111-2222-4333-8444-555555555555"
 DOMAINS = 1000

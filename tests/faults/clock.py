@@ -20,10 +20,10 @@ from typing import Any
 
 from tests.faults.amqp_kit import make_queue, private_broker
 from tests.faults.kills import Bench
-from virtbus.agent import Agent, AgentOptions
+from virtbus.agent.agent import Agent, AgentOptions
+from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.bus import BusOptions, open_bus
 from virtbus.envelope import uuid7
-from virtbus.incidents import IncidentLimits, Incidents
 from virtbus.model import IoError, Now, Stamp
 from virtbus.spool import Spool, SpoolLimits
 from virtbus.telemetry import configure

@@ -218,7 +218,7 @@ def beside_killer(
     publish(url, [killer, *items])
     handed: set[str] = set()
     for _ in range(deaths):
-        consumer = Consumer(url, group=GROUP)
+        consumer = Consumer(url, group=GROUP, max_attempts=20)
         died = False
         while (delivery := _next(consumer)) is not None:
             if delivery.id == killer.id:

@@ -12,10 +12,10 @@ from itertools import count
 from pathlib import Path
 
 from tests.lab.storm_agent import keep
-from virtbus.agent import Agent, AgentOptions
+from virtbus.agent.agent import Agent, AgentOptions
+from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.envelope import uuid7
 from virtbus.errors import BusUnavailable
-from virtbus.incidents import IncidentLimits, Incidents
 from virtbus.model import DomainState, RawIoError, SourceReady
 from virtbus.sources import Sink
 from virtbus.spool import Spool, SpoolLimits

@@ -21,10 +21,10 @@ from threading import Event as StopEvent
 from tests.bench.events import Events
 from tests.faults.amqp_kit import private_broker
 from tests.faults.seen_kit import Came, end
-from virtbus.agent import Agent, AgentOptions
+from virtbus.agent.agent import Agent, AgentOptions
+from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.bus import BusOptions, open_bus
 from virtbus.envelope import uuid7
-from virtbus.incidents import IncidentLimits, Incidents
 from virtbus.model import Check, Clock, Description, RawIoError, SourceReady, SourceSeen
 from virtbus.sources import Sink
 from virtbus.spool import Spool, SpoolLimits

@@ -2,7 +2,7 @@
 
     python -m tests.faults.incidents_model [--examples 10000] [--steps 50] [--seed 1]
 
-Each history is checked after every step (see tests/unit/incidents_machine.py). Ends with 1 and the shortest
+Each history is checked after every step (see tests/faults/incidents_machine.py). Ends with 1 and the shortest
 failing history when a promise is broken.
 """
 
@@ -16,7 +16,7 @@ from collections import Counter
 from hypothesis import HealthCheck, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.unit.incidents_machine import IncidentsMachine
+from tests.faults.incidents_machine import IncidentsMachine
 
 done: Counter[str] = Counter()
 

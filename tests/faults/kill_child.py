@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from virtbus import telemetry
-from virtbus.agent import Agent, AgentOptions
+from virtbus.agent.agent import Agent, AgentOptions
+from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.bus import BusOptions, Feed, open_bus
 from virtbus.envelope import uuid7
-from virtbus.incidents import IncidentLimits, Incidents
 from virtbus.model import Event, Outcome, Record, Stamp
 from virtbus.sources import Sink
 from virtbus.spool import Spool, SpoolLimits, faults

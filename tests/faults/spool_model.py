@@ -20,7 +20,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from tests.faults.spool_kit import Book, HandClock, crash, gap, invalid, io_error, open_spool, resolved
 from virtbus import telemetry
 from virtbus.model import Confirmed, Deferred, Record, Refused, Unroutable
-from virtbus.spool import SpoolLimits, wishes
+from virtbus.spool import SpoolLimits
+from virtbus.spool import requests as wishes
 from virtbus.words import Phase
 
 DOMAINS = st.integers(0, 4)

@@ -14,10 +14,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from tests.faultkit import wait_until
 from tests.faults.fold_child import LIMITS
 from virtbus.model import Confirmed
 from virtbus.spool import Spool, SpoolLimits
-from virtbus.testing import AGENT_ID, wait_until
+from virtbus.testing import AGENT_ID
 
 LIVES = 4
 ENOUGH = 5000  # callbacks that each life commits, at the least

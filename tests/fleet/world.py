@@ -327,7 +327,7 @@ class World:
         items = tuple(
             OpenIncident(one.id, one.guest, one.guest[:8], one.device(), one.action, one.reason,
                          self._moment(one.opens, agent), moment, max(1, one.total), 1,
-                         one.action is Action.PAUSE, one.flapping)
+                         one.action is Action.PAUSE, one.flapping, drill=one.origin is Origin.REPLAY)
             for one in agent.incidents.values()
         )  # fmt: skip
         beat = Heartbeat(

@@ -10,10 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.agent.process import AgentProcess
 from tests.conftest import need
 from tests.integrations import control_planes
 from tests.integrations.control_planes import NovaApi
 from tests.integrations.parts import Recording, errors, eventually, heartbeat, publish, running
+from tests.integrations.plane import POINTS, World, story_of_a_kill
+from tests.lab.lab import PAUSED_IOERROR
+from tests.lab.test_source import NOVA
+from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.config import React, ReactMasakari, ReactNova
 from virtbus.consumer import Consumer
 from virtbus.integrations.base import (
@@ -26,8 +31,9 @@ from virtbus.integrations.base import (
     open_integration,
 )
 from virtbus.model import Action as Kind
-from virtbus.model import Origin, Owner
-from virtbus.testing import a_domain, a_record, an_io_error
+from virtbus.model import Now, Origin, Owner, Phase
+from virtbus.sources.link import ACTION_PAUSE, ACTION_REPORT
+from virtbus.testing import a_domain, a_host, a_raw_io_error, a_record, an_io_error
 from virtbus.words import Platform
 
 pytestmark = [
@@ -137,6 +143,48 @@ def test_events_on_rabbitmq_disable_the_service_and_a_well_heartbeat_enables_it(
         eventually(lambda: nova_api.services()["compute-1"][0] == "disabled", "disabled")
         publish(amqp_url, heartbeat("compute-1", sequence=200))
         eventually(lambda: nova_api.services()["compute-1"][0] == "enabled", "enabled")
+
+
+# ---- holds live in Nova
+
+
+def disabled(nova_api: NovaApi) -> set[str]:
+    """Hosts whose service is disabled, and by us."""
+    found = {host: reason for host, (status, reason) in nova_api.services().items() if status == "disabled"}
+    assert all(reason.startswith("virtbus: ") for reason in found.values()), found
+    return set(found)
+
+
+@pytest.mark.parametrize(
+    ("point", "ends", "losing_state"),
+    [(point, *(("bad", False), ("well", True))[turn % 2]) for turn, point in enumerate(POINTS)],
+)
+def test_a_kill_at_any_point_leaves_in_nova_what_is_true(
+    nova, nova_api, tmp_path, monkeypatch, point, ends, losing_state
+):
+    world = World(tmp_path, ["compute-1", "compute-2", "compute-3"], plane=nova)
+    story_of_a_kill(
+        world, point, monkeypatch, "compute-2", ends=ends, losing_state=losing_state,
+        held=lambda: {host.partition(".")[0] for host in disabled(nova_api)},
+    )  # fmt: skip
+    world.bad = set()
+    world.run(400)  # twice as long each time it came back
+    assert disabled(nova_api) == set()
+    world.kill()
+
+
+def test_a_service_that_we_disabled_tells_why_since_when_and_by_whom(nova, nova_api, tmp_path):
+    world = World(tmp_path, ["compute-1", "compute-2", "compute-3"], plane=nova)
+    world.bad = {"compute-1"}
+    world.run(60)
+    (told,) = nova.look({}, everything=True).holds
+    assert (told.host, told.since, told.by, told.times) == ("compute-1", 1_800_000_032.0, "test", 1)
+    assert told.why.startswith("undetermined: ")
+    _, found = nova_api.request("GET", "/v2.1/os-services?host=compute-1&binary=nova-compute")
+    nova_api.request("PUT", f"/v2.1/os-services/{found['services'][0]['id']}", {"status": "enabled"})
+    world.run(200)
+    assert disabled(nova_api) == set(), "an operator enabled it: left alone until it was well once"
+    world.kill()
 
 
 # ---- the weigher
@@ -258,3 +306,49 @@ def test_an_error_that_masakari_would_restart_a_guest_for_is_not_sent_unless_ask
         url = f"embedded://{tmp_path}/{uuid.uuid4().hex}.db"
         assert len(actions_for(made, url, event)) == expected
         made.close()
+
+
+def test_a_pause_is_told_once_also_when_a_reported_error_opened_its_incident(tmp_path, monkeypatch):
+    ids = (f"019a05f9-4236-7000-8000-{number:012d}" for number in range(9))
+    incidents = Incidents(IncidentLimits(), new_id=lambda: next(ids), host=a_host())
+    events = []
+    for second, code in ((0, ACTION_REPORT), (30, ACTION_PAUSE), (61, ACTION_PAUSE)):
+        raw = a_raw_io_error(action_code=code, observed_at=(1_800_000_000 + second) * 10**9)
+        events += incidents.apply(raw, Now(raw.observed_at, float(second)), lambda uuid: None)
+    assert events[0].incident.phase is Phase.OPENED
+    assert events[0].error.action is Kind.REPORT
+    for settings, kinds in (
+        ({}, {"IO_ERROR_PAUSE"}),
+        ({"send_report": True}, {"IO_ERROR_REPORT", "IO_ERROR_PAUSE"}),
+    ):
+        made = masakari(tmp_path, monkeypatch, **settings)
+        wanted = []
+        for event in events:
+            wanted += actions_for(made, f"embedded://{tmp_path}/{uuid.uuid4().hex}.db", event)
+        told = {action.key: action.body["payload"]["vir_domain_event"] for action in wanted}
+        assert sorted(told.values()) == sorted(kinds), "a key is stored, and sent, once"
+        made.close()
+
+
+def test_a_nova_guest_that_really_pauses_is_told_as_masakari_takes_it(lab, planes, tmp_path, monkeypatch):
+    """QEMU → libvirt → the agent → the bus → our notification → Masakari's own validation."""
+    url = f"embedded://{tmp_path}/bus.db"
+    guest = lab.guest("instance-0000002a", error="EIO", metadata=NOVA).start()
+    made = masakari(tmp_path, monkeypatch)
+    with AgentProcess(tmp_path, libvirt=lab.uri_ro, bus=url).ready() as agent:
+        guest.fail()
+        guest.wait_state(PAUSED_IOERROR)
+        with Consumer(url, group="masakari") as consumer:
+            wanted = []
+            deadline = time.monotonic() + 60
+            while not wanted and time.monotonic() < deadline:
+                delivery = consumer.receive(1.0)
+                if delivery is not None:
+                    wanted += [one for one in [made.wants(delivery)] if one is not None]
+                    delivery.ack()
+        agent.stop()
+    (action,) = wanted
+    assert action.body["payload"]["instance_uuid"] == guest.uuid
+    assert action.body["payload"]["vir_domain_event"] == "IO_ERROR_PAUSE"
+    assert control_planes.python(_VALIDATE, json.dumps(dict(action.body))).strip() == "accepted"
+    made.close()

@@ -14,6 +14,7 @@ import pytest
 from tests.integrations.parts import Recording, errors, eventually, heartbeat, publish, running
 from virtbus.config import React
 from virtbus.errors import ConfigError
+from virtbus.fleet import Publishers
 from virtbus.integrations.base import (
     EVENT,
     HOLD,
@@ -25,7 +26,7 @@ from virtbus.integrations.base import (
     open_integration,
 )
 from virtbus.integrations.policy import HoldRules
-from virtbus.integrations.reactor import ActionGivenUp, Audited, Withheld, believed
+from virtbus.integrations.reactor import ActionGivenUp, Audited, Withheld
 from virtbus.integrations.store import ActionStore
 from virtbus.testing import a_record, an_io_error, no_waiting
 
@@ -170,7 +171,19 @@ def test_an_event_of_a_publisher_who_may_not_speak_for_the_host_is_put_aside(url
     ],
 )
 def test_a_publisher_is_bound_to_its_host(patterns, publisher, host, expected):
-    assert believed(patterns, publisher, host) is expected
+    assert (Publishers(patterns).refuses(publisher, "agent/1", host) is None) is expected
+
+
+def test_a_source_belongs_to_the_first_publisher_that_spoke_for_it_also_after_a_restart(tmp_path):
+    for told, publisher, believed in (
+        (1, "virtbus-a", True),
+        (2, "virtbus-b", False),
+        (3, "virtbus-a", True),
+    ):
+        store = ActionStore(tmp_path / "x.db")
+        publishers = Publishers(["virtbus-*"], store.owners)
+        assert (publishers.refuses(publisher, "agent/1", "h1") is None) is believed, told
+        store.close()
 
 
 def test_a_second_instance_on_the_same_state_is_refused(tmp_path):

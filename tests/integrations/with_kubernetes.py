@@ -14,6 +14,7 @@ import yaml
 from tests.agent.process import AgentProcess
 from tests.chart.apiserver import ApiServer
 from tests.integrations.parts import eventually
+from tests.integrations.plane import POINTS, World, story_of_a_kill
 from tests.lab.lab import PAUSED_IOERROR, RUNNING, Lab
 from virtbus.config import React, ReactKubernetes
 from virtbus.errors import ConfigError
@@ -140,7 +141,7 @@ def test_a_condition_stands_beside_the_others_and_keeps_its_transition_time(kube
     assert second["lastTransitionTime"] == first["lastTransitionTime"]
     kubernetes.execute(an_action(REPORT, node, **kubernetes.condition(a_health())))
     assert condition(kube_apiserver, node)["status"] == "True"
-    assert events(kube_apiserver, node) == ["VirtbusHostAtFault", "VirtbusNoTrouble"]
+    assert sorted(events(kube_apiserver, node)) == ["VirtbusHostAtFault", "VirtbusNoTrouble"]
 
 
 @pytest.mark.parametrize(("state", "reason"), [("silent", "AgentSilent"), ("blind", "AgentBlind")])
@@ -194,6 +195,130 @@ def test_the_documented_rights_suffice_and_less_is_named(kube_apiserver, node, t
     made.close()
 
 
+# ---- holds live on the nodes
+
+
+@pytest.fixture
+def nodes(kube_apiserver: ApiServer):
+    names = [f"held-{number}-{uuid.uuid4().hex[:6]}" for number in range(3)]
+    for name in names:
+        add_node(kube_apiserver, name)
+    yield names
+    for name in names:
+        kube_apiserver.kubectl("delete", "node", name, "--ignore-not-found")
+
+
+def held(server: ApiServer, names: list[str]) -> set[str]:
+    """Nodes with our taint and our mark; one without the other is neither held nor given back."""
+    found = {}
+    for name in names:
+        metadata = server.get("node", name)["metadata"]
+        found[name] = (TAINT in taints(server, name), "virtbus.io/tainted" in metadata.get("annotations", {}))
+    assert all(taint == mark for taint, mark in found.values()), found
+    return {name for name, (taint, _) in found.items() if taint}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_kill_at_any_point_leaves_on_the_node_what_is_true(
+    kube_apiserver, kubernetes, nodes, tmp_path, monkeypatch, point
+):
+    for ends, losing_state in (("bad", True), ("well", False)):
+        folder = tmp_path / ends
+        folder.mkdir()
+        world = World(folder, nodes, plane=kubernetes)
+        story_of_a_kill(
+            world, point, monkeypatch, nodes[0], ends=ends, losing_state=losing_state,
+            held=lambda: held(kube_apiserver, nodes),
+        )  # fmt: skip
+        world.bad = set()
+        world.run(400)  # twice as long each time it came back
+        assert held(kube_apiserver, nodes) == set()
+        world.kill()
+
+
+def test_what_is_wiped_taken_back_or_registered_anew_on_a_real_server(
+    kube_apiserver, kubernetes, nodes, tmp_path
+):
+    first, server = nodes[0], kube_apiserver
+    world = World(tmp_path, nodes, plane=kubernetes)
+    world.bad = {first}
+    world.run(60)
+    assert held(server, nodes) == {first}
+    # Another controller writes the taints from an older copy of the node.
+    others = json.dumps(
+        {"spec": {"taints": [{"key": "node.kubernetes.io/not-ready", "effect": "NoSchedule"}]}}
+    )
+    server.kubectl("patch", "node", first, "--type=merge", "-p", others)
+    world.run(15)
+    assert held(server, nodes) == {first}
+    assert "node.kubernetes.io/not-ready" in taints(server, first)
+    # The node is deleted and registers anew; we are killed in between and lose our state.
+    server.kubectl("delete", "node", first)
+    add_node(server, first)
+    world.run(15)
+    assert held(server, nodes) == {first}
+    assert condition(server, first)["status"] == "False"
+    world.kill(losing_state=True)
+    # An operator takes both away.
+    world.run(30)
+    server.kubectl("taint", "node", first, f"{TAINT}-")
+    server.kubectl("annotate", "node", first, "virtbus.io/tainted-", "virtbus.io/hold-")
+    world.run(200)
+    assert held(server, nodes) == set()
+    world.bad = set()
+    world.run(90)
+    world.bad = {first}
+    world.run(60)
+    assert held(server, nodes) == {first}, "it was well once"
+    world.kill()
+    kubernetes.execute(an_action(RELEASE, first))
+
+
+def test_a_taint_whose_key_was_renamed_in_the_settings_is_undone_by_the_key_it_was_made_with(
+    kube_apiserver, kubernetes, nodes, tmp_path
+):
+    world = World(tmp_path, nodes, plane=kubernetes)
+    world.bad = {nodes[0]}
+    world.run(60)
+    world.kill(losing_state=True)
+    other = ReactKubernetes(kubeconfig=str(kube_apiserver.kubeconfig), taint="example.org/broken-storage")
+    renamed = open_integration("kubernetes", React(kubernetes=other))
+    world = World(tmp_path, nodes, plane=renamed)
+    world.agents = dict(zip(nodes, world.agents.values(), strict=True))
+    world.run(200)
+    assert TAINT not in taints(kube_apiserver, nodes[0])
+    assert held(kube_apiserver, nodes) == set()
+    world.kill()
+    renamed.close()
+
+
+def test_holds_are_listed_and_released_by_hand(kube_apiserver, kubernetes, nodes, tmp_path):
+    world = World(tmp_path, nodes, plane=kubernetes)
+    world.bad = {nodes[0]}
+    world.run(60)
+    config = tmp_path / "react.toml"
+    config.write_text(f'[react.kubernetes]\nkubeconfig = "{kube_apiserver.kubeconfig}"\n')
+
+    def virtbus(*words: str) -> str:
+        command = [sys.executable, "-m", "virtbus", "react", *words, "--with", "kubernetes"]
+        done = subprocess.run(
+            [*command, "--config", str(config)], capture_output=True, text=True, check=True, timeout=60
+        )
+        return done.stdout
+
+    (told,) = [one for one in json.loads(virtbus("holds", "--json")) if one["host"] in nodes]
+    assert (told["host"], told["times"], told["by"], told["intact"]) == (nodes[0], 1, "test", True)
+    assert told["why"].startswith("undetermined: ")
+    assert told["since"].startswith("2027-01-15T")
+    assert nodes[0] in virtbus("holds")
+    assert "removed" in virtbus("release", nodes[0])
+    assert "not held" in virtbus("release", nodes[0])
+    assert held(kube_apiserver, nodes) == set()
+    world.run(100)
+    assert held(kube_apiserver, nodes) == set(), "it is left alone until it was well once"
+    world.kill()
+
+
 def test_a_real_guests_disk_fails_and_its_node_is_tainted_until_it_is_resumed(
     lab: Lab, amqp_url: str, kube_apiserver: ApiServer, tmp_path: Path
 ):
@@ -204,8 +329,9 @@ def test_a_real_guests_disk_fails_and_its_node_is_tainted_until_it_is_resumed(
     add_node(kube_apiserver, name)
     config = tmp_path / "react.toml"
     config.write_text(
-        f'state_dir = "{tmp_path}/react"\n[react]\nmin_guests = 1\nraise_seconds = 0.5\nclear_seconds = 0.5\n'
-        f'publishers = ["*"]\n[react.kubernetes]\nkubeconfig = "{kube_apiserver.kubeconfig}"\n'
+        f'state_dir = "{tmp_path}/react"\n[react]\nwhen = "any"\nmin_guests = 1\n'
+        f'raise_seconds = 0.5\nclear_seconds = 0.5\npublishers = ["*"]\n'
+        f'[react.kubernetes]\nkubeconfig = "{kube_apiserver.kubeconfig}"\n'
     )
     guest = lab.guest("victim", error="EIO").start()
     settings = "[incidents]\nquiet_seconds = 1.0\n[heartbeat]\ninterval_seconds = 1.0\n"

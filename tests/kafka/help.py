@@ -11,7 +11,7 @@ from confluent_kafka import Consumer, Producer
 from confluent_kafka.admin import AdminClient, ConfigResource
 
 from virtbus.bus import BusOptions, open_bus
-from virtbus.bus.kafka import KafkaBus
+from virtbus.bus.kafka.bus import KafkaBus
 from virtbus.model import Record
 from virtbus.testing import a_record
 

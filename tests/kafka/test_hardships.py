@@ -26,7 +26,7 @@ from confluent_kafka.admin import (
 from tests.kafka.cluster import LIMITED_PASSWORD, LIMITED_USER, Cluster
 from tests.kafka.help import admin, opened, read
 from tests.kafka.test_consume import event_id, joined, take
-from virtbus.bus.kafka import KafkaBus
+from virtbus.bus.kafka.bus import KafkaBus
 from virtbus.errors import BusDenied, BusUnavailable
 from virtbus.model import Confirmed, Deferred
 from virtbus.testing import ListFeed, records

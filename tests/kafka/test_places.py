@@ -2,7 +2,7 @@
 
 import pytest
 
-from virtbus.bus.kafka_places import Log, Place, resume
+from virtbus.bus.kafka.places import Log, Place, resume
 from virtbus.sequences import Cause, MissingEvents
 
 A, B = "id-a", "id-b"

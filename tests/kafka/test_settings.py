@@ -12,8 +12,8 @@ import pytest
 from confluent_kafka import KafkaError
 
 from virtbus.bus import BusOptions, open_bus
-from virtbus.bus.kafka_errors import Verdict, Watch, translate, verdict
-from virtbus.bus.kafka_settings import KafkaSettings, _token_and_expiry, check
+from virtbus.bus.kafka.errors import Verdict, Watch, translate, verdict
+from virtbus.bus.kafka.settings import KafkaSettings, _token_and_expiry, check
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError, RecordRefused
 
 
@@ -41,7 +41,7 @@ def test_every_problem_is_told_at_once_each_in_one_line() -> None:
     )
     assert told == [
         'bus.url: host missing before port "9092"',
-        'bus.url: host good has port "0": use 1 to 65535, or leave it out for 9092',
+        'bus.url: host good has port "0": use 1 to 65535, or leave it out',
         'bus.topic: Kafka refuses "no spaces!": take ASCII letters, digits, ".", "_" and "-"',
         'bus.kafka.sasl_mechanism: "SCRAM-MD5" is not one of '
         "PLAIN, SCRAM-SHA-256, SCRAM-SHA-512, OAUTHBEARER",

@@ -30,6 +30,8 @@ from typing import Any
 # Debian's and Ubuntu's libvirt refuse to start the QEMU driver where this user is unknown, and only the
 # package libvirt-daemon-system makes it. The lab's guests run as root; the name just has to exist.
 QEMU_USER = "libvirt-qemu"
+# Who runs session daemons (107 is KubeVirt's): libvirt asks for the name of its own user.
+SESSION_USER = ("lab-session", 107)
 
 SETUP = """
 mount --make-rprivate /
@@ -87,13 +89,15 @@ def main(folder: Path, root: str = "", hostname: str = "") -> None:
         sys.exit("init.py: not process 1 of a PID namespace; it would kill everything it can see")
     if hostname:
         socket.sethostname(hostname)
-    for name, line in (
-        ("passwd", f"{QEMU_USER}:x:64055:64055::/var/lib/libvirt:/usr/sbin/nologin\n"),
-        ("group", f"{QEMU_USER}:x:64055:\n"),
-    ):
+    user, number = SESSION_USER
+    for name, lines in (
+        ("passwd", {QEMU_USER: "x:64055:64055::/var/lib/libvirt:/usr/sbin/nologin",
+                    user: f"x:{number}:{number}::/:/usr/sbin/nologin"}),
+        ("group", {QEMU_USER: "x:64055:", user: f"x:{number}:"}),
+    ):  # fmt: skip
         known = Path(f"{root}/etc/{name}").read_text()
-        if f"\n{QEMU_USER}:" not in known:
-            (folder / name).write_text(known + line)
+        missing = "".join(f"{who}:{rest}\n" for who, rest in lines.items() if f"\n{who}:" not in known)
+        (folder / name).write_text(known + missing)
     script = SETUP if not root else SETUP_ROOT + SETUP
     subprocess.run(
         ["sh", "-euc", script], check=True, env={**os.environ, "folder": str(folder), "root": root}

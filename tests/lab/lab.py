@@ -77,6 +77,34 @@ stdio_handler = "file"
 """
 
 
+@dataclass(frozen=True)
+class Daemon:
+    """Which daemon a lab runs: its program, the stem of its sockets' names, and the user of session mode.
+
+    `user` is None in system mode. A session daemon has one socket, for reading and writing alike.
+    """
+
+    program: str = "libvirtd"
+    stem: str = "libvirt"
+    user: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its log and its configuration."""
+        return Path(self.program).name
+
+
+LIBVIRTD = Daemon()
+
+
+SESSION_QEMU_CONF = """\
+security_driver = "none"
+namespaces = []
+cgroup_controllers = []
+stdio_handler = "file"
+"""
+
+
 class LabError(Exception):
     """The lab itself failed (not what is tested with it): what was tried, and what was said."""
 
@@ -111,6 +139,7 @@ class NbdDisk:
     `error` is the errno name that the guest's QEMU sees: EIO, ENOSPC, EPERM, …
     `policy` is QEMU's write error policy: stop, report, ignore or enospace; `read_policy` the same for reads.
     `address` is what the guest reaches it by, an IPv4 address of the lab's own network; "" is a Unix socket.
+    `alias` is the device's user alias ("ua-…"); "" leaves it to libvirt.
     """
 
     error: str = "EIO"
@@ -121,6 +150,7 @@ class NbdDisk:
     serial: str = ""
     reads: bool = False
     address: str = ""
+    alias: str = ""
 
 
 @dataclass(frozen=True)
@@ -144,7 +174,7 @@ class Lab:
     QEMU and nbdkit of another root file system (see chroot.py). `hostname` is what libvirt calls its host.
     """
 
-    def __init__(self, root: Path | None = None, *, hostname: str = "") -> None:
+    def __init__(self, root: Path | None = None, *, hostname: str = "", daemon: Daemon = LIBVIRTD) -> None:
         lacks = missing(inside=root is None)
         if lacks:
             raise LabError("a lab needs " + "; ".join(lacks))
@@ -154,13 +184,21 @@ class Lab:
         # Short, because a Unix socket's path holds 107 bytes and pytest's tmp_path uses most of them.
         self.folder = Path(tempfile.mkdtemp(prefix="vblab-", dir="/tmp"))
         self.folder.chmod(0o755)  # the read-only socket is for other users too
-        self.socket = self.folder / "run" / "libvirt-sock"
-        self.uri = f"qemu:///system?socket={self.socket}"
-        self.uri_ro = f"{self.uri}-ro"
+        self._place(self.folder, daemon)
         self.guests: list[Guest] = []
         self._init: subprocess.Popen[bytes] | None = None
         self._daemon: Process | None = None
         self._spawned: list[Process] = []
+
+    def _place(self, folder: Path, daemon: Daemon) -> None:
+        """Where the daemon's sockets and files are."""
+        self.daemon = daemon
+        session = daemon.user is not None
+        self.run_folder = folder / "xdg" / "libvirt" if session else folder / "run"
+        self.state_folder = self.run_folder / "qemu" / "run" if session else self.run_folder / "qemu"
+        self.socket = self.run_folder / f"{daemon.stem}-sock"
+        self.uri = f"qemu:///{'session' if session else 'system'}?socket={self.socket}"
+        self.uri_ro = self.uri if session else f"{self.uri}-ro"
 
     def __enter__(self) -> Lab:
         try:
@@ -199,17 +237,37 @@ class Lab:
 
     def start_libvirtd(self) -> None:
         """Start libvirtd and wait until it answers. Guests that run go on and are found again."""
-        for name in ("libvirt-sock", "libvirt-sock-ro", "libvirt-admin-sock"):
-            (self.folder / "run" / name).unlink(missing_ok=True)
-        daemon = self._daemon = self.spawn("libvirtd", log=self.folder / "log" / "libvirtd.log")
+        for kind in ("sock", "sock-ro", "admin-sock"):
+            (self.run_folder / f"{self.daemon.stem}-{kind}").unlink(missing_ok=True)
+        name = self.daemon.name
+        log = self.folder / "log" / f"{name}.log"
+        daemon = self._daemon = self.spawn(*self._as_its_user(), self.daemon.program, log=log)
 
         def answers() -> bool:
             if not daemon.alive():
-                raise LabError(f"libvirtd ended at its start: {_tail(self.folder / 'log' / 'libvirtd.log')}")
+                raise LabError(f"{name} ended at its start: {_tail(log)}")
             return self.socket.exists() and self._virsh("list", check=False).returncode == 0
 
-        wait_until(answers, "libvirtd answers", 60)
-        self._save_cache()
+        wait_until(answers, f"{name} answers", 60)
+        if self.daemon.user is None:
+            self._save_cache()
+
+    def _as_its_user(self) -> list[str]:
+        """The words before a session daemon's command: user, home and runtime folder; none in system mode."""
+        user = self.daemon.user
+        if user is None:
+            return []
+        home = self.run_folder.parent.parent / "home"
+        for folder in (home / ".config" / "libvirt", self.run_folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        (home / ".config" / "libvirt" / "qemu.conf").write_text(SESSION_QEMU_CONF)
+        for folder in (home, home / ".config", home / ".config" / "libvirt", self.run_folder.parent):
+            os.chown(folder, user, user)
+        os.chown(self.run_folder, user, user)
+        return [
+            "setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups", "env", f"HOME={home}",
+            f"XDG_RUNTIME_DIR={self.run_folder.parent}",
+        ]  # fmt: skip
 
     def kill_libvirtd(self, number: int = signal.SIGKILL) -> None:
         """Send `number` to libvirtd and wait until it is gone. Guests go on."""
@@ -320,7 +378,7 @@ class Lab:
     def _start_init(self) -> None:
         for name in ("run", "lib", "cache", "log", "etc"):
             (self.folder / name).mkdir()
-        (self.folder / "etc" / "libvirtd.conf").write_text(LIBVIRTD_CONF)
+        (self.folder / "etc" / f"{self.daemon.name}.conf").write_text(LIBVIRTD_CONF)
         (self.folder / "etc" / "qemu.conf").write_text(QEMU_CONF)
         if self._cache.is_dir():
             shutil.copytree(self._cache, self.folder / "cache", dirs_exist_ok=True)
@@ -491,7 +549,7 @@ class Guest:
     @property
     def pid(self) -> int:
         """The PID of its QEMU process, as this process sees it."""
-        inner = int((self.lab.folder / "run" / "qemu" / f"{self.name}.pid").read_text())
+        inner = int((self.lab.state_folder / f"{self.name}.pid").read_text())
         return self.lab.pid_of(inner)
 
     def kill_disk_server(self, target: str = "") -> None:
@@ -526,12 +584,13 @@ class Guest:
             kind = "file"
             source = f"<source file='{self._pool(target)}/disk.img'/>"
         serial = f"<serial>{escape(disk.serial)}</serial>" if disk.serial else ""
+        alias = f"<alias name='{disk.alias}'/>" if isinstance(disk, NbdDisk) and disk.alias else ""
         # SeaBIOS leaves a disk alone that has no place in the boot order, and our guest writes through it.
         order = f"<boot order='{list(self.disks).index(target) + 1}'/>"
         return (
             f"<disk type='{kind}' device='disk'><driver name='qemu' type='raw' "
             f"error_policy='{disk.policy}' rerror_policy='{disk.read_policy}'/>{source}"
-            f"<target dev='{target}' bus='{disk.bus}'/>{order}{serial}</disk>"
+            f"<target dev='{target}' bus='{disk.bus}'/>{order}{serial}{alias}</disk>"
         )
 
     def _make_disks(self, boot: str) -> None:
@@ -577,6 +636,8 @@ class Guest:
             return ready.exists()
 
         wait_until(listens, f"nbdkit serves {self.name}/{target}", 10)
+        if not disk.address:
+            self._file(target, "sock").chmod(0o777)  # a session's QEMU is another user
 
     def _fill(self, target: str) -> None:
         """Leave the disk's pool room for a few blocks more, with everything but the boot sector freed."""

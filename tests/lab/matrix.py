@@ -1,6 +1,7 @@
 """`make matrix`: the agent against four releases of libvirt and QEMU, with a table at the end.
 
-Each Debian suite runs in a folder, made at its first use (chroot.py). The agent and the consumer are the
+Each Debian suite runs in a folder, made at its first use (chroot.py); one release also with its modular
+daemon, virtqemud, as the system's and as a session's (modular.py). The agent and the consumer are the
 installed commands, outside of it: they reach each libvirtd over its read-only socket. Every scenario ends
 with the guest's end, so that the agent tells what is still pending; `told` is the sum of all counts.
 """
@@ -22,7 +23,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import need
-from tests.lab import chroot
+from tests.lab import chroot, modular
 from tests.lab.demo import wait_ready
 from tests.lab.lab import PAUSED_IOERROR, Guest, Lab, missing, wait_until
 from tests.ports import free_ports
@@ -33,7 +34,8 @@ from virtbus.sources.link import ACTION_REPORT
 pytestmark = [pytest.mark.lab, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 COMMAND = [sys.executable, "-m", "virtbus"]
-LOSES_UNNAMED = ("bullseye", "bookworm")
+MODULAR = {"virtqemud": modular.VIRTQEMUD, "virtqemud, session": modular.SESSION_VIRTQEMUD}
+LOSES_UNNAMED = ("bullseye", "bookworm", *MODULAR)
 MERGES = ("trixie", "forky")
 SCENARIOS = ("stop-eio", "stop-enospc", "unnamed", "storm")
 
@@ -144,7 +146,14 @@ def found_after_absence(lab: Lab) -> list[tuple[str, str, int, str | None]]:
 _suites: dict[str, Suite] = {}
 
 
-@pytest.fixture(params=chroot.SUITES)
+def lab_of(name: str) -> Lab:
+    """The lab of a suite, or of a modular daemon."""
+    if name in MODULAR:
+        return Lab(root=modular.modular_root(), daemon=MODULAR[name])
+    return Lab(root=chroot.suite_root(name))
+
+
+@pytest.fixture(params=[*chroot.SUITES, *MODULAR])
 def suite(request: pytest.FixtureRequest) -> Suite:
     """A suite after all of its scenarios; they run once."""
     need([*missing(inside=False), *chroot.missing()])
@@ -153,7 +162,7 @@ def suite(request: pytest.FixtureRequest) -> Suite:
         made = Suite(name)
         with tempfile.TemporaryDirectory(prefix="virtbus-matrix-") as temporary:
             folder = Path(temporary)
-            with Lab(root=chroot.suite_root(name)) as lab, delivered(lab, folder) as events:
+            with lab_of(name) as lab, delivered(lab, folder) as events:
                 guests = {}
                 for scenario in SCENARIOS:
                     guest, callbacks = run_scenario(lab, scenario)
@@ -178,7 +187,7 @@ def table(request: pytest.FixtureRequest) -> Iterator[None]:
     reporter = request.config.pluginmanager.get_plugin("terminalreporter")
     if reporter is None or not _suites:
         return
-    row = "{:9} {:8} {:8} {:12} {:>8} {:>9} {:>6} {:>6}  {:10} {:9} {}"
+    row = "{:18} {:8} {:8} {:12} {:>8} {:>9} {:>6} {:>6}  {:10} {:9} {}"
     lines = [row.format("suite", "libvirt", "qemu", "scenario", "injected", "callbacks", "told", "events",
                         "origin", "reason", "lower bound")]  # fmt: skip
     for found in _suites.values():

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from virtbus.agent import Agent
+from virtbus.agent.agent import Agent
 from virtbus.cli import main
 from virtbus.telemetry import METRICS
 

@@ -24,6 +24,7 @@ from confluent_kafka.admin import (
     ResourcePatternType,
     ResourceType,
 )
+from prometheus_client import generate_latest
 
 from tests.agent.process import COMMAND, AgentProcess
 from tests.brokers.rabbitmq import RabbitMQ
@@ -36,6 +37,7 @@ from virtbus import __version__
 from virtbus.bus import BusOptions, open_bus
 from virtbus.consumer import Consumer
 from virtbus.errors import BusDenied
+from virtbus.integrations.told import REACT
 from virtbus.model import Confirmed, Deferred
 from virtbus.testing import ListFeed, records
 
@@ -62,8 +64,8 @@ def ids(found: tuple[str, str]) -> str:
 ALL = sorted(set(commands()))
 # What a cluster's tools do is shown where a cluster is: tests/chart.
 ELSEWHERE = {"helm", "kubectl", "docker", "podman", "buildah"}
-# These would change this machine: that a shell understands them is shown, and what they name. tests/packages runs
-# the install page's in root file systems of their own.
+# These would change this machine: that a shell understands them is shown, and what they name. The install page's
+# are run in root file systems of their own: tests/packages.
 OF_THE_HOST = ("groupadd", "useradd", "echo", "apt-get", "dnf", "systemctl", "python3")
 INSTALLED = "/opt/virtbus/bin/virtbus"
 PIPS = ("/opt/virtbus/bin/pip", "consumer/bin/pip")
@@ -448,6 +450,19 @@ def test_every_metric_of_the_page_is_in_a_scrape_of_a_real_agent_and_the_other_w
     assert told == scraped
     for name in told:
         assert re.search(rf"^# HELP {name} \S", text, re.MULTILINE), name
+
+
+def test_every_metric_of_react_stands_on_the_page_and_the_other_way_round() -> None:
+    REACT.begin("docs", lambda: 0.0, lambda: 0.0)
+    table = OPERATIONS.partition("## Metrics of react")[2].partition("\n## ")[0]
+    told = set(re.findall(r"^\| `(virtbus_\w+)`", table, re.MULTILINE))
+    text = generate_latest(REACT.registry).decode()
+    served = set(re.findall(r"^# TYPE (\w+) ", text, re.MULTILINE))
+    assert told == {
+        name for name in served if re.match("virtbus_(react|fleet)_", name) and "_created" not in name
+    }
+    for name in served - told:
+        assert name.endswith("_created") or f"`{name}`" in table, name
 
 
 def test_no_metric_has_a_label_that_grows_with_guests(running: AgentProcess) -> None:

@@ -20,9 +20,9 @@ from typing import Any
 from tests.agent.process import COMMAND, AgentProcess
 from tests.brokers.rabbitmq import RabbitMQ
 from tests.chart.prometheus import Prometheus, fill, panels
+from tests.faultkit import TcpFaultProxy
 from tests.lab.lab import PAUSED_IOERROR, Guest, Lab, NbdDisk, ThinDisk
 from tests.pictures.terminal import Terminal
-from virtbus.testing import TcpFaultProxy
 
 SETTINGS = """\
 [heartbeat]

@@ -25,10 +25,12 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from virtbus import config, envelope, schema
-from virtbus.bus.amqp_link import _Connection, _with_readable_key
-from virtbus.control import ControlSocket, Drill, HttpServer, Taps
+from virtbus.agent.control import ControlSocket, Drill
+from virtbus.agent.http import HttpServer
+from virtbus.agent.incidents import IncidentLimits, Incidents
+from virtbus.agent.tap import Taps
+from virtbus.bus.amqp.connection import _Connection, _with_readable_key
 from virtbus.errors import ConfigError, InputMissing, SchemaError
-from virtbus.incidents import IncidentLimits, Incidents
 from virtbus.model import (
     Binding,
     DeviceRemoved,

@@ -21,11 +21,11 @@ from pathlib import Path
 
 from tests.agent.process import AgentProcess
 from tests.brokers.rabbitmq import RabbitMQ
+from tests.faultkit import TcpFaultProxy
 from tests.lab.lab import Lab, NbdDisk
 from virtbus import Consumer, Delivery, Gap, IoError, telemetry
-from virtbus.control import ask
+from virtbus.agent.control import ask
 from virtbus.errors import VirtbusError
-from virtbus.testing import TcpFaultProxy
 
 SECONDS = float(os.environ.get("VIRTBUS_SOAK_SECONDS", "3600"))
 STEADY_GUESTS = 6  # each fails about 18 times a second

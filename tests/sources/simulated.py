@@ -65,6 +65,7 @@ class SimulatedHost:
         self.answers.set()
         self.hanging: set[str] = set()  # domains whose looks hang
         self.release = threading.Event()
+        self.failures: dict[str, float] = {}  # a call's name → how many of its next answers are failures
         self.calls = 0
         self.most_calls = 0
         self._lock = threading.Lock()
@@ -96,12 +97,15 @@ class SimulatedHost:
         return [link.handler for link in self.links if link.open and link.handler is not None]
 
     def io_error(
-        self, guest: Guest, alias: str = "virtio-disk0", action: int = ACTION_PAUSE, reason: str = ""
+        self,
+        guest: Guest,
+        alias: str = "virtio-disk0",
+        action: int = ACTION_PAUSE,
+        reason: str = "",
+        path: str = "/img/a",
     ) -> None:
         """The error's event alone."""
-        raw = RawIoError(
-            guest.uuid, guest.name, guest.number, "/img/a", alias, action, reason, time.time_ns()
-        )
+        raw = RawIoError(guest.uuid, guest.name, guest.number, path, alias, action, reason, time.time_ns())
         for handler in self.handlers():
             handler.io_error(raw)
 
@@ -158,9 +162,12 @@ class SimulatedLink:
     def __init__(self, host: SimulatedHost, handler: Handler | None) -> None:
         self.host, self.handler, self.open = host, handler, True
 
-    def _check(self) -> None:
+    def _check(self, call: str = "") -> None:
         if not self.open:
             raise SourceUnavailable("simulated: the connection is closed")
+        if self.host.failures.get(call, 0) > 0:
+            self.host.failures[call] -= 1
+            raise SourceUnavailable("Timed out during operation: cannot acquire state change lock")
 
     def heard(self, then: Callable[[], None]) -> None:
         self._check()
@@ -178,7 +185,7 @@ class SimulatedLink:
         )
 
     def capabilities(self) -> str:
-        self._check()
+        self._check("capabilities")
         return "<capabilities><host><uuid>8205ba32-5064-4f22-a9f1-ef2a4c104c2b</uuid></host></capabilities>"
 
     def domains(self) -> Sequence[DomainAt]:
@@ -186,20 +193,20 @@ class SimulatedLink:
         return [DomainAt(g.uuid, g.name, g.number, g.state, g.reason) for g in self.host.guests.values()]
 
     def state(self, uuid: str) -> tuple[int, int]:
-        self._check()
+        self._check("state")
         guest = self.host.call(uuid)
         return guest.state, guest.reason
 
     def xml(self, uuid: str) -> str:
-        self._check()
+        self._check("xml")
         return self.host.call(uuid).xml
 
     def disk_errors(self, uuid: str) -> Mapping[str, int]:
-        self._check()
+        self._check("disk_errors")
         return dict(self.host.call(uuid).disk_errors)
 
     def messages(self, uuid: str) -> Sequence[str]:
-        self._check()
+        self._check("messages")
         return list(self.host.call(uuid).messages)
 
     def space(self, uuid: str, target: str) -> Space:

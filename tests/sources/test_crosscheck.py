@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from virtbus.model import Burst, Device, DeviceSource, ErrorPolicy, Evidence, RawIoError
 from virtbus.sources.crosscheck import ACTION_UNKNOWN, CrossCheck, Verdict
+from virtbus.sources.evidence import FreeSpace, Look, gather, read_messages
 from virtbus.sources.link import (
     ACTION_PAUSE,
     ACTION_REPORT,
@@ -21,7 +22,6 @@ from virtbus.sources.link import (
     RUNNING,
     Space,
 )
-from virtbus.sources.looks import FreeSpace, Look, gather, read_messages
 from virtbus.words import Origin
 
 GRACE = 1.0
@@ -447,6 +447,100 @@ def test_a_resume_or_the_guests_end_leaves_no_doubt() -> None:
     assert check.next_doubt() is None
 
 
+# --------------------------------------------------------------------- errors without their device's name
+
+
+def test_an_event_without_a_device_is_named_by_the_look_and_counted_once() -> None:
+    check = CrossCheck(GRACE)
+    assert check.event(raw("", reason="enospc"), 0.0) is Verdict.TELL
+    suspend(check, 0.0)
+    look_at(check, IO_PAUSE, 0.1)
+    (named,) = decide(check, 1.0)
+    assert (named.count, named.raw.alias, named.raw.reason) == (0, "virtio-disk0", "enospc")
+
+
+def test_of_two_disks_that_a_look_finds_the_nameless_event_is_one_and_the_other_is_told() -> None:
+    check = CrossCheck(GRACE)
+    check.event(raw(""), 0.0)
+    suspend(check, 0.0)
+    look_at(check, Look(PAUSED, PAUSED_IOERROR, {"vda": 1, "vdb": 1}), 0.1)
+    assert sorted(burst.count for burst in decide(check, 1.0)) == [0, 1]
+
+
+def test_a_nameless_event_after_its_finding_is_not_counted_again() -> None:
+    check = CrossCheck(GRACE)
+    suspend(check, 0.0)
+    look_at(check, IO_PAUSE, 0.1)
+    assert len(findings(check, 1.0)) == 1
+    assert check.event(raw("", at=1.5), 1.5) is Verdict.KNOWN
+
+
+def test_a_look_that_comes_after_a_nameless_finding_names_it_without_a_count() -> None:
+    check = CrossCheck(GRACE)
+    suspend(check, 0.0)
+    assert findings(check, 1.0) == []
+    (nameless,) = findings(check, 2.0)
+    assert nameless.raw.alias == ""
+    (named,) = look_at(check, IO_PAUSE, 60.0)
+    assert (named.count, named.raw.alias, named.disk_error) == (0, "virtio-disk0", "unspecified")
+    assert look_at(check, IO_PAUSE, 61.0) == []
+
+
+def test_a_look_that_comes_late_still_brings_the_evidence_of_an_event() -> None:
+    check = CrossCheck(GRACE)
+    check.event(raw(), 0.0)
+    suspend(check, 0.0)
+    assert decide(check, 1.0) == []
+    assert decide(check, 2.0) == []
+    (more,) = look_at(check, IO_PAUSE, 60.0)
+    assert (more.count, more.raw.alias, more.disk_error) == (0, "virtio-disk0", "unspecified")
+
+
+def test_a_guest_that_is_listed_as_paused_is_told_before_any_look_and_refined_by_it() -> None:
+    check = CrossCheck(GRACE)
+    (found,) = check.listed(UUID, "db1", 1, alias="", mono=5.0, ns=5 * S)
+    assert (found.origin, found.count, found.raw.alias) == (Origin.RECONCILE, 1, "")
+    assert check.listed(UUID, "db1", 1, alias="", mono=6.0, ns=6 * S) == []
+    (named,) = reconcile(check, replace(IO_PAUSE, asked_at=9.0), 9.0)
+    assert (named.count, named.raw.alias) == (0, "virtio-disk0")
+
+
+def test_the_pause_of_a_listed_guest_and_its_event_may_still_arrive() -> None:
+    check = CrossCheck(GRACE)
+    assert len(check.listed(UUID, "db1", 1, alias="", mono=5.0, ns=5 * S)) == 1
+    suspend(check, 5.1)
+    assert check.event(raw(at=5.2), 5.2) is Verdict.KNOWN
+    assert findings(check, 20.0) == []
+
+
+def test_a_listed_guest_whose_event_came_before_is_not_told_again() -> None:
+    check = CrossCheck(GRACE)
+    check.event(raw(), 0.0)
+    suspend(check, 0.0)
+    assert check.listed(UUID, "db1", 1, alias="", mono=0.5, ns=S) == []
+
+
+def test_of_several_kept_messages_the_newest_speaks() -> None:
+    """libvirt keeps one message an image, the top image first, whichever failed last."""
+    kept = read_messages([line("vda", 9, "old"), line("vda", 30, "new"), line("vda", 12, "older")])
+    look = Look(PAUSED, PAUSED_IOERROR, {"vda": 1}, kept)
+    (found,) = reconcile(CrossCheck(GRACE), look, 50.0, since=20.0)
+    assert (found.message, found.first_ns, found.stamp_ns) == ("new", 30 * S, 30 * S)
+    assert [item.found for item in found.evidence if item.check == "messages"] == ["new"]
+
+
+def test_only_disks_are_found_by_target() -> None:
+    devices = {
+        "net0": Device("net0", target="vda", kind="interface"),
+        "virtio-disk0": Device("virtio-disk0", target="vda", kind="disk"),
+        "net1": Device("net1", target="vda", kind="interface"),
+    }
+    (found,) = CrossCheck(GRACE).reconcile(
+        UUID, "db1", 1, IO_PAUSE, devices, since_ns=None, mono=5.0, ns=5 * S
+    )
+    assert found.raw.alias == "virtio-disk0"
+
+
 # ----------------------------------------------------------------------------------------- any history
 
 
@@ -558,9 +652,16 @@ def test_a_full_file_system_confirms_no_space() -> None:
     assert verdict("file_system", look, DEVICES["virtio-disk0"]) == "confirms"
 
 
-def test_a_file_system_with_space_left_contradicts_no_space() -> None:
+def test_a_file_system_with_space_left_does_not_contradict_no_space() -> None:
+    """It may lack metadata blocks, quota, or space in the pool below it."""
     look = Look(PAUSED, 5, {"vda": 2}, None, {"vda": Space(10, 5, 10)}, {"vda": FreeSpace(1 << 30, "/img")})
-    assert verdict("file_system", look, DEVICES["virtio-disk0"]) == "contradicts"
+    assert verdict("file_system", look, DEVICES["virtio-disk0"]) == "inconclusive"
+
+
+def test_a_pause_alone_does_not_confirm_that_space_was_short() -> None:
+    look = Look(PAUSED, 5, {"vda": 1})
+    evidence = gather(look, DEVICES["virtio-disk0"], "enospc", lifecycle=True, pause=True)
+    assert "confirms" not in {item.verdict for item in evidence}
 
 
 def test_a_file_system_that_is_not_ours_to_see_says_nothing() -> None:
@@ -570,16 +671,19 @@ def test_a_file_system_that_is_not_ours_to_see_says_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "space", "expected"),
+    ("kind", "format", "space", "expected"),
     [
-        ("block", Space(100 << 20, 50 << 20, 50 << 20), "confirms"),
-        ("block", Space(100 << 20, 10 << 20, 50 << 20), "inconclusive"),
-        ("file", Space(100 << 20, 100 << 20, 100 << 20), "contradicts"),
-        ("file", Space(100 << 20, 10 << 20, 100 << 20), "inconclusive"),
+        ("block", "qcow2", Space(100 << 20, 50 << 20, 50 << 20), "confirms"),
+        ("block", "qcow2", Space(100 << 20, 10 << 20, 50 << 20), "inconclusive"),
+        ("block", "raw", Space(50 << 20, 50 << 20, 50 << 20), "inconclusive"),
+        ("file", "raw", Space(100 << 20, 100 << 20, 100 << 20), "inconclusive"),
+        ("file", "qcow2", Space(100 << 20, 10 << 20, 100 << 20), "inconclusive"),
     ],
 )
-def test_an_images_sizes_say_what_they_can_about_no_space(kind: str, space: Space, expected: str) -> None:
-    device = Device("virtio-disk0", target="vda", source=DeviceSource(type=kind))
+def test_an_images_sizes_say_what_they_can_about_no_space(
+    kind: str, format: str, space: Space, expected: str
+) -> None:
+    device = Device("virtio-disk0", target="vda", source=DeviceSource(type=kind, format=format))
     assert verdict("block_info", Look(PAUSED, 5, {"vda": 2}, None, {"vda": space}), device) == expected
 
 

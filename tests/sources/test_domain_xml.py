@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from virtbus.config import OwnerRule
 from virtbus.errors import SchemaError
 from virtbus.model import DeviceSource, ErrorPolicy, Owner
-from virtbus.sources.domain_xml import MAX_BYTES, host_uuid, parse, redact
+from virtbus.sources.domain_xml import MAX_BYTES, host_uuid, parse
 
 UUID = "4a1e599b-c22b-493a-85b4-40a340b65693"
 
@@ -146,6 +146,54 @@ def test_a_kubevirt_machine_names_its_namespace_and_uid() -> None:
     assert owner == Owner("kubevirt", "11-22", "web-1", "shop", "shop")
 
 
+KUBEVIRT = Path(__file__).parents[1] / "data" / "guests" / "kubevirt.xml"
+
+
+def test_a_kubevirt_machine_is_known_by_namespace_name_and_uid_whatever_else_is_in_its_metadata() -> None:
+    read = parse(KUBEVIRT.read_text())
+    assert read.name == "shop_web-1.blue"
+    uid = "9a1f7c52-6b6e-4c3e-9b0e-1f2a3b4c5d6e"
+    assert read.owner == Owner("kubevirt", uid, "web-1.blue", "shop", "shop")
+
+
+@pytest.mark.parametrize(
+    ("alias", "kind", "path", "backing"),
+    [
+        ("ua-containerdisk", "disk", "/var/run/kubevirt-ephemeral-disks/disk-data/containerdisk/disk.qcow2",
+         ("/var/run/kubevirt/container-disks/disk_0.img",)),
+        ("ua-rootdisk", "disk", "/var/run/kubevirt-private/vmi-disks/rootdisk/disk.img", ()),
+        ("ua-database", "disk", "/dev/database", ()),
+        ("ua-hotplugged-file", "disk", "/var/run/kubevirt/hotplug-disks/hotplugged-file.img", ()),
+        ("ua-hotplugged-block", "lun", "/var/run/kubevirt/hotplug-disks/hotplugged-block", ()),
+        ("ua-snapshotless", "disk", "/var/run/kubevirt-ephemeral-disks/disk-data/snapshotless/disk.qcow2",
+         ("/var/run/kubevirt-private/vmi-disks/snapshotless/disk.img",)),
+        ("ua-cloudinit", "cdrom",
+         "/var/run/kubevirt-ephemeral-disks/cloud-init-data/shop/web-1.blue/noCloud.iso", ()),
+    ],
+)  # fmt: skip
+def test_each_kind_of_kubevirts_volumes_is_named(
+    alias: str, kind: str, path: str, backing: tuple[str, ...]
+) -> None:
+    device = parse(KUBEVIRT.read_text()).devices[alias]
+    assert device.source is not None
+    assert (device.kind, device.source.path, device.source.backing) == (kind, path, backing)
+    assert device.source.volume == alias.removeprefix("ua-")
+    assert device.policy is not None
+    assert device.policy.write == "stop"
+
+
+def test_an_empty_drive_an_interface_and_an_input_of_kubevirt_have_no_volume() -> None:
+    devices = parse(KUBEVIRT.read_text()).devices
+    for alias in ("ua-empty", "ua-default", "ua-tablet0"):
+        source = devices[alias].source
+        assert source is None or source.volume is None
+
+
+def test_a_user_alias_is_no_volume_where_kubevirt_is_not() -> None:
+    xml = KUBEVIRT.read_text().replace("http://kubevirt.io", "urn:other")
+    assert all(d.source is None or d.source.volume is None for d in parse(xml).devices.values())
+
+
 def test_an_ovirt_machine_is_known_by_its_metadata() -> None:
     metadata = "<ovirt-vm:vm xmlns:ovirt-vm='http://ovirt.org/vm/1.0'/>"
     assert parse(domain(metadata=metadata)).owner == Owner("ovirt", UUID, "db1")
@@ -208,11 +256,9 @@ def test_too_many_levels_are_refused() -> None:
         parse(domain(metadata="<a>" * 1000 + "</a>" * 1000))
 
 
-def test_too_many_elements_are_refused_in_bounded_time() -> None:
-    began = time.monotonic()
+def test_too_many_elements_are_refused() -> None:
     with pytest.raises(SchemaError, match="elements"):
         parse(domain(metadata="<a/>" * 800_000))
-    assert time.monotonic() - began < 2
 
 
 def test_an_encoding_declaration_does_not_change_how_bytes_are_read() -> None:
@@ -228,28 +274,6 @@ def test_any_text_is_either_read_or_refused(text: str | bytes) -> None:
 # -------------------------------------------------------------------------------------------- secrets
 
 
-@pytest.mark.parametrize(
-    ("path", "network", "shown"),
-    [
-        ("/var/lib/a?b=c@d:e.img", False, "/var/lib/a?b=c@d:e.img"),
-        ("relative/file.img", False, "relative/file.img"),
-        ("vms/db1@snap", True, "vms/db1@snap"),
-        ("iqn.2013-07.com.example:storage/1", True, "iqn.2013-07.com.example:storage/1"),
-        ("https://user:hunter2@host/p.iso", True, "https://***@host/p.iso"),
-        ("https://user:hun/ter2@host/p.iso", True, "https://***@host/p.iso"),
-        ("https://host/p.iso?sig=hunter2#x", False, "https://host/p.iso"),
-        ("p.iso?token=hunter2", True, "p.iso"),
-        ("user:hunter2@host/share", True, "***@host/share"),
-        ("rbd:vms/db1:id=admin:key=hunter2==:mon_host=m", False, "rbd:vms/db1"),
-        ("vms/db1:id=admin:key=hunter2", True, "vms/db1"),
-        ('json:{"file.password":"hunter2"}', False, "json:***"),
-        ("nbd+unix:///export?socket=/run/x", False, "nbd+unix:///export"),
-    ],
-)
-def test_what_may_be_a_secret_is_cut_from_a_source_path(path: str, network: bool, shown: str) -> None:
-    assert redact(path, network=network) == shown
-
-
 def test_no_secret_of_a_source_leaves_in_any_field() -> None:
     xml = domain(
         "<disk type='network' device='disk'>"
@@ -261,3 +285,49 @@ def test_no_secret_of_a_source_leaves_in_any_field() -> None:
         "</backingStore><target dev='vda'/><alias name='virtio-disk0'/></disk>"
     )
     assert "hunter" not in repr(parse(xml))
+
+
+# ----------------------------------------------------------------------------------- chains, data, policies
+
+
+def test_a_qcow2_images_data_file_is_told_beside_it() -> None:
+    store = "<dataStore type='block'><format type='raw'/><source dev='/dev/vg/root'/></dataStore>"
+    xml = domain(disk(f"<source file='/meta/root.qcow2'>{store}</source>"))
+    assert source_of(xml).data_file == "/dev/vg/root"
+    assert parse(xml).resolve("/dev/vg/root") == "virtio-disk0"
+
+
+def test_namespaces_of_one_nvme_controller_are_told_apart() -> None:
+    address = "<address domain='0x0000' bus='0x81' slot='0x00' function='0x0'/>"
+    for namespace in (1, 2):
+        source = source_of(
+            domain(disk(f"<source type='pci' namespace='{namespace}'>{address}</source>", "nvme"))
+        )
+        assert (source.path, source.namespace) == ("0000:81:00.0", namespace)
+
+
+def test_a_network_image_below_names_its_protocol_and_servers() -> None:
+    hosts = "<host name='198.51.100.9' port='10809'/><host transport='unix' socket='/run/nbd'/>"
+    below = f"<source protocol='nbd' name='base'>{hosts}</source>"
+    xml = domain(
+        disk("<source file='/img/top'/>", more=f"<backingStore type='network'>{below}</backingStore>")
+    )
+    assert source_of(xml).backing == ("nbd://198.51.100.9:10809,unix:/run/nbd/base",)
+    assert parse(xml).resolve("base") == "virtio-disk0"
+
+
+@pytest.mark.parametrize(
+    ("policies", "expected"),
+    [
+        ("error_policy='stop'", ErrorPolicy("stop", "stop")),
+        ("error_policy='report' rerror_policy='stop'", ErrorPolicy("report", "stop")),
+        ("error_policy='enospace'", ErrorPolicy("enospace", None)),  # not valid for reads: QEMU's default
+        ("rerror_policy='ignore'", ErrorPolicy(None, "ignore")),
+    ],
+)
+def test_the_policy_of_errors_covers_reads_that_have_none_of_their_own(
+    policies: str, expected: ErrorPolicy
+) -> None:
+    driver = f"<driver name='qemu' type='raw' {policies}/>"
+    xml = domain(f"<disk type='file' device='disk'>{driver}<source file='/a'/><alias name='d'/></disk>")
+    assert parse(xml).devices["d"].policy == expected

@@ -1,10 +1,11 @@
 """Errors become incidents: told at once, counted in widening windows, resolved when they are over."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
-from virtbus.incidents import UNKNOWN_HOST, WHOLE_HOST, IncidentLimits, Incidents
+from virtbus.agent.incidents import UNKNOWN_HOST, WHOLE_HOST, IncidentLimits, Incidents
 from virtbus.model import (
     Burst,
     Description,
@@ -13,10 +14,12 @@ from virtbus.model import (
     DeviceSource,
     Domain,
     DomainGone,
+    DomainHalted,
     DomainResumed,
     DomainState,
     Evidence,
     Host,
+    HostKnown,
     IoError,
     IoErrorResolved,
     Now,
@@ -72,16 +75,7 @@ class Bench:
         """Apply it now; an error without a time happens now."""
         if isinstance(observation, Burst) and observation.first_ns is None:
             raw = observation.raw._replace(observed_at=self.wall_ns)
-            observation = Burst(
-                raw,
-                observation.count,
-                self.wall_ns,
-                self.wall_ns,
-                observation.origin,
-                observation.message,
-                observation.disk_error,
-                observation.evidence,
-            )
+            observation = replace(observation, raw=raw, first_ns=self.wall_ns, last_ns=self.wall_ns)
         return self.incidents.apply(observation, self.now, self.describe)
 
     def wait(self, seconds):
@@ -331,6 +325,7 @@ def test_a_drill_has_an_incident_of_its_own():
     (live,) = bench.see(an_error())
     assert live.incident.phase is Phase.OPENED
     assert live.incident.id != drill.incident.id
+    assert [one.drill for one in bench.incidents.open_incidents()] == [True, False]
 
 
 def test_a_drill_does_not_keep_a_live_incident_open():
@@ -516,13 +511,25 @@ def test_silence_of_a_device_says_nothing_while_another_device_holds_the_guest_p
     assert told(bench.wait(301)) == [("resolved", "resumed"), ("resolved", "quiet")]
 
 
-def test_unplugging_the_device_that_paused_the_guest_does_not_make_the_others_quiet():
+def test_a_standstill_is_told_until_the_guest_runs_although_the_device_that_caused_it_was_unplugged():
     bench = Bench()
     bench.see(an_error(DISK, action=PAUSE))
     bench.see(an_error(OTHER_DISK, action=REPORT))
-    assert told(bench.see(DeviceRemoved("guest-a", DISK, bench.wall_ns))) == [("resolved", "device_removed")]
-    bench.see(an_error(domain="guest-b"))
-    assert [event.domain.uuid for event in bench.wait(1000)] == ["guest-b"]
+    assert bench.see(DeviceRemoved("guest-a", DISK, bench.wall_ns)) == []
+    assert bench.wait(1000) == []
+    assert told(bench.see(DomainResumed("guest-a", bench.wall_ns))) == [("resolved", "device_removed")]
+    assert told(bench.wait(301)) == [("resolved", "quiet")]
+
+
+def test_a_standstill_by_an_unplugged_device_is_not_counted_again_after_a_restart():
+    bench = Bench()
+    bench.see(an_error(DISK, action=PAUSE))
+    bench.see(DeviceRemoved("guest-a", DISK, bench.wall_ns))
+    bench.commit()
+    bench.restart()
+    look = a_state(state="paused", paused=True, aliases=frozenset({OTHER_DISK}))
+    assert bench.ready(look, findings=(an_error("", action=PAUSE, origin=Origin.RECONCILE),)) == []
+    assert told(bench.ready(a_state(aliases=frozenset({OTHER_DISK})))) == [("resolved", "device_removed")]
 
 
 @pytest.mark.parametrize("cause", ["domain_stopped", "migrated", "undefined"])
@@ -784,7 +791,8 @@ def test_a_drill_of_a_device_that_is_gone_keeps_the_guests_other_drills_held():
     bench.see(an_error(DISK, action=PAUSE, origin=Origin.REPLAY))
     bench.see(an_error(OTHER_DISK, origin=Origin.REPLAY))
     look = a_state(state="paused", paused=True, aliases=frozenset({OTHER_DISK}))
-    assert told(bench.ready(look)) == [("resolved", "device_removed")]
+    (live,) = bench.ready(look)
+    assert live.origin is Origin.RECONCILE
     bench.see(an_error(domain="guest-b"))
     assert [event.domain.uuid for event in bench.wait(1000)] == ["guest-b"]
 
@@ -1200,3 +1208,156 @@ def test_an_error_that_paused_the_guest_says_so_before_the_cache_knows():
     (event,) = bench.see(an_error(action=PAUSE))
     assert described("guest-a").domain.state == "running"
     assert event.domain.state == "paused"
+
+
+# ------------------------------------------------------------------------------ one error, one incident
+
+
+def test_a_nameless_incident_takes_the_name_that_a_look_finds_and_goes_on_under_it():
+    bench = Bench()
+    (opened,) = bench.see(an_error("", action=PAUSE, origin=Origin.RECONCILE, path=""))
+    bench.see(an_error(DISK, action=PAUSE, count=0, origin=Origin.RECONCILE, path=""))
+    (named,) = bench.wait(1.1)
+    assert (named.device.alias, named.occurrences.count, named.enriched) == (DISK, 0, True)
+    bench.commit()
+    bench.restart()
+    (more,) = [*bench.see(an_error(DISK, action=PAUSE)), *bench.wait(1.1)]
+    assert more.incident.id == named.incident.id == opened.incident.id
+    assert more.occurrences.total == 2
+    assert bench.incidents.open_count == 1
+
+
+def test_an_update_that_says_nothing_new_is_not_sent():
+    bench = Bench()
+    bench.see(an_error())
+    assert bench.see(an_error(count=0)) == []
+    assert bench.wait(100) == []
+
+
+@pytest.mark.parametrize(
+    "news",
+    [
+        {"evidence": (Evidence("state", "confirms"),)},
+        {"message": "Input/output error"},
+        {"disk_error": "unspecified"},
+        {"reason": "eio"},
+    ],
+    ids=str,
+)
+def test_an_update_that_says_something_new_is_sent_once(news):
+    bench = Bench()
+    bench.see(an_error())
+    events = [*bench.see(an_error(count=0, **news)), *bench.wait(1.1)]
+    assert told(events) == [("updated", 0)]
+    assert [*bench.see(an_error(count=0, **news)), *bench.wait(100)] == []
+
+
+def test_what_a_look_cannot_tell_of_an_error_does_not_replace_what_its_event_told():
+    bench = Bench()
+    bench.see(an_error(action=PAUSE, reason="message", path="/disk"))
+    bench.see(an_error(action=PAUSE, count=0, origin=Origin.RECONCILE, path="", disk_error="unspecified"))
+    (update,) = bench.wait(1.1)
+    assert (update.error.reason, update.error.path) == ("message", "/disk")
+    assert update.error.disk_error == "unspecified"
+
+
+def test_a_look_of_any_time_does_not_count_what_an_earlier_run_told():
+    bench = Bench()
+    bench.see(an_error(DISK, action=PAUSE))
+    bench.commit()
+    for _ in range(3):
+        bench.restart(down_seconds=20)
+        assert bench.ready(a_state(state="paused", paused=True)) == []
+        late = an_error(DISK, action=PAUSE, origin=Origin.RECONCILE, path="", disk_error="unspecified")
+        assert counted([*bench.see(late), *bench.wait(100)], Origin.RECONCILE) == 0
+        bench.commit()
+
+
+def test_an_error_with_a_stamp_that_was_told_is_known_by_it_whatever_our_own_clock_said():
+    """The hypervisor's clock may be another host's, and ahead of ours."""
+    bench = Bench()
+    bench.see(an_error(DISK, action=PAUSE))
+    stamp = bench.wall_ns + 3600 * SECOND
+    bench.see(an_error(DISK, action=PAUSE, count=0, message="I/O", stamp_ns=stamp, at=bench.wall_ns))
+    bench.wait(2)
+    bench.commit()
+    bench.restart(down_seconds=20)
+    again = a_found_pause(at=stamp, message="I/O", stamp_ns=stamp)
+    assert (
+        counted(bench.ready(a_state(state="paused", paused=True), findings=(again,)), Origin.RECONCILE) == 0
+    )
+    newer = a_found_pause(at=stamp + SECOND, message="I/O", stamp_ns=stamp + SECOND)
+    events = [*bench.see(newer), *bench.wait(2)]
+    assert counted(events, Origin.RECONCILE) == 1
+
+
+def test_a_kept_disk_error_of_an_incident_that_is_over_is_not_told_again_in_another_disks_pause():
+    bench = Bench()
+    bench.see(an_error(OTHER_DISK, action=PAUSE))
+    bench.see(DomainResumed("guest-a", bench.wall_ns))
+    bench.wait(301)
+    bench.commit()
+    bench.restart(down_seconds=20)
+    both = (a_found_pause(OTHER_DISK, at=bench.wall_ns), a_found_pause(DISK, at=bench.wall_ns))
+    (event,) = bench.ready(a_state(state="paused", paused=True), findings=both)
+    assert event.device.alias == DISK
+
+
+def test_a_guest_that_is_found_paused_by_an_error_that_nothing_tells_of_is_told():
+    bench = Bench()
+    (event,) = bench.ready(a_state(state="paused", paused=True, aliases=None))
+    assert (event.origin, event.occurrences.count, event.device.alias) == (Origin.RECONCILE, 1, None)
+    assert bench.ready(a_state(state="paused", paused=True, aliases=None)) == []
+
+
+# --------------------------------------------------------------------------- guests that do not run
+
+
+@pytest.mark.parametrize("state", ["paused", "pmsuspended", "crashed"])
+def test_the_silence_of_a_guest_that_does_not_run_is_no_quiet(state):
+    bench = Bench()
+    bench.see(an_error())
+    bench.see(DomainHalted("guest-a", bench.wall_ns, state))
+    assert bench.wait(10_000) == []
+    bench.see(DomainResumed("guest-a", bench.wall_ns))
+    (resolved,) = bench.wait(301)
+    assert (resolved.resolution.cause, resolved.domain.state) == ("quiet", "running")
+
+
+@pytest.mark.parametrize("state", ["paused", "pmsuspended", "crashed"])
+def test_a_guest_that_is_found_not_to_run_is_not_quiet_after_a_restart_either(state):
+    bench = Bench()
+    bench.see(an_error())
+    bench.commit()
+    bench.restart()
+    assert bench.ready(a_state(state=state)) == []
+    assert bench.wait(10_000) == []
+
+
+def test_a_host_that_becomes_known_later_is_told_from_then_on():
+    bench = Bench(host=Host("compute-17"))
+    bench.see(HostKnown(Host("compute-17", uuid="8205ba32"), bench.wall_ns))
+    (event,) = bench.see(an_error())
+    assert event.host.uuid == "8205ba32"
+
+
+@pytest.mark.parametrize(
+    ("path", "index"),
+    [
+        ("/top", 0),
+        ("/data", 0),
+        ("base", 1),
+        ("nbd://192.0.2.7:10809/base", 1),
+        ("/raw", 2),
+        ("/other", None),
+    ],
+)
+def test_every_image_of_a_chain_has_its_index_also_a_network_image_that_libvirt_names_without_its_server(
+    path, index
+):
+    source = DeviceSource(
+        "file", path="/top", data_file="/data", backing=("nbd://192.0.2.7:10809/base", "/raw")
+    )
+    bench = Bench(describe=lambda uuid: Description(Domain(uuid, "g"), {DISK: Device(DISK, source=source)}))
+    (event,) = bench.see(an_error(path=path))
+    assert event.device.chain_index == index

@@ -1,14 +1,13 @@
 """The queue between libvirt's thread and ours keeps counts and order, and stays small."""
 
 import threading
-import time
 from collections import Counter
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from virtbus.intake import BATCH_LIMIT, IntakeQueue, aggregate, callbacks_in
+from virtbus.agent.queue import BATCH_LIMIT, IntakeQueue, aggregate, callbacks_in
 from virtbus.model import (
     Burst,
     CallbackLost,
@@ -181,9 +180,7 @@ def test_a_waiting_drain_wakes_when_something_comes():
     queue = IntakeQueue()
     timer = threading.Timer(0.05, queue.put, [an_error()])
     timer.start()
-    begun = time.monotonic()
-    assert len(queue.drain(10)) == 1
-    assert time.monotonic() - begun < 5
+    assert len(queue.drain(3600.0)) == 1  # only the error can have ended the wait
     timer.join()
 
 

@@ -10,7 +10,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from contextlib import closing
 from dataclasses import replace
 from unittest.mock import Mock
@@ -35,7 +34,8 @@ from tests.faults.spool_kit import (
 )
 from virtbus.errors import ConfigError, RecordRefused, SpoolBusy, SpoolCorrupt, SpoolFull
 from virtbus.model import Confirmed, Deferred, IoError, Refused, SequenceRange, Unroutable, to_datetime
-from virtbus.spool import SpoolLimits, contents, faults, files, settling, wishes
+from virtbus.spool import SpoolLimits, contents, faults, files, settling
+from virtbus.spool import requests as wishes
 from virtbus.telemetry import METRICS
 from virtbus.words import Origin, Phase
 
@@ -256,11 +256,8 @@ def test_what_was_in_flight_at_a_kill_is_pending_again(folder, tmp_path, clock):
 def test_wait_returns_when_something_is_committed(spool):
     stop = threading.Event()
     threading.Timer(0.2, lambda: spool.commit([io_error()])).start()
-    begun = time.monotonic()
-    found = spool.wait(20.0, stop)
     # The hand-held clock stands still: only the commit can have ended the wait.
-    assert found
-    assert time.monotonic() - begun < 5
+    assert spool.wait(20.0, stop)
 
 
 def test_wait_ends_when_stop_is_set_and_it_is_woken(spool):
@@ -286,12 +283,10 @@ def test_the_confirmed_sequence_is_the_end_of_the_unbroken_front(spool):
 def test_settling_waits_in_memory_while_a_commit_hangs_and_taking_does_not_wait(spool):
     spool.commit([io_error(1), io_error(2)])
     one, two = spool.take(10, NOBODY)
-    with spool._state.writing:  # as a commit whose fsync hangs
+    with spool._state.writing:  # as a commit whose fsync hangs: to wait for it would be for ever
         spool.settle([(one, Confirmed())])
         assert spool.stats().unsettled == 1
-        begun = time.monotonic()
         assert spool.take(10, NOBODY) == []
-        assert time.monotonic() - begun < 0.2
     spool.settle([(two, Confirmed())])
     assert (spool.stats().unsettled, spool.stats().pending) == (0, 0)
 
@@ -310,9 +305,8 @@ def test_closing_does_not_wait_for_a_commit_that_hangs_and_keeps_the_lock(folder
     hung = threading.Thread(target=spool.commit, args=([io_error(2)],))
     hung.start()
     assert reached.wait(10)
-    begun = time.monotonic()
     spool.close()
-    took = time.monotonic() - begun
+    assert hung.is_alive()  # it was not waited for
     with pytest.raises(SpoolBusy):
         open_spool(folder)
     disk_is_back.set()
@@ -323,7 +317,6 @@ def test_closing_does_not_wait_for_a_commit_that_hangs_and_keeps_the_lock(folder
     found = records(after)
     after.close()
     spool._intake._writer.close()
-    assert took < 6
     assert [(each.epoch, each.seq) for each in found] == [(spool.epoch, 1), (spool.epoch, 2)]
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -9,10 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
 
 from virtbus import telemetry
-from virtbus.telemetry import METRICS, BusLost, Durations, Notice, Trouble, emit
+from virtbus.telemetry import METRICS, BusLost, Notice, Trouble, emit
 
 
 @pytest.fixture(autouse=True)
@@ -164,17 +164,17 @@ def test_no_field_of_an_event_hides_what_each_line_has():
         assert not {"event", "level", "timestamp", "left_out"} & {item.name for item in fields(cls)}, cls
 
 
-def test_durations_are_a_histogram_as_prometheus_clients_own():
-    registry = CollectorRegistry()
-    ours = Durations("a_seconds", "A.", buckets=(0.1, 1), registry=registry)
-    theirs = Histogram("b_seconds", "A.", buckets=(0.1, 1), registry=registry)
-    values = [0.0, 0.1, 0.11, 1.0, 1.5, 99.0]
-    ours.observe_all(values[:4])
-    ours.observe_all(values[4:])
-    for value in values:
-        theirs.observe(value)
-    text = generate_latest(registry).decode()
-    lines = {name: [line for line in text.splitlines() if f"{name}_seconds" in line] for name in "ab"}
-    assert [line.replace("a_seconds", "b_seconds") for line in lines["a"]] == [
-        line for line in lines["b"] if "_created" not in line
-    ]
+def test_in_somebodys_program_the_lines_are_that_programs(caplog):
+    logger = logging.getLogger("virtbus")
+    kept = logger.handlers, logger.propagate, logger.level
+    logger.handlers, logger.propagate = [logging.NullHandler()], True
+    try:
+        with caplog.at_level("INFO"):
+            emit(Notice("hello"))
+    finally:
+        logger.handlers, logger.propagate, level = kept
+        logger.setLevel(level)
+    (record,) = caplog.records
+    assert (record.name, record.levelname) == ("virtbus", "INFO")
+    assert record.getMessage() == "notice what=hello"
+    assert record.virtbus == {"what": "hello"}

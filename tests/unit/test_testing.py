@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from tests.faultkit import TcpFaultProxy, wait_until
 from virtbus import envelope
 from virtbus.errors import BusUnavailable
 from virtbus.model import (
@@ -27,7 +28,6 @@ from virtbus.testing import (
     FakeBus,
     FakeSource,
     ListFeed,
-    TcpFaultProxy,
     a_gap,
     a_heartbeat,
     a_raw_io_error,
@@ -35,7 +35,6 @@ from virtbus.testing import (
     a_resolved,
     an_io_error,
     records,
-    wait_until,
 )
 
 
@@ -214,7 +213,7 @@ def test_the_proxy_delays_in_each_direction(echo: Echo) -> None:
         begun = time.monotonic()
         client.sendall(b"two")
         assert client.recv(3) == b"two"
-        assert time.monotonic() - begun >= 0.4
+        assert time.monotonic() - begun >= 0.4  # what it was told to add, twice
 
 
 def test_the_proxy_swallows_until_it_heals(echo: Echo) -> None:
@@ -238,7 +237,7 @@ def test_the_proxy_throttles(echo: Echo) -> None:
             got = 0
             while got < 10_000:
                 got += len(client.recv(65536))
-            assert 0.4 < time.monotonic() - begun < 4.0
+            assert time.monotonic() - begun > 0.4  # sooner would be faster than it was told
 
 
 def test_the_proxy_cuts_half_closes_and_refuses(echo: Echo) -> None:

@@ -20,8 +20,9 @@ UNMISTAKABLE = {
     for cls in (GapReason, words.ResolutionCause, words.EvidenceVerdict, words.DiskError, words.SourceState)
     for member in cls
 } | {Platform.OPENSTACK.value, words.EvidenceCheck.DISK_ERRORS.value, words.EvidenceCheck.BLOCK_INFO.value}
-# The same letters with another meaning: a method's name of ours, a package of PyPI.
+# The same letters with another meaning: the name of a wait, an extra of ours, what `virtbus watch` prints.
 OTHER_MEANINGS = {
+    ("virtbus/bus/amqp/dead.py", "dead_letter"),
     ("virtbus/plugins.py", "openstack"),
     ("virtbus/commands/watch.py", "resumed"),
     ("virtbus/commands/watch.py", "migrated"),

@@ -13,7 +13,6 @@ from datetime import datetime
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import SplitResult, urlsplit
 
 from virtbus import plugins
 from virtbus.errors import ConfigError
@@ -293,37 +292,6 @@ def checked_group(group: str | None) -> str | None:
             'beginning with a letter or digit and not ending in ".dead"'
         )
     return group
-
-
-def split_url(url: str) -> SplitResult:
-    """Take one broker's URL apart; ConfigError, free of secrets, when it has no usable host or port."""
-    try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        parts, port = None, None
-    if parts is not None and (parts.query or parts.fragment):
-        raise ConfigError(
-            f"the bus URL of host {parts.hostname} has a query or fragment: settings go to bus.* in the "
-            'configuration (a "?" or "#" inside a password is written %3F or %23)'
-        )
-    if parts is None or not parts.hostname or "@" in parts.path:
-        # With "/" inside a password the host is the user's name, and the path has the secret in it.
-        scheme = url.partition(":")[0]
-        raise ConfigError(
-            f"the bus URL names no usable host and port: write {scheme}://[user@]host[:port] (inside a user "
-            "or password every / ? # @ ; , is percent-encoded, and an @ in a virtual host is)"
-        )
-    try:
-        parts.hostname.encode("idna")  # as every look-up of the name does it
-    except UnicodeError as error:
-        raise ConfigError(
-            f"the bus URL's host {parts.hostname[:80]!r} can't be a name: its parts between dots have 1 to "
-            "63 characters each"
-        ) from error
-    if port == 0:
-        raise ConfigError(f"the bus URL of host {parts.hostname} has port 0: use 1 to 65535, or leave it out")
-    return parts
 
 
 def is_loopback(host: str) -> bool:

@@ -9,9 +9,9 @@ from typing import Any
 
 import click
 
+from virtbus.agent.identity import is_of_another_machine, load_agent_id, read_agent_id
 from virtbus.commands.options import common, load, state_dir
 from virtbus.errors import ConfigError, InputMissing, SpoolFull
-from virtbus.identity import is_of_another_machine, load_agent_id, read_agent_id
 
 
 @click.command("agent-id")

@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 import click
 
+from virtbus import redaction
 from virtbus.bus import Bus, BusOptions, open_bus
 from virtbus.commands import wiring
 from virtbus.commands.options import (
@@ -29,7 +30,7 @@ from virtbus.commands.options import (
     state_dir,
 )
 from virtbus.commands.terminal import progress
-from virtbus.config import Config, bus_url, redact_url
+from virtbus.config import Config, bus_url
 from virtbus.errors import BusUnavailable, ConfigError
 from virtbus.model import Confirmed, Record
 from virtbus.testing import ListFeed, records
@@ -121,7 +122,7 @@ def run(
         finally:
             bus.close()
     report = {
-        "bus": redact_url(bus_url(config)),
+        "bus": redaction.uri(bus_url(config)),
         "events": events,
         "domains": domains,
         "window": options.window,

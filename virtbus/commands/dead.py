@@ -180,7 +180,7 @@ def drop_command(group: str, ids: tuple[str, ...], everything: bool, **options: 
     """Remove letters for good.
 
     \b
-    Example: virtbus dead drop --group scheduler 0193512b-1111-7222-8333-444455556666
+    Example: virtbus dead drop --group sched 0193512b-1111-7222-8333-444455556666
     """
     sys.exit(
         settle(

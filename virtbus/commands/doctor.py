@@ -13,6 +13,7 @@ from typing import Any, TextIO
 import click
 
 from virtbus import doctor
+from virtbus.agent.identity import read_agent_id
 from virtbus.commands import wiring
 from virtbus.commands.options import (
     Seconds,
@@ -24,7 +25,6 @@ from virtbus.commands.options import (
 )
 from virtbus.config import Config, Loaded, bus_url, exposed_secrets
 from virtbus.errors import ConfigError
-from virtbus.identity import read_agent_id
 from virtbus.log import printable, takes_colour
 from virtbus.model import Check
 

@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 import click
 
+from virtbus.agent.control import Drill
 from virtbus.commands.options import (
     Seconds,
     common,
@@ -17,7 +18,6 @@ from virtbus.commands.options import (
 )
 from virtbus.commands.status import answers
 from virtbus.config import Config
-from virtbus.control import Drill
 from virtbus.errors import AgentUnavailable, BusUnavailable
 
 

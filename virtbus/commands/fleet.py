@@ -19,20 +19,24 @@ from virtbus.commands.options import (
     bus,
     common,
     load,
+    setting,
     state_dir,
 )
-from virtbus.commands.react import fleet_rules
+from virtbus.commands.react import fleet_rules, serving
 from virtbus.commands.terminal import cut, progress, wrapped
 from virtbus.config import Loaded, bus_url
-from virtbus.consumer import Consumer
+from virtbus.consumer import Consumer, Delivery
 from virtbus.errors import ConfigError
-from virtbus.fleet import Blame, Fleet, FleetView, HostHealth
+from virtbus.fleet import Blame, Fleet, FleetView, HostHealth, Publishers
+from virtbus.integrations.told import REACT, Disbelieved, EventPutAside
 from virtbus.log import takes_escapes
-from virtbus.model import Clock
+from virtbus.model import Clock, Heartbeat, Now
+from virtbus.telemetry import emit
 
 _WIDE = 120  # columns: what a host's trouble is stands beside it, else below
 _REDRAW_SECONDS = 1.0
 _WRITE_SECONDS = 2.0
+_STUCK_SECONDS = 60.0  # a file that is not written for so long: the writer hangs
 ROUND_SECONDS = 65.0  # one round of heartbeats, and a little
 
 
@@ -49,12 +53,21 @@ def run(
     """Show the fleet until an interrupt; with `once` after listening for `listen` seconds (one round)."""
     config = loaded.config
     fleet, clock = Fleet(fleet_rules(config)), Clock()
+    publishers = Publishers(config.react.publishers)
     seconds = listen if listen is not None else (ROUND_SECONDS if once else None)
     end = None if seconds is None else time.monotonic() + seconds
     live = not once and not as_json and write is None and takes_escapes(out)
-    drawn = 0.0
+    drawn = heard = time.monotonic() - _REDRAW_SECONDS
     begun, shown = time.monotonic(), 0  # seconds
+    REACT.heard.labels("fleet").set_function(lambda: time.monotonic() - heard)
     with (
+        serving(
+            loaded,
+            "react.fleet_listen",
+            config.react.fleet_listen if write else "",
+            dead=lambda: ["fleet"] if time.monotonic() - drawn > _STUCK_SECONDS else [],
+            not_ready=lambda: [] if write is not None and write.exists() else ["nothing is written yet"],
+        ),
         Consumer(
             bus_url(config), group=None, options=wiring.bus_options(config), prefetch=1000, patient=False
         ) as consumer,
@@ -63,8 +76,8 @@ def run(
         while end is None or time.monotonic() < end:
             delivery = consumer.receive(0.2)
             if delivery is not None:
-                if delivery.event is not None:
-                    fleet.saw(delivery.event, delivery.attributes, clock())
+                if _take(delivery, fleet, publishers, clock()):
+                    heard = time.monotonic()
                 delivery.ack()
             if once:
                 passed = int(time.monotonic() - begun)
@@ -72,10 +85,30 @@ def run(
                 shown = passed
             elif time.monotonic() - drawn >= (_WRITE_SECONDS if write else _REDRAW_SECONDS):
                 drawn = time.monotonic()
-                _show(fleet.view(clock()), as_json=as_json, write=write, live=live, out=out)
+                view = fleet.view(clock())
+                REACT.fleet.show(view)
+                _show(view, as_json=as_json, write=write, live=live, out=out)
     view = fleet.view(clock())
     _show(view, as_json=as_json, write=write, live=live, out=out)
     return 0
+
+
+def _take(delivery: Delivery, fleet: Fleet, publishers: Publishers, now: Now) -> bool:
+    """Fold one event in if it is believed; whether it was a heartbeat. Nothing that it holds ends us."""
+    event = delivery.event
+    host = None if event is None or event.host is None else event.host.name
+    why = publishers.refuses(delivery.publisher, delivery.source, host)
+    if why is not None:
+        emit(Disbelieved(delivery.publisher, host, delivery.source, delivery.id, why))
+        return False
+    if event is None:
+        return False
+    try:
+        fleet.saw(event, delivery.attributes, now)
+    except Exception as error:  # noqa: BLE001 - one event must not end the others
+        emit(EventPutAside("fleet", delivery.source, delivery.id, error))
+        return False
+    return isinstance(event, Heartbeat)
 
 
 def _show(view: FleetView, *, as_json: bool, write: Path | None, live: bool, out: TextIO) -> None:
@@ -217,6 +250,12 @@ def _fitting(text: str) -> list[str]:
     help="Keep FILE up to date instead, as JSON: for a scheduler on this machine.",
 )
 @click.option("--listen", type=Seconds(0), metavar="S", help="End after S seconds.")
+@setting(
+    "react.fleet_listen",
+    "--http-listen",
+    metavar="HOST:PORT",
+    help="With --write: address of /metrics, /livez, /readyz (react.fleet_listen).",
+)
 def command(once: bool, as_json: bool, write: Path | None, listen: float | None, **options: Any) -> None:
     """Show which hosts and storage systems are in trouble, and whose fault it is.
 

@@ -23,7 +23,7 @@ class Seconds(click.FloatRange):
         """See click.ParamType."""
         seconds = super().convert(value, param, ctx)
         if not seconds <= _YEAR:
-            self.fail(f"{seconds} is no number of seconds up to a year", param, ctx)
+            self.fail(f"{seconds} is not a number of seconds up to a year", param, ctx)
         return seconds
 
 

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import signal
+import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 from typing import Any, TextIO
 
 import click
 
-from virtbus import config as settings_of
-from virtbus.commands import wiring
-from virtbus.commands.options import (
-    bus,
-    common,
-    load,
-    state_dir,
-)
+from virtbus import __version__
+from virtbus.agent.http import HttpServer
+from virtbus.commands import holds, wiring
+from virtbus.commands.options import bus, setting
+from virtbus.commands.wiring import react_folder
 from virtbus.config import Config, Loaded, bus_url
 from virtbus.consumer import Consumer
 from virtbus.errors import ConfigError
@@ -30,8 +27,9 @@ from virtbus.integrations.base import Integration, open_integration
 from virtbus.integrations.policy import HoldPolicy, HoldRules
 from virtbus.integrations.reactor import Reactor
 from virtbus.integrations.store import ActionStore
+from virtbus.integrations.told import REACT
 from virtbus.log import printable
-from virtbus.telemetry import Notice, emit
+from virtbus.telemetry import METRICS, Notice, emit
 
 _PREFETCH = 500
 
@@ -73,6 +71,15 @@ def run(
         for integration in integrations:
             reactors.append(_reactor(integration, config, group, dry_run, stack))
         _on_signals(reactors)
+        stack.enter_context(
+            serving(
+                loaded,
+                "react.listen",
+                config.react.listen,
+                dead=lambda: [name for reactor in reactors for name in reactor.dead()],
+                not_ready=lambda: [why for reactor in reactors for why in reactor.not_ready()],
+            )
+        )
         with ThreadPoolExecutor(len(reactors), "virtbus-reactor") as pool:
             running = [pool.submit(reactor.run) for reactor in reactors]
             while not (done := [one for one in running if one.done()]):
@@ -88,7 +95,7 @@ def _reactor(
     integration: Integration, config: Config, group: str | None, dry_run: bool, stack: ExitStack
 ) -> Reactor:
     name = integration.name
-    folder = Path(config.react.state_dir or Path(config.state_dir) / "react")
+    folder = react_folder(config)
     store = ActionStore(None if dry_run else folder / f"{name}.db")
     stack.callback(store.close)
     # A dry run takes nothing away from the real one: it listens beside the group.
@@ -111,7 +118,41 @@ def _reactor(
         publishers=config.react.publishers,
         actions_per_minute=config.react.actions_per_minute,
         dry_run=dry_run,
+        by=f"{group or 'react'}-{name}@{socket.gethostname()}",
     )
+
+
+@contextmanager
+def serving(
+    loaded: Loaded,
+    setting: str,
+    listen: str,
+    *,
+    dead: Callable[[], Sequence[str]],
+    not_ready: Callable[[], Sequence[str]],
+) -> Iterator[None]:
+    """/metrics, /livez and /readyz at `listen` while inside; nothing when it is empty.
+
+    A default address that another process has is done without, aloud. Raises ConfigError for one that
+    was set.
+    """
+    METRICS.build_info.labels(__version__).set(1)
+    server = None
+    if listen:
+        try:
+            server = HttpServer(
+                listen, dead=dead, not_ready=not_ready, registry=REACT.registry, setting=setting
+            )
+            server.start()
+        except ConfigError as error:
+            if setting in loaded.origins:
+                raise
+            emit(Notice(f"no /metrics of this process: {error}"))
+    try:
+        yield
+    finally:
+        if server is not None:
+            server.close()
 
 
 def _probe(integration: Integration, out: TextIO) -> int:
@@ -136,29 +177,22 @@ def _on_signals(reactors: Sequence[Reactor]) -> None:
 # ------------------------------------------------------------------------------- the command line
 
 
-@click.command("react")
-@common
+@click.group("react", invoke_without_command=True)
+@holds.options
 @bus
-@state_dir
-@click.option(
-    "--with",
-    "names",
-    required=True,
-    multiple=True,
-    metavar="NAME",
-    help="exec, webhook, kubernetes, nova, masakari, or one that a package adds.",
+@setting(
+    "react.listen",
+    "--http-listen",
+    metavar="HOST:PORT",
+    help="Where /metrics, /livez and /readyz are served; '' for none (react.listen).",
 )
 @click.option("--group", metavar="GROUP", help="Durable group: GROUP-NAME [default: react-NAME].")
 @click.option("--dry-run", is_flag=True, help="Only say what would be done; takes no event from the group.")
 @click.option("--probe", is_flag=True, help="Only look whether the control plane lets us, and end.")
-@click.option(
-    "--option",
-    "settings",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="A setting of [react], e.g. --option 'exec.command=[\"/usr/bin/logger\"]'.",
-)
+@click.pass_context
 def command(
+    ctx: click.Context,
+    /,
     names: tuple[str, ...],
     group: str | None,
     dry_run: bool,
@@ -172,14 +206,18 @@ def command(
     or restarted.
 
     \b
-    Example: virtbus react --with kubernetes --bus amqps://scheduler@broker//
+    Examples:
+      virtbus react --with kubernetes --bus amqps://scheduler@broker//
+      virtbus react holds --with kubernetes
     """
-    for text in settings:
-        key, separator, value = text.partition("=")
-        if not separator:
-            raise ConfigError(f"--option {text}: write KEY=VALUE")
-        dotted = f"react.{key}"
-        if not settings_of.knows(dotted):
-            dotted = f"react.options.{key}"
-        options[dotted] = settings_of.from_text(dotted, value)
-    sys.exit(run(load(options), names=names, group=group, dry_run=dry_run, probe=probe, out=sys.stdout))
+    if ctx.invoked_subcommand is not None:
+        ctx.obj = (names, settings, options)
+        return
+    if not names:
+        raise click.UsageError("Missing option '--with'", ctx)
+    loaded = holds.load_with(settings, options)
+    sys.exit(run(loaded, names=names, group=group, dry_run=dry_run, probe=probe, out=sys.stdout))
+
+
+command.add_command(holds.list_command)
+command.add_command(holds.release_command)

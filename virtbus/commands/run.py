@@ -19,8 +19,13 @@ from typing import Any
 
 import click
 
-from virtbus import telemetry
-from virtbus.agent import Agent, AgentOptions
+from virtbus import redaction, telemetry
+from virtbus.agent.agent import Agent, AgentOptions
+from virtbus.agent.control import ControlSocket
+from virtbus.agent.http import HttpServer
+from virtbus.agent.identity import load_agent_id, tie_to_host
+from virtbus.agent.incidents import Incidents
+from virtbus.agent.systemd import Systemd
 from virtbus.commands import wiring
 from virtbus.commands.options import (
     bus,
@@ -31,14 +36,10 @@ from virtbus.commands.options import (
     setting,
     state_dir,
 )
-from virtbus.config import Config, Loaded, bus_url, differences, exposed_secrets, redact_url
-from virtbus.control import ControlSocket, HttpServer
+from virtbus.config import Config, Loaded, bus_url, differences, exposed_secrets
 from virtbus.envelope import uuid7
 from virtbus.errors import AgentBroken, ConfigError, VirtbusError
-from virtbus.identity import load_agent_id, tie_to_host
-from virtbus.incidents import Incidents
 from virtbus.model import Clock
-from virtbus.sdnotify import Systemd
 from virtbus.spool import Spool, prepare_state_dir
 from virtbus.telemetry import (
     METRICS,
@@ -92,7 +93,7 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
                 fold=config.incidents.fold,
             ),
             clock=clock,
-            bus_name=redact_url(bus_url(config)),
+            bus_name=redaction.uri(bus_url(config)),
             identify=partial(tie_to_host, state_dir),
         )
         threading.excepthook = partial(_end_with_thread, agent)

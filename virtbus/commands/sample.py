@@ -150,8 +150,8 @@ def reference() -> Iterator[str]:
     yield ""
     yield "Written by `virtbus config reference`; do not edit. A flag wins over the environment, that over"
     yield "the file `/etc/virtbus/virtbus.toml`, that over the default. `virtbus config sample` prints all"
-    yield "of this as a commented file, `virtbus config show` what is in force and where each value comes from, and"
-    yield "`virtbus config check` every problem with its place. In the environment `bus.url` is"
+    yield "of this as a commented file, `virtbus config show` what is in force and where each value comes"
+    yield "from, and `virtbus config check` every problem with its place. In the environment `bus.url` is"
     yield "`VIRTBUS_BUS__URL`: two underscores for each dot."
     purposes, section = sections(), None
     for each in settings():

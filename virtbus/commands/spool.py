@@ -23,7 +23,8 @@ from virtbus.commands.options import (
 from virtbus.commands.terminal import cut, progress, rows, wrapped
 from virtbus.errors import AgentUnavailable, InputMissing, SpoolBusy, SpoolCorrupt
 from virtbus.model import to_datetime
-from virtbus.spool import files, wishes
+from virtbus.spool import files
+from virtbus.spool import requests as wishes
 
 _LIST = "position, id, epoch, seq, key, class, count, bytes, created_ns, attempts"
 _LONG = 2000  # less is done within a moment

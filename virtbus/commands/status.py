@@ -11,6 +11,7 @@ from typing import Any, TextIO
 
 import click
 
+from virtbus.agent.control import ask
 from virtbus.commands.options import (
     common,
     load,
@@ -18,7 +19,6 @@ from virtbus.commands.options import (
 )
 from virtbus.commands.terminal import rows
 from virtbus.config import Config
-from virtbus.control import ask
 from virtbus.errors import AgentUnavailable, ConfigError
 
 

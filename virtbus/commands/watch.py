@@ -20,6 +20,7 @@ from virtbus.errors import ConfigError, SourceUnavailable, VirtbusError
 from virtbus.log import printable
 from virtbus.model import Description, Domain, Host, RawIoError
 from virtbus.sources import SourceOptions, domain_xml, recording
+from virtbus.sources.descriptions import Cache
 from virtbus.sources.libvirt import LibvirtConnector
 from virtbus.sources.link import STARTED, STATES, Handler, Link
 from virtbus.words import Action, GuestState
@@ -83,6 +84,7 @@ class _Watch(Handler):
     def __init__(self, as_json: bool) -> None:
         self.lines: queue.SimpleQueue[str | _Ended | _Started] = queue.SimpleQueue()
         self._as_json = as_json
+        self._known = Cache()
 
     def say(self, as_json: str, as_text: str) -> None:
         """Queue a line in the form that was asked for."""
@@ -95,11 +97,14 @@ class _Watch(Handler):
         except VirtbusError as error:
             self.lines.put(recording.problem_line(str(error)) if self._as_json else printable(str(error)))
             return
+        self._known.saw(uuid, name, xml.id, GuestState(state))
+        self._known.read(uuid, xml)
         domain = Domain(uuid, name, xml.id, GuestState(state), xml.owner)
         self.say(recording.domain_line(Description(domain, xml.devices)), f"{printable(name)} {uuid} {state}")
 
     def io_error(self, raw: RawIoError) -> None:
         """See Handler."""
+        raw = self._known.shown(raw)
         action = Action.from_code(raw.action_code).value
         reason, path = printable(raw.reason) or "-", printable(raw.path) or "-"
         text = (
@@ -131,6 +136,9 @@ class _Watch(Handler):
 
     def changed(self, uuid: str) -> None:
         """Nothing to print."""
+
+    def job_failed(self, uuid: str, disk: str) -> None:
+        """Not shown."""
 
     def undecodable(self) -> None:
         """See Handler."""

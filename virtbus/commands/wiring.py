@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from virtbus import bus, plugins
+from virtbus.agent.incidents import IncidentLimits
 from virtbus.bus import Bus, BusOptions
 from virtbus.config import Config, bus_url
-from virtbus.incidents import IncidentLimits
 from virtbus.sources import Source, SourceFactory, SourceOptions
 from virtbus.spool import SpoolLimits
 
@@ -99,3 +99,8 @@ def source_options(config: Config, since_ns: int | None = None) -> SourceOptions
         owner_rules=settings.owner_rules,
         since_ns=since_ns,
     )
+
+
+def react_folder(config: Config) -> Path:
+    """Where the integrations keep their state."""
+    return Path(config.react.state_dir or Path(config.state_dir) / "react")

@@ -14,17 +14,20 @@ a shared array is sick. Pure: no I/O, the clock is passed in.
 
 from __future__ import annotations
 
+from virtbus.fleet.believing import Publishers
 from virtbus.fleet.state import BackendHealth, Fleet, FleetRules, FleetView, HostHealth
 from virtbus.fleet.storage import Sharing, StorageRules
-from virtbus.fleet.verdict import Blame, VerdictRules
+from virtbus.fleet.verdict import Answer, Blame, VerdictRules
 
 __all__ = [
+    "Answer",
     "BackendHealth",
     "Blame",
     "Fleet",
     "FleetRules",
     "FleetView",
     "HostHealth",
+    "Publishers",
     "Sharing",
     "StorageRules",
     "VerdictRules",

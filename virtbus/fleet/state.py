@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from virtbus.fleet.agent import Agent, Ended, Incident, Rate, Version
 from virtbus.fleet.storage import Backend, StorageRules, backend_of
-from virtbus.fleet.verdict import Blame, Trouble, Verdict, VerdictRules, Verdicts, assess
-from virtbus.model import Device, Event, Heartbeat, Host, IoError, IoErrorResolved, Now, OpenIncident, to_ns
-from virtbus.words import ENOSPC, Action, DiskError, EvidenceVerdict, GuestState, Origin, SourceState
+from virtbus.fleet.verdict import Answer, Blame, Trouble, Verdict, VerdictRules, Verdicts, assess
+from virtbus.model import (
+    Device,
+    Event,
+    Gap,
+    Heartbeat,
+    Host,
+    IoError,
+    IoErrorResolved,
+    Now,
+    OpenIncident,
+    to_ns,
+)
+from virtbus.words import ENOSPC, Action, DiskError, EvidenceVerdict, GuestState, Origin
 
 _SEQUENCE = re.compile("[0-9]{1,18}")
 
@@ -23,7 +34,7 @@ class FleetRules:
     storage: StorageRules = field(default_factory=StorageRules)
     verdict: VerdictRules = field(default_factory=VerdictRules)
     silent_intervals: float = 3.0  # heartbeats that may be missed
-    round_seconds: float = 60.0  # a round of heartbeats, until one tells its own interval
+    round_seconds: float = 60.0  # a round of heartbeats, for an agent that did not tell its interval
     remember_seconds: float = 900.0  # how long an incident that ended is evidence
     after_boot_seconds: float = 1800.0  # how long a reboot is a likely cause
     rate_seconds: float = 300.0  # the time constant of rates
@@ -37,7 +48,7 @@ class HostHealth:
 
     name: str
     agent_id: str
-    state: str  # "observing", "blind" (cut off from its hypervisor) or "silent" (its agent is not heard)
+    state: str  # "observing", "blind" (cut off from its hypervisor) or "silent" (no heartbeats of its agent)
     heard_seconds: float  # since its last sign of life
     blame: Blame
     why: str
@@ -50,6 +61,18 @@ class HostHealth:
     errors_per_minute: float
     backends: tuple[str, ...]  # the storage systems it has trouble with
     fresh: bool  # a heartbeat told everything that is open: what is not here is not
+    early: bool = False  # too early to tell: nothing is put down to anybody yet
+
+    @property
+    def answer(self) -> Answer:
+        """Is it bad, is it well, or can't that be told: only the first is a reason to act, only the second
+        to undo. Well is a host's own fresh word that nothing of it is in trouble.
+        """
+        if self.state != "observing" or self.early:
+            return Answer.CANT_TELL
+        if self.blame is Blame.HOST:
+            return Answer.BAD
+        return Answer.WELL if self.fresh and not self.incidents else Answer.CANT_TELL
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,91 +108,33 @@ class FleetView:
         return next((one for one in self.hosts if one.name == name), None)
 
 
-class _Rate:
-    """Events a minute, forgotten exponentially."""
-
-    __slots__ = ("_at", "_value")
-
-    def __init__(self) -> None:
-        self._value, self._at = 0.0, 0.0
-
-    def add(self, count: int, now: float, constant: float) -> None:
-        self._value = self._value * math.exp(-(now - self._at) / constant) + count
-        self._at = now
-
-    def per_minute(self, now: float, constant: float) -> float:
-        if not self._value:
-            return 0.0
-        return self._value * math.exp(-(now - self._at) / constant) * 60.0 / constant
-
-
-_Version = tuple[str, int]  # (epoch, sequence): epochs are UUIDv7, so a later run compares greater
-
-
-@dataclass(slots=True)
-class _Incident:
-    domain: str
-    backend: Backend
-    onset: float
-    action: Action
-    paused: bool
-    flapping: bool
-    full: bool
-    doubtful: bool
-    after_boot: bool
-    version: _Version
-    total: int
-
-
-@dataclass(slots=True)
-class _Ended:
-    trouble: Trouble | None  # None: an incident that is not ours to count (a drill)
-    at: float  # monotonic
-    version: _Version
-
-
-@dataclass(slots=True)
-class _Agent:
-    id: str
-    name: str | None = None
-    host: Host | None = None
-    heard: float = 0.0
-    interval: float = 0.0
-    blind: bool = False
-    epoch: str = ""
-    heartbeat: _Version = ("", -1)
-    complete: bool = False
-    booted: float | None = None  # Unix seconds: when a new boot id was first seen
-    incidents: dict[str, _Incident] = field(default_factory=dict)
-    ended: dict[str, _Ended] = field(default_factory=dict)
-    rate: _Rate = field(default_factory=_Rate)
-
-
-_MAX_ENDED = 1000  # an agent
-_MAX_INCIDENTS = 5000
 _MAX_USERS = 50_000
+_MAX_REPLACED = 10_000
 
 
 class Fleet:
     """What all events so far say. `saw` each event in the order it comes, then ask `view`.
 
     - Order between an agent's events does not matter: each incident keeps the (epoch, sequence) of what
-      was last heard of it, and a heartbeat says up to which sequence it speaks.
+      was last heard of it, and a heartbeat says up to which sequence it speaks. Which run is the later one
+      is told by the agent's own chain, never by a clock.
     - After a restart one round of heartbeats rebuilds it, because each carries what is open.
-    - A sign of life is its arrival, by our monotonic clock: hosts' clocks decide nothing but which
-      troubles began together.
+    - A sign of life is its arrival, by our monotonic clock. Which troubles began together is told by hosts'
+      clocks as their heartbeats show them against ours.
+    - Of several agents that claim one name the silent ones are the past (a machine that was replaced), and so
+      is one whose host another agent began to speak for (it was installed anew).
     - Errors that a drill or a recording replayed are not counted, unless the rules say so.
     """
 
     def __init__(self, rules: FleetRules | None = None) -> None:
         """An empty fleet."""
         self.rules = rules or FleetRules()
-        self._agents: dict[str, _Agent] = {}
+        self._agents: dict[str, Agent] = {}
         self._users: dict[str, set[str]] = defaultdict(set)
-        self._backend_rates: dict[str, _Rate] = {}
+        self._backend_rates: dict[str, Rate] = {}
         self._backend_of: dict[Backend, Backend] = {}
         self._since: float | None = None  # monotonic: when we began to listen
-        self._interval = 0.0  # the longest heartbeat interval that was heard of
+        self._replaced: dict[str, str] = {}  # agents of the past → who speaks for their host now
 
     def __len__(self) -> int:
         return len(self._agents)
@@ -180,14 +145,19 @@ class Fleet:
         `attributes` are its CloudEvents attributes: `source`, `epoch` and `sequence` are read.
         """
         id_ = attributes["source"].rpartition("/")[2]
+        returned = id_ in self._replaced
+        if returned and not isinstance(event, Heartbeat):
+            return None  # what an agent of the past still had in its spool
         agent = self._agents.get(id_)
         if agent is None:
-            agent = self._agents[id_] = _Agent(id_)
+            agent = self._agents[id_] = Agent(id_)
         agent.heard = now.monotonic
         if self._since is None:
             self._since = now.monotonic
         epoch = attributes.get("epoch", "")
-        agent.epoch = max(agent.epoch, epoch)
+        agent.runs.meets(epoch)
+        if isinstance(event, Gap) and event.previous is not None:
+            agent.runs.follows(epoch, event.previous.epoch)
         if event.host is not None:
             self._met(agent, event.host, now)
         if agent.name is None:
@@ -201,106 +171,121 @@ class Fleet:
             self._resolved(agent, event, version, now)
         elif isinstance(event, Heartbeat):
             self._heartbeat(agent, event, now)
+            if returned:
+                del self._replaced[id_]  # it lives after all: two claims, until one of them falls silent
+            else:
+                self._replace_older(agent)
         return agent.name
 
     # ---- folding
 
-    def _met(self, agent: _Agent, host: Host, now: Now) -> None:
+    def _met(self, agent: Agent, host: Host, now: Now) -> None:
         before = agent.host.boot_id if agent.host is not None else None
         if before is not None and host.boot_id not in (None, before):
             agent.booted = now.wall_ns / 1e9
-        if agent.name != host.name:
-            agent.name = host.name
-            self._replace_older(agent, host)
+        if agent.name != host.name:  # under another name it begins to beat anew
+            agent.name, agent.beat_at = host.name, None
         agent.host = host
 
-    def _replace_older(self, agent: _Agent, host: Host) -> None:
-        """A host that was installed anew has a new agent: the silent one of that name is the past."""
-        for other in [one for one in self._agents.values() if one.name == host.name and one is not agent]:
+    def _replace_older(self, agent: Agent) -> None:
+        """A host that was installed anew has a new agent: the one before it is the past."""
+        host = agent.host
+        if host is None or agent.beat_at != agent.began_to_beat:
+            return  # only the first heartbeat makes others the past
+        for other in [one for one in self._agents.values() if one.name == agent.name and one is not agent]:
             same = other.host is None or None in (other.host.uuid, host.uuid) or other.host.uuid == host.uuid
-            if same and other.epoch < agent.epoch:
-                del self._agents[other.id]
+            if same:
+                self._drop(other, agent)
 
-    def _error(self, agent: _Agent, event: IoError, version: _Version, now: Now) -> None:
+    def _drop(self, agent: Agent, successor: Agent) -> None:
+        del self._agents[agent.id]
+        self._replaced[agent.id] = successor.id
+        while len(self._replaced) > _MAX_REPLACED:
+            del self._replaced[next(iter(self._replaced))]
+
+    def _error(self, agent: Agent, event: IoError, version: Version, now: Now) -> None:
         assert agent.name is not None
         id_ = event.incident.id
         if event.origin is Origin.REPLAY and not self.rules.drills:
-            self._end(agent, id_, _Ended(None, now.monotonic, ("~", 0)))
+            agent.end(id_, Ended(None, now.monotonic, None))
             return
         agent.rate.add(event.occurrences.count, now.monotonic, self.rules.rate_seconds)
         backend = self._backend(agent.name, event.device)
         self._rate_of(backend).add(event.occurrences.count, now.monotonic, self.rules.rate_seconds)
         known = agent.incidents.get(id_)
-        if (known is not None and known.version >= version) or self._ended_after(agent, id_, version):
+        if (known is not None and agent.not_later(version, known.version)) or agent.ended_after(id_, version):
             return
-        if known is None and agent.complete and version <= agent.heartbeat:
+        if known is None and agent.complete and agent.not_later(version, agent.heartbeat):
             return  # a heartbeat that already speaks for this error does not list it: it is over
         full = event.error.reason == ENOSPC or event.error.disk_error == DiskError.NO_SPACE
         verdicts = {one.verdict for one in event.error.evidence}
-        self._keep(
-            agent,
+        opened = to_ns(event.incident.opened_at) / 1e9
+        onset = agent.ours(opened, now) if known is None else known.onset
+        agent.keep(
             id_,
-            _Incident(
+            Incident(
                 domain=event.domain.uuid,
                 backend=backend,
-                onset=to_ns(event.incident.opened_at) / 1e9,
+                opened=opened,
+                onset=onset,
                 action=event.error.action,
                 paused=event.domain.state == GuestState.PAUSED or event.error.action is Action.PAUSE,
                 flapping=event.incident.flapping,
                 full=full,
                 doubtful=EvidenceVerdict.CONTRADICTS in verdicts and EvidenceVerdict.CONFIRMS not in verdicts,
-                after_boot=self._after_boot(agent, to_ns(event.incident.opened_at) / 1e9),
+                after_boot=self._after_boot(agent, onset),
                 version=version,
                 total=event.occurrences.total,
             ),
         )
 
-    def _resolved(self, agent: _Agent, event: IoErrorResolved, version: _Version, now: Now) -> None:
+    def _resolved(self, agent: Agent, event: IoErrorResolved, version: Version, now: Now) -> None:
         assert agent.name is not None
         id_ = event.incident.id
         known = agent.incidents.pop(id_, None)
         trouble = None
         if known is not None:
-            trouble = self._trouble(agent.name, known, is_open=False)
+            trouble = known.trouble(agent.name, is_open=False)
         elif id_ in agent.ended:
             trouble = agent.ended[id_].trouble
-        self._end(agent, id_, _Ended(trouble, now.monotonic, version))
+        agent.end(id_, Ended(trouble, now.monotonic, version))
 
-    def _heartbeat(self, agent: _Agent, event: Heartbeat, now: Now) -> None:
+    def _heartbeat(self, agent: Agent, event: Heartbeat, now: Now) -> None:
         assert agent.name is not None
         version = (event.epoch, event.committed_sequence)
-        if version < agent.heartbeat:
+        newest = agent.runs.beats(event.epoch)
+        if not newest or (version[0] == agent.heartbeat[0] and version[1] < agent.heartbeat[1]):
             return
         agent.heartbeat = version
-        agent.interval = event.interval_seconds
-        self._interval = max(self._interval, event.interval_seconds)
-        agent.blind = event.source.state != SourceState.CONNECTED
+        agent.beats(event.interval_seconds, event.source, to_ns(event.sent_at) / 1e9, now)
         agent.complete = event.incidents.total == len(event.incidents.items)
         listed = set()
         for item in event.incidents.items:
+            if item.drill and not self.rules.drills:
+                agent.end(item.id, Ended(None, now.monotonic, None))
+                continue
             listed.add(item.id)
-            if self._ended_after(agent, item.id, version):
+            if agent.ended_after(item.id, version):
                 continue
             known = agent.incidents.get(item.id)
-            if known is None or known.version <= version:
-                self._keep(agent, item.id, self._from_heartbeat(agent, item, known, version))
+            if known is None or agent.not_later(known.version, version):
+                agent.keep(item.id, self._from_heartbeat(agent, item, known, version, now))
         if agent.complete:
-            for id_ in [
-                id_ for id_, one in agent.incidents.items() if id_ not in listed and one.version <= version
-            ]:
-                gone = agent.incidents.pop(id_)
-                self._end(
-                    agent, id_, _Ended(self._trouble(agent.name, gone, is_open=False), now.monotonic, version)
-                )
+            for id_, one in list(agent.incidents.items()):
+                if id_ not in listed and agent.not_later(one.version, version):
+                    del agent.incidents[id_]
+                    agent.end(id_, Ended(one.trouble(agent.name, is_open=False), now.monotonic, version))
 
     def _from_heartbeat(
-        self, agent: _Agent, item: OpenIncident, known: _Incident | None, version: _Version
-    ) -> _Incident:
+        self, agent: Agent, item: OpenIncident, known: Incident | None, version: Version, now: Now
+    ) -> Incident:
         assert agent.name is not None
-        onset = to_ns(item.opened_at) / 1e9
-        return _Incident(
+        opened = to_ns(item.opened_at) / 1e9
+        onset = agent.ours(opened, now) if known is None else known.onset
+        return Incident(
             domain=item.domain_uuid,
             backend=self._backend(agent.name, item.device),
+            opened=opened,
             onset=onset,
             action=item.action,
             paused=item.paused,
@@ -313,22 +298,7 @@ class Fleet:
             total=item.total,
         )
 
-    def _keep(self, agent: _Agent, id_: str, incident: _Incident) -> None:
-        if id_ not in agent.incidents and len(agent.incidents) >= _MAX_INCIDENTS:
-            del agent.incidents[next(iter(agent.incidents))]
-        agent.incidents[id_] = incident
-
-    def _end(self, agent: _Agent, id_: str, ended: _Ended) -> None:
-        agent.ended.pop(id_, None)
-        agent.ended[id_] = ended
-        while len(agent.ended) > _MAX_ENDED:
-            del agent.ended[next(iter(agent.ended))]
-
-    def _ended_after(self, agent: _Agent, id_: str, version: _Version) -> bool:
-        ended = agent.ended.get(id_)
-        return ended is not None and ended.version >= version
-
-    def _after_boot(self, agent: _Agent, onset: float) -> bool:
+    def _after_boot(self, agent: Agent, onset: float) -> bool:
         return agent.booted is not None and 0 <= onset - agent.booted <= self.rules.after_boot_seconds
 
     def _backend(self, host: str, device: Device) -> Backend:
@@ -341,25 +311,20 @@ class Fleet:
                 self._users[name].add(host)
         return backend
 
-    def _rate_of(self, backend: Backend) -> _Rate:
+    def _rate_of(self, backend: Backend) -> Rate:
         rate = self._backend_rates.get(backend.names[0])
         if rate is None:
             if len(self._backend_rates) >= _MAX_USERS:
                 del self._backend_rates[next(iter(self._backend_rates))]
-            rate = self._backend_rates[backend.names[0]] = _Rate()
+            rate = self._backend_rates[backend.names[0]] = Rate()
         return rate
-
-    def _trouble(self, host: str, one: _Incident, *, is_open: bool) -> Trouble:
-        return Trouble(
-            host, one.domain, one.backend, one.onset, is_open, one.full, one.doubtful, one.after_boot
-        )
 
     # ---- asking
 
     def view(self, now: Now) -> FleetView:
         """Everything, judged now."""
         self._forget(now)
-        states = {agent.id: self._state(agent, now) for agent in self._agents.values()}
+        states = self._states(now)
         named = [agent for agent in self._agents.values() if agent.name is not None]
         verdicts = self._judge(named, states, now)
         hosts = [
@@ -376,11 +341,11 @@ class Fleet:
             suspect_ourselves=silent * 2 > len(states) and len(states) > 1,
         )
 
-    def _health(self, agent: _Agent, state: str, verdicts: Verdicts, now: Now) -> HostHealth:
+    def _health(self, agent: Agent, state: str, verdicts: Verdicts, now: Now) -> HostHealth:
         assert agent.name is not None
         heard = now.monotonic - agent.heard
         rate = agent.rate.per_minute(now.monotonic, self.rules.rate_seconds)
-        fresh = agent.complete and agent.heartbeat[0] == agent.epoch
+        fresh = agent.fresh
         open_ = agent.incidents.values()
         if not open_:
             return HostHealth(
@@ -403,25 +368,33 @@ class Fleet:
             errors_per_minute=rate,
             backends=tuple(sorted({verdicts.system_of[one.backend] for one in open_})),
             fresh=fresh,
+            early=verdict.early,
         )
-
-    def _state(self, agent: _Agent, now: Now) -> str:
-        if agent.interval and now.monotonic - agent.heard > agent.interval * self.rules.silent_intervals:
-            return "silent"
-        return "blind" if agent.blind else "observing"
 
     def _forget(self, now: Now) -> None:
         horizon = now.monotonic - self.rules.forget_seconds
         for agent in [one for one in self._agents.values() if one.heard < horizon]:
             del self._agents[agent.id]
 
-    def _judge(self, named: Iterable[_Agent], states: Mapping[str, str], now: Now) -> Verdicts:
+    def _states(self, now: Now) -> dict[str, str]:
+        """Each agent's state, once the silent ones are gone whose name another agent speaks for."""
+        rules = self.rules
+        states = {
+            agent.id: agent.state(now.monotonic, rules.silent_intervals, rules.round_seconds)
+            for agent in self._agents.values()
+        }
+        live = {agent.name: agent for agent in self._agents.values() if states[agent.id] != "silent"}
+        for agent in list(self._agents.values()):
+            if agent.name in live and states[agent.id] == "silent":
+                self._drop(agent, live[agent.name])
+                del states[agent.id]
+        return states
+
+    def _judge(self, named: Iterable[Agent], states: Mapping[str, str], now: Now) -> Verdicts:
         troubles = list(self._evidence(named, now))
         return assess(
             troubles,
-            observed={
-                one.name for one in named if one.name and one.interval and states[one.id] == "observing"
-            },
+            observed={one.name for one in named if one.name and states[one.id] == "observing"},
             users=self._users,
             now=now.wall_ns / 1e9,
             rules=self.rules.verdict,
@@ -430,23 +403,25 @@ class Fleet:
 
     def _too_early(self, now: Now) -> str | None:
         """Until one round of heartbeats has been heard, who has no trouble is not known."""
-        round_ = (self._interval or self.rules.round_seconds) * 1.1
+        intervals = sorted(one.interval or self.rules.round_seconds for one in self._agents.values())
+        # The usual agent's: one that beats once an hour makes nobody wait but for itself.
+        round_ = (intervals[len(intervals) // 2] if intervals else self.rules.round_seconds) * 1.1
         if self._since is None or now.monotonic - self._since < round_:
             return f"listening for less than a round of heartbeats ({round_:.0f} s)"
         return None
 
-    def _evidence(self, named: Iterable[_Agent], now: Now) -> Iterator[Trouble]:
+    def _evidence(self, named: Iterable[Agent], now: Now) -> Iterator[Trouble]:
         horizon = now.monotonic - self.rules.remember_seconds
         for agent in named:
             assert agent.name is not None
             for incident in agent.incidents.values():
-                yield self._trouble(agent.name, incident, is_open=True)
+                yield incident.trouble(agent.name, is_open=True)
             for ended in agent.ended.values():
                 if ended.trouble is not None and ended.at >= horizon:
                     yield ended.trouble
 
-    def _backends(self, named: Iterable[_Agent], verdicts: Verdicts, now: Now) -> Iterator[BackendHealth]:
-        found: dict[str, list[tuple[str, _Incident]]] = defaultdict(list)
+    def _backends(self, named: Iterable[Agent], verdicts: Verdicts, now: Now) -> Iterator[BackendHealth]:
+        found: dict[str, list[tuple[str, Incident]]] = defaultdict(list)
         for agent in named:
             assert agent.name is not None
             for incident in agent.incidents.values():

@@ -32,6 +32,14 @@ class Blame(Enum):
     UNDETERMINED = "undetermined"
 
 
+class Answer(Enum):
+    """What there is to say of a host; never one of two."""
+
+    BAD = "bad"
+    WELL = "well"
+    CANT_TELL = "can't tell"
+
+
 @dataclass(frozen=True, slots=True)
 class VerdictRules:
     """When to believe what; times in seconds."""
@@ -50,7 +58,7 @@ class Trouble:
     host: str
     guest: str  # domain uuid
     backend: Backend
-    onset: float  # Unix seconds, by the host's own clock
+    onset: float  # Unix seconds
     is_open: bool
     full: bool = False  # no space left
     doubtful: bool = False  # the evidence contradicts itself
@@ -64,6 +72,7 @@ class Verdict:
     blame: Blame
     why: str
     full: bool = False
+    early: bool = False  # it may be told later
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +136,7 @@ def assess(
     }
     hosts = _one_at_a_time(hosts, by_host, rules)
     if blame_nobody is not None:
-        doubt = Verdict(Blame.UNDETERMINED, blame_nobody)
+        doubt = Verdict(Blame.UNDETERMINED, blame_nobody, early=True)
         return Verdicts(dict.fromkeys(hosts, doubt), dict.fromkeys(systems, doubt), system_of)
     return Verdicts(hosts, systems, system_of)
 
@@ -239,7 +248,7 @@ def _judge_system(
             doubt, f"{len(hosts)} hosts have trouble with it, {len(quiet)} others that use it have none"
         )
     if now - min(one.onset for one in together) < rules.settle_seconds:
-        return Verdict(doubt, "too early to tell: other storage may follow")
+        return Verdict(doubt, "too early to tell: other storage may follow", early=True)
     guests = len({one.guest for one in together})
     return Verdict(Blame.BACKEND, f"{guests} guests on {len(hosts)} hosts fell into trouble with it together")
 
@@ -297,7 +306,7 @@ def _judge_host(
     if len(local) < rules.min_guests and groups < 2:
         return Verdict(doubt, "one storage system, and no other host to compare with on it")
     if now - min(one.onset for one in began) < rules.settle_seconds:
-        return Verdict(doubt, "too early to tell: other hosts may follow")
+        return Verdict(doubt, "too early to tell: other hosts may follow", early=True)
     if groups >= 2:
         return Verdict(
             Blame.HOST, f"{len(guests)} guests lost {groups} unrelated storage systems, no other host did"

@@ -1,8 +1,9 @@
 """What tells a control plane: the contract of an integration, and how one is found by its name.
 
-An integration says what should be done (`wants`, `condition`, `holds`) and does one stored action at a time
-(`execute`). All else is common (`reactor`): which events are believed, hysteresis, limits, storing before
-acting, retries, one instance at a time, the audit line.
+An integration says what should be done (`wants`, `condition`, `holds`), does one stored action at a time
+(`execute`), and reads what is held under our mark (`look`): the control plane is the truth of that. All else
+is common (`reactor`): which events are believed, hysteresis, limits, storing before acting, retries, one
+instance at a time, the audit line.
 
 Migration and reboot are no actions here: a guest that is paused by an I/O error often can't be migrated,
 and an error that was reported to the guest never justifies a restart.
@@ -10,8 +11,10 @@ and an error that was reported to the guest never justifies a restart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
 from typing import Any, ClassVar
 
 from virtbus import plugins
@@ -23,7 +26,17 @@ from virtbus.model import Check
 
 ENTRY_POINT_GROUP = "virtbus.integrations"
 
-HOLD, RELEASE, REPORT, EVENT = "hold", "release", "report", "event"
+
+class Verb(StrEnum):
+    """What an action does."""
+
+    HOLD = "hold"  # keep new guests off a host
+    RELEASE = "release"  # undo it
+    REPORT = "report"  # show a host's condition
+    EVENT = "event"  # hand over one event
+
+
+HOLD, RELEASE, REPORT, EVENT = Verb.HOLD, Verb.RELEASE, Verb.REPORT, Verb.EVENT
 
 
 class TargetUnavailable(VirtbusError):
@@ -33,8 +46,14 @@ class TargetUnavailable(VirtbusError):
     exit_code = 69
 
 
+class TargetDenied(TargetUnavailable):
+    """The control plane refuses our account (401, 403): tried again, for an operator can grant it."""
+
+    exit_code = 77
+
+
 class ActionRefused(VirtbusError):
-    """The control plane will never take this action: it is given up, and an operator is told."""
+    """The control plane refuses this action: a hold or an event is given up and an operator is told."""
 
     exit_code = 65
 
@@ -43,20 +62,49 @@ class NotOurs(ActionRefused):
     """Somebody else already holds the host, or changed what we did: it is left to them."""
 
 
+class TargetMissing(NotOurs):
+    """The control plane does not know the host (yet): a report waits for it, a hold is decided again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Action:
     """One thing to do, stored before it is done; `key` is its identity: a key is stored once."""
 
     key: str
     target: str  # actions of one target are done in order
-    verb: str  # HOLD, RELEASE, REPORT or EVENT
+    verb: str  # a Verb
     why: str
-    body: Mapping[str, Any] = field(default_factory=dict)  # plain JSON: what `execute` needs
+    # Plain JSON: what `execute` needs. Of a hold or release: "target", the control plane's name of the host
+    # where it is known, and of a hold "since" (Unix seconds), "times" and "by", for its mark.
+    body: Mapping[str, Any] = field(default_factory=dict)
     topic: str = ""  # a newer action of the same target and topic replaces one that still waits
 
 
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """A host that is held under our mark, as it stands in the control plane."""
+
+    host: str  # libvirt's name of the host, as far as the mark tells it, else `target`
+    target: str  # the control plane's name of it
+    why: str
+    since: float | None = None  # Unix seconds
+    times: int = 1  # how often in a row it was held
+    by: str = ""  # which reactor set it
+    uid: str = ""  # the control plane's identity of the object: another one was made anew
+    intact: bool = True  # False: our mark stands, but what it marks was wiped
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a look at the control plane found."""
+
+    holds: Sequence[Hold]
+    uids: Mapping[str, str]  # of the hosts that were asked for: those that exist, with their identity
+    bare: Collection[str] = ()  # of the hosts that were asked for: those that show no condition of ours
+
+
 class Integration:
-    """Base of all integrations. Made once; `execute` is called from one thread, all else from another."""
+    """Base of all integrations. Made once; one thread calls `execute` and `look`, another one all else."""
 
     name: ClassVar[str]
     holds: ClassVar[bool] = False  # whether it can keep new guests off a host (HOLD and RELEASE)
@@ -72,9 +120,20 @@ class Integration:
     def execute(self, action: Action) -> str:
         """Do it, once more if need be (idempotent); what was done, for the audit.
 
-        Raises TargetUnavailable (again later), NotOurs, ActionRefused (never again).
+        Raises TargetUnavailable (again later), TargetMissing, NotOurs, ActionRefused (never again). A release
+        of what is not held any more raises NotOurs, which counts as released.
         """
         raise NotImplementedError
+
+    def look(self, hosts: Mapping[str, str | None], *, everything: bool) -> Found | None:
+        """Read what is held under our mark: of `hosts`, or of all that the control plane knows.
+
+        `hosts` has the control plane's name for each of libvirt's, where that is known.
+
+        Called from the thread that executes. None: this control plane can't be asked, and the local store
+        is all that is known. Raises TargetUnavailable.
+        """
+        return None
 
     def probe(self) -> Sequence[Check]:
         """Whether the control plane can be reached and lets us; changes nothing."""
@@ -102,3 +161,8 @@ def open_integration(name: str, settings: React) -> Integration:
         return factory(settings)
     except ModuleNotFoundError as error:  # its client library is imported when it is made
         raise plugins.missing(error, what) from error
+
+
+def utc(seconds: float) -> str:
+    """Unix seconds as ISO 8601 in UTC, whole seconds."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -2,12 +2,21 @@
 
 For clusters whose nodes run guests beside the pods (OpenStack-Helm, say). RBAC: nodes get, list, patch;
 nodes/status patch; events create.
+
+What we hold stands on the node: the annotation `virtbus.io/tainted` names the key of the taint that we
+set (whatever the settings say by now), `virtbus.io/hold` tells for whom, why and since when. Who wants a node
+back removes taint and annotation (`virtbus react release NODE`); a taint that goes alone was overwritten by
+another controller and is set again.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import re
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, ClassVar, TypeVar
 
@@ -24,17 +33,25 @@ from virtbus.integrations.base import (
     REPORT,
     Action,
     ActionRefused,
+    Found,
+    Hold,
     Integration,
     NotOurs,
+    TargetDenied,
+    TargetMissing,
     TargetUnavailable,
+    utc,
 )
 from virtbus.model import Check
 
 CONDITION = "VirtbusStorageHealthy"
 ANNOTATION = "virtbus.io/tainted"  # its value is the key of the taint that we set
+DETAILS = "virtbus.io/hold"  # JSON: host, why, since, times, by
 COMPONENT = "virtbus"
 _TIMEOUT = 10.0
 _CONFLICTS = 5
+_KNOWN_SECONDS = 60.0  # the list of nodes is not read more often to find a host by its name
+_LABEL_VALUE = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _MERGE = "application/merge-patch+json"
 _STRATEGIC = "application/strategic-merge-patch+json"
 
@@ -45,6 +62,29 @@ _REASONS = {
 }
 
 T = TypeVar("T")
+Taints = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    """What we need of a node, as the API server keeps it."""
+
+    name: str
+    uid: str
+    version: str
+    annotations: Mapping[str, str]
+    taints: Taints
+    shows: bool  # it has our condition
+    hostnames: frozenset[str]
+
+    @property
+    def ours(self) -> str | None:
+        """The key of the taint that we set; None: we hold nothing here."""
+        return self.annotations.get(ANNOTATION)
+
+    def has(self, key: str | None) -> bool:
+        """Whether it has a taint of that key."""
+        return any(one.get("key") == key for one in self.taints)
 
 
 class Kubernetes(Integration):
@@ -57,7 +97,9 @@ class Kubernetes(Integration):
         """Raises ConfigError when there is no cluster to be found."""
         told = settings.kubernetes
         self._hosts, self._taint = settings.hosts, told.taint
-        self._names: dict[str, str] = {}
+        self._names: dict[str, str] = {}  # host: node
+        self._listed: list[_Node] = []
+        self._listed_at = float("-inf")
         try:
             if told.kubeconfig is None and told.context is None:
                 load: Any = config.load_config
@@ -86,7 +128,7 @@ class Kubernetes(Integration):
 
     def execute(self, action: Action) -> str:
         """See virtbus.integrations.Integration."""
-        node = self._node(action.target)
+        node = action.body.get("target") or self._find(action.target)
         if action.verb == REPORT:
             return self._report(node, action)
         done = self._hold(node, action) if action.verb == HOLD else self._release(node)
@@ -123,46 +165,46 @@ class Kubernetes(Integration):
 
     def _hold(self, node: str, action: Action) -> str:
         value = action.why.partition(":")[0]
+        if not _LABEL_VALUE.fullmatch(value):
+            value = COMPONENT
+        taint = {"key": self._taint, "value": value, "effect": "NoSchedule"}
 
-        def change(
-            taints: list[dict[str, Any]], ours: bool
-        ) -> tuple[list[dict[str, Any]], str | None] | None:
-            if any(one["key"] == self._taint for one in taints):
-                if not ours:
-                    raise NotOurs(f"node {node} already has the taint {self._taint}, and not from us")
+        def change(found: _Node) -> tuple[Taints, str | None] | None:
+            if found.has(self._taint) and found.ours != self._taint:
+                raise NotOurs(f"node {node} already has the taint {self._taint}, and not from us")
+            if found.has(self._taint):
                 return None
-            return [*taints, {"key": self._taint, "value": value, "effect": "NoSchedule"}], self._taint
+            return [*_without(found.taints, found.ours), taint], self._taint
 
-        return f"taint {self._taint} " + ("set" if self._change(node, change) else "was there")
+        changed = self._change(node, change, _details(action))
+        return f"taint {self._taint} " + ("set" if changed else "was there")
 
     def _release(self, node: str) -> str:
-        def change(
-            taints: list[dict[str, Any]], ours: bool
-        ) -> tuple[list[dict[str, Any]], str | None] | None:
-            if not ours:
-                raise NotOurs(f"node {node} has no taint from us any more")
-            return [one for one in taints if one["key"] != self._taint], None
+        removed = self._taint
 
-        self._change(node, change)
-        return f"taint {self._taint} removed"
+        def change(found: _Node) -> tuple[Taints, str | None] | None:
+            nonlocal removed
+            if found.ours is None:
+                raise NotOurs(f"node {node} has no taint from us any more")
+            removed = found.ours
+            return _without(found.taints, found.ours), None
+
+        self._change(node, change, None)
+        return f"taint {removed} removed"
 
     def _change(
-        self,
-        node: str,
-        change: Callable[[list[dict[str, Any]], bool], tuple[list[dict[str, Any]], str | None] | None],
+        self, node: str, change: Callable[[_Node], tuple[Taints, str | None] | None], details: str | None
     ) -> bool:
         """Read, change and write the taints; somebody else's change in between is never overwritten."""
         for _ in range(_CONFLICTS):
-            found = self._call("reading", node, lambda: self._api.read_node(node, _request_timeout=_TIMEOUT))
-            taints = self._client.sanitize_for_serialization(found.spec.taints or [])
-            ours = (found.metadata.annotations or {}).get(ANNOTATION) == self._taint
-            changed = change(taints, ours)
+            found = self._read(node)
+            changed = change(found)
             if changed is None:
                 return False
             body = {
                 "metadata": {
-                    "resourceVersion": found.metadata.resource_version,
-                    "annotations": {ANNOTATION: changed[1]},
+                    "resourceVersion": found.version,
+                    "annotations": {ANNOTATION: changed[1], DETAILS: details},
                 },
                 "spec": {"taints": changed[0]},
             }
@@ -198,33 +240,89 @@ class Kubernetes(Integration):
             if not (isinstance(error, ApiException) and error.status == 409):
                 raise _translated(error, "writing an Event on", node) from error
 
+    # ---- what is held
+
+    def look(self, hosts: Mapping[str, str | None], *, everything: bool) -> Found:
+        """See virtbus.integrations.Integration."""
+        if everything:
+            self._list()
+        nodes: dict[str, _Node] = {}
+        by_host: dict[str, _Node] = {}
+        listed = {node.name: node for node in self._listed} if everything else {}
+        for host, target in hosts.items():
+            try:
+                name = target or self._find(host)
+                node = listed.get(name) if everything else (nodes.get(name) or self._read(name))
+            except TargetMissing:
+                continue
+            if node is not None:
+                by_host[host] = nodes[node.name] = node
+        marked = (listed or nodes).values()
+        return Found(
+            holds=[self._mark(node) for node in marked if node.ours is not None],
+            uids={host: node.uid for host, node in by_host.items()},
+            bare=[host for host, node in by_host.items() if not node.shows],
+        )
+
+    def _mark(self, node: _Node) -> Hold:
+        try:
+            told = json.loads(node.annotations.get(DETAILS) or "{}")
+            since = told.get("since")
+            return Hold(
+                host=str(told.get("host") or self._host(node.name)),
+                target=node.name,
+                why=str(told.get("why", "")),
+                since=None if since is None else datetime.fromisoformat(since).timestamp(),
+                times=max(1, int(told.get("times", 1))),
+                by=str(told.get("by", "")),
+                uid=node.uid,
+                intact=node.has(node.ours),
+            )
+        except (ValueError, TypeError, AttributeError):  # somebody else wrote into our annotation
+            return Hold(self._host(node.name), node.name, "", uid=node.uid, intact=node.has(node.ours))
+
+    def _host(self, node: str) -> str:
+        return next((host for host, name in self._hosts.items() if name == node), node)
+
+    def _read(self, node: str) -> _Node:
+        return self._call("reading", node, lambda: _facts(_plain(
+            self._api.read_node(node, _preload_content=False, _request_timeout=_TIMEOUT)
+        )))  # fmt: skip
+
+    def _list(self) -> None:
+        """All nodes, as plain JSON: the client's own objects would cost a second of CPU for a thousand."""
+        self._listed = self._call("listing", "*", lambda: [
+            _facts(one) for one in _plain(
+                self._api.list_node(_preload_content=False, _request_timeout=_TIMEOUT)
+            ).get("items", ())
+        ])  # fmt: skip
+        self._listed_at = time.monotonic()
+        self._names.clear()
+
     # ---- names
 
-    def _node(self, host: str) -> str:
+    def _find(self, host: str) -> str:
         """The node of a host: as told, by its name, its short name, or the Hostname it gives itself."""
         told = self._hosts.get(host)
         if told is not None:
             return told
         known = self._names.get(host)
-        if known is not None:
-            return known
-        found = self._call(
-            "listing nodes for", host, lambda: self._api.list_node(_request_timeout=_TIMEOUT)
-        ).items
-        short = host.partition(".")[0]
-        for wanted in dict.fromkeys((host, short)):
-            matches = {
-                node.metadata.name
-                for node in found
-                if wanted == node.metadata.name
-                or any(
-                    one.type == "Hostname" and one.address == wanted for one in node.status.addresses or ()
-                )
-            }
+        if known is None:
+            known = self._named(host)
+        if known is None and time.monotonic() - self._listed_at > _KNOWN_SECONDS:
+            self._list()
+            known = self._named(host)
+        if known is None:
+            raise TargetMissing(f"no node is called {host}: name it in react.hosts if it has another name")
+        self._names[host] = known
+        return known
+
+    def _named(self, host: str) -> str | None:
+        for wanted in dict.fromkeys((host, host.partition(".")[0])):
+            matches = {node.name for node in self._listed if wanted == node.name or wanted in node.hostnames}
             if len(matches) == 1:
-                self._names[host] = matches.pop()
-                return self._names[host]
-        raise NotOurs(f"no node is called {host}: name it in react.hosts if it has another name")
+                return matches.pop()
+        return None
 
     def _call(self, doing: str, node: str, call: Callable[[], T]) -> T:
         try:
@@ -275,7 +373,40 @@ def _translated(error: Exception, doing: str, node: str) -> TargetUnavailable | 
         return TargetUnavailable(f"{text}{error}")
     text += f"{error.status} {error.reason}"
     if error.status == 404:
-        return NotOurs(f"{text}: there is no such node")
+        return TargetMissing(f"{text}: there is no such node")
     if error.status in (400, 422):
         return ActionRefused(f"{text}: {error.body}")
-    return TargetUnavailable(text)
+    return TargetDenied(text) if error.status in (401, 403) else TargetUnavailable(text)
+
+
+def _plain(answer: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(answer.data)
+    return found
+
+
+def _facts(node: Mapping[str, Any]) -> _Node:
+    metadata, status = node["metadata"], node.get("status", {})
+    return _Node(
+        name=metadata["name"],
+        uid=metadata.get("uid", ""),
+        version=metadata.get("resourceVersion", ""),
+        annotations=metadata.get("annotations") or {},
+        taints=node.get("spec", {}).get("taints") or [],
+        shows=any(one.get("type") == CONDITION for one in status.get("conditions") or ()),
+        hostnames=frozenset(
+            one.get("address", "") for one in status.get("addresses") or () if one.get("type") == "Hostname"
+        ),
+    )
+
+
+def _without(taints: Taints, key: str | None) -> Taints:
+    return [one for one in taints if (one.get("key"), one.get("effect")) != (key, "NoSchedule")]
+
+
+def _details(action: Action) -> str:
+    told = {"host": action.target, "why": action.why[:1024], **{
+        name: action.body[name] for name in ("times", "by") if action.body.get(name)
+    }}  # fmt: skip
+    if action.body.get("since") is not None:
+        told["since"] = utc(action.body["since"])
+    return json.dumps(told)

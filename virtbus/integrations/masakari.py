@@ -36,9 +36,15 @@ class Masakari(Integration):
         self._cloud = connect(settings.masakari.cloud, "react.masakari.cloud")
 
     def wants(self, delivery: Delivery) -> Action | None:
-        """A notification for each incident that opens on a guest of Nova's."""
+        """A notification for each incident of a Nova guest: when it opens, and when it pauses the guest.
+
+        An incident that a reported error opened may pause the guest later. Each incident tells each kind
+        once: that is the action's key, so that what comes again is not sent again.
+        """
         event = delivery.event
-        if not isinstance(event, IoError) or event.incident.phase is not Phase.OPENED:
+        if not isinstance(event, IoError):
+            return None
+        if event.incident.phase is not Phase.OPENED and event.error.action is not Kind.PAUSE:
             return None
         if event.origin is Origin.REPLAY and not self._drills:
             return None
@@ -56,7 +62,7 @@ class Masakari(Integration):
             generated_time=event.error.occurred_at.strftime("%Y-%m-%dT%H:%M:%S"),
             event=kind,
         )
-        key = f"{delivery.source}#{delivery.id}"
+        key = f"{delivery.source}#{event.incident.id}#{kind}"
         return Action(key, event.domain.uuid, EVENT, f"{kind} of {event.domain.name}", body)
 
     def execute(self, action: Action) -> str:

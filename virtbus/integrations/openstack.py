@@ -12,7 +12,7 @@ from openstack import exceptions
 
 from virtbus import __version__
 from virtbus.errors import ConfigError
-from virtbus.integrations.base import ActionRefused, TargetUnavailable
+from virtbus.integrations.base import ActionRefused, TargetDenied, TargetUnavailable
 
 TIMEOUT_SECONDS = 15
 
@@ -44,6 +44,6 @@ def call(doing: str, call: Callable[[], T]) -> T:
         # 409 is a matter of time, and an operator can mend 401, 403 and 404.
         if status is not None and 400 <= status < 500 and status not in (401, 403, 404, 408, 409, 425, 429):
             raise ActionRefused(text) from error
-        raise TargetUnavailable(text) from error
+        raise (TargetDenied(text) if status in (401, 403) else TargetUnavailable(text)) from error
     except (exceptions.SDKException, keystone.ClientException, requests.RequestException, OSError) as error:
         raise TargetUnavailable(f"{doing}: {error}") from error

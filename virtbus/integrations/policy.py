@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from virtbus.fleet import Blame, FleetView, HostHealth
+from virtbus.fleet import Answer, Blame, FleetView, HostHealth
 
 _FLAP_SECONDS = 3600.0  # a host that is held again within this is held twice as long, each time
 _MOST_DOUBLINGS = 4
+_ABSENT_SECONDS = 3600.0  # the longest heartbeat interval: who was not heard for so long is not there
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,7 @@ class Decision:
 class HoldRules:
     """See `virtbus.config.React`, where each is a setting."""
 
-    when: str = "undetermined"  # "host", "undetermined" or "any"
+    when: str = "host"  # "host", "undetermined" or "any"
     min_guests: int = 2
     raise_seconds: float = 30.0
     clear_seconds: float = 300.0
@@ -45,11 +45,13 @@ class HoldPolicy:
     """Remembers since when each host is bad or well; everything that must outlive a restart is passed in.
 
     Guarantees:
-    1. never more hosts are held than `max_share` of those in the fleet (one always may);
-    2. a host is held only while its agent reports, and when not most agents are silent at once (that
-       would rather be our own fault);
-    3. a host is released only after a heartbeat of this run has told that it is well, for
-       `clear_seconds`, doubled each time it comes back within an hour;
+    1. never more hosts are held than `max_share` of those in the fleet (one always may); one that has been
+       out of the fleet for an hour no longer counts;
+    2. only a host that is bad for `raise_seconds` on end is held: its agent reports and sees its hypervisor,
+       it is not too early to tell, and not most agents are silent at once (that would rather be our own
+       fault);
+    3. only a host that is well for `clear_seconds` on end is released: by heartbeats of its agent's present
+       run, with none of its guests in trouble; doubled each time it comes back within an hour;
     4. two agents that claim one host name get nothing done for either.
     """
 
@@ -58,48 +60,49 @@ class HoldPolicy:
         self._rules = rules
         self._bad_since: dict[str, float] = {}
         self._well_since: dict[str, float] = {}
-        self._left_alone: set[str] = set()
+        self._absent_since: dict[str, float] = {}  # held hosts that the fleet does not know
+        self.left_alone: set[str] = set()  # see `leave_alone`; a host goes from it when it was well
         self.withheld: tuple[str, ...] = ()  # hosts that the limit keeps from being held, after `decide`
 
     def leave_alone(self, host: str) -> None:
         """Somebody else holds this host, or undid what we did: not ours until it has been well again."""
-        self._left_alone.add(host)
+        self.left_alone.add(host)
 
     def decide(
         self, view: FleetView, held: Mapping[str, Held], now: float, wall: float
     ) -> tuple[Decision, ...]:
-        """What to change now; `now` is monotonic and `wall` Unix seconds."""
-        claims = Counter(host.name for host in view.hosts if host.state != "silent")
+        """What to change now; `now` is monotonic and `wall` Unix seconds.
+
+        A release is told again until the host is no longer among `held`.
+        """
+        names: dict[str, list[HostHealth]] = {}
+        for host in view.hosts:
+            names.setdefault(host.name, []).append(host)
         out: list[Decision] = []
         candidates: list[tuple[float, HostHealth]] = []
-        for host in view.hosts:
-            if claims[host.name] > 1:
-                continue
-            if self._is_bad(host):
-                self._well_since.pop(host.name, None)
-                since = self._bad_since.setdefault(host.name, now)
-                ready = now - since >= self._rules.raise_seconds and host.state == "observing"
-                if ready and host.name not in held and host.name not in self._left_alone:
-                    candidates.append((since, host))
-                continue
-            self._bad_since.pop(host.name, None)
-            if host.state != "observing" or not host.fresh:
-                self._well_since.pop(host.name, None)
-                continue
-            since = self._well_since.setdefault(host.name, now)
-            needed = self._clear_seconds(held.get(host.name))
-            if now - since >= needed:
-                self._left_alone.discard(host.name)
-                if host.name in held:
-                    out.append(Decision(host.name, False, f"well for {now - since:.0f} s"))
-        room = max(1, math.floor(self._rules.max_share * len(view.hosts))) - len(held) + len(out)
+        for name, claims in names.items():
+            host, answer = self._answer(claims)
+            bad_since = self._last(self._bad_since, name, answer is Answer.BAD, now)
+            well_since = self._last(self._well_since, name, answer is Answer.WELL, now)
+            if bad_since is not None and now - bad_since >= self._rules.raise_seconds:
+                if name not in held and name not in self.left_alone:
+                    candidates.append((bad_since, host))
+            elif well_since is not None and now - well_since >= self._clear_seconds(held.get(name)):
+                self.left_alone.discard(name)
+                if name in held:
+                    out.append(Decision(name, False, f"well for {now - well_since:.0f} s"))
+        for gone in (self._bad_since.keys() | self._well_since.keys()) - names.keys():
+            self._bad_since.pop(gone, None)
+            self._well_since.pop(gone, None)
+        most = max(1, math.floor(self._rules.max_share * len(names)))
+        room = max(0, most - self._counted(held, names, now))
         self.withheld = ()
         if view.suspect_ourselves:
             return tuple(out)
         candidates.sort(key=lambda item: (item[1].blame is not Blame.HOST, item[0]))
-        for _, host in candidates[: max(0, room)]:
+        for _, host in candidates[:room]:
             out.append(Decision(host.name, True, f"{host.blame.value}: {host.why or 'open incidents'}"))
-        self.withheld = tuple(host.name for _, host in candidates[max(0, room) :])
+        self.withheld = tuple(host.name for _, host in candidates[room:])
         return tuple(out)
 
     def times(self, before: Held | None, released_at: float | None, wall: float) -> int:
@@ -108,16 +111,39 @@ class HoldPolicy:
             return 1
         return before.times + 1
 
+    def _answer(self, claims: Sequence[HostHealth]) -> tuple[HostHealth, Answer]:
+        """The one agent that speaks for the name, and what there is to say; nothing when there are two."""
+        speaking = [one for one in claims if one.state != "silent"]
+        if len(speaking) != 1:
+            return claims[0], Answer.CANT_TELL
+        (host,) = speaking
+        if host.answer is Answer.CANT_TELL and self._is_bad_enough(host):
+            return host, Answer.BAD
+        return host, host.answer
+
+    def _is_bad_enough(self, host: HostHealth) -> bool:
+        """Whether the operator has hosts held for less than their own fault (`when`)."""
+        rules = self._rules
+        if rules.when == "host" or host.state != "observing" or host.guests < max(1, rules.min_guests):
+            return False
+        if rules.when == "undetermined":
+            return host.blame is Blame.UNDETERMINED and not host.full and not host.early
+        return True
+
+    def _last(self, since: dict[str, float], name: str, holds: bool, now: float) -> float | None:
+        if not holds:
+            since.pop(name, None)
+            return None
+        return since.setdefault(name, now)
+
+    def _counted(self, held: Mapping[str, Held], names: Mapping[str, object], now: float) -> int:
+        """How many of the held hosts the limit counts: also those whose release is under way."""
+        for known in [name for name in self._absent_since if name in names or name not in held]:
+            del self._absent_since[known]
+        for name in held.keys() - names.keys():
+            self._absent_since.setdefault(name, now)
+        return sum(now - self._absent_since.get(name, now) < _ABSENT_SECONDS for name in held)
+
     def _clear_seconds(self, held: Held | None) -> float:
         doublings = 0 if held is None else min(held.times - 1, _MOST_DOUBLINGS)
         return self._rules.clear_seconds * float(2**doublings)
-
-    def _is_bad(self, host: HostHealth) -> bool:
-        rules = self._rules
-        if host.blame is Blame.HOST:
-            return True
-        if host.incidents == 0 or rules.when == "host" or host.guests < rules.min_guests:
-            return False
-        if rules.when == "undetermined":
-            return host.blame is Blame.UNDETERMINED and not host.full
-        return True

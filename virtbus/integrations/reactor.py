@@ -2,119 +2,58 @@
 
 The main thread consumes: each event is folded into the fleet, and what it calls for is stored before it is
 acknowledged. Once a second the fleet is judged and what changes is stored. The worker thread executes what
-is stored, in order for each target, until it succeeds.
+is stored, in order for each target, until it succeeds, and reads from the control plane what is held.
 """
 
 from __future__ import annotations
 
 import json
-import threading
+import sqlite3
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from heapq import heappop, heappush
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from virtbus.consumer import Consumer, Delivery
 from virtbus.envelope import uuid7
-from virtbus.errors import VirtbusError
-from virtbus.fleet import Fleet, HostHealth
-from virtbus.integrations.base import HOLD, RELEASE, REPORT, Action, Integration, NotOurs
-from virtbus.integrations.policy import Decision, HoldPolicy
+from virtbus.errors import BusUnavailable
+from virtbus.fleet import Fleet, FleetView, HostHealth, Publishers
+from virtbus.fleet.believing import believed
+from virtbus.integrations.base import REPORT, Action, Integration
+from virtbus.integrations.holds import HoldState, Row, orphaned, renamed
+from virtbus.integrations.policy import Decision, Held, HoldPolicy
 from virtbus.integrations.store import ActionStore
-from virtbus.model import Clock, Now
-from virtbus.retry import Backoff
-from virtbus.telemetry import TelemetryEvent, emit
+from virtbus.integrations.told import (
+    REACT,
+    ActionFailed,
+    ActionGivenUp,
+    Audited,
+    Disbelieved,
+    EventPutAside,
+    Withheld,
+)
+from virtbus.integrations.worker import Worker
+from virtbus.model import Clock, Heartbeat, Now
+from virtbus.telemetry import TelemetryEvent, Trouble, emit
 
-RETRY_CEILING_SECONDS = 60.0
+__all__ = [
+    "ActionFailed",
+    "ActionGivenUp",
+    "Audited",
+    "Disbelieved",
+    "Reactor",
+    "Withheld",
+    "believed",
+]
+
 _BATCH = 64
 _BATCH_SECONDS = 0.05
 _JUDGE_SECONDS = 1.0
 _MOST_WAITING = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class Audited(TelemetryEvent):
-    """One action of an integration and what became of it: the audit line."""
-
-    MESSAGE: ClassVar[str] = "action"
-    integration: str
-    verb: str
-    target: str
-    outcome: str  # "done", "would" (a dry run), "replaced"
-    why: str
-    result: str | None
-    attempts: int
-    key: str
-
-
-@dataclass(frozen=True, slots=True)
-class ActionFailed(TelemetryEvent):
-    """An action did not succeed; it is tried again."""
-
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "action failed and is tried again"
-    LIMIT_SECONDS: ClassVar[float] = 10.0
-    integration: str
-    verb: str
-    target: str
-    attempts: int
-    wait_seconds: float
-    key: str
-    error: Exception
-
-    def limit_key(self) -> object:
-        """A target at a time."""
-        return self.target
-
-
-@dataclass(frozen=True, slots=True)
-class ActionGivenUp(TelemetryEvent):
-    """An action was refused for good: somebody has to look."""
-
-    LEVEL: ClassVar[str] = "error"
-    MESSAGE: ClassVar[str] = "action refused and given up"
-    integration: str
-    verb: str
-    target: str
-    why: str
-    key: str
-    error: Exception
-
-    def limit_key(self) -> object:
-        """Every one is told."""
-        return self.key
-
-
-@dataclass(frozen=True, slots=True)
-class Withheld(TelemetryEvent):
-    """Hosts that should be held, but the limit does not allow more."""
-
-    LEVEL: ClassVar[str] = "error"
-    MESSAGE: ClassVar[str] = "the limit of held hosts keeps more from being held (react.max_share)"
-    LIMIT_SECONDS: ClassVar[float] = 60.0
-    integration: str
-    held: int
-    hosts: str
-
-
-@dataclass(frozen=True, slots=True)
-class Disbelieved(TelemetryEvent):
-    """An event that its publisher may not send."""
-
-    LEVEL: ClassVar[str] = "error"
-    MESSAGE: ClassVar[str] = "an event is not believed: its publisher may not speak for that host"
-    LIMIT_SECONDS: ClassVar[float] = 1.0
-    publisher: str | None
-    host: str | None
-    source: str
-    id: str
-
-    def limit_key(self) -> object:
-        """A publisher at a time."""
-        return (self.publisher, self.host)
+_ABSENT_SECONDS = 60.0  # a host that the control plane does not know is not tried again before
+_LISTEN_SECONDS = 3600.0  # the longest heartbeat interval: who was not heard for so long does not speak
+_NOTE_SECONDS = 60.0  # how often it is written down that a held host was heard
+# What an action's own text or numbers make SQLite's binding raise; a disk that is full ends the run instead.
+_UNSTORABLE = (ValueError, TypeError, OverflowError, sqlite3.DataError, sqlite3.InterfaceError)
 
 
 class Reactor:
@@ -131,21 +70,34 @@ class Reactor:
         publishers: Sequence[str] = (),
         actions_per_minute: float = 600.0,
         dry_run: bool = False,
+        by: str = "",
         clock: Callable[[], Now] | None = None,
         tell: Callable[[TelemetryEvent], None] = emit,
     ) -> None:
-        """The parts are made, and closed, by the caller; `tell` gets every audit line."""
+        """The parts are made, and closed, by the caller; `tell` gets every audit line.
+
+        `by` names this instance in what it marks.
+        """
         self._integration, self._consumer, self._store = integration, consumer, store
-        self.fleet, self._policy, self._publishers = fleet, policy, publishers
+        self.fleet, self._policy = fleet, policy
+        self._publishers = Publishers(publishers, store.owners)
         self._clock = clock or Clock()
         self._tell = tell
-        self._worker = _Worker(
-            integration, store, policy.leave_alone, actions_per_minute, dry_run, self._clock, tell
+        self._worker = Worker(
+            integration, store, policy.leave_alone, actions_per_minute, dry_run, by, self._clock, tell
         )
         self._batch: list[tuple[Delivery, Action | None]] = []
         self._batch_since = 0.0
         self._judged_at = float("-inf")
+        self._noted_at = float("-inf")
+        self._listening_since: float | None = None
+        self._heartbeat_at = self._begun = self._clock().monotonic
         self._shown = store.conditions()
+        for row in store.rows().values():
+            if row.state is HoldState.LEFT:
+                policy.leave_alone(row.host)
+        self._shows = type(integration).condition is not Integration.condition
+        REACT.begin(integration.name, self._heartbeat_age, self._look_age)
 
     def run(self) -> None:
         """Until `stop`. Raises BusDenied where waiting can't help (another instance took over, say), and
@@ -154,7 +106,7 @@ class Reactor:
         self._worker.start()
         try:
             while not self._worker.stopping:
-                self.step(_BATCH_SECONDS if self._batch else 0.2)
+                self.step(0.0 if self._batch else 0.2)
         finally:
             self.stop()
             self._worker.join()
@@ -166,8 +118,34 @@ class Reactor:
         self._consumer.stop()
         self._worker.stop()
 
+    # ---- watched
+
+    def dead(self) -> Sequence[str]:
+        """Threads that have ended; empty while it runs."""
+        return (f"react-{self._integration.name}",) if self._worker.dead else ()
+
+    def not_ready(self) -> Sequence[str]:
+        """Why it can't act yet. A broker that is away is no reason: a restart would not help."""
+        looks = self._worker.looks
+        if looks.possible and looks.looked_at is None and self._acts_on_hosts():
+            return (f"{self._integration.name}: what is held was not read from the control plane yet",)
+        return ()
+
+    def _heartbeat_age(self) -> float:
+        return self._clock().monotonic - self._heartbeat_at
+
+    def _look_age(self) -> float:
+        looked = self._worker.looks.looked_at
+        return self._clock().monotonic - (self._begun if looked is None else looked)
+
+    def _acts_on_hosts(self) -> bool:
+        return self._integration.holds or self._shows
+
+    # ---- steps
+
     def step(self, timeout: float) -> None:
         """Take one event, and judge when it is time; `run` does nothing else."""
+        delivery = None
         if self._worker.waiting >= _MOST_WAITING:
             time.sleep(min(timeout, 0.2))  # the control plane is slow: the events wait in the broker
         else:
@@ -175,8 +153,11 @@ class Reactor:
             if delivery is not None:
                 self._take(delivery)
         now = self._clock()
+        # What came together is stored together; nothing waits for what may come.
         if self._batch and (
-            len(self._batch) >= _BATCH or now.monotonic - self._batch_since >= _BATCH_SECONDS
+            delivery is None
+            or len(self._batch) >= _BATCH
+            or now.monotonic - self._batch_since >= _BATCH_SECONDS
         ):
             self._store_batch(now)
         if now.monotonic - self._judged_at >= _JUDGE_SECONDS:
@@ -186,63 +167,163 @@ class Reactor:
     # ---- events
 
     def _take(self, delivery: Delivery) -> None:
-        host = None if delivery.event is None or delivery.event.host is None else delivery.event.host.name
-        if not believed(self._publishers, delivery.publisher, host):
-            self._tell(Disbelieved(delivery.publisher, host, delivery.source, delivery.id))
-            delivery.dead_letter(f"publisher {delivery.publisher} may not speak for host {host}")
-            return
+        """Fold one event in. Whatever that raises puts this event aside; the others go on."""
         now = self._clock()
-        if delivery.event is not None:
-            self.fleet.saw(delivery.event, delivery.attributes, now)
+        self._worker.heard(now.monotonic)
+        host = None if delivery.event is None or delivery.event.host is None else delivery.event.host.name
+        why = self._publishers.refuses(delivery.publisher, delivery.source, host)
+        if why is not None:
+            self._tell(Disbelieved(delivery.publisher, host, delivery.source, delivery.id, why))
+            self._put_aside(delivery, why)
+            return
+        try:
+            if delivery.event is not None:
+                self.fleet.saw(delivery.event, delivery.attributes, now)
+            action = self._integration.wants(delivery)
+        except Exception as error:  # noqa: BLE001 - one event must not end the reactor
+            self._unusable(delivery, error)
+            return
+        if isinstance(delivery.event, Heartbeat):
+            self._heartbeat_at = now.monotonic
+            if self._listening_since is None:
+                self._listening_since = now.monotonic
         if not self._batch:
             self._batch_since = now.monotonic
-        self._batch.append((delivery, self._integration.wants(delivery)))
+        self._batch.append((delivery, action))
+
+    def _unusable(self, delivery: Delivery, error: Exception) -> None:
+        self._tell(EventPutAside(self._integration.name, delivery.source, delivery.id, error))
+        self._put_aside(delivery, f"{type(error).__name__}: {error}"[:500])
+
+    def _put_aside(self, delivery: Delivery, reason: str) -> None:
+        """A broker that takes no dead letter now is told of it when the event comes again."""
+        try:
+            delivery.dead_letter(reason)
+        except BusUnavailable as error:
+            self._tell(Trouble("dead letter", error, event_id=delivery.id))
 
     def _store_batch(self, now: Now) -> None:
         """Effect first, ack after: what the events call for is on disk before they are acknowledged."""
         batch, self._batch = self._batch, []
-        actions = [action for _, action in batch if action is not None]
-        if actions:
-            self._worker.put(self._store.add(actions, now.wall_ns / 1e9))
+        wall = now.wall_ns / 1e9
+        try:
+            actions = [action for _, action in batch if action is not None]
+            stored = self._store.add(actions, wall) if actions else []
+        except _UNSTORABLE:
+            self._store_singly(batch, wall)
+            return
+        self._worker.put(stored)
         for delivery, _ in batch:
+            delivery.ack()
+
+    def _store_singly(self, batch: Sequence[tuple[Delivery, Action | None]], wall: float) -> None:
+        """One of them can't be stored (a text that is no UTF-8, say): it is put aside alone."""
+        for delivery, action in batch:
+            try:
+                stored = [] if action is None else self._store.add([action], wall)
+            except _UNSTORABLE as error:
+                self._unusable(delivery, error)
+                continue
+            self._worker.put(stored)
             delivery.ack()
 
     # ---- hosts
 
     def _judge(self, now: Now) -> None:
-        if not self._integration.holds and type(self._integration).condition is Integration.condition:
+        name = self._integration.name
+        REACT.waiting.labels(name).set(self._worker.waiting)
+        if not self._acts_on_hosts():
             return
         view = self.fleet.view(now)
-        self._show(view.hosts, now)
+        REACT.fleet.show(view)
+        if self._shows:
+            self._show(view.hosts, now)
         if not self._integration.holds:
             return
+        rows = self._store.rows()
+        ours = {host: row for host, row in rows.items() if row.ours}
+        REACT.show_holds(name, [row.why for row in ours.values()])
+        REACT.releasing.labels(name).set(sum(row.state is HoldState.RELEASING for row in ours.values()))
+        if not self._worker.looks.known:
+            return  # what is held is not known: nothing more is held, nothing is given back
+        for row, host in list(renamed(ours.values(), view)):
+            self._store.rename(row, host)
+            ours[host] = rows[host] = replace(ours.pop(row.host), host=host)
+        self._note_heard(ours, view, now)
+        for host in [
+            host for host, since in self._worker.absent.items() if now.monotonic - since >= _ABSENT_SECONDS
+        ]:
+            del self._worker.absent[host]
+            self._policy.left_alone.discard(host)  # whether it is there by now, its next hold tells
+        self._decide(view, rows, ours, now)
+        self._give_back_orphans(ours, view, now)
+        for row in rows.values():
+            if row.state is HoldState.LEFT and row.host not in self._policy.left_alone:
+                self._store.put(replace(row, state=HoldState.FREE))  # well once: ours to decide again
+
+    def _decide(self, view: FleetView, rows: Mapping[str, Row], ours: Mapping[str, Row], now: Now) -> None:
         wall = now.wall_ns / 1e9
-        held = self._store.held()
-        for decision in self._policy.decide(view, held, now.monotonic, wall):
-            self._worker.put([one for one in [self._decided(decision, now)] if one is not None])
+        held = {host: Held(row.since, row.times) for host, row in ours.items()}
+        decisions = self._policy.decide(view, held, now.monotonic, wall)
+        well = {decision.host for decision in decisions if not decision.hold}
+        for decision in decisions:
+            if decision.hold:
+                self._hold(decision, rows.get(decision.host), view, now)
+            elif ours[decision.host].state is not HoldState.RELEASING:
+                self._worker.release(ours[decision.host], decision.why, now)
+        heard = {host.name for host in view.hosts}
+        for row in ours.values():
+            if row.state is HoldState.RELEASING and row.host in heard and row.host not in well:
+                self._worker.hold(row, now)  # no longer well, and the release has not succeeded
+        REACT.withheld.labels(self._integration.name).set(len(self._policy.withheld))
         if self._policy.withheld:
             hosts = ", ".join(self._policy.withheld[:10])
             self._tell(Withheld(self._integration.name, len(held), hosts))
 
-    def _decided(self, decision: Decision, now: Now) -> tuple[int, Action] | None:
+    def _hold(self, decision: Decision, before: Row | None, view: FleetView, now: Now) -> None:
         wall = now.wall_ns / 1e9
-        verb = HOLD if decision.hold else RELEASE
-        key = f"{verb}/{decision.host}/{uuid7(now.wall_ns)}"
-        action = Action(key, decision.host, verb, decision.why, {}, topic="hold")
-        if decision.hold:
-            before, released_at = self._store.last_hold(decision.host)
-            times = self._policy.times(before, released_at, wall)
-            return self._store.hold(decision.host, action, times, wall)
-        return self._store.release(decision.host, action, wall)
+        known = None if before is None else Held(before.since, before.times)
+        released_at = None if before is None else before.released_at
+        host = view.host(decision.host)
+        row = Row(
+            decision.host,
+            HoldState.HOLDING,
+            wall,
+            self._policy.times(known, released_at, wall),
+            decision.why,
+            agent="" if host is None else host.agent_id,
+            heard_at=wall,
+            released_at=released_at,
+        )
+        self._worker.hold(row, now)
+
+    def _note_heard(self, ours: Mapping[str, Row], view: FleetView, now: Now) -> None:
+        """Write down who speaks for what is held: after a restart that tells a renamed or dead host."""
+        if now.monotonic - self._noted_at < _NOTE_SECONDS:
+            return
+        self._noted_at = now.monotonic
+        wall = now.wall_ns / 1e9
+        for host in view.hosts:
+            if host.name in ours and host.state != "silent":
+                self._store.heard(host.name, host.agent_id, wall)
+
+    def _give_back_orphans(self, ours: Mapping[str, Row], view: FleetView, now: Now) -> None:
+        since = self._listening_since
+        listened = since is not None and now.monotonic - since >= _LISTEN_SECONDS
+        listened = listened and not view.suspect_ourselves
+        for row, why in orphaned(ours.values(), view, now.wall_ns / 1e9, listened=listened):
+            if row.state is not HoldState.RELEASING:
+                self._worker.release(row, why, now)
 
     def _show(self, hosts: Sequence[HostHealth], now: Now) -> None:
         entries = []
+        bare, self._worker.bare = self._worker.bare, set()
         for host in hosts:
             condition = self._integration.condition(host)
             if condition is None:
                 continue
             text = json.dumps(dict(condition), sort_keys=True)
-            if self._shown.get(host.name) == text:
+            if self._shown.get(host.name) == text and host.name not in bare:
                 continue
             self._shown[host.name] = text
             key = f"{REPORT}/{host.name}/{uuid7(now.wall_ns)}"
@@ -250,195 +331,3 @@ class Reactor:
             entries.append((host.name, text, action))
         if entries:
             self._worker.put(self._store.show(entries, now.wall_ns / 1e9))
-
-
-def believed(patterns: Sequence[str], publisher: str | None, host: str | None) -> bool:
-    """Whether a broker user may send events of `host`; without patterns everybody may.
-
-    `publisher` is what the broker proved (AMQP user-id). A pattern with {host} binds a user to one host:
-    nobody else's events count for it. Events without a host (an agent that has not seen its hypervisor
-    yet) need a pattern without {host}, or one whose other words fit.
-    """
-    if not patterns:
-        return True
-    if publisher is None:
-        return False
-    for pattern in patterns:
-        if "{host}" not in pattern:
-            fits = fnmatchcase(publisher, pattern)
-        elif host is None:
-            fits = fnmatchcase(publisher, pattern.replace("{host}", "*"))
-        else:
-            fits = fnmatchcase(publisher, pattern.replace("{host}", _literal(host)))
-        if fits:
-            return True
-    return False
-
-
-def _literal(text: str) -> str:
-    """A host name must not be a glob: an agent chooses it."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in text)
-
-
-class _Worker:
-    """Executes what is stored: in order for each target, other targets go on while one fails."""
-
-    def __init__(
-        self,
-        integration: Integration,
-        store: ActionStore,
-        leave_alone: Callable[[str], None],
-        per_minute: float,
-        dry_run: bool,
-        clock: Callable[[], Now],
-        tell: Callable[[TelemetryEvent], None],
-    ) -> None:
-        self._integration, self._store, self._leave_alone = integration, store, leave_alone
-        self._spacing = 60.0 / per_minute
-        self._burst = max(1.0, per_minute / 60.0)
-        self._tokens, self._filled_at = self._burst, time.monotonic()
-        self._dry_run, self._clock, self._tell = dry_run, clock, tell
-        self._changed = threading.Condition()
-        self._queues: dict[str, deque[tuple[int, Action, int]]] = {}
-        self._due: list[tuple[float, int, str]] = []  # when, number, target
-        self._backoffs: dict[str, Backoff] = {}
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="virtbus-react", daemon=True)
-        self.waiting = 0
-        self.failure: Exception | None = None  # what ended the thread, if something did
-
-    @property
-    def stopping(self) -> bool:
-        return self._stop.is_set()
-
-    def start(self) -> None:
-        for number, action, attempts in self._store.waiting():
-            self._append(number, action, attempts)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stop.set()
-        with self._changed:
-            self._changed.notify_all()
-
-    def join(self) -> None:
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def put(self, entries: Sequence[tuple[int, Action]]) -> None:
-        for number, action in entries:
-            self._append(number, action, 0)
-
-    def _append(self, number: int, action: Action, attempts: int) -> None:
-        with self._changed:
-            self.waiting += 1
-            queue = self._queues.get(action.target)
-            if queue is None:
-                queue = self._queues[action.target] = deque()
-                heappush(self._due, (0.0, number, action.target))
-                self._changed.notify_all()
-            queue.append((number, action, attempts))
-
-    def _run(self) -> None:
-        try:
-            self._work()
-        except Exception as error:  # noqa: BLE001 - `Reactor.run` raises it: a dead worker must not look healthy
-            self.failure = error
-            self._stop.set()
-
-    def _work(self) -> None:
-        while not self._stop.is_set():
-            target = self._next()
-            if target is None:
-                return
-            number, action, attempts = self._queues[target][0]
-            wait = self._turn(number, action, attempts)
-            with self._changed:
-                queue = self._queues[target]
-                if wait is None:
-                    queue.popleft()
-                    self.waiting -= 1
-                    self._backoffs.pop(target, None)
-                else:
-                    queue[0] = (number, action, attempts + 1)
-                if queue:
-                    heappush(self._due, (time.monotonic() + (wait or 0.0), queue[0][0], target))
-                else:
-                    del self._queues[target]
-
-    def _next(self) -> str | None:
-        """The target whose turn it is, once the rate allows; None at the end."""
-        with self._changed:
-            while not self._stop.is_set():
-                now = time.monotonic()
-                self._tokens = min(self._burst, self._tokens + (now - self._filled_at) / self._spacing)
-                self._filled_at = now
-                if not self._due:
-                    self._changed.wait()
-                elif self._due[0][0] > now:
-                    self._changed.wait(self._due[0][0] - now)
-                elif self._tokens < 1.0:
-                    self._stop.wait((1.0 - self._tokens) * self._spacing)
-                else:
-                    self._tokens -= 1.0
-                    return heappop(self._due)[2]
-        return None
-
-    def _turn(self, number: int, action: Action, attempts: int) -> float | None:
-        """Execute once; the wait before the next try, or None when it is settled."""
-        name = self._integration.name
-        if not self._store.is_waiting(number):
-            self._audit(action, "replaced", None, attempts)
-            return None
-        if self._dry_run:
-            self._audit(action, "would", None, attempts)
-            self._settle(number, "done", "dry run")
-            return None
-        self._store.tried(number)
-        try:
-            result = self._integration.execute(action)
-        except NotOurs as error:
-            self._left(action)
-            self._audit(action, "left alone", str(error), attempts + 1)
-            self._settle(number, "refused", str(error))
-            return None
-        except Exception as error:  # noqa: BLE001 - whatever a client library raises, the action stays stored
-            if isinstance(error, VirtbusError) and not error.retryable:
-                self._left(action)
-                self._tell(ActionGivenUp(name, action.verb, action.target, action.why, action.key, error))
-                self._settle(number, "refused", str(error))
-                return None
-            backoff = self._backoffs.setdefault(
-                action.target, Backoff(f"react {name}", ceiling=RETRY_CEILING_SECONDS)
-            )
-            wait = backoff.next_wait()
-            failed = ActionFailed(
-                name, action.verb, action.target, attempts + 1, round(wait, 3), action.key, error
-            )
-            self._tell(failed)
-            return wait
-        self._settle(number, "done", result)
-        self._audit(action, "done", result, attempts + 1)
-        return None
-
-    def _left(self, action: Action) -> None:
-        if action.verb == HOLD:
-            self._store.release(action.target, None, self._clock().wall_ns / 1e9)
-            self._leave_alone(action.target)
-
-    def _settle(self, number: int, state: str, result: str) -> None:
-        self._store.finish(number, state, result, self._clock().wall_ns / 1e9)
-
-    def _audit(self, action: Action, outcome: str, result: str | None, attempts: int) -> None:
-        self._tell(
-            Audited(
-                self._integration.name,
-                action.verb,
-                action.target,
-                outcome,
-                action.why,
-                result,
-                attempts,
-                action.key,
-            )
-        )

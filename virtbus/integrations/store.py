@@ -1,4 +1,4 @@
-"""What is to be done, stored before it is done: SQLite, one process, bounded."""
+"""What is to be done, stored before it is done, and what is held: SQLite, one process, bounded."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple, fields, replace
 from pathlib import Path
+from typing import Any
 
 from virtbus.errors import ConfigError
-from virtbus.integrations.base import Action
-from virtbus.integrations.policy import Held
+from virtbus.integrations import holds
+from virtbus.integrations.base import REPORT, Action, Found
+from virtbus.integrations.holds import Change, HoldState, Row
 
 KEPT_ROWS = 200_000  # finished actions: what comes again is recognised by them, and the audit can be read
+HOLD_TOPIC = "hold"
+
+Entry = tuple[int, Action]  # a stored action and its number
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS actions (
@@ -33,15 +39,31 @@ CREATE TABLE IF NOT EXISTS actions (
   result TEXT
 );
 CREATE INDEX IF NOT EXISTS waiting ON actions (number) WHERE state = 'waiting';
-CREATE TABLE IF NOT EXISTS hosts (
-  name TEXT PRIMARY KEY,
-  held INTEGER NOT NULL DEFAULT 0,
-  since REAL,
-  times INTEGER NOT NULL DEFAULT 0,
-  released_at REAL,
-  condition TEXT
+CREATE TABLE IF NOT EXISTS holds (
+  host TEXT PRIMARY KEY,
+  state TEXT NOT NULL,
+  since REAL NOT NULL,
+  times INTEGER NOT NULL,
+  why TEXT NOT NULL,
+  target TEXT,
+  uid TEXT NOT NULL,
+  agent TEXT NOT NULL,
+  heard_at REAL NOT NULL,
+  released_at REAL
+);
+CREATE TABLE IF NOT EXISTS owners (
+  source TEXT PRIMARY KEY,
+  publisher TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS conditions (
+  host TEXT PRIMARY KEY,
+  condition TEXT NOT NULL
 );
 """
+
+_COLUMNS = tuple(one.name for one in fields(Row))
+_SELECT = f"SELECT {', '.join(_COLUMNS)} FROM holds"  # noqa: S608 - our own names
+_PUT = f"INSERT OR REPLACE INTO holds ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"  # noqa: S608
 
 
 class ActionStore:
@@ -50,7 +72,9 @@ class ActionStore:
     Guarantees:
     1. `add` is durable when it returns; an action's key is stored once, also over restarts;
     2. a waiting action is in `waiting` after a restart until `finish` has been told of it;
-    3. one process at a time: a second one on the same file gets ConfigError.
+    3. a hold and the action that sets or ends it change in one transaction: a host is held until its release
+       has succeeded;
+    4. one process at a time: a second one on the same file gets ConfigError.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -74,8 +98,14 @@ class ActionStore:
             ).fetchone()
         except (sqlite3.Error, OSError) as error:
             raise ConfigError(
-                f"{path} can't be used: {error}; move it away (what is held will not be released)"
+                f"{path} can't be used: {error}; move it away (what is held is read from the control plane, "
+                "events that wait in it are not handed over)"
             ) from error
+
+    @property
+    def owners(self) -> MutableMapping[str, str]:
+        """Which publisher each source belongs to: the first one that spoke for it; durable when set."""
+        return _Owners(self)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -90,7 +120,7 @@ class ActionStore:
 
     # ---- actions
 
-    def add(self, actions: Sequence[Action], wall: float) -> list[tuple[int, Action]]:
+    def add(self, actions: Sequence[Action], wall: float) -> list[Entry]:
         """Store them in one transaction; the new ones with their numbers."""
         with self._transaction() as db:
             return [entry for action in actions if (entry := _insert(db, action, wall)) is not None]
@@ -118,13 +148,33 @@ class ActionStore:
         with self._transaction() as db:
             db.execute("UPDATE actions SET attempts = attempts + 1 WHERE number = ?", [number])
 
-    def finish(self, number: int, state: str, result: str, wall: float) -> None:
-        """`state` is "done", "refused" or "replaced"."""
+    def finish(
+        self,
+        number: int,
+        state: str,
+        result: str,
+        wall: float,
+        *,
+        host: str | None = None,
+        was: HoldState | None = None,
+        becomes: HoldState | None = None,
+    ) -> None:
+        """`state` is "done", "refused" or "replaced".
+
+        Where it ends a hold's or a release's way, the row of `host` goes from `was` to `becomes` with it;
+        not when a newer decision has changed the row meanwhile.
+        """
         with self._transaction() as db:
             db.execute(
                 "UPDATE actions SET state = ?, result = ?, ended_at = ? WHERE number = ?",
                 [state, result, wall, number],
             )
+            row = None if host is None else _row(db, host)
+            if row is not None and row.state is was and becomes is not None:
+                released = (
+                    wall if becomes is HoldState.FREE and was is HoldState.RELEASING else row.released_at
+                )
+                _put(db, replace(row, state=becomes, released_at=released))
             self._finished += 1
             if self._finished > KEPT_ROWS:
                 cut = KEPT_ROWS // 10
@@ -135,56 +185,83 @@ class ActionStore:
                 )
                 self._finished -= cut
 
-    # ---- hosts
+    # ---- holds
 
-    def held(self) -> dict[str, Held]:
-        """The hosts that we hold, or are about to."""
+    def rows(self) -> dict[str, Row]:
+        """All that is known of holds, by host."""
         with self._lock:
-            rows = self._db.execute("SELECT name, since, times FROM hosts WHERE held = 1").fetchall()
-        return {name: Held(since, times) for name, since, times in rows}
+            return _rows(self._db)
 
-    def last_hold(self, host: str) -> tuple[Held | None, float | None]:
-        """How the host was last held, and when it was released."""
-        with self._lock:
-            row = self._db.execute(
-                "SELECT since, times, released_at FROM hosts WHERE name = ? AND since IS NOT NULL", [host]
-            ).fetchone()
-        return (None, None) if row is None else (Held(row[0], row[1]), row[2])
+    def held(self) -> dict[str, Row]:
+        """The hosts that we hold, or are about to, or whose release has not succeeded yet."""
+        return {host: row for host, row in self.rows().items() if row.ours}
 
-    def hold(self, host: str, action: Action, times: int, wall: float) -> tuple[int, Action] | None:
-        """Remember that we hold it and store the action, in one transaction."""
+    def decide(self, row: Row, action: Action, wall: float) -> Entry | None:
+        """Remember a decision and store its action, in one transaction."""
         with self._transaction() as db:
-            db.execute(
-                "INSERT INTO hosts (name, held, since, times) VALUES (?, 1, ?, ?) ON CONFLICT (name)"
-                " DO UPDATE SET held = 1, since = excluded.since, times = excluded.times",
-                [host, wall, times],
-            )
+            _put(db, row)
             return _insert(db, action, wall)
 
-    def release(self, host: str, action: Action | None, wall: float) -> tuple[int, Action] | None:
-        """Remember that we no longer hold it and store the action (None: there is nothing to undo)."""
+    def put(self, *rows: Row) -> None:
+        """Write rows as they are."""
         with self._transaction() as db:
-            db.execute("UPDATE hosts SET held = 0, released_at = ? WHERE name = ?", [wall, host])
-            return None if action is None else _insert(db, action, wall)
+            for row in rows:
+                _put(db, row)
+
+    def rename(self, row: Row, host: str) -> None:
+        """The same hold under another name of its host."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM holds WHERE host = ?", [row.host])
+            _put(db, replace(row, host=host))
+
+    def heard(self, host: str, agent: str, wall: float) -> None:
+        """The agent that speaks for a held host was heard."""
+        with self._transaction() as db:
+            db.execute("UPDATE holds SET agent = ?, heard_at = ? WHERE host = ?", [agent, wall, host])
+
+    def doubt(self, wall: float) -> None:
+        """After a kill, for a control plane that can be asked: what was on its way is for the look to tell.
+
+        A decision that waited is taken again, or not, by what is true then.
+        """
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE actions SET state = 'replaced' WHERE state = 'waiting' AND topic = ?", [HOLD_TOPIC]
+            )
+            db.execute("UPDATE holds SET released_at = ? WHERE state = ?", [wall, HoldState.RELEASING])
+            db.execute(
+                "UPDATE holds SET state = ? WHERE state IN (?, ?)",
+                [HoldState.UNSURE, HoldState.HOLDING, HoldState.RELEASING],
+            )
+
+    def reconcile(
+        self, found: Found, *, asked: Collection[str] | None, acting: bool, wall: float
+    ) -> list[Change]:
+        """Correct the rows by a look; what changed. See `holds.reconcile`."""
+        with self._transaction() as db:
+            reported = {host for (host,) in db.execute("SELECT host FROM conditions")}
+            pending = "SELECT target FROM actions WHERE state = 'waiting' AND verb = ?"
+            reported -= {host for (host,) in db.execute(pending, [REPORT])}
+            changes = holds.reconcile(
+                _rows(db), found, asked=asked, reported=reported, acting=acting, wall=wall
+            )
+            for change in changes:
+                _put(db, change.row)
+        return changes
+
+    # ---- conditions
 
     def conditions(self) -> dict[str, str]:
         """What was last stored to be shown of each host."""
         with self._lock:
-            rows = self._db.execute(
-                "SELECT name, condition FROM hosts WHERE condition IS NOT NULL"
-            ).fetchall()
-        return dict(rows)
+            return dict(self._db.execute("SELECT host, condition FROM conditions").fetchall())
 
-    def show(self, entries: Sequence[tuple[str, str, Action]], wall: float) -> list[tuple[int, Action]]:
+    def show(self, entries: Sequence[tuple[str, str, Action]], wall: float) -> list[Entry]:
         """Host, condition and the action that shows it; in one transaction."""
         with self._transaction() as db:
             out = []
             for host, condition, action in entries:
-                db.execute(
-                    "INSERT INTO hosts (name, condition) VALUES (?, ?) ON CONFLICT (name)"
-                    " DO UPDATE SET condition = excluded.condition",
-                    [host, condition],
-                )
+                db.execute("INSERT OR REPLACE INTO conditions VALUES (?, ?)", [host, condition])
                 entry = _insert(db, action, wall)
                 if entry is not None:
                     out.append(entry)
@@ -197,6 +274,38 @@ class ActionStore:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
+
+
+class _Owners(dict[str, str]):
+    """A dict whose items are on disk before they count."""
+
+    def __init__(self, store: ActionStore) -> None:
+        self._store = store
+        with store._lock:
+            super().__init__(store._db.execute("SELECT source, publisher FROM owners").fetchall())
+
+    def __setitem__(self, source: str, publisher: str) -> None:
+        with self._store._transaction() as db:
+            db.execute("INSERT OR IGNORE INTO owners VALUES (?, ?)", [source, publisher])
+        super().__setitem__(source, publisher)
+
+
+def _rows(db: sqlite3.Connection) -> dict[str, Row]:
+    return {values[0]: _made(values) for values in db.execute(_SELECT)}
+
+
+def _row(db: sqlite3.Connection, host: str) -> Row | None:
+    values = db.execute(f"{_SELECT} WHERE host = ?", [host]).fetchone()
+    return None if values is None else _made(values)
+
+
+def _made(values: Sequence[Any]) -> Row:
+    host, state, *others = values
+    return Row(host, HoldState(state), *others)
+
+
+def _put(db: sqlite3.Connection, row: Row) -> None:
+    db.execute(_PUT, astuple(row))
 
 
 def _insert(db: sqlite3.Connection, action: Action, wall: float) -> tuple[int, Action] | None:

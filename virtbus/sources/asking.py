@@ -10,6 +10,7 @@ from pathlib import Path
 from virtbus.config import OwnerRule
 from virtbus.errors import SchemaError, SourceUnavailable
 from virtbus.sources import domain_xml
+from virtbus.sources.evidence import FreeSpace, Look, disks_by_target, read_messages
 from virtbus.sources.link import (
     DISK_ERROR_NO_SPACE,
     PAUSED,
@@ -19,9 +20,8 @@ from virtbus.sources.link import (
     Space,
     Unsupported,
 )
-from virtbus.sources.looks import FreeSpace, Look, read_messages
-from virtbus.sources.lookups import Want
-from virtbus.sources.session import Baseline, Looked, Session, Shared
+from virtbus.sources.questions import Want
+from virtbus.sources.session import Baseline, Described, HostAnswered, Looked, Session, Shared
 from virtbus.telemetry import DomainUnreadable, LookupFinished, emit
 
 HOST = ""  # the look-up key of what is no domain's
@@ -44,22 +44,47 @@ class Asker:
         self.local = facts.local
         self.messages_offered = facts.keeps_messages
 
-    def ask(self, link: Link, uuid: str, want: Want) -> None:
-        """One look-up: what is wanted of a domain goes to the cache and to the session's notes."""
-        try:
-            if want & Want.HOST:
-                self.host_uuid = domain_xml.host_uuid(link.capabilities())
-            if want & Want.DESCRIPTION:
-                self._read(link, uuid)
-            session = self.session
-            if want & Want.TROUBLE and session is not None:
-                session.notes.put(Looked(uuid, self._look(link, uuid)))
-            if want & Want.BASELINE and session is not None:
-                session.notes.put(Baseline(uuid, link.disk_errors(uuid)))
-        except NoSuchDomain:
-            return  # its end is on its way to us
-        except SchemaError as error:
-            emit(DomainUnreadable(uuid or "the host", error))
+    def ask(self, link: Link, uuid: str, want: Want) -> Want:
+        """One look-up: what is wanted of a domain goes to the cache and to the session's notes.
+
+        Returns what could not be answered and is worth asking again: one question's failure costs no other.
+        """
+        session = self.session  # an answer belongs to the session that asked
+        unanswered = Want.NOTHING
+        for each in Want:
+            if each not in want:
+                continue
+            try:
+                answered = self._answer(link, uuid, each, session)
+            except NoSuchDomain:
+                return Want.NOTHING  # its end is on its way to us
+            except SchemaError as error:
+                emit(DomainUnreadable(uuid or "the host", error))
+                continue
+            except SourceUnavailable as error:
+                emit(LookupFinished("failed", uuid, error))
+                answered = False
+            unanswered |= Want.NOTHING if answered else each
+        return unanswered
+
+    def _answer(self, link: Link, uuid: str, want: Want, session: Session | None) -> bool:
+        if want is Want.HOST:
+            self.host_uuid = domain_xml.host_uuid(link.capabilities())
+            if session is not None:
+                session.notes.put(HostAnswered())
+        elif want is Want.DESCRIPTION:
+            self._read(link, uuid)
+            if session is not None:
+                session.notes.put(Described(uuid))
+        elif session is None:
+            return True
+        elif want is Want.TROUBLE:
+            look = self._look(link, uuid)
+            session.notes.put(Looked(uuid, look))
+            return look.complete
+        elif want is Want.BASELINE:
+            session.notes.put(Baseline(uuid, link.disk_errors(uuid)))
+        return True
 
     def _read(self, link: Link, uuid: str) -> None:
         try:
@@ -82,6 +107,7 @@ class Asker:
             except NoSuchDomain:
                 raise
             except SourceUnavailable as error:
+                look = replace(look, complete=False)
                 emit(LookupFinished("failed", uuid, error))
         if state == PAUSED:
             # Only of a paused guest: of one that runs it tells of what is over.
@@ -90,6 +116,7 @@ class Asker:
             except NoSuchDomain:
                 raise
             except SourceUnavailable as error:
+                look = replace(look, complete=isinstance(error, Unsupported))
                 emit(LookupFinished("failed", uuid, error))
         return self._with_space(link, uuid, look)
 
@@ -99,17 +126,17 @@ class Asker:
         devices = {} if entry is None else entry.devices
         with self._shared.lock:
             aliases = self._shared.check.out_of_space(uuid)
-        targets = {device.target for alias, device in devices.items() if alias in aliases}
+        disks = disks_by_target(devices)
+        targets = {target for target, alias in disks.items() if alias in aliases}
         targets |= {t for t, code in (look.disk_errors or {}).items() if code == DISK_ERROR_NO_SPACE}
         spaces: dict[str, Space] = {}
         free: dict[str, FreeSpace] = {}
-        for target in targets - {None}:
-            assert target is not None
+        for target in targets:
             try:
                 spaces[target] = link.space(uuid, target)
             except SourceUnavailable:
                 continue
-            source = next((d.source for d in devices.values() if d.target == target), None)
+            source = devices[disks[target]].source if target in disks else None
             if source is not None and source.type == "file" and self.local:
                 left = _free_space(source.path or "", spaces[target])
                 if left is not None:

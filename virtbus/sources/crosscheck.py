@@ -10,7 +10,9 @@ comes later than the grace time, nor after the resume that follows it:
 3. an event that comes after its finding is not counted again (it only adds what it knows);
 4. where "twice" and "never" can't be told apart, it is twice: nothing is lost;
 5. an event of a pause that comes after its guest was resumed (QEMU from 9.2 to 10 may hold it back for a
-   second) is followed by a look, and where that finds the guest running, by word that it does.
+   second) is followed by a look, and where that finds the guest running, by word that it does;
+6. an error told without its device's name (libvirt gives none during a blockcopy, or the look is late) is
+   named by the first look that can, without a count.
 
 A disk error that virDomainGetDiskErrors gives may be an old one: QEMU keeps it after the guest was resumed
 (measured on QEMU 5.2 to 11.1). So what was there before a pause says nothing about it.
@@ -19,25 +21,30 @@ A disk error that virDomainGetDiskErrors gives may be an old one: QEMU keeps it 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
-from virtbus.model import Burst, Device, RawIoError
-from virtbus.sources.link import (
-    ACTION_PAUSE,
-    ACTION_REPORT,
-    DISK_ERROR_NO_SPACE,
-    DISK_ERRORS,
-    PAUSED,
-    RUNNING,
+from virtbus.model import Burst, Device, Evidence, RawIoError
+from virtbus.sources.cases import (
+    ACTION_UNKNOWN,
+    Case,
+    Finding,
+    Pause,
+    action_by_policy,
+    burst_of,
+    complete,
+    missed_devices,
+    newer_messages,
+    raw_error,
 )
-from virtbus.sources.looks import Look, Message, disk_errors_by_alias, gather, stamps_by_alias
-from virtbus.words import ENOSPC, DiskError, Origin
+from virtbus.sources.evidence import Look, disk_errors_by_alias, newest_by_alias
+from virtbus.sources.link import ACTION_PAUSE, DISK_ERROR_UNSPECIFIED, PAUSED, RUNNING
+from virtbus.words import ENOSPC, EvidenceCheck, EvidenceVerdict, Origin
+
+__all__ = ["ACTION_UNKNOWN", "CrossCheck", "Decision", "Verdict"]
 
 LATE_SECONDS = 10.0  # an event that is later than this after its finding is an error of its own
 EVIDENCE_SECONDS = 60.0  # at most one look for evidence a device in this time
-ACTION_UNKNOWN = -1  # the guest runs, and the policy does not tell whether it was ever paused
 STAMP_SLACK_NS = 2_000_000_000  # between libvirt's own stamp of an error and our callback
 
 
@@ -57,45 +64,6 @@ class Decision:
     over: bool  # the guest runs again by now
 
 
-@dataclass(slots=True, eq=False)
-class _Pause:
-    """One pause that is not decided yet."""
-
-    ns: int
-    began: float
-    due: float
-    certain: bool  # libvirt said that it is by an I/O error
-    told: dict[str, RawIoError]  # the events of this pause, by alias
-    over: bool = False
-    look: Look | None = None
-    wrong: dict[str, int] = field(default_factory=dict)  # what the look found: alias → disk error
-    waited: bool = False
-
-
-@dataclass(slots=True)
-class _Case:
-    """A domain in trouble."""
-
-    name: str
-    number: int | None
-    paused: bool = False
-    pauses: list[_Pause] = field(default_factory=list)  # undecided, oldest first
-    credit: dict[str, RawIoError] = field(default_factory=dict)  # events whose pause is still to come
-    credit_at: float = 0.0
-    found_ahead: bool = False  # a finding whose pause is still to come
-    doubted_at: float | None = None  # an event told of a pause, and no pause came yet
-    ask_at: float = 0.0  # when a look is to tell
-    # Since the last resume: alias → its event, or when its finding was told.
-    told: dict[str, RawIoError] = field(default_factory=dict)
-    synthesised: dict[str, float] = field(default_factory=dict)
-    # Also before it:
-    stale: dict[str, int] = field(default_factory=dict)  # alias → a disk error that may be an old one
-    last_ns: dict[str, int] = field(default_factory=dict)  # alias → the last error told
-    reports: dict[str, RawIoError] = field(default_factory=dict)  # alias → the last one without a pause
-    looked_for: dict[str, float] = field(default_factory=dict)  # alias → when evidence was last asked for
-    wanting: set[str] = field(default_factory=set)  # aliases whose evidence is being looked for
-
-
 class CrossCheck:
     """The pairing of pauses and events, a case a domain; memory is bounded by the domains in trouble.
 
@@ -104,7 +72,8 @@ class CrossCheck:
 
     def __init__(self, grace_seconds: float) -> None:
         self._grace = grace_seconds
-        self._cases: dict[str, _Case] = {}
+        self.slack_ns = STAMP_SLACK_NS  # 0 where the hypervisor's clock is ours
+        self._cases: dict[str, Case] = {}
 
     def __len__(self) -> int:
         return len(self._cases)
@@ -124,9 +93,12 @@ class CrossCheck:
             case.wanting.add(alias)
             return Verdict.TELL_AND_LOOK
         case.told[alias] = raw
-        for told in (alias, ""):  # "": a finding that could not name its device
-            at = case.synthesised.pop(told, None)
-            if at is not None and mono - at <= LATE_SECONDS:
+        # "" is a finding that could not name its device; an event without a name is of any finding.
+        for told in (alias, "") if alias else tuple(case.synthesised):
+            finding = case.synthesised.pop(told, None)
+            if finding is not None and mono - finding.at <= LATE_SECONDS:
+                if not alias and told:
+                    case.told[told] = case.told.pop(alias)._replace(alias=told)
                 return Verdict.KNOWN
         if case.pauses and not case.pauses[-1].over:
             case.pauses[-1].told[alias] = raw
@@ -149,7 +121,7 @@ class CrossCheck:
             case.credit = {}
             return
         told = case.credit if mono - case.credit_at <= self._grace else {}
-        case.pauses.append(_Pause(ns, mono, mono + self._grace, by_io_error, told))
+        case.pauses.append(Pause(ns, mono, mono + self._grace, by_io_error, told))
         case.credit = {}
 
     def resumed(self, uuid: str) -> None:
@@ -164,13 +136,14 @@ class CrossCheck:
         case.credit = {}
         case.told.clear()
         case.synthesised.clear()
+        case.unseen.clear()
 
     def gone(self, uuid: str) -> list[Burst]:
         """The domain left: what is still undecided is told now, the rest is forgotten."""
         case = self._cases.pop(uuid, None)
         if case is None:
             return []
-        return [b for pause in case.pauses for b in self._decide(uuid, case, pause, 0.0, {}) if b.count]
+        return [b for pause in case.pauses for b in case.decide(pause, 0.0, {}) if b.count]
 
     def removed(self, uuid: str, alias: str) -> None:
         """The device was unplugged: nothing is kept of it but what belongs to a pause that goes on."""
@@ -184,21 +157,35 @@ class CrossCheck:
     def looked(self, uuid: str, look: Look, devices: Mapping[str, Device]) -> list[Burst]:
         """What a look found: kept for the undecided pause that it saw.
 
-        What it says about errors without a pause is returned as bursts of no count.
+        What it says about errors without a pause, and about those of a pause that was told before any look,
+        is returned: bursts of no count, and devices of that pause that nobody told of.
         """
         case = self._cases.get(uuid)
         if case is None:
             return []
-        seen = [pause for pause in case.pauses if pause.began <= look.asked_at and pause.look is None]
+        seen = [pause for pause in case.pauses if pause.began <= look.asked_at and not complete(pause.look)]
         if seen:
             seen[-1].look = look
             seen[-1].wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
         wanting, case.wanting = case.wanting, set()
-        return [
-            _burst(raw, 0, Origin.EVENT, look, devices.get(alias), pause=False)
+        found = [
+            burst_of(raw, 0, Origin.EVENT, look, devices.get(alias), pause=False)
             for alias, raw in case.reports.items()
             if alias in wanting
         ]
+        if case.paused and look.paused_by_io_error and not any(not pause.over for pause in case.pauses):
+            found += case.look_back(look, devices)
+        return found
+
+    def identified(self, uuid: str, alias: str) -> list[Burst]:
+        """The device behind the events that came without its name: what was told of it, without a count."""
+        case = self._cases.get(uuid)
+        return [] if case is None else case.identified(alias)
+
+    def has_nameless(self, uuid: str) -> bool:
+        """Whether something was told of the domain without the name of its device."""
+        case = self._cases.get(uuid)
+        return case is not None and any("" in each for each in (case.reports, case.told, case.synthesised))
 
     def baseline(self, uuid: str, name: str, number: int | None, wrong: Mapping[str, int]) -> None:
         """The disk errors (by alias) of a guest that runs: left over from before."""
@@ -232,7 +219,7 @@ class CrossCheck:
                     pause.waited, pause.due = True, mono + self._grace  # once: late is better than nameless
                     continue
                 case.pauses.remove(pause)
-                bursts = self._decide(uuid, case, pause, mono, devices.get(uuid, {}))
+                bursts = case.decide(pause, mono, devices.get(uuid, {}))
                 decisions.append(Decision(bursts, not case.paused))
         return decisions
 
@@ -272,6 +259,23 @@ class CrossCheck:
 
     # ---- after a (re)connect
 
+    def listed(
+        self, uuid: str, name: str, number: int | None, *, alias: str, mono: float, ns: int
+    ) -> list[Burst]:
+        """The listing shows a guest paused by an I/O error, and no look at it has been answered yet.
+
+        `alias` is its only disk, or "": then the look that comes later names it, without a count.
+        """
+        case = self._case(uuid, name, number)
+        if case.told or case.synthesised or any(not pause.over for pause in case.pauses):
+            return []
+        case.paused = case.found_ahead = True
+        raw = raw_error((uuid, name, number), alias=alias, code=None, action=ACTION_PAUSE, ns=ns)
+        case.synthesised[alias] = Finding(mono, raw)
+        case.unseen.add(alias)
+        seen = Evidence(EvidenceCheck.STATE, EvidenceVerdict.CONFIRMS, "listed as paused by an I/O error")
+        return [Burst(raw, 1, ns, ns, Origin.RECONCILE, evidence=(seen,))]
+
     def reconcile(
         self,
         uuid: str,
@@ -292,26 +296,32 @@ class CrossCheck:
         case = self._cases.get(uuid)
         if case is not None and case.paused and look.state != PAUSED:
             self.resumed(uuid)  # and nobody told us
-        newer = _newer_messages(look, since_ns, case, devices)
+        newer = newer_messages(look, since_ns, case, devices, self.slack_ns)
         found: dict[str, Burst] = {}
+        named: list[Burst] = []
         if look.paused_by_io_error:
             case = self._case(uuid, name, number)
             case.paused = True
-            told = case.told.keys() | case.synthesised.keys()
             wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
+            suspects = wrong or dict.fromkeys(newer, DISK_ERROR_UNSPECIFIED)
+            named = case.name_nameless(suspects, look, devices)
+            told = case.told.keys() | case.synthesised.keys()
             fresh = [
-                alias for alias in _missed(case, wrong, told, devices) if alias not in told or alias in newer
+                alias
+                for alias in missed_devices(case, suspects, told, devices)
+                if alias not in told or alias in newer
             ]
-            fresh += [alias for alias in newer if alias in wrong and alias not in fresh]
+            fresh += [alias for alias in newer if alias in suspects and alias not in fresh]
             case.stale = wrong
-            stamps = stamps_by_alias(look, devices)
+            stamps = newest_by_alias(look, devices)
             for alias in fresh:
-                at = stamps.get(alias, ns)
-                raw = _raw(
+                kept = stamps.get(alias)
+                at = ns if kept is None or kept.at_ns is None else kept.at_ns
+                raw = raw_error(
                     (uuid, name, number), alias=alias, code=wrong.get(alias), action=ACTION_PAUSE, ns=at
                 )
-                found[alias] = _burst(raw, 1, Origin.RECONCILE, look, devices.get(alias), pause=True)
-                case.synthesised[alias] = mono
+                found[alias] = burst_of(raw, 1, Origin.RECONCILE, look, devices.get(alias), pause=True)
+                case.synthesised[alias] = Finding(mono, raw)
                 case.last_ns[alias] = at
             if fresh:
                 # Its pause may still be on its way to us, unless it is the one that waits for its event.
@@ -323,10 +333,12 @@ class CrossCheck:
                 continue
             at = message.at_ns or ns
             device = devices.get(alias)
-            raw = _raw((uuid, name, number), alias=alias, code=None, action=_action_by_policy(device), ns=at)
-            found[alias] = _burst(raw, 1, Origin.RECONCILE, look, device, pause=False)
+            raw = raw_error(
+                (uuid, name, number), alias=alias, code=None, action=action_by_policy(device), ns=at
+            )
+            found[alias] = burst_of(raw, 1, Origin.RECONCILE, look, device, pause=False)
             self._case(uuid, name, number).last_ns[alias] = at
-        return list(found.values())
+        return [*named, *found.values()]
 
     def keep_only(self, uuids: frozenset[str]) -> list[Burst]:
         """Forget the domains that are not there any more; what was undecided of them is told."""
@@ -335,125 +347,12 @@ class CrossCheck:
 
     # ---- inside
 
-    def _case(self, uuid: str, name: str, number: int | None) -> _Case:
+    def _case(self, uuid: str, name: str, number: int | None) -> Case:
         case = self._cases.get(uuid)
         if case is None:
-            case = self._cases[uuid] = _Case(name, number)
+            case = self._cases[uuid] = Case(uuid, name, number)
         elif case.number != number and number is not None:
             if case.number is not None:  # the domain was started anew and nobody told us
-                case = self._cases[uuid] = _Case(name, number)
+                case = self._cases[uuid] = Case(uuid, name, number)
             case.number = number
         return case
-
-    def _decide(
-        self, uuid: str, case: _Case, pause: _Pause, mono: float, devices: Mapping[str, Device]
-    ) -> list[Burst]:
-        look, told = pause.look, pause.told
-        fresh = [alias for alias, code in pause.wrong.items() if case.stale.get(alias) != code]
-        by_error = look is not None and look.paused_by_io_error
-        missed: list[str] = []
-        if pause.certain or (by_error and fresh):
-            known = told.keys() | case.synthesised.keys()
-            missed = _missed(case, pause.wrong if by_error else {}, known, devices)
-        if look is not None:
-            case.stale = pause.wrong
-        found = []
-        for alias in missed:
-            code = pause.wrong.get(alias)
-            raw = _raw(
-                (uuid, case.name, case.number), alias=alias, code=code, action=ACTION_PAUSE, ns=pause.ns
-            )
-            found.append(_burst(raw, 1, Origin.LIFECYCLE, look, devices.get(alias), pause=True))
-            case.last_ns[alias] = pause.ns
-            if not pause.over:
-                case.synthesised[alias] = mono
-        if look is not None:
-            found += [
-                _burst(raw, 0, Origin.EVENT, look, devices.get(alias), pause=True)
-                for alias, raw in told.items()
-            ]
-        return found
-
-
-def _missed(
-    case: _Case, wrong: Mapping[str, int], told: AbstractSet[str], devices: Mapping[str, Device]
-) -> list[str]:
-    """The devices of one pause that nobody told of; "" when the pause was not told and nothing names it."""
-    fresh = [alias for alias, code in wrong.items() if alias not in told and case.stale.get(alias) != code]
-    if fresh or told:
-        return fresh
-    # One that failed before failed again: the only one, or the only one whose events libvirt loses.
-    for suspects in (list(wrong), [alias for alias in wrong if _is_unnamed(devices.get(alias))]):
-        if len(suspects) == 1:
-            return suspects
-    return [""]
-
-
-def _is_unnamed(device: Device | None) -> bool:
-    """A network disk whose source has no name: libvirt up to 9.0 drops its I/O-error events."""
-    source = None if device is None else device.source
-    return source is not None and source.type == "network" and not source.path
-
-
-def _newer_messages(
-    look: Look, since_ns: int | None, case: _Case | None, devices: Mapping[str, Device]
-) -> dict[str, Message]:
-    """The messages that tell of an error which nobody told us of, by alias; the newest of each."""
-    if since_ns is None or look.messages is None:
-        return {}
-    by_target = {device.target: alias for alias, device in devices.items() if device.target}
-    newer: dict[str, Message] = {}
-    for message in look.messages:
-        if message.at_ns is None or message.at_ns <= since_ns:
-            continue
-        alias = by_target.get(message.target, "")
-        told = None if case is None else case.last_ns.get(alias)
-        if told is not None and message.at_ns <= told + STAMP_SLACK_NS:
-            continue
-        before = newer.get(alias)
-        if before is None or (before.at_ns or 0) < message.at_ns:
-            newer[alias] = message
-    return newer
-
-
-def _action_by_policy(device: Device | None) -> int:
-    """What the hypervisor did about an error of a guest that runs, as far as the policies tell."""
-    policy = None if device is None else device.policy
-    asked = set() if policy is None else {policy.write, policy.read} - {None}
-    return ACTION_REPORT if asked and asked <= {"report"} else ACTION_UNKNOWN
-
-
-def _raw(
-    domain: tuple[str, str, int | None], *, alias: str, code: int | None, action: int, ns: int
-) -> RawIoError:
-    # libvirt's reason and its "no space" disk error come from the same word of QEMU, "nospace".
-    reason = ENOSPC if code == DISK_ERROR_NO_SPACE else ""
-    return RawIoError(*domain, path="", alias=alias, action_code=action, reason=reason, observed_at=ns)
-
-
-def _burst(
-    raw: RawIoError,
-    count: int,
-    origin: Origin,
-    look: Look | None,
-    device: Device | None,
-    *,
-    pause: bool,
-) -> Burst:
-    target = None if device is None else device.target
-    message = None
-    code = None
-    if look is not None and target is not None:
-        message = next((m.text for m in look.messages or () if m.target == target), None)
-        code = (look.disk_errors or {}).get(target)
-    evidence = gather(look, device, raw.reason, lifecycle=origin is Origin.LIFECYCLE, pause=pause)
-    return Burst(
-        raw=raw,
-        count=count,
-        first_ns=raw.observed_at,
-        last_ns=raw.observed_at,
-        origin=origin,
-        message=message,
-        disk_error=None if code is None else DISK_ERRORS.get(code, DiskError.UNSPECIFIED),
-        evidence=evidence,
-    )

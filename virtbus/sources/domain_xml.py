@@ -4,18 +4,17 @@ A domain's XML is written by others: names, paths and metadata are whatever a te
 Guarantees:
 
 1. no DTD, no entities, no external access, bounded size, depth and number of elements: refused otherwise;
-2. no secret leaves: `<auth>`, user names and passwords in URLs, query strings and key=value options of
-   pseudo-protocol paths are cut, `json:` paths are hidden whole.
+2. no secret leaves: `<auth>`, cookies and queries are not read, names pass virtbus.redaction.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from xml.etree.ElementTree import Element, TreeBuilder  # only the tree; the parser is expat, set up below
 from xml.parsers import expat
 
+from virtbus import redaction
 from virtbus.config import OwnerRule
 from virtbus.errors import SchemaError
 from virtbus.model import Device, DeviceSource, ErrorPolicy, Owner
@@ -25,10 +24,20 @@ MAX_BYTES = 4 << 20  # libvirt's own limit of a string on the wire (REMOTE_STRIN
 MAX_DEPTH = 512  # a backing chain nests one level an image, and libvirt allows 200 images
 MAX_ELEMENTS = 100_000
 
-_KEPT = ("name", "uuid", "metadata", "devices")  # all that is read of a <domain>
+COMMANDLINE = (
+    "{http://libvirt.org/schemas/domain/qemu/1.0}commandline"  # may hold disks libvirt does not know
+)
+_KEPT = (
+    "name",
+    "uuid",
+    "metadata",
+    "devices",
+    COMMANDLINE.removeprefix("{"),
+)  # all that is read of a <domain>
 
 NOVA = "http://openstack.org/xmlns/libvirt/nova/"  # followed by the version
 KUBEVIRT = "http://kubevirt.io"
+_DISKS = ("disk", "cdrom", "floppy", "lun")  # virDomainDiskDevice
 OVIRT = "http://ovirt.org/vm/"  # followed by the version, or "tune/" and the version
 
 
@@ -41,6 +50,30 @@ class DomainXml:
     id: int | None
     owner: Owner | None
     devices: Mapping[str, Device]
+    # Disk → hashes of the names that libvirt may give its images: names may hold secrets.
+    images: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    copying: frozenset[str] = frozenset()  # disks with a block job
+    complete: bool = True  # False: QEMU may have disks that libvirt does not know
+
+    def has_image(self, alias: str, path: str) -> bool:
+        """Whether a path, as an event gives it, is of one of the disk's images."""
+        return hash(path) in self.images.get(alias, ())
+
+    def resolve(self, path: str) -> str:
+        """The alias of the disk that an event without one speaks of; "" when that can't be told.
+
+        By its path; else the only disk; else, as libvirt gives no alias during a copy, the only copied one.
+        """
+        if path:
+            named = [alias for alias in self.images if self.has_image(alias, path)]
+            if named:
+                return named[0] if len(named) == 1 else ""
+        if not self.complete:
+            return ""
+        for suspects in (list(self.images), sorted(self.copying)):
+            if len(suspects) == 1:
+                return suspects[0]
+        return ""
 
 
 def parse(
@@ -56,16 +89,28 @@ def parse(
     uuid, name = root.findtext("uuid"), root.findtext("name")
     number = root.get("id", "")
     devices: dict[str, Device] = {}
+    images: dict[str, frozenset[int]] = {}
+    copying = set()
     for element in root.iterfind("devices/*"):
         device = _device(element)
-        if device is not None and device.alias is not None:
-            devices.setdefault(device.alias, device)  # a <console> bears its <serial>'s alias, after it
+        if device is None or device.alias is None:
+            continue
+        devices.setdefault(device.alias, device)  # a <console> bears its <serial>'s alias, after it
+        if element.tag == "disk" and element.find("source") is not None:
+            images[device.alias] = frozenset(map(hash, _names(element)))
+            if element.find("mirror") is not None:
+                copying.add(device.alias)
+    if root.find(f"metadata/{{{KUBEVIRT}}}kubevirt") is not None:
+        devices = {alias: _kubevirt_volume(device) for alias, device in devices.items()}
     return DomainXml(
         uuid=uuid.strip() if uuid else None,
         name=name,
-        id=int(number) if number.isdecimal() and len(number) < 10 else None,
+        id=_number(number),
         owner=_owner(root, uuid, name, owner_rules),
         devices=devices,
+        images=images,
+        copying=frozenset(copying),
+        complete=root.find(COMMANDLINE) is None,
     )
 
 
@@ -149,13 +194,15 @@ def _device(element: Element) -> Device | None:
     policy = None
     if driver is not None:
         write, read = driver.get("error_policy"), driver.get("rerror_policy")
+        if read is None and write != "enospace":  # which is not valid for reads: these keep QEMU's default
+            read = write
         policy = ErrorPolicy(write, read) if write or read else None
     return Device(
         alias=alias.get("name"),
         target=None if target is None else target.get("dev"),
         bus=None if target is None else target.get("bus"),
         kind=element.get("device", "disk"),
-        serial=element.findtext("serial"),
+        serial=_text(element.findtext("serial")),
         source=_disk_source(element, None if driver is None else driver.get("type")),
         policy=policy,
     )
@@ -171,7 +218,7 @@ def _plain_source(element: Element) -> DeviceSource | None:
     host = source.get("host")
     return DeviceSource(
         type=kind,
-        path=None if path is None else redact(path, network=False),
+        path=None if path is None else redaction.path(path, local=True),
         hosts=() if host is None else (_host(host, source.get("service")),),
     )
 
@@ -186,12 +233,25 @@ def _disk_source(disk: Element, image_format: str | None) -> DeviceSource:
         type=kind,
         protocol=source.get("protocol"),
         path=_path(kind, source),
-        pool=source.get("pool"),
-        volume=source.get("volume"),
+        namespace=_number(source.get("namespace")) if kind == "nvme" else None,
+        data_file=_data_file(source),
+        pool=_text(source.get("pool")),
+        volume=_text(source.get("volume")),
         hosts=tuple(_hosts(source)),
         format=image_format,
         backing=backing,
     )
+
+
+def _kubevirt_volume(device: Device) -> Device:
+    """A disk of KubeVirt with the name of its volume, which its user alias holds (`ua-<volume>`).
+
+    The name of a claim (PVC) is not in the XML: paths hold the volume's name too.
+    """
+    alias, source = device.alias or "", device.source
+    if device.kind not in _DISKS or source is None or source.path is None or not alias.startswith("ua-"):
+        return device
+    return replace(device, source=replace(source, volume=alias.removeprefix("ua-")))
 
 
 def _chain(disk: Element) -> Iterator[Element]:
@@ -207,7 +267,29 @@ def _image(element: Element) -> str:
     assert source is not None
     if source.get("pool") or source.get("volume"):
         return f"{source.get('pool', '')}/{source.get('volume', '')}"
-    return _path(element.get("type", "unknown"), source) or ""
+    path = _path(element.get("type", "unknown"), source) or ""
+    protocol, hosts = source.get("protocol"), ",".join(_hosts(source))
+    return f"{protocol}://{hosts}/{path.removeprefix('/')}" if protocol else path
+
+
+def _data_file(source: Element) -> str | None:
+    """The external data file of a qcow2 image (libvirt 10.10 and later)."""
+    store = source.find("dataStore")
+    inner = None if store is None else store.find("source")
+    return None if store is None or inner is None else _path(store.get("type", "unknown"), inner)
+
+
+def _names(disk: Element) -> Iterator[str]:
+    """What libvirt may call a disk's images in an error's event; they never leave this process."""
+    for image in (disk, *_chain(disk), *disk.iterfind("mirror")):
+        for source in (*image.iterfind("source"), *image.iterfind("source/dataStore/source")):
+            yield from (
+                source.get(key, "") for key in ("file", "dev", "dir", "name", "path") if source.get(key)
+            )
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text is not None and text.isdecimal() and len(text) < 10 else None
 
 
 _PATH_ATTRIBUTE = {
@@ -230,7 +312,7 @@ def _path(kind: str, source: Element) -> str | None:
         )
         return f"{domain}:{bus}:{slot}.{function}"
     path = source.get(_PATH_ATTRIBUTE.get(kind, ""))
-    return None if path is None else redact(path, network=kind == "network")
+    return None if path is None else redaction.path(path, local=kind != "network")
 
 
 def _hosts(source: Element) -> Iterator[str]:
@@ -242,48 +324,10 @@ def _hosts(source: Element) -> Iterator[str]:
 
 
 def _host(name: str, port: str | None) -> str:
-    name = name.rpartition("@")[2]  # nobody's user name or password
+    name = redaction.host(name)
     if ":" in name and not name.startswith("["):
         name = f"[{name}]"
     return f"{name}:{port}" if port else name
-
-
-HIDDEN = "***"
-_URL = re.compile(r"^([a-zA-Z][a-zA-Z0-9+.-]*://)(.*)$", re.DOTALL)
-_PSEUDO = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*:")
-_OPTIONS = re.compile(r"[:;,&?][\w.-]+=.*$", re.DOTALL)
-
-
-def redact(path: str, *, network: bool) -> str:
-    """A source path without what could be a secret; `network` when it is no path of the file system.
-
-    A file's own path is kept as it is. Better too much is hidden than too little.
-    """
-    if path.startswith("/") and not network:
-        return path
-    if path.startswith("json:"):
-        return f"json:{HIDDEN}"
-    if url := _URL.match(path):
-        scheme, rest = url[1], re.split(r"[?#]", url[2], maxsplit=1)[0]
-        authority, slash, tail = rest.partition("/")
-        _, at, after = authority.rpartition("@")
-        if at:
-            authority = f"{HIDDEN}@{after}"
-        elif ":" in authority and "@" in tail:
-            # A password may hold a "/": then what looks like a host and a port is a user and a password.
-            return f"{scheme}{HIDDEN}@{_without_options(tail.rpartition('@')[2])}"
-        return f"{scheme}{_without_options(authority + slash + tail)}"
-    if not network and not _PSEUDO.match(path):
-        return path
-    path = path.split("?", 1)[0]
-    head, at, tail = path.partition("@")
-    if at and ":" in head and "/" not in head:
-        path = f"{HIDDEN}@{tail}"
-    return _without_options(path)
-
-
-def _without_options(text: str) -> str:
-    return _OPTIONS.sub("", text)
 
 
 # --------------------------------------------------------------------------------------------- owner
@@ -343,4 +387,8 @@ def _at(element: Element, path: str | None) -> str | None:
         if step not in ("", "."):
             found = next((child for child in found if child.tag.rpartition("}")[2] == step), None)
     text = None if found is None or found.text is None else found.text.strip()
-    return text or None
+    return _text(text) or None
+
+
+def _text(words: str | None) -> str | None:
+    return words and redaction.text(words)

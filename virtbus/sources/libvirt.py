@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import libvirt
 
-from virtbus.config import redact_password
+from virtbus import redaction
 from virtbus.errors import ConfigError, SourceDenied, SourceUnavailable, VirtbusError
 from virtbus.model import Check, Description, Hypervisor, RawIoError, SourceReady
 from virtbus.sources import Sink, SourceOptions
@@ -179,7 +179,7 @@ class LibvirtLink:
     def __init__(self, connection: Any, uri: str, closing: Callable[[], None]) -> None:
         self._connection = connection
         self._local = is_local(uri)
-        self._uri = redact_password(uri)
+        self._uri = redaction.uri(uri)
         self._closing = closing
 
     def facts(self) -> HostFacts:
@@ -331,7 +331,7 @@ class LibvirtConnector:
     """Opens links to one URI. See `virtbus.sources.link.Connector`."""
 
     def __init__(self, uri: str, options: SourceOptions) -> None:
-        self.uri = redact_password(uri)  # what messages say
+        self.uri = redaction.uri(uri)  # what messages say
         self._address = uri
         self._interval = options.keepalive_interval_seconds
         self._count = options.keepalive_count
@@ -421,6 +421,7 @@ _EVENTS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("DEVICE_ADDED",), "changed"),
     (("DISK_CHANGE",), "changed"),
     (("BLOCK_JOB_2", "BLOCK_JOB"), "job"),
+    (("TRAY_CHANGE",), "changed"),
     (("METADATA_CHANGE",), "changed"),
 )
 
@@ -458,10 +459,11 @@ def _callbacks(handler: Handler) -> Mapping[str, Callable[..., None]]:
     def changed(_c: Any, dom: Any, *_rest: object) -> None:
         handler.changed(dom.UUIDString())
 
-    def job(_c: Any, dom: Any, _disk: str, _kind: int, status: int, _o: object) -> None:
-        # A finished copy or commit changes the chain; progress does not.
-        if status in (libvirt.VIR_DOMAIN_BLOCK_JOB_COMPLETED, libvirt.VIR_DOMAIN_BLOCK_JOB_CANCELED):
-            handler.changed(dom.UUIDString())
+    def job(_c: Any, dom: Any, disk: str, _kind: int, status: int, _o: object) -> None:
+        # Completed, failed, cancelled or ready: each of them changes the XML.
+        if status == libvirt.VIR_DOMAIN_BLOCK_JOB_FAILED:
+            handler.job_failed(dom.UUIDString(), disk or "")
+        handler.changed(dom.UUIDString())
 
     return {"lifecycle": lifecycle, "io_error": io_error, "removed": removed, "changed": changed, "job": job}
 
@@ -474,7 +476,7 @@ class LibvirtSource:
 
     def __init__(self, uri: str, *, options: SourceOptions | None = None) -> None:
         """Connect to nothing yet."""
-        self.uri = redact_password(uri)
+        self.uri = redaction.uri(uri)
         options = options or SourceOptions()
         self._connector = LibvirtConnector(uri, options)
         self._observer = Observer(self._connector, options=options)

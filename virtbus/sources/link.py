@@ -29,6 +29,9 @@ STATES = {
 PAUSED_UNKNOWN, PAUSED_IOERROR = 0, 5
 # virDomainEventType
 DEFINED, UNDEFINED, STARTED, SUSPENDED, RESUMED, STOPPED = 0, 1, 2, 3, 4, 5
+PMSUSPENDED_EVENT, CRASHED_EVENT = 7, 8
+# virDomainEventStartedDetailType
+STARTED_WAKEUP = 4
 # virDomainEventSuspendedDetailType
 SUSPENDED_PAUSED, SUSPENDED_IOERROR = 0, 2
 # virDomainEventStoppedDetailType
@@ -102,6 +105,9 @@ class Handler(Protocol):
 
     def changed(self, uuid: str) -> None:
         """The domain's XML is not what it was."""
+
+    def job_failed(self, uuid: str, disk: str) -> None:
+        """A block job (copy, commit, pull) of a disk failed; the guest does not notice."""
 
     def undecodable(self) -> None:
         """A callback was lost: its text is not UTF-8, and nobody knows which domain it spoke of."""

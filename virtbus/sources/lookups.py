@@ -6,7 +6,8 @@ A call into libvirt can't be cancelled, and a guest whose QEMU hangs holds it fo
 2. a call that outlives its deadline is given up by whoever waits; its late answer is still used;
 3. a connection whose places are all taken by calls that hang is replaced, at most once: no more than
    twice `in_flight` of the daemon's workers are ever held by us, also when every guest hangs;
-4. a domain that hangs is not asked again before its call has come back.
+4. a domain that hangs is not asked again before its call has come back;
+5. what was not answered is asked again, until it is (questions.py).
 """
 
 from __future__ import annotations
@@ -15,25 +16,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Flag, auto
 
 from virtbus.errors import VirtbusError
 from virtbus.sources.link import Connector, Link
+from virtbus.sources.questions import Asked, Questions, Want
 from virtbus.telemetry import LookupFinished, LookupsReplaced, Trouble, emit
 
-
-class Want(Flag):
-    """What is asked about a domain."""
-
-    NOTHING = 0
-    DESCRIPTION = auto()
-    TROUBLE = auto()
-    BASELINE = auto()  # the disk errors that a running guest has left over
-    HOST = auto()  # asked under the key "", which is no domain's
-
-
-Job = Callable[[Link, str, Want], None]
-"""Asks what is wanted of one domain on a link and delivers it; raises VirtbusError."""
+Job = Callable[[Link, str, Want], Want]
+"""Asks what is wanted of one domain on a link and delivers it; returns what could not be answered."""
 
 
 @dataclass(slots=True, eq=False)
@@ -65,7 +55,7 @@ class Lookups:
         self._deadline = deadline
         self._clock = clock
         self._lock = threading.Condition()
-        self._waiting: dict[str, Want] = {}
+        self._questions = Questions()
         self._current = _Connection()
         self._abandoned: list[_Connection] = []
         self._late: set[str] = set()
@@ -75,19 +65,19 @@ class Lookups:
     def request(self, uuid: str, want: Want) -> None:
         """Ask; wants of one domain are put together. Never blocks for longer than a lock."""
         with self._lock:
-            self._waiting[uuid] = self._waiting.get(uuid, Want.NOTHING) | want
+            self._questions.open(uuid, want)
             self._dispatch()
 
     def forget(self, uuid: str) -> None:
         """The domain is gone: don't ask about it any more."""
         with self._lock:
-            self._waiting.pop(uuid, None)
+            self._questions.forget(uuid)
 
     def pause(self) -> None:
-        """The hypervisor is away: drop the connection and what waits; calls that hang are left to fail."""
+        """The hypervisor is away: drop the connection and its questions; calls that hang are left to fail."""
         with self._lock:
             self._paused = True
-            self._waiting.clear()
+            self._questions.clear()
             self._abandon()
 
     def resume(self) -> None:
@@ -100,12 +90,12 @@ class Lookups:
         """End idle workers; those that hang are daemon threads."""
         with self._lock:
             self._closed = True
-            self._waiting.clear()
+            self._questions.clear()
             self._abandon()
             self._lock.notify_all()
 
     def busy(self) -> bool:
-        """Whether anything waits that can be asked, or is being asked within its deadline."""
+        """Whether anything is due that can be asked, or is being asked within its deadline."""
         with self._lock:
             now = self._clock()
             if any(now - began < self._deadline for began in self._current.running.values()):
@@ -113,21 +103,30 @@ class Lookups:
             return len(self._current.running) < self._limit and self._next() is not None
 
     def check(self) -> float | None:
-        """Note calls beyond their deadline, replace a saturated connection; when to check again, or None."""
+        """Note calls beyond their deadline, replace a saturated connection, ask again what is due.
+
+        Returns when to check again (monotonic), or None.
+        """
+        running = self._current.running
+        due = self._questions.next_due()
+        if not running and due is None:
+            return None  # without the lock: the observer asks after each note
         with self._lock:
             now = self._clock()
-            running = self._current.running
             for uuid, began in running.items():
                 if now - began >= self._deadline and uuid not in self._late:
                     self._late.add(uuid)
                     emit(LookupFinished("late", uuid))
             hanging = sum(1 for began in running.values() if now - began >= self._deadline)
-            if hanging >= self._limit and not any(old.running for old in self._abandoned):
+            replaced = hanging >= self._limit and not any(old.running for old in self._abandoned)
+            if replaced:
                 self._abandon()
                 emit(LookupsReplaced(hanging))
+            if replaced or (due is not None and due <= now):
                 self._dispatch()
-            pending = [b + self._deadline for b in running.values() if now - b < self._deadline]
-            return min(pending) if pending else None
+                due = self._questions.next_due()
+            moments = [b + self._deadline for b in running.values() if now - b < self._deadline]
+            return min(moments if due is None or self._paused else [*moments, due], default=None)
 
     @property
     def hanging(self) -> int:
@@ -147,14 +146,14 @@ class Lookups:
             old.link.close()
         self._lock.notify_all()
 
+    def _busy_subjects(self) -> set[str]:
+        return {uuid for each in (self._current, *self._abandoned) for uuid in each.running}
+
     def _next(self) -> str | None:
-        for uuid in self._waiting:
-            if uuid not in self._current.running and not any(uuid in old.running for old in self._abandoned):
-                return uuid
-        return None
+        return self._questions.ready(self._clock(), self._busy_subjects())
 
     def _dispatch(self) -> None:
-        if self._paused or self._closed or not self._waiting:
+        if self._paused or self._closed or self._next() is None:
             return
         connection = self._current
         if connection.idle:
@@ -169,43 +168,44 @@ class Lookups:
                 while True:
                     if connection is not self._current or self._closed:
                         return
-                    uuid = None if self._paused else self._next()
-                    if uuid is not None:
+                    now = self._clock()
+                    asked = None if self._paused else self._questions.take(now, self._busy_subjects())
+                    if asked is not None:
                         break
                     connection.idle += 1
                     self._lock.wait()
                     connection.idle -= 1
-                want = self._waiting.pop(uuid)
-                connection.running[uuid] = self._clock()
+                connection.running[asked.subject] = now
                 self._dispatch()  # more may wait than one worker serves
-            result = "failed"
+            unanswered = asked.want
             try:
-                self._job(self._link(connection), uuid, want)
-                result = "found"
+                unanswered = self._job(self._link(connection), asked.subject, asked.want)
             except VirtbusError as error:
-                emit(LookupFinished("failed", uuid, error))
+                emit(LookupFinished("failed", asked.subject, error))
             except Exception as error:  # noqa: BLE001 - a worker must not die of one strange domain
                 emit(Trouble("look-up", error))
             finally:
-                self._finished(connection, uuid, want, result)
+                self._finished(connection, asked, unanswered)
 
-    def _finished(self, connection: _Connection, uuid: str, want: Want, result: str) -> None:
+    def _finished(self, connection: _Connection, asked: Asked, unanswered: Want) -> None:
         with self._lock:
-            connection.running.pop(uuid, None)
-            self._late.discard(uuid)
-            link = connection.link
+            connection.running.pop(asked.subject, None)
+            self._late.discard(asked.subject)
+            link, now = connection.link, self._clock()
             if connection is not self._current:
+                self._questions.answered(asked, unanswered, now)
                 if not connection.running and connection in self._abandoned:
                     self._abandoned.remove(connection)
                     if link is not None:
                         link.close()
-            elif result == "failed" and link is not None and not link.alive():
+            elif unanswered and link is not None and not link.alive():
                 self._abandon()
-                if not self._paused:  # the domain is not to blame: ask again on the next connection
-                    self._waiting[uuid] = self._waiting.get(uuid, Want.NOTHING) | want
+                self._questions.again(asked)  # the domain is not to blame: on the next connection
+            else:
+                self._questions.answered(asked, unanswered, now)
             self._dispatch()
-        if result == "found":
-            emit(LookupFinished("found", uuid))
+        if not unanswered:
+            emit(LookupFinished("found", asked.subject))
 
     def _link(self, connection: _Connection) -> Link:
         with connection.opening:

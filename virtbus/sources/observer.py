@@ -23,6 +23,7 @@ from virtbus.model import (
     DomainResumed,
     DomainState,
     Host,
+    HostKnown,
     Now,
     SourceLost,
     SourceReady,
@@ -32,6 +33,8 @@ from virtbus.seen import MARGIN_SECONDS
 from virtbus.sources import Sink, SourceOptions
 from virtbus.sources.asking import HOST, Asker
 from virtbus.sources.connecting import Opened, Opener
+from virtbus.sources.crosscheck import STAMP_SLACK_NS
+from virtbus.sources.evidence import Look, disk_errors_by_alias
 from virtbus.sources.link import (
     PAUSED,
     PAUSED_IOERROR,
@@ -45,14 +48,17 @@ from virtbus.sources.link import (
     HostFacts,
     Link,
 )
-from virtbus.sources.looks import Look, disk_errors_by_alias
-from virtbus.sources.lookups import Lookups, Want
+from virtbus.sources.lookups import Lookups
+from virtbus.sources.questions import Want
 from virtbus.sources.session import (
     PAUSES,
     STATE_AFTER,
     Baseline,
     Changed,
     Closed,
+    Described,
+    HostAnswered,
+    JobFailed,
     Lifecycle,
     LookAt,
     Looked,
@@ -62,7 +68,7 @@ from virtbus.sources.session import (
     Undecodable,
 )
 from virtbus.sources.witness import Witness
-from virtbus.telemetry import SourceCutOff, SourceRegistered, Trouble, emit
+from virtbus.telemetry import BlockJobFailed, SourceCutOff, SourceRegistered, Trouble, emit
 from virtbus.words import GuestState
 
 RECONNECT_CEILING_SECONDS = 2.0  # callbacks are back within 5 s after the daemon is
@@ -99,9 +105,12 @@ class Observer:
         self._opener = Opener(connector)
         self._asker = Asker(shared, options.owner_rules)
         self._lookups = self._make_lookups()
-        self._reconciling: set[str] = set()
+        # Domains whose next look is to say what was missed since when (wall ns; None: not by old messages).
+        self._reconciling: dict[str, int | None] = {}
         self._troubled: dict[str, float] = {}  # uuid → when to look at it (monotonic)
         self._since_ns = options.since_ns
+        self._facts: HostFacts | None = None
+        self._ready_ns: int | None = None
         self._ever_ready = False
 
     # ---- the Source contract
@@ -251,16 +260,30 @@ class Observer:
                 wrong = disk_errors_by_alias(note.disk_errors, entry.devices)
                 with self.lock:
                     self.check.baseline(entry.uuid, entry.name, entry.number, wrong)
+        elif isinstance(note, Described):
+            self._on_description(session, note.uuid)
+        elif isinstance(note, JobFailed):
+            entry = self.cache.get(note.uuid)
+            emit(BlockJobFailed(note.uuid if entry is None else entry.name, note.disk))
+        elif isinstance(note, HostAnswered):
+            if snapshot is None and self._facts is not None:
+                session.tell([HostKnown(self._host(self._facts), self.clock().wall_ns)])
         elif isinstance(note, Undecodable):
             for entry in self.cache.active():
-                self._reconciling.add(entry.uuid)
+                self._reconciling.setdefault(entry.uuid, self._ready_ns)
                 self._lookups.request(entry.uuid, Want.TROUBLE)
+
+    def _on_description(self, session: Session, uuid: str) -> None:
+        """What was told of the domain without its device's name may be told now."""
+        with self.lock:
+            if session.live and self.check.has_nameless(uuid) and (alias := self.cache.resolve(uuid, "")):
+                session.tell(self.check.identified(uuid, alias))
 
     def _look_at(self, uuid: str, *, at_once: bool) -> None:
         """Look at a guest's trouble: `at_once` where the look may find an error that no event told of."""
         if at_once:
             self._troubled.pop(uuid, None)
-            self._lookups.request(uuid, Want.TROUBLE)
+            self._ask_about_trouble(uuid)
         else:
             self._troubled.setdefault(uuid, self.clock().monotonic + LOOK_AFTER_SECONDS)
 
@@ -269,7 +292,7 @@ class Observer:
         if event == STOPPED:
             self.cache.gone(uuid)
             self._lookups.forget(uuid)
-            self._reconciling.discard(uuid)
+            self._reconciling.pop(uuid, None)
             self._troubled.pop(uuid, None)
         elif event in STATE_AFTER:
             fresh = self.cache.saw(uuid, note.name, note.number, STATE_AFTER[event])
@@ -288,18 +311,21 @@ class Observer:
             return
         now = self.clock()
         with self.lock:
+            if not session.live:
+                return
             if uuid in self._reconciling:
-                self._reconciling.discard(uuid)
                 found = self.check.reconcile(
                     uuid,
                     entry.name,
                     entry.number,
                     look,
                     entry.devices,
-                    since_ns=self._since_ns,
+                    since_ns=self._reconciling[uuid],
                     mono=now.monotonic,
                     ns=now.wall_ns,
                 )
+                if look.complete:
+                    del self._reconciling[uuid]
                 if snapshot is not None:
                     snapshot.looks[uuid] = look
                     snapshot.findings += found
@@ -316,7 +342,11 @@ class Observer:
         due = [uuid for uuid, at in self._troubled.items() if at <= now]
         for uuid in (*due, *doubtful):
             self._troubled.pop(uuid, None)
-            self._lookups.request(uuid, Want.TROUBLE)
+            self._ask_about_trouble(uuid)
+
+    def _ask_about_trouble(self, uuid: str) -> None:
+        """With the description: no event tells of a snapshot, and the blame must not fall on an old image."""
+        self._lookups.request(uuid, Want.TROUBLE | Want.DESCRIPTION)
 
     def _decide(self, session: Session, sink: Sink) -> None:
         now = self.clock()
@@ -348,9 +378,10 @@ class Observer:
             if entry.uuid not in here:
                 self.cache.gone(entry.uuid)
         with self.lock:
+            self.check.slack_ns = 0 if facts.local else STAMP_SLACK_NS
             session.tell(self.check.keep_only(here))
         snapshot = _Snapshot()
-        self._reconciling, self._troubled = set(), {}
+        self._reconciling, self._troubled = {}, {}
         # Guests in trouble first: they are what this is about.
         for paused in (True, False):
             for domain in opened.domains:
@@ -360,7 +391,7 @@ class Observer:
                 want = Want.DESCRIPTION
                 if paused or (self._since_ns is not None and facts.keeps_messages):
                     want |= Want.TROUBLE
-                    self._reconciling.add(domain.uuid)
+                    self._reconciling[domain.uuid] = self._since_ns
                 self._lookups.request(domain.uuid, want)
         if self._asker.host_uuid is None:
             self._lookups.request(HOST, Want.HOST)
@@ -383,10 +414,20 @@ class Observer:
     def _ready(self, session: Session, opened: Opened, snapshot: _Snapshot) -> SourceReady:
         """The first look as it stands now; the lock is held, so that no callback falls between."""
         since = session.since_listing or {}
+        findings = list(snapshot.findings)
+        now = self.clock()
+        self._facts, self._ready_ns = opened.facts, now.wall_ns
         states = {}
         for domain in opened.domains:
             look = snapshot.looks.get(domain.uuid)
             by_error = domain.state == PAUSED and domain.reason == PAUSED_IOERROR
+            if by_error and look is None and domain.uuid not in since:
+                # The listing itself tells, whatever becomes of the look; that refines it.
+                uuid, name, number = domain.uuid, domain.name, domain.id
+                alias = self.cache.resolve(uuid, "")
+                findings += self.check.listed(
+                    uuid, name, number, alias=alias, mono=now.monotonic, ns=now.wall_ns
+                )
             states[domain.uuid] = DomainState(
                 uuid=domain.uuid,
                 name=domain.name,
@@ -405,9 +446,9 @@ class Observer:
             states[uuid] = DomainState(uuid, name, state, still, aliases)
         return SourceReady(
             host=self._host(opened.facts),
-            at_ns=self.clock().wall_ns,
+            at_ns=now.wall_ns,
             domains=tuple(states.values()),
-            findings=tuple(snapshot.findings),
+            findings=tuple(findings),
             throttles=opened.facts.throttles,
             connection=session.connection,
             proves=True,

@@ -15,6 +15,7 @@ from threading import Event as StopEvent
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
+from virtbus import redaction
 from virtbus.errors import ConfigError, InputMissing, SchemaError
 from virtbus.model import (
     Burst,
@@ -22,7 +23,6 @@ from virtbus.model import (
     Clock,
     Description,
     DeviceRemoved,
-    DomainGone,
     DomainResumed,
     DomainState,
     Host,
@@ -33,16 +33,9 @@ from virtbus.model import (
 )
 from virtbus.sources import Sink, SourceOptions, recording
 from virtbus.sources.crosscheck import CrossCheck, Verdict
-from virtbus.sources.link import (
-    RESUMED,
-    STARTED,
-    STOPPED,
-    SUSPENDED,
-    SUSPENDED_IOERROR,
-    SUSPENDED_PAUSED,
-    left_by,
-)
-from virtbus.sources.looks import Look, read_messages
+from virtbus.sources.evidence import Look, read_messages
+from virtbus.sources.link import RESUMED, STARTED, STOPPED, SUSPENDED, SUSPENDED_IOERROR
+from virtbus.sources.session import PAUSES, meaning
 from virtbus.telemetry import Notice, emit
 from virtbus.words import Origin
 
@@ -160,7 +153,7 @@ class ReplaySource:
                 uuid,
                 name,
                 number,
-                str(record.get("srcPath") or ""),
+                redaction.path(str(record.get("srcPath") or "")),
                 str(record.get("devAlias") or ""),
                 _integer(record.get("action")),
                 str(record.get("reason") or ""),
@@ -175,19 +168,19 @@ class ReplaySource:
         if kind != "LIFECYCLE":
             return []
         event, detail = record.get("event"), record.get("detail")
+        said = meaning(uuid, _integer(event), _integer(detail), ns)
+        out: list[Observation] = []
         if event == RESUMED:
             check.resumed(uuid)
-            return [DomainResumed(uuid, ns)]
-        if event == SUSPENDED and detail in (SUSPENDED_IOERROR, SUSPENDED_PAUSED):
+        elif event == SUSPENDED and detail in PAUSES:
             check.suspended(uuid, name, number, by_io_error=detail == SUSPENDED_IOERROR, mono=at, ns=ns)
             look = self._looks.get(uuid)
             if look is not None:
                 known = self._descriptions.get(uuid)
                 check.looked(uuid, replace(look, asked_at=at), known.devices if known else {})
-        if event in (STARTED, STOPPED):
-            left: list[Observation] = [_replayed(burst, ns) for burst in check.gone(uuid)]
-            return [*left, DomainGone(uuid, ns, left_by(detail))] if event == STOPPED else left
-        return []
+        elif event in (STARTED, STOPPED):
+            out += [_replayed(burst, ns) for burst in check.gone(uuid)]
+        return out if said is None else [*out, said]
 
     def _decided(self, check: CrossCheck, due: float) -> list[Observation]:
         ns = self._clock().wall_ns

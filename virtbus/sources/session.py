@@ -12,28 +12,32 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from virtbus.model import (
-    Burst,
     CallbackLost,
     DeviceRemoved,
     DomainGone,
+    DomainHalted,
     DomainResumed,
     Now,
+    Observation,
     RawIoError,
     SourceSeen,
 )
 from virtbus.sources import Sink
-from virtbus.sources.cache import Cache
 from virtbus.sources.crosscheck import CrossCheck, Verdict
+from virtbus.sources.descriptions import Cache
+from virtbus.sources.evidence import Look
 from virtbus.sources.link import (
+    CRASHED_EVENT,
+    PMSUSPENDED_EVENT,
     RESUMED,
     STARTED,
+    STARTED_WAKEUP,
     STOPPED,
     SUSPENDED,
     SUSPENDED_IOERROR,
     SUSPENDED_PAUSED,
     left_by,
 )
-from virtbus.sources.looks import Look
 from virtbus.words import GapReason, GuestState
 
 # virDomainEventType → virDomainState's word
@@ -43,9 +47,21 @@ STATE_AFTER = {
     RESUMED: GuestState.RUNNING,
     STOPPED: GuestState.SHUT_OFF,
     6: GuestState.SHUTTING_DOWN,
-    7: GuestState.PM_SUSPENDED,
+    PMSUSPENDED_EVENT: GuestState.PM_SUSPENDED,
+    CRASHED_EVENT: GuestState.CRASHED,
 }
 PAUSES = (SUSPENDED_IOERROR, SUSPENDED_PAUSED)
+
+
+def meaning(uuid: str, event: int, detail: int, ns: int) -> Observation | None:
+    """What a lifecycle callback says about its domain: that it runs, stands still, or is gone."""
+    if event in (RESUMED, STARTED):
+        return DomainResumed(uuid, ns)
+    if event in (SUSPENDED, PMSUSPENDED_EVENT, CRASHED_EVENT):
+        return DomainHalted(uuid, ns, STATE_AFTER[event])
+    if event == STOPPED:
+        return DomainGone(uuid, ns, left_by(detail))
+    return None
 
 
 # ------------------------------------------------------------------------ notes for the source thread
@@ -93,6 +109,26 @@ class Baseline:
 
 
 @dataclass(frozen=True, slots=True)
+class Described:
+    """The domain's XML was read."""
+
+    uuid: str
+
+
+@dataclass(frozen=True, slots=True)
+class JobFailed:
+    """A block job failed; `disk` is libvirt's word for it, a target."""
+
+    uuid: str
+    disk: str
+
+
+@dataclass(frozen=True, slots=True)
+class HostAnswered:
+    """The host's UUID is known now."""
+
+
+@dataclass(frozen=True, slots=True)
 class Undecodable:
     """A callback was lost: every domain is to be looked at."""
 
@@ -106,7 +142,18 @@ class Closed:
     reason: GapReason = GapReason.SOURCE_LOST
 
 
-Note: TypeAlias = Lifecycle | Changed | LookAt | Looked | Baseline | Undecodable | Closed
+Note: TypeAlias = (
+    Lifecycle
+    | Changed
+    | LookAt
+    | Looked
+    | Baseline
+    | Described
+    | JobFailed
+    | HostAnswered
+    | Undecodable
+    | Closed
+)
 
 
 # ------------------------------------------------------------------------------------------ callbacks
@@ -144,19 +191,26 @@ class Session:
         """Tell it at once; see Handler."""
         now = self._shared.clock()
         shared = self._shared
-        uuid, alias = raw.domain_uuid, raw.alias
+        uuid, given, path = raw.domain_uuid, raw.alias, raw.path  # as libvirt names it
+        raw = shared.cache.shown(raw)
         self.heard = True
         with shared.lock:
             if not self.live:
                 return
+            stale = shared.cache.stale(uuid, given, path)
+            alias = given or shared.cache.resolve(uuid, path)
+            if alias != given:
+                raw = raw._replace(alias=alias)
+                for burst in shared.check.identified(uuid, alias):
+                    self._sink(burst)
             verdict = shared.check.event(raw, now.monotonic)
             self._sink(raw if verdict is not Verdict.KNOWN else shared.check.known(raw))
         if verdict is Verdict.TELL_AND_LOOK:
             self.notes.put(LookAt(uuid))
-        if not shared.cache.knows(uuid, alias):
+        if stale or not given or not shared.cache.knows(uuid, alias):
             if shared.cache.get(uuid) is None:
                 shared.cache.saw(uuid, raw.domain_name, raw.domain_id, "running")
-            if shared.cache.may_ask(uuid, now.monotonic):
+            if shared.cache.may_ask(uuid, now.monotonic) or stale:
                 self.notes.put(Changed(uuid))
 
     def lifecycle(self, uuid: str, name: str, number: int | None, event: int, detail: int) -> None:
@@ -164,12 +218,12 @@ class Session:
         self.heard = True
         now = self._shared.clock()
         check = self._shared.check
+        said = meaning(uuid, event, detail, now.wall_ns)
         with self._shared.lock:
             if not self.live:
                 return
-            if event == RESUMED:
+            if event == RESUMED or (event == STARTED and detail == STARTED_WAKEUP):
                 check.resumed(uuid)
-                self._sink(DomainResumed(uuid, now.wall_ns))
             elif event == SUSPENDED and detail in PAUSES:
                 check.suspended(
                     uuid,
@@ -182,8 +236,8 @@ class Session:
             elif event in (STOPPED, STARTED):
                 for burst in check.gone(uuid):
                     self._sink(burst)
-                if event == STOPPED:
-                    self._sink(DomainGone(uuid, now.wall_ns, left_by(detail)))
+            if said is not None:
+                self._sink(said)
             if self.since_listing is not None and event in STATE_AFTER:
                 self.since_listing[uuid] = (name, STATE_AFTER[event]) if event != STOPPED else None
         self.notes.put(Lifecycle(uuid, name, number, event, detail))
@@ -201,6 +255,10 @@ class Session:
         """See Handler."""
         self.notes.put(Changed(uuid))
 
+    def job_failed(self, uuid: str, disk: str) -> None:
+        """See Handler."""
+        self.notes.put(JobFailed(uuid, disk))
+
     def undecodable(self) -> None:
         """See Handler. A gap at once: what nobody can read may have been a reported error, and is over."""
         now = self._shared.clock()
@@ -212,7 +270,7 @@ class Session:
         """See Handler."""
         self.notes.put(Closed(why, silent_seconds))
 
-    def tell(self, found: Sequence[Burst | DomainResumed]) -> None:
+    def tell(self, found: Sequence[Observation]) -> None:
         """Tell what a look found; the observer's lock is held."""
         for each in found:
             self._sink(each)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from virtbus.spool.contents import Loss
 from virtbus.spool.files import prepare_state_dir
+from virtbus.spool.mirror import SpoolLimits
 from virtbus.spool.opening import Opening
 from virtbus.spool.outbox import Spool, SpoolStats
-from virtbus.spool.state import SpoolLimits
 
 __all__ = ["Loss", "Opening", "Spool", "SpoolLimits", "SpoolStats", "prepare_state_dir"]

@@ -14,7 +14,8 @@ from typing import NoReturn
 from virtbus.errors import SpoolFull
 from virtbus.model import Event, SequenceRange, Stamp
 from virtbus.seen import STEP_NS, Moment
-from virtbus.spool import contents, faults, files, wishes
+from virtbus.spool import contents, faults, files
+from virtbus.spool import requests as wishes
 from virtbus.spool.contents import GapFacts, run_row
 from virtbus.spool.draft import (
     GAP,
@@ -31,7 +32,7 @@ from virtbus.spool.draft import (
 )
 from virtbus.spool.files import insert_sql, sealed
 from virtbus.spool.ledger import merge_ranges
-from virtbus.spool.state import SharedState, whole_events
+from virtbus.spool.mirror import SharedState, whole_events
 from virtbus.telemetry import METRICS, EventDeadLettered, EventsGaveWay, Trouble, emit
 from virtbus.words import GapReason
 

@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from virtbus.config import redact_url
+from virtbus import redaction
 from virtbus.errors import ConfigError, SpoolBusy, SpoolCorrupt, SpoolFull, VirtbusError
 
 DATABASE = "spool.db"
@@ -230,7 +230,7 @@ class Lock:
         """Write who holds it; on a full disk the lock holds all the same."""
         words = Path("/proc/self/cmdline").read_text(errors="replace").split("\0")
         # A flag may hold a password, and this text is shown to whoever asks who holds the spool.
-        command = " ".join(" ".join(redact_url(word) if "://" in word else word for word in words).split())
+        command = " ".join(" ".join(redaction.uri(word) if "://" in word else word for word in words).split())
         text = f"{os.getpid()}\n{epoch or self.before.epoch or ''}\n{command[:400]}\n".encode()
         try:
             os.pwrite(self._fd, text, 0)

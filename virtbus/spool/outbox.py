@@ -26,9 +26,9 @@ from virtbus.spool.committing import IntakeSide
 from virtbus.spool.contents import Loss
 from virtbus.spool.draft import Scribe
 from virtbus.spool.ledger import count_events
+from virtbus.spool.mirror import SharedState, SpoolLimits
 from virtbus.spool.opening import Start
 from virtbus.spool.settling import PublisherSide
-from virtbus.spool.state import SharedState, SpoolLimits
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,13 +16,14 @@ from typing import NamedTuple
 
 import msgspec
 
+from virtbus import redaction
 from virtbus.errors import SpoolCorrupt
 from virtbus.model import Confirmed, Deferred, Outcome, Record, Refused, SequenceRange, Unroutable
 from virtbus.spool import contents, faults, files
 from virtbus.spool.contents import GapFacts, Loss, run_row
 from virtbus.spool.files import insert_sql, sealed
 from virtbus.spool.ledger import mark, spans
-from virtbus.spool.state import SharedState, select_events
+from virtbus.spool.mirror import SharedState, select_events
 from virtbus.telemetry import EventDeadLettered, SpoolStumbled, Trouble, emit
 from virtbus.words import GapReason
 
@@ -69,7 +70,7 @@ class _Unwritten:
 
 def _words(error: Exception) -> str:
     """An error's text for the file: a broker's words may hold what is no Unicode."""
-    return str(error).encode("utf-8", "replace").decode()
+    return redaction.text(error).encode("utf-8", "replace").decode()
 
 
 class PublisherSide:

@@ -16,7 +16,7 @@ CACHE = HERE.parents[2] / ".cache"
 PACKAGES = {
     "oslo": ("oslo.messaging>=14",),
     "pika": ("pika>=1.3",),
-    "masakari": ("masakari-monitors>=17",),
+    "masakari": ("masakari-monitors>=17", "libvirt-python"),
 }
 
 

@@ -23,7 +23,6 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
 
 from virtbus import envelope
 from virtbus.bus import REASON_HEADER, BusOptions, DeadLetter, Feed, Memory, checked_group
@@ -36,6 +35,7 @@ from virtbus.bus.embedded.log import (
     Stored,
     size_of,
 )
+from virtbus.bus.url import read_url
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError, RecordRefused
 from virtbus.model import Binding, Check, Confirmed, Deferred, Message, Outcome, Record, Refused
 from virtbus.retry import Backoff
@@ -358,19 +358,17 @@ def _message(stored: Stored, *, handle: object) -> Message:
 
 def _read_url(url: str, options: BusOptions) -> tuple[Path, int]:
     """The file and the bound in bytes that an `embedded:` URL names."""
-    parts = urlsplit(url)
-    example = "write embedded: or embedded:///path/to/file"
-    if parts.netloc or parts.fragment:
-        raise ConfigError(f"the bus URL {url!r} names a host or fragment, and this bus has none: {example}")
-    query = parse_qs(parts.query, keep_blank_values=True)
-    if unknown := sorted(query.keys() - {"max_bytes"}):
+    parts, example = read_url(url), "write embedded: or embedded:///path/to/file"
+    if parts.hosts or parts.problems:
+        raise ConfigError(f"the bus URL {url!r} names a host, and this bus has none: {example}")
+    if unknown := sorted(parts.query.keys() - {"max_bytes"}):
         raise ConfigError(f"the bus URL {url!r} has an unknown option {unknown[0]!r}; known is max_bytes")
-    text = query.get("max_bytes", [str(DEFAULT_MAX_BYTES)])[-1]
+    text = parts.query.get("max_bytes", str(DEFAULT_MAX_BYTES))
     if not text.isascii() or not text.isdigit() or int(text) < SMALLEST_MAX_BYTES:
         raise ConfigError(
             f"the bus URL's max_bytes is {text!r}: write a number, at least {SMALLEST_MAX_BYTES}"
         )
-    path = unquote(parts.path)
+    path = parts.path
     if not path:
         if options.state_dir is None:
             raise ConfigError(f"the bus URL embedded: needs a state folder: set --state-dir, or {example}")

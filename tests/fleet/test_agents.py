@@ -1,0 +1,256 @@
+"""What is believed of an agent: runs by their chain, life by its heartbeats, a name by who lives."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tests.fleet.machine import CEPH, FILER, Machine, epoch_at, uuid_of, view
+from virtbus.fleet import Answer, Blame, Fleet
+from virtbus.fleet.agent import Agent, Runs
+from virtbus.model import Now, OpenIncidents, to_ns
+from virtbus.testing import MOMENT
+
+HOUR = 3600.0
+
+
+# ------------------------------------------------------------------------------------------------ runs
+
+
+@pytest.mark.parametrize("heard", [True, False], ids=["its gap was heard", "its gap was not heard"])
+def test_a_host_whose_clock_went_back_between_two_starts_is_heard(heard):
+    fleet = Fleet()
+    machine = Machine(fleet, 1)
+    machine.epoch = epoch_at(100)
+    machine.beat(0)
+    machine.restarts(600, epoch_at(2), heard=heard)
+    machine.beat(601)
+    for guest in range(3):
+        machine.fails(610 + guest, guest)
+    machine.beat(660)
+    (host,) = view(fleet, 661).hosts
+    assert (host.incidents, host.paused, host.fresh) == (3, 3, True)
+
+
+def test_an_error_of_the_new_run_counts_before_anything_else_of_that_run_came():
+    fleet = Fleet()
+    machine = Machine(fleet, 1)
+    machine.epoch = epoch_at(100)
+    machine.beat(0)
+    machine.restarts(600, epoch_at(2), heard=False)
+    machine.fails(601, 1)
+    (host,) = view(fleet, 602).hosts
+    assert (host.incidents, host.fresh) == (1, False)
+
+
+def test_a_heartbeat_of_the_last_run_that_is_delivered_again_changes_nothing():
+    fleet = Fleet()
+    machine = Machine(fleet, 1)
+    machine.beat(0)
+    old = machine.epoch
+    machine.restarts(60, epoch_at(3))
+    machine.fails(61, 1)
+    machine.beat(62)
+    machine.beat(63, epoch=old, committed_sequence=99, incidents=OpenIncidents(0))
+    (host,) = view(fleet, 64).hosts
+    assert (host.incidents, host.fresh) == (1, True)
+
+
+def test_a_backlog_of_an_older_run_opens_nothing_that_the_present_run_does_not_list():
+    fleet = Fleet()
+    machine = Machine(fleet, 1)
+    machine.epoch = epoch_at(5)
+    machine.beat(0)
+    present, machine.epoch = machine.epoch, epoch_at(1)
+    machine.fails(10, 1)
+    machine.open.clear()
+    machine.epoch = present
+    machine.beat(60)
+    (host,) = view(fleet, 61).hosts
+    assert (host.incidents, host.fresh) == (0, True)
+
+
+def test_runs_are_in_the_order_of_the_chain_whatever_comes_first():
+    runs = Runs()
+    runs.meets("c")
+    runs.follows("c", "b")
+    runs.follows("b", "a")
+    assert [runs.rank(one) for one in "abcx"] == [0, 1, 2, -1]
+    assert runs.newest == "c"
+
+
+def test_an_agent_that_goes_on_beating_is_the_newest_run_even_if_another_seemed_later():
+    runs = Runs()
+    assert runs.beats("live")
+    assert runs.beats("stale")  # a first heartbeat is taken for a new run
+    assert not runs.beats("live")
+    assert runs.beats("live")
+    assert runs.newest == "live"
+
+
+def test_the_memory_of_runs_is_bounded():
+    runs = Runs()
+    for number in range(1000):
+        runs.follows(f"e{number}", f"p{number}")
+        runs.beats(f"e{number}")
+    assert runs.newest == "e999"
+    assert len(runs._order) <= 33
+    assert len(runs._beating) <= 32
+
+
+# --------------------------------------------------------------------------------------- signs of life
+
+
+def test_a_host_of_which_only_a_backlog_was_heard_is_silent():
+    fleet = Fleet()
+    dead = Machine(fleet, 1)
+    for guest in range(2):
+        dead.fails(0, guest)
+    others = [Machine(fleet, number) for number in range(2, 6)]
+    for at in range(0, int(6 * HOUR), 60):
+        for other in others:
+            other.beat(at)
+        host = view(fleet, at + 1).host(dead.host.name)
+        assert host is not None
+        assert (host.state, host.answer) == ("silent", Answer.CANT_TELL)
+
+
+def test_an_interval_concerns_its_own_agent_alone():
+    """A fleet in which one agent beats once an hour comes to the same verdicts as one in which none does."""
+    found = []
+    for odd in (60.0, HOUR):
+        fleet = Fleet()
+        slow = Machine(fleet, 99)
+        slow.interval = odd
+        slow.beat(0)
+        machines = [Machine(fleet, number) for number in range(6)]
+        for at in range(60, 900, 60):
+            for machine in machines:
+                if at == 300 and machine.number < 3:
+                    machine.fails(at, 1)
+                    machine.fails(at, 2)
+                machine.beat(at)
+        found.append([(one.name, one.blame) for one in view(fleet, 900).backends])
+    assert found[0] == found[1] == [("10.61.0.7", Blame.BACKEND)]
+
+
+def test_no_agent_gets_more_patience_than_three_hours():
+    fleet = Fleet()
+    machine = Machine(fleet, 1)
+    machine.interval = 86_400.0 * 365
+    machine.beat(0)
+    assert view(fleet, 3 * HOUR - 1).hosts[0].state == "observing"
+    assert view(fleet, 3 * HOUR + 1).hosts[0].state == "silent"
+
+
+# --------------------------------------------------------------------------------------- who has a name
+
+
+def test_a_machine_that_was_replaced_is_the_past_once_it_is_silent():
+    """Same name, new hardware, new agent: two claims until the old one has been silent."""
+    fleet = Fleet()
+    old, new = Machine(fleet, 1, name="compute-1"), Machine(fleet, 2, name="compute-1")
+    old.fails(0, 1)
+    old.beat(0)
+    new.beat(100)
+    assert len(view(fleet, 101).hosts) == 2
+    new.beat(160)
+    (host,) = view(fleet, 200).hosts
+    assert (host.agent_id, host.incidents, host.answer) == (new.agent, 0, Answer.WELL)
+
+
+def test_what_the_replaced_machine_still_had_in_its_spool_is_not_held_against_the_new_one():
+    fleet = Fleet()
+    old, new = Machine(fleet, 1, name="compute-1"), Machine(fleet, 2, name="compute-1")
+    old.beat(0)
+    new.beat(100)
+    new.beat(200)
+    view(fleet, 201)
+    old.fails(210, 1)
+    (host,) = view(fleet, 211).hosts
+    assert (host.agent_id, host.incidents) == (new.agent, 0)
+
+
+def test_a_machine_that_comes_back_under_a_name_that_is_taken_makes_two_claims():
+    fleet = Fleet()
+    old, new = Machine(fleet, 1, name="compute-1"), Machine(fleet, 2, name="compute-1")
+    old.beat(0)
+    for at in range(100, 500, 60):
+        new.beat(at)
+        view(fleet, at)
+    old.beat(500)
+    assert {one.agent_id for one in view(fleet, 501).hosts} == {old.agent, new.agent}
+    for at in range(520, 900, 60):
+        new.beat(at)
+    assert [one.agent_id for one in view(fleet, 900).hosts] == [new.agent]
+
+
+def test_a_host_installed_anew_with_a_slower_clock_is_heard():
+    fleet = Fleet()
+    old = Machine(fleet, 1)
+    old.epoch = epoch_at(100)
+    old.fails(0, 1)
+    old.beat(0)
+    new = Machine(fleet, 1)
+    new.agent, new.epoch = uuid_of(77), epoch_at(1)
+    new.beat(30)
+    new.fails(31, 5)
+    (host,) = view(fleet, 40).hosts
+    assert (host.agent_id, host.incidents) == (new.agent, 1)
+
+
+def test_a_renamed_host_is_known_by_its_new_name_alone():
+    fleet = Fleet()
+    machine = Machine(fleet, 1, name="before")
+    machine.beat(0)
+    machine.host = dataclasses.replace(machine.host, name="after")
+    machine.restarts(30, epoch_at(3))
+    assert [(one.name, one.state) for one in view(fleet, 31).hosts] == [("after", "silent")]
+    machine.beat(40)
+    assert [(one.name, one.state) for one in view(fleet, 41).hosts] == [("after", "observing")]
+
+
+def test_a_decommissioned_host_leaves_the_fleet_after_a_day():
+    fleet = Fleet()
+    Machine(fleet, 1).beat(0)
+    assert [one.state for one in view(fleet, 23 * HOUR).hosts] == ["silent"]
+    assert view(fleet, 25 * HOUR).hosts == ()
+
+
+# ---------------------------------------------------------------------------------------------- clocks
+
+
+@pytest.mark.parametrize("skew", [0.0, -HOUR, HOUR, 400 * 86_400.0])
+def test_what_began_together_is_told_whatever_the_clocks_of_the_hosts_say(skew):
+    fleet = Fleet()
+    machines = [Machine(fleet, number, skew=skew if number == 1 else 0.0) for number in range(6)]
+    for at in range(0, 900, 60):
+        for machine in machines:
+            if at == 300 and machine.number < 2:
+                machine.fails(at, 1)
+                machine.fails(at, 2)
+            machine.beat(at + 1)
+    blames = {one.name: one.blame for one in view(fleet, 900).hosts if one.incidents}
+    assert blames == dict.fromkeys(["compute-0", "compute-1"], Blame.BACKEND)
+
+
+def test_a_host_with_a_slow_clock_is_not_blamed_before_its_trouble_has_lasted():
+    fleet = Fleet()
+    machines = [Machine(fleet, number, skew=-HOUR if number == 1 else 0.0) for number in range(6)]
+    for at in range(0, 300, 60):
+        for machine in machines:
+            machine.beat(at)
+    machines[1].fails(300, 1, CEPH)
+    machines[1].fails(301, 2, FILER)
+    assert view(fleet, 310).host("compute-1").early
+    for at in range(310, 430, 60):
+        for machine in machines:
+            machine.beat(at)
+    assert view(fleet, 400).host("compute-1").answer is Answer.BAD
+
+
+def test_a_time_is_never_later_than_now():
+    agent = Agent("a")
+    now = Now(to_ns(MOMENT), 0.0)
+    assert agent.ours(now.wall_ns / 1e9 + 1e6, now) == now.wall_ns / 1e9

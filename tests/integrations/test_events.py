@@ -1,0 +1,224 @@
+"""One event at a time: stored before it is acknowledged, and put aside when it can't be worked on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import urllib.request
+from unittest import mock
+
+import pytest
+
+from tests.integrations.parts import Recording, eventually, heartbeat, publish
+from tests.integrations.plane import Killed, Plane, World
+from tests.ports import free_ports
+from virtbus.errors import BusUnavailable
+from virtbus.fleet import Fleet, Publishers
+from virtbus.integrations.base import EVENT, Action
+from virtbus.integrations.store import ActionStore
+from virtbus.integrations.told import REACT, EventPutAside
+from virtbus.integrations.worker import MOST_SURPRISES
+from virtbus.retry import no_waiting
+from virtbus.telemetry import METRICS
+
+
+class Forwarding(Recording):
+    """Wants every event; `key` makes its key of the event's id."""
+
+    name = "forwarding"
+    holds = False
+
+    def __init__(self):
+        super().__init__()
+        self.key = lambda id_: id_
+
+    def wants(self, delivery):
+        return Action(self.key(delivery.id), delivery.source, EVENT, delivery.type, {})
+
+
+@pytest.fixture
+def world(tmp_path):
+    one = World(tmp_path, ["h1", "h2"], plane=Forwarding())
+    yield one
+    if one.reactor is not None:
+        one.kill()
+
+
+def test_an_event_is_acknowledged_after_what_it_calls_for_is_stored(world, monkeypatch):
+    order = []
+    add, settle = ActionStore.add, world.bus._settle
+
+    def adding(self, actions, wall):
+        found = add(self, actions, wall)
+        order.extend(("stored", action.key) for action in actions)
+        return found
+
+    def settling(delivery):
+        order.append(("acknowledged", delivery.id))
+        settle(delivery)
+
+    monkeypatch.setattr(ActionStore, "add", adding)
+    monkeypatch.setattr(world.bus, "_settle", settling)
+    world.run(3)
+    assert len(order) == 4
+    for id_ in world.bus.acked:
+        assert order.index(("stored", id_)) < order.index(("acknowledged", id_))
+
+
+def test_a_kill_before_an_event_is_stored_leaves_it_unacknowledged(world, monkeypatch):
+    monkeypatch.setattr(ActionStore, "add", mock.Mock(side_effect=Killed))
+    world.run(3)
+    assert world.kills == 1
+    assert world.bus.acked == []
+
+
+@pytest.mark.parametrize("where", ["saw", "wants", "stored"])
+def test_an_event_that_cant_be_worked_on_is_put_aside_and_the_others_go_on(world, monkeypatch, where):
+    victim = next(iter(world.agents.values()))
+    saw, wants = Fleet.saw, world.plane.wants
+
+    def failing(real, source):
+        def wrapped(*arguments):
+            if victim in source(arguments):
+                raise OverflowError("int too large to convert to float")
+            return real(*arguments)
+
+        return wrapped
+
+    if where == "saw":
+        monkeypatch.setattr(Fleet, "saw", failing(saw, lambda told: told[2]["source"]))
+    elif where == "wants":
+        monkeypatch.setattr(world.plane, "wants", failing(wants, lambda told: told[0].source))
+    else:
+        first = []
+        world.plane.key = lambda id_: "\ud800" if not first.append(id_) and len(first) == 1 else id_
+    before = METRICS.dead_letters.labels("failed")._value.get()
+    world.run(3)
+    assert world.kills == 0
+    ((id_, reason),) = world.bus.dead
+    assert "Error: " in reason
+    assert len(world.bus.acked) == 1
+    assert len(world.plane.done) == 1
+    assert [one.id for one in world.told if isinstance(one, EventPutAside)] == [id_]
+    assert METRICS.dead_letters.labels("failed")._value.get() == before + 1
+
+
+def test_a_dead_letter_that_the_broker_does_not_take_now_ends_nothing(world, monkeypatch):
+    world.start()
+    world.reactor._publishers = Publishers(["virtbus-{host}"])
+    monkeypatch.setattr(world.bus, "_dead_letter", mock.Mock(side_effect=BusUnavailable("nack")))
+    world.run(3)
+    assert world.kills == 0
+    assert world.bus.acked == []
+
+
+def test_an_event_that_its_library_chokes_on_is_given_up_after_a_while(world):
+    tries = []
+
+    def fails(action):
+        tries.append(action.key)
+        raise TypeError("a surprise")
+
+    world.plane.fails = fails
+    with no_waiting():
+        world.run(9)
+    assert len(tries) == 2 * MOST_SURPRISES
+    assert world.store.waiting() == []
+
+
+# ---- watched
+
+
+def test_the_metrics_of_a_reactor_are_its_own_and_begin_at_zero(tmp_path):
+    world = World(tmp_path, ["h1", "h2", "h3"], plane=Plane("h1", "h2", "h3"))
+    world.bad = {"h1"}
+    world.run(60)
+    get = REACT.registry.get_sample_value
+    assert get("virtbus_react_holds", {"integration": "plane", "reason": "undetermined"}) == 1
+    assert get("virtbus_react_holds", {"integration": "plane", "reason": "host"}) == 0
+    labels = {"integration": "plane", "verb": "release", "result": "refused"}
+    assert get("virtbus_react_actions_total", labels) is not None
+    assert get("virtbus_fleet_hosts", {"state": "observing"}) == 3
+    assert get("virtbus_fleet_hosts_in_trouble", {"blame": "undetermined"}) == 1
+    assert get("virtbus_react_heartbeat_age_seconds", {"integration": "plane"}) < 60
+    assert get("virtbus_source_connected", {}) is None, "an agent's, which would page"
+    world.kill()
+
+
+def fetch(port: int, path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+@pytest.mark.parametrize("command", ["react", "fleet"])
+def test_both_commands_serve_their_metrics_and_probes(tmp_path, command):
+    url, (port,) = f"embedded://{tmp_path}/bus.db", free_ports(1)
+    file = tmp_path / "fleet.json"
+    words = {
+        "react": ["react", "--with", "exec", "--option", 'exec.command=["/bin/true"]'],
+        "fleet": ["fleet", "--write", str(file)],
+    }[command]
+    with subprocess.Popen(
+        [sys.executable, "-m", "virtbus", *words, "--bus", url, "--state-dir", str(tmp_path),
+         "--http-listen", f"127.0.0.1:{port}"],
+        stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+
+            def answers():
+                try:
+                    return fetch(port, "/readyz")[0] == 200
+                except OSError:
+                    return False
+
+            eventually(answers, "ready")
+            publish(url, heartbeat("compute-1", guests=2))
+            assert fetch(port, "/livez") == (200, '{"ok": true, "reasons": []}')
+            status, text = fetch(port, "/metrics")
+            assert status == 200
+            assert "virtbus_fleet_storage_in_trouble" in text
+            assert "virtbus_spool_events" not in text
+        finally:
+            process.terminate()
+            _, log = process.communicate(timeout=20)
+    if command == "fleet":
+        assert json.loads(file.read_text())["hosts"].keys() <= {"compute-1"}
+    assert "Traceback" not in log
+
+
+def test_an_address_that_was_set_and_is_taken_is_refused(tmp_path):
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = subprocess.run(
+            [sys.executable, "-m", "virtbus", "react", "--with", "exec", "--option",
+             'exec.command=["/bin/true"]', "--bus", f"embedded://{tmp_path}/bus.db", "--state-dir",
+             str(tmp_path), "--http-listen", f"127.0.0.1:{taken.getsockname()[1]}"],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+    assert done.returncode == 78
+    assert "react.listen = 127.0.0.1:" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (["holds"], 78, "no control plane is named"),
+        (["holds", "--with", "webhook", "--option", "webhook.url=http://127.0.0.1:1/"], 78, "holds no hosts"),
+        (["release", "h1", "--with", "nova"], 78, "no OpenStack cloud"),
+        (["holds", "--with", "nomad"], 78, "no integration is called"),
+    ],
+)
+def test_the_commands_on_holds_say_what_they_lack(tmp_path, words, code, told):
+    done = subprocess.run(
+        [sys.executable, "-m", "virtbus", "react", *words, "--state-dir", str(tmp_path)],
+        capture_output=True, text=True, timeout=60, check=False,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+    )  # fmt: skip
+    assert (done.returncode, told in done.stderr) == (code, True), done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

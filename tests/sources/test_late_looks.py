@@ -1,0 +1,436 @@
+"""Looks that fail, hang or come late: what is known is told at once, once, and refined when they come."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from tests.sources.simulated import Guest, Seen, SimulatedHost
+from tests.sources.test_observer import OPTIONS, is_finding, observed, until
+from virtbus.agent.incidents import IncidentLimits, Incidents
+from virtbus.model import Burst, Clock, Event, HostKnown, IoError, IoErrorResolved, Observation, SourceReady
+from virtbus.retry import no_waiting
+from virtbus.sources.link import ACTION_REPORT, PAUSED, PAUSED_IOERROR, RESUMED, RUNNING
+from virtbus.sources.observer import Observer
+
+FOR_EVER = float("inf")
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("virtbus.sources.questions.FIRST_WAIT", 0.05)
+    monkeypatch.setattr("virtbus.sources.questions.LONGEST_WAIT", 0.1)
+
+
+def paused_guest(host: SimulatedHost) -> Guest:
+    guest = host.add()
+    guest.state, guest.reason, guest.disk_errors = PAUSED, PAUSED_IOERROR, {"vda": 1}
+    return guest
+
+
+class Run:
+    """One run of an agent: what a source tells becomes incidents, whose states survive it."""
+
+    def __init__(self, host: SimulatedHost, states: dict[str, bytes]) -> None:
+        self.observer = Observer(host, options=OPTIONS)
+        self.seen = Seen()
+        self.events: list[Event] = []
+        self._states = states
+        ids = iter(range(10**6))
+        self._incidents = Incidents(IncidentLimits(), new_id=lambda: f"{id(self)}-{next(ids)}")
+        assert self._incidents.restore(states, Clock()()) == ()
+        self._done = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self.observer.run, args=(self.seen, self._stop))
+
+    def __enter__(self) -> Run:
+        with no_waiting():
+            self._thread.start()
+        self.seen.wait(SourceReady)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(10)
+        self.take_in()
+        for key, state in self._incidents.changes().items():
+            if state is None:
+                self._states.pop(key, None)
+            else:
+                self._states[key] = state
+
+    def take_in(self) -> list[Event]:
+        """Apply what was observed since, and let every window end."""
+        items, self._done = self.seen.all[self._done :], len(self.seen.all)
+        for item in items:
+            self.events += self._incidents.apply(item, Clock()(), self.observer.describe)
+        now = Clock()()
+        self.events += self._incidents.tick(
+            now._replace(monotonic=now.monotonic + 61.0), self.observer.describe
+        )
+        return self.events
+
+    def counts(self) -> list[int]:
+        """The count of each error event so far."""
+        return [event.occurrences.count for event in self.take_in() if isinstance(event, IoError)]
+
+    def aliases(self) -> set[str | None]:
+        """The devices that the error events name."""
+        return {event.device.alias for event in self.take_in() if isinstance(event, IoError)}
+
+
+# ------------------------------------------------------------------------------- the look after a start
+
+
+@pytest.mark.parametrize(
+    "failures",
+    [
+        {"xml": FOR_EVER},
+        {"xml": 1.0},
+        {"state": 1.0},
+        {"disk_errors": 1.0},
+        {"messages": 1.0},
+        {"state": FOR_EVER, "xml": FOR_EVER, "disk_errors": FOR_EVER},
+    ],
+    ids=str,
+)
+def test_a_guest_that_is_listed_as_paused_is_told_at_once_and_once_whatever_becomes_of_its_look(
+    failures: dict[str, float],
+) -> None:
+    host = SimulatedHost(1, keeps_messages="messages" in failures)
+    paused_guest(host)
+    host.failures = dict(failures)
+    with Run(host, {}) as run:
+        ready = run.seen.wait(SourceReady)[0]
+        assert isinstance(ready, SourceReady)
+        assert [finding.count for finding in ready.findings] == [1]
+        if failures.get("state") != FOR_EVER:
+            until(lambda: not host.failures or all(left in (0, FOR_EVER) for left in host.failures.values()))
+            if "xml" not in failures or failures["xml"] != FOR_EVER:
+                until(lambda: "virtio-disk0" in run.aliases())
+        assert sum(run.counts()) == 1
+
+
+def test_a_guest_whose_look_hangs_is_told_at_once_and_named_when_the_look_returns() -> None:
+    host = SimulatedHost()
+    guest = paused_guest(host)
+    host.hanging.add(guest.uuid)
+    with Run(host, {}) as run:
+        assert run.counts() == [1]
+        assert run.aliases() == {None}
+        host.release.set()
+        until(lambda: "virtio-disk0" in run.aliases())
+        assert sum(run.counts()) == 1
+
+
+def test_what_was_told_is_not_told_again_by_late_looks_over_three_restarts_of_the_agent() -> None:
+    host = SimulatedHost()
+    guests = [paused_guest(host), paused_guest(host)]
+    states: dict[str, bytes] = {}
+    told = 0
+    for _ in range(4):
+        host.hanging, host.release = {guest.uuid for guest in guests}, threading.Event()
+        with Run(host, states) as run:
+            host.release.set()
+            until(lambda: all(host_knows(run, guest) for guest in guests))
+            until(lambda: not run.observer._reconciling)
+            told += sum(run.counts())
+    assert told == 2
+
+
+def host_knows(run: Run, guest: Guest) -> bool:
+    return run.observer.describe(guest.uuid) is not None
+
+
+def test_an_old_disk_error_that_is_kept_is_not_told_again_after_a_restart_in_another_disks_pause() -> None:
+    host = SimulatedHost()
+    two = (
+        "<disk type='file' device='disk'><source file='/img/b'/><target dev='vdb' bus='virtio'/>"
+        "<alias name='virtio-disk1'/></disk></devices>"
+    )
+    guest = host.add()
+    guest.xml = guest.xml.replace("</devices>", two)
+    states: dict[str, bytes] = {}
+    with Run(host, states) as run:
+        host.io_error(guest, "virtio-disk1", path="/img/b")
+        guest.state, guest.reason, guest.disk_errors = PAUSED, PAUSED_IOERROR, {"vdb": 1}
+        host.lifecycle(guest, 3, 2)
+        guest.state, guest.reason = RUNNING, 1
+        host.lifecycle(guest, RESUMED)
+        until(lambda: sum(run.counts()) == 1)
+        run._incidents.tick(Clock()()._replace(monotonic=Clock()().monotonic + 1000), run.observer.describe)
+        host.io_error(guest)
+        guest.state, guest.reason, guest.disk_errors = PAUSED, PAUSED_IOERROR, {"vda": 1, "vdb": 1}
+        host.lifecycle(guest, 3, 2)
+        until(lambda: sum(run.counts()) == 2)
+    with Run(host, states) as again:
+        until(lambda: not again.observer._reconciling)
+        assert sum(again.counts()) == 0
+
+
+# ------------------------------------------------------------------------------------ other questions
+
+
+def test_a_description_that_failed_is_asked_for_again_without_another_event() -> None:
+    host = SimulatedHost(1)
+    host.failures = {"xml": 3.0}
+    with observed(host) as (observer, seen):
+        ready = seen.wait(SourceReady)[0]
+        assert isinstance(ready, SourceReady)
+        until(lambda: observer.cache.aliases(ready.domains[0].uuid) is not None)
+
+
+def test_what_a_running_guest_has_left_over_is_asked_for_until_it_is_known() -> None:
+    host = SimulatedHost(1)
+    guest = next(iter(host.guests.values()))
+    guest.disk_errors = {"vda": 1}
+    host.failures = {"disk_errors": 3.0}
+    with observed(host) as (observer, seen):
+        seen.wait(SourceReady)
+        until(lambda: len(observer.check) == 1)  # it remembers the old disk error
+
+
+def test_a_hosts_uuid_that_could_not_be_had_at_first_is_told_when_it_is_known() -> None:
+    host = SimulatedHost(1)
+    host.failures = {"capabilities": 2.0}
+    with observed(host) as (_, seen):
+        ready = seen.wait(SourceReady)[0]
+        assert isinstance(ready, SourceReady)
+        assert ready.host.uuid is None
+        known = seen.wait(HostKnown)[0]
+    assert isinstance(known, HostKnown)
+    assert known.host.uuid == "8205ba32-5064-4f22-a9f1-ef2a4c104c2b"
+
+
+def test_the_look_after_a_lost_callback_is_taken_until_it_is_answered() -> None:
+    host = SimulatedHost(2)
+    guest = next(iter(host.guests.values()))
+    with observed(host) as (_, seen):
+        seen.wait(SourceReady)
+        guest.state, guest.reason, guest.disk_errors = PAUSED, PAUSED_IOERROR, {"vda": 1}
+        host.failures = {"state": 4.0}
+        for handler in host.handlers():
+            handler.undecodable()
+        found = seen.wait(is_finding)
+    assert [item.raw.domain_uuid for item in found if isinstance(item, Burst)] == [guest.uuid]
+
+
+def test_a_look_that_began_before_the_connection_was_lost_does_not_speak_for_the_next_one() -> None:
+    host = SimulatedHost()
+    guest = paused_guest(host)
+    host.hanging.add(guest.uuid)
+    with Run(host, {}) as run:
+        host.cut()
+        run.seen.wait(SourceReady, 2)
+        guest.state, guest.reason = RUNNING, 1  # resumed while nobody heard: the old call will say so
+        host.release.set()
+        until(lambda: not run.observer._reconciling)
+        assert sum(run.counts()) == 1
+
+
+# ---------------------------------------------------------------------------------- facts as they are now
+
+
+def source_path(run: Run) -> list[str | None]:
+    return [
+        None if event.device.source is None else event.device.source.path
+        for event in run.take_in()
+        if isinstance(event, IoError)
+    ]
+
+
+def test_after_a_snapshot_nobody_told_of_the_blame_never_falls_on_the_old_image() -> None:
+    host = SimulatedHost(1)
+    guest = next(iter(host.guests.values()))
+    with Run(host, {}) as run:
+        until(lambda: host_knows(run, guest))
+        guest.xml = guest.xml.replace(
+            "<source file='/img/a'/>",
+            "<source file='/img/overlay'/><backingStore type='file'><format type='raw'/>"
+            "<source file='/img/a'/><backingStore/></backingStore>",
+        )
+        host.io_error(guest, path="/img/overlay")
+        host.suspend(guest)
+
+        def described_anew() -> bool:
+            found = run.observer.describe(guest.uuid)
+            source = None if found is None else found.devices["virtio-disk0"].source
+            return source is not None and source.backing == ("/img/a",)
+
+        assert source_path(run) == ["/img/overlay"]
+        until(described_anew)
+        until(lambda: any(isinstance(item, Burst) for item in run.seen.all))
+        assert set(source_path(run)) == {"/img/overlay"}
+
+
+def test_an_eject_nobody_told_of_is_seen_by_the_look_at_the_trouble() -> None:
+    host = SimulatedHost(1)
+    guest = next(iter(host.guests.values()))
+    with Run(host, {}) as run:
+        until(lambda: host_knows(run, guest))
+        guest.xml = guest.xml.replace("/img/a", "/img/other")
+        host.suspend(guest)  # and the error's event, with its path, is lost
+        until(lambda: "/img/other" in source_path(run))
+
+
+@pytest.mark.parametrize(
+    ("path", "more", "alias"),
+    [
+        ("/img/a", "", "virtio-disk0"),
+        ("", "", "virtio-disk0"),
+        (
+            "",
+            "<disk type='file' device='cdrom'><target dev='sda'/><alias name='sata0'/></disk>",
+            "virtio-disk0",
+        ),
+        ("", "<disk type='file'><source file='/img/b'/><target dev='vdb'/><alias name='b'/></disk>", ""),
+        (
+            "/img/b",
+            "<disk type='file'><source file='/img/b'/><target dev='vdb'/><alias name='b'/></disk>",
+            "b",
+        ),
+        (
+            "/img/a",
+            "<disk type='file'><source file='/img/a'/><target dev='vdb'/><alias name='b'/></disk>",
+            "",
+        ),
+        (
+            "",
+            "<disk type='file'><source file='/img/b'/><mirror type='file'><source file='/img/c'/></mirror>"
+            "<target dev='vdb'/><alias name='b'/></disk>",
+            "b",
+        ),
+        (
+            "",
+            "</devices><commandline xmlns='http://libvirt.org/schemas/domain/qemu/1.0'><arg value='-drive'/>"
+            "</commandline><devices>",
+            "",
+        ),
+    ],
+)
+def test_an_event_without_an_alias_is_matched_by_path_or_by_the_only_candidate_and_never_guessed(
+    path: str, more: str, alias: str
+) -> None:
+    host = SimulatedHost(1)
+    guest = next(iter(host.guests.values()))
+    guest.xml = guest.xml.replace("</devices>", f"{more}</devices>")
+    with Run(host, {}) as run:
+        until(lambda: host_knows(run, guest))
+        for _ in range(3):
+            host.io_error(guest, "", ACTION_REPORT, path=path)
+        assert run.aliases() == {alias or None}
+        assert sum(run.counts()) == 3
+
+
+def test_a_storm_without_an_alias_is_one_incident_that_is_named_when_a_candidate_is_known() -> None:
+    host = SimulatedHost(1)
+    guest = next(iter(host.guests.values()))
+    plain = guest.xml
+    other = "<disk type='file'><source file='/img/b'/><target dev='vdb'/><alias name='b'/></disk></devices>"
+    guest.xml = plain.replace("</devices>", other)
+    with Run(host, {}) as run:
+        until(lambda: host_knows(run, guest))
+        mirror = "<mirror type='file'><source file='/img/c'/></mirror>"
+        guest.xml = guest.xml.replace("<target dev='vdb'/>", f"{mirror}<target dev='vdb'/>")
+        host.io_error(guest, "", ACTION_REPORT, path="")
+        until(lambda: run.observer.cache.resolve(guest.uuid, "") == "b")
+        until(lambda: any(isinstance(item, Burst) for item in run.seen.all))
+        for _ in range(5):
+            host.io_error(guest, "", ACTION_REPORT, path="")
+        assert sum(run.counts()) == 6
+        assert {event.incident.id for event in run.events if isinstance(event, IoError)} == {
+            run.events[0].incident.id  # type: ignore[union-attr]
+        }
+        assert run.aliases() == {None, "b"}
+
+
+def test_one_reported_error_is_one_event_when_the_look_finds_nothing_more() -> None:
+    host = SimulatedHost(1)
+    guest = next(iter(host.guests.values()))
+    with Run(host, {}) as run:
+        until(lambda: host_knows(run, guest))
+        host.io_error(guest, action=ACTION_REPORT)
+        until(lambda: any(isinstance(item, Burst) for item in run.seen.all))
+        assert run.counts() == [1]
+
+
+# --------------------------------------------------------------------------------- guests that stand still
+
+
+def resolutions(run: Run, after: float) -> list[tuple[str, str | None]]:
+    """(cause, state of the domain) of what is resolved when this many seconds have passed."""
+    now = Clock()()
+    run.take_in()
+    later = now._replace(monotonic=now.monotonic + after)
+    events = [*run.events, *run._incidents.tick(later, run.observer.describe)]
+    return [(e.resolution.cause, e.domain.state) for e in events if isinstance(e, IoErrorResolved)]
+
+
+@pytest.mark.parametrize(
+    ("event", "detail", "state", "wakes"),
+    [(3, 0, 3, (4, 0)), (3, 1, 3, (4, 1)), (3, 3, 3, (4, 0)), (7, 0, 7, (2, 4)), (8, 0, 6, (4, 0))],
+    ids=["operator", "migration", "restored", "pmsuspended", "crashed"],
+)
+def test_the_silence_of_a_guest_that_does_not_run_is_no_recovery(
+    event: int, detail: int, state: int, wakes: tuple[int, int]
+) -> None:
+    host = SimulatedHost(1)
+    guest = next(iter(host.guests.values()))
+    with Run(host, {}) as run:
+        until(lambda: host_knows(run, guest))
+        host.io_error(guest, action=ACTION_REPORT)
+        guest.state, guest.reason = state, 1
+        host.lifecycle(guest, event, detail)
+        assert resolutions(run, 10_000) == []
+        guest.state, guest.reason = RUNNING, 1
+        host.lifecycle(guest, *wakes)
+        assert resolutions(run, 10_000) == [("quiet", "running")]
+
+
+def test_a_guest_that_stood_still_before_the_agent_came_proves_nothing_by_its_silence() -> None:
+    host = SimulatedHost(1)
+    guest = next(iter(host.guests.values()))
+    states: dict[str, bytes] = {}
+    with Run(host, states) as run:
+        host.io_error(guest, action=ACTION_REPORT)
+    guest.state, guest.reason = 3, 1
+    with Run(host, states) as run:
+        assert resolutions(run, 10_000) == []
+
+
+def stop(host: SimulatedHost, guest: Guest) -> None:
+    host.stop(guest)
+
+
+def run_again(host: SimulatedHost, guest: Guest) -> None:
+    guest.state, guest.reason = RUNNING, 1
+    host.lifecycle(guest, RESUMED)
+
+
+@pytest.mark.parametrize(("ends", "state"), [(stop, "shut off"), (run_again, "running")])
+def test_the_domain_of_a_resolution_is_as_it_is_then(
+    ends: Callable[[SimulatedHost, Guest], None], state: str
+) -> None:
+    host = SimulatedHost(1)
+    guest = next(iter(host.guests.values()))
+    with Run(host, {}) as run:
+        until(lambda: host_knows(run, guest))
+        host.io_error(guest)
+        host.suspend(guest)
+        until(lambda: run.observer.cache.get(guest.uuid).state == "paused")  # type: ignore[union-attr]
+        run.take_in()
+        ends(host, guest)
+        assert [found for _, found in resolutions(run, 10_000)] == [state]
+
+
+def test_a_source_without_a_look_is_told_of_by_the_incidents_too() -> None:
+    host = SimulatedHost()
+    paused_guest(host)
+    ready = Observer(host, options=OPTIONS).snapshot()
+    bare: Observation = SourceReady(ready.host, ready.at_ns, ready.domains)
+    incidents = Incidents(IncidentLimits(), new_id=lambda: "1")
+    (event,) = incidents.apply(bare, Clock()(), lambda _uuid: None)
+    assert isinstance(event, IoError)
+    assert (event.occurrences.count, event.device.alias) == (1, None)

@@ -1,0 +1,1 @@
+"""The per-host agent: the path of one error, thread by thread."""

@@ -1,0 +1,160 @@
+"""HTTP for machines, loopback by default: /metrics, /livez and /readyz.
+
+/livez fails only for a dead thread, /readyz when nothing is observed or kept; a broker outage is neither. One
+request a connection, and so many connections: a new one evicts the oldest, so no slow peer keeps a probe out.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from virtbus.errors import ConfigError
+from virtbus.telemetry import METRICS, Trouble, emit
+
+MAX_HTTP_PEERS = 16
+IDLE_SECONDS = 3600.0  # nobody is waited for more often than this
+
+
+def _is_address(host: str | None) -> bool:
+    """Whether a Host header names this machine and not a name of the web.
+
+    A page whose name is made to lead to 127.0.0.1 (DNS rebinding) would have a browser read our answers.
+    """
+    if not host:
+        return True
+    name, separator, port = host.rpartition(":")
+    if not separator or not port.isdecimal():
+        name = host
+    if name.lower() == "localhost":
+        return True
+    try:
+        ip_address(name.strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+class _Server(ThreadingHTTPServer):
+    """A thread a peer, MAX_HTTP_PEERS at most: whoever has been there longest gives way."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = MAX_HTTP_PEERS
+
+    def __init__(self, *arguments: Any) -> None:
+        self._peers: dict[Any, None] = {}  # in the order in which they came
+        self._lock = threading.Lock()
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._lock:
+            oldest = list(self._peers)[: max(0, len(self._peers) + 1 - MAX_HTTP_PEERS)]
+            for peer in oldest:
+                del self._peers[peer]
+            self._peers[request] = None
+        for peer in oldest:
+            with suppress(OSError):
+                peer.shutdown(socket.SHUT_RDWR)  # its thread reads an end, or can't go on writing
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._peers.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A peer that went away is no news either."""
+        error = sys.exception()
+        if isinstance(error, Exception) and not isinstance(error, OSError):
+            emit(Trouble("http", error))
+
+
+class HttpServer:
+    """/metrics, /livez and /readyz on a thread of its own."""
+
+    def __init__(
+        self,
+        listen: str,
+        *,
+        dead: Callable[[], Sequence[str]],
+        not_ready: Callable[[], Sequence[str]],
+        registry: CollectorRegistry = METRICS.registry,
+        setting: str = "http.listen",
+    ) -> None:
+        """`listen` is host:port, from `setting`; raises ConfigError when it can't be had."""
+        host, _, port = listen.rpartition(":")
+        host = host.strip("[]")
+
+        class Handler(BaseHTTPRequestHandler):
+            # One request a connection: what follows it, a body that nobody reads say, is never another one.
+            protocol_version = "HTTP/1.0"
+            server_version = "virtbus"
+            sys_version = ""
+            timeout = 10  # a peer that says nothing does not hold a thread
+
+            def do_GET(self) -> None:
+                path = self.path.partition("?")[0]
+                if not _is_address(self.headers.get("Host")):
+                    self._answer(403, "text/plain; charset=utf-8", b"ask by IP address or as localhost\n")
+                elif path == "/metrics":
+                    self._answer(200, CONTENT_TYPE_LATEST, generate_latest(registry))
+                elif path == "/livez":
+                    self._verdict([f"thread {name} is dead" for name in dead()])
+                elif path == "/readyz":
+                    self._verdict(list(not_ready()))
+                else:
+                    self._answer(404, "text/plain; charset=utf-8", b"try /metrics, /livez or /readyz\n")
+
+            def _verdict(self, reasons: list[str]) -> None:
+                body = json.dumps({"ok": not reasons, "reasons": reasons}).encode()
+                self._answer(503 if reasons else 200, "application/json", body)
+
+            def _answer(self, code: int, kind: str, body: bytes) -> None:
+                self.send_response(code)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(body)))
+                self.send_header("X-Content-Type-Options", "nosniff")
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Scrapes are no news."""
+
+        class Server(_Server):
+            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+
+        try:
+            self._server = Server((host, int(port)), Handler)
+        except OSError as error:
+            raise ConfigError(
+                f"{setting} = {listen}: {error.strerror or error}; "
+                "choose another address with --http-listen, or '' for none"
+            ) from error
+        self.port = int(self._server.server_address[1])
+        # It sleeps until somebody comes: `close` wakes it by shutting the socket down.
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(IDLE_SECONDS,), name="virtbus-http", daemon=True
+        )
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop answering."""
+        ending = threading.Thread(target=self._server.shutdown, name="virtbus-http-close")
+        ending.start()
+        with suppress(OSError):  # not connected, says Linux, and wakes who waits for connections
+            self._server.socket.shutdown(socket.SHUT_RDWR)
+        ending.join()
+        self._server.server_close()

@@ -1,0 +1,485 @@
+"""RabbitMQ: pipelined publisher confirms that can't lie, and consumer groups on quorum queues.
+
+What becomes of a record (`Outcome`), and what of the connection:
+
+| the broker | outcome | connection |
+|---|---|---|
+| acks | Confirmed | stays |
+| returns it (mandatory, nobody bound), then acks | Unroutable | stays |
+| nacks it (a full queue with reject-publish, a queue that failed) | Unroutable: its key is parked | stays |
+| closes the channel over one record: 406 too large or malformed, 311 | Refused | thrown away |
+| closes the connection over one record, twice: 501, 502 | Refused | thrown away |
+| refuses one routing key (topic permission, 403), fails on one record (541, 505) | Unroutable | thrown away |
+| closes the channel for all: 403, 404, user-id mismatch | Deferred(BusDenied) | thrown away |
+| goes away, misses heartbeats or a confirm deadline, acks what it was not sent | Deferred | thrown away |
+| is larger than `max_record_bytes` | Refused, without asking | stays |
+
+The broker does not say which of several unconfirmed records closed a channel. All of them are Deferred
+then, and as many records are sent one at a time next, until the offending one is alone.
+
+Acks carry nothing but a delivery tag. Tags are counted and kept with the connection they belong to and die
+with it, so that a late ack can't meet a newer record; returns are matched by message id.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import kombu
+from amqp.exceptions import AMQPError, FrameSyntaxError
+
+from virtbus import envelope
+from virtbus.bus import BusOptions, DeadLetters, Feed, Memory, Subscription, checked_group
+from virtbus.bus.amqp.connection import (
+    LINK_FAULTS,
+    Dialer,
+    Endpoint,
+    Link,
+    ProtocolViolation,
+    Waker,
+    lost,
+    translated,
+)
+from virtbus.errors import BusDenied, BusUnavailable, RecordRefused, VirtbusError
+from virtbus.model import Check, Confirmed, Deferred, Outcome, Record, Refused, Unroutable
+from virtbus.telemetry import METRICS, BusBlocked, emit
+
+_CONFIRMED = Confirmed()
+_RETURNED = Unroutable()
+_NACKED = Unroutable("the broker nacked it: a queue is full (reject-publish) or failed")
+_UNSENT_LIMIT = 1 << 20  # bytes waiting for the socket before no more is taken
+_UNENCODABLE = (struct.error, ValueError, FrameSyntaxError)  # py-amqp's words for what fits in no field
+_PROPERTY_BYTES = 4096  # more than what a content header holds beside its headers, and their names
+_FIRST_LOOK, _LAST_LOOK = 0.005, 0.1  # seconds between looks at the feed while confirms are awaited
+
+# Reply codes that speak of one record, and what they make of it when it was the only one under way.
+_REFUSING = frozenset({311, 406, 501, 502})
+_PARKING = frozenset({505, 541})
+_TOPIC_REFUSED = re.compile(r"(ACCESS_REFUSED - )?(write |read )?access to topic\b")
+
+
+class AmqpBus:
+    """A `virtbus.bus.Bus` on RabbitMQ (or what speaks its AMQP 0-9-1 with publisher confirms)."""
+
+    def __init__(self, url: str | Sequence[str], *, options: BusOptions) -> None:
+        """`url`: amqp:// or amqps://, several separated by ";". Connects to nothing. Raises ConfigError."""
+        self._options = options
+        self._urls = url
+        self._dialer = Dialer(url, options)
+        self._waker = Waker()
+        # close() may come from another thread. Whoever works on the connection sets _working; close() then
+        # only wakes it, and it lets go itself: two threads never touch one connection.
+        self._lock = threading.Lock()
+        self._publisher: _Publisher | None = None
+        self._working = False
+        self._closed = False
+        self._suspects = 0  # records to be sent alone, because one of so many closed a channel
+        self._accused: str | None = None  # the id of a record that closed a connection alone, once
+
+    # -- publishing
+
+    def publish(self, feed: Feed) -> Iterator[tuple[Record, Outcome]]:
+        """See virtbus.bus.Bus. While the broker blocks publishers it returns within a second, so that
+        the caller keeps control; call it again.
+        """
+        publisher: _Publisher | None = None
+        self._begin()
+        try:
+            publisher = self._connected()
+            # What came while nothing was under way: a farewell is better read before anything is taken.
+            fault = publisher.step(0.0)
+            if fault is not None:
+                self._drop(publisher, translated(fault, publisher.link.name, doing="idle"))
+                publisher = self._connected()
+            yield from self._publish(publisher, feed)
+        finally:
+            if publisher is not None and publisher.flying:  # the caller let go in the middle
+                self._drop(publisher)
+            self._end()
+
+    def _begin(self) -> None:
+        with self._lock:
+            self._working = True
+
+    def _end(self) -> None:
+        """Let go of the connection, and close it when somebody asked for that meanwhile."""
+        with self._lock:
+            self._working = False
+            publisher = self._publisher if self._closed else None
+        if publisher is not None:
+            self._farewell(publisher)
+
+    def _farewell(self, publisher: _Publisher) -> None:
+        self._publisher = None
+        publisher.set_blocked(False, None)
+        publisher.link.close()
+
+    def _publish(self, publisher: _Publisher, feed: Feed) -> Iterator[tuple[Record, Outcome]]:
+        look = _FIRST_LOOK
+        while True:
+            alone = self._suspects > 0
+            blocked = publisher.blocked
+            records: Sequence[Record] = ()
+            room = 0 if blocked else (1 if alone else self._options.window) - len(publisher.flying)
+            if room > 0 and publisher.unsent < _UNSENT_LIMIT and not self._closed:
+                records = feed.take(room, publisher.busy)
+                for record in records:
+                    publisher.send(record)
+                if alone and not records and not publisher.flying:
+                    self._suspects = 0
+            if not records and not publisher.flying and not publisher.outcomes and not blocked:
+                return
+            if records:
+                look = _FIRST_LOOK
+            waiting = publisher.flying or blocked
+            fault = publisher.step(0.0 if records or not waiting else 1.0 if room <= 0 else look)
+            look = min(2 * look, _LAST_LOOK)
+            if alone and publisher.outcomes:
+                self._suspects -= 1
+            outcomes = publisher.take_outcomes()
+            if fault is not None or self._closed:
+                outcomes += self._give_up(publisher, fault, alone=alone)
+                yield from outcomes
+                return
+            yield from outcomes
+            if blocked and publisher.blocked and not publisher.flying:
+                return
+
+    def _give_up(
+        self, publisher: _Publisher, fault: BaseException | None, *, alone: bool
+    ) -> list[tuple[Record, Outcome]]:
+        """The outcomes of what was unconfirmed when the connection went; throws it away."""
+        name = publisher.link.name
+        if fault is None:
+            error: VirtbusError = BusUnavailable(f"{name}: the bus was closed")
+        else:
+            error = translated(fault, name, doing="publishing")
+        self._drop(publisher, None if fault is None else error)
+        records = publisher.abandon()
+        verdict = None if fault is None else _verdict_on_one(fault, error)
+        if verdict is not None and len(records) > 1:
+            self._suspects = len(records)
+        elif verdict is not None and records:
+            (record,) = records
+            # These two close the whole connection and may come of a byte that was damaged on the way: no
+            # event is given up before it has done it twice.
+            if getattr(fault, "reply_code", 0) in (501, 502) and self._accused != record.id:
+                self._accused, self._suspects = record.id, 1
+                return [(record, Deferred(error))]
+            if alone:
+                self._suspects = 0
+            return [(record, verdict)]
+        return [(record, Deferred(error)) for record in records]
+
+    def tick(self) -> None:
+        """See virtbus.bus.Bus."""
+        self._begin()
+        try:
+            publisher = None if self._closed else self._publisher
+            fault = publisher.step(0.0) if publisher is not None else None
+            if publisher is not None and fault is not None:
+                self._drop(publisher, translated(fault, publisher.link.name, doing="idle"))
+        finally:
+            self._end()
+
+    def _connected(self) -> _Publisher:
+        """The publisher that stands, or a new one; between `_begin` and `_end`."""
+        if self._closed:
+            raise BusUnavailable("the bus was closed")
+        if self._publisher is None:
+            self._publisher = self._open_publisher()
+        return self._publisher
+
+    def _open_publisher(self) -> _Publisher:
+        """Try each broker once. Raises BusUnavailable or BusDenied."""
+        link = self._dialer.dial(self._waker)
+        try:
+            link.declare_exchange()
+            return _Publisher(link, self._options)
+        except (BusUnavailable, BusDenied) as error:
+            lost(link, error)
+            self._dialer.skip()
+            raise
+        except LINK_FAULTS as error:
+            told = translated(error, link.name, doing="opening a channel")
+            lost(link, told)
+            self._dialer.skip()
+            raise told from error
+
+    def _drop(self, publisher: _Publisher, error: VirtbusError | None = None) -> None:
+        if self._publisher is publisher:
+            self._publisher = None
+        publisher.set_blocked(False, None)
+        if error is not None:
+            lost(publisher.link, error)
+        else:
+            publisher.link.discard()
+
+    # -- the rest of the contract
+
+    def consume(
+        self, group: str | None, *, prefetch: int = 100, exclusive: bool = False, memory: Memory | None = None
+    ) -> Subscription:
+        """See virtbus.bus.Bus. Connects at the first `receive`; each group has one active consumer anyway."""
+        from virtbus.bus.amqp.subscription import AmqpSubscription
+
+        return AmqpSubscription(
+            Dialer(self._urls, self._options), self._options, checked_group(group), prefetch
+        )
+
+    def dead_letters(self, group: str) -> DeadLetters:
+        """See virtbus.bus.Bus. Over a connection of its own."""
+        from virtbus.bus.amqp.dead import AmqpDeadLetters
+
+        checked_group(group)
+        return AmqpDeadLetters(Dialer(self._urls, self._options), self._options, f"virtbus.{group}")
+
+    def probe(self) -> Sequence[Check]:
+        """See virtbus.bus.Bus. Each broker: reach, trust, log in, and look whether the exchange is there."""
+        checks: list[Check] = []
+        for endpoint in self._dialer.endpoints:
+            checks += _probe(endpoint, self._options, self._waker)
+        return checks
+
+    def close(self) -> None:
+        """See virtbus.bus.Bus."""
+        with self._lock:
+            self._closed = True
+            publisher = None if self._working else self._publisher
+        if publisher is not None:
+            self._farewell(publisher)
+        self._waker.wake()
+
+
+def _probe(endpoint: Endpoint, options: BusOptions, waker: Waker) -> list[Check]:
+    name = endpoint.name
+    try:
+        link = Link(endpoint, options, waker)
+    except (BusUnavailable, BusDenied) as error:
+        return [
+            Check("bus", "failed", str(error), exit_code=error.exit_code),
+            Check("bus exchange", "skipped", f"{name}: not connected"),
+        ]
+    server = link.connection.server_properties
+    version = f"{server.get('product', 'broker')} {server.get('version', '')}".strip()
+    checks = [
+        Check(
+            "bus",
+            "ok" if link.endpoint.tls or link.is_local else "warning",
+            f"{name}: {version}, logged in as {link.user or 'the certificate'}"
+            + ("" if link.endpoint.tls or link.is_local else ", in PLAINTEXT"),
+            remedy=None if link.endpoint.tls or link.is_local else "use amqps://",
+            details={"heartbeat_seconds": link.connection.heartbeat or 0},
+        )
+    ]
+    try:
+        found = link.has_exchange()
+    except LINK_FAULTS as error:
+        told = translated(error, name, doing=f"looking for exchange {options.exchange}")
+        checks.append(Check("bus exchange", "failed", str(told), exit_code=told.exit_code))
+    else:
+        if found and (refused := link.exchange_differs()) is not None:
+            checks.append(
+                Check(
+                    "bus exchange",
+                    "failed",
+                    f"{name}: exchange {options.exchange} is not a durable topic exchange: {refused}",
+                    remedy="events may reach nobody: delete it, or name another with bus.exchange",
+                    exit_code=BusDenied.exit_code,
+                )
+            )
+        elif found:
+            checks.append(Check("bus exchange", "ok", f"{name}: exchange {options.exchange} is there"))
+        elif options.declare:
+            checks.append(
+                Check("bus exchange", "ok", f"{name}: exchange {options.exchange} will be made when needed")
+            )
+        else:
+            checks.append(
+                Check(
+                    "bus exchange",
+                    "failed",
+                    f"{name}: exchange {options.exchange} does not exist, and bus.declare is false",
+                    remedy=f"create it (topic, durable): rabbitmqadmin declare exchange "
+                    f"name={options.exchange} type=topic durable=true",
+                    exit_code=BusDenied.exit_code,
+                )
+            )
+    link.close()
+    return checks
+
+
+def _verdict_on_one(fault: BaseException, error: VirtbusError) -> Outcome | None:
+    """What a closed channel or connection says about the one record that was under way; None: nothing."""
+    code = getattr(fault, "reply_code", 0) or 0
+    text = str(getattr(fault, "reply_text", ""))
+    # Without a method it is not the broker's word: py-amqp raises the same classes for what it can't read.
+    if not isinstance(fault, AMQPError) or getattr(fault, "method_sig", None) is None:
+        return None
+    if code in _REFUSING and isinstance(error, BusUnavailable):  # not a user-id mismatch: that is all of them
+        return Refused(RecordRefused(f"the broker refuses it: {text} ({code})"))
+    if code in _PARKING:
+        return Unroutable(f"the broker fails on it: {text} ({code})")
+    # RabbitMQ's words for a topic permission; an exchange's own name may hold the word "topic".
+    if code == 403 and _TOPIC_REFUSED.match(text):
+        return Unroutable(f"the broker refuses its routing key: {text}")
+    return None
+
+
+# ------------------------------------------------------------------------------- one connection's records
+
+
+class _Publisher:
+    """A channel in confirm mode and every record that is under way on it."""
+
+    def __init__(self, link: Link, options: BusOptions) -> None:
+        """Open the channel. Raises as LINK_FAULTS."""
+        self.link = link
+        link.on_blocked = self.set_blocked
+        self.blocked = False
+        self.flying: dict[int, tuple[Record, float]] = {}  # delivery tag -> record, when it was sent
+        self.busy: set[str] = set()
+        self.outcomes: list[tuple[Record, Outcome]] = []
+        self._options = options
+        self._tag = 0
+        self._tags: dict[str, int] = {}  # message id -> delivery tag
+        self._returned: set[int] = set()
+        self._unblocked_at = 0.0
+        self._io = link.connection
+        channel = link.channel()
+        channel.confirm_select()
+        channel.events["basic_ack"].add(self._on_ack)
+        channel.events["basic_nack"].add(self._on_nack)
+        channel.events["basic_return"].add(self._on_return)
+        exchange = kombu.Exchange(options.exchange, type="topic")  # durable, messages are persistent
+        self._producer = kombu.Producer(channel, exchange, auto_declare=False)
+        self._user = {} if link.user is None else {"user_id": link.user}
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that wait for the socket."""
+        return self._io.unsent
+
+    def send(self, record: Record) -> None:
+        """Put a record on its way (into the buffer); what can't be encoded is refused. Does no I/O."""
+        try:
+            self._publish(record)
+        except RecordRefused as error:
+            self.outcomes.append((record, Refused(error)))
+            return
+        self._tag += 1
+        self.flying[self._tag] = record, time.monotonic()
+        self._tags[record.id] = self._tag
+        self.busy.add(record.key)
+
+    def _publish(self, record: Record) -> None:
+        """Raises RecordRefused for what no broker could take."""
+        options = self._options
+        wire = envelope.to_amqp(record.attributes, record.body, structured=options.structured)
+        if len(wire.body) > options.max_record_bytes:
+            raise RecordRefused(
+                f"{len(wire.body)} bytes are more than bus.max_record_bytes ({options.max_record_bytes})"
+            )
+        # A broker closes the connection for headers that do not fit into one frame. A character has at most
+        # four bytes: most records are done with the first look.
+        headers, room = wire.headers, self._io.frame_max - _PROPERTY_BYTES
+        if 4 * sum(map(len, headers.values())) > room:
+            size = sum(len(name.encode()) + len(text.encode()) + 6 for name, text in headers.items())
+            if size > room:
+                raise RecordRefused(f"its attributes have {size} bytes: a frame holds {room}")
+        try:
+            self._producer.publish(
+                wire.body,
+                routing_key=envelope.routing_key(record.attributes),
+                content_type=wire.content_type,
+                headers=headers,
+                priority=None,
+                mandatory=True,
+                message_id=record.id,
+                timestamp=record.created_ns // 1_000_000_000,
+                **self._user,
+            )
+        except _UNENCODABLE as error:
+            raise RecordRefused(f"AMQP can't carry it: {error}") from error
+
+    def step(self, timeout: float) -> BaseException | None:
+        """Write and read for up to `timeout` seconds; the fault when the connection can't be trusted now."""
+        try:
+            limit = self._deadline()
+            if limit is not None:
+                timeout = min(timeout, max(0.0, limit - time.monotonic()))
+            self._io.pump(timeout)
+            limit = self._deadline()
+            if limit is not None and time.monotonic() >= limit:
+                return TimeoutError(f"no confirm within {self._options.confirm_timeout:g} s")
+        except LINK_FAULTS as fault:
+            return fault
+        return None
+
+    def take_outcomes(self) -> list[tuple[Record, Outcome]]:
+        """What was decided since the last call."""
+        outcomes, self.outcomes = self.outcomes, []
+        return outcomes
+
+    def abandon(self) -> list[Record]:
+        """Forget what is under way; in the order it was sent."""
+        records = [record for record, _ in self.flying.values()]
+        self.flying.clear()
+        return records
+
+    def set_blocked(self, blocked: bool, reason: str | None) -> None:
+        """The broker's alarm; while it lasts no confirm is late."""
+        if blocked != self.blocked:
+            self.blocked = blocked
+            self._unblocked_at = time.monotonic()
+            emit(BusBlocked(self.link.name, blocked, reason))
+
+    def _deadline(self) -> float | None:
+        """When the oldest unconfirmed record is late, on the monotonic clock."""
+        if self.blocked or not self.flying:
+            return None
+        _, sent_at = next(iter(self.flying.values()))
+        return max(sent_at, self._unblocked_at) + self._options.confirm_timeout
+
+    def _on_ack(self, tag: int, multiple: bool) -> None:
+        self._settle(tag, multiple, _CONFIRMED)
+
+    def _on_nack(self, tag: int, multiple: bool) -> None:
+        self._settle(tag, multiple, _NACKED)
+
+    def _settle(self, tag: int, multiple: bool, outcome: Outcome) -> None:
+        flying = self.flying
+        if multiple:
+            tags = []
+            for one in flying:
+                if one > tag:
+                    break
+                tags.append(one)
+        else:
+            tags = [tag] if tag in flying else []
+        if not tags or tag > self._tag:
+            raise ProtocolViolation(f"the broker settled delivery tag {tag}, which is not under way")
+        now = time.monotonic()
+        for one in tags:
+            record, sent_at = flying.pop(one)
+            del self._tags[record.id]
+            self.busy.discard(record.key)
+            if one in self._returned:
+                self._returned.discard(one)
+                self.outcomes.append((record, _RETURNED))
+                continue
+            if outcome is _CONFIRMED:
+                METRICS.confirm_seconds.observe(now - sent_at)
+            self.outcomes.append((record, outcome))
+
+    def _on_return(self, error: Exception, exchange: str, routing_key: str, message: Any) -> None:
+        """Comes before the ack of the same message: remember it until then."""
+        tag = self._tags.get(message.properties.get("message_id", ""))
+        if tag is None:
+            raise ProtocolViolation("the broker returned a message that is not under way")
+        self._returned.add(tag)

@@ -1,0 +1,717 @@
+"""One AMQP connection with an I/O loop that never hangs: what both publisher and consumer stand on.
+
+kombu and py-amqp own the protocol: handshake, SASL, TLS, channels, methods. This module owns the socket:
+it is non-blocking, writes are buffered, reads are parsed in bulk. That is what a broker under an alarm
+asks for (it stops reading, and a blocking write would stop our heartbeats with it), what a deadline asks
+for (py-amqp's own timeouts begin anew with every frame, heartbeats too), and what makes it fast.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import select
+import socket
+import ssl
+import struct
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import amqp
+from amqp import spec
+from amqp.exceptions import AMQPError, FrameSyntaxError, UnexpectedFrame, error_for_code
+from amqp.method_framing import frame_writer
+from kombu.connection import Connection
+from kombu.transport import pyamqp
+
+from virtbus import errors
+from virtbus.bus import BusOptions, is_loopback
+from virtbus.bus.url import read_url
+from virtbus.config import secret_text, why_unread
+from virtbus.errors import BusDenied, BusUnavailable, ConfigError
+from virtbus.telemetry import BusConnected, BusLost, InsecureTransport, Notice, TelemetryEvent, emit
+
+_CHUNK = 65536
+_FRAME_HEADER = struct.Struct(">BHI")
+_FRAME_END = 0xCE
+_CONTENT_HEADER = 2
+# Bodies are split at the negotiated frame size, content headers are not: what the broker itself adds to them
+# (x-death, x-delivery-count) can make one larger than what its publisher was allowed.
+_FRAME_SLACK = 1 << 20
+_FRAME_MAX = 1 << 26  # the most that is agreed to: py-amqp allocates a buffer of this size
+_CLOSE_SECONDS = 1.0
+_WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+
+LINK_FAULTS: tuple[type[BaseException], ...] = (OSError, AMQPError, struct.error)
+"""What reading from, writing to or talking over a connection can raise (TLS errors are OSError)."""
+
+# What py-amqp raises for frames that make no sense: unknown channels, half a table, impossible dates, …
+_UNREADABLE = (
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    struct.error,
+)
+
+
+class ProtocolViolation(AMQPError):
+    """The peer said something that can't be: an ack of what was never sent, a return of nothing."""
+
+
+# ------------------------------------------------------------------------------------- where to
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One broker: its `name` is safe for logs, the password is not part of `repr`."""
+
+    host: str
+    port: int
+    vhost: str
+    tls: bool
+    username: str
+    password: str = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """The address as a URL without user and password."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        vhost = "" if self.vhost == "/" else self.vhost
+        return f"{'amqps' if self.tls else 'amqp'}://{host}:{self.port}/{vhost}"
+
+
+def endpoints(urls: str | Sequence[str], options: BusOptions) -> tuple[Endpoint, ...]:
+    """Every broker of `urls` (one string may hold several, by ";" or ","). Raises ConfigError.
+
+    The virtual host is the path: none, "/" and "//" mean "/", and "%2F" inside it is a slash.
+    """
+    texts = [urls] if isinstance(urls, str) else list(urls)
+    parts = [part.strip() for text in texts for part in re.split("[;,]", text) if part.strip()]
+    if not parts:
+        raise ConfigError("no broker URL: write amqps://user@host/vhost")
+    return tuple(_endpoint(part, options) for part in parts)
+
+
+def _endpoint(url: str, options: BusOptions) -> Endpoint:
+    if not url.lower().startswith(("amqp://", "amqps://")):
+        raise ConfigError(
+            "each broker of a list needs a whole URL that begins with amqp:// or amqps:// "
+            '(a ";" or "," inside a password is written %3B or %2C)'
+        )
+    parts = read_url(url)
+    host, port = parts.host
+    tls = parts.scheme == "amqps"
+    if parts.query:
+        raise ConfigError(
+            f"the bus URL of host {host} has a query: settings go to bus.* in the configuration"
+        )
+    if options.auth == "external" and not tls:
+        raise ConfigError(
+            f'bus.auth is "external" but broker {host} is amqp://: the identity is the TLS certificate, so '
+            "use amqps://"
+        )
+    return Endpoint(
+        host=host,
+        port=port or (5671 if tls else 5672),
+        vhost=parts.path[1:] or "/",
+        tls=tls,
+        username=options.username or parts.username or "guest",
+        password=parts.password if parts.password is not None else "guest",
+    )
+
+
+# ---------------------------------------------------------------- py-amqp with the socket taken over
+
+
+class _Channel(pyamqp.Channel):
+    """A channel that stays closed once the broker closed it (py-amqp would open it again and go on)."""
+
+    def _on_close(self, reply_code: int, reply_text: str, class_id: int, method_id: int) -> None:
+        self.is_open = False
+        self.send_method(spec.Channel.CloseOk)
+        raise error_for_code(reply_code, reply_text, (class_id, method_id), amqp.ChannelError)
+
+    def prepare_message(self, *arguments: Any, **named: Any) -> Any:
+        """Without the content-encoding "binary" that kombu names where there is none."""
+        message = super().prepare_message(*arguments, **named)
+        if message.properties.get("content_encoding") == "binary":
+            del message.properties["content_encoding"]
+        return message
+
+    def dispatch_method(self, method_sig: tuple[int, int], payload: bytes, content: Any) -> None:
+        """A routing key is the sender's: one that is no text must not end the connection."""
+        if method_sig == spec.Basic.Deliver:
+            payload = _with_readable_key(payload)
+        super().dispatch_method(method_sig, payload, content)
+
+
+def _with_readable_key(deliver: bytes) -> bytes:
+    """The arguments of basic.deliver with what is no UTF-8 left out of the routing key, their last one."""
+    at = 4 + 1 + deliver[4] + 9  # class, method, consumer tag, delivery tag, redelivered
+    at += 1 + deliver[at]  # exchange
+    key = deliver[at + 1 :]
+    if key.isascii():
+        return deliver
+    readable = key.decode("utf-8", "ignore").encode()
+    return deliver[:at] + bytes([len(readable)]) + readable
+
+
+class _Connection(pyamqp.Connection):
+    """py-amqp's connection, reading and writing through our own non-blocking loop."""
+
+    Channel = _Channel
+    # RabbitMQ tells why it blocks; py-amqp leaves the argument unread.
+    _METHODS: Mapping[Any, Any] = {
+        **pyamqp.Connection._METHODS,
+        spec.Connection.Blocked: spec.method(spec.Connection.Blocked, "s"),
+    }
+
+    def __init__(self, *, wake_fd: int, patience: float, **arguments: Any) -> None:
+        super().__init__(frame_writer=_buffered_writer, **arguments)
+        self._wake_fd = wake_fd
+        self._in = bytearray()
+        self._out = bytearray()
+        self._eof = False
+        self._socket: Any = None
+        self._poll = select.poll()
+        self._polled = 0
+        self._next_tick = 0.0
+        self.limit = time.monotonic() + patience  # when a synchronous call gives up
+
+    def connect(self, callback: Callable[[], None] | None = None) -> None:
+        """The handshake; whatever ends it, the socket is closed."""
+        try:
+            super().connect(callback)
+        except BaseException:
+            self.abort()
+            raise
+
+    # -- the socket
+
+    def start_io(self, sock: Any) -> None:
+        """Take the connected (and, for TLS, wrapped) socket over."""
+        sock.setblocking(False)
+        self._socket = sock
+        self._poll.register(self._wake_fd, select.POLLIN)
+        self._poll.register(sock, select.POLLIN)
+        self._polled = select.POLLIN
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that wait for the socket."""
+        return len(self._out)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append whole frames; `flush` or `pump` sends them."""
+        self._out += data
+
+    def flush(self) -> None:
+        """Send what the socket takes now."""
+        out = self._out
+        while out:
+            with memoryview(out) as whole, whole[:_CHUNK] as head:
+                try:
+                    sent = self._socket.send(head)
+                except _WOULD_BLOCK:
+                    return
+            del out[:sent]
+
+    def pump(self, timeout: float, *, one: bool = False) -> bool:
+        """Write, wait up to `timeout` seconds for something to read, dispatch it; True when a method came.
+
+        With `one` it stops after one method. Serves heartbeats about once a second, or as often as a
+        short interval asks for. Raises what LINK_FAULTS names when the connection is over.
+        """
+        if self._dispatch(one):  # left over by `one`, or by a handler that raised
+            return True
+        self.flush()
+        wanted = select.POLLIN | (select.POLLOUT if self._out else 0)
+        if wanted != self._polled:
+            self._poll.modify(self._socket, wanted)
+            self._polled = wanted
+        for descriptor, mask in self._poll.poll(max(0.0, timeout) * 1000.0):
+            if descriptor == self._wake_fd:
+                os.eventfd_read(self._wake_fd)
+            elif mask & ~select.POLLOUT:
+                self._receive()
+        if self._out:
+            self.flush()
+        handled = self._dispatch(one)
+        if self._eof and not handled:
+            raise ConnectionResetError("the broker closed the connection")
+        now = time.monotonic()
+        if now >= self._next_tick:
+            self._next_tick = now + min(1.0, (self.heartbeat or 4.0) / 4)
+            self.heartbeat_tick()
+        return handled
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                chunk = self._socket.recv(_CHUNK)
+            except _WOULD_BLOCK:
+                return
+            if not chunk:
+                self._eof = True  # told after what came before it has been dispatched
+                return
+            self._in += chunk
+            # TLS keeps decrypted bytes that poll() does not see: read until there are none.
+            if len(chunk) < _CHUNK and not isinstance(self._socket, ssl.SSLSocket):
+                return
+
+    def _dispatch(self, one: bool) -> bool:
+        data = self._in
+        position, end, handled = 0, len(data), False
+        try:
+            while end - position >= 8:
+                kind, channel, size = _FRAME_HEADER.unpack_from(data, position)
+                if size > self.frame_max + _FRAME_SLACK:
+                    raise UnexpectedFrame(f"a frame of {size} bytes: this is not AMQP 0-9-1")
+                last = position + 7 + size
+                if last >= end:
+                    break
+                if data[last] != _FRAME_END:
+                    raise UnexpectedFrame("a frame without its end: this is not AMQP 0-9-1")
+                payload = bytes(data[position + 7 : last])
+                position = last + 1
+                if self._on_frame(kind, channel, payload):
+                    handled = True
+                    if one:
+                        break
+        except _UNREADABLE as error:
+            raise ProtocolViolation(f"a frame that can't be read ({type(error).__name__})") from error
+        finally:
+            del data[:position]
+        return handled
+
+    def _on_frame(self, kind: int, channel: int, payload: bytes) -> bool:
+        """Give a frame to py-amqp. A message whose properties can't be read is handed over without any.
+
+        They are the sender's, and the broker passes on what it does not look at (a date after all time, a
+        table of 5,000 levels): throwing the connection away would bring the same message again, for ever.
+        Without properties it is no event of ours, and its reader puts it aside.
+        """
+        try:
+            return bool(self.on_inbound_frame((kind, channel, payload)))
+        except (*_UNREADABLE, FrameSyntaxError) as error:
+            if kind != _CONTENT_HEADER:
+                raise
+            try:
+                return bool(self.on_inbound_frame((kind, channel, payload[:12] + b"\0\0")))
+            except UnexpectedFrame:  # the header was read: what failed is what came of it
+                raise error from None
+
+    def abort(self) -> None:
+        """Let go at once; unsent bytes are dropped, also the kernel's.
+
+        An orderly close would let the kernel deliver what it still holds whenever the network heals:
+        old events behind newer ones of the same key.
+        """
+        sock, self._socket = self._socket, None
+        if sock is not None:
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                # Not transport.close(): on TLS that begins a farewell which nobody will answer.
+                sock.close()
+            except OSError:
+                pass  # it is gone already, which is what we want
+            if self._transport is not None:
+                self._transport.sock = None
+        self._out.clear()
+        if self._transport is not None:
+            self.collect()
+
+    # -- what py-amqp calls
+
+    def drain_events(self, timeout: float | None = None) -> None:
+        """Wait for a method, at most until `limit` however many heartbeats come in between.
+
+        One method and no more: py-amqp registers a consumer's callback only after it has seen the
+        broker's consume-ok, and gives back, out of order, what was dispatched before.
+        """
+        if timeout == 0:
+            raise TimeoutError  # py-amqp asks so before each publish; `pump` looks, between publishes
+        limit = self.limit if timeout is None else min(self.limit, time.monotonic() + timeout)
+        while not self.pump(min(1.0, limit - time.monotonic()), one=True):
+            if time.monotonic() >= limit:
+                raise TimeoutError("the broker does not answer")
+
+    def _on_tune(self, channel_max: int, frame_max: int, *more: Any) -> None:
+        super()._on_tune(channel_max, min(frame_max or _FRAME_MAX, _FRAME_MAX), *more)
+
+    def _on_close(self, reply_code: int, reply_text: str, class_id: int, method_id: int) -> None:
+        self.send_method(spec.Connection.CloseOk)
+        self.flush()
+        raise error_for_code(reply_code, reply_text, (class_id, method_id), amqp.ConnectionError)
+
+    def _on_blocked(self, reason: str) -> None:
+        self.on_blocked(reason)
+
+
+class _Transport(pyamqp.Transport):
+    """What kombu opens connections with."""
+
+    Connection = _Connection
+
+
+def _buffered_writer(connection: _Connection, transport: Any) -> Callable[..., None]:
+    """py-amqp's frame encoder, writing into our buffer: frames of both sides never interleave."""
+    connection.start_io(transport.sock)
+    writer: Callable[..., None] = frame_writer(connection, SimpleNamespace(write=connection.write))
+    return writer
+
+
+# ------------------------------------------------------------------------------------- the link
+
+
+class Waker:
+    """Wakes a `pump` from another thread."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+
+    def wake(self) -> None:
+        """The pump that waits on `fd`, now or next, returns at once."""
+        os.eventfd_write(self.fd, 1)
+
+    def wait(self, seconds: float) -> None:
+        """Until somebody wakes us, `seconds` at most; for who has no connection to pump."""
+        if select.select([self.fd], [], [], seconds)[0]:
+            os.eventfd_read(self.fd)
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class Link:
+    """An open connection to one broker, from handshake to farewell. One thread at a time."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        options: BusOptions,
+        waker: Waker,
+    ) -> None:
+        """Connect and log in. Raises BusUnavailable or BusDenied, never anything else."""
+        self.endpoint = endpoint
+        self.options = options
+        # PLAIN proves the user. EXTERNAL's user is whatever the broker reads out of the certificate,
+        # which only the operator knows; a wrong guess would have every message refused.
+        self.user: str | None = options.username if options.auth == "external" else endpoint.username
+        # Called with True and the reason, or with False, when the broker blocks publishers or no longer.
+        self.on_blocked: Callable[[bool, str | None], None] = lambda blocked, reason: None
+        self.connection = self._open(waker)
+
+    @property
+    def name(self) -> str:
+        """The broker's address for logs."""
+        return self.endpoint.name
+
+    @property
+    def is_local(self) -> bool:
+        """Whether what it carries stays on this machine."""
+        return is_loopback(self.endpoint.host)
+
+    def _open(self, waker: Waker) -> _Connection:
+        options, endpoint = self.options, self.endpoint
+        with errors.translating(faults(self.name, doing="connecting")):
+            client = Connection(
+                hostname=endpoint.host,
+                port=endpoint.port,
+                userid=endpoint.username,
+                password=_password(endpoint, options),
+                virtual_host=endpoint.vhost,
+                ssl=_tls(endpoint, options) if endpoint.tls else False,
+                login_method="EXTERNAL" if options.auth == "external" else "PLAIN",
+                connect_timeout=options.connect_timeout,
+                heartbeat=round(options.heartbeat),
+                transport=_Transport,
+                transport_options={
+                    "wake_fd": waker.fd,
+                    # Also of a broker that accepts, and then says nothing but heartbeats.
+                    "patience": 2 * options.connect_timeout,
+                    "socket_settings": _socket_settings(options),
+                    "on_blocked": lambda reason: self.on_blocked(True, reason),
+                    "on_unblocked": lambda: self.on_blocked(False, None),
+                    "client_properties": {"product": "virtbus", "connection_name": options.client_name},
+                },
+            )
+            # Not Connection.connect(): that retries on its own.
+            connection: _Connection = client.transport.establish_connection()
+            return connection
+
+    def channel(self) -> _Channel:
+        """Open a channel. Raises as LINK_FAULTS."""
+        self.be_patient()
+        channel: _Channel = self.connection.channel()
+        channel.auto_decode = False  # by an encoding that the sender names: punycode takes hours
+        return channel
+
+    @contextmanager
+    def brief_channel(self) -> Iterator[_Channel]:
+        """A channel for one question: a refusal closes it and nothing else. Raises as LINK_FAULTS."""
+        channel = self.channel()
+        try:
+            yield channel
+        finally:
+            if channel.is_open and self.connection.connected:
+                channel.close()
+
+    @property
+    def server_major(self) -> int | None:
+        """RabbitMQ's major version; None for any other broker."""
+        told = self.connection.server_properties or {}
+        major = str(told.get("version", "")).partition(".")[0]
+        return int(major) if told.get("product") == "RabbitMQ" and major.isdigit() else None
+
+    def be_patient(self) -> None:
+        """The synchronous calls that follow have `connect_timeout` seconds together."""
+        self.connection.limit = time.monotonic() + self.options.connect_timeout
+
+    def declare_exchange(self) -> None:
+        """Make sure that the exchange is there; BusDenied when it is not and we may not make it.
+
+        An exchange that is there already, with other arguments or out of our rights, is the operator's:
+        used as it is.
+        """
+        exchange = self.options.exchange
+        if not self.options.declare:
+            return  # publishing finds out
+        try:
+            self._exchange_declare(passive=False)
+            return
+        except (amqp.AccessRefused, amqp.PreconditionFailed) as error:
+            refusal = error
+        except LINK_FAULTS as error:
+            raise translated(error, self.name, doing=f"declaring exchange {exchange}") from error
+        try:
+            self._exchange_declare(passive=True)
+        except amqp.NotFound as error:
+            raise BusDenied(
+                f"{self.name}: exchange {exchange} does not exist and user {self.user} may not create it: "
+                f"grant it configure rights on {exchange}, or create it (topic, durable) and set "
+                "bus.declare = false"
+            ) from error
+        except LINK_FAULTS as error:
+            raise translated(error, self.name, doing=f"looking for exchange {exchange}") from error
+        if isinstance(refusal, amqp.PreconditionFailed):
+            emit(Notice(f"{self.name}: exchange {exchange} has other arguments than ours; used as it is"))
+
+    def exchange_differs(self) -> str | None:
+        """The broker's words when the exchange that is there has another type or durability than ours.
+
+        Declaring what is there as it is changes nothing; whoever may not declare can't learn it (None).
+        Raises as LINK_FAULTS.
+        """
+        try:
+            self._exchange_declare(passive=False)
+        except amqp.PreconditionFailed as error:
+            return str(error.reply_text)
+        except amqp.AccessRefused:
+            return None
+        return None
+
+    def has_exchange(self) -> bool:
+        """Whether the exchange is there; changes nothing. Raises as LINK_FAULTS."""
+        try:
+            self._exchange_declare(passive=True)
+        except amqp.NotFound:
+            return False
+        return True
+
+    def _exchange_declare(self, *, passive: bool) -> None:
+        with self.brief_channel() as channel:
+            channel.exchange_declare(
+                self.options.exchange, type="topic", passive=passive, durable=True, auto_delete=False
+            )
+
+    def discard(self) -> None:
+        """Throw the connection away; nothing that is under way may still be trusted."""
+        self.connection.abort()
+
+    def close(self) -> None:
+        """Say goodbye, within a second, then let go."""
+        try:
+            self.connection.limit = time.monotonic() + _CLOSE_SECONDS
+            self.connection.close()
+        except LINK_FAULTS:
+            pass  # it is gone already, which is what we want
+        self.discard()
+
+
+class Dialer:
+    """Opens links to the first broker of several that takes us.
+
+    It begins at a random one, so that a fleet spreads over them. After a failure it goes on with the
+    next; the caller owns the waits between rounds.
+    """
+
+    def __init__(self, urls: str | Sequence[str], options: BusOptions) -> None:
+        """Raises ConfigError when a URL or the password file can't be used."""
+        self.endpoints = endpoints(urls, options)
+        self.options = options
+        self._next = random.randrange(len(self.endpoints))  # noqa: S311 - no secret
+        self._warned = False
+        if options.password_file is not None:
+            try:
+                _password(self.endpoints[0], options)
+            except BusUnavailable as error:
+                raise ConfigError(f"bus.password_file: {error}") from error
+
+    def dial(self, waker: Waker, told: Callable[[str], TelemetryEvent] | None = BusConnected) -> Link:
+        """A link to some broker, told of in the words of `told`.
+
+        Raises BusUnavailable, or BusDenied when all of them refuse us.
+        """
+        failures: list[BusUnavailable | BusDenied] = []
+        for _ in self.endpoints:
+            endpoint = self.endpoints[self._next]
+            try:
+                link = Link(endpoint, self.options, waker)
+            except (BusUnavailable, BusDenied) as error:
+                failures.append(error)
+                self.skip()
+                continue
+            self._warn_of_plaintext(endpoint)
+            if told is not None:
+                emit(told(endpoint.name))
+            return link
+        raise next((error for error in failures if error.retryable), failures[-1])
+
+    def skip(self) -> None:
+        """Begin the next round at another broker."""
+        self._next = (self._next + 1) % len(self.endpoints)
+
+    def _warn_of_plaintext(self, endpoint: Endpoint) -> None:
+        if not endpoint.tls and not is_loopback(endpoint.host) and not self._warned:
+            self._warned = True
+            emit(InsecureTransport(endpoint.name))
+
+
+def lost(link: Link, error: Exception, told: Callable[[str, Exception], TelemetryEvent] = BusLost) -> None:
+    """Throw `link` away and say so, in the words of `told`."""
+    link.discard()
+    emit(told(link.name, error))
+
+
+def _password(endpoint: Endpoint, options: BusOptions) -> str:
+    """Read at each connect, so that a rotated password is used without a restart."""
+    if options.password_file is None:
+        return endpoint.password
+    try:
+        return secret_text(options.password_file)
+    except (OSError, ValueError) as error:
+        raise BusUnavailable(
+            f"can't read the broker password from {options.password_file}: {why_unread(error)}"
+        ) from error
+
+
+def _tls(endpoint: Endpoint, options: BusOptions) -> dict[str, Any]:
+    """py-amqp's TLS arguments: peer and host name are verified, always."""
+    return {
+        # Named here: kombu turns "localhost" into 127.0.0.1, which no certificate carries.
+        "server_hostname": options.tls_server_name or endpoint.host,
+        "cert_reqs": ssl.CERT_REQUIRED,
+        "ca_certs": _text(options.tls_ca_file),
+        "certfile": _text(options.tls_cert_file),
+        "keyfile": _text(options.tls_key_file),
+    }
+
+
+def _text(path: os.PathLike[str] | None) -> str | None:
+    return None if path is None else os.fspath(path)
+
+
+def _socket_settings(options: BusOptions) -> dict[int, int]:
+    """TCP options. Heartbeats find a dead peer; TCP's own timer must not find a broker that only pauses.
+
+    A broker under an alarm stops reading; with unsent bytes TCP_USER_TIMEOUT (py-amqp: one second) would
+    drop it. It is on only where heartbeats are off.
+    """
+    return {
+        socket.TCP_NODELAY: 1,
+        socket.TCP_USER_TIMEOUT: 0 if options.heartbeat else 25_000,
+        socket.TCP_KEEPIDLE: 10,
+        socket.TCP_KEEPINTVL: 5,
+        socket.TCP_KEEPCNT: 3,
+    }
+
+
+# ------------------------------------------------------------------------------------- errors
+
+
+def translated(error: BaseException, name: str, *, doing: str) -> BusUnavailable | BusDenied:
+    """Our error for one of LINK_FAULTS: what failed, on which broker, what to do. Never holds a secret."""
+    told = errors.translated(error, faults(name, doing=doing))
+    assert isinstance(told, BusUnavailable | BusDenied)
+    return told
+
+
+def faults(name: str, *, doing: str) -> errors.Translations:
+    """What LINK_FAULTS mean, the narrower first, for `errors.translating`."""
+    where = f"{name}: {doing}"
+
+    def away(why: str) -> Callable[[BaseException], BusUnavailable]:
+        return lambda error: BusUnavailable(f"{where}: {why}")
+
+    def unreadable(error: OSError) -> BusUnavailable:
+        why = error.strerror or error
+        return BusUnavailable(
+            f"{where}: can't read {error.filename}: {why}" if error.filename else f"{where}: {why}"
+        )
+
+    return {
+        ssl.SSLCertVerificationError: lambda error: BusDenied(
+            f"{where}: the broker's certificate is not trusted ({error.verify_message}): "
+            "check bus.tls.ca_file, and that the URL's host is a name in the certificate"
+        ),
+        ssl.SSLError: lambda error: _translated_tls(error, where),
+        AMQPError: lambda error: _translated_amqp(error, where),
+        TimeoutError: away("no answer in time: check the address, the network and the broker"),
+        socket.gaierror: away("the host name can't be resolved: check bus.url and DNS"),
+        ConnectionRefusedError: away("connection refused: is the broker up, is the port right?"),
+        OSError: unreadable,
+        struct.error: lambda error: BusUnavailable(
+            f"{where}: the peer does not speak AMQP 0-9-1 ({type(error).__name__})"
+        ),
+    }
+
+
+def _translated_tls(error: ssl.SSLError, where: str) -> BusUnavailable | BusDenied:
+    reason = error.reason or "TLS failed"
+    if "ALERT" in reason:
+        return BusDenied(f"{where}: the broker refuses our TLS ({reason}): check bus.tls.cert_file")
+    return BusUnavailable(f"{where}: {reason}: is this the broker's TLS port?")
+
+
+def _translated_amqp(error: AMQPError, where: str) -> BusUnavailable | BusDenied:
+    code = getattr(error, "reply_code", 0) or 0
+    text = str(getattr(error, "reply_text", "") or "").strip()
+    if code == 403:
+        return BusDenied(f"{where}: access refused ({text}): check user, password and permissions")
+    if code in (506, 530) and "limit" in text:  # of connections or channels, of a user, a host or the node
+        return BusUnavailable(f"{where}: {text}: raise the limit, or close what uses it up")
+    if code == 530 and "channel_max" in f"{text} {error}":
+        return BusUnavailable(f"{where}: {text or error}: raise channel_max")
+    if code == 530:
+        return BusDenied(f"{where}: not allowed ({text}): check the virtual host and the user's access to it")
+    if code == 404:
+        return BusDenied(
+            f"{where}: not found ({text}): it is declared again at the next connection where "
+            "bus.declare allows it; else create it"
+        )
+    if code == 406 and "user_id" in text:
+        return BusDenied(f"{where}: {text}: set bus.username to the name the broker gives this certificate")
+    if "auth mechanism" in text or "auth mechanism" in str(error):
+        return BusDenied(f"{where}: the broker does not offer the authentication of bus.auth")
+    if isinstance(error, amqp.ConnectionForced) and "heartbeat" in text:
+        return BusUnavailable(f"{where}: heartbeats missed: the broker or the network is gone")
+    return BusUnavailable(f"{where}: {text or type(error).__name__} ({code})")

@@ -1,0 +1,1 @@
+"""Apache Kafka through a kombu transport over librdkafka."""

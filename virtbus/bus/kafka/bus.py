@@ -1,0 +1,446 @@
+"""The Kafka bus: what is in flight, what its delivery reports mean, and when the producer is replaced.
+
+A Producer of librdkafka must not be used across a fork; virtbus does not fork.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import kombu
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import admin as kafka_admin
+
+from virtbus.bus import BusOptions, DeadLetters, Feed, Memory, Subscription, checked_group
+from virtbus.bus.kafka.client import Admin
+from virtbus.bus.kafka.errors import Watch, is_purged, oneline, translate
+from virtbus.bus.kafka.settings import KafkaSettings, check
+from virtbus.bus.kafka.transport import TRANSPORT
+from virtbus.envelope import to_kafka
+from virtbus.errors import BusDenied, BusUnavailable, RecordRefused, VirtbusError
+from virtbus.model import Check, Confirmed, Deferred, Outcome, Record, Refused
+from virtbus.telemetry import METRICS, BusConnected, BusLost, InsecureTransport, emit
+
+# Their classes carry no types.
+_Connection: Any = kombu.Connection
+_ConfigResource: Any = kafka_admin.ConfigResource  # type: ignore[attr-defined]
+
+# How long a closing bus waits for what is in flight, in seconds.
+CLOSE_SECONDS = 5.0
+_POLL_SECONDS = 0.1
+_CONFIRMED = Confirmed()
+
+
+# ----------------------------------------------------------------------------------------------- link
+
+
+class _Link:
+    """One producer's life: what is in flight, what was reported. Thrown away after anything unclear."""
+
+    def __init__(self, settings: KafkaSettings, *, batching: bool) -> None:
+        """Prove that the brokers answer, accept us and have the topic. Raises BusUnavailable, BusDenied."""
+        options = settings.options
+        self.watch = Watch()
+        self.batching = batching
+        self._topic = options.topic
+        self._structured = options.structured
+        self._max_bytes = options.max_record_bytes
+        Admin(settings).ensure(options.topic, declare=options.declare)
+        self._connection = _Connection(
+            transport=TRANSPORT,
+            transport_options={"settings": settings, "watch": self.watch, "batching": batching},
+        )
+        self._channel = self._connection.channel()
+        self._producer: Any = kombu.Producer(self._channel, kombu.Exchange(self._topic), auto_declare=False)
+        self.flying: dict[str, tuple[Record, float]] = {}  # by key: at most one unconfirmed record a key
+        self._reports: list[tuple[Record, Any]] = []
+        self.progress = time.monotonic()
+
+    def send(self, record: Record, stopped: Callable[[], Exception | None]) -> Outcome | None:
+        """Hand a record to the client; an outcome when there is one at once, or `stopped` has one."""
+        if len(record.body) > self._max_bytes:
+            size, limit = len(record.body), self._max_bytes
+            return Refused(RecordRefused(f"{size} bytes: the largest record allowed is {limit} bytes"))
+        wire = to_kafka(record.attributes, record.body, structured=self._structured)
+        reported = partial(self._reported, record)
+        while True:
+            try:
+                self._producer.publish(
+                    wire.value,
+                    routing_key=wire.key,
+                    headers=wire.headers,
+                    content_type="application/octet-stream",  # a header of the record says what it is
+                    on_delivery=reported,
+                )
+                break
+            except BufferError:
+                # The local queue is full: back-pressure, not an error. It can't last: its records time out.
+                if not self.flying and not self._reports:
+                    told = f"{len(record.body)} bytes are more than the client may hold"
+                    return Deferred(BusDenied(f"{told}: raise bus.kafka.options queue.buffering.max.kbytes"))
+                self.serve(_POLL_SECONDS)
+                fault = stopped()
+                if fault is not None:
+                    return Deferred(fault)
+            except KafkaException as error:
+                translated = translate(error.args[0], f"handing over event {record.id}")
+                return Refused(translated) if isinstance(translated, RecordRefused) else Deferred(translated)
+        now = time.monotonic()
+        if not self.flying:
+            self.progress = now
+        self.flying[record.key] = record, now
+        return None
+
+    def _reported(self, record: Record, error: Any, _message: Any) -> None:
+        self._reports.append((record, error))
+
+    def serve(self, timeout: float) -> None:
+        """Let librdkafka call back for up to `timeout` seconds."""
+        try:
+            self._channel.drain_events(timeout)
+        except KafkaException as error:  # a fatal error is raised by poll instead of given to error_cb
+            self.watch(error.args[0])
+
+    def take_reports(self) -> list[tuple[Record, Any]]:
+        """The records whose delivery report came, each with None or its KafkaError; in flight no more."""
+        reports, self._reports = self._reports, []
+        if not reports:
+            return reports
+        self.progress = now = time.monotonic()
+        flying = self.flying
+        sent = [(flying.pop(record.key)[1], error) for record, error in reports]
+        waits = [now - since for since, error in sent if error is None]
+        if waits:
+            for wait in waits:
+                METRICS.confirm_seconds.observe(wait)
+            self.watch.forget()
+        return reports
+
+    def fault(self, patience: float, grace: float) -> VirtbusError | None:
+        """Why this link can't go on, if so: fatal, refused for `grace` seconds, or silent for `patience`."""
+        watch = self.watch
+        if watch.fatal is not None:
+            return translate(watch.fatal, "publishing")
+        if not self.flying:
+            return None
+        silent = time.monotonic() - self.progress
+        if watch.denied is not None and silent > grace:
+            return translate(watch.denied, "publishing")
+        if silent > patience:
+            return BusUnavailable(
+                f"nothing confirmed for {silent:.0f} s: {watch.last or 'no broker answers'}"
+            )
+        return None
+
+    def discard(self) -> None:
+        """Throw the producer away; late reports go nowhere."""
+        self._connection.release()
+
+
+# ------------------------------------------------------------------------------------------------ bus
+
+
+class KafkaBus:
+    """A Kafka topic as a bus: see virtbus.bus.Bus for the contract, which this class keeps.
+
+    Idempotent producer, acks=all, one unconfirmed record a key. A record whose report says that it may be
+    stored is `Deferred` and the producer is replaced; its second copy carries the same id.
+    """
+
+    def __init__(self, url: str, *, options: BusOptions) -> None:
+        """Raises ConfigError that names every problem of URL and options at once; connects to nothing."""
+        self._settings = check(url, options)
+        self._options = options
+        self._lock = threading.Lock()
+        self._link: _Link | None = None
+        self._publishing: int | None = None  # the thread that runs `publish` now
+        self._idle = threading.Event()
+        self._idle.set()
+        self._closed_at: float | None = None
+        # Kafka refuses a batch as a whole: so many records more go alone, to find the one that is meant.
+        self._suspects = 0
+
+    def __repr__(self) -> str:
+        """Without credentials."""
+        return f"KafkaBus({self._settings.display})"
+
+    # ------------------------------------------------------------------------------------- publishing
+
+    def publish(self, feed: Feed) -> Iterator[tuple[Record, Outcome]]:
+        """See virtbus.bus.Bus."""
+        link = self._connected()
+        self._publishing = threading.get_ident()
+        self._idle.clear()
+        try:
+            yield from self._publish(link, feed)
+        finally:
+            self._publishing = None
+            self._idle.set()
+            if link.flying:  # the caller let go in the middle
+                self._drop(link, "publishing was broken off")
+
+    def _publish(self, link: _Link, feed: Feed) -> Iterator[tuple[Record, Outcome]]:
+        options = self._options
+        window = options.window
+        patience = options.confirm_timeout + 5.0  # librdkafka's own time-out comes first
+
+        def stopped() -> VirtbusError | None:
+            return link.fault(patience, options.connect_timeout) or self._closing()
+
+        while True:
+            room = window - len(link.flying)
+            if self._is_closed() or (not link.batching and self._suspects <= 0):
+                room = 0
+            records: Sequence[Record] = ()
+            # Not for each single place that gets free: a look into the spool costs more than a record.
+            if room > 0 and (not link.flying or room * 4 >= window):
+                records = feed.take(room, link.flying.keys())
+            fault: Exception | None = None
+            for record in records:
+                outcome = Deferred(fault) if fault is not None else link.send(record, stopped)
+                if isinstance(outcome, Deferred):
+                    fault = fault or outcome.error
+                if outcome is not None:
+                    yield record, outcome
+            if not link.flying and fault is None:
+                if records:
+                    continue
+                if not link.batching:
+                    self._suspects = 0
+                    self._drop(link, None)
+                return
+            link.serve(0.0 if records else _POLL_SECONDS)
+            reports = link.take_reports()
+            if any(error is not None for _, error in reports):
+                link.serve(0.0)  # a fatal error's cause comes after the reports of what it purged
+            fault = stopped() or fault
+            for record, error in reports:
+                if error is None and link.batching:
+                    yield record, _CONFIRMED
+                    continue
+                outcome, reason = self._judge(link, record, error, fault)
+                fault = fault or reason
+                yield record, outcome
+            if fault is not None:
+                yield from self._give_up(link, fault)
+                return
+
+    def _judge(
+        self, link: _Link, record: Record, error: Any, fault: Exception | None
+    ) -> tuple[Outcome, Exception | None]:
+        """What a delivery report means: the record's outcome, and why the producer must go, if it must."""
+        if not link.batching:
+            self._suspects -= 1
+        if error is None:
+            return _CONFIRMED, None
+        if fault is not None and is_purged(error):
+            return Deferred(fault), fault
+        translated = translate(error, f"publishing event {record.id} to {self._options.topic}")
+        if not isinstance(translated, RecordRefused):
+            if fault is None and error.code() == KafkaError._MSG_TIMED_OUT:
+                translated = self._explained(translated)
+            return Deferred(translated), translated
+        if not link.batching:
+            return Refused(translated), None
+        unclear = BusUnavailable(f"{translated}: its batch was refused as a whole; each is sent alone now")
+        self._suspects = self._options.window  # the bad one is among the first of those that come again
+        return Deferred(unclear), unclear
+
+    def _explained(self, error: VirtbusError) -> VirtbusError:
+        """A timeout with what librdkafka keeps for itself: that the topic is gone, or short of replicas."""
+        topic = self._options.topic
+        try:
+            admin = Admin(self._settings)
+            found = admin.describe(topic)
+            check = None if found is None else self._topic_check(admin, found)
+        except VirtbusError:
+            return error
+        if check is None:
+            then = "it is created at the next attempt" if self._options.declare else "create it"
+            return BusUnavailable(f'{error}: topic "{topic}" does not exist any more; {then}')
+        return BusUnavailable(f"{error}: {check.remedy}") if check.status == "failed" else error
+
+    def _is_closed(self) -> bool:
+        return self._closed_at is not None
+
+    def _closing(self) -> VirtbusError | None:
+        closed_at = self._closed_at
+        if closed_at is None or time.monotonic() - closed_at < CLOSE_SECONDS:
+            return None
+        return BusUnavailable("the bus was closed before the broker confirmed")
+
+    def _give_up(self, link: _Link, fault: Exception) -> Iterator[tuple[Record, Outcome]]:
+        """Throw the producer away; the outcomes of what was unconfirmed."""
+        link.serve(0.0)  # what was confirmed meanwhile is confirmed
+        reports = link.take_reports()
+        left = [record for record, _ in link.flying.values()]
+        link.flying.clear()
+        self._drop(link, fault)
+        for record, error in reports:
+            yield record, self._judge(link, record, error, fault)[0]
+        for record in left:
+            yield record, Deferred(fault)
+
+    def _connected(self) -> _Link:
+        with self._lock:
+            if self._is_closed():
+                raise BusUnavailable("the bus was closed")
+            link = self._link
+        if link is not None:
+            link.serve(0.0)
+            fault = link.fault(0.0, 0.0)
+            if fault is None:
+                return link
+            self._drop(link, fault)
+        link = self._connect()
+        with self._lock:
+            if not self._is_closed():
+                self._link = link
+                return link
+        link.discard()
+        raise BusUnavailable("the bus was closed")
+
+    def _connect(self) -> _Link:
+        display = self._settings.display
+        try:
+            link = _Link(self._settings, batching=self._suspects <= 0)
+        except (BusUnavailable, BusDenied) as error:
+            emit(BusLost(display, error))
+            raise
+        emit(BusConnected(display))
+        if self._settings.insecure:
+            emit(InsecureTransport(display))
+        return link
+
+    def _drop(self, link: _Link, why: Exception | str | None) -> None:
+        with self._lock:
+            if self._link is link:
+                self._link = None
+        link.flying.clear()
+        link.discard()
+        if why is not None:
+            emit(BusLost(self._settings.display, why))
+
+    def tick(self) -> None:
+        """See virtbus.bus.Bus."""
+        with self._lock:
+            link = None if self._publishing is not None else self._link
+        if link is not None:
+            link.serve(0.0)
+            fault = link.fault(0.0, 0.0)
+            if fault is not None:
+                self._drop(link, fault)
+
+    def close(self) -> None:
+        """See virtbus.bus.Bus. A running `publish` takes nothing more and has five seconds for what is in
+        flight; its last outcomes name, as `Deferred`, what the broker did not confirm by then.
+        """
+        with self._lock:
+            if self._closed_at is not None:
+                return
+            self._closed_at = time.monotonic()
+        if self._publishing is not None and self._publishing != threading.get_ident():
+            self._idle.wait(CLOSE_SECONDS + 2.0)
+        with self._lock:
+            link = self._link
+        # Called from inside the caller's own loop over `publish`, that loop ends it.
+        if link is not None and self._publishing is None:
+            self._drop(link, None)
+
+    # -------------------------------------------------------------------------------------- consuming
+
+    def consume(
+        self, group: str | None, *, prefetch: int = 100, exclusive: bool = False, memory: Memory | None = None
+    ) -> Subscription:
+        """See virtbus.bus.Bus. A group is Kafka's consumer group `virtbus.<group>`; a new one begins with
+        the oldest event that the topic still holds. Without a group it connects at once, to
+        know what "now" is.
+        """
+        from virtbus.bus.kafka.subscription import KafkaSubscription
+
+        return KafkaSubscription(self._settings, checked_group(group), prefetch, exclusive, memory)
+
+    def dead_letters(self, group: str) -> DeadLetters:
+        """See virtbus.bus.Bus."""
+        from virtbus.bus.kafka.dead import KafkaDeadLetters
+
+        return KafkaDeadLetters(self._settings, checked_group(group) or group)
+
+    # ---------------------------------------------------------------------------------------- probing
+
+    def probe(self) -> Sequence[Check]:
+        """See virtbus.bus.Bus."""
+        settings = self._settings
+        topic = settings.options.topic
+        transport = Check(
+            "bus.transport",
+            "warning" if settings.insecure else "ok",
+            f"{settings.display}: {'TLS' if settings.tls else 'plaintext'}, SASL: {settings.mechanism}",
+            "use kafkas:// and leave verification on" if settings.insecure else None,
+        )
+        try:
+            admin = Admin(settings)
+            found = admin.describe(topic, operations=True)
+        except VirtbusError as error:
+            remedy = "check user, mechanism, certificates and ACLs" if isinstance(error, BusDenied) else None
+            remedy = remedy or "check that the brokers run and that bus.url names their hosts and ports"
+            return [
+                transport,
+                Check("bus.reach", "failed", oneline(error), remedy, error.exit_code),
+            ]
+        checks = [transport, Check("bus.reach", "ok", f"{settings.display} answers and accepts us")]
+        if found is None:
+            may = settings.options.declare
+            checks.append(
+                Check(
+                    "bus.topic",
+                    "warning" if may else "failed",
+                    f'topic "{topic}" does not exist' + ("; it is created at the first event" if may else ""),
+                    f'create topic "{topic}"',
+                    0 if may else BusDenied.exit_code,
+                )
+            )
+            return checks
+        operations = {operation.name for operation in found.authorized_operations or ()}
+        if operations and not operations & {"WRITE", "ALL"}:
+            remedy = f'permit Write on topic "{topic}" to this user'
+            checks.append(
+                Check("bus.topic", "failed", f'no right to write to "{topic}"', remedy, BusDenied.exit_code)
+            )
+            return checks
+        checks.append(self._topic_check(admin, found))
+        return checks
+
+    def _topic_check(self, admin: Admin, found: Any) -> Check:
+        topic = self._settings.options.topic
+        replicas = min((len(partition.replicas) for partition in found.partitions), default=0)
+        facts: dict[str, object] = {"partitions": len(found.partitions), "replicas": replicas}
+        try:
+            resource = _ConfigResource(_ConfigResource.Type.TOPIC, topic)
+            entries = admin.call(
+                f'reading the settings of topic "{topic}"',
+                lambda client: client.describe_configs([resource])[resource],
+            )
+            facts["min_insync_replicas"] = insync = int(entries["min.insync.replicas"].value)
+            facts["max_message_bytes"] = int(entries["max.message.bytes"].value)
+        except VirtbusError as error:  # DescribeConfigs is a right of its own that publishing does not need
+            facts["settings"] = oneline(error)
+            insync = None
+        summary = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
+        leaderless = [each.id for each in found.partitions if each.leader is None]
+        short = [each.id for each in found.partitions if insync is not None and len(each.isr) < insync]
+        remedy, status = None, "ok"
+        if leaderless:
+            status, remedy = "failed", f"partitions {leaderless} have no leader: bring their brokers back"
+        elif short:
+            told = f"partitions {short} have fewer replicas in sync than min.insync.replicas = {insync}"
+            status, remedy = "failed", f"{told}: bring their brokers back"
+        elif replicas < 2 or (insync is not None and insync < 2):
+            status = "warning"
+            remedy = "one broker's disk can lose confirmed events: replication 3 and min.insync.replicas 2"
+        exit_code = BusUnavailable.exit_code if status == "failed" else 0
+        return Check("bus.topic", status, f'topic "{topic}": {summary}', remedy, exit_code, facts)

@@ -1,0 +1,139 @@
+"""Where a Kafka group goes on in each partition, and which records it will never get.
+
+Pure. Kafka itself moves a group silently: to the oldest record that is left when retention has overtaken it,
+to any record of the same number when the topic was recreated. Hence every commit carries the topic's id as
+its metadata, and the same is noted beside the dedupe marks, for a deleted topic takes the commits along.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from virtbus.bus import Memory
+from virtbus.bus.kafka.line import Track
+from virtbus.sequences import Cause, MissingEvents
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """How far a group has read one partition."""
+
+    topic_id: str  # "" where the broker gives none (before Kafka 3.1)
+    next: int  # the offset to go on from
+
+    def note(self) -> str:
+        """As it is kept."""
+        return json.dumps([self.topic_id, self.next])
+
+    @classmethod
+    def read(cls, note: str | None) -> Place | None:
+        """What `note` wrote; None when there is none that can be read."""
+        try:
+            topic_id, following = json.loads(note or "")
+            return cls(str(topic_id), int(following))
+        except (ValueError, TypeError):
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """A partition as it is now."""
+
+    name: str  # "topic[partition]"
+    topic_id: str
+    low: int  # the oldest offset that is left
+    high: int  # the offset that the next record gets
+
+
+def resume(
+    committed: Place | None, noted: Place | None, log: Log
+) -> tuple[int | None, tuple[MissingEvents, ...]]:
+    """Where to go on (None: where the commit says), and what is lost on the way.
+
+    `committed` is what the broker keeps for the group, `noted` what we kept. The commit decides, for an
+    operator may have moved it; the note only tells what was read where the broker has forgotten it. Without
+    either the group is new, and misses nothing.
+    """
+    places = [place for place in (committed, noted) if place is not None]
+    same = [place for place in places if _same(place.topic_id, log.topic_id)]
+    if not places:
+        return log.low, ()
+    read = max(same or places, key=lambda place: place.next)
+    if not same:  # all of the new topic is from after the group began
+        return log.low, (replaced(log.name, read), *_expired(log, 0))
+    start = committed if committed in same and committed is not None else read
+    if start.next > log.high:  # cut short, or another topic of a broker that gives no ids
+        return log.low, (replaced(log.name, read), *_expired(log, 0))
+    if start.next < log.low or committed is not start:
+        return log.low, _expired(log, read.next)
+    return None, ()
+
+
+def _expired(log: Log, following: int) -> tuple[MissingEvents, ...]:
+    """What retention took of what was to come next."""
+    if following >= log.low:
+        return ()
+    return (MissingEvents(log.name, log.topic_id, following, log.low - 1, Cause.RETENTION),)
+
+
+def replaced(name: str, old: Place) -> MissingEvents:
+    """What was not read of a partition that is another one now; nobody knows how far it went."""
+    return MissingEvents(name, old.topic_id, old.next, None, Cause.REPLACED)
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two ids may be of one topic: an unknown one may be any."""
+    return not one or not other or one == other
+
+
+class Losses:
+    """What one subscription's group has read and will never get; tells each loss once."""
+
+    def __init__(self, topic: str, memory: Memory) -> None:
+        self._topic, self._memory = topic, memory
+        self.topic_id = ""  # of the topic that is read now
+        self._told: set[tuple[str, str, int]] = set()
+
+    def read(self, partition: int, following: int) -> None:
+        """The group goes on from `following`."""
+        self._memory.keep(self._name(partition), Place(self.topic_id, following).note())
+
+    def resume(
+        self, partition: int, committed: int | None, committed_id: str, low: int, high: int
+    ) -> int | None:
+        """Where to go on in a partition that was assigned; None: where the commit says."""
+        name = self._name(partition)
+        place = None if committed is None else Place(committed_id, committed)
+        noted = Place.read(self._memory.recall(name))
+        start, lost = resume(place, noted, Log(name, self.topic_id, low, high))
+        for each in lost:
+            self._tell(each)
+        following = committed if start is None else start
+        if following is not None:
+            self.read(partition, following)
+        return start
+
+    def passed_over(self, partition: int, first: int, last: int, ends: tuple[int, int] | None) -> None:
+        """Offsets that did not come: compacted away, or lost if they are older than the oldest that is left.
+
+        Lost too when the broker does not say, or speaks of another log that is shorter by now.
+        """
+        low, high = ends if ends is not None else (last + 1, last + 1)
+        lost = last if high <= last else min(last, low - 1)
+        if lost >= first:
+            self._tell(MissingEvents(self._name(partition), self.topic_id, first, lost, Cause.RETENTION))
+
+    def replaced(self, partition: int, track: Track) -> None:
+        """A partition is another one now; since it was last known to be the same, nobody knows which."""
+        if track.sure is not None:
+            self._tell(replaced(self._name(partition), Place(self.topic_id, track.sure)))
+
+    def _name(self, partition: int) -> str:
+        return f"{self._topic}[{partition}]"
+
+    def _tell(self, lost: MissingEvents) -> None:
+        told = (lost.source, lost.epoch, -1 if lost.cause is Cause.REPLACED else lost.first)
+        if told not in self._told:
+            self._told.add(told)
+            self._memory.missing(lost)

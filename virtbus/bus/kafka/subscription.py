@@ -1,0 +1,439 @@
+"""Consuming from Kafka at least once: the client, the group, and what it is told when records are gone."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
+from contextlib import suppress
+from typing import Any
+
+from confluent_kafka import (
+    OFFSET_BEGINNING,
+    Consumer,
+    KafkaError,
+    KafkaException,
+    TopicPartition,
+)
+
+from virtbus.bus import Memory
+from virtbus.bus.kafka.client import Admin, TopicLook, make, topic_id
+from virtbus.bus.kafka.dead import FOR_HEADER, DeadLetterWriter
+from virtbus.bus.kafka.errors import Watch, is_missing, oneline, translate
+from virtbus.bus.kafka.line import Handle, Line, Track
+from virtbus.bus.kafka.places import Losses
+from virtbus.bus.kafka.records import headers_of, message_of
+from virtbus.bus.kafka.settings import KafkaSettings
+from virtbus.errors import BusDenied, BusUnavailable, GroupTakenOver
+from virtbus.model import Message
+from virtbus.sequences import MissingEvents
+from virtbus.telemetry import Notice, Trouble, emit
+
+_NO_LEADER_YET = frozenset({KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE})
+_CALL_SECONDS = 5.0
+_ASK_SECONDS = 1.0  # where an answer is only nice to have
+_CLOSE_SECONDS = 5.0  # to leave the group and to commit what was acknowledged
+# How often to look for another topic of the same name, for what retention took from a partition at rest and,
+# where there is no group to tell of them, for partitions that were added.
+_LOOK_SECONDS = 20.0
+# Without a partition for so long, while brokers answer, an exclusive member was replaced.
+_OUSTED_SECONDS = 20.0
+
+
+class _OwnMemory:
+    """See virtbus.bus.Memory: for a subscription without a consumer's file."""
+
+    def __init__(self) -> None:
+        self._notes: dict[str, str] = {}
+
+    def recall(self, name: str) -> str | None:
+        return self._notes.get(name)
+
+    def keep(self, name: str, value: str) -> None:
+        self._notes[name] = value
+
+    def missing(self, told: MissingEvents, /) -> None:
+        emit(told)
+
+
+class KafkaSubscription:
+    """See virtbus.bus.Subscription. Rebalance-safe: a partition that is taken away takes its messages along.
+
+    Acknowledged offsets are committed in the background every 0.2 s, at a rebalance and at `close`; a kill
+    in between delivers those messages again. Kafka keeps no count of deliveries: `redelivered` is true only
+    for what this subscription was told to `retry`.
+    """
+
+    def __init__(
+        self,
+        settings: KafkaSettings, group: str | None, prefetch: int, exclusive: bool = False,
+        memory: Memory | None = None,
+    ) -> None:  # fmt: skip
+        """Without a group: raises BusUnavailable or BusDenied when "now" can't be found out."""
+        self._settings = settings
+        self._group = group
+        self._prefetch = max(1, prefetch)
+        self._exclusive = exclusive and group is not None
+        self._ousted_at: float | None = None  # since when an exclusive member has no partition any more
+        self._line = Line(self._prefetch)
+        self._paused: bool | None = None  # None: some partitions may be, and others not
+        self._polled = True  # since something that waited here was handed out
+        self._dead_letters = DeadLetterWriter(settings, group) if group is not None else None
+        self._losses = Losses(settings.options.topic, memory or _OwnMemory())
+        self._look = TopicLook(settings, settings.options.topic, _LOOK_SECONDS)
+        self._asked: list[tuple[Track, int | None]] = []  # how far each was read when the look began
+        self._watch = Watch()
+        self._consumer: Any = None
+        if group is None:
+            self._connect()
+
+    def receive(self, timeout: float) -> Message | None:
+        """See virtbus.bus.Subscription."""
+        deadline = time.monotonic() + timeout
+        if self._consumer is None:
+            self._connect()
+        while True:
+            self._serve()
+            # What waits here and what the broker has take turns: a caller that is slower than its retries
+            # come due would else hear of no new message, and of no rebalance, until the group casts it out.
+            turn, self._polled = self._polled, True
+            message = self._line.ready(time.monotonic()) if turn else None
+            if message is not None:
+                self._polled = False
+                return message
+            now = time.monotonic()
+            wait = max(0.0, deadline - now) if turn else 0.0
+            due = self._line.wait(now)
+            self._throttle()
+            polled = self._poll(wait if due is None else min(wait, due))
+            if self._look.due(time.monotonic()):
+                self._look_around(idle=polled is None)
+                if self._consumer is None:  # another topic: what was polled comes again if it is of that one
+                    self._connect()
+                    continue
+            if polled is not None and polled.error() is None:
+                message = self._took(polled)
+                if message is not None:
+                    return message
+                continue
+            self._raise_for(None if polled is None else polled.error(), time.monotonic() >= deadline)
+            if turn and time.monotonic() >= deadline and not self._line.due(time.monotonic()):
+                return None
+
+    def ack(self, message: Message) -> None:
+        """See virtbus.bus.Subscription."""
+        handle = self._line.settle(message)
+        if handle is not None:
+            self._done(handle)
+
+    def retry(self, message: Message, after: float) -> None:
+        """See virtbus.bus.Subscription. It waits here; a kill before then delivers it again as well."""
+        handle = self._line.settle(message)
+        if handle is not None:
+            self._line.retry(message, handle, time.monotonic() + max(0.0, after))
+
+    def dead_letter(self, message: Message, reason: str) -> None:
+        """See virtbus.bus.Subscription. It goes to the topic `<topic>.dead`, key and headers as they were.
+
+        A record that is too large for that topic leaves a stub there, which names topic, partition, offset,
+        size and reason.
+        """
+        handle = self._line.settle(message)
+        if handle is None:
+            return
+        if self._dead_letters is None:
+            emit(Notice(f"put aside without a group, so only logged: {message.position}: {reason}"))
+            self._done(handle)
+            return
+
+        def done() -> None:
+            if self._consumer is not None and self._line.owns(handle):
+                self._done(handle)
+
+        self._dead_letters.put(message, handle.key, handle.headers, reason, done)
+        self._line.set_aside(len(self._dead_letters))
+
+    def close(self) -> None:
+        """See virtbus.bus.Subscription."""
+        if self._dead_letters is not None:
+            self._dead_letters.close()
+        consumer, self._consumer = self._consumer, None
+        self._line.forget(list(self._line.tracks))
+        if consumer is not None:
+            _leave(consumer)
+
+    # ---------------------------------------------------------------------------------------- messages
+
+    def _poll(self, wait: float) -> Any:
+        longest = 0.05 if self._dead_letters is not None and len(self._dead_letters) else 0.5  # for reports
+        try:
+            return self._consumer.poll(min(wait, longest))
+        except KafkaException as error:  # a fatal error is raised by poll instead of given to error_cb
+            self._raise_for(error.args[0], over=True)
+            raise translate(error.args[0], f"consuming from {self._settings.display}") from error
+
+    def _took(self, polled: Any) -> Message | None:
+        """A message from the broker, unless it has to wait or is not for us."""
+        partition, offset = polled.partition(), polled.offset()
+        track = self._line.tracks.get(partition)
+        if track is None:  # assigned without a callback: never seen, but a message must not be lost for it
+            track = self._line.assign(partition)
+        elif track.following is not None and offset < track.following:
+            self._losses.replaced(partition, track)
+            self._look.soon()
+            track = self._line.assign(partition, offset)  # what came before is another log's
+        passed_over = track.took(offset)
+        if passed_over is not None:
+            ends = _ends(self._consumer, TopicPartition(polled.topic(), partition))
+            self._losses.passed_over(partition, *passed_over, ends)
+        headers = headers_of(polled)
+        handle = Handle(track, polled.topic(), partition, offset, polled.key(), headers)
+        meant_for = next((value for name, value in headers if name == FOR_HEADER), None)
+        if meant_for is not None and self._group is not None and meant_for != self._group.encode():
+            handle.settled = True
+            self._done(handle)  # a dead letter that another group sent back to itself
+            return None
+        message = message_of(polled, headers, redelivered=meant_for is not None, handle=handle)
+        return self._line.took(message, handle)
+
+    def _done(self, handle: Handle) -> None:
+        watermark = self._line.done(handle)
+        if watermark is None or self._group is None:
+            return
+        place = TopicPartition(handle.topic, handle.partition, watermark, self._losses.topic_id)
+        self._losses.read(handle.partition, watermark)
+        try:
+            self._consumer.store_offsets(offsets=[place])
+        except KafkaException as error:
+            # The partition went away this moment: its next owner delivers the message again.
+            if error.args[0].code() != KafkaError._STATE:
+                emit(Trouble("storing a Kafka offset", oneline(error)))
+
+    def _serve(self) -> None:
+        if self._dead_letters is not None and len(self._dead_letters):
+            self._dead_letters.serve()
+            self._line.set_aside(len(self._dead_letters))
+
+    def _throttle(self) -> None:
+        """Stop fetching while the caller has enough; polling goes on, so that the group keeps us."""
+        full = self._line.full
+        if full == self._paused or not self._line.tracks:
+            return
+        places = [TopicPartition(self._settings.options.topic, partition) for partition in self._line.tracks]
+        try:
+            (self._consumer.pause if full else self._consumer.resume)(places)
+            self._paused = full
+        except KafkaException as error:  # a rebalance came between; the next round does it
+            emit(Trouble("pausing a Kafka partition", oneline(error)))
+
+    # ------------------------------------------------------------------------------------- connection
+
+    def _connect(self) -> None:
+        settings, topic = self._settings, self._settings.options.topic
+        self._losses.topic_id = topic_id(Admin(settings).ensure(topic, declare=settings.options.declare))
+        self._watch = Watch()
+        group_id = f"virtbus.{self._group}" if self._group else f"virtbus.tap.{uuid.uuid4()}"
+        config = settings.consumer(self._watch, group_id, self._prefetch)
+        self._ousted_at = None
+        if self._exclusive:
+            # Static membership: the broker knows one member by this name, and fences off the older one.
+            config["group.instance.id"] = group_id
+        consumer: Any = make(Consumer, config)
+        try:
+            if self._group is not None:
+                consumer.subscribe(
+                    [topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._revoked
+                )
+            else:
+                places = _now(consumer, topic)
+                for place in places:
+                    self._line.assign(place.partition, place.offset)
+                consumer.assign(places)
+        except BaseException:
+            consumer.close()
+            raise
+        self._consumer = consumer
+
+    def _assigned(self, consumer: Any, places: list[Any]) -> None:
+        """Partitions are ours: go on where the group left off."""
+        begun = []
+        for place, committed, start in _starts(consumer, places, self._losses):
+            if start is not None:
+                place.offset = start
+                begun.append(TopicPartition(place.topic, place.partition, start, self._losses.topic_id))
+            self._line.assign(place.partition, committed if start is None else start)
+        consumer.incremental_assign(places)
+        if begun:  # from here on the group has a place that retention can overtake
+            consumer.store_offsets(offsets=begun)
+        self._paused = None  # new partitions come unpaused, others stay as they are: `_throttle` looks again
+        self._ousted_at = None
+
+    def _revoked(self, consumer: Any, places: list[Any]) -> None:
+        if consumer is not self._consumer:  # one that is being closed, in a thread of its own
+            return
+        # What was acknowledged is stored: librdkafka commits it before it gives the partition away.
+        self._line.forget([place.partition for place in places])
+        if self._exclusive and not self._line.tracks:
+            self._ousted_at = time.monotonic()
+
+    def _look_around(self, idle: bool) -> None:
+        """Is it still the same topic, and, where nothing comes, has it lost what we were about to read?"""
+        tracks = self._line.tracks
+        if not self._look.is_asking:
+            self._asked = [(track, track.position) for track in tracks.values()]
+        found = self._look.poll(time.monotonic())
+        if found is None or self._watch.all_down:
+            return
+        if found != self._losses.topic_id:
+            for partition, track in tracks.items():
+                self._losses.replaced(partition, track)
+            if self._group is not None:
+                self._restart()  # to take it from its beginning
+                return
+            self._losses.topic_id = found
+            self._consumer.unassign()
+            tracks.clear()
+        for track, position in self._asked:
+            track.sure = position
+        if self._group is None:
+            self._take_new_partitions()
+        if idle and not self._paused:
+            _look_for_losses(self._consumer, self._settings.options.topic, tracks, self._losses)
+
+    def _take_new_partitions(self) -> None:
+        """Everything in a partition that was added since is from after we began."""
+        new = _added(self._consumer, self._settings.options.topic, self._line.tracks.keys())
+        for partition in new:
+            self._line.assign(partition)
+        if new:
+            self._paused = None
+
+    def _raise_for(self, error: Any, over: bool) -> None:
+        """Raise what the caller has to know; the client itself goes on trying."""
+        watch = self._watch
+        doing = f"consuming from {self._settings.display}"
+        denied = watch.denial(time.monotonic())
+        if denied is not None:
+            self._restart()
+            raise translate(denied, doing)
+        if self._is_ousted():
+            raise GroupTakenOver(f"{doing}: a newer exclusive member of group {self._group} took over")
+        if error is not None and error.code() not in (
+            KafkaError._PARTITION_EOF,
+            KafkaError._MAX_POLL_EXCEEDED,
+        ):
+            translated = translate(error, doing)
+            if error.fatal() or isinstance(translated, BusDenied):
+                self._restart()
+                raise translated
+            if is_missing(error):
+                self._look.soon()
+                self._restart()
+                raise BusUnavailable(str(translated)) from translated
+        if watch.all_down and self._ousted_at is not None:
+            self._ousted_at = time.monotonic()
+        if over and watch.all_down:
+            watch.all_down = False
+            raise BusUnavailable(f"{doing}: {watch.last or 'no broker answers'}")
+
+    def _is_ousted(self) -> bool:
+        """Whether a newer exclusive member replaced us: librdkafka tells nobody that it was fenced off."""
+        # Its assignment is empty, and stays so. After a cut it would long have joined again.
+        if self._exclusive and self._line.tracks and not self._consumer.assignment():
+            self._line.forget(list(self._line.tracks))
+            self._ousted_at = time.monotonic()
+        return self._ousted_at is not None and time.monotonic() - self._ousted_at > _OUSTED_SECONDS
+
+    def _restart(self) -> None:
+        """The next `receive` makes a new client, with credentials read anew."""
+        if self._group is None:
+            # Its place in the stream is only here: the same client goes on, with the password as it is now.
+            if self._settings.mechanism not in (None, "OAUTHBEARER"):
+                self._consumer.set_sasl_credentials(self._settings.username, self._settings.password())
+            self._watch.forget()
+            return
+        consumer, self._consumer = self._consumer, None
+        self._line.forget(list(self._line.tracks))
+        _leave(consumer)
+
+
+def _now(consumer: Any, topic: str) -> list[Any]:
+    """Where each partition of a topic ends now."""
+    doing = f'looking for the end of topic "{topic}"'
+    deadline = time.monotonic() + _CALL_SECONDS
+    while True:
+        try:
+            partitions = consumer.list_topics(topic, timeout=_CALL_SECONDS).topics[topic].partitions
+            places = [TopicPartition(topic, partition) for partition in partitions]
+            for place in places:
+                place.offset = consumer.get_watermark_offsets(place, timeout=_CALL_SECONDS)[1]
+            return places
+        except KafkaException as error:
+            # A topic that was just made, or a broker that just came back, has no leader for a moment.
+            if error.args[0].code() not in _NO_LEADER_YET or time.monotonic() > deadline:
+                raise translate(error.args[0], doing) from error
+            time.sleep(0.1)
+
+
+def _starts(consumer: Any, places: list[Any], losses: Losses) -> Iterator[tuple[Any, int | None, int | None]]:
+    """(place, committed offset, where to go on instead) of partitions; tells what is lost on the way.
+
+    Without an answer librdkafka asks again by itself, and what was passed over is seen at the next record.
+    """
+    found = {}
+    with suppress(KafkaException):
+        found = {one.partition: one for one in consumer.committed(places, timeout=_CALL_SECONDS)}
+    for place in places:
+        known = found.get(place.partition)
+        offset = known.offset if known is not None and known.offset >= 0 else None
+        ends = _ends(consumer, place, _CALL_SECONDS)
+        start = None
+        if known is not None and ends is not None:
+            start = losses.resume(place.partition, offset, known.metadata or "", *ends)
+        yield place, offset, start
+
+
+def _added(consumer: Any, topic: str, known: AbstractSet[int]) -> list[int]:
+    """The partitions of a topic beyond those that are known, assigned from their beginning."""
+    try:
+        found = consumer.list_topics(topic, timeout=_ASK_SECONDS).topics[topic].partitions
+        new = [number for number in found if number not in known]
+        if new:
+            consumer.incremental_assign([TopicPartition(topic, number, OFFSET_BEGINNING) for number in new])
+    except KafkaException:  # the next look finds them
+        return []
+    return new
+
+
+def _look_for_losses(consumer: Any, topic: str, tracks: dict[int, Track], losses: Losses) -> None:
+    """Nothing is waiting here: has retention taken what was about to come?"""
+    for partition, track in tracks.items():
+        ends = _ends(consumer, TopicPartition(topic, partition))
+        if ends is None:
+            return
+        if track.following is not None and ends[0] > track.following:
+            losses.passed_over(partition, track.following, ends[0] - 1, ends)
+            track.following = ends[0]
+
+
+def _ends(consumer: Any, place: Any, timeout: float = _ASK_SECONDS) -> tuple[int, int] | None:
+    """The oldest offset that a partition still holds, and the next that it gives; None: no answer."""
+    try:
+        found: tuple[int, int] = consumer.get_watermark_offsets(place, timeout=timeout)
+    except KafkaException:
+        return None
+    return found
+
+
+def _leave(consumer: Any) -> None:
+    """Close a client, in bounded time: it may wait for minutes for a broker that is connected and silent.
+
+    What it could not commit by then is delivered again, to somebody.
+    """
+    leaving = threading.Thread(target=consumer.close, name="virtbus-kafka-leave", daemon=True)
+    leaving.start()
+    leaving.join(_CLOSE_SECONDS)
+    if leaving.is_alive():
+        emit(Notice(f"left without the broker's answer within {_CLOSE_SECONDS:g} s"))

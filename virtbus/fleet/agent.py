@@ -1,0 +1,213 @@
+"""What was heard of one agent: its runs in their order, its incidents, its clock against ours. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass, field
+
+from virtbus.fleet.storage import Backend
+from virtbus.fleet.verdict import Trouble
+from virtbus.model import Host, Now, SourceHealth
+from virtbus.words import Action, SourceState
+
+MAX_INTERVAL_SECONDS = 3600.0  # the schema's bound: no agent may ask for more patience
+_MAX_ENDED = 1000
+_MAX_INCIDENTS = 5000
+_MAX_RUNS = 32
+_CLOCK_SAMPLES = 3
+_CLOCK_TRUSTED_SECONDS = 5.0  # a heartbeat's way to us: less than this is no wrong clock
+
+Version = tuple[str, int]  # (epoch, sequence): in the order of `Runs`, not of the text
+
+
+class Rate:
+    """Events a minute, forgotten exponentially."""
+
+    __slots__ = ("_at", "_value")
+
+    def __init__(self) -> None:
+        self._value, self._at = 0.0, 0.0
+
+    def add(self, count: int, now: float, constant: float) -> None:
+        """`count` events now."""
+        self._value = self._value * math.exp(-(now - self._at) / constant) + count
+        self._at = now
+
+    def per_minute(self, now: float, constant: float) -> float:
+        """The rate now."""
+        if not self._value:
+            return 0.0
+        return self._value * math.exp(-(now - self._at) / constant) * 60.0 / constant
+
+
+class Runs:
+    """The runs (epochs) of one agent from the oldest to the newest. No clock of the host decides:
+
+    - a gap event names the run before its own (`follows`);
+    - a heartbeat is never stored, so a run that beats for the first time is the newest, and while a run goes
+      on beating no other is newer than it (`beats`);
+    - a run that only stored events told of is taken for the newest until one of these says otherwise.
+    """
+
+    def __init__(self) -> None:
+        self._order: list[str] = []
+        self._beating: list[str] = []  # runs that a heartbeat spoke for, in the order of their first one
+        self._doubts = 0  # heartbeats of the run before the last, one after the other
+
+    @property
+    def newest(self) -> str:
+        """The newest run; "" when none was heard of."""
+        return self._order[-1] if self._order else ""
+
+    def rank(self, epoch: str) -> int:
+        """Greater for a later run; -1 for one that was never heard of, or long ago."""
+        try:
+            return self._order.index(epoch)
+        except ValueError:
+            return -1
+
+    def meets(self, epoch: str) -> None:
+        """An event of this run came."""
+        if epoch and epoch not in self._order:
+            self._order.append(epoch)
+            del self._order[:-_MAX_RUNS]
+
+    def follows(self, epoch: str, previous: str) -> None:
+        """A gap event of `epoch` says which run came before it."""
+        if not epoch or not previous or epoch == previous:
+            return
+        self.meets(epoch)
+        if previous not in self._order:
+            self._order.insert(self._order.index(epoch), previous)
+        elif self.rank(previous) > self.rank(epoch) and epoch not in self._beating:
+            self._order.remove(epoch)
+            self._order.insert(self._order.index(previous) + 1, epoch)
+
+    def beats(self, epoch: str) -> bool:
+        """A heartbeat of this run came; whether it speaks for the agent now (or is one that came late)."""
+        self.meets(epoch)
+        if not self._beating or self._beating[-1] != epoch:
+            late = epoch in self._beating
+            self._doubts += 1
+            # One that is delivered again comes once; a second in a row is an agent that lives.
+            if late and self._doubts < 2:
+                return False
+            if late:
+                self._beating.remove(epoch)
+            self._beating.append(epoch)
+            del self._beating[:-_MAX_RUNS]
+        self._doubts = 0
+        self._order.remove(epoch)
+        self._order.append(epoch)
+        return True
+
+
+@dataclass(slots=True)
+class Incident:
+    """One open incident as the last word of it says."""
+
+    domain: str
+    backend: Backend
+    opened: float  # Unix seconds, by the host's clock
+    onset: float  # Unix seconds, by ours as far as the agent's heartbeats tell the difference
+    action: Action
+    paused: bool
+    flapping: bool
+    full: bool
+    doubtful: bool
+    after_boot: bool
+    version: Version
+    total: int
+
+    def trouble(self, host: str, *, is_open: bool) -> Trouble:
+        """The incident as evidence."""
+        return Trouble(
+            host, self.domain, self.backend, self.onset, is_open, self.full, self.doubtful, self.after_boot
+        )
+
+
+@dataclass(slots=True)
+class Ended:
+    """An incident that is over; None for one that is not ours to count (a drill)."""
+
+    trouble: Trouble | None
+    at: float  # monotonic
+    version: Version | None  # None: nothing that comes later opens it again
+
+
+@dataclass(slots=True)
+class Agent:
+    """One agent of the fleet, by its id."""
+
+    id: str
+    name: str | None = None
+    host: Host | None = None
+    heard: float = 0.0  # monotonic
+    beat_at: float | None = None  # monotonic: its last heartbeat
+    began_to_beat: float = 0.0  # monotonic: its first heartbeat under its present name
+    interval: float = 0.0  # its own, bounded
+    blind: bool = False
+    runs: Runs = field(default_factory=Runs)
+    heartbeat: Version = ("", -1)
+    complete: bool = False
+    booted: float | None = None  # Unix seconds: when a new boot id was first seen
+    incidents: dict[str, Incident] = field(default_factory=dict)
+    ended: dict[str, Ended] = field(default_factory=dict)
+    rate: Rate = field(default_factory=Rate)
+    clock: deque[float] = field(default_factory=lambda: deque(maxlen=_CLOCK_SAMPLES))
+
+    @property
+    def fresh(self) -> bool:
+        """Whether its newest run told, by heartbeat, everything that is open."""
+        return self.complete and self.heartbeat[0] == self.runs.newest
+
+    def state(self, now: float, intervals: float, default: float) -> str:
+        """See `HostHealth.state`: by its own heartbeats, and by nobody else's interval."""
+        if self.beat_at is None or now - self.heard > (self.interval or default) * intervals:
+            return "silent"
+        return "blind" if self.blind else "observing"
+
+    def not_later(self, one: Version, other: Version) -> bool:
+        """Whether `one` tells nothing newer than `other`."""
+        return (self.runs.rank(one[0]), one[1]) <= (self.runs.rank(other[0]), other[1])
+
+    def beats(self, interval: float, source: SourceHealth, sent: float, now: Now) -> None:
+        """Take a heartbeat's own facts; `sent` is when it was made, by the host's clock."""
+        if self.beat_at is None:
+            self.began_to_beat = now.monotonic
+        self.beat_at = now.monotonic
+        self.interval = min(max(interval, 0.0), MAX_INTERVAL_SECONDS)
+        self.blind = source.state != SourceState.CONNECTED
+        first = not self.clock
+        self.clock.append(now.wall_ns / 1e9 - sent)
+        if first:  # what came before it was taken by the host's clock
+            for incident in self.incidents.values():
+                incident.onset = self.ours(incident.opened, now)
+
+    def ours(self, moment: float, now: Now) -> float:
+        """A time of the host's clock in ours (the least way to us tells the clock's own part), never later
+        than now.
+        """
+        offset = min(self.clock, key=abs) if self.clock else 0.0
+        if abs(offset) < _CLOCK_TRUSTED_SECONDS:
+            offset = 0.0
+        return min(moment + offset, now.wall_ns / 1e9)
+
+    def keep(self, id_: str, incident: Incident) -> None:
+        """Keep an open incident, within bounds."""
+        if id_ not in self.incidents and len(self.incidents) >= _MAX_INCIDENTS:
+            del self.incidents[next(iter(self.incidents))]
+        self.incidents[id_] = incident
+
+    def end(self, id_: str, ended: Ended) -> None:
+        """Remember that an incident is over, within bounds."""
+        self.ended.pop(id_, None)
+        self.ended[id_] = ended
+        while len(self.ended) > _MAX_ENDED:
+            del self.ended[next(iter(self.ended))]
+
+    def ended_after(self, id_: str, version: Version) -> bool:
+        """Whether it was over when this was said."""
+        ended = self.ended.get(id_)
+        return ended is not None and (ended.version is None or self.not_later(version, ended.version))

@@ -1,0 +1,69 @@
+"""Who may speak for which host and agent: by what the broker proved of the publisher. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import MutableMapping, Sequence
+from fnmatch import fnmatchcase
+
+_MAX_SOURCES = 100_000
+_MAX_SOURCES_OF_A_HOST = 32  # agents that one host's user can have had: each reinstallation makes a new one
+
+
+class Publishers:
+    """The broker users whose events are believed (`react.publishers`), and the agents they spoke for.
+
+    Without patterns everybody is believed. A pattern with {host} binds a user to one host. A source (an
+    agent) belongs to the first user who spoke for it: nobody else's events count for it, or one heartbeat
+    would silence a host of somebody else's. Only RabbitMQ proves the user (user-id); Kafka and the embedded
+    bus prove none, so that with patterns nothing of theirs is believed.
+    """
+
+    def __init__(self, patterns: Sequence[str] = (), owners: MutableMapping[str, str] | None = None) -> None:
+        """`owners` (source → user) is what was known before; it is added to."""
+        self._patterns = patterns
+        self._owners: MutableMapping[str, str] = {} if owners is None else owners
+        self._sources = Counter(self._owners.values())
+
+    def refuses(self, publisher: str | None, source: str, host: str | None) -> str | None:
+        """Why an event is not believed; None when it is. `publisher` is what the broker proved."""
+        if not self._patterns:
+            return None
+        if publisher is None:
+            return "the broker does not prove who published it"
+        fitting = [pattern for pattern in self._patterns if believed((pattern,), publisher, host)]
+        if not fitting:
+            return f"publisher {publisher} may not speak for host {host}"
+        owner = self._owners.get(source)
+        if owner is not None:
+            return (
+                None if owner == publisher else f"publisher {publisher} may not speak for {owner}'s {source}"
+            )
+        of_one_host = all("{host}" in pattern for pattern in fitting)
+        if of_one_host and self._sources[publisher] >= _MAX_SOURCES_OF_A_HOST:
+            return f"publisher {publisher} spoke for {self._sources[publisher]} agents of one host already"
+        if len(self._owners) >= _MAX_SOURCES:
+            return f"publisher {publisher} names an agent beyond the {_MAX_SOURCES} that can be told apart"
+        self._owners[source] = publisher
+        self._sources[publisher] += 1
+        return None
+
+
+def believed(patterns: Sequence[str], publisher: str | None, host: str | None) -> bool:
+    """Whether a broker user may send events of `host`; without patterns everybody may.
+
+    `publisher` is what the broker proved (AMQP user-id). A pattern with {host} binds a user to one host:
+    nobody else's events count for it. Events without a host (an agent that has not seen its hypervisor
+    yet) need a pattern without {host}, or one whose other words fit.
+    """
+    if not patterns:
+        return True
+    if publisher is None:
+        return False
+    name = "*" if host is None else _literal(host)
+    return any(fnmatchcase(publisher, pattern.replace("{host}", name)) for pattern in patterns)
+
+
+def _literal(text: str) -> str:
+    """A host name must not be a glob: an agent chooses it."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in text)

@@ -1,0 +1,295 @@
+"""One domain in trouble: what was told of its errors and pauses, and what a look says about them. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+
+from virtbus.model import Burst, Device, RawIoError
+from virtbus.sources.evidence import (
+    Look,
+    Message,
+    disk_errors_by_alias,
+    gather,
+    newest_by_alias,
+    newest_message,
+)
+from virtbus.sources.link import ACTION_PAUSE, ACTION_REPORT, DISK_ERROR_NO_SPACE, DISK_ERRORS
+from virtbus.words import ENOSPC, DiskError, Origin
+
+ACTION_UNKNOWN = -1  # the guest runs, and the policy does not tell whether it was ever paused
+
+
+@dataclass(slots=True, eq=False)
+class Pause:
+    """One pause that is not decided yet."""
+
+    ns: int
+    began: float
+    due: float
+    certain: bool  # libvirt said that it is by an I/O error
+    told: dict[str, RawIoError]  # the events of this pause, by alias
+    over: bool = False
+    look: Look | None = None
+    wrong: dict[str, int] = field(default_factory=dict)  # what the look found: alias → disk error
+    waited: bool = False
+
+
+@dataclass(slots=True)
+class Finding:
+    """An error of the present pause that was told without an event."""
+
+    at: float  # monotonic
+    raw: RawIoError
+
+
+@dataclass(slots=True)
+class Case:
+    """A domain in trouble."""
+
+    uuid: str
+    name: str
+    number: int | None
+    paused: bool = False
+    pauses: list[Pause] = field(default_factory=list)  # undecided, oldest first
+    credit: dict[str, RawIoError] = field(default_factory=dict)  # events whose pause is still to come
+    credit_at: float = 0.0
+    found_ahead: bool = False  # a finding whose pause is still to come
+    doubted_at: float | None = None  # an event told of a pause, and no pause came yet
+    ask_at: float = 0.0  # when a look is to tell
+    # Since the last resume: alias ("": not known) → its event, or its finding.
+    told: dict[str, RawIoError] = field(default_factory=dict)
+    synthesised: dict[str, Finding] = field(default_factory=dict)
+    unseen: set[str] = field(default_factory=set)  # aliases told of before any look at their pause
+    # Also before it:
+    stale: dict[str, int] = field(default_factory=dict)  # alias → a disk error that may be an old one
+    last_ns: dict[str, int] = field(default_factory=dict)  # alias → the last error told
+    reports: dict[str, RawIoError] = field(default_factory=dict)  # alias → the last one without a pause
+    looked_for: dict[str, float] = field(default_factory=dict)  # alias → when evidence was last asked for
+    wanting: set[str] = field(default_factory=set)  # aliases whose evidence is being looked for
+
+    def identified(self, alias: str) -> list[Burst]:
+        """The device behind the events that came without its name: what was told of it, without a count."""
+        raws = [found.pop("") for found in (self.reports, self.told) if "" in found]
+        if finding := self.synthesised.pop("", None):
+            raws.append(finding.raw)
+        for raw in raws:
+            kept = self.told if raw.action_code == ACTION_PAUSE else self.reports
+            kept[alias] = raw._replace(alias=alias)
+        for names in (self.unseen, self.wanting):
+            if "" in names:
+                names.discard("")
+                names.add(alias)
+        for each in (*(pause.told for pause in self.pauses), self.credit):
+            if "" in each:
+                each[alias] = each.pop("")._replace(alias=alias)
+        return [
+            burst_of(raw._replace(alias=alias), 0, Origin.EVENT, None, None, pause=False) for raw in raws[:1]
+        ]
+
+    def decide(self, pause: Pause, mono: float, devices: Mapping[str, Device]) -> list[Burst]:
+        """What is told of a pause whose grace is over: devices no event told of, evidence for the others."""
+        look, told = pause.look, pause.told
+        wrong = pause.wrong
+        fresh = [alias for alias, code in wrong.items() if self.stale.get(alias) != code]
+        by_error = look is not None and look.paused_by_io_error
+        if "" in told and by_error and (alias := suspect(self, wrong, told.keys(), devices)):
+            told[alias] = told.pop("")._replace(alias=alias)
+            if not pause.over:
+                self.told[alias] = self.told.pop("", told[alias])._replace(alias=alias)
+        missed: list[str] = []
+        if pause.certain or (by_error and fresh):
+            known = told.keys() | self.synthesised.keys()
+            missed = missed_devices(self, wrong if by_error else {}, known, devices)
+        if look is not None:
+            self.stale = wrong
+        found = []
+        for alias in missed:
+            found.append(self.found(alias, pause.ns, look, devices, wrong.get(alias)))
+            if not pause.over:
+                self.synthesised[alias] = Finding(mono, found[-1].raw)
+        if look is not None:
+            found += [
+                burst_of(raw, 0, Origin.EVENT, look, devices.get(alias), pause=True)
+                for alias, raw in told.items()
+            ]
+        if not complete(look) and not pause.over:
+            self.unseen |= {*told, *missed}
+        return found
+
+    def found(
+        self,
+        alias: str,
+        ns: int,
+        look: Look | None,
+        devices: Mapping[str, Device],
+        code: int | None,
+    ) -> Burst:
+        """An error of a pause that no event told of."""
+        raw = raw_error(
+            (self.uuid, self.name, self.number), alias=alias, code=code, action=ACTION_PAUSE, ns=ns
+        )
+        self.last_ns[alias] = ns
+        return burst_of(raw, 1, Origin.LIFECYCLE, look, devices.get(alias), pause=True)
+
+    def look_back(self, look: Look, devices: Mapping[str, Device]) -> list[Burst]:
+        """What a look says about a pause that was told before it: names, evidence, further devices."""
+        if not self.unseen and "" not in self.told and "" not in self.synthesised:
+            return []
+        wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
+        found = self.name_nameless(wrong, look, devices)
+        known = self.told.keys() | self.synthesised.keys()
+        named = {burst.raw.alias for burst in found}
+        found += [
+            burst_of(raw_of(self, alias), 0, Origin.EVENT, look, devices.get(alias), pause=True)
+            for alias in sorted(self.unseen - named)
+            if alias in known and alias in devices
+        ]
+        if known and look.complete:
+            for alias in missed_devices(self, wrong, known, devices):
+                found.append(
+                    self.found(
+                        alias,
+                        raw_of(self, next(iter(known))).observed_at,
+                        look,
+                        devices,
+                        wrong[alias],
+                    )
+                )
+                self.synthesised[alias] = Finding(look.asked_at, found[-1].raw)
+        if look.complete:
+            self.unseen.clear()
+            self.stale = wrong
+        return found
+
+    def name_nameless(
+        self, wrong: Mapping[str, int], look: Look, devices: Mapping[str, Device]
+    ) -> list[Burst]:
+        """Name what was told of this pause without a device, if the look can; a burst of no count."""
+        told = self.told.keys() | self.synthesised.keys()
+        if "" not in told:
+            return []
+        alias = suspect(self, wrong, told, devices)
+        if not alias:
+            return []
+        raw = raw_of(self, "")._replace(alias=alias)
+        if "" in self.told:
+            self.told[alias] = raw
+            del self.told[""]
+        finding = self.synthesised.pop("", None)
+        if finding is not None:
+            if not raw.reason and wrong.get(alias) == DISK_ERROR_NO_SPACE:
+                raw = raw._replace(reason=ENOSPC)
+            self.synthesised[alias] = Finding(finding.at, raw)
+        self.last_ns[alias] = max(self.last_ns.get(alias, 0), raw.observed_at)
+        self.unseen.discard("")
+        return [burst_of(raw, 0, Origin.EVENT, look, devices.get(alias), pause=True)]
+
+
+def complete(look: Look | None) -> bool:
+    """Whether a look was had, and all of it."""
+    return look is not None and look.complete
+
+
+def raw_of(case: Case, alias: str) -> RawIoError:
+    """What was told of a device in this pause."""
+    return case.told[alias] if alias in case.told else case.synthesised[alias].raw
+
+
+def suspect(
+    case: Case, wrong: Mapping[str, int], told: AbstractSet[str], devices: Mapping[str, Device]
+) -> str:
+    """The device of an error that came without its name; "" when that can't be told."""
+    return missed_devices(case, wrong, told - {""}, devices, nameless=True)[0]
+
+
+def missed_devices(
+    case: Case,
+    wrong: Mapping[str, int],
+    told: AbstractSet[str],
+    devices: Mapping[str, Device],
+    *,
+    nameless: bool = False,
+) -> list[str]:
+    """The devices of one pause that nobody told of; "" when the pause was not told and nothing names it.
+
+    `nameless`: something was told without a name, so there is one more than those in `told`.
+    """
+    fresh = [alias for alias, code in wrong.items() if alias not in told and case.stale.get(alias) != code]
+    if fresh or (told and not nameless):
+        return fresh
+    wrong = {alias: code for alias, code in wrong.items() if alias not in told}
+    # One that failed before failed again: the only one, or the only one whose events libvirt loses.
+    for suspects in (list(wrong), [alias for alias in wrong if _is_unnamed(devices.get(alias))]):
+        if len(suspects) == 1:
+            return suspects
+    return [""]
+
+
+def _is_unnamed(device: Device | None) -> bool:
+    """A network disk whose source has no name: libvirt up to 9.0 drops its I/O-error events."""
+    source = None if device is None else device.source
+    return source is not None and source.type == "network" and not source.path
+
+
+def newer_messages(
+    look: Look, since_ns: int | None, case: Case | None, devices: Mapping[str, Device], slack_ns: int
+) -> dict[str, Message]:
+    """The messages that tell of an error which nobody told us of, by alias; the newest of each."""
+    if since_ns is None or look.messages is None:
+        return {}
+    newer: dict[str, Message] = {}
+    for alias, message in newest_by_alias(look, devices).items():
+        if message.at_ns is None or message.at_ns <= since_ns:
+            continue
+        told = None if case is None else case.last_ns.get(alias)
+        if told is None or message.at_ns > told + slack_ns:
+            newer[alias] = message
+    return newer
+
+
+def action_by_policy(device: Device | None) -> int:
+    """What the hypervisor did about an error of a guest that runs, as far as the policies tell."""
+    policy = None if device is None else device.policy
+    asked = set() if policy is None else {policy.write, policy.read} - {None}
+    return ACTION_REPORT if asked and asked <= {"report"} else ACTION_UNKNOWN
+
+
+def raw_error(
+    domain: tuple[str, str, int | None], *, alias: str, code: int | None, action: int, ns: int
+) -> RawIoError:
+    """An error that no event told of; `code` is the disk's error (virDomainDiskErrorCode), if known."""
+    # libvirt's reason and its "no space" disk error come from the same word of QEMU, "nospace".
+    reason = ENOSPC if code == DISK_ERROR_NO_SPACE else ""
+    return RawIoError(*domain, path="", alias=alias, action_code=action, reason=reason, observed_at=ns)
+
+
+def burst_of(
+    raw: RawIoError,
+    count: int,
+    origin: Origin,
+    look: Look | None,
+    device: Device | None,
+    *,
+    pause: bool,
+) -> Burst:
+    """An error, or (count 0) facts about one, with what a look found at its device."""
+    target = None if device is None else device.target
+    kept = None
+    code = None
+    if look is not None and target is not None:
+        kept = newest_message(look.messages, target)
+        code = (look.disk_errors or {}).get(target)
+    evidence = gather(look, device, raw.reason, lifecycle=origin is Origin.LIFECYCLE, pause=pause)
+    return Burst(
+        raw=raw,
+        count=count,
+        first_ns=raw.observed_at,
+        last_ns=raw.observed_at,
+        origin=origin,
+        message=kept.text if kept else None,
+        stamp_ns=kept.at_ns if kept else None,
+        disk_error=None if code is None else DISK_ERRORS.get(code, DiskError.UNSPECIFIED),
+        evidence=evidence,
+    )
