@@ -64,7 +64,7 @@ def ids(found: tuple[str, str]) -> str:
 ALL = sorted(set(commands()))
 # What a cluster's tools do is shown where a cluster is: tests/chart.
 ELSEWHERE = {"helm", "kubectl", "docker", "podman", "buildah"}
-# These would change this machine: that a shell understands them is shown, and what they name. The install page's
+# These would change this machine: that a shell understands them is shown. The install page's
 # are run in root file systems of their own: tests/packages.
 OF_THE_HOST = ("groupadd", "useradd", "echo", "apt-get", "dnf", "systemctl", "python3")
 INSTALLED = "/opt/virtbus/bin/virtbus"
