@@ -27,11 +27,13 @@ from confluent_kafka.admin import (
 from prometheus_client import generate_latest
 
 from tests.agent.process import COMMAND, AgentProcess
+from tests.brokers.__main__ import KAFKA_NEWEST, KAFKA_OLDEST, RELEASES
 from tests.brokers.rabbitmq import RabbitMQ
 from tests.chart import helm, tools
 from tests.commandline import cli, commands_of
 from tests.kafka.cluster import LIMITED_PASSWORD, LIMITED_USER, SCRAM_PASSWORD, SCRAM_USER, Cluster
 from tests.kafka.help import admin, opened
+from tests.lab.chroot import SUITES
 from tests.lab.lab import Lab
 from virtbus import __version__
 from virtbus.bus import BusOptions, open_bus
@@ -496,3 +498,21 @@ def anchors(page: Path) -> set[str]:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_the_support_table_names_the_releases_that_our_targets_run() -> None:
+    rows = (ROOT / "docs" / "support.md").read_text().splitlines()
+    (kafka,) = (row for row in rows if row.startswith("| Kafka |"))
+    assert re.findall(r"\d+\.\d+\.\d+", kafka) == [KAFKA_OLDEST, KAFKA_NEWEST]
+    (rabbitmq,) = (row for row in rows if row.startswith("| RabbitMQ |"))
+    assert len(re.findall(r"\d+\.\d+\.\d+", rabbitmq)) == sum("rabbitmq" in each.name for each in RELEASES)
+    (daemon,) = (row for row in rows if row.startswith("| libvirt, the daemon |"))
+    tested = daemon.split("|")[3]
+    assert len(re.findall(r"\d+\.\d+", tested)) == len(SUITES)
+    (python,) = (row for row in rows if row.startswith("| Python "))
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    versions = workflow["jobs"]["unit"]["strategy"]["matrix"]["python"]
+    assert f"{versions[0]} to {versions[-1]}" in python
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {f"Programming Language :: Python :: {each}" for each in versions} <= set(project["classifiers"])
+    assert project["requires-python"] == f">={versions[0]}"
