@@ -336,6 +336,16 @@ def test_the_deb_takes_all_it_needs_from_the_distribution(root: Root) -> None:
     root.run("/opt/virtbus/bin/python", "-I", "-c", used)
 
 
+def test_what_the_operator_changed_in_etc_survives_an_upgrade(root: Root) -> None:
+    root.install(package("deb"))
+    root.run("chgrp", "nogroup", "/etc/virtbus")
+    (root.path / CONFIG).unlink()  # all settings in the environment, say
+    root.install(package("deb"))
+    assert root.status("virtbus") == "installed"
+    assert not (root.path / CONFIG).exists()
+    assert root.run("stat", "-c", "%G %a", "/etc/virtbus").stdout == "nogroup 750\n"
+
+
 def test_the_manual_pages_and_the_completion_are_read_without_a_warning(tmp_path: Path) -> None:
     subprocess.run(["dpkg-deb", "--extract", str(package("deb")), str(tmp_path)], check=True)
     pages = sorted((tmp_path / "usr/share/man/man1").glob("*.1*"))
