@@ -23,12 +23,12 @@ def play(seed: int) -> Tally:
         return Tally(seeds=1, violations=[f"seed {seed}: crashed: {traceback.format_exc()}"])
 
 
-def tell(seed: int) -> int:
+def tell(seed: int, guest: str | None) -> int:
     """The story of one seed."""
     world = World(seed)
     tally = world.run()
     print(f"Seed {seed}\n")
-    print("\n".join(world.story))
+    print("\n".join(world.page(guest)))
     print()
     for violation in tally.violations:
         print(f"BROKEN  {violation}")
@@ -40,13 +40,14 @@ def main() -> int:
     """Returns 1 when a promise was broken."""
     parser = argparse.ArgumentParser(prog="make sim")
     parser.add_argument("--seed", type=int, help="tell the story of this one")
+    parser.add_argument("--guest", help="and of this guest's disks alone")
     parser.add_argument("--seeds", type=int, default=200)
     parser.add_argument("--first", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--stop", action="store_true", help="end at the first seed that breaks a promise")
     given = parser.parse_args()
     if given.seed is not None:
-        return tell(given.seed)
+        return tell(given.seed, given.guest)
     whole, began = Tally(), time.monotonic()
     seeds = range(given.first, given.first + given.seeds)
     with multiprocessing.Pool(given.jobs, maxtasksperchild=50) as pool:

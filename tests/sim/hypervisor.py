@@ -140,9 +140,11 @@ class Daemon:
 
     def error(self, guest: Guest, alias: str, *, pause: bool, events: int = 1) -> None:
         """A request of the guest fails; QEMU reports it and, by its policy, stops the guest."""
+        lost = self.quirks.loses_unnamed and guest.is_unnamed(alias)
+        if lost:  # libvirt reports nothing; what is promised is that a pause is told
+            events = 1 if pause and guest.state == RUNNING else 0
         for _ in range(events):
             self.errors.append(Error(self.host, guest.uuid, alias, self.sched.now, pause))
-        lost = self.quirks.loses_unnamed and guest.is_unnamed(alias)
         late = self.sched.random.random() * self.quirks.late if self.sched.random.random() < 0.5 else 0.0
         if not pause:
             late = 0.0

@@ -13,6 +13,7 @@ from tests.sim.broker import Arrival
 from tests.sim.hypervisor import Error
 from tests.sim.runtime import START_NS
 from virtbus.model import Gap, IoError, IoErrorResolved, Stamp, to_ns
+from virtbus.words import Origin
 
 LATE_SECONDS = 1.0  # an event may come so much later than its error
 EDGE_SECONDS = 6.0  # a blind time is known this exactly
@@ -125,6 +126,26 @@ def _true(text: str, skew: float) -> float:
     return (to_ns(datetime.fromisoformat(text)) - START_NS) / 1e9 - skew
 
 
+def story(truth: Truth) -> Iterator[tuple[float, str, str]]:
+    """What came, as (true time, host, words)."""
+    for event in _first(truth):
+        data, at = event.data, event.arrival.at
+        if event.type == Gap.TYPE:
+            made, skew = truth.made[event.arrival.record.id]
+            start = "?" if data["started_at"] is None else f"{_true(data['started_at'], skew):.1f}"
+            end = _true(data["ended_at"], skew)
+            words = f"gap {data['reason']} {start} to {end:.1f}, found {data['found']}"
+        else:
+            incident, occurrences = data["incident"], data["occurrences"]
+            words = f"{incident['phase']} {data['domain']['name']} {data['device']['alias']}"
+            if event.type == IoError.TYPE:
+                words += f", {occurrences['count']} ({data['origin']})"
+            else:
+                words += f" after {data['resolution']['cause']}"
+            words += f", {occurrences['total']} in all"
+        yield at, event.arrival.host, f"    -> {words}"
+
+
 # ------------------------------------------------------------------------------------------ the promises
 
 
@@ -173,9 +194,12 @@ def _nothing_missing(truth: Truth, events: list[Event]) -> Iterator[str]:
 def _every_error(truth: Truth, events: list[Event], gaps: dict[str, list[Interval]]) -> Iterator[str]:
     """P1: every error is counted in an event or lies in a gap's interval; counts are never too high."""
     counted: Counter[tuple[str, str]] = Counter()
+    guessed: Counter[tuple[str, str]] = Counter()  # found in a gap: QEMU keeps disk errors that are over
     for event in events:
         if event.type == IoError.TYPE:
-            counted[event.arrival.host, event.data["domain"]["uuid"]] += event.data["occurrences"]["count"]
+            where, count = (event.arrival.host, event.data["domain"]["uuid"]), event.data["occurrences"]["count"]
+            counted[where] += count
+            guessed[where] += count if event.data["origin"] == Origin.RECONCILE else 0
     made: dict[tuple[str, str], list[Error]] = defaultdict(list)
     for error in truth.errors:
         made[error.host, error.uuid].append(error)
@@ -186,7 +210,7 @@ def _every_error(truth: Truth, events: list[Event], gaps: dict[str, list[Interva
         if count < len(clear):
             times = ", ".join(f"{error.at:.3f}" for error in clear[:12])
             yield f"P1: {host}: {count} errors of {uuid} counted, {len(clear)} outside of gaps (at {times})"
-        if count > len(errors):
+        if count - guessed[host, uuid] > len(errors):
             yield f"P1: {host}: {count} errors of {uuid} counted, {len(errors)} happened"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import shutil
 import sqlite3
 import tempfile
@@ -83,7 +84,7 @@ class World:
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
-        self.story: list[str] = []
+        self.story: list[tuple[float, str, str]] = []
         self.tally = Tally(seeds=1)
         self.truth = oracle.Truth()
         self.hosts: list[SimHost] = []
@@ -143,7 +144,13 @@ class World:
 
     def tell(self, who: str, what: str) -> None:
         """A line of the story."""
-        self.story.append(f"{self.sched.now:9.3f}  {who:<9} {what}")
+        self.story.append((self.sched.now, who, what))
+
+    def page(self, guest: str | None = None) -> list[str]:
+        """The story, with what came of it; of one guest's disks alone."""
+        lines = sorted([*self.story, *oracle.story(self.truth)], key=lambda line: line[0])
+        other = re.compile(rf"guest-(?!{guest.removeprefix('guest-')}\b)" if guest else "^$")
+        return [f"{at:9.3f}  {who:<9} {what}" for at, who, what in lines if not other.search(what)]
 
     # ---- agents
 
@@ -226,6 +233,7 @@ class World:
         self.tally.faults += 1
         self.sched.kill(host.process)
         after = self.random.choice((0.5, 3.0, 20.0))
+        host.blind = [(begin, min(end, self.sched.now)) for begin, end in host.blind]
         host.blind.append((self.sched.now, self.sched.now + after))
         new = self.root / f"{host.name}-{host.runs}"
         _copy(host.folder, new)
@@ -276,6 +284,7 @@ class World:
             self._perhaps_kill_consumer("after an acknowledgement")
 
     def _missing(self, told: MissingEvents) -> None:
+        self.tell("consumer", f"is told that {told.first} to {told.last} of {told.epoch} are missing")
         self.truth.missing_told.append(f"{told.epoch} {told.first} to {told.last}")
 
     def _perhaps_kill_consumer(self, when: str) -> None:
@@ -285,6 +294,8 @@ class World:
 
     def _kill_consumer(self, when: str = "") -> None:
         assert self.consumer_process is not None
+        if self.consumer_process.dead:
+            return
         self.tally.faults += 1
         self.tell("consumer", f"SIGKILL {when}")
         self.truth.consumer_killed()
@@ -348,12 +359,15 @@ class World:
         for _ in range(self.random.choice((1, 1, 2, 5))):
             if not guest.here or guest.state != 1:
                 break
+            before = len(daemon.errors)
             daemon.error(guest, alias, pause=pause, events=self.random.choice((1, 1, 1, 3)))
+            self.tell(host.name, f"  {guest.name} {alias}: {len(daemon.errors) - before} errors")
             self.sched.sleep(self.random.choice((0.05, 1.5, 4.0, 15.0)))
             if pause:
                 if daemon.quirks.late:
                     self.sched.sleep(daemon.quirks.late)  # an event comes before its guest is resumed
                 daemon.resume(guest)
+                self.tell(host.name, f"  {guest.name} is resumed")
                 self.sched.sleep(self.random.choice((0.1, 2.0, 10.0)))
         guest.copying = False
 
@@ -382,14 +396,15 @@ class World:
         seconds = self.random.choice((2.0, 9.0, 40.0))
         asleep = self.random.random() < 0.4
         self.tell(host.name, f"{'the host sleeps' if asleep else 'SIGSTOP'} for {seconds:.0f} s")
-        host.process.stopped_until = self.sched.now + seconds
+        process = host.process
+        process.stopped_until = self.sched.now + seconds
         if seconds > 20:
             host.blind.append((self.sched.now, self.sched.now + seconds))
         if asleep:
             host.clock.suspended += seconds
         if seconds > 20:  # libvirtd's keepalive gives up a client that says nothing
             self.sched.sleep(seconds - 1)
-            for link in list(host.daemon.links):
+            for link in [link for link in host.daemon.links if link.process is process]:
                 link.cut("End of file while reading data", 0.0)
 
     def _step_clock(self, host: SimHost) -> None:
