@@ -49,7 +49,7 @@ def main(url: str, state: Path, topic: str = "virtbus.events") -> None:
         url,
         group="acting",
         options=BusOptions(topic=topic),
-        dedupe=state.with_suffix(".seen"),
+        dedupe=Path(f"{state}.seen"),
         check_gaps=True,
         on_missing=missing,
     ) as consumer:
