@@ -118,18 +118,17 @@ class Losses:
         return place
 
     def resume(
-        self, partition: int, committed: int | None, metadata: str, low: int, high: int
+        self, partition: int, committed: Place | None, low: int, high: int
     ) -> tuple[int | None, Place | None]:
         """Where to go on in a partition that was assigned (None: where the commit says), and that place."""
         name = self._name(partition)
-        place = None if committed is None else Place.committed(committed, metadata)
         noted = Place.read(self._memory.recall(name))
-        start, lost = resume(place, noted, Log(name, self.topic_id, low, high))
+        start, lost = resume(committed, noted, Log(name, self.topic_id, low, high))
         for each in lost:
             self._tell(each)
         if start is not None:
             return start, self.read(partition, start)
-        return None, self.read(partition, place.next, place.sure) if place is not None else None
+        return None, committed and self.read(partition, committed.next, committed.sure)
 
     def passed_over(self, partition: int, first: int, last: int, ends: tuple[int, int] | None) -> None:
         """Offsets that did not come: compacted away, or lost if they are older than the oldest that is left.

@@ -390,12 +390,12 @@ def _starts(
     with suppress(KafkaException):
         found = {one.partition: one for one in consumer.committed(places, timeout=_CALL_SECONDS)}
     for place in places:
-        known = found.get(place.partition)
-        offset = known.offset if known is not None and known.offset >= 0 else None
-        ends = _ends(consumer, place, _CALL_SECONDS)
-        start, read = None, None if offset is None else Place.committed(offset, known.metadata or "")
+        known, ends = found.get(place.partition), _ends(consumer, place, _CALL_SECONDS)
+        start, read = None, None
+        if known is not None and known.offset >= 0:
+            read = Place.committed(known.offset, known.metadata or "")
         if known is not None and ends is not None:
-            start, read = losses.resume(place.partition, offset, known.metadata or "", *ends)
+            start, read = losses.resume(place.partition, read, *ends)
         yield place, start, read
 
 
