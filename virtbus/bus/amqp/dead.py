@@ -470,7 +470,8 @@ def _dead_letter(raw: Any, queue: str) -> DeadLetter:
         body=body,
         key=None,
         redelivered=bool(raw.delivery_info.get("redelivered")),
-        user_id=headers.get(USER_HEADER, raw.properties.get("user_id")),
+        # Our own letters have none; where there is one the broker put it aside, with the sender's headers.
+        user_id=raw.properties.get("user_id") or headers.get(USER_HEADER),
         position=f"{queue}#{tag}",
         handle=_Place(tag, raw.properties),
         attempts=count + 1 if isinstance(count, int) else None,

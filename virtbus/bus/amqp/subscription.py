@@ -339,10 +339,11 @@ class AmqpSubscription:
             with link.brief_channel() as channel:
                 channel.queue_declare(queue, passive=True)
         except amqp.NotFound as error:
+            told = getattr(refusal, "reply_text", "bus.declare is false")  # names the right that is missing
             raise BusDenied(
-                f"{link.name}: queue {queue} does not exist and user {link.user} may not create it: create "
-                f"it (quorum, single active consumer) bound to {self._options.exchange}, or grant configure "
-                "rights"
+                f"{link.name}: queue {queue} does not exist and user {link.user} may not create it ({told}): "
+                f"grant that right, or create it (quorum, single active consumer) bound to "
+                f"{self._options.exchange}"
             ) from error
         if isinstance(refusal, amqp.PreconditionFailed):
             emit(Notice(f"{link.name}: queue {queue} has other arguments than ours; used as it is"))
