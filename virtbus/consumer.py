@@ -174,13 +174,17 @@ class _Grip:
         self.subscription: Subscription | None = None
         self.pid = os.getpid()
 
+    def leave(self) -> None:
+        """Leave the group; what the bus has to keep of it is known then."""
+        subscription, self.subscription = self.subscription, None
+        if subscription is not None:
+            subscription.close()
+
     def let_go(self) -> None:
         if os.getpid() != self.pid:
             return
-        subscription, self.subscription = self.subscription, None
         try:
-            if subscription is not None:
-                subscription.close()
+            self.leave()
             self.bus.close()
         finally:
             self.seen.close()
@@ -319,6 +323,7 @@ class Consumer:
         try:
             with suppress(BusUnavailable, BusDenied):  # the marks are on disk: what comes again is recognised
                 self._flush(closing=True)
+            self._grip.leave()
             with suppress(DedupeUnavailable):  # how far the bus got with these acks: good to know, no more
                 self._seen.write([], (), self._memory.fresh)
         finally:

@@ -159,10 +159,22 @@ class KafkaSubscription:
         """See virtbus.bus.Subscription."""
         if self._dead_letters is not None:
             self._dead_letters.close()
+        self._make_sure()
         consumer, self._consumer = self._consumer, None
         self._line.forget(list(self._line.tracks))
         if consumer is not None:
             _leave(consumer)
+
+    def _make_sure(self) -> None:
+        """Where it is still the same topic all that was read was its: the next start need not doubt that."""
+        positions = {partition: track.position for partition, track in self._line.tracks.items()}
+        if self._consumer is None or self._group is None or not positions or self._watch.all_down:
+            return
+        if self._look.wait(_ASK_SECONDS) != self._losses.topic_id:
+            return
+        for partition, position in positions.items():
+            if position is not None:
+                self._store(partition, position, position)
 
     # ---------------------------------------------------------------------------------------- messages
 
@@ -202,8 +214,12 @@ class KafkaSubscription:
         watermark = self._line.done(handle)
         if watermark is None or self._group is None:
             return
-        read = self._losses.read(handle.partition, watermark, handle.track.sure)
-        place = TopicPartition(handle.topic, handle.partition, watermark, read.metadata())
+        self._store(handle.partition, watermark, handle.track.sure)
+
+    def _store(self, partition: int, following: int, sure: int | None) -> None:
+        """Keep how far the group has read, here and with the next commit."""
+        read = self._losses.read(partition, following, sure)
+        place = TopicPartition(self._settings.options.topic, partition, following, read.metadata())
         try:
             self._consumer.store_offsets(offsets=[place])
         except KafkaException as error:
