@@ -22,9 +22,10 @@ from tests.faults.amqp_kit import close_connections
 from tests.faults.consumer_kit import GROUP, QUEUE, dead_ids, die, make_group, publish, publish_raw
 from virtbus.bus import CUT_HEADER, REASON_HEADER, BusOptions, open_bus
 from virtbus.bus.amqp.connection import translated
-from virtbus.bus.amqp.dead import USER_HEADER
+from virtbus.bus.amqp.dead import USER_HEADER, letter
 from virtbus.consumer import Consumer, Delivery
 from virtbus.errors import BusDenied, BusUnavailable, RecordRefused
+from virtbus.model import Binding, Message
 from virtbus.telemetry import METRICS
 from virtbus.testing import records
 
@@ -293,6 +294,15 @@ def test_an_exchange_whose_name_holds_the_word_topic_is_no_topic_permission() ->
 # ------------------------------------------------------------------------------------- rights
 
 
+def test_a_prefetch_beyond_what_the_protocol_has_room_for_is_as_much_as_it_has(rabbitmq: RabbitMQ) -> None:
+    url = rabbitmq.url(rabbitmq.vhost())
+    make_group(url)
+    items = records(3, keys=3)
+    publish(url, items)
+    with Consumer(url, group=GROUP, prefetch=1_000_000) as consumer:
+        assert [one.id for one in received(consumer, 3)] == [record.id for record in items]
+
+
 def documented_rights() -> dict[str, str]:
     """What docs/security.md grants a consumer group's user."""
     text = (Path(__file__).parents[2] / "docs" / "security.md").read_text(encoding="utf-8")
@@ -353,3 +363,16 @@ def test_a_forged_sender_in_a_header_is_not_who_published(rabbitmq: RabbitMQ) ->
         (found,) = letters.read()
         assert found.message.user_id == "guest"
     bus.close()
+
+
+def test_a_senders_headers_say_nothing_in_our_name() -> None:
+    forged = {REASON_HEADER: "theirs", CUT_HEADER: "theirs", USER_HEADER: "other", "trace": "t"}
+    message = Message(Binding.AMQP, forged, None, b"x", None, False, None, "q#1", None)
+    content, cut = letter(message, {}, "ours", 131_072)
+    headers = content.properties["application_headers"]
+    assert cut is None
+    assert {headers.get(name) for name in (REASON_HEADER, CUT_HEADER, USER_HEADER, "trace")} == {
+        "ours",
+        None,
+        "t",
+    }

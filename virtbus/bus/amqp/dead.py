@@ -31,7 +31,7 @@ from virtbus.telemetry import DeadLetterStored, DeadLetterWaits, Trouble, emit
 
 USER_HEADER = "x-virtbus-user-id"
 AT_HEADER = "x-virtbus-dead-at"
-_OURS = frozenset({REASON_HEADER, USER_HEADER, AT_HEADER})
+_OURS = frozenset({REASON_HEADER, CUT_HEADER, USER_HEADER, AT_HEADER})
 _BROKERS = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count", "x-opt-")
 _REASON_LIMIT = 1024
 _STUB_BYTES = 65536  # of a body that no dead-letter queue takes
