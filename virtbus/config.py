@@ -200,6 +200,13 @@ class Http(_Section, frozen=True):
             examples=["127.0.0.1:9466", "[::1]:9466", "0.0.0.0:9466"],
         ),
     ] = "127.0.0.1:9466"
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Names that a listener on loopback answers to, beside IP addresses and localhost; "
+            "any other listener answers to every name"
+        ),
+    ] = ()
 
 
 class Control(_Section, frozen=True):

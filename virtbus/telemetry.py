@@ -92,6 +92,12 @@ class Metrics:
             "1 when the broker is reached in plaintext beyond loopback",
             registry=r,
         )
+        self.certificate_end = Gauge(
+            "virtbus_certificate_end_time_seconds",
+            "Unix time at which a certificate ends: client (ours), ca (the last that we trust), broker",
+            ["certificate"],
+            registry=r,
+        )
         self.warnings = Counter(
             "virtbus_warnings", "Warnings and errors, also those that the log left out", ["event"], registry=r
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import resource
 import select
 import signal
 import socket
@@ -26,6 +25,7 @@ from virtbus.agent.http import HttpServer
 from virtbus.agent.identity import load_agent_id, tie_to_host
 from virtbus.agent.incidents import Incidents
 from virtbus.agent.systemd import Systemd
+from virtbus.bus.certificates import watch_files
 from virtbus.commands import wiring
 from virtbus.commands.options import (
     bus,
@@ -64,7 +64,7 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
     """
     config = loaded.config
     os.umask(0o077)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold the broker's password
+    wiring.keep_memory_private()
     if os.geteuid() == 0:
         emit(RunningAsRoot())
     for secret in exposed_secrets(loaded):
@@ -80,6 +80,7 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
         stack.callback(spool.close)
         source = wiring.open_source(config, since_ns=spool.opening.last_alive_ns)
         METRICS.spool_max_bytes.set(config.spool.max_bytes)
+        watch_files(config.bus.tls.cert_file, config.bus.tls.ca_file)
         agent = Agent(
             source=source,
             bus=bus,
@@ -98,7 +99,12 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
         )
         threading.excepthook = partial(_end_with_thread, agent)
         if config.http.listen:
-            http = HttpServer(config.http.listen, dead=agent.dead_threads, not_ready=agent.not_ready)
+            http = HttpServer(
+                config.http.listen,
+                dead=agent.dead_threads,
+                not_ready=agent.not_ready,
+                allowed_hosts=config.http.allowed_hosts,
+            )
             http.start()
             stack.callback(http.close)
         if config.control.socket:
