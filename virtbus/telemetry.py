@@ -73,6 +73,11 @@ class Metrics:
             "1 while libvirt is connected and callbacks are registered",
             registry=r,
         )
+        self.source_absent = Gauge(
+            "virtbus_source_absent",
+            "1 on a host that never had libvirt, where libvirt.optional allows that",
+            registry=r,
+        )
         self.source_reconnects = Counter(
             "virtbus_source_reconnects", "Connections made to libvirt", registry=r
         )

@@ -22,7 +22,7 @@ from virtbus import redaction, telemetry
 from virtbus.agent.agent import Agent, AgentOptions
 from virtbus.agent.control import ControlSocket
 from virtbus.agent.http import HttpServer
-from virtbus.agent.identity import load_agent_id, tie_to_host
+from virtbus.agent.identity import load_agent_id, tie_to_host, was_tied
 from virtbus.agent.incidents import Incidents
 from virtbus.agent.systemd import Systemd
 from virtbus.bus.certificates import watch_files
@@ -38,8 +38,9 @@ from virtbus.commands.options import (
 )
 from virtbus.config import Config, Loaded, bus_url, differences, exposed_secrets
 from virtbus.envelope import uuid7
-from virtbus.errors import AgentBroken, ConfigError, VirtbusError
+from virtbus.errors import AgentBroken, ConfigError, RestartNeeded, VirtbusError
 from virtbus.model import Clock
+from virtbus.sources.sockets import has_socket, socket_folder, was_removed
 from virtbus.spool import Spool, prepare_state_dir
 from virtbus.telemetry import (
     METRICS,
@@ -102,7 +103,7 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
             http = HttpServer(
                 config.http.listen,
                 dead=agent.dead_threads,
-                not_ready=agent.not_ready,
+                not_ready=lambda: [] if _libvirt_absent(config) else agent.not_ready(),
                 allowed_hosts=config.http.allowed_hosts,
             )
             http.start()
@@ -111,8 +112,18 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
             _open_control(config.control.socket, agent, stack, named="control.socket" in loaded.origins)
         signals = stack.enter_context(_Signals())
         spare_collector()
+        METRICS.source_absent.set_function(lambda: float(_libvirt_absent(config)))
+        if _libvirt_absent(config):
+            folder = socket_folder(config.libvirt.uri)
+            emit(Notice(f"this host has no libvirt: no socket in {folder}; waiting for one"))
         agent.start()
         _supervise(agent, loaded.config, again, signals)
+
+
+def _libvirt_absent(config: Config) -> bool:
+    """Whether this is a host without libvirt, and may be: no socket, and never one that answered."""
+    folder = socket_folder(config.libvirt.uri) if config.libvirt.optional else None
+    return folder is not None and not has_socket(folder) and not was_tied(Path(config.state_dir))
 
 
 def _end_with_thread(agent: Agent, died: threading.ExceptHookArgs) -> None:
@@ -155,6 +166,13 @@ def _supervise(agent: Agent, config: Config, again: Callable[[], Loaded] | None,
                 systemd.tell(WATCHDOG=1)
         if now - told >= STATUS_SECONDS:
             told = now
+            if agent.not_ready() and (folder := socket_folder(config.libvirt.uri)) and was_removed(folder):
+                agent.fail(
+                    RestartNeeded(
+                        f"{folder} was removed on the host, and what was made in its place can't be seen "
+                        "through this mount: ending, to be started again with the new one"
+                    )
+                )
             systemd.tell(STATUS=agent.summary())
     systemd.tell(STOPPING=1, STATUS="draining")
     failures: list[VirtbusError] = []
