@@ -84,7 +84,12 @@ class Metrics:
         self.lookups = Counter(
             "virtbus_lookups", "Look-ups of domain descriptions, by result", ["result"], registry=r
         )
-        self.incidents_open = Gauge("virtbus_incidents_open", "Open incidents", registry=r)
+        self.incidents_open = Gauge(
+            "virtbus_incidents_open",
+            "Open incidents; origin live, or replay: a drill or a recording",
+            ["origin"],
+            registry=r,
+        )
         self.gaps = Counter("virtbus_gaps", "Gap events committed, by reason", ["reason"], registry=r)
         self.dropped = Counter(
             "virtbus_dropped", "Events or observations that were given up; each is in a gap event", registry=r
