@@ -34,8 +34,8 @@
 {{- define "virtbus.label" -}}
 {{- $label := replace "." "-" . -}}
 {{- if not (regexMatch "^[a-z]" $label) }}{{ $label = printf "vb-%s" $label }}{{ end -}}
-{{- if gt (len $label) 50 -}}
-{{- printf "%s-%s" ($label | trunc 41 | trimSuffix "-") ($label | sha256sum | trunc 8) -}}
+{{- if gt (len $label) 48 -}}
+{{- printf "%s-%s" ($label | trunc 39 | trimSuffix "-") ($label | sha256sum | trunc 8) -}}
 {{- else -}}
 {{- $label -}}
 {{- end -}}
