@@ -182,6 +182,17 @@ def _until(what: str, seconds: float, check: Any) -> Any:
     raise AssertionError(f"{what}: not within {seconds} s ({last})")
 
 
+def _authority(folder: Path) -> Path:
+    """A certificate, so that the agent has one to show the end of."""
+    file = folder / "ca.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=ca",
+         "-days", "30", "-keyout", "/dev/null", "-out", str(file)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return file
+
+
 @pytest.fixture
 def watched(lab: Lab, amqp_url: str, promtool: Path, tmp_path: Path) -> Iterator[Watched]:
     (agent_port,) = free_ports(1)
@@ -194,6 +205,7 @@ def watched(lab: Lab, amqp_url: str, promtool: Path, tmp_path: Path) -> Iterator
         )
         stack.enter_context(
             _process(
+                "env", f"VIRTBUS_BUS__TLS__CA_FILE={_authority(tmp_path)}",
                 *virtbus, "run", "--bus", amqp_url, "--libvirt", lab.uri_ro, "--control-socket", "",
                 "--state-dir", tmp_path / "state", "--http-listen", f"127.0.0.1:{agent_port}",
                 log=tmp_path / "agent.log",
