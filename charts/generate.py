@@ -135,7 +135,9 @@ def monitor(kind: str) -> Schema:
         interval=text("Between two scrapes", pattern=r"^[0-9]+(s|m)$"),
         labels=words("Labels by which your Prometheus finds it"),
         namespace=text("Its namespace; default: the release's", pattern=NAME),
-        relabelings=kubernetes("array", "Further relabelings; `instance` and `node` are the node's name already"),
+        relabelings=kubernetes(
+            "array", "Further relabelings; `instance` and `node` are the node's name already"
+        ),
         metricRelabelings=kubernetes("array", "Relabelings of the samples"),
     )
 
