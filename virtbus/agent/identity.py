@@ -85,6 +85,14 @@ def tie_to_host(state_dir: Path, host: Host, dmi: Path = Path("/sys/class/dmi/id
     return agent_id if agent_id != words[0] else None
 
 
+def was_tied(state_dir: Path) -> bool:
+    """Whether this agent has ever heard the hypervisor's host UUID."""
+    try:
+        return len((state_dir / "agent-id").read_text(encoding="ascii", errors="replace").splitlines()) > 2
+    except OSError:
+        return False
+
+
 def read_agent_id(state_dir: Path) -> str | None:
     """The id that stands in the file, whoever's disk it is; None without one. Writes nothing."""
     try:
