@@ -126,7 +126,7 @@ def test_a_service_that_was_deleted_and_registers_anew_is_disabled_again(nova, n
     assert reason.startswith("virtbus: ")
     assert Finding.REGISTERED_ANEW in world.findings
     world.bad = set()
-    world.run(400)
+    world.run(90)
     assert nova_api.services()["compute-1"] == ("enabled", None)
     world.kill()
 
@@ -140,10 +140,10 @@ def test_a_service_that_was_deleted_for_good_is_forgotten(nova, nova_api, tmp_pa
     world.run(30)
     assert world.store.held() == {}
     nova_api.register("compute-3")
-    world.run(200)
+    world.run(90)
     assert nova_api.services()["compute-3"][0] == "disabled", "it is there again, and still bad"
     world.bad = set()
-    world.run(400)
+    world.run(90)
     assert nova_api.services()["compute-3"] == ("enabled", None)
     world.kill()
 
