@@ -27,7 +27,6 @@ from virtbus.integrations.base import (
     Action,
     ActionRefused,
     NotOurs,
-    TargetMissing,
     TargetUnavailable,
     open_integration,
 )
@@ -101,15 +100,6 @@ def test_a_host_is_found_by_its_short_name(nova, nova_api):
     nova.execute(an_action(RELEASE, "compute-2.other.domain"))
     with pytest.raises(NotOurs, match=r"react\.hosts"):
         nova.execute(an_action(HOLD, "compute-9"))
-
-
-def test_a_host_of_another_domain_is_another_host(nova, nova_api):
-    with pytest.raises(TargetMissing):
-        nova.execute(an_action(HOLD, "compute-2.example.net"))
-    nova.execute(an_action(HOLD, "compute-2"))
-    assert nova_api.services()["compute-2.example.org"][0] == "disabled"
-    nova.execute(an_action(RELEASE, "compute-2.example.org"))
-    assert nova_api.services()["compute-2.example.org"][0] == "enabled"
 
 
 def test_a_service_that_was_deleted_and_registers_anew_is_disabled_again(nova, nova_api, tmp_path):

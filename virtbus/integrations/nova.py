@@ -107,16 +107,13 @@ class Nova(Integration):
         )
 
     def _service(self, host: str, found: Sequence[Any] | None = None) -> Any:
-        """The host's service: as told, by its name, or where one of the two is short by that, if only one is.
-
-        Never one domain's for another's: compute-1.a.org and compute-1.b.org are two hosts.
-        """
+        """The host's service: as told, by its name, or by its short name when that is only one."""
         found = self._services() if found is None else found
         told = self._hosts.get(host)
         wanted = [told] if told is not None else [host, host.partition(".")[0]]
         for name in wanted:
             matches = [one for one in found if one.host == name]
-            if told is None and not matches and name == host.partition(".")[0] == host:
+            if told is None and not matches:
                 matches = [one for one in found if one.host.partition(".")[0] == name]
             if len(matches) == 1:
                 self._names[host] = matches[0].host
