@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from virtbus.fleet.agent import Agent, Ended, Incident, Rate, Version
@@ -63,16 +64,19 @@ class HostHealth:
     backends: tuple[str, ...]  # the storage systems it has trouble with
     fresh: bool  # a heartbeat told everything that is open: what is not here is not
     early: bool = False  # too early to tell: nothing is put down to anybody yet
+    witnessed: bool = True  # what it is blamed for began while we listened
 
     @property
     def answer(self) -> Answer:
         """Is it bad, is it well, or can't that be told: only the first is a reason to act, only the second
-        to undo. Well is a host's own fresh word that nothing of it is in trouble.
+        to undo. Well is a host's own fresh word that nothing of it is in trouble. Of trouble that began
+        before we listened it is not known who else had it then: the last guests to be resumed after an
+        outage look like their host's fault.
         """
         if self.state != "observing" or self.early:
             return Answer.CANT_TELL
         if self.blame is Blame.HOST:
-            return Answer.BAD
+            return Answer.BAD if self.witnessed else Answer.CANT_TELL
         return Answer.WELL if self.fresh and not self.incidents else Answer.CANT_TELL
 
 
@@ -113,6 +117,12 @@ class FleetView:
 _SPACE_CHECKS = frozenset({EvidenceCheck.BLOCK_INFO, EvidenceCheck.FILE_SYSTEM})
 
 
+def _has_near(moments: Sequence[float], moment: float, within: float) -> bool:
+    """Whether one of the sorted `moments` is at most `within` away."""
+    at = bisect_left(moments, moment - within)
+    return at < len(moments) and moments[at] <= moment + within
+
+
 def _space_was_short(evidence: Iterable[Evidence]) -> bool:
     return any(one.check in _SPACE_CHECKS and one.verdict == EvidenceVerdict.CONFIRMS for one in evidence)
 
@@ -143,6 +153,7 @@ class Fleet:
         self._backend_rates: dict[str, Rate] = {}
         self._backend_of: dict[Backend, Backend] = {}
         self._since: float | None = None  # monotonic: when we began to listen
+        self._since_wall = 0.0  # the same in Unix seconds
         self._replaced: dict[str, str] = {}  # agents of the past → who speaks for their host now
 
     def __len__(self) -> int:
@@ -162,7 +173,7 @@ class Fleet:
             agent = self._agents[id_] = Agent(id_)
         agent.heard = now.monotonic
         if self._since is None:
-            self._since = now.monotonic
+            self._since, self._since_wall = now.monotonic, now.wall_ns / 1e9
         epoch = attributes.get("epoch", "")
         agent.runs.meets(epoch)
         if isinstance(event, Gap) and event.previous is not None:
@@ -377,6 +388,7 @@ class Fleet:
             backends=tuple(sorted({verdicts.system_of[one.backend] for one in open_})),
             fresh=fresh,
             early=verdict.early,
+            witnessed=verdict.began is None or verdict.began >= self._since_wall,
         )
 
     def _forget(self, now: Now) -> None:
@@ -398,7 +410,7 @@ class Fleet:
                 del states[agent.id]
         return states
 
-    def _judge(self, named: Iterable[Agent], states: Mapping[str, str], now: Now) -> Verdicts:
+    def _judge(self, named: Sequence[Agent], states: Mapping[str, str], now: Now) -> Verdicts:
         troubles = list(self._evidence(named, now))
         return assess(
             troubles,
@@ -418,14 +430,19 @@ class Fleet:
             return f"listening for less than a round of heartbeats ({round_:.0f} s)"
         return None
 
-    def _evidence(self, named: Iterable[Agent], now: Now) -> Iterator[Trouble]:
+    def _evidence(self, named: Sequence[Agent], now: Now) -> Iterator[Trouble]:
+        """What is open, what ended lately, and what began together with what is still open."""
         horizon = now.monotonic - self.rules.remember_seconds
+        onsets = sorted(one.onset for agent in named for one in agent.incidents.values())
+        within = self.rules.verdict.onset_seconds
         for agent in named:
             assert agent.name is not None
             for incident in agent.incidents.values():
                 yield incident.trouble(agent.name, is_open=True)
             for ended in agent.ended.values():
-                if ended.trouble is not None and ended.at >= horizon:
+                if ended.trouble is None:
+                    continue
+                if ended.at >= horizon or _has_near(onsets, ended.trouble.onset, within):
                     yield ended.trouble
 
     def _backends(self, named: Iterable[Agent], verdicts: Verdicts, now: Now) -> Iterator[BackendHealth]:

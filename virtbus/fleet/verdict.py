@@ -74,6 +74,7 @@ class Verdict:
     why: str
     full: bool = False
     early: bool = False  # it may be told later
+    began: float | None = None  # Unix seconds: when what a host is blamed for began
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,13 +309,13 @@ def _judge_host(
     )
     if len(local) < rules.min_guests and groups < 2:
         return Verdict(doubt, "one storage system, and no other host to compare with on it")
-    if now - min(one.onset for one in began) < rules.settle_seconds:
+    since = min(one.onset for one in began)
+    if now - since < rules.settle_seconds:
         return Verdict(doubt, "too early to tell: other hosts may follow", early=True)
+    why = f"{len(local)} guests are in trouble with the host's own storage"
     if groups >= 2:
-        return Verdict(
-            Blame.HOST, f"{len(guests)} guests lost {groups} unrelated storage systems, no other host did"
-        )
-    return Verdict(Blame.HOST, f"{len(local)} guests are in trouble with the host's own storage")
+        why = f"{len(guests)} guests lost {groups} unrelated storage systems, no other host did"
+    return Verdict(Blame.HOST, why, began=since)
 
 
 def _unrelated(backends: Iterable[Backend], system_of: Mapping[Backend, str]) -> int:
