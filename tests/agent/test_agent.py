@@ -386,6 +386,7 @@ def test_an_observation_that_cant_be_handled_is_named_and_the_next_one_goes_on(h
     one.wait("io_error.v1")
     gap = one.wait("gap", 2)[1]["data"]
     assert (gap["reason"], gap["missing_occurrences"]) == ("observations_dropped", 1)
+    assert gap["started_at"] < gap["ended_at"]  # it happened before it was handled
 
 
 def test_a_broker_that_is_away_costs_nothing_but_time(house):

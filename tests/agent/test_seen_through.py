@@ -17,7 +17,8 @@ from tests.sources.test_observer import OPTIONS
 from virtbus.agent.agent import Agent, AgentOptions
 from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.agent.publisher import _SpoolFeed
-from virtbus.model import CallbackLost, Host, Now, SourceLost, SourceReady, SourceSeen
+from virtbus.errors import RestartNeeded, SpoolFull
+from virtbus.model import CallbackLost, Host, HostKnown, Now, SourceLost, SourceReady, SourceSeen
 from virtbus.sources.observer import Observer
 from virtbus.spool import Spool, SpoolLimits, faults
 from virtbus.testing import FakeBus, FakeSource, a_gap, a_host, a_raw_io_error
@@ -357,6 +358,109 @@ def test_libvirt_that_comes_late_and_names_another_host_ends_the_agent_for_a_new
     with pytest.raises(Exception, match="starts again as") as caught:
         one.agent.join()
     assert caught.value.exit_code == 75
+
+
+def test_a_hosts_uuid_that_libvirt_tells_late_ends_an_agent_on_a_copied_folder_too(tmp_path):
+    new = "99999999-2222-4333-8444-555555555555"
+    one = House(tmp_path / "state")
+    one.agent._identify = lambda host: new if host.uuid == "another" else None
+    one.start().wait("gap")
+    one.source.play(HostKnown(a_host(uuid="another"), time.time_ns()))
+    opening, changed = (event["data"] for event in one.wait("gap", 2))
+    assert (opening["agent_id"], changed["agent_id"], changed["reason"]) == (AGENT, AGENT, "identity_changed")
+    with pytest.raises(RestartNeeded):
+        one.agent.join()
+
+
+def test_whose_id_it_is_is_asked_again_until_the_disk_lets_the_answer_be_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("virtbus.agent.agent.ALIVE_SECONDS", 0.05)
+    answers = [SpoolFull("no space"), SpoolFull("no space"), "99999999-2222-4333-8444-555555555555"]
+
+    def identify(host):
+        answer = answers.pop(0)
+        if isinstance(answer, SpoolFull):
+            raise answer
+        return answer
+
+    one = House(tmp_path / "state")
+    one.agent._identify = identify
+    one.start()
+    assert one.wait("gap", 2)[1]["data"]["reason"] == "identity_changed"
+    with pytest.raises(RestartNeeded):
+        one.agent.join()
+
+
+def test_what_was_not_committed_is_not_seen_through_though_the_agent_ends(tmp_path, monkeypatch):
+    one = House(tmp_path / "state").start()
+    one.wait("gap")
+    commit, at = one.spool.commit, time.time_ns()
+    broken = threading.Event()
+
+    def refused(*words):
+        broken.set()
+        raise SpoolFull("no space")
+
+    monkeypatch.setattr(one.spool, "commit", refused)
+    one.source.play(a_raw_io_error(observed_at=at), SourceReady(a_host(), at + 10**9, ()))
+    assert broken.wait(10)
+    one.agent.abort()
+    one.agent._threads["intake"].join(10)
+    monkeypatch.setattr(one.spool, "commit", commit)
+    assert one.agent._seen_through().wall_ns <= at
+    one.agent.join()
+
+
+def test_a_lost_callback_that_waits_to_be_told_is_not_seen_through(house):
+    one = house([SourceReady(a_host(), time.time_ns(), (), proves=True)])
+    one.wait("gap")
+    one.agent._unread_at = time.monotonic() + 3600.0
+    lost, later = time.time_ns(), Now(time.time_ns() + 10**10, time.monotonic() + 10)
+    one.source.play(CallbackLost(lost, "not UTF-8"), SourceSeen(later), a_raw_io_error(observed_at=lost))
+    one.wait("io_error.v1")
+    assert one.agent._seen_through().wall_ns <= lost
+    one.end()
+    assert [each["data"]["missing_occurrences"] for each in one.delivered("gap")] == [0, 1]
+
+
+def test_a_connection_that_comes_up_after_the_first_one_has_a_gap_of_its_own(house):
+    one = house()
+    first = one.wait("gap")[0]["data"]
+    one.source.play(SourceReady(a_host(), time.time_ns(), (), connection="another"))
+    later = one.wait("gap", 2)[1]["data"]
+    assert (later["reason"], later["started_at"]) == ("source_lost", first["ended_at"])
+
+
+def test_a_clock_set_back_while_libvirt_was_away_hides_no_message_that_it_kept():
+    offset = [0]
+    host = SimulatedHost(1, keeps_messages=True)
+    guest = next(iter(host.guests.values()))
+
+    def clock():
+        return Now(time.time_ns() - offset[0], time.monotonic(), time.monotonic())
+
+    observer = Observer(host, options=OPTIONS, clock=clock)
+    seen: list[object] = []
+    stop = threading.Event()
+    thread = threading.Thread(target=observer.run, args=(seen.append, stop))
+    thread.start()
+    try:
+        wait_until(lambda: any(isinstance(each, SourceReady) for each in seen))
+        host.down = True
+        host.cut()
+        wait_until(lambda: any(isinstance(each, SourceLost) for each in seen))
+        offset[0] = 3600 * 10**9
+        at = datetime.fromtimestamp(time.time() - 3600, UTC)
+        guest.messages = [
+            f"I/O error: disk='vda', index='1', path='/img/a', timestamp='{at:%Y-%m-%d %H:%M:%S.%f}+0000', "
+            "message='Input/output error'"
+        ]
+        host.down = False
+        wait_until(lambda: sum(isinstance(each, SourceReady) for each in seen) == 2)
+        ready = [each for each in seen if isinstance(each, SourceReady)][-1]
+        assert [finding.message for finding in ready.findings] == ["Input/output error"]
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_a_proof_of_another_connection_speaks_for_that_one_alone(tmp_path):

@@ -132,6 +132,7 @@ class Agent:
         self._sign_refused: Now | None = None
         self._pending: list[Event] = []
         self._pending_states: dict[str, bytes | None] = {}
+        self._unidentified: Host | None = None  # of whom it is not known whether our id is another host's
         self._unreadable: tuple[str, ...] = ()
         self.host: Host | None = None
         self.publisher = Publisher(
@@ -286,8 +287,14 @@ class Agent:
                 Moment.of(now), "libvirt was not reachable at the agent's start", GapReason.SOURCE_LOST
             )
         else:
-            self._previous_agent_id = self._changed_identity(ready.host) or self._previous_agent_id
+            hosts = [item.host for item in held if isinstance(item, HostKnown)]
+            was = self._changed_identity([ready.host, *hosts][-1])
+            self._previous_agent_id = was or self._previous_agent_id
         events = self._events_of(held, now)
+        if ready is not None:
+            # A further connection that comes up later was not seen since this one did.
+            why = "a further connection came up later than the first"
+            self._unreached = Blind(Moment.stamped(ready.at_ns, now), why, GapReason.SOURCE_LOST)
         ended_at = to_datetime(ready.at_ns if ready else now.wall_ns)
         since = None if opening.last_alive_ns is None else to_datetime(self._since.wall(now))
         gap = partial(self._gap, started_at=since, ended_at=ended_at)
@@ -315,8 +322,10 @@ class Agent:
         try:
             new = self._identify(host)
         except SpoolFull as error:
+            self._unidentified = host  # asked again with the next sign of life
             emit(Trouble("agent-id", error))
             return None
+        self._unidentified = None
         if new is None:
             return None
         old, self.agent_id = self.agent_id, new
@@ -363,13 +372,12 @@ class Agent:
         except Exception as error:  # noqa: BLE001 - one poisoned observation must not stop the others
             emit(Trouble("incidents", error))
             METRICS.dropped.inc(callbacks_in(item) or 1)
-            at = to_datetime(now.wall_ns)
             return [
                 self._gap(
                     GapReason.OBSERVATIONS_DROPPED,
                     f"an observation could not be handled: {type(error).__name__}",
-                    started_at=at,
-                    ended_at=at,
+                    started_at=to_datetime(self._seen_by_now().wall(now)),
+                    ended_at=to_datetime(now.wall_ns),
                     missing_occurrences=callbacks_in(item),
                 )
             ]
@@ -379,11 +387,14 @@ class Agent:
         before = self._clock()
         observations = self.queue.drain(timeout)
         now = self._clock()
-        self._saw(before)
+        if self.queue.emptied:
+            self._saw(before)
         events = self._stalled(before, now, timeout)
         events += self._events_of(observations, now)
         events += self.incidents.tick(now, self.source.describe)
         events += self._missed(now)
+        if self._unidentified is not None:
+            events += self._copied(self._unidentified, now)
         self._commit(events)
         self._sign_of_life(now)
         return not events and any(isinstance(item, RawIoError | Burst) for item in observations)
@@ -395,9 +406,13 @@ class Agent:
             seen.drained(before)
 
     def _seen_through(self) -> Moment:
-        """Up to when everything that every connection told is on the disk, now that the last batch is."""
-        for seen in self._seen.values():
-            seen.committed()
+        """Up to when everything that every connection told is on the disk.
+
+        Not further than before while a batch could not be committed, or a lost callback waits to be told.
+        """
+        if not (self._pending or self._pending_states or self.queue.unread):
+            for seen in self._seen.values():
+                seen.committed()
         return self._seen_by_now()
 
     def _seen_by_now(self) -> Moment:
@@ -464,6 +479,8 @@ class Agent:
         for item in self._prepared(observations):
             if isinstance(item, HostKnown):
                 self.host = self.spool.host = item.host
+                if self._first_commit.is_set():
+                    events += self._copied(item.host, now)
             if isinstance(item, SourceReady | SourceLost | SourceSeen):
                 seen = self._seen.get(item.connection)
                 if seen is None:

@@ -208,9 +208,9 @@ class Incidents:
             return self._removed(observation, now, describe)
         if isinstance(observation, SourceReady):
             return self._ready(observation, now, describe)
-        assert isinstance(observation, SourceLost)
-        self._blind = True
-        return []
+        if isinstance(observation, SourceLost):
+            self._blind = True
+        return []  # what else a source says of itself concerns gaps alone
 
     def tick(self, now: Now, describe: Describe = _unknown) -> list[Event]:
         """Windows that ended become updates, quiet incidents are resolved.
@@ -665,7 +665,9 @@ class Incidents:
             self._pause(incident, domain.uuid, 1, now)
         if unclear:
             return []
-        raw = RawIoError(domain.uuid, domain.name, None, "", "", PAUSE_CODE, "", at_ns)
+        # Named if there is one disk that it can be: else its event, when it comes, opens a second incident.
+        alias = next(iter(domain.aliases)) if domain.aliases and len(domain.aliases) == 1 else ""
+        raw = RawIoError(domain.uuid, domain.name, None, "", alias, PAUSE_CODE, "", at_ns)
         return self._error(Burst(raw, 1, at_ns, at_ns, Origin.RECONCILE), now, describe)
 
     # --------------------------------------------------------------------------------- small parts

@@ -29,7 +29,7 @@ from virtbus.model import (
     SourceReady,
 )
 from virtbus.retry import Backoff
-from virtbus.seen import MARGIN_SECONDS
+from virtbus.seen import MARGIN_SECONDS, Moment
 from virtbus.sources import Sink, SourceOptions
 from virtbus.sources.asking import HOST, Asker
 from virtbus.sources.connecting import Opened, Opener
@@ -108,7 +108,9 @@ class Observer:
         # Domains whose next look is to say what was missed since when (wall ns; None: not by old messages).
         self._reconciling: dict[str, int | None] = {}
         self._troubled: dict[str, float] = {}  # uuid → when to look at it (monotonic)
-        self._since_ns = options.since_ns
+        since_ns = options.since_ns
+        # The last moment that was seen for certain; what the hypervisor remembers is asked for from there on.
+        self._since = None if since_ns is None else Moment.stamped(since_ns, shared.clock())
         self._facts: HostFacts | None = None
         self._ready_ns: int | None = None
         self._ever_ready = False
@@ -201,9 +203,8 @@ class Observer:
         if closed is None:
             return None
         now = self.clock()
-        # What the hypervisor remembers is asked for from the last moment that was seen for certain.
         silent = max(closed.silent_seconds, 0.0 if session.seen is None else now.boot - session.seen.boot)
-        self._since_ns = now.wall_ns - int((silent + MARGIN_SECONDS) * 1e9)
+        self._since = Moment.of(now, silent + MARGIN_SECONDS)
         emit(SourceCutOff(self._connector.uri, closed.why))
         lost_ns = now.wall_ns - int(closed.silent_seconds * 1e9)
         return SourceLost(lost_ns, closed.why, session.connection, closed.reason)
@@ -382,6 +383,7 @@ class Observer:
             session.tell(self.check.keep_only(here))
         snapshot = _Snapshot()
         self._reconciling, self._troubled = {}, {}
+        since_ns = None if self._since is None else self._since.wall(self.clock())
         # Guests in trouble first: they are what this is about.
         for paused in (True, False):
             for domain in opened.domains:
@@ -389,9 +391,9 @@ class Observer:
                     continue
                 self.cache.saw(domain.uuid, domain.name, domain.id, _state(domain.state))
                 want = Want.DESCRIPTION
-                if paused or (self._since_ns is not None and facts.keeps_messages):
+                if paused or (since_ns is not None and facts.keeps_messages):
                     want |= Want.TROUBLE
-                    self._reconciling[domain.uuid] = self._since_ns
+                    self._reconciling[domain.uuid] = since_ns
                 self._lookups.request(domain.uuid, want)
         if self._asker.host_uuid is None:
             self._lookups.request(HOST, Want.HOST)

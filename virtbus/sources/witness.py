@@ -11,6 +11,7 @@ from virtbus.model import Now
 from virtbus.seen import STANDSTILL_SECONDS, stalled_words
 from virtbus.sources.link import Link
 from virtbus.sources.session import Closed, Session, Shared
+from virtbus.telemetry import Trouble, emit
 from virtbus.words import GapReason
 
 # Between two questions: a gap begins at most so long, and a margin, before its cause. A question wakes
@@ -62,7 +63,11 @@ class Witness:
             try:
                 self._link.heard(partial(self._session.saw, asked))
             except SourceUnavailable:
-                continue  # the connection's end is told by its own callback, silence by readiness
+                # The connection's end is told by its own callback, silence by readiness. Until then: again.
+                self._session.heard = True
+            except Exception as error:  # noqa: BLE001 - nobody else would ask
+                self._session.heard = True
+                emit(Trouble("question to the connection of the events", error))
 
 
 def _stood(before: Now, now: Now, waited: float) -> float:
