@@ -19,7 +19,7 @@ def test_a_question_that_failed_is_asked_again(monkeypatch: pytest.MonkeyPatch, 
     shared = Shared(Clock(), 1.0)
     told: list[Observation] = []
     session = Session(shared, told.append)
-    session.heard = True
+    session.heard.set()
     failures = [failure, failure]
 
     class Link:
