@@ -1382,3 +1382,15 @@ def test_a_guest_found_paused_by_an_error_is_told_with_its_disk_where_it_has_onl
             lambda _uuid: None,
         )[-1:]
         assert event.device.alias == (DISK if uuid == "one" else None)
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_clock_set_back_since_an_incidents_last_error_hides_no_error_that_a_look_finds(over):
+    bench = Bench(quiet_seconds=10.0)
+    bench.see(an_error())
+    if over:
+        bench.wait(30)
+    bench.wall_ns -= 3600 * SECOND
+    found = an_error(at=bench.wall_ns - SECOND, origin=Origin.RECONCILE, stamp_ns=bench.wall_ns - SECOND)
+    events = bench.ready(a_state(), findings=(found,)) + bench.wait(120)
+    assert counted(events, Origin.RECONCILE) == 1

@@ -32,7 +32,6 @@ class Witness:
         self._thread = threading.Thread(target=self._run, name="virtbus-witness", daemon=True)
 
     def __enter__(self) -> Witness:
-        self._session.tick = self._shared.clock()
         self._thread.start()
         return self
 
