@@ -139,7 +139,7 @@ class Scheduler:
                 self.current = task
                 try:
                     task.greenlet.throw(greenlet.GreenletExit)
-                except Exception:  # noqa: S112 - what a dead process still wants to say
+                except Exception:
                     continue
         self.current = None
 

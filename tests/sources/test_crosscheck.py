@@ -326,6 +326,26 @@ def test_a_remembered_error_that_an_event_told_of_is_no_finding() -> None:
     assert reconcile(check, look, 20.0, since=5.0) == []
 
 
+def test_a_clock_set_back_since_the_last_event_hides_no_remembered_error() -> None:
+    check = CrossCheck(GRACE)
+    check.slack_ns = 0
+    messages = read_messages([line("vda", 30)])
+    assert messages[0].at_ns is not None
+    remembered, at = Look(RUNNING, 1, messages=messages), messages[0].at_ns / S
+    check.event(raw(at=at + 3600.0, action=ACTION_REPORT), 1.0)  # an hour ahead, by the clock of then
+    assert len(reconcile(check, remembered, at + 5.0, since=at - 5.0)) == 1
+    assert reconcile(check, remembered, at + 6.0, since=at - 5.0) == []
+
+
+def test_the_evidence_for_an_error_comes_with_the_look_that_is_whole() -> None:
+    check = CrossCheck(GRACE)
+    check.event(raw(action=ACTION_REPORT), 0.0)
+    look_at(check, Look(RUNNING, 1, complete=False))
+    (burst,) = look_at(check, Look(RUNNING, 1, messages=read_messages([line("vda", 30)])), 12.0)
+    assert burst.message == "Input/output error"
+    assert look_at(check, Look(RUNNING, 1), 15.0) == []
+
+
 def test_a_paused_guests_finding_has_the_time_that_libvirt_remembers() -> None:
     look = Look(PAUSED, PAUSED_IOERROR, {"vda": 1}, read_messages([line("vda", 7)]))
     (found,) = reconcile(CrossCheck(GRACE), look, 20.0)

@@ -7,6 +7,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from virtbus.model import Burst, Device, RawIoError
+from virtbus.seen import is_told
 from virtbus.sources.evidence import (
     Look,
     Message,
@@ -234,7 +235,12 @@ def _is_unnamed(device: Device | None) -> bool:
 
 
 def newer_messages(
-    look: Look, since_ns: int | None, case: Case | None, devices: Mapping[str, Device], slack_ns: int
+    look: Look,
+    since_ns: int | None,
+    case: Case | None,
+    devices: Mapping[str, Device],
+    slack_ns: int,
+    ns: int,
 ) -> dict[str, Message]:
     """The messages that tell of an error which nobody told us of, by alias; the newest of each."""
     if since_ns is None or look.messages is None:
@@ -244,7 +250,7 @@ def newer_messages(
         if message.at_ns is None or message.at_ns <= since_ns:
             continue
         told = None if case is None else case.last_ns.get(alias)
-        if told is None or message.at_ns > told + slack_ns:
+        if told is None or not is_told(message.at_ns, told + slack_ns, ns + slack_ns):
             newer[alias] = message
     return newer
 

@@ -8,7 +8,6 @@ whom, is decided in crosscheck.py.
 from __future__ import annotations
 
 import queue
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,7 @@ from virtbus.model import (
     SourceReady,
 )
 from virtbus.retry import Backoff
-from virtbus.seen import MARGIN_SECONDS
+from virtbus.seen import MARGIN_SECONDS, Moment
 from virtbus.sources import Sink, SourceOptions
 from virtbus.sources.asking import HOST, Asker
 from virtbus.sources.connecting import Opened, Opener
@@ -108,9 +107,11 @@ class Observer:
         # Domains whose next look is to say what was missed since when (wall ns; None: not by old messages).
         self._reconciling: dict[str, int | None] = {}
         self._troubled: dict[str, float] = {}  # uuid → when to look at it (monotonic)
-        self._since_ns = options.since_ns
+        since_ns = options.since_ns
+        # The last moment that was seen for certain; what the hypervisor remembers is asked for from there on.
+        self._since = None if since_ns is None else Moment.stamped(since_ns, shared.clock())
         self._facts: HostFacts | None = None
-        self._ready_ns: int | None = None
+        self._ready_at: Moment | None = None
         self._ever_ready = False
 
     # ---- the Source contract
@@ -180,6 +181,7 @@ class Observer:
             with self.lock:
                 ready = self._ready(session, opened, snapshot)
                 session.since_listing = None
+                session.tick = self.clock()  # a standstill from here on is noticed
                 sink(ready)
             self._ever_ready = True
             hypervisor = ready.host.hypervisor
@@ -201,9 +203,8 @@ class Observer:
         if closed is None:
             return None
         now = self.clock()
-        # What the hypervisor remembers is asked for from the last moment that was seen for certain.
         silent = max(closed.silent_seconds, 0.0 if session.seen is None else now.boot - session.seen.boot)
-        self._since_ns = now.wall_ns - int((silent + MARGIN_SECONDS) * 1e9)
+        self._since = Moment.of(now, silent + MARGIN_SECONDS)
         emit(SourceCutOff(self._connector.uri, closed.why))
         lost_ns = now.wall_ns - int(closed.silent_seconds * 1e9)
         return SourceLost(lost_ns, closed.why, session.connection, closed.reason)
@@ -212,7 +213,7 @@ class Observer:
         self, session: Session, link: Link, sink: Sink, stop: StopEvent, witness: Witness
     ) -> Closed | None:
         """Handle notes and timers until the connection is lost; None when `stop` ended it."""
-        alive_at = time.monotonic()
+        alive_at = self.clock().monotonic
         while not stop.is_set():
             note = self._next_note(session)
             if isinstance(note, Closed):
@@ -227,8 +228,8 @@ class Observer:
                 self._look_at_trouble()
             except Exception as error:  # noqa: BLE001 - one strange domain must not end the watch
                 emit(Trouble("source", error))
-            if time.monotonic() - alive_at >= ALIVE_SECONDS:
-                alive_at = time.monotonic()
+            if self.clock().monotonic - alive_at >= ALIVE_SECONDS:
+                alive_at = self.clock().monotonic
                 if not link.alive():
                     return Closed("the connection is closed", ALIVE_SECONDS)
         return None
@@ -270,7 +271,8 @@ class Observer:
                 session.tell([HostKnown(self._host(self._facts), self.clock().wall_ns)])
         elif isinstance(note, Undecodable):
             for entry in self.cache.active():
-                self._reconciling.setdefault(entry.uuid, self._ready_ns)
+                since_ns = None if self._ready_at is None else self._ready_at.wall(self.clock())
+                self._reconciling.setdefault(entry.uuid, since_ns)
                 self._lookups.request(entry.uuid, Want.TROUBLE)
 
     def _on_description(self, session: Session, uuid: str) -> None:
@@ -382,6 +384,7 @@ class Observer:
             session.tell(self.check.keep_only(here))
         snapshot = _Snapshot()
         self._reconciling, self._troubled = {}, {}
+        since_ns = None if self._since is None else self._since.wall(self.clock())
         # Guests in trouble first: they are what this is about.
         for paused in (True, False):
             for domain in opened.domains:
@@ -389,15 +392,15 @@ class Observer:
                     continue
                 self.cache.saw(domain.uuid, domain.name, domain.id, _state(domain.state))
                 want = Want.DESCRIPTION
-                if paused or (self._since_ns is not None and facts.keeps_messages):
+                if paused or (since_ns is not None and facts.keeps_messages):
                     want |= Want.TROUBLE
-                    self._reconciling[domain.uuid] = self._since_ns
+                    self._reconciling[domain.uuid] = since_ns
                 self._lookups.request(domain.uuid, want)
         if self._asker.host_uuid is None:
             self._lookups.request(HOST, Want.HOST)
         self._lookups.resume()
-        end = time.monotonic() + SNAPSHOT_SECONDS
-        while not stop.is_set() and time.monotonic() < end:
+        end = self.clock().monotonic + SNAPSHOT_SECONDS
+        while not stop.is_set() and self.clock().monotonic < end:
             self._lookups.check()
             busy = self._lookups.busy()
             try:
@@ -416,7 +419,7 @@ class Observer:
         since = session.since_listing or {}
         findings = list(snapshot.findings)
         now = self.clock()
-        self._facts, self._ready_ns = opened.facts, now.wall_ns
+        self._facts, self._ready_at = opened.facts, Moment.of(now)
         states = {}
         for domain in opened.domains:
             look = snapshot.looks.get(domain.uuid)

@@ -177,7 +177,7 @@ class Session:
 
     def __init__(self, shared: Shared, sink: Sink, connection: str = "") -> None:
         self.connection = connection
-        self.heard = False  # something, since the last question
+        self.heard = threading.Event()  # something, since the last question
         self.seen: Now | None = None  # when the last question was asked that the daemon answered
         self.tick = shared.clock()  # when the source thread last came by
         self.notes: queue.SimpleQueue[Note] = queue.SimpleQueue()
@@ -193,7 +193,7 @@ class Session:
         shared = self._shared
         uuid, given, path = raw.domain_uuid, raw.alias, raw.path  # as libvirt names it
         raw = shared.cache.shown(raw)
-        self.heard = True
+        self._hear()
         with shared.lock:
             if not self.live:
                 return
@@ -215,7 +215,7 @@ class Session:
 
     def lifecycle(self, uuid: str, name: str, number: int | None, event: int, detail: int) -> None:
         """Tell what resolves, remember what pauses; see Handler."""
-        self.heard = True
+        self._hear()
         now = self._shared.clock()
         check = self._shared.check
         said = meaning(uuid, event, detail, now.wall_ns)
@@ -274,6 +274,10 @@ class Session:
         """Tell what a look found; the observer's lock is held."""
         for each in found:
             self._sink(each)
+
+    def _hear(self) -> None:
+        if not self.heard.is_set():  # a storm's every callback comes by here
+            self.heard.set()
 
     def saw(self, asked: Now) -> None:
         """The daemon answered a question of `asked`: what it told before has been heard."""

@@ -11,10 +11,11 @@ from virtbus.model import Now
 from virtbus.seen import STANDSTILL_SECONDS, stalled_words
 from virtbus.sources.link import Link
 from virtbus.sources.session import Closed, Session, Shared
+from virtbus.telemetry import Trouble, emit
 from virtbus.words import GapReason
 
 # Between two questions: a gap begins at most so long, and a margin, before its cause. A question wakes
-# libvirt's loop some nine times, so where nothing happens it is asked less often.
+# libvirt's loop some nine times, so where nothing is heard it is asked less often, and this thread sleeps.
 PROVE_SECONDS, QUIET_SECONDS = 2.0, 10.0
 
 
@@ -31,12 +32,12 @@ class Witness:
         self._thread = threading.Thread(target=self._run, name="virtbus-witness", daemon=True)
 
     def __enter__(self) -> Witness:
-        self._session.tick = self._shared.clock()
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
+        self._session.heard.set()
 
     def stalled(self, waited: float) -> Closed | None:
         """Called by the source thread after each wait of at most `waited` seconds: did it take far longer?"""
@@ -51,18 +52,23 @@ class Witness:
         )
 
     def _run(self) -> None:
-        last = self._session.tick
-        while not self._over.wait(PROVE_SECONDS):
+        heard = self._session.heard
+        while True:
+            heard.wait(QUIET_SECONDS)
+            if self._over.wait(PROVE_SECONDS if heard.is_set() else 0.0):
+                return
             asked = self._shared.clock()
-            if not self._session.heard and asked.boot - last.boot < QUIET_SECONDS:
-                continue
             if _stood(self._session.tick, asked, PROVE_SECONDS) >= STANDSTILL_SECONDS:
                 continue  # the source thread is about to notice
-            self._session.heard, last = False, asked
+            heard.clear()
             try:
                 self._link.heard(partial(self._session.saw, asked))
             except SourceUnavailable:
-                continue  # the connection's end is told by its own callback, silence by readiness
+                # The connection's end is told by its own callback, silence by readiness. Until then: again.
+                heard.set()
+            except Exception as error:  # noqa: BLE001 - nobody else would ask
+                heard.set()
+                emit(Trouble("question to the connection of the events", error))
 
 
 def _stood(before: Now, now: Now, waited: float) -> float:
