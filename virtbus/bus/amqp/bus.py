@@ -40,11 +40,11 @@ from virtbus.bus.amqp.connection import (
     Dialer,
     Endpoint,
     Link,
-    ProtocolViolation,
     Waker,
     lost,
     translated,
 )
+from virtbus.bus.amqp.wire import ProtocolViolation
 from virtbus.errors import BusDenied, BusUnavailable, RecordRefused, VirtbusError
 from virtbus.model import Check, Confirmed, Deferred, Outcome, Record, Refused, Unroutable
 from virtbus.telemetry import METRICS, BusBlocked, emit
