@@ -11,6 +11,7 @@ from virtbus.agent.speaker import Speaker
 from virtbus.model import Backlog, Heartbeat, Now, OpenIncidents, Record, SourceHealth, Stamp, to_datetime
 from virtbus.spool import Spool
 from virtbus.telemetry import METRICS
+from virtbus.words import Origin
 
 
 class Condition:
