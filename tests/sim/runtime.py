@@ -51,7 +51,7 @@ class Process:
 
     def __init__(self, name: str, clock: HostClock) -> None:
         self.name, self.clock = name, clock
-        self.dead = False
+        self.dead = self.killed = False
         self.stopped_until = 0.0
         self.last_id = 0  # of virtbus.envelope.uuid7: a module's variable, so one a process
         self.at_death: list[Callable[[], None]] = []

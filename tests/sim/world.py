@@ -231,6 +231,7 @@ class World:
     def _killed(self, host: SimHost) -> None:
         assert host.process is not None
         self.tally.faults += 1
+        host.process.killed = True
         self.sched.kill(host.process)
         after = self.random.choice((0.5, 3.0, 20.0))
         host.blind = [(begin, min(end, self.sched.now)) for begin, end in host.blind]
@@ -385,7 +386,7 @@ class World:
         process = host.process
         while not process.dead:
             self.sched.sleep(0.5)
-        if host.process is process and not host.agent._abort.is_set():
+        if not process.killed:
             self.tell(host.name, "the agent starts again")
             self._start_agent(host)
 
