@@ -286,7 +286,14 @@ class World:
 
     def _missing(self, told: MissingEvents) -> None:
         self.tell("consumer", f"is told that {told.first} to {told.last} of {told.epoch} are missing")
-        self.truth.missing_told.append(f"{told.epoch} {told.first} to {told.last}")
+        last = told.first if told.last is None else told.last
+        come = {
+            arrival.record.seq
+            for arrival in self.broker.log
+            if arrival.record.epoch == told.epoch and arrival.at < self.sched.now - oracle.READ_SECONDS
+        }
+        if come & {*range(told.first, last + 1)}:  # what comes later than `reorder_seconds` may be told
+            self.truth.missing_told.append(f"{told.epoch} {told.first} to {told.last}")
 
     def _perhaps_kill_consumer(self, when: str) -> None:
         if not self.ending and self.random.random() < 0.004:
