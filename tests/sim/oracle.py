@@ -198,7 +198,10 @@ def _every_error(truth: Truth, events: list[Event], gaps: dict[str, list[Interva
     guessed: Counter[tuple[str, str]] = Counter()
     for event in events:
         if event.type == IoError.TYPE:
-            where, count = (event.arrival.host, event.data["domain"]["uuid"]), event.data["occurrences"]["count"]
+            where, count = (
+                (event.arrival.host, event.data["domain"]["uuid"]),
+                event.data["occurrences"]["count"],
+            )
             counted[where] += count
             guess = event.data["origin"] == Origin.RECONCILE or event.data["device"]["alias"] is None
             guessed[where] += count if guess else 0

@@ -12,7 +12,7 @@ KEPT = Path(__file__).parents[1] / "sim" / "regressions" / "seeds.txt"
 SEEDS = [int(line.split()[0]) for line in KEPT.read_text().splitlines() if line and line[0] != "#"]
 
 
-@pytest.mark.parametrize("seed", sorted({1, 2, 3, 4, *SEEDS}))
+@pytest.mark.parametrize("seed", sorted({1, 3, *SEEDS}))
 def test_no_promise_is_broken(seed: int) -> None:
     world = World(seed)
     tally = world.run()
