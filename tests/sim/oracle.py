@@ -108,7 +108,7 @@ def _gaps(truth: Truth, events: list[Event]) -> list[Interval]:
     found = []
     for event in events:
         if event.type == Gap.TYPE:
-            at, skew = truth.made[event.arrival.record.id]
+            _, skew = truth.made[event.arrival.record.id]
             start = event.data["started_at"]
             found.append(
                 Interval(
@@ -130,7 +130,7 @@ def story(truth: Truth) -> Iterator[tuple[float, str, str]]:
     for event in _first(truth):
         data, at = event.data, event.arrival.at
         if event.type == Gap.TYPE:
-            made, skew = truth.made[event.arrival.record.id]
+            _, skew = truth.made[event.arrival.record.id]
             start = "?" if data["started_at"] is None else f"{_true(data['started_at'], skew):.1f}"
             end = _true(data["ended_at"], skew)
             words = f"gap {data['reason']} {start} to {end:.1f}, found {data['found']}"
@@ -168,7 +168,7 @@ def _in_order(truth: Truth, events: list[Event]) -> Iterator[str]:
         here = (truth.epochs[host].index(record.epoch), record.seq)
         before = place.get((host, record.key))
         if before is not None and here < before:
-            yield f"P2: {host}: {record.key} got number {record.seq} at {event.arrival.at:.3f} behind {before}"
+            yield f"P2: {host}: {record.key} got number {record.seq} behind {before}"
         place[host, record.key] = max(here, before or here)
 
 

@@ -1,6 +1,6 @@
-"""Threads, clocks and randomness of the simulation: real code, one thread at a time, in an order a seed decides.
+"""Threads, clocks and randomness of the simulation: real code, one thread at a time, ordered by a seed.
 
-virtbus's modules see other `threading`, `queue`, `time` and `random` modules while `installed` is active. Their
+virtbus's modules see other `threading`, `queue`, `time` and `random` modules while `installed` is active. Its
 threads are greenlets; whatever blocks hands over to the scheduler, which takes the earliest that is due, and
 among equals whom its seed says. Time passes only there. Each process reads the clocks of its host.
 """
@@ -139,7 +139,7 @@ class Scheduler:
                 self.current = task
                 try:
                     task.greenlet.throw(greenlet.GreenletExit)
-                except Exception:  # noqa: S112 - what a dead process still wants to say
+                except Exception:
                     continue
         self.current = None
 

@@ -32,7 +32,7 @@ from virtbus.spool import Spool, SpoolLimits, faults
 FAULTY_SECONDS = 600.0  # how long things go wrong
 QUIET_SECONDS = 200.0  # and how long nothing does, before the books are closed
 LIMITS = IncidentLimits(quiet_seconds=60.0)
-ON_TMPFS = Path("/dev/shm")  # noqa: S108 - folders are made below it with mkdtemp
+ON_TMPFS = Path("/dev/shm")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""`make sim-mutants`: apply one patch at a time to a copy of virtbus, and report the first seed that finds it."""
+"""`make sim-mutants`: apply one patch at a time to a copy of virtbus, and tell which seed finds it first."""
 
 from __future__ import annotations
 
