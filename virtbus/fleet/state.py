@@ -13,6 +13,7 @@ from virtbus.fleet.verdict import Answer, Blame, Trouble, Verdict, VerdictRules,
 from virtbus.model import (
     Device,
     Event,
+    Evidence,
     Gap,
     Heartbeat,
     Host,
@@ -22,7 +23,7 @@ from virtbus.model import (
     OpenIncident,
     to_ns,
 )
-from virtbus.words import ENOSPC, Action, DiskError, EvidenceVerdict, GuestState, Origin
+from virtbus.words import ENOSPC, Action, DiskError, EvidenceCheck, EvidenceVerdict, GuestState, Origin
 
 _SEQUENCE = re.compile("[0-9]{1,18}")
 
@@ -106,6 +107,14 @@ class FleetView:
     def host(self, name: str) -> HostHealth | None:
         """One host, by the name libvirt gives it."""
         return next((one for one in self.hosts if one.name == name), None)
+
+
+# What looks at the space itself; the others repeat the errno that the hypervisor was given.
+_SPACE_CHECKS = frozenset({EvidenceCheck.BLOCK_INFO, EvidenceCheck.FILE_SYSTEM})
+
+
+def _space_was_short(evidence: Iterable[Evidence]) -> bool:
+    return any(one.check in _SPACE_CHECKS and one.verdict == EvidenceVerdict.CONFIRMS for one in evidence)
 
 
 _MAX_USERS = 50_000
@@ -218,7 +227,6 @@ class Fleet:
         if known is None and agent.complete and agent.not_later(version, agent.heartbeat):
             return  # a heartbeat that already speaks for this error does not list it: it is over
         full = event.error.reason == ENOSPC or event.error.disk_error == DiskError.NO_SPACE
-        verdicts = {one.verdict for one in event.error.evidence}
         opened = to_ns(event.incident.opened_at) / 1e9
         onset = agent.ours(opened, now) if known is None else known.onset
         agent.keep(
@@ -232,7 +240,7 @@ class Fleet:
                 paused=event.domain.state == GuestState.PAUSED or event.error.action is Action.PAUSE,
                 flapping=event.incident.flapping,
                 full=full,
-                doubtful=EvidenceVerdict.CONTRADICTS in verdicts and EvidenceVerdict.CONFIRMS not in verdicts,
+                unconfirmed=full and not _space_was_short(event.error.evidence),
                 after_boot=self._after_boot(agent, onset),
                 version=version,
                 total=event.occurrences.total,
@@ -292,7 +300,7 @@ class Fleet:
             flapping=item.flapping,
             full=item.reason == ENOSPC or (known is not None and known.full),
             # A heartbeat carries no evidence: whether space is really short there, it does not tell.
-            doubtful=known.doubtful if known is not None else item.reason == ENOSPC,
+            unconfirmed=known.unconfirmed if known is not None else item.reason == ENOSPC,
             after_boot=known.after_boot if known is not None else self._after_boot(agent, onset),
             version=version,
             total=item.total,

@@ -9,7 +9,8 @@ has any trouble with those systems while enough others are being observed.
 
 Everything else is `undetermined`: one guest alone, one system seen from one host, several systems seen
 from several hosts (what lies between?), hosts of one rack only, trouble right after a reboot, "no space"
-on a thin volume, contradicted evidence. A scheduler must not move guests off a host on a guess.
+on a thin volume or for guests of one host that nothing confirms. A scheduler must not move guests off a host
+on a guess.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Trouble:
     onset: float  # Unix seconds
     is_open: bool
     full: bool = False  # no space left
-    doubtful: bool = False  # the evidence contradicts itself
+    unconfirmed: bool = False  # "no space", and nothing that was looked at confirms it
     after_boot: bool = False  # the host had just been rebooted
 
 
@@ -167,7 +168,7 @@ def _systems(backends: Iterable[Backend]) -> dict[Backend, str]:
 
 
 def _is_fault(trouble: Trouble) -> bool:
-    return not trouble.full and not trouble.doubtful
+    return not trouble.full
 
 
 def _largest_onset(troubles: Sequence[Trouble], within: float) -> list[Trouble]:
@@ -224,12 +225,14 @@ def _judge_system(
     doubt = Blame.UNDETERMINED
     if found[0].backend.sharing is not Sharing.SHARED:
         return Verdict(doubt, "nothing tells whether other hosts are on it too")
-    full = [one for one in found if one.full and not one.doubtful]
-    if full and not any(_is_fault(one) for one in found):
+    full = [one for one in found if one.full]
+    if len(full) == len(found):
         if any(one.backend.thin for one in full):
             return Verdict(doubt, "no space on thin volumes: theirs, or the pool's", full=True)
         if len({one.guest for one in full}) < rules.min_guests:
             return Verdict(doubt, "no space for one guest: its own limit, or the pool's", full=True)
+        if all(one.unconfirmed for one in full) and not _from_several(full, rules):
+            return Verdict(doubt, "no space for guests of one host, and no look confirms it", full=True)
         return Verdict(
             Blame.BACKEND, f"no space left for {len({one.guest for one in full})} guests", full=True
         )
