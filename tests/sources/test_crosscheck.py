@@ -154,6 +154,30 @@ def test_a_disk_error_that_an_earlier_pause_left_is_not_told_again() -> None:
     assert findings(check, 6.0) == []
 
 
+def test_a_disk_error_of_a_pause_that_no_look_saw_is_not_blamed_for_the_next_pause() -> None:
+    check = CrossCheck(GRACE)
+    check.event(raw("virtio-disk1"), 0.0)
+    suspend(check, 0.0)
+    check.resumed(UUID)
+    look_at(check, Look(RUNNING, 1), at=0.5)
+    decide(check, GRACE)
+    check.event(raw("virtio-disk0"), 100.0)
+    suspend(check, 100.0)
+    look_at(check, replace(IO_PAUSE, disk_errors={"vda": 1, "vdb": 1}), 100.5)
+    assert findings(check, 100.0 + GRACE) == []
+
+
+def test_a_pause_after_a_resume_that_fell_into_a_gap_is_told() -> None:
+    check = CrossCheck(GRACE)
+    suspend(check, 0.0)
+    decide(check, GRACE)
+    assert findings(check, 2 * GRACE)
+    check.listed_running(UUID)
+    suspend(check, 100.0)
+    look_at(check, IO_PAUSE, 100.5)
+    assert len(findings(check, 100.0 + GRACE)) == 1
+
+
 def test_a_disk_error_that_was_there_while_the_guest_ran_is_not_told() -> None:
     check = CrossCheck(GRACE)
     check.baseline(UUID, "db1", 1, {"virtio-disk0": 1})

@@ -16,7 +16,13 @@ from virtbus.sources.evidence import (
     newest_by_alias,
     newest_message,
 )
-from virtbus.sources.link import ACTION_PAUSE, ACTION_REPORT, DISK_ERROR_NO_SPACE, DISK_ERRORS
+from virtbus.sources.link import (
+    ACTION_PAUSE,
+    ACTION_REPORT,
+    DISK_ERROR_NO_SPACE,
+    DISK_ERROR_UNSPECIFIED,
+    DISK_ERRORS,
+)
 from virtbus.words import ENOSPC, DiskError, Origin
 
 ACTION_UNKNOWN = -1  # the guest runs, and the policy does not tell whether it was ever paused
@@ -103,8 +109,10 @@ class Case:
         if pause.certain or (by_error and fresh):
             known = told.keys() | self.synthesised.keys()
             missed = missed_devices(self, wrong if by_error else {}, known, devices)
-        if look is not None:
+        if look is not None and look.disk_errors is not None:
             self.stale = wrong
+        else:  # QEMU keeps what the events told of, and a later pause must not be blamed on it
+            self.stale = self.stale | {alias: _kept_code(raw) for alias, raw in told.items() if alias}
         found = []
         for alias in missed:
             found.append(self.found(alias, pause.ns, look, devices, wrong.get(alias)))
@@ -186,6 +194,11 @@ class Case:
         self.last_ns[alias] = max(self.last_ns.get(alias, 0), raw.observed_at)
         self.unseen.discard("")
         return [burst_of(raw, 0, Origin.EVENT, look, devices.get(alias), pause=True)]
+
+
+def _kept_code(raw: RawIoError) -> int:
+    """What virDomainGetDiskErrors says of a device after this error paused its guest."""
+    return DISK_ERROR_NO_SPACE if raw.reason == ENOSPC else DISK_ERROR_UNSPECIFIED
 
 
 def complete(look: Look | None) -> bool:

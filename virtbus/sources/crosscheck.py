@@ -261,6 +261,12 @@ class CrossCheck:
 
     # ---- after a (re)connect
 
+    def listed_running(self, uuid: str) -> None:
+        """The listing shows a guest running: if it was paused, its resume fell into the time without us."""
+        case = self._cases.get(uuid)
+        if case is not None and case.paused:
+            self.resumed(uuid)
+
     def listed(
         self, uuid: str, name: str, number: int | None, *, alias: str, mono: float, ns: int
     ) -> list[Burst]:

@@ -38,6 +38,7 @@ from virtbus.sources.link import (
     PAUSED,
     PAUSED_IOERROR,
     PAUSED_UNKNOWN,
+    RUNNING,
     STARTED,
     STATES,
     STOPPED,
@@ -382,6 +383,9 @@ class Observer:
         with self.lock:
             self.check.slack_ns = 0 if facts.local else STAMP_SLACK_NS
             session.tell(self.check.keep_only(here))
+            for domain in opened.domains:
+                if domain.state == RUNNING and domain.uuid not in (session.since_listing or {}):
+                    self.check.listed_running(domain.uuid)
         snapshot = _Snapshot()
         self._reconciling, self._troubled = {}, {}
         since_ns = None if self._since is None else self._since.wall(self.clock())
