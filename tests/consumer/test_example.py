@@ -75,15 +75,17 @@ def test_a_scheduler_by_the_docs_repeats_only_what_was_in_flight_at_a_kill(
     def start() -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, str(EXAMPLE), url, str(state.path), topic])
 
+    def publish(row: int) -> None:
+        incident = dataclasses.replace(an_io_error().incident, id=str(uuid.UUID(int=row)))
+        record = a_record(an_io_error(incident=incident), row=row)
+        ids[incident.id] = record.id
+        ListFeed([record]).drain(bus)
+
     for number in range(KILLS):
         before = state.effects()
         scheduler = start()
         for one in range(EACH):
-            row = number * EACH + one + 1
-            incident = dataclasses.replace(an_io_error().incident, id=str(uuid.UUID(int=row)))
-            record = a_record(an_io_error(incident=incident), row=row)
-            ids[incident.id] = record.id
-            ListFeed([record]).drain(bus)
+            publish(number * EACH + one + 1)
         wait_until(lambda: state.effects() != before, timeout=60, what="an effect of this life")  # noqa: B023
         time.sleep(chance.uniform(0.0, 0.2))
         scheduler.kill()
@@ -97,6 +99,7 @@ def test_a_scheduler_by_the_docs_repeats_only_what_was_in_flight_at_a_kill(
         assert len(unmarked) <= 1, f"effect first, ack after, one at a time: {unmarked}"
         in_flight += len(unmarked)
     scheduler = start()
+    publish(KILLS * EACH + 1)  # its effect shows that this process runs: only then does it take SIGTERM
     try:
         wait_until(lambda: state.effects().keys() >= ids.keys(), timeout=120, what="every effect")
         wait_until(lambda: state.marked() >= set(ids.values()), timeout=60, what="every mark")

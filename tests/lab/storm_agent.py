@@ -11,21 +11,21 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from virtbus.agent.agent import Agent
+from virtbus.agent.writer import Writer
 from virtbus.cli import main
 from virtbus.telemetry import METRICS
 
 
 def keep(ledger: int) -> None:
-    commit: Callable[..., Any] = Agent._commit
+    commit: Callable[..., Any] = Writer.commit
 
-    def told(agent: Agent, events: Any) -> None:
+    def told(writer: Writer, events: Any) -> None:
         taken = round(METRICS.callbacks._value.get())
         os.write(ledger, f"begin {taken}\n".encode())
-        commit(agent, events)
+        commit(writer, events)
         os.write(ledger, f"done {taken}\n".encode())
 
-    Agent._commit = told  # type: ignore[method-assign]
+    Writer.commit = told  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ def test_a_helm_command_of_the_documents_is_taken_by_helm(found: tuple[str, str]
 
 
 def test_the_label_of_the_documents_is_put_on_a_namespace(tmp_path: Path) -> None:
-    ((_, command),) = (found for found in of("kubectl") if " label " in found[1])
+    ((_, command),) = (found for found in of("kubectl") if " label namespace " in found[1])
     words = shlex.split(command, comments=True)[1:]
     space = tmp_path / "space.yaml"
     space.write_text("{apiVersion: v1, kind: Namespace, metadata: {name: virtbus}}")
