@@ -16,9 +16,11 @@ from virtbus.model import (
     DomainResumed,
     Observation,
     RawIoError,
+    SourceGone,
     SourceLost,
     SourceReady,
     SourceSeen,
+    Surveyed,
 )
 from virtbus.telemetry import METRICS
 from virtbus.words import Origin
@@ -113,6 +115,9 @@ class IntakeQueue:
         if isinstance(observation, SourceReady | SourceLost):
             key: tuple[object, ...] = (type(observation), observation.connection)
             self._put_last(key, self._joined(self._folded.get(key), observation))
+            return
+        if isinstance(observation, SourceGone | Surveyed) and self._has_room():
+            self._put_last((type(observation), getattr(observation, "connection", None)), observation)
             return
         if isinstance(observation, DomainResumed | DomainHalted | DomainGone | DeviceRemoved):
             key = (type(observation), observation.domain_uuid, getattr(observation, "alias", None))

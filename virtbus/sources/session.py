@@ -172,20 +172,42 @@ class Shared:
         self.cache = Cache()
 
 
+class Notes:
+    """What one connection leaves for the source thread, which `wake` calls; any thread puts."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self._queue: queue.SimpleQueue[Note] = queue.SimpleQueue()
+
+    def put(self, note: Note) -> None:
+        """Leave a note."""
+        self._queue.put(note)
+        self._wake()
+
+    def next(self) -> Note | None:
+        """The oldest note, or None."""
+        try:
+            return self._queue.get_nowait()
+        except queue.Empty:
+            return None
+
+
 class Session:
     """The callbacks of one connection. Deaf once it is over: each registration tells at most once."""
 
-    def __init__(self, shared: Shared, sink: Sink, connection: str = "") -> None:
+    def __init__(
+        self, shared: Shared, sink: Sink, connection: str = "", wake: Callable[[], None] = lambda: None
+    ) -> None:
         self.connection = connection
         self.heard = False  # something, since the last question
         self.seen: Now | None = None  # when the last question was asked that the daemon answered
-        self.tick = shared.clock()  # when the source thread last came by
-        self.notes: queue.SimpleQueue[Note] = queue.SimpleQueue()
+        self.notes = Notes(wake)
         # What lifecycle callbacks said since the listing: (name, state), None when it left. Then None.
         self.since_listing: dict[str, tuple[str, str] | None] | None = {}
         self.live = True
         self._shared = shared
         self._sink = sink
+        self._wake = wake
 
     def io_error(self, raw: RawIoError) -> None:
         """Tell it at once; see Handler."""
@@ -193,7 +215,7 @@ class Session:
         shared = self._shared
         uuid, given, path = raw.domain_uuid, raw.alias, raw.path  # as libvirt names it
         raw = shared.cache.shown(raw)
-        self.heard = True
+        self._hear()
         with shared.lock:
             if not self.live:
                 return
@@ -215,7 +237,7 @@ class Session:
 
     def lifecycle(self, uuid: str, name: str, number: int | None, event: int, detail: int) -> None:
         """Tell what resolves, remember what pauses; see Handler."""
-        self.heard = True
+        self._hear()
         now = self._shared.clock()
         check = self._shared.check
         said = meaning(uuid, event, detail, now.wall_ns)
@@ -241,6 +263,11 @@ class Session:
             if self.since_listing is not None and event in STATE_AFTER:
                 self.since_listing[uuid] = (name, STATE_AFTER[event]) if event != STOPPED else None
         self.notes.put(Lifecycle(uuid, name, number, event, detail))
+
+    def _hear(self) -> None:
+        if not self.heard:
+            self.heard = True
+            self._wake()  # the next question comes sooner
 
     def device_removed(self, uuid: str, alias: str) -> None:
         """See Handler."""
