@@ -44,11 +44,13 @@ from virtbus.model import (
     RawIoError,
     Record,
     SequenceRange,
+    SourceGone,
     SourceHealth,
     SourceLost,
     SourceReady,
     SourceSeen,
     Stamp,
+    Surveyed,
     to_datetime,
 )
 from virtbus.retry import Backoff
@@ -124,6 +126,8 @@ class Agent:
         since_ns = spool.opening.last_alive_ns
         self._since = Moment.of(started) if since_ns is None else Moment.stamped(since_ns, started)
         self._seen: dict[str, SeenThrough] = {}  # by connection
+        self._opened: Now | None = None  # when the epoch was: what came up before is in its first gap
+        self._surveyed = False  # a source of many connections has looked at all that were there
         self._unreached: Blind | None = None  # what the first snapshot of a connection will end
         self._unread_at = started.monotonic  # when lost callbacks may be told again
         self._source_since_ns = started.wall_ns
@@ -269,13 +273,14 @@ class Agent:
     def _open_epoch(self) -> None:
         """Commit this run's first event, the gap since the last one, with what was found in it."""
         held: list[Observation] = []
-        ready: SourceReady | None = None
+        ready: SourceReady | Surveyed | None = None
+        whole = False
         before = self._clock()
         deadline = before.monotonic + SOURCE_GRACE_SECONDS
-        while ready is None and not self._stop.is_set() and before.monotonic < deadline:
+        while not whole and not self._stop.is_set() and before.monotonic < deadline:
             for item in self.queue.drain(max(0.0, min(0.5, deadline - before.monotonic))):
-                if ready is None and isinstance(item, SourceReady):
-                    ready = item
+                if isinstance(item, SourceReady | Surveyed) and not whole:
+                    ready, whole = item, isinstance(item, Surveyed) or item.whole
                 held.append(item)
             before = self._clock()
         now = self._clock()
@@ -288,6 +293,7 @@ class Agent:
         else:
             self._previous_agent_id = self._changed_identity(ready.host) or self._previous_agent_id
         events = self._events_of(held, now)
+        self._opened = now
         ended_at = to_datetime(ready.at_ns if ready else now.wall_ns)
         since = None if opening.last_alive_ns is None else to_datetime(self._since.wall(now))
         gap = partial(self._gap, started_at=since, ended_at=ended_at)
@@ -464,10 +470,16 @@ class Agent:
         for item in self._prepared(observations):
             if isinstance(item, HostKnown):
                 self.host = self.spool.host = item.host
+            if isinstance(item, SourceGone):
+                events += self._ended(item, now)
+                continue
+            if isinstance(item, Surveyed):
+                self._surveyed = True
+                self.host = self.spool.host = self.host or item.host
             if isinstance(item, SourceReady | SourceLost | SourceSeen):
                 seen = self._seen.get(item.connection)
                 if seen is None:
-                    seen = self._seen[item.connection] = SeenThrough(self._since, self._unreached)
+                    seen = self._seen[item.connection] = self._first_seen(item, now)
                 blind = seen.take(item, now)
                 if isinstance(item, SourceSeen):
                     continue
@@ -477,6 +489,31 @@ class Agent:
                     continue
             events += self._apply(item, now)
         return events
+
+    def _first_seen(self, item: SourceReady | SourceLost | SourceSeen, now: Now) -> SeenThrough:
+        """A connection that is new. One of many may have come later than the agent, with its guest."""
+        if self._opened is None or not isinstance(item, SourceReady) or item.whole:
+            return SeenThrough(self._since, self._unreached)
+        since = Moment.of(self._opened)
+        if item.appeared_ns is not None and item.appeared_ns > since.wall(now):
+            since = Moment.stamped(min(item.appeared_ns, item.at_ns), now)
+        why = f"{item.connection} was not reached before"
+        return SeenThrough(since, Blind(since, why, GapReason.SOURCE_LOST) if item.domains else None)
+
+    def _ended(self, gone: SourceGone, now: Now) -> list[Event]:
+        """A connection ended for good. Guests whose end it did not tell may have had errors until then."""
+        seen = self._seen.pop(gone.connection, None)
+        if seen is None or not gone.domains:
+            return []
+        blind = seen.blind or Blind(seen.moment, "", GapReason.SOURCE_LOST)
+        return [
+            self._gap(
+                blind.reason,
+                f"{gone.connection} ended: {blind.why or 'its socket is gone'}",
+                started_at=to_datetime(blind.since.wall(now)),
+                ended_at=to_datetime(gone.at_ns),
+            )
+        ]
 
     def _came_back(self, ready: SourceReady, blind: Blind | None, now: Now) -> list[Event]:
         """The source is up again: what was found, after the gap that says what may be missing."""
@@ -510,8 +547,10 @@ class Agent:
     @property
     def _source_state(self) -> SourceState:
         if not self._seen:
-            return SourceState.STARTING
-        connected = all(seen.connected for seen in self._seen.values())
+            return SourceState.CONNECTED if self._surveyed else SourceState.STARTING
+        # Of many connections one that is away blinds to its own guest alone, and is told by a gap.
+        each = [seen.connected for seen in list(self._seen.values())]
+        connected = any(each) if self._surveyed else all(each)
         return SourceState.CONNECTED if connected else SourceState.DISCONNECTED
 
     def _commit(self, events: list[Event]) -> None:
@@ -622,7 +661,7 @@ class Agent:
         """Why the agent does not observe or keep events now; empty when it does. The broker is no reason."""
         source = [] if self._source_state is SourceState.CONNECTED else [f"source is {self._source_state}"]
         now = self._clock()
-        for seen in list(self._seen.values()):
+        for seen in [] if self._surveyed else list(self._seen.values()):
             silent = seen.silent_for(now)
             if silent is not None:
                 source.append(f"source: no answer on the connection of the events for {silent:.0f} s")
@@ -680,6 +719,7 @@ class Agent:
                 "state": self._source_state,
                 "since": to_datetime(self._source_since_ns).isoformat(),
                 "queued": len(self.queue),
+                "connections": {name: seen.connected for name, seen in list(self._seen.items())},
             },
             "bus": {"url": self._bus_name, "error": self.publisher.error},
             "spool": {

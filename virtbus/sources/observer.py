@@ -99,7 +99,7 @@ class Observer:
     """One hypervisor; all of `virtbus.sources.Source` but `probe`.
 
     A state machine that never waits: `begin`, then `step` as often as it asks for it or `wake` is called,
-    then `end`; all from one thread. `run` drives a single one; many.py drives one for each of a host's daemons.
+    then `end`; all from one thread. `run` drives a single one; many.py drives one for each daemon of a host.
     """
 
     def __init__(
