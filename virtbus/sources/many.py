@@ -1,8 +1,8 @@
 """Observes many hypervisors of one host, each behind a socket that comes and goes.
 
-A look finds the sockets that a pattern names. Each gets an Observer of its own (connect, look, loss, return);
-one source thread drives them all, so that one that hangs blinds nobody. inotify says when to look again, and a
-slow look finds what inotify missed.
+A look finds the sockets that a pattern names. Each gets an Observer of its own (connect, look, loss,
+return); one source thread drives them all, so that one that hangs blinds nobody. inotify says when to look
+again, and a slow look finds what inotify missed.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ LEAST_SECONDS = 0.2  # between two looks, however often inotify says something
 SURVEY_SECONDS = 30.0  # a socket of the start that is not reached by then can't be told about
 STALE_AFTER = 4  # refusals in a row: nobody will listen on this socket any more, its daemon is gone …
 STALE_SECONDS = 300.0  # … and it is tried again so rarely; a new daemon makes a new socket
+FIRST_SECONDS = 0.05
 CEILING_SECONDS = 15.0
 QUIET_SECONDS, KEEPALIVE_SECONDS, IDLE_SECONDS = 15.0, 15, 2.0
 
@@ -174,8 +175,8 @@ class Member:
             if self.refused >= STALE_AFTER:
                 self.settled = True
                 return STALE_SECONDS
-        else:
-            self.refused = 0
+            return FIRST_SECONDS * 3**self.refused  # a daemon binds its socket a moment before it listens
+        self.refused = 0
         self.backoff = self.backoff or Backoff("libvirt", ceiling=CEILING_SECONDS)
         return self.backoff.plan(why)
 

@@ -52,6 +52,12 @@
 {{- if hasPrefix .Values.libvirt.socketDir .Values.spool.hostPath -}}
 {{- fail "\n\nspool.hostPath lies in libvirt.socketDir, which is mounted read-only: choose another folder" -}}
 {{- end -}}
+{{- if and .Values.kubevirt.withLibvirt (not .Values.kubevirt.enabled) -}}
+{{- fail "\n\nkubevirt.withLibvirt is set, but kubevirt.enabled is not: the host's libvirt is observed without it" -}}
+{{- end -}}
+{{- if and .Values.kubevirt.enabled (dig "libvirt" "discover" dict .Values.config) -}}
+{{- fail "\n\nconfig.libvirt.discover belongs to kubevirt.enabled: keep one" -}}
+{{- end -}}
 {{- if and .Values.react.enabled (not .Values.react.with) -}}
 {{- fail "\n\nreact.enabled is set, but react.with names no integration, e.g. --set react.with=kubernetes" -}}
 {{- end -}}
