@@ -137,7 +137,7 @@ def test_a_pod_that_ends_ends_its_guest_alone(sockets: Sockets) -> None:
         sockets.end("ending")
         (gone,) = seen.wait(SourceGone)
         assert isinstance(gone, SourceGone)
-        assert (gone.connection, gone.domains) == (ending.uri, {guest_of(ending).uuid})
+        assert (gone.connection, gone.domains) == (ending.uri, frozenset({guest_of(ending).uuid}))
         (end,) = seen.wait(DomainGone)
         assert isinstance(end, DomainGone)
         assert end.domain_uuid == guest_of(ending).uuid
@@ -158,12 +158,26 @@ def test_a_daemon_that_restarts_is_lost_and_found_alone_and_a_guest_that_vanishe
         host.cut()
         (lost,) = seen.wait(SourceLost)
         assert isinstance(lost, SourceLost)
-        assert (lost.connection, lost.domains) == (host.uri, {vanished.uuid})
+        assert (lost.connection, lost.domains) == (host.uri, frozenset({vanished.uuid}))
         seen.wait(of(host.uri, SourceReady), 2)
         (gone,) = seen.wait(DomainGone)
         assert isinstance(gone, DomainGone)
         assert gone.domain_uuid == vanished.uuid
         assert not [item for item in seen.of(SourceLost) if of(other.uri, SourceLost)(item)]
+
+
+def test_a_daemon_that_restarts_slowly_is_not_gone_while_its_folder_is_there(sockets: Sockets) -> None:
+    host = sockets.add("slow")
+    with observed(sockets) as (_, seen):
+        seen.wait(Surveyed)
+        Path(host.uri).unlink()
+        host.cut()
+        seen.wait(SourceLost)
+        later = sockets.add("later")  # found by a look that missed the first one's socket
+        seen.wait(of(later.uri, SourceReady))
+        bind(Path(host.uri))
+        seen.wait(of(host.uri, SourceReady), 2)
+        assert seen.of(DomainGone, SourceGone) == []
 
 
 def test_one_that_says_nothing_blinds_nobody_and_holds_back_the_survey_alone(sockets: Sockets) -> None:

@@ -37,6 +37,7 @@ SURVEY_SECONDS = 30.0  # a socket of the start that is not reached by then can't
 STALE_AFTER = 4  # refusals in a row: nobody will listen on this socket any more, its daemon is gone …
 STALE_SECONDS = 300.0  # … and it is tried again so rarely; a new daemon makes a new socket
 FIRST_SECONDS = 0.05
+RESTART_SECONDS = 30.0  # a daemon without a socket may be about to start again
 CEILING_SECONDS = 15.0
 QUIET_SECONDS, KEEPALIVE_SECONDS, IDLE_SECONDS = 15.0, 15, 2.0
 
@@ -164,7 +165,7 @@ class Member:
     identity: Identity | None
     due: float = float("-inf")
     refused: int = 0
-    there: bool = True
+    gone_at: float | None = None  # its socket is not there: when its daemon counts as gone (monotonic)
     settled: bool = False  # looked at, or known to be of no use: the survey need not wait for it
     backoff: Backoff | None = None
 
@@ -332,8 +333,11 @@ class ManySource:
                 member.due = now + member.retry(error)
             if member.observer.connected:
                 member.settled, member.refused, member.backoff = True, 0, None
-            elif not member.there:
-                self._remove(path)
+            elif member.gone_at is not None:
+                if now >= member.gone_at:
+                    self._remove(path)
+                else:
+                    member.due = min(member.due, member.gone_at)
         self._survey(sink)
 
     def _found(self, sockets: dict[str, Identity], sink: Sink) -> None:
@@ -347,14 +351,17 @@ class ManySource:
                 self._members = {**self._members, path: self._member(path, identity, sink)}
             elif member.identity != identity:
                 member.identity, member.refused, member.backoff = identity, 0, None
-                member.there = True
                 member.observer.retry_now()
                 member.due = float("-inf")
             member = self._members[path]
-            member.there = True
+            member.gone_at = None
         for path, member in list(self._members.items()):
             if path not in wanted:
-                member.there = False  # its daemon may still talk to us: it is removed when that ends
+                # Its daemon may still talk to us, and one that starts again takes the old socket away first; with
+                # the folder the whole pod is gone.
+                wait = RESTART_SECONDS if Path(path).parent.is_dir() else 0.0
+                at = self._looked_at + wait
+                member.gone_at = at if member.gone_at is None else min(at, member.gone_at)
                 member.due = float("-inf")
 
     def _member(self, path: str, identity: Identity | None, sink: Sink) -> Member:
