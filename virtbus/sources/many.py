@@ -176,7 +176,9 @@ class Member:
             if self.refused >= STALE_AFTER:
                 self.settled = True
                 return STALE_SECONDS
-            return FIRST_SECONDS * 3**self.refused  # a daemon binds its socket a moment before it listens
+            return FIRST_SECONDS * float(
+                3**self.refused
+            )  # a daemon binds its socket a moment before it listens
         self.refused = 0
         self.backoff = self.backoff or Backoff("libvirt", ceiling=CEILING_SECONDS)
         return self.backoff.plan(why)
@@ -357,8 +359,8 @@ class ManySource:
             member.gone_at = None
         for path, member in list(self._members.items()):
             if path not in wanted:
-                # Its daemon may still talk to us, and one that starts again takes the old socket away first; with
-                # the folder the whole pod is gone.
+                # Its daemon may still talk to us, and one that starts again takes the old socket away first;
+                # with the folder the whole pod is gone.
                 wait = RESTART_SECONDS if Path(path).parent.is_dir() else 0.0
                 at = self._looked_at + wait
                 member.gone_at = at if member.gone_at is None else min(at, member.gone_at)
