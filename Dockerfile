@@ -14,6 +14,8 @@ ARG FOR=agent
 ARG PIP_INDEX_URL
 ARG PIP_CERT
 ENV DEBIAN_FRONTEND=noninteractive PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+# Debian's packages are not pinned: the suite's security fixes are wanted. The words of the last line are meant to split.
+# hadolint ignore=DL3008,SC2046
 RUN apt-get update \
  && apt-get install -y --no-install-recommends binutils gcc libc6-dev libvirt-dev pkg-config \
       $(python3 -c 'import sys; print("" if sys.executable.startswith("/usr/local") else "python3-dev python3-venv")')
@@ -25,6 +27,7 @@ RUN python3 -m venv tool \
  && tool/bin/pip install --require-hashes --requirement .docker/build.txt \
  && tool/bin/pip wheel --wheel-dir wheels --require-hashes --no-build-isolation --requirement .docker/requirements-${FOR}.txt
 COPY pyproject.toml README.md LICENSE ./
+COPY .packaging/readme.py .packaging/readme.py
 COPY schemas schemas
 COPY virtbus virtbus
 RUN tool/bin/pip wheel --wheel-dir wheels --no-deps --no-build-isolation . \
@@ -42,9 +45,13 @@ LABEL org.opencontainers.image.title="virtbus" \
       org.opencontainers.image.source="${SOURCE}" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
+# hadolint ignore=DL3008
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ca-certificates libvirt0 \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/dpkg.log /var/cache/debconf/*-old \
+ # No installer: what runs here can't fetch more.
+ && rm -rf /usr/local/bin/pip* /usr/local/lib/python3*/site-packages/pip* /usr/local/lib/python3*/ensurepip \
+      /usr/lib/python3*/ensurepip /usr/share/python-wheels /usr/lib/python3/dist-packages/pip* /usr/bin/apt* /usr/lib/apt \
  && find / -xdev -perm /6000 -type f -exec chmod a-s {} + \
  # A name for the uid, for people; libvirtd looks for one on its own side.
  && echo 'virtbus:x:65532:' >> /etc/group \

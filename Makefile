@@ -12,20 +12,24 @@ PYTEST := $(BIN)/python -m pytest
 PYTEST_ARGS ?=
 # Tests at a time: most of them wait for a daemon. Each file stays on one worker, with its fixtures.
 WORKERS ?= 2
+ACTIONLINT := .cache/bin/actionlint
 
-.PHONY: dist help setup demo unit test check audit faults matrix brokers soak bench chart pictures sbom clean packages
+.PHONY: dist packages-test pages help setup demo unit test check audit faults matrix brokers soak bench chart pictures \
+  sbom clean packages
 
 help:
 	@echo "make demo    a real guest's disk fails, and the error comes out as a CloudEvent"
 	@echo "make unit    the pure tests, in seconds: no root, no broker, no network"
 	@echo "make test    all tests, with real QEMU guests and a real RabbitMQ (TESTS=…, PYTEST_ARGS=…)"
-	@echo "make check   ruff, mypy --strict, import-linter, the schemas' compatibility"
+	@echo "make check   ruff, mypy --strict, import-linter, the schemas' compatibility, workflows, Dockerfile, pages"
 	@echo "make setup   system packages and .venv, as make test needs them"
 	@echo "make faults | matrix | brokers | soak | bench | chart   one family of tests alone"
 	@echo "make pictures   docs/fleet.svg and docs/dashboard.svg, from a run of eight minutes"
 	@echo "make audit   known vulnerabilities of the dependencies (asks the network)"
 	@echo "make sbom    a bill of materials of the installed package (CycloneDX)"
 	@echo "make dist    sdist, wheel, chart, .deb, .rpm, SBOM and checksums, below dist/"
+	@echo "make packages-test   the .deb and .rpm installed, run, upgraded and removed in fresh Debian roots"
+	@echo "make pages   the documents as HTML, below build/pages"
 	@echo "make clean   remove everything that was made here, .venv too"
 
 # --- what the targets need
@@ -66,6 +70,21 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/virtbus schema check schemas
+	$(BIN)/python .packaging/release.py check
+	$(BIN)/zizmor --quiet --offline .github
+	$(BIN)/hadolint Dockerfile
+	@if test -x $(ACTIONLINT) || command -v go >/dev/null; then \
+	  $(MAKE) --silent --no-print-directory $(ACTIONLINT) && echo $(ACTIONLINT) && $(ACTIONLINT); \
+	elif test "$$VIRTBUS_CI" = 1; then echo "actionlint is built with Go, which this machine lacks" >&2; exit 1; \
+	else echo "NOT CHECKED: the workflows by actionlint, which is built with Go" >&2; fi
+	@$(MAKE) --silent --no-print-directory pages
+
+$(ACTIONLINT):
+	GOBIN=$(CURDIR)/$(dir $@) go install github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
+
+# The documents as pages, below build/pages; a dead link or anchor is an error.
+pages: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs --quiet build --config-file .mkdocs.yml
 
 # Without libvirt's headers the agent's own package can't be built, and these tests do without it.
 $(VENV)/.unit: pyproject.toml $(VENV)/bin/python
@@ -91,6 +110,12 @@ chart: setup
 	@tests/install-packages image
 	@$(BIN)/python -m tests.chart.apiserver || test "$$VIRTBUS_CI" != 1
 	$(PYTEST) $(PYTEST_ARGS) -o python_files='test_*.py with_*.py' tests/chart tests/integrations/with_kubernetes.py
+
+# The .deb and the .rpm of `make dist`: installed, run with real guests, upgraded, removed, in two Debian releases. The
+# first time it makes their root file systems: some minutes.
+packages-test: setup
+	@tests/install-packages matrix packages
+	$(PYTEST) $(PYTEST_ARGS) -o python_files='with_*.py' tests/packages
 
 # A table with pass or short a row; 1 below a committed floor. BENCH_ARGS="--only idle --quick", say.
 bench: setup

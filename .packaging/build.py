@@ -6,7 +6,7 @@
 The packages (.deb, .rpm) carry an interpreter of their own under /opt/virtbus, so that the host's Python does not
 matter: CPython compiled from Debian 12's source package, which has Debian's security fixes. OpenSSL, SQLite and libvirt
 stay the host's, so that its updates reach us. Compiled on Debian 12 with libm's `hypot` bound to its old version
-(portable.h), nothing needs more than glibc 2.34: Debian 12, Ubuntu 22.04, RHEL 9 and later.
+(portable.h), nothing needs more than glibc 2.34 and libvirt 9.0: Debian 12, Ubuntu 24.04, RHEL 9 and later.
 
 Every file's time is that of the commit (SOURCE_DATE_EPOCH): built twice, all files are the same byte for byte.
 """
@@ -362,6 +362,8 @@ def install(opt: Path) -> None:
         "--no-build-isolation",
         "--requirement",
         lock,
+        # What is compiled here lies in a folder of a random name: without it in the file the bytes are the same.
+        CFLAGS="-g0",
     )
     run(
         pip, "--python", python, "install", "--quiet", "--no-index", "--no-deps", "--no-compile", "--find-links", wheels,
@@ -444,10 +446,12 @@ def extras(opt: Path) -> None:
         encoding="utf-8",
     )  # fmt: skip
     completion = subprocess.run(
-        [opt / "bin" / PYTHON, "-I", "-c", "from virtbus.cli import cli; cli()"],
-        capture_output=True, text=True, check=False,
+        [opt / "bin" / PYTHON, "-I", "-c", "from virtbus.cli import cli; cli(prog_name='virtbus')"],
+        capture_output=True, text=True, check=False,  # click ends with 1 after it has printed the script
         env={"PATH": "/usr/bin:/bin", "_VIRTBUS_COMPLETE": "bash_source"},
     )  # fmt: skip
+    if "_virtbus_completion" not in completion.stdout:
+        raise BuildError(f"no completion script: {completion.stderr.strip()}")
     (out / "virtbus.bash").write_text(completion.stdout, encoding="utf-8")
     run(opt / "bin" / PYTHON, "-I", HERE / "manual.py", out / "man", version())
 

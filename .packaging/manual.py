@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import re
 import sys
@@ -15,12 +16,14 @@ from virtbus.cli import cli as program
 
 
 def main() -> None:
-    """Write virtbus.1, virtbus-run.1, virtbus-spool-list.1 …"""
+    """Write virtbus.1.gz, virtbus-run.1.gz, virtbus-spool-list.1.gz …"""
     folder, version = Path(sys.argv[1]), sys.argv[2]
     moment = datetime.fromtimestamp(int(os.environ.get("SOURCE_DATE_EPOCH", "0")), UTC).strftime("%Y-%m-%d")
     for path, command, context in commands("virtbus", program, None):
         name = path.replace(" ", "-")
-        (folder / f"{name}.1").write_text(page(path, command, context, version, moment), encoding="utf-8")
+        text = page(path, command, context, version, moment)
+        # Without a time: the same text gives the same bytes.
+        (folder / f"{name}.1.gz").write_bytes(gzip.compress(text.encode(), 9, mtime=0))
 
 
 def commands(

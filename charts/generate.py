@@ -25,7 +25,7 @@ OWNED = {
     "Config": ("state_dir", "http", "control"),
     "Bus": ("url", "url_file", "password_file"),
     "Tls": ("ca_file", "cert_file", "key_file"),
-    "React": ("state_dir",),
+    "React": ("state_dir", "listen"),
 }
 # A ConfigMap holds no secret: options with such names belong into files or a Secret's environment.
 SECRETS = r"password|secret|jaas|token|\.pem$"
@@ -56,6 +56,11 @@ def strict(description: str, **properties: Schema) -> Schema:
         "additionalProperties": False,
         "properties": properties,
     }
+
+
+def needs(*keys: str) -> Schema:
+    """Keys without which a table means nothing: null, which takes a key away, is refused by name."""
+    return {"required": list(keys)}
 
 
 def words(description: str) -> Schema:
@@ -129,19 +134,49 @@ def monitor(kind: str) -> Schema:
         enabled=flag(f"Make a {kind}; `podMonitor` suits, `serviceMonitor` adds a headless Service"),
         interval=text("Between two scrapes", pattern=r"^[0-9]+(s|m)$"),
         labels=words("Labels by which your Prometheus finds it"),
+        namespace=text("Its namespace; default: the release's", pattern=NAME),
+        relabelings=kubernetes(
+            "array", "Further relabelings; `instance` and `node` are the node's name already"
+        ),
+        metricRelabelings=kubernetes("array", "Relabelings of the samples"),
     )
+
+
+def alerts() -> list[str]:
+    """The names of the alerts."""
+    import yaml
+
+    groups = yaml.safe_load((CHART / "files" / "alerts.yaml").read_text(encoding="utf-8"))["groups"]
+    return [rule["alert"] for group in groups for rule in group["rules"]]
 
 
 def chart_values() -> dict[str, Schema]:
     """Everything but `config`: what only the chart knows."""
     return {
-        "global": {"type": "object", "description": "Values of a parent chart; unused here"},
+        "enabled": flag("For `condition: virtbus.enabled` of a parent chart"),
+        "global": {
+            "type": "object",
+            "description": "Values of a parent chart",
+            "properties": {
+                "imageRegistry": text("Instead of the registry of each image"),
+                "imagePullSecrets": {
+                    "type": "array",
+                    "description": "Secrets to pull with, by name or as `{name: …}`; beside `imagePullSecrets`",
+                    "items": {"type": ["string", "object"]},
+                },
+            },
+        },
         "nameOverride": text("Instead of the chart's name; also the `job` label of metrics", pattern=NAME, maxLength=50),
         "fullnameOverride": text("Instead of release and chart name", pattern=NAME, maxLength=50),
         "commonLabels": words("Labels on everything"),
+        "commonAnnotations": words("Annotations on everything"),
         "image": image("The image"),
         "imagePullSecrets": named("Secrets to pull with"),
-        "bus": strict(
+        "hostAliases": kubernetes("array", "Lines for /etc/hosts of all pods, as in a pod's `hostAliases`"),
+        "dnsPolicy": text("DNS policy of all pods; default: the cluster's", enum=["", "ClusterFirst", "Default", "None"]),
+        "dnsConfig": kubernetes("object", "As in a pod's `dnsConfig`, for all pods"),
+        "bus": needs("existingSecret")
+        | strict(
             "The broker: where its secrets are",
             existingSecret=text("**Required.** Secret in the release's namespace that holds the bus URL", pattern=NAME),
             urlKey=text("Its key with the URL (`amqps://…`, `kafkas://…`)", minLength=1),
@@ -187,7 +222,8 @@ def chart_values() -> dict[str, Schema]:
         **scheduling("agents"),
         "priorityClassName": text("Priority class of agents, e.g. system-node-critical", pattern=NAME),
         "updateStrategy": strict(
-            "Rolling update",
+            "How agents are replaced",
+            type=text("OnDelete: by hand, node by node", enum=["RollingUpdate", "OnDelete"]),
             maxUnavailable={
                 "type": ["string", "integer"],
                 "description": "Agents that may be replaced at the same time",
@@ -195,6 +231,8 @@ def chart_values() -> dict[str, Schema]:
                 "minimum": 1,
             },
         ),
+        "minReadySeconds": whole("A new agent counts as available after so long"),
+        "revisionHistoryLimit": whole("Old revisions that are kept for a rollback"),
         "resources": resources("an agent"),
         "terminationGracePeriodSeconds": {
             "type": ["integer", "null"],
@@ -208,6 +246,7 @@ def chart_values() -> dict[str, Schema]:
             liveness=probe("GET /livez: fails only for a dead thread"),
             readiness=probe("GET /readyz: libvirt observed and spool writable"),
         ),
+        "daemonSetAnnotations": words("Annotations of the DaemonSet"),
         "podAnnotations": words("Annotations of agents"),
         "podLabels": words("Labels of agents"),
         "serviceAccount": strict(
@@ -220,19 +259,29 @@ def chart_values() -> dict[str, Schema]:
         "envFrom": kubernetes("array", "As in a container's `envFrom`"),
         "extraVolumes": named("Volumes of agents"),
         "extraVolumeMounts": named("Volume mounts of agents"),
+        "extraContainers": named("Further containers of the agents' pods"),
         "extraManifests": kubernetes("array", "Further objects of the release; templates are evaluated"),
         "podMonitor": monitor("PodMonitor"),
         "serviceMonitor": monitor("ServiceMonitor"),
         "prometheusRule": strict(
             "Alerts, as a PrometheusRule of the Prometheus operator",
             enabled=flag("Make it"),
+            namespace=text("Its namespace; default: the release's", pattern=NAME),
             labels=words("Labels by which your Prometheus finds it"),
+            disabled={
+                "type": "array",
+                "description": "Names of alerts to leave out",
+                "items": {"type": "string", "enum": alerts()},
+            },
+            extraRules=kubernetes("array", "Further rules, as in a group's `rules`"),
             runbookUrl=text("Address of the page that the alerts link into", pattern="^https?://"),
         ),
         "dashboard": strict(
             "Grafana dashboard, as a ConfigMap for Grafana's sidecar",
             enabled=flag("Make it"),
+            namespace=text("Its namespace; default: the release's", pattern=NAME),
             labels=words("Labels by which the sidecar finds it"),
+            annotations=words("Its annotations, e.g. `grafana_folder`"),
         ),
         "networkPolicy": strict(
             "Metrics in; DNS and broker out; nothing else",
@@ -251,8 +300,9 @@ def chart_values() -> dict[str, Schema]:
                 "description": "Ports of the control plane that `virtbus react` acts on",
                 "items": {"type": "integer", "minimum": 1, "maximum": 65535},
             },
+            extraEgress=kubernetes("array", "Further egress rules of all pods"),
         ),
-        "tests": strict("`helm test`", enabled=flag("A pod that runs `virtbus doctor`")),
+        "tests": strict("`helm test`", enabled=flag("A pod that runs `virtbus doctor` on a node with an agent")),
         "react": strict(
             "`virtbus react` as a Deployment of one replica: acts on events, with rights of its own",
             enabled=flag("Make it"),
@@ -265,6 +315,13 @@ def chart_values() -> dict[str, Schema]:
             envFrom=kubernetes("array", "As in a container's `envFrom`"),
             extraVolumes=named("Its volumes"),
             extraVolumeMounts=named("Its volume mounts"),
+            http=strict("Its /metrics, /livez and /readyz, on `http.host`", port=whole("Port", 1024, maximum=65535)),
+            probes=strict(
+                "Times of its probes; a broker outage fails none of them",
+                startup=probe("GET /livez until it is up"),
+                liveness=probe("GET /livez: fails only for a thread that has ended"),
+                readiness=probe("GET /readyz: what is held was read"),
+            ),
             kubernetesRbac=flag("With the kubernetes integration: rights to mark nodes, and the account's token"),
             resources=resources("it"),
             **scheduling("it"),
@@ -311,6 +368,7 @@ def values_schema() -> Schema:
         "title": "Values of the virtbus chart",
         "type": "object",
         "additionalProperties": False,
+        "required": ["bus"],
         "properties": {**chart_values(), "config": agent_settings()},
     }
 
@@ -377,10 +435,22 @@ def _meaning(node: Schema) -> str:
     return words.replace("|", "\\|")
 
 
+DEFAULTS = """\
+# values.yaml once more, made by charts/generate.py: templates can't read that one. They fill in what was set to
+# null, and what an older release did not have, where `helm upgrade --reuse-values` brings its values along.
+
+"""
+
+
 def files() -> dict[Path, str]:
     """What is made here: path → content."""
     schema = json.dumps(values_schema(), indent=2, ensure_ascii=False) + "\n"
-    return {CHART / "values.schema.json": schema, CHART / "README.md": readme()}
+    defaults = DEFAULTS + (CHART / "values.yaml").read_text(encoding="utf-8").partition("\n\n")[2]
+    return {
+        CHART / "values.schema.json": schema,
+        CHART / "README.md": readme(),
+        CHART / "files" / "defaults.yaml": defaults,
+    }
 
 
 def stale() -> list[str]:

@@ -39,6 +39,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "emit:command",
         "Run an alert drill: an event that says `replay`, through the running agent to the broker.",
     ),
+    "agent-id": ("agent_id:command", "Print this agent's id; make it before the first start."),
     "doctor": ("doctor:command", "Look at every part: what is wrong, on what, and what to do."),
     "fleet": ("fleet:command", "Show which hosts and storage systems are in trouble, and whose fault it is."),
     "react": ("react:command", "Tell control planes: run integrations until a signal, each for itself."),

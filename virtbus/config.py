@@ -82,6 +82,13 @@ class Libvirt(_Section, frozen=True):
     uri: Annotated[
         str, Meta(min_length=1, description="libvirt connection URI", examples=["qemu:///system"])
     ] = "qemu:///system"
+    optional: Annotated[
+        bool,
+        Meta(
+            description="This host may have no libvirt: ready, and not counted as cut off, until its first "
+            "socket appears"
+        ),
+    ] = False
     lookup_deadline_seconds: Annotated[
         Seconds, Meta(description="How long one look-up of a domain may take before it is given up")
     ] = 0.5
@@ -229,6 +236,13 @@ class Http(_Section, frozen=True):
             examples=["127.0.0.1:9466", "[::1]:9466", "0.0.0.0:9466"],
         ),
     ] = "127.0.0.1:9466"
+    allowed_hosts: Annotated[
+        tuple[str, ...],
+        Meta(
+            description="Names that a listener on loopback answers to, beside IP addresses and localhost; "
+            "any other listener answers to every name"
+        ),
+    ] = ()
 
 
 class Control(_Section, frozen=True):

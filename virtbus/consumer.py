@@ -22,7 +22,6 @@ use a Consumer: after a fork the child makes its own.
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
@@ -145,10 +144,14 @@ class Delivery:
 
         It waits in this process. A crash, or another member taking over, delivers it at once.
         """
-        if not isinstance(after, int | float) or isinstance(after, bool) or not math.isfinite(after):
+        if not isinstance(after, int | float) or isinstance(after, bool):
             raise ConfigError(f"retry(after={after!r}): take a number of seconds")
-        if not 0 <= after <= _YEAR:
-            raise ConfigError(f"retry(after={after!r}): take 0 to {_YEAR:.0f} seconds")
+        if not 0 <= after <= _YEAR:  # NaN fails too
+            try:
+                told = f"={after:g}"
+            except OverflowError:
+                told = " beyond any number"
+            raise ConfigError(f"retry(after{told}): take 0 to {_YEAR:.0f} seconds")
         self._consumer._retry(self, float(after))
 
     def dead_letter(self, reason: str) -> None:
@@ -174,13 +177,17 @@ class _Grip:
         self.subscription: Subscription | None = None
         self.pid = os.getpid()
 
+    def leave(self) -> None:
+        """Leave the group; what the bus has to keep of it is known then."""
+        subscription, self.subscription = self.subscription, None
+        if subscription is not None:
+            subscription.close()
+
     def let_go(self) -> None:
         if os.getpid() != self.pid:
             return
-        subscription, self.subscription = self.subscription, None
         try:
-            if subscription is not None:
-                subscription.close()
+            self.leave()
             self.bus.close()
         finally:
             self.seen.close()
@@ -236,10 +243,12 @@ class Consumer:
             raise ConfigError(f"dedupe_rows = {dedupe_rows}: take at least 1")
         if max_attempts is not None and max_attempts < 1:
             raise ConfigError(f"max_attempts = {max_attempts}: take at least 1, or None")
+        if not reorder_seconds >= 0:
+            raise ConfigError(f"reorder_seconds = {reorder_seconds}: take 0 or more")
         options = options if options is not None else BusOptions()
         bus = open_bus(url, options)
         scope = f"{bus_name(url, options)} {'group ' + group if group else 'without a group'}"
-        self._grip = _Grip(bus, Marks(dedupe, scope, dedupe_rows))
+        self._grip = _Grip(bus, Marks(None if dedupe is None else Path(dedupe), scope, dedupe_rows))
         self._let_go = weakref.finalize(self, self._grip.let_go)
         self._seen = self._grip.seen
         self._group, self._prefetch, self._validate = group, prefetch, validate
@@ -319,6 +328,7 @@ class Consumer:
         try:
             with suppress(BusUnavailable, BusDenied):  # the marks are on disk: what comes again is recognised
                 self._flush(closing=True)
+            self._grip.leave()
             with suppress(DedupeUnavailable):  # how far the bus got with these acks: good to know, no more
                 self._seen.write([], (), self._memory.fresh)
         finally:

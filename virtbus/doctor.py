@@ -11,7 +11,6 @@ import ctypes
 import fcntl
 import os
 import pwd
-import re
 import shutil
 import socket
 import sqlite3
@@ -23,11 +22,11 @@ from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 
 from virtbus import envelope, redaction, schema
 from virtbus.bus import Bus
+from virtbus.bus.certificates import ends_of
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError, SpoolCorrupt, SpoolFull, VirtbusError
 from virtbus.model import Check, Checks, Confirmed, Outcome, Record, Refused, Unroutable, to_datetime
 from virtbus.sources import Source
@@ -439,19 +438,13 @@ def _tls(target: TlsTarget, timeout: float) -> Check:
     )
 
 
-# Validity (RFC 5280, 4.1.2.5) in a certificate's DER: two times, each a UTCTime or a GeneralizedTime.
-_VALIDITY = re.compile(
-    rb"(?:\x17\x0d[0-9]{12}Z|\x18\x0f[0-9]{14}Z)(?:\x17\x0d([0-9]{12})Z|\x18\x0f([0-9]{14})Z)"
-)
-
-
 def _own_certificates(targets: Sequence[TlsTarget]) -> Iterator[Check]:
     """How long the broker will go on taking our certificate. One that can't be read is told by `tls`."""
     for path in dict.fromkeys(target.cert_file for target in targets if target.cert_file is not None):
-        ends = _end_of(path)
-        if ends is None:
+        ends = ends_of(path)
+        if not ends:
             continue
-        days = (ends - time.time()) / 86400
+        days = (ends[0] - time.time()) / 86400
         status = "failed" if days < 0 else "warning" if days < SOON_DAYS else "ok"
         yield Check(
             "client certificate",
@@ -461,21 +454,6 @@ def _own_certificates(targets: Sequence[TlsTarget]) -> Iterator[Check]:
             BusDenied.exit_code if status == "failed" else 0,
             {"days_left": round(days, 1)},
         )
-
-
-def _end_of(path: str) -> float | None:
-    """When the first certificate in a PEM file ends, in Unix seconds."""
-    try:
-        text = Path(path).read_text(encoding="ascii", errors="replace")
-        first = re.search("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", text, re.DOTALL)
-        found = _VALIDITY.search(ssl.PEM_cert_to_DER_cert(first[0])) if first else None
-    except (OSError, ValueError):
-        return None
-    if found is None:
-        return None
-    digits = (found[1] or found[2]).decode()
-    century = "" if found[2] else "20" if digits < "50" else "19"
-    return datetime.strptime(f"{century}{digits}+0000", "%Y%m%d%H%M%S%z").timestamp()
 
 
 class _OneRecord:

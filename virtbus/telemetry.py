@@ -73,13 +73,23 @@ class Metrics:
             "1 while libvirt is connected and callbacks are registered",
             registry=r,
         )
+        self.source_absent = Gauge(
+            "virtbus_source_absent",
+            "1 on a host that never had libvirt, where libvirt.optional allows that",
+            registry=r,
+        )
         self.source_reconnects = Counter(
             "virtbus_source_reconnects", "Connections made to libvirt", registry=r
         )
         self.lookups = Counter(
             "virtbus_lookups", "Look-ups of domain descriptions, by result", ["result"], registry=r
         )
-        self.incidents_open = Gauge("virtbus_incidents_open", "Open incidents", registry=r)
+        self.incidents_open = Gauge(
+            "virtbus_incidents_open",
+            "Open incidents; origin live, or replay: a drill or a recording",
+            ["origin"],
+            registry=r,
+        )
         self.gaps = Counter("virtbus_gaps", "Gap events committed, by reason", ["reason"], registry=r)
         self.dropped = Counter(
             "virtbus_dropped", "Events or observations that were given up; each is in a gap event", registry=r
@@ -90,6 +100,12 @@ class Metrics:
         self.insecure_transport = Gauge(
             "virtbus_insecure_transport",
             "1 when the broker is reached in plaintext beyond loopback",
+            registry=r,
+        )
+        self.certificate_end = Gauge(
+            "virtbus_certificate_end_time_seconds",
+            "Unix time at which a certificate ends: client (ours), ca (the last that we trust), broker",
+            ["certificate"],
             registry=r,
         )
         self.warnings = Counter(

@@ -37,21 +37,14 @@ def act(delivery: Delivery, holds: Holds) -> None:
 
 
 def missing(told: MissingEvents) -> None:
-    logging.error(
-        "events %s to %s of %s will not come: look at its guests", told.first, told.last, told.source
-    )
+    logging.error("%s: events %s to %s will not come: look at its guests", told.source, told.first, told.last)
 
 
 def main(url: str, state: Path, topic: str = "virtbus.events") -> None:
     logging.basicConfig(level=logging.WARNING)
-    holds = Holds(state)
+    holds, seen, options = Holds(state), Path(f"{state}.seen"), BusOptions(topic=topic)
     with Consumer(
-        url,
-        group="acting",
-        options=BusOptions(topic=topic),
-        dedupe=state.with_suffix(".seen"),
-        check_gaps=True,
-        on_missing=missing,
+        url, group="acting", options=options, dedupe=seen, check_gaps=True, on_missing=missing
     ) as consumer:
         signal.signal(signal.SIGTERM, lambda *_: consumer.stop())
         for delivery in consumer:

@@ -70,7 +70,7 @@ def test_a_help_text_has_examples_that_the_command_line_understands(
 
 def understood(command: click.Command, words: list[str]) -> None:
     """Raise what click raises for words that it does not take."""
-    while isinstance(command, click.Group):
+    while isinstance(command, click.Group) and not words[0].startswith("-"):
         command = commands_of(command)[words[0]]
         words = words[1:]
     command.make_context(command.name, words)

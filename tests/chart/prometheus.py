@@ -96,7 +96,8 @@ def panels() -> list[dict[str, Any]]:
 
 def fill(query: str, rate_interval: str = "30s") -> str:
     """A panel's query with every agent, as Grafana sends it."""
-    for name, value in (("$job", ".*"), ("$instance", ".*"), ("$__rate_interval", rate_interval)):
-        query = query.replace(name, value)
+    for name in ("$cluster", "$namespace", "$job", "$instance"):
+        query = query.replace(name, ".*")  # each variable's allValue
+    query = query.replace("$__rate_interval", rate_interval)
     assert "$" not in query
     return query

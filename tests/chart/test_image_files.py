@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -66,9 +69,28 @@ def test_the_build_sees_only_what_it_copies() -> None:
     assert copied == allowed
 
 
-def test_chart_image_and_package_have_one_version() -> None:
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-    chart = (ROOT / "charts" / "virtbus" / "Chart.yaml").read_text(encoding="utf-8")
-    assert f'appVersion: "{version}"' in chart
-    assert f"\nversion: {version}\n" in chart
-    assert f"ARG VERSION={version}\n" in (ROOT / "Dockerfile").read_text(encoding="utf-8")
+def test_chart_image_and_package_have_one_version_and_one_address() -> None:
+    done = subprocess.run(
+        [sys.executable, ".packaging/release.py", "check"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_version_that_differs_is_named_with_its_file(tmp_path: Path) -> None:
+    for name in (
+        "virtbus/__init__.py",
+        "pyproject.toml",
+        "Dockerfile",
+        "charts/virtbus/Chart.yaml",
+        ".packaging/release.py",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    chart = tmp_path / "charts/virtbus/Chart.yaml"
+    chart.write_text(re.sub(r"^version: .*$", "version: 9.9.9", chart.read_text(), flags=re.MULTILINE))
+    command = [sys.executable, str(tmp_path / ".packaging/release.py")]
+    done = subprocess.run([*command, "check"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "charts/virtbus/Chart.yaml: 9.9.9; it must be " in done.stderr
+    subprocess.run([*command, "sync"], check=True)
+    subprocess.run([*command, "check"], check=True)

@@ -98,7 +98,43 @@ def test_each_alert_links_to_its_own_runbook_entry() -> None:
 def test_the_dashboard_config_map_is_the_dashboard() -> None:
     found = helm.render(helm.MINIMAL, sets=("dashboard.enabled=true",))
     data = helm.one(found, "ConfigMap", "vb-virtbus-dashboard")["data"]
-    assert json.loads(data["vb-virtbus.json"]) == json.loads(DASHBOARD.read_text(encoding="utf-8"))
+    rendered, source = json.loads(data["vb-virtbus.json"]), json.loads(DASHBOARD.read_text(encoding="utf-8"))
+    assert rendered["uid"].startswith("virtbus-")
+    assert rendered["uid"] != source["uid"]  # two releases have two dashboards
+    assert rendered["links"][0]["url"].startswith("https://")
+    for one in (rendered, source):
+        del one["uid"], one["links"]
+        for panel in one["panels"]:
+            del panel["links"]
+    assert rendered == source
+
+
+def test_every_panel_says_what_it_shows_and_lists_by_host_are_short() -> None:
+    for panel in panels():
+        assert panel["description"], panel["title"]
+        for target in panel["targets"]:
+            assert target.get("legendFormat") != "{{instance}}" or target["expr"].startswith("topk(20, ")
+    dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
+    variables = dashboard["templating"]["list"][1:]
+    assert [one["name"] for one in variables] == ["cluster", "namespace", "job", "instance"]
+    assert {one["allValue"] for one in variables} == {".*"}
+    assert [one["name"] for one in dashboard["annotations"]["list"]] == ["Alerts", "Restarts"]
+
+
+def test_the_dashboards_numbers_are_there_when_all_agents_are_down(promtool: Path, tmp_path: Path) -> None:
+    with Prometheus(tmp_path) as prometheus:
+        for panel in panels():
+            if panel["type"] == "stat":
+                (sample,) = prometheus.ask(fill(panel["targets"][0]["expr"]))
+                assert sample["value"][1] == "0", panel["title"]
+
+
+def test_rules_are_left_out_and_added_by_name() -> None:
+    sets = ("prometheusRule.enabled=true", "prometheusRule.disabled={VirtbusUnroutable}")
+    extra = ("prometheusRule.extraRules[0].alert=Mine", "prometheusRule.extraRules[0].expr=vector(1)")
+    groups = helm.one(helm.render(helm.MINIMAL, sets=(*sets, *extra)), "PrometheusRule")["spec"]["groups"]
+    names = [rule["alert"] for group in groups for rule in group["rules"]]
+    assert set(names) == {rule["alert"] for rule in _rules()} - {"VirtbusUnroutable"} | {"Mine"}
 
 
 # ----------------------------------------------------------------------- a real agent, a real Prometheus
@@ -146,6 +182,17 @@ def _until(what: str, seconds: float, check: Any) -> Any:
     raise AssertionError(f"{what}: not within {seconds} s ({last})")
 
 
+def _authority(folder: Path) -> Path:
+    """A certificate, so that the agent has one to show the end of."""
+    file = folder / "ca.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=ca",
+         "-days", "30", "-keyout", "/dev/null", "-out", str(file)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return file
+
+
 @pytest.fixture
 def watched(lab: Lab, amqp_url: str, promtool: Path, tmp_path: Path) -> Iterator[Watched]:
     (agent_port,) = free_ports(1)
@@ -158,6 +205,7 @@ def watched(lab: Lab, amqp_url: str, promtool: Path, tmp_path: Path) -> Iterator
         )
         stack.enter_context(
             _process(
+                "env", f"VIRTBUS_BUS__TLS__CA_FILE={_authority(tmp_path)}",
                 *virtbus, "run", "--bus", amqp_url, "--libvirt", lab.uri_ro, "--control-socket", "",
                 "--state-dir", tmp_path / "state", "--http-listen", f"127.0.0.1:{agent_port}",
                 log=tmp_path / "agent.log",

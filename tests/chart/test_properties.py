@@ -37,7 +37,7 @@ def test_no_container_has_a_privilege_but_the_init_containers_chown(values: Path
             added = context["capabilities"].get("add", [])
             if initial:
                 assert container["name"] == "own-spool"
-                assert container["command"][0] == "chown"
+                assert container["command"][:2] == ["sh", "-euc"]
                 assert added == ["CHOWN"]
                 assert [mount["name"] for mount in container["volumeMounts"]] == ["spool"]
             else:
@@ -155,8 +155,10 @@ def test_the_deployment_of_react_is_one_and_has_no_more_rights_than_it_needs() -
     rights = {(resource, verb) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
     assert rights == {
         ("nodes", "get"), ("nodes", "list"), ("nodes", "patch"), ("nodes/status", "patch"),
-        ("events", "create"),
     }  # fmt: skip
+    role = helm.one(found, "Role")
+    assert role["metadata"]["namespace"] == "default"
+    assert role["rules"] == [{"apiGroups": [""], "resources": ["events"], "verbs": ["create"]}]
 
 
 def test_the_rights_go_where_no_kubernetes_integration_runs() -> None:
@@ -187,7 +189,7 @@ def test_probes_reach_the_address_the_agent_listens_on() -> None:
     found = helm.render(helm.MINIMAL, sets=("http.port=12345",))
     container = helm.one(found, "DaemonSet")["spec"]["template"]["spec"]["containers"][0]
     assert container["ports"] == [{"name": "metrics", "containerPort": 12345}]
-    assert 'listen = "0.0.0.0:12345"' in helm.one(found, "ConfigMap")["data"]["virtbus.toml"]
+    assert 'listen = "[::]:12345"' in helm.one(found, "ConfigMap")["data"]["virtbus.toml"]
 
 
 # ------------------------------------------------------------------------------------- checksums
@@ -289,7 +291,11 @@ def test_the_network_policy_lets_metrics_in_and_dns_and_the_broker_out_and_nothi
     assert spec["podSelector"]["matchLabels"].items() <= labels.items()
 
 
-def test_the_network_policy_of_react_lets_nothing_in() -> None:
+def test_the_network_policy_of_react_lets_metrics_in_and_that_of_the_doctor_nothing() -> None:
     found = helm.render(helm.CHART / "ci" / "everything-values.yaml")
     spec = helm.one(found, "NetworkPolicy", "vb-ioerrors-react")["spec"]
-    assert (spec["policyTypes"], spec["ingress"]) == (["Ingress", "Egress"], [])
+    assert [rule["ports"] for rule in spec["ingress"]] == [[{"port": "metrics", "protocol": "TCP"}]]
+    agents = helm.one(found, "NetworkPolicy", "vb-ioerrors-agent")["spec"]
+    doctor = helm.one(found, "NetworkPolicy", "vb-ioerrors-doctor")["spec"]
+    assert (doctor["policyTypes"], doctor["ingress"]) == (["Ingress", "Egress"], [])
+    assert doctor["egress"] == agents["egress"]

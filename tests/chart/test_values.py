@@ -37,7 +37,8 @@ def test_every_setting_of_the_agent_is_either_a_value_or_the_charts_own() -> Non
     known = set(_leaves(model["$defs"]["Config"], model["$defs"]))
     assert known - offered == {
         "state_dir", "http.listen", "control.socket", "bus.url", "bus.url_file", "bus.password_file",
-        "bus.tls.ca_file", "bus.tls.cert_file", "bus.tls.key_file", "react.state_dir",
+        "bus.tls.ca_file", "bus.tls.cert_file", "bus.tls.key_file", "react.state_dir", "react.listen",
+        "http.allowed_hosts",
     }  # fmt: skip
     assert offered <= known
 

@@ -106,9 +106,63 @@ def test_a_release_is_installed_upgraded_rolled_back_and_removed(
     assert left.stdout == ""
 
 
+@every_helm
+def test_a_release_lives_through_reused_values_another_uid_a_rollback_and_a_second_release(
+    major: str, kube_apiserver: ApiServer, namespace: str, previous: Path
+) -> None:
+    """`--reuse-values` brings the values of the first release, which knew less than this chart."""
+    shutil.copyfile(Path(__file__).parent / "released" / "0.1.0.yaml", previous / "values.yaml")
+    where = ("--namespace", namespace)
+    _helm(kube_apiserver, major, "install", "vb", str(previous), *where, "--values", str(helm.MINIMAL))
+    _helm(
+        kube_apiserver,
+        major,
+        "upgrade",
+        "vb",
+        str(CHART),
+        *where,
+        "--reuse-values",
+        "--set",
+        "runAsUser=65532",
+    )
+    spec = _daemonset(kube_apiserver, namespace)["spec"]["template"]["spec"]
+    assert spec["securityContext"]["runAsUser"] == 65532
+    assert spec["initContainers"][0]["command"][-1] == "65532:65534"
+    assert {"key": "virtbus.io/storage-unhealthy", "operator": "Exists"} in spec["tolerations"]
+
+    other = ("two", str(CHART), *where, "--values", str(helm.MINIMAL))
+    told = _helm(kube_apiserver, major, "install", *other)
+    assert "DaemonSet vb-virtbus keeps its events in /var/lib/virtbus too" in told
+    told = _helm(kube_apiserver, major, "upgrade", *other, "--set", "spool.hostPath=/var/lib/two")
+    assert "keeps its events in" not in told
+    assert kube_apiserver.get("daemonset", "two-virtbus", namespace)
+
+    _helm(kube_apiserver, major, "rollback", "vb", "1", *where)
+    assert (
+        _daemonset(kube_apiserver, namespace)["spec"]["template"]["spec"]["securityContext"]["runAsUser"]
+        == 65534
+    )
+    _helm(kube_apiserver, major, "uninstall", "vb", *where)
+    assert kube_apiserver.get("daemonset", "two-virtbus", namespace)  # the other one's things are its own
+    _helm(kube_apiserver, major, "uninstall", "two", *where)
+
+
+def test_two_releases_of_one_name_in_two_namespaces_react_side_by_side(
+    kube_apiserver: ApiServer, namespace: str
+) -> None:
+    """What is not in a namespace has names that can't clash: `a-b` and `c`, `a` and `b-c`."""
+    second = _namespace(kube_apiserver, "privileged")
+    sets = ("--values", str(helm.MINIMAL), "--set", "react.enabled=true,react.with=kubernetes")
+    for one in (namespace, second):
+        _helm(kube_apiserver, "4", "install", "vb", str(CHART), "--namespace", one, *sets)
+    for one in (namespace, second):
+        _helm(kube_apiserver, "4", "uninstall", "vb", "--namespace", one)
+
+
 @pytest.fixture(scope="session")
 def crds(kube_apiserver: ApiServer) -> None:
     kube_apiserver.install_prometheus_operator_crds()
+    kube_apiserver.namespace("monitoring")
 
 
 @pytest.mark.usefixtures("crds")
@@ -125,7 +179,7 @@ def test_the_server_takes_every_object_of_every_ci_values_file(
     for item in helm.objects(text):
         kube_apiserver.kubectl(
             "apply", "--server-side", "--force-conflicts", "--dry-run=server", "--validate=strict",
-            "-n", namespace, "-f", "-", manifest=item,
+            "-n", item["metadata"].get("namespace", namespace), "-f", "-", manifest=item,
         )  # fmt: skip
     _helm(kube_apiserver, major, "uninstall", "vb", *where)
 
@@ -217,12 +271,15 @@ def test_react_may_mark_nodes_and_nothing_else(kube_apiserver: ApiServer, namesp
     where = ("vb", str(CHART), "--namespace", namespace, "--values", str(helm.MINIMAL), *sets)
     _helm(kube_apiserver, "4", "install", *where)
 
-    def may(account: str, *what: str) -> bool:
+    def may(account: str, *what: str, where: str = namespace) -> bool:
         who = f"--as=system:serviceaccount:{namespace}:{account}"
-        done = kube_apiserver.kubectl("auth", "can-i", *what, who, "-n", namespace, check=False)
+        done = kube_apiserver.kubectl("auth", "can-i", *what, who, "-n", where, check=False)
         return done.stdout.strip().endswith("yes")
 
-    for granted in (["get", "nodes"], ["list", "nodes"], ["patch", "nodes"], ["create", "events"]):
+    assert may("vb-virtbus-react", "create", "events", where="default")
+    assert not may("vb-virtbus-react", "create", "events")  # those of nodes live in `default`
+    assert not may("vb-virtbus-react", "get", "events", where="default")
+    for granted in (["get", "nodes"], ["list", "nodes"], ["patch", "nodes"]):
         assert may("vb-virtbus-react", *granted), granted
         assert not may("vb-virtbus", *granted), granted
     assert may("vb-virtbus-react", "patch", "nodes", "--subresource=status")

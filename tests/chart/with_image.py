@@ -51,7 +51,9 @@ def test_no_compiler_no_headers_and_no_package_installer_are_left(root: Path) ->
     names = {path.name for folder in folders if folder.exists() for path in folder.iterdir()}
     assert not names & {"gcc", "cc", "g++", "ld", "as", "make", "pkg-config", "strip"}
     assert not [name for name in names if name.startswith("x86_64-linux-gnu-gcc")]
-    assert not list((root / "opt" / "virtbus").rglob("pip"))
+    assert not [name for name in names if name.startswith(("pip", "apt"))]
+    for folder in ("opt", "usr/lib", "usr/local/lib", "usr/share"):
+        assert not [*(root / folder).rglob("pip"), *(root / folder).rglob("ensurepip")]
     assert not (root / "usr" / "include" / "libvirt").exists()
 
 

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
 import struct
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import amqp
 import kombu
 import pytest
 
 from tests.brokers.rabbitmq import RabbitMQ
+from tests.faultkit import wait_until
 from tests.faults.amqp_kit import close_connections
 from tests.faults.consumer_kit import GROUP, QUEUE, dead_ids, die, make_group, publish, publish_raw
 from virtbus.bus import CUT_HEADER, REASON_HEADER, BusOptions, open_bus
 from virtbus.bus.amqp.connection import translated
+from virtbus.bus.amqp.dead import USER_HEADER, letter
 from virtbus.consumer import Consumer, Delivery
 from virtbus.errors import BusDenied, BusUnavailable, RecordRefused
+from virtbus.model import Binding, Message
 from virtbus.telemetry import METRICS
 from virtbus.testing import records
 
@@ -284,3 +289,90 @@ def test_an_exchange_whose_name_holds_the_word_topic_is_no_topic_permission() ->
     assert verdict(refused.format("")) is not None
     assert verdict(refused.format("write ")) is not None
     assert verdict("ACCESS_REFUSED - access to exchange 'my.topic' in vhost '/' refused for user 'u'") is None
+
+
+# ------------------------------------------------------------------------------------- rights
+
+
+def test_a_prefetch_beyond_what_the_protocol_has_room_for_is_as_much_as_it_has(rabbitmq: RabbitMQ) -> None:
+    url = rabbitmq.url(rabbitmq.vhost())
+    make_group(url)
+    items = records(3, keys=3)
+    publish(url, items)
+    with Consumer(url, group=GROUP, prefetch=1_000_000) as consumer:
+        assert [one.id for one in received(consumer, 3)] == [record.id for record in items]
+
+
+def documented_rights() -> dict[str, str]:
+    """What docs/security.md grants a consumer group's user."""
+    text = (Path(__file__).parents[2] / "docs" / "security.md").read_text(encoding="utf-8")
+    command = text.split("set_permissions --vhost virtbus scheduler ", 1)[1].split("```", 1)[0]
+    configure, write, read = re.findall('"([^"]*)"', command)
+    return {"configure": configure, "write": write, "read": read}
+
+
+def test_the_documented_rights_are_enough_for_a_group_and_its_dead_letters(rabbitmq: RabbitMQ) -> None:
+    vhost = rabbitmq.vhost()
+    url = rabbitmq.user(f"scheduler-{vhost}", vhost, **documented_rights())
+    with Consumer(url, group="scheduler") as consumer:
+        consumer.receive(0.3)
+        publish_raw(rabbitmq.url(vhost), b"not an event")
+        items = records(3, keys=3)
+        publish(rabbitmq.url(vhost), items)
+        assert [one.id for one in received(consumer, 3)] == [record.id for record in items]
+        bus = open_bus(url, BusOptions())
+        with bus.dead_letters("scheduler") as letters:
+            wait_until(lambda: letters.count() == 1, timeout=30, what="the letter")
+            (found,) = letters.read()
+            letters.drop(found)
+        bus.close()
+    rabbitmq.drop_vhost(vhost)
+
+
+def test_they_take_no_less_than_write_on_the_default_exchange_and_give_none_on_the_events(
+    rabbitmq: RabbitMQ,
+) -> None:
+    vhost = rabbitmq.vhost()
+    make_group(rabbitmq.url(vhost))  # the exchange
+    rights = documented_rights()
+    url = rabbitmq.user(f"scheduler-{vhost}", vhost, **rights)
+    with kombu.Connection(url) as connection, pytest.raises(amqp.AccessRefused):
+        channel = connection.channel()
+        channel.confirm_select()
+        channel.basic_publish_confirm(amqp.Message(b"x"), "virtbus.events", "io_error.a.b")
+    rights["write"] = rights["write"].replace(r"amq\.default|", "")
+    url = rabbitmq.user(f"less-{vhost}", vhost, **rights)
+    with (
+        Consumer(url, group="scheduler", give_up_when_denied=True) as consumer,
+        pytest.raises(BusDenied, match=r"exchange 'amq\.default'"),
+    ):
+        consumer.receive(10.0)
+    rabbitmq.drop_vhost(vhost)
+
+
+def test_a_forged_sender_in_a_header_is_not_who_published(rabbitmq: RabbitMQ) -> None:
+    url = rabbitmq.url(rabbitmq.vhost())
+    make_group(url)
+    with kombu.Connection(url) as connection:  # as the broker leaves it when it puts a message aside itself
+        channel = connection.channel()
+        channel.confirm_select()
+        message = amqp.Message(b"x", application_headers={USER_HEADER: "other"}, user_id="guest")
+        channel.basic_publish_confirm(message, "", f"{QUEUE}.dead")
+    bus = open_bus(url, BusOptions())
+    with bus.dead_letters(GROUP) as letters:
+        (found,) = letters.read()
+        assert found.message.user_id == "guest"
+    bus.close()
+
+
+def test_a_senders_headers_say_nothing_in_our_name() -> None:
+    forged = {REASON_HEADER: "theirs", CUT_HEADER: "theirs", USER_HEADER: "other", "trace": "t"}
+    message = Message(Binding.AMQP, forged, None, b"x", None, False, None, "q#1", None)
+    content, cut = letter(message, {}, "ours", 131_072)
+    headers = content.properties["application_headers"]
+    assert cut is None
+    assert {headers.get(name) for name in (REASON_HEADER, CUT_HEADER, USER_HEADER, "trace")} == {
+        "ours",
+        None,
+        "t",
+    }

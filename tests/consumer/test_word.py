@@ -219,7 +219,7 @@ def test_a_forked_child_is_told_to_make_its_own(url: str) -> None:
 # ------------------------------------------------------------------------------------- arguments
 
 
-@pytest.mark.parametrize("after", ["2", None, float("inf"), float("nan"), -1, 1e12, True])
+@pytest.mark.parametrize("after", ["2", None, float("inf"), float("nan"), -1, 1e12, 10**400, True])
 def test_a_retry_that_can_not_be_kept_is_refused_and_the_delivery_stays_open(url: str, after: Any) -> None:
     with Consumer(url, group="g") as consumer:
         delivery = consumer.receive(1.0)

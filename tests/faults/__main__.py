@@ -52,6 +52,7 @@ SCENARIOS = (
     Scenario("incidents_model", "random histories of errors, kills and failed commits",
              "--examples 10000", "--examples 200"),
     Scenario("consumer_kills", "a consumer is killed at random under load, on each bus", "200", "5"),
+    Scenario("scheduler_kills", "the scheduler of docs/examples is killed at random", "200", "5"),
     Scenario("poison_neighbours", "a message that can't be put aside, before good ones", "3", "1"),
     Scenario("crash_neighbours", "an event that kills its consumer, before good ones", "3", "1"),
     Scenario("deaf_group", "exchange, queue, binding, virtual host deleted under load", "3", "1"),

@@ -377,13 +377,18 @@ def _close_channel(url: str) -> None:
         connection.collect()
 
 
-_channels: dict[str, tuple[kombu.Connection, amqp.Channel]] = {}
+_channels: dict[str, tuple[amqp.Connection, amqp.Channel]] = {}
 
 
 def _channel(url: str) -> amqp.Channel:
     if url not in _channels:
-        connection = kombu.Connection(url)
+        parts = kombu.Connection(url)
+        # py-amqp's own: kombu loses sight of a connection whose log-in was refused, and of its socket.
+        connection = amqp.Connection(
+            f"{parts.hostname}:{parts.port}", parts.userid, parts.password, virtual_host=parts.virtual_host
+        )
         try:
+            connection.connect()
             channel = connection.channel()
             channel.exchange_declare("virtbus.events", type="topic", durable=True, auto_delete=False)
             channel.confirm_select()

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from virtbus import BusOptions, Consumer, MissingEvents
-from virtbus.bus.kafka.bus import subscription as kafka_consumer
+from virtbus.bus.kafka import subscription as kafka_consumer
 
 
 def say(**words: object) -> None:

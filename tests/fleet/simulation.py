@@ -1,19 +1,21 @@
 """Random fleets over simulated days: what a reactor holds, and whether it is given back.
 
-The fleet's verdict and the policy of holds are the real ones; hosts, storage, clocks, the control plane and
-the reactor's deaths are simulated, from one seed. The control plane keeps what is held, as the real ones do;
-all else is lost when the reactor is killed.
+The fleet's verdict, the policy of holds and the rule for hosts that left are the real ones; hosts, storage,
+clocks, the control plane and the deaths of the reactor are simulated, from one seed. The control plane keeps
+what is held, as the real ones do; all else is lost when the reactor is killed, sometimes its store too.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tests.fleet.machine import Machine, at_second, epoch_at, uuid_of
-from virtbus.fleet import Fleet
+from virtbus.fleet import Fleet, FleetView
+from virtbus.integrations.holds import HoldState, Row, orphaned
 from virtbus.integrations.policy import Held, HoldPolicy, HoldRules
+from virtbus.integrations.reactor import LISTEN_SECONDS
 from virtbus.model import DeviceSource, SourceHealth
 from virtbus.testing import MOMENT
 from virtbus.words import SourceState
@@ -21,7 +23,6 @@ from virtbus.words import SourceState
 HOUR, DAY = 3600.0, 86_400.0
 STEP = 15.0
 QUIET_AFTER = 2 * HOUR  # nothing new happens after a fault for so long: the reactor judges rarely then
-ORPHANED_SECONDS = DAY  # who was not heard for so long is not there any more
 SLACK = 3 * 60.0  # a hold that was due at the fault's end
 SYSTEMS = tuple(
     DeviceSource("network", "rbd", f"vms/{n}", hosts=(f"10.{60 + n}.0.7:6789",)) for n in range(3)
@@ -70,10 +71,10 @@ class Simulation:
         self.random = random.Random(seed)
         self.seed, self.end = seed, days * DAY
         self.rules = HoldRules(max_share=self.random.choice((0.1, 0.2, 0.34)))
-        self.held: dict[str, Held] = {}
+        self.held: dict[str, Row] = {}
         self.released_at: dict[str, float] = {}
         self.last: dict[str, Held] = {}
-        self.unheard: dict[str, float] = {}
+        self.listening_since = 0.0
         self.fleet, self.policy = Fleet(), HoldPolicy(self.rules)
         self.hosts = [self._host(number) for number in range(self.random.randint(5, 16))]
         self.plan: list[tuple[float, int, str, tuple[Host, ...], float]] = []
@@ -158,10 +159,14 @@ class Simulation:
         elif not host.gone:
             self._add(max(host.down_until, at) + 1, "recover", hosts, 0.0)
 
-    def _do_reactor(self, *_: object) -> None:
+    def _do_reactor(self, at: float, *_: object) -> None:
         """Killed, or failed over: only what the control plane holds is left."""
         self.fleet, self.policy = Fleet(), HoldPolicy(self.rules)
-        self.unheard.clear()
+        self.listening_since = at
+        if self.random.random() < 0.5:  # its store was lost as well: a mark tells no agent
+            self.last.clear()
+            self.released_at.clear()
+            self.held = {name: replace(row, agent="", heard_at=row.since) for name, row in self.held.items()}
         for host in self.hosts:
             host.machine.fleet = self.fleet
 
@@ -239,18 +244,20 @@ class Simulation:
     def _judge(self, at: float) -> None:
         now = at_second(at)
         view = self.fleet.view(now)
-        for decision in self.policy.decide(view, self.held, now.monotonic, at):
+        for host in view.hosts:
+            row = self.held.get(host.name)
+            if row is not None and host.state != "silent" and (at - row.heard_at >= 60 or not row.agent):
+                self.held[host.name] = replace(row, agent=host.agent_id, heard_at=at)
+        held = {name: Held(row.since, row.times) for name, row in self.held.items()}
+        for decision in self.policy.decide(view, held, now.monotonic, at):
             if decision.hold:
-                self._hold(decision.host, at, decision.why)
+                self._hold(decision.host, at, decision.why, view)
             else:
                 self._release(decision.host, at)
         names = {host.name for host in view.hosts}
-        for name in list(self.held):
-            since = self.unheard.setdefault(name, at) if name not in names else at
-            if name in names:
-                self.unheard.pop(name, None)
-            if at - since >= ORPHANED_SECONDS:
-                self._release(name, at)
+        listened = at - self.listening_since >= LISTEN_SECONDS and not view.suspect_ourselves
+        for row, _ in list(orphaned(self.held.values(), view, at, listened=listened)):
+            self._release(row.host, at)
         live = [host for host in view.hosts if host.name in self.held]
         if len(live) > max(1, int(self.rules.max_share * len(names))) and len(self.held) > 1:
             self._beyond(at, len(names))
@@ -261,13 +268,19 @@ class Simulation:
 
     added_at = -1.0
 
-    def _hold(self, name: str, at: float, why: str) -> None:
+    def _hold(self, name: str, at: float, why: str, view: FleetView) -> None:
         self.found.holds += 1
         self.added_at = at
         times = self.policy.times(self.last.get(name), self.released_at.get(name), at)
-        self.held[name] = self.last[name] = Held(at, times)
+        self.last[name] = Held(at, times)
+        host = view.host(name)
+        assert host is not None
+        self.held[name] = Row(
+            name, HoldState.HELD, at, times, why, agent=host.agent_id, heard_at=at,
+            released_at=self.released_at.get(name),
+        )  # fmt: skip
         mine = [host for host in self.hosts if host.machine.host.name == name]
-        if not any(host.was_at_fault(at) for host in mine):
+        if not any(one.was_at_fault(at) for one in mine):
             self.found.wrong.append(f"seed {self.seed}: {name} at {at:.0f}: {why}")
 
     def _release(self, name: str, at: float) -> None:

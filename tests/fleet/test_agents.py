@@ -254,3 +254,53 @@ def test_a_time_is_never_later_than_now():
     agent = Agent("a")
     now = Now(to_ns(MOMENT), 0.0)
     assert agent.ours(now.wall_ns / 1e9 + 1e6, now) == now.wall_ns / 1e9
+
+
+# ---- what began together
+
+
+def an_outage(fleet: Fleet, *, recovered: float) -> list[Machine]:
+    """Three of six hosts lose two storage systems at 600; the first one never recovers."""
+    machines = [Machine(fleet, number) for number in range(6)]
+    for at in range(0, 5000, 60):
+        if at == 600:
+            for one in machines[:3]:
+                one.fails(at, 0, CEPH)
+                one.fails(at, 1, FILER)
+        for one in machines:
+            if at == recovered:
+                machines[1].recovers(at)
+                machines[2].recovers(at)
+            one.beat(at)
+    return machines
+
+
+def test_the_last_host_to_recover_from_an_outage_is_not_at_fault_however_long_it_takes():
+    fleet = Fleet()
+    an_outage(fleet, recovered=900)
+    (host, *others) = view(fleet, 4990).hosts
+    assert (host.incidents, host.blame, host.answer) == (2, Blame.UNDETERMINED, Answer.CANT_TELL)
+    assert {one.answer for one in others} == {Answer.WELL}
+
+
+def test_who_began_to_listen_later_cant_tell_whose_fault_it_is():
+    machines = an_outage(Fleet(), recovered=900)
+    fleet = Fleet()
+    for at in range(5000, 5400, 60):
+        for one in machines:
+            one.fleet = fleet
+            one.beat(at)
+    host = view(fleet, 5390).hosts[0]
+    assert (host.blame, host.witnessed, host.answer) == (Blame.HOST, False, Answer.CANT_TELL)
+
+
+def test_what_began_while_we_listened_is_told():
+    fleet = Fleet()
+    machines = [Machine(fleet, number, skew=-7200.0) for number in range(6)]
+    for at in range(0, 400, 60):
+        for one in machines:
+            one.beat(at)
+        if at == 180:
+            machines[0].fails(at, 0, CEPH)
+            machines[0].fails(at, 1, FILER)
+    assert view(fleet, 399).hosts[0].answer is Answer.BAD

@@ -101,7 +101,7 @@ class OneIncident:
     opens: float
     ends: float | None
     every: float | None
-    contradicts: bool
+    unconfirmed: bool
     flapping: bool
     origin: Origin
     total: int = 0
@@ -204,7 +204,7 @@ class World:
                             opens=at,
                             ends=None if lasts is None else at + lasts,
                             every=fault.get("every"),
-                            contradicts=fault.get("contradicts", False),
+                            unconfirmed=fault.get("unconfirmed", False),
                             flapping=fault.get("flapping", False),
                             origin=Origin(fault.get("origin", "event")),
                         )
@@ -299,7 +299,7 @@ class World:
 
     def _error(self, one: OneIncident, agent: Agent, moment: datetime, phase: Phase) -> IoError:
         state = "paused" if one.action is Action.PAUSE else "running"
-        evidence = (Evidence("file_system", "contradicts"),) if one.contradicts else ()
+        evidence = (Evidence("file_system", "inconclusive" if one.unconfirmed else "confirms"),)
         error = ErrorFacts(one.action, None, one.reason, "", None, None, moment, evidence)
         return IoError(
             host=agent.host,

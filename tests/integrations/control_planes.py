@@ -110,6 +110,21 @@ make_server("127.0.0.1", port, application, Server, Quiet).serve_forever()
 """
 
 
+_REGISTER = """
+from nova import monkey_patch; monkey_patch.patch(backend="threading")
+import sys
+host, conf = sys.argv[1:]
+from nova import config, context, objects
+config.parse_args(["nova-api"], default_config_files=[conf])
+objects.register_all()
+admin = context.get_admin_context()
+(cell,) = [one for one in objects.CellMappingList.get_all(admin) if not one.is_cell0()]
+with context.target_cell(admin, cell) as inside:
+    objects.Service(inside, host=host, binary="nova-compute", topic="compute", report_count=0).create()
+objects.HostMapping(admin, host=host, cell_mapping=cell).create()
+"""
+
+
 class NovaApi:
     """A real nova-api on SQLite, with compute services that are down. A context manager."""
 
@@ -192,10 +207,28 @@ class NovaApi:
         )
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
-                return answer.status, json.load(answer)
+                text = answer.read()
+                return answer.status, json.loads(text) if text else None
         except urllib.error.HTTPError as error:
             with error:
                 return error.code, error.read().decode()
+
+    def delete(self, host: str) -> None:
+        """Delete the compute service of a host, as an operator does."""
+        _, found = self.request("GET", f"/v2.1/os-services?binary=nova-compute&host={host}")
+        (one,) = found["services"]
+        status, told = self.request("DELETE", f"/v2.1/os-services/{one['id']}")
+        assert status == 204, told
+
+    def register(self, host: str) -> None:
+        """What a nova-compute does that starts on a host without a service; the mapping is the API's."""
+        here = {name: self._environment[name] for name in ("OS_NOVA_CONFIG_DIR", "PYTHONPATH")}
+        python(_REGISTER, host, str(self.folder / "nova.conf"), **here)
+
+    def register_anew(self, host: str) -> None:
+        """Another service of the same name."""
+        self.delete(host)
+        self.register(host)
 
     def services(self) -> dict[str, tuple[str, str | None]]:
         """Host → (status, disabled reason) of the compute services."""

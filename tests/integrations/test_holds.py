@@ -9,6 +9,7 @@ import pytest
 from tests.integrations.plane import POINTS, RULES, Killed, World, story_of_a_kill
 from virtbus.integrations.base import HOLD, RELEASE, REPORT, ActionRefused, Found, Hold, TargetUnavailable
 from virtbus.integrations.holds import Finding, HoldState, Row, reconcile
+from virtbus.integrations.store import ActionStore
 from virtbus.integrations.told import ReleaseRefused
 from virtbus.retry import no_waiting
 
@@ -347,6 +348,17 @@ def test_two_marks_that_name_one_host_are_both_adopted():
     marks = [a_mark(uid="u1"), Hold("h1", "n2", "why", uid="u2")]
     changes = reconcile({}, Found(marks, {}), asked=None, reported=(), acting=True, wall=9.0)
     assert [(one.row.host, one.row.target) for one in changes] == [("h1", "n1"), ("n2", "n2")]
+
+
+@pytest.mark.parametrize("since", [float("nan"), float("inf"), -1e300, 1e12])
+@pytest.mark.parametrize("times", [10**400, -5])
+def test_whatever_a_mark_says_can_be_stored_and_lies_in_the_past(tmp_path, since, times):
+    mark = Hold("h1", "h1", "\ud800", since=since, times=times, uid="u")
+    store = ActionStore(tmp_path / "store.db")
+    store.reconcile(Found([mark], {"h1": "u"}), asked=None, acting=True, wall=1000.0)
+    row = store.rows()["h1"]
+    assert (row.state, row.since, row.times, row.why) == (HoldState.HELD, 1000.0, 1, "?")
+    store.close()
 
 
 def test_a_look_at_some_says_nothing_of_the_others():

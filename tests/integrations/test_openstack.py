@@ -30,6 +30,7 @@ from virtbus.integrations.base import (
     TargetUnavailable,
     open_integration,
 )
+from virtbus.integrations.holds import Finding
 from virtbus.model import Action as Kind
 from virtbus.model import Now, Origin, Owner, Phase
 from virtbus.sources.link import ACTION_PAUSE, ACTION_REPORT
@@ -99,6 +100,42 @@ def test_a_host_is_found_by_its_short_name(nova, nova_api):
     nova.execute(an_action(RELEASE, "compute-2.other.domain"))
     with pytest.raises(NotOurs, match=r"react\.hosts"):
         nova.execute(an_action(HOLD, "compute-9"))
+
+
+def test_a_service_that_was_deleted_and_registers_anew_is_disabled_again(nova, nova_api, tmp_path):
+    hosts = ("compute-1", "compute-2.example.org", "compute-3")
+    world = World(tmp_path, hosts, plane=nova)
+    world.bad = {"compute-1"}
+    world.run(60)
+    assert nova_api.services()["compute-1"][0] == "disabled"
+    nova_api.register_anew("compute-1")
+    assert nova_api.services()["compute-1"] == ("enabled", None)
+    world.run(30)
+    status, reason = nova_api.services()["compute-1"]
+    assert status == "disabled"
+    assert reason.startswith("virtbus: ")
+    assert Finding.REGISTERED_ANEW in world.findings
+    world.bad = set()
+    world.run(90)
+    assert nova_api.services()["compute-1"] == ("enabled", None)
+    world.kill()
+
+
+def test_a_service_that_was_deleted_for_good_is_forgotten(nova, nova_api, tmp_path):
+    hosts = ("compute-1", "compute-2.example.org", "compute-3")
+    world = World(tmp_path, hosts, plane=nova)
+    world.bad = {"compute-3"}
+    world.run(60)
+    nova_api.delete("compute-3")
+    world.run(30)
+    assert world.store.held() == {}
+    nova_api.register("compute-3")
+    world.run(90)
+    assert nova_api.services()["compute-3"][0] == "disabled", "it is there again, and still bad"
+    world.bad = set()
+    world.run(90)
+    assert nova_api.services()["compute-3"] == ("enabled", None)
+    world.kill()
 
 
 def test_a_long_reason_is_cut_to_what_nova_takes(nova, nova_api):

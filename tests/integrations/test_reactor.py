@@ -9,6 +9,7 @@ import sys
 import time
 import uuid
 
+import amqp
 import pytest
 
 from tests.integrations.parts import Recording, errors, eventually, heartbeat, publish, running
@@ -26,7 +27,7 @@ from virtbus.integrations.base import (
     open_integration,
 )
 from virtbus.integrations.policy import HoldRules
-from virtbus.integrations.reactor import ActionGivenUp, Audited, Withheld
+from virtbus.integrations.reactor import ActionGivenUp, Audited, Disbelieved, Withheld
 from virtbus.integrations.store import ActionStore
 from virtbus.testing import a_record, an_io_error, no_waiting
 
@@ -184,6 +185,44 @@ def test_a_source_belongs_to_the_first_publisher_that_spoke_for_it_also_after_a_
         publishers = Publishers(["virtbus-*"], store.owners)
         assert (publishers.refuses(publisher, "agent/1", "h1") is None) is believed, told
         store.close()
+
+
+def test_nobody_speaks_for_the_agent_of_another_user_on_a_real_broker(rabbitmq, vhost, tmp_path):
+    """A compromised host beats with the id of another host's agent, and in its own name."""
+    url = rabbitmq.url(vhost)
+    users = {
+        host: rabbitmq.user(f"virtbus-{host}", vhost, write="virtbus[.]events", configure="virtbus[.]events")
+        for host in ("victim", "evil")
+    }
+    evil_agent = "eeeeeeee-0000-4000-8000-000000000001"
+    target, told = Recording(), []
+    queue = f"virtbus.react-{target.name}"
+
+    def put_aside() -> int:
+        return sum(isinstance(one, Disbelieved) for one in told)
+
+    with running(target, url, tmp_path, told=told, publishers=["virtbus-{host}"]):
+        eventually(lambda: waiting(rabbitmq, vhost, queue) is not None, "listening", 60)
+        publish(users["evil"], heartbeat("evil", agent=evil_agent))
+        publish(users["victim"], heartbeat("victim", guests=1, sequence=1))
+        eventually(lambda: ("hold", "victim") in target.done, "the victim held", 60)
+        publish(users["evil"], heartbeat("evil", sequence=10**15))  # the victim's source
+        publish(users["evil"], heartbeat("victim", sequence=10**15))  # and its host
+        eventually(lambda: put_aside() == 2, "both put aside", 60)
+        assert ("release", "victim") not in target.done
+        publish(users["victim"], heartbeat("victim", sequence=2))
+        eventually(lambda: ("release", "victim") in target.done, "its own word counts", 60)
+    assert put_aside() == 2
+    assert waiting(rabbitmq, vhost, f"{queue}.dead") == 2
+
+
+def waiting(rabbitmq, vhost: str, queue: str) -> int | None:
+    """How many messages wait in a queue; None when there is no such queue."""
+    with amqp.Connection(f"127.0.0.1:{rabbitmq.port}", virtual_host=vhost) as connection:
+        try:
+            return connection.channel().queue_declare(queue, passive=True).message_count
+        except amqp.NotFound:
+            return None
 
 
 def test_a_second_instance_on_the_same_state_is_refused(tmp_path):

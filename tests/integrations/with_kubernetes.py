@@ -274,6 +274,38 @@ def test_what_is_wiped_taken_back_or_registered_anew_on_a_real_server(
     kubernetes.execute(an_action(RELEASE, first))
 
 
+@pytest.mark.parametrize(
+    "details",
+    [
+        '{"host": "OTHER", "why": "mine", "times": 1}',
+        '{"times": ' + "9" * 400 + ', "since": "0001-01-01T00:00:00"}',
+        '{"times": 1e999, "since": "9999-12-31T23:59:59-23:59"}',
+        '{"why": "\\ud800", "by": "\\ud800"}',
+        "[" * 100_000,
+        "no JSON",
+        "null",
+    ],
+    ids=["another host", "400 digits", "infinite", "no text", "deep", "no JSON", "null"],
+)
+def test_what_a_node_writes_into_its_own_mark_holds_no_other_host_and_ends_nothing(
+    kube_apiserver, kubernetes, nodes, tmp_path, details
+):
+    """A compromised kubelet may annotate its own node."""
+    server, (evil, other) = kube_apiserver, nodes[:2]
+    mark = {"virtbus.io/tainted": TAINT, "virtbus.io/hold": details.replace("OTHER", other)}
+    patch = tmp_path / "patch"
+    patch.write_text(json.dumps({"metadata": {"annotations": mark}}))
+    server.kubectl("patch", "node", evil, "--type=merge", f"--patch-file={patch}")
+    world = World(tmp_path, nodes, plane=kubernetes)
+    world.bad = {other}
+    world.run(30)
+    assert {host for host, row in world.store.held().items() if row.target == evil} == {evil}
+    world.bad = set()
+    world.run(400)
+    assert held(server, nodes) == set()
+    world.kill()
+
+
 def test_a_taint_whose_key_was_renamed_in_the_settings_is_undone_by_the_key_it_was_made_with(
     kube_apiserver, kubernetes, nodes, tmp_path
 ):

@@ -20,8 +20,8 @@ from tests.kafka.help import admin, bare_producer, hosts, opened, read
 from tests.kafka.mock import produce_with_header
 from virtbus import envelope
 from virtbus.bus import Subscription
+from virtbus.bus.kafka import subscription as kafka_consumer
 from virtbus.bus.kafka.bus import KafkaBus
-from virtbus.bus.kafka.bus import subscription as kafka_consumer
 from virtbus.bus.kafka.line import Track
 from virtbus.bus.kafka.records import headers_of
 from virtbus.errors import BusUnavailable, SchemaError

@@ -53,6 +53,22 @@ def test_a_dead_letter_keeps_key_and_headers_and_tells_reason_position_and_group
     assert found["x-virtbus-group"] == b"g"
 
 
+def test_a_senders_headers_settle_no_letter_and_name_no_group(kafka_url: str, kafka_topic: str) -> None:
+    producer = bare_producer(kafka_url)
+    forged = [("x-virtbus-settled", b"0"), ("x-virtbus-group", b"other"), (CUT_HEADER, b"cut")]
+    with opened(kafka_url, kafka_topic) as bus:
+        with joined(bus, "g") as subscription:
+            make_topic(kafka_url, f"{kafka_topic}.dead")
+            for value, sent in ((b"first", []), (b"second", forged), (None, forged)):
+                producer.produce(kafka_topic, value, b"k", headers=sent)
+                assert producer.flush(10) == 0
+                (message,) = take(subscription, 1, ack=False)
+                subscription.dead_letter(message, "unreadable")
+                serve(subscription)
+        with bus.dead_letters("g") as look:
+            assert [letter.message.body for letter in look.read()] == [b"first", b"second", b""]
+
+
 def test_fifty_good_ones_behind_one_whose_dead_letter_topic_is_missing_are_handed_out(
     kafka_url: str, kafka_topic: str
 ) -> None:

@@ -12,7 +12,7 @@ from confluent_kafka import TopicPartition
 from tests.kafka.help import admin, opened
 from virtbus import Consumer, MissingEvents
 from virtbus.bus import BusOptions
-from virtbus.bus.kafka.bus import subscription as kafka_consumer
+from virtbus.bus.kafka import subscription as kafka_consumer
 from virtbus.sequences import Cause
 from virtbus.testing import ListFeed, records
 

@@ -36,6 +36,13 @@ def test_nothing_is_lost(committed, noted, start):
         pytest.param(Place(A, 4), Place(A, 7), (A, 7, 9, Cause.RETENTION), id="the note is further"),
         pytest.param(Place(B, 20), None, (B, 20, None, Cause.REPLACED), id="a recreated topic"),
         pytest.param(None, Place(B, 20), (B, 20, None, Cause.REPLACED), id="and the commits went with it"),
+        pytest.param(
+            Place(B, 20, 12),
+            None,
+            (B, 12, None, Cause.REPLACED),
+            id="noticed late: 12 on may be the new's",
+        ),
+        pytest.param(None, Place(B, 20, 12), (B, 12, None, Cause.REPLACED), id="late, by the note alone"),
         pytest.param(Place("", 70), None, ("", 70, None, Cause.REPLACED), id="beyond the end, no ids"),
     ],
 )
@@ -54,3 +61,7 @@ def test_a_note_that_can_not_be_read_is_none(note):
 
 def test_a_place_is_what_was_noted():
     assert Place.read(Place(A, 3).note()) == Place(A, 3)
+    assert Place.read(Place(A, 3, 2).note()) == Place(A, 3, 2)
+    assert Place.committed(3, Place(A, 3, 2).metadata()) == Place(A, 3, 2)
+    assert Place.committed(3, "") == Place("", 3)
+    assert Place.committed(3, "somebody's own words") == Place("", 3)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,13 +27,17 @@ from confluent_kafka.admin import (
 from prometheus_client import generate_latest
 
 from tests.agent.process import COMMAND, AgentProcess
+from tests.brokers.__main__ import KAFKA_NEWEST, KAFKA_OLDEST, RELEASES
 from tests.brokers.rabbitmq import RabbitMQ
 from tests.chart import helm, tools
 from tests.commandline import cli, commands_of
 from tests.kafka.cluster import LIMITED_PASSWORD, LIMITED_USER, SCRAM_PASSWORD, SCRAM_USER, Cluster
 from tests.kafka.help import admin, opened
+from tests.lab.chroot import SUITES
 from tests.lab.lab import Lab
+from virtbus import __version__
 from virtbus.bus import BusOptions, open_bus
+from virtbus.consumer import Consumer
 from virtbus.errors import BusDenied
 from virtbus.integrations.told import REACT
 from virtbus.model import Confirmed, Deferred
@@ -61,8 +66,11 @@ def ids(found: tuple[str, str]) -> str:
 ALL = sorted(set(commands()))
 # What a cluster's tools do is shown where a cluster is: tests/chart.
 ELSEWHERE = {"helm", "kubectl", "docker", "podman", "buildah"}
-# These would change this machine: only that a shell understands them is shown.
-OF_THE_HOST = ("groupadd", "useradd", "echo")
+# These would change this machine: that a shell understands them is shown. The install page's
+# are run in root file systems of their own: tests/packages.
+OF_THE_HOST = ("groupadd", "useradd", "echo", "apt-get", "dnf", "systemctl", "python3")
+INSTALLED = "/opt/virtbus/bin/virtbus"
+PIPS = ("/opt/virtbus/bin/pip", "consumer/bin/pip")
 
 
 def of(*programs: str) -> list[tuple[str, str]]:
@@ -70,7 +78,7 @@ def of(*programs: str) -> list[tuple[str, str]]:
 
 
 def test_every_command_in_the_documents_is_run_by_some_test_here():
-    known = {"make", "pip", "virtbus", "rabbitmqctl", "kafka-acls.sh", *ELSEWHERE, *OF_THE_HOST}
+    known = {"make", "virtbus", INSTALLED, "rabbitmqctl", "kafka-acls.sh", *PIPS, *ELSEWHERE, *OF_THE_HOST}
     programs = {shlex.split(line, comments=True)[0] for _, line in ALL}
     assert "virtbus" in programs
     assert programs <= known, f"no test runs {programs - known}"
@@ -160,15 +168,26 @@ def test_a_kubectl_command_of_the_documents_makes_its_object(found: tuple[str, s
     assert yaml.safe_load(done.stdout)["kind"].lower() == words[1]
 
 
-@pytest.mark.parametrize("found", of("pip"), ids=ids)
-def test_an_extra_of_the_documents_is_there(found):
-    import tomllib
-
+@pytest.mark.parametrize("found", of(*PIPS), ids=ids)
+def test_a_wheel_of_the_documents_is_the_one_that_is_built_and_has_the_extras(found: tuple[str, str]) -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for word in shlex.split(found[1], comments=True)[2:]:
-        named = re.fullmatch(r"virtbus(?:\[([a-z,]+)\])?", word)
+        named = re.fullmatch(r"\./virtbus-(.+)-py3-none-any\.whl(?:\[([a-z,]+)\])?", word)
         assert named, word
-        assert set((named[1] or "agent").split(",")) <= set(extras)
+        assert named[1] == __version__
+        assert set((named[2] or "agent").split(",")) <= set(extras)
+
+
+@pytest.mark.parametrize("found", [each for each in of("apt-get", "dnf") if "install" in each[1]], ids=ids)
+def test_a_package_of_the_documents_is_one_that_is_built_or_one_that_our_own_targets_install(
+    found: tuple[str, str],
+) -> None:
+    ours = {f"./virtbus_{__version__}-1_amd64.deb", f"./virtbus-{__version__}-1.x86_64.rpm"}
+    system = (ROOT / "tests" / "system-packages.txt").read_text().split("\n")
+    words = shlex.split(found[1], comments=True)
+    named = {word for word in words[words.index("install") + 1 :] if not word.startswith("-")}
+    assert named
+    assert named <= ours | set(system)
 
 
 # ------------------------------------------------------------------------------------------- ours
@@ -198,7 +217,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AgentProcess]:
         yield agent
 
 
-@pytest.mark.parametrize("found", of("virtbus"), ids=ids)
+@pytest.mark.parametrize("found", of("virtbus", INSTALLED), ids=ids)
 def test_a_virtbus_command_of_the_documents_works(
     found: tuple[str, str],
     running: AgentProcess,
@@ -227,6 +246,9 @@ def test_a_virtbus_command_of_the_documents_works(
         environment["VIRTBUS_HTTP__LISTEN"] = ""
         if "--state-dir" not in words:
             environment["VIRTBUS_STATE_DIR"] = str(tmp_path / "state")
+    if words[0] == "agent-id":
+        environment["VIRTBUS_STATE_DIR"] = str(tmp_path)
+        words += ["--user", "root"]
     lasting = words[0] in LASTING and not {"--count", "--timeout", "--once"} & set(words)
     process = subprocess.Popen(
         [*COMMAND, *words], env=environment, cwd=ROOT, text=True,
@@ -279,7 +301,7 @@ def wait_until(check: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize(
-    "found", [found for found in of("rabbitmqctl") if found[0] != "security.md"], ids=ids
+    "found", [found for found in of("rabbitmqctl") if found[0] not in ("security.md", "tutorial.md")], ids=ids
 )
 def test_a_rabbitmq_command_of_the_documents_is_taken(
     found: tuple[str, str], rabbitmq: RabbitMQ, vhost: str
@@ -288,6 +310,35 @@ def test_a_rabbitmq_command_of_the_documents_is_taken(
     program, action, *words = shlex.split(found[1], comments=True)
     assert program == "rabbitmqctl"
     rabbitmq.rabbitmqctl(action, "--vhost", vhost, *words)
+
+
+def test_the_users_of_the_tutorial_are_enough_for_an_agent_and_a_group(rabbitmq: RabbitMQ) -> None:
+    """All of its commands, in its order, in a virtual host and for users of other names."""
+    made = [words for page, line in commands() if page == "tutorial.md" for words in [shlex.split(line)]
+            if words[0] == "rabbitmqctl"]  # fmt: skip
+    vhost = rabbitmq.vhost()
+    rabbitmq.drop_vhost(vhost)
+    names = {"virtbus": vhost, "agent": f"agent-{vhost}", "scheduler": f"scheduler-{vhost}"}
+    try:
+        for words in made:
+            rabbitmq.rabbitmqctl(*(names.get(word, word) for word in words[1:]))
+        place = f"127.0.0.1:{rabbitmq.port}/{vhost}"
+        url = f"amqp://{names['scheduler']}:SECRET@{place}"
+        with Consumer(url, group="first") as consumer:
+            assert consumer.receive(1.0) is None
+            assert "virtbus.first" in rabbitmq.queues(vhost)
+            bus = open_bus(f"amqp://{names['agent']}:SECRET@{place}", BusOptions())
+            try:
+                assert ListFeed(records(1)).publish(bus) == [Confirmed()]
+            finally:
+                bus.close()
+            delivery = consumer.receive(60.0)
+            assert delivery is not None
+            delivery.ack()
+    finally:
+        rabbitmq.drop_vhost(vhost)
+        for user in ("agent", "scheduler"):
+            rabbitmq.rabbitmqctl("delete_user", names[user])
 
 
 @pytest.mark.kafka
@@ -423,9 +474,45 @@ def test_no_metric_has_a_label_that_grows_with_guests(running: AgentProcess) -> 
 
 
 def test_every_link_between_the_documents_leads_somewhere():
+    """`make pages` looks at their anchors, too; here at what is not a page."""
     broken = []
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
             if "://" not in target and not (page.parent / target).exists():
                 broken.append(f"{page.name}: {target}")
     assert broken == []
+
+
+def test_every_anchor_of_a_link_is_a_heading_of_its_page():
+    broken = []
+    for page in PAGES:
+        for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text()):
+            other = page.parent / target if target else page
+            if "://" not in target and other.suffix == ".md" and anchor not in anchors(other):
+                broken.append(f"{page.name}: {target}#{anchor}")
+    assert broken == []
+
+
+def anchors(page: Path) -> set[str]:
+    """The headings of a page as GitHub names them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_the_support_table_names_the_releases_that_our_targets_run() -> None:
+    rows = (ROOT / "docs" / "support.md").read_text().splitlines()
+    (kafka,) = (row for row in rows if row.startswith("| Kafka |"))
+    assert re.findall(r"\d+\.\d+\.\d+", kafka) == [KAFKA_OLDEST, KAFKA_NEWEST]
+    (rabbitmq,) = (row for row in rows if row.startswith("| RabbitMQ |"))
+    assert len(re.findall(r"\d+\.\d+\.\d+", rabbitmq)) == sum("rabbitmq" in each.name for each in RELEASES)
+    (daemon,) = (row for row in rows if row.startswith("| libvirt, the daemon |"))
+    tested = daemon.split("|")[3]
+    assert len(re.findall(r"\d+\.\d+", tested)) == len(SUITES)
+    (python,) = (row for row in rows if row.startswith("| Python "))
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    versions = workflow["jobs"]["unit"]["strategy"]["matrix"]["python"]
+    assert f"{versions[0]} to {versions[-1]}" in python
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {f"Programming Language :: Python :: {each}" for each in versions} <= set(project["classifiers"])
+    assert project["requires-python"] == f">={versions[0]}"

@@ -1,5 +1,6 @@
 """A running agent can be looked into, by those who may, and the look costs it nothing."""
 
+import errno
 import http.client
 import json
 import os
@@ -10,6 +11,7 @@ import time
 
 import pytest
 
+from virtbus.agent import http as http_server
 from virtbus.agent.control import ControlSocket, ask
 from virtbus.agent.http import MAX_HTTP_PEERS, HttpServer
 from virtbus.agent.tap import TAP_BUFFER, Taps
@@ -118,6 +120,53 @@ def test_an_address_is_answered(server, host):
     server, _ = server
     answer = raw(server, f"GET /livez HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
     assert answer.startswith(b"HTTP/1.0 200")
+
+
+@pytest.mark.parametrize("host", ["node7.example:9466", "NODE7.example"])
+def test_a_listener_that_the_network_reaches_is_scraped_by_name(host):
+    server = HttpServer("0.0.0.0:0", dead=list, not_ready=list)
+    server.start()
+    try:
+        answer = raw(server, f"GET /metrics HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        assert answer.startswith(b"HTTP/1.0 200")
+    finally:
+        server.close()
+
+
+def test_a_name_that_is_allowed_is_answered_on_loopback_too_and_no_other():
+    server = HttpServer("127.0.0.1:0", dead=list, not_ready=list, allowed_hosts=("Node7.example",))
+    server.start()
+    try:
+        for host, status in (("node7.EXAMPLE:1", b"200"), ("node7.example.evil", b"403")):
+            answer = raw(server, f"GET /livez HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+            assert answer.startswith(b"HTTP/1.0 " + status)
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_the_double_colon_listens_on_both_families(address):
+    server = HttpServer("[::]:0", dead=list, not_ready=list)
+    server.start()
+    try:
+        with socket.create_connection((address, server.port), 10) as peer:
+            peer.sendall(b"GET /livez HTTP/1.0\r\n\r\n")
+            assert peer.recv(64).startswith(b"HTTP/1.0 200")
+    finally:
+        server.close()
+
+
+def test_a_host_without_ipv6_is_reached_over_ipv4(monkeypatch):
+    def none(self):
+        raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+
+    monkeypatch.setattr(http_server._Server6, "server_bind", none)
+    server = HttpServer("[::]:0", dead=list, not_ready=list)
+    server.start()
+    try:
+        assert get(server, "/livez")[0] == 200
+    finally:
+        server.close()
 
 
 def test_a_hundred_slow_peers_hold_few_threads_and_keep_no_probe_out(server):

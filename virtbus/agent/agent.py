@@ -648,7 +648,10 @@ class Agent:
         METRICS.spool_bytes.set_function(lambda: self.spool.stats().bytes)
         METRICS.spool_events.labels("pending").set_function(lambda: self.spool.stats().pending)
         METRICS.spool_events.labels("dead").set_function(lambda: self.spool.stats().dead)
-        METRICS.incidents_open.set_function(lambda: self.incidents.open_count)
+        METRICS.incidents_open.labels("live").set_function(
+            lambda: self.incidents.open_count - self.incidents.open_drills
+        )
+        METRICS.incidents_open.labels(Origin.REPLAY.value).set_function(lambda: self.incidents.open_drills)
         METRICS.spool_writable.set_function(lambda: 0.0 if self._spool_trouble() else 1.0)
 
     def dead_threads(self) -> list[str]:

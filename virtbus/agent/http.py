@@ -6,11 +6,12 @@ request a connection, and so many connections: a new one evicts the oldest, so n
 
 from __future__ import annotations
 
+import errno
 import json
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from ipaddress import ip_address
@@ -25,8 +26,8 @@ MAX_HTTP_PEERS = 16
 IDLE_SECONDS = 3600.0  # nobody is waited for more often than this
 
 
-def _is_address(host: str | None) -> bool:
-    """Whether a Host header names this machine and not a name of the web.
+def _answers(host: str | None, allowed: Collection[str]) -> bool:
+    """Whether a Host header is an address, localhost or one of the `allowed` names (in lower case).
 
     A page whose name is made to lead to 127.0.0.1 (DNS rebinding) would have a browser read our answers.
     """
@@ -35,7 +36,7 @@ def _is_address(host: str | None) -> bool:
     name, separator, port = host.rpartition(":")
     if not separator or not port.isdecimal():
         name = host
-    if name.lower() == "localhost":
+    if name.lower() == "localhost" or name.lower() in allowed:
         return True
     try:
         ip_address(name.strip("[]"))
@@ -45,7 +46,7 @@ def _is_address(host: str | None) -> bool:
 
 
 class _Server(ThreadingHTTPServer):
-    """A thread a peer, MAX_HTTP_PEERS at most: whoever has been there longest gives way."""
+    """A thread a peer, MAX_HTTP_PEERS at most: whoever has been there longest is evicted."""
 
     daemon_threads = True
     block_on_close = False
@@ -73,10 +74,39 @@ class _Server(ThreadingHTTPServer):
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A peer that went away is no news either."""
+        """A peer that went away is not news either."""
         error = sys.exception()
         if isinstance(error, Exception) and not isinstance(error, OSError):
             emit(Trouble("http", error))
+
+
+class _Server6(_Server):
+    """On IPv6; `::` takes IPv4 too, whatever the host's bindv6only says."""
+
+    address_family = socket.AF_INET6
+
+    def server_bind(self) -> None:
+        self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
+        super().server_bind()
+
+
+def _listening(host: str, port: int, handler: type[BaseHTTPRequestHandler]) -> _Server:
+    """Raises OSError. `::` on a host without IPv6 is every address of IPv4."""
+    if ":" not in host:
+        return _Server((host, port), handler)
+    try:
+        return _Server6((host, port), handler)
+    except OSError as error:
+        if host != "::" or error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+            raise
+        return _Server(("0.0.0.0", port), handler)  # noqa: S104 - what was asked for
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 class HttpServer:
@@ -90,10 +120,17 @@ class HttpServer:
         not_ready: Callable[[], Sequence[str]],
         registry: CollectorRegistry = METRICS.registry,
         setting: str = "http.listen",
+        allowed_hosts: Collection[str] = (),
     ) -> None:
-        """`listen` is host:port, from `setting`; raises ConfigError when it can't be had."""
+        """`listen` is host:port, from `setting`; raises ConfigError when it can't be had.
+
+        `[::]` is every address of both families. On loopback only addresses, localhost and `allowed_hosts`
+        are answered; a listener that the network reaches gains nothing by it, and is asked by name.
+        """
         host, _, port = listen.rpartition(":")
         host = host.strip("[]")
+        guarded = _is_loopback(host)
+        allowed = {name.lower() for name in allowed_hosts}
 
         class Handler(BaseHTTPRequestHandler):
             # One request a connection: what follows it, a body that nobody reads say, is never another one.
@@ -104,8 +141,9 @@ class HttpServer:
 
             def do_GET(self) -> None:
                 path = self.path.partition("?")[0]
-                if not _is_address(self.headers.get("Host")):
-                    self._answer(403, "text/plain; charset=utf-8", b"ask by IP address or as localhost\n")
+                if guarded and not _answers(self.headers.get("Host"), allowed):
+                    why = b"ask by IP address, as localhost, or by a name in http.allowed_hosts\n"
+                    self._answer(403, "text/plain; charset=utf-8", why)
                 elif path == "/metrics":
                     self._answer(200, CONTENT_TYPE_LATEST, generate_latest(registry))
                 elif path == "/livez":
@@ -128,13 +166,10 @@ class HttpServer:
                 self.wfile.write(body)
 
             def log_message(self, format: str, *args: object) -> None:
-                """Scrapes are no news."""
-
-        class Server(_Server):
-            address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+                """Scrapes are not news."""
 
         try:
-            self._server = Server((host, int(port)), Handler)
+            self._server = _listening(host, int(port), Handler)
         except OSError as error:
             raise ConfigError(
                 f"{setting} = {listen}: {error.strerror or error}; "

@@ -24,12 +24,7 @@ def load_agent_id(state_dir: Path, machine_id_file: Path = Path("/etc/machine-id
     Raises SpoolFull when the file can't be read or written.
     """
     path = state_dir / "agent-id"
-    try:
-        machine = machine_id_file.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        machine = ""
-    # machine-id(5): confidential, so only a keyed digest of it is kept.
-    digest = hashlib.blake2b(machine.encode(), key=b"virtbus agent-id", digest_size=16).hexdigest()
+    machine, digest = _machine(machine_id_file)
     before: str | None = None
     try:
         lines = path.read_text(encoding="ascii", errors="replace").split()
@@ -90,6 +85,14 @@ def tie_to_host(state_dir: Path, host: Host, dmi: Path = Path("/sys/class/dmi/id
     return agent_id if agent_id != words[0] else None
 
 
+def was_tied(state_dir: Path) -> bool:
+    """Whether this agent has ever heard the hypervisor's host UUID."""
+    try:
+        return len((state_dir / "agent-id").read_text(encoding="ascii", errors="replace").splitlines()) > 2
+    except OSError:
+        return False
+
+
 def read_agent_id(state_dir: Path) -> str | None:
     """The id that stands in the file, whoever's disk it is; None without one. Writes nothing."""
     try:
@@ -97,6 +100,25 @@ def read_agent_id(state_dir: Path) -> str | None:
         return str(uuid.UUID(text.split()[0]))
     except (OSError, ValueError, IndexError):
         return None
+
+
+def is_of_another_machine(state_dir: Path, machine_id_file: Path = Path("/etc/machine-id")) -> bool:
+    """Whether the file was made where /etc/machine-id was another one: `load_agent_id` will replace it."""
+    machine, digest = _machine(machine_id_file)
+    try:
+        lines = (state_dir / "agent-id").read_text(encoding="ascii", errors="replace").split()
+    except OSError:
+        return False
+    return bool(machine) and len(lines) > 1 and lines[1] != digest
+
+
+def _machine(file: Path) -> tuple[str, str]:
+    """The machine's id ("" without one) and its digest. Only that is kept: machine-id(5) is confidential."""
+    try:
+        machine = file.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        machine = ""
+    return machine, hashlib.blake2b(machine.encode(), key=b"virtbus agent-id", digest_size=16).hexdigest()
 
 
 def _write(path: Path, text: str) -> None:

@@ -143,9 +143,9 @@ def _unknown(_domain_uuid: str) -> None:
 class Incidents:
     """The state machine: observations and ticks in, events and persistent states out.
 
-    Not thread-safe, but for `open_count` and `open_incidents`. The caller commits events and `changes()`
-    of one batch in one transaction; if the commit fails it keeps both, and merges what comes later
-    (states: the later value of a key wins).
+    Not thread-safe, but for `open_count`, `open_drills` and `open_incidents`. The caller commits events and
+    `changes()` of one batch in one transaction; if the commit fails it keeps both, and merges what comes
+    later (states: the later value of a key wins).
     """
 
     def __init__(
@@ -186,8 +186,13 @@ class Incidents:
 
     @property
     def open_count(self) -> int:
-        """How many incidents are open."""
+        """How many incidents are open, drills among them."""
         return len(self._open)
+
+    @property
+    def open_drills(self) -> int:
+        """How many of them are drills. As safe as `open_count`."""
+        return sum(key.startswith(DRILL) for key in list(self._open))
 
     def apply(self, observation: Observation, now: Now, describe: Describe) -> list[Event]:
         """Take one observation; the events that it causes, in order."""

@@ -127,6 +127,9 @@ def command() -> None:
 
     A group's dead letters are messages that are not events, events that its consumer gave up, and what the
     broker gave up on. The events that an agent set aside are in `virtbus spool list --dead`.
+
+    \b
+    Example: virtbus dead list --group scheduler --bus amqp://127.0.0.1//
     """
 
 

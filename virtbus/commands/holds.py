@@ -173,6 +173,9 @@ def list_command(
     """List what is held, since when, why and by whom.
 
     Read from the control plane, where it stands. Without --with: of the control planes whose state is here.
+
+    \b
+    Example: virtbus react holds --with kubernetes
     """
     names, loaded = _told(ctx, names, settings, given)
     sys.exit(show(loaded, names=names, as_json=as_json, out=sys.stdout))

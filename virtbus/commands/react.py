@@ -15,6 +15,7 @@ import click
 
 from virtbus import __version__
 from virtbus.agent.http import HttpServer
+from virtbus.bus.certificates import watch_files
 from virtbus.commands import holds, wiring
 from virtbus.commands.options import bus, setting
 from virtbus.commands.wiring import react_folder
@@ -136,12 +137,19 @@ def serving(
     A default address that another process has is done without, aloud. Raises ConfigError for one that
     was set.
     """
+    wiring.keep_memory_private()
     METRICS.build_info.labels(__version__).set(1)
+    watch_files(loaded.config.bus.tls.cert_file, loaded.config.bus.tls.ca_file)
     server = None
     if listen:
         try:
             server = HttpServer(
-                listen, dead=dead, not_ready=not_ready, registry=REACT.registry, setting=setting
+                listen,
+                dead=dead,
+                not_ready=not_ready,
+                registry=REACT.registry,
+                setting=setting,
+                allowed_hosts=loaded.config.http.allowed_hosts,
             )
             server.start()
         except ConfigError as error:

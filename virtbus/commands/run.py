@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import resource
 import select
 import signal
 import socket
@@ -23,9 +22,10 @@ from virtbus import redaction, telemetry
 from virtbus.agent.agent import Agent, AgentOptions
 from virtbus.agent.control import ControlSocket
 from virtbus.agent.http import HttpServer
-from virtbus.agent.identity import load_agent_id, tie_to_host
+from virtbus.agent.identity import load_agent_id, tie_to_host, was_tied
 from virtbus.agent.incidents import Incidents
 from virtbus.agent.systemd import Systemd
+from virtbus.bus.certificates import watch_files
 from virtbus.commands import wiring
 from virtbus.commands.options import (
     bus,
@@ -38,8 +38,9 @@ from virtbus.commands.options import (
 )
 from virtbus.config import Config, Loaded, bus_url, differences, exposed_secrets
 from virtbus.envelope import uuid7
-from virtbus.errors import AgentBroken, ConfigError, VirtbusError
+from virtbus.errors import AgentBroken, ConfigError, RestartNeeded, VirtbusError
 from virtbus.model import Clock
+from virtbus.sources.sockets import has_socket, socket_folder, was_removed
 from virtbus.spool import Spool, prepare_state_dir
 from virtbus.telemetry import (
     METRICS,
@@ -64,7 +65,7 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
     """
     config = loaded.config
     os.umask(0o077)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold the broker's password
+    wiring.keep_memory_private()
     if os.geteuid() == 0:
         emit(RunningAsRoot())
     for secret in exposed_secrets(loaded):
@@ -80,6 +81,7 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
         stack.callback(spool.close)
         source = wiring.open_source(config, since_ns=spool.opening.last_alive_ns)
         METRICS.spool_max_bytes.set(config.spool.max_bytes)
+        watch_files(config.bus.tls.cert_file, config.bus.tls.ca_file)
         agent = Agent(
             source=source,
             bus=bus,
@@ -98,15 +100,30 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
         )
         threading.excepthook = partial(_end_with_thread, agent)
         if config.http.listen:
-            http = HttpServer(config.http.listen, dead=agent.dead_threads, not_ready=agent.not_ready)
+            http = HttpServer(
+                config.http.listen,
+                dead=agent.dead_threads,
+                not_ready=lambda: [] if _libvirt_absent(config) else agent.not_ready(),
+                allowed_hosts=config.http.allowed_hosts,
+            )
             http.start()
             stack.callback(http.close)
         if config.control.socket:
             _open_control(config.control.socket, agent, stack, named="control.socket" in loaded.origins)
         signals = stack.enter_context(_Signals())
         spare_collector()
+        METRICS.source_absent.set_function(lambda: float(_libvirt_absent(config)))
+        if _libvirt_absent(config):
+            folder = socket_folder(config.libvirt.uri)
+            emit(Notice(f"this host has no libvirt: no socket in {folder}; waiting for one"))
         agent.start()
         _supervise(agent, loaded.config, again, signals)
+
+
+def _libvirt_absent(config: Config) -> bool:
+    """Whether this is a host without libvirt, and may be: no socket, and never one that answered."""
+    folder = socket_folder(config.libvirt.uri) if config.libvirt.optional else None
+    return folder is not None and not has_socket(folder) and not was_tied(Path(config.state_dir))
 
 
 def _end_with_thread(agent: Agent, died: threading.ExceptHookArgs) -> None:
@@ -149,6 +166,13 @@ def _supervise(agent: Agent, config: Config, again: Callable[[], Loaded] | None,
                 systemd.tell(WATCHDOG=1)
         if now - told >= STATUS_SECONDS:
             told = now
+            if agent.not_ready() and (folder := socket_folder(config.libvirt.uri)) and was_removed(folder):
+                agent.fail(
+                    RestartNeeded(
+                        f"{folder} was removed on the host, and what was made in its place can't be seen "
+                        "through this mount: ending, to be started again with the new one"
+                    )
+                )
             systemd.tell(STATUS=agent.summary())
     systemd.tell(STOPPING=1, STATUS="draining")
     failures: list[VirtbusError] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import resource
 from pathlib import Path
 
 from virtbus import bus, plugins
@@ -10,6 +12,8 @@ from virtbus.bus import Bus, BusOptions
 from virtbus.config import Config, bus_url
 from virtbus.sources import Source, SourceFactory, SourceOptions
 from virtbus.spool import SpoolLimits
+
+_PR_SET_DUMPABLE = 4  # <linux/prctl.h>
 
 
 def spool_limits(config: Config) -> SpoolLimits:
@@ -68,6 +72,12 @@ def bus_options(config: Config) -> BusOptions:
         extra=kafka.options,
         state_dir=Path(config.state_dir),
     )
+
+
+def keep_memory_private() -> None:
+    """No core dump, and no look by others of our uid into /proc: we hold the broker's password."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def open_bus(config: Config) -> Bus:

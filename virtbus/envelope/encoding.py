@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 from urllib.parse import quote
+from uuid import UUID
 
 import msgspec
 from cloudevents.core.exceptions import CloudEventValidationError
@@ -72,20 +73,30 @@ _uuid_lock = threading.Lock()
 _last_tick = 0
 
 
-def uuid7(wall_ns: int) -> str:
+def uuid7(wall_ns: int, *, above: Iterable[str] = ()) -> str:
     """A UUIDv7 (RFC 9562) of a wall time in ns since the Unix epoch; later calls give greater ones, also
-    within a millisecond and when the clock steps back.
+    within a millisecond and when the clock steps back. It is greater than all of `above`, which earlier
+    processes made, perhaps by a clock that was ahead.
     """
     global _last_tick
     # 48 bits of milliseconds, then 12 bits of the fraction (RFC 9562, 6.2, method 3).
     millis, rest = divmod(wall_ns, 1_000_000)
     tick = millis << 12 | (rest << 12) // 1_000_000
     with _uuid_lock:
-        _last_tick = tick = max(tick, _last_tick + 1)
+        _last_tick = tick = max([tick, _last_tick + 1, *(_tick_of(uuid) + 1 for uuid in above)])
     random = int.from_bytes(os.urandom(8), "big") & 0x3FFF_FFFF_FFFF_FFFF
     value = (tick >> 12) << 80 | 0x7 << 76 | (tick & 0xFFF) << 64 | 0x2 << 62 | random
     text = f"{value:032x}"
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+def _tick_of(uuid: str) -> int:
+    """The time of a UUIDv7 as `_last_tick` counts it; 0 of what is none."""
+    try:
+        value = UUID(uuid)
+    except ValueError:
+        return 0
+    return value.int >> 80 << 12 | value.int >> 64 & 0xFFF if value.version == 7 else 0
 
 
 def partition_key(event: Event) -> str:

@@ -115,7 +115,7 @@ class Incident:
     paused: bool
     flapping: bool
     full: bool
-    doubtful: bool
+    unconfirmed: bool
     after_boot: bool
     version: Version
     total: int
@@ -123,7 +123,7 @@ class Incident:
     def trouble(self, host: str, *, is_open: bool) -> Trouble:
         """The incident as evidence."""
         return Trouble(
-            host, self.domain, self.backend, self.onset, is_open, self.full, self.doubtful, self.after_boot
+            host, self.domain, self.backend, self.onset, is_open, self.full, self.unconfirmed, self.after_boot
         )
 
 

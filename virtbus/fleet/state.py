@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from virtbus.fleet.agent import Agent, Ended, Incident, Rate, Version
@@ -13,6 +14,7 @@ from virtbus.fleet.verdict import Answer, Blame, Trouble, Verdict, VerdictRules,
 from virtbus.model import (
     Device,
     Event,
+    Evidence,
     Gap,
     Heartbeat,
     Host,
@@ -22,7 +24,7 @@ from virtbus.model import (
     OpenIncident,
     to_ns,
 )
-from virtbus.words import ENOSPC, Action, DiskError, EvidenceVerdict, GuestState, Origin
+from virtbus.words import ENOSPC, Action, DiskError, EvidenceCheck, EvidenceVerdict, GuestState, Origin
 
 _SEQUENCE = re.compile("[0-9]{1,18}")
 
@@ -62,16 +64,19 @@ class HostHealth:
     backends: tuple[str, ...]  # the storage systems it has trouble with
     fresh: bool  # a heartbeat told everything that is open: what is not here is not
     early: bool = False  # too early to tell: nothing is put down to anybody yet
+    witnessed: bool = True  # what it is blamed for began while we listened
 
     @property
     def answer(self) -> Answer:
         """Is it bad, is it well, or can't that be told: only the first is a reason to act, only the second
-        to undo. Well is a host's own fresh word that nothing of it is in trouble.
+        to undo. Well is a host's own fresh word that nothing of it is in trouble. Of trouble that began
+        before we listened it is not known who else had it then: the last guests to be resumed after an
+        outage look like their host's fault.
         """
         if self.state != "observing" or self.early:
             return Answer.CANT_TELL
         if self.blame is Blame.HOST:
-            return Answer.BAD
+            return Answer.BAD if self.witnessed else Answer.CANT_TELL
         return Answer.WELL if self.fresh and not self.incidents else Answer.CANT_TELL
 
 
@@ -108,6 +113,20 @@ class FleetView:
         return next((one for one in self.hosts if one.name == name), None)
 
 
+# What looks at the space itself; the others repeat the errno that the hypervisor was given.
+_SPACE_CHECKS = frozenset({EvidenceCheck.BLOCK_INFO, EvidenceCheck.FILE_SYSTEM})
+
+
+def _has_near(moments: Sequence[float], moment: float, within: float) -> bool:
+    """Whether one of the sorted `moments` is at most `within` away."""
+    at = bisect_left(moments, moment - within)
+    return at < len(moments) and moments[at] <= moment + within
+
+
+def _space_was_short(evidence: Iterable[Evidence]) -> bool:
+    return any(one.check in _SPACE_CHECKS and one.verdict == EvidenceVerdict.CONFIRMS for one in evidence)
+
+
 _MAX_USERS = 50_000
 _MAX_REPLACED = 10_000
 
@@ -134,6 +153,7 @@ class Fleet:
         self._backend_rates: dict[str, Rate] = {}
         self._backend_of: dict[Backend, Backend] = {}
         self._since: float | None = None  # monotonic: when we began to listen
+        self._since_wall = 0.0  # the same in Unix seconds
         self._replaced: dict[str, str] = {}  # agents of the past → who speaks for their host now
 
     def __len__(self) -> int:
@@ -153,7 +173,7 @@ class Fleet:
             agent = self._agents[id_] = Agent(id_)
         agent.heard = now.monotonic
         if self._since is None:
-            self._since = now.monotonic
+            self._since, self._since_wall = now.monotonic, now.wall_ns / 1e9
         epoch = attributes.get("epoch", "")
         agent.runs.meets(epoch)
         if isinstance(event, Gap) and event.previous is not None:
@@ -218,7 +238,6 @@ class Fleet:
         if known is None and agent.complete and agent.not_later(version, agent.heartbeat):
             return  # a heartbeat that already speaks for this error does not list it: it is over
         full = event.error.reason == ENOSPC or event.error.disk_error == DiskError.NO_SPACE
-        verdicts = {one.verdict for one in event.error.evidence}
         opened = to_ns(event.incident.opened_at) / 1e9
         onset = agent.ours(opened, now) if known is None else known.onset
         agent.keep(
@@ -232,7 +251,7 @@ class Fleet:
                 paused=event.domain.state == GuestState.PAUSED or event.error.action is Action.PAUSE,
                 flapping=event.incident.flapping,
                 full=full,
-                doubtful=EvidenceVerdict.CONTRADICTS in verdicts and EvidenceVerdict.CONFIRMS not in verdicts,
+                unconfirmed=full and not _space_was_short(event.error.evidence),
                 after_boot=self._after_boot(agent, onset),
                 version=version,
                 total=event.occurrences.total,
@@ -292,7 +311,7 @@ class Fleet:
             flapping=item.flapping,
             full=item.reason == ENOSPC or (known is not None and known.full),
             # A heartbeat carries no evidence: whether space is really short there, it does not tell.
-            doubtful=known.doubtful if known is not None else item.reason == ENOSPC,
+            unconfirmed=known.unconfirmed if known is not None else item.reason == ENOSPC,
             after_boot=known.after_boot if known is not None else self._after_boot(agent, onset),
             version=version,
             total=item.total,
@@ -369,6 +388,7 @@ class Fleet:
             backends=tuple(sorted({verdicts.system_of[one.backend] for one in open_})),
             fresh=fresh,
             early=verdict.early,
+            witnessed=verdict.began is None or verdict.began >= self._since_wall,
         )
 
     def _forget(self, now: Now) -> None:
@@ -390,7 +410,7 @@ class Fleet:
                 del states[agent.id]
         return states
 
-    def _judge(self, named: Iterable[Agent], states: Mapping[str, str], now: Now) -> Verdicts:
+    def _judge(self, named: Sequence[Agent], states: Mapping[str, str], now: Now) -> Verdicts:
         troubles = list(self._evidence(named, now))
         return assess(
             troubles,
@@ -410,14 +430,19 @@ class Fleet:
             return f"listening for less than a round of heartbeats ({round_:.0f} s)"
         return None
 
-    def _evidence(self, named: Iterable[Agent], now: Now) -> Iterator[Trouble]:
+    def _evidence(self, named: Sequence[Agent], now: Now) -> Iterator[Trouble]:
+        """What is open, what ended lately, and what began together with what is still open."""
         horizon = now.monotonic - self.rules.remember_seconds
+        onsets = sorted(one.onset for agent in named for one in agent.incidents.values())
+        within = self.rules.verdict.onset_seconds
         for agent in named:
             assert agent.name is not None
             for incident in agent.incidents.values():
                 yield incident.trouble(agent.name, is_open=True)
             for ended in agent.ended.values():
-                if ended.trouble is not None and ended.at >= horizon:
+                if ended.trouble is None:
+                    continue
+                if ended.at >= horizon or _has_near(onsets, ended.trouble.onset, within):
                     yield ended.trouble
 
     def _backends(self, named: Iterable[Agent], verdicts: Verdicts, now: Now) -> Iterator[BackendHealth]:

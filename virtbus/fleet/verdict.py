@@ -9,7 +9,8 @@ has any trouble with those systems while enough others are being observed.
 
 Everything else is `undetermined`: one guest alone, one system seen from one host, several systems seen
 from several hosts (what lies between?), hosts of one rack only, trouble right after a reboot, "no space"
-on a thin volume, contradicted evidence. A scheduler must not move guests off a host on a guess.
+on a thin volume or for guests of one host that nothing confirms. A scheduler must not move guests off a host
+on a guess.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Trouble:
     onset: float  # Unix seconds
     is_open: bool
     full: bool = False  # no space left
-    doubtful: bool = False  # the evidence contradicts itself
+    unconfirmed: bool = False  # "no space", and nothing that was looked at confirms it
     after_boot: bool = False  # the host had just been rebooted
 
 
@@ -73,6 +74,7 @@ class Verdict:
     why: str
     full: bool = False
     early: bool = False  # it may be told later
+    began: float | None = None  # Unix seconds: when what a host is blamed for began
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +169,7 @@ def _systems(backends: Iterable[Backend]) -> dict[Backend, str]:
 
 
 def _is_fault(trouble: Trouble) -> bool:
-    return not trouble.full and not trouble.doubtful
+    return not trouble.full
 
 
 def _largest_onset(troubles: Sequence[Trouble], within: float) -> list[Trouble]:
@@ -224,12 +226,14 @@ def _judge_system(
     doubt = Blame.UNDETERMINED
     if found[0].backend.sharing is not Sharing.SHARED:
         return Verdict(doubt, "nothing tells whether other hosts are on it too")
-    full = [one for one in found if one.full and not one.doubtful]
-    if full and not any(_is_fault(one) for one in found):
+    full = [one for one in found if one.full]
+    if len(full) == len(found):
         if any(one.backend.thin for one in full):
             return Verdict(doubt, "no space on thin volumes: theirs, or the pool's", full=True)
         if len({one.guest for one in full}) < rules.min_guests:
             return Verdict(doubt, "no space for one guest: its own limit, or the pool's", full=True)
+        if all(one.unconfirmed for one in full) and not _from_several(full, rules):
+            return Verdict(doubt, "no space for guests of one host, and no look confirms it", full=True)
         return Verdict(
             Blame.BACKEND, f"no space left for {len({one.guest for one in full})} guests", full=True
         )
@@ -305,13 +309,13 @@ def _judge_host(
     )
     if len(local) < rules.min_guests and groups < 2:
         return Verdict(doubt, "one storage system, and no other host to compare with on it")
-    if now - min(one.onset for one in began) < rules.settle_seconds:
+    since = min(one.onset for one in began)
+    if now - since < rules.settle_seconds:
         return Verdict(doubt, "too early to tell: other hosts may follow", early=True)
+    why = f"{len(local)} guests are in trouble with the host's own storage"
     if groups >= 2:
-        return Verdict(
-            Blame.HOST, f"{len(guests)} guests lost {groups} unrelated storage systems, no other host did"
-        )
-    return Verdict(Blame.HOST, f"{len(local)} guests are in trouble with the host's own storage")
+        why = f"{len(guests)} guests lost {groups} unrelated storage systems, no other host did"
+    return Verdict(Blame.HOST, why, began=since)
 
 
 def _unrelated(backends: Iterable[Backend], system_of: Mapping[Backend, str]) -> int:

@@ -163,6 +163,15 @@ def open_integration(name: str, settings: React) -> Integration:
         raise plugins.missing(error, what) from error
 
 
+def seconds_of(text: object) -> float | None:
+    """Unix seconds of what `utc` wrote; None for anything else."""
+    try:
+        moment = datetime.fromisoformat(str(text))
+        return moment.timestamp() if moment.tzinfo is not None else None
+    except (ValueError, OverflowError):
+        return None
+
+
 def utc(seconds: float) -> str:
     """Unix seconds as ISO 8601 in UTC, whole seconds."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

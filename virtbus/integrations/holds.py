@@ -23,6 +23,7 @@ from enum import StrEnum
 from virtbus.fleet import FleetView
 from virtbus.integrations.base import Found, Hold
 
+_MOST_TIMES = 1000
 GONE_SECONDS = 86_400.0  # a held host that nobody has spoken for since then is no part of the fleet
 
 
@@ -97,7 +98,7 @@ def reconcile(
     """
     by_uid = {row.uid: name for name, row in rows.items() if row.uid and row.ours}
     marks: dict[str, Hold] = {}
-    for hold in found.holds:
+    for hold in [_bounded(one, wall) for one in found.holds]:
         name = by_uid.get(hold.uid, hold.host)
         marks[hold.target if name in marks else name] = hold  # two marks for one host are two holds
     out = [_adopted(name, rows.get(name), hold, wall) for name, hold in marks.items() if _is_new(rows, name)]
@@ -123,6 +124,18 @@ def reconcile(
         if change.row != row or change.again:
             out.append(change)
     return out
+
+
+def _bounded(hold: Hold, wall: float) -> Hold:
+    """A mark stands where others can write: whatever it says can be stored, and lies in the past."""
+    since = hold.since if hold.since is not None and 0.0 <= hold.since <= wall else None
+    times = hold.times if 1 <= hold.times <= _MOST_TIMES else 1
+    return replace(hold, since=since, times=times, why=storable(hold.why))
+
+
+def storable(text: str) -> str:
+    """Text as SQLite takes it: a lone surrogate is no UTF-8."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _is_new(rows: Mapping[str, Row], name: str) -> bool:

@@ -40,6 +40,7 @@ from virtbus.integrations.base import (
     TargetDenied,
     TargetMissing,
     TargetUnavailable,
+    seconds_of,
     utc,
 )
 from virtbus.model import Check
@@ -267,18 +268,20 @@ class Kubernetes(Integration):
     def _mark(self, node: _Node) -> Hold:
         try:
             told = json.loads(node.annotations.get(DETAILS) or "{}")
-            since = told.get("since")
+            host = str(told.get("host"))
+            # A node may write its own annotations: what it says of another host counts for nothing.
             return Hold(
-                host=str(told.get("host") or self._host(node.name)),
+                host=host if self._hosts.get(host, self._named(host)) == node.name else self._host(node.name),
                 target=node.name,
-                why=str(told.get("why", "")),
-                since=None if since is None else datetime.fromisoformat(since).timestamp(),
-                times=max(1, int(told.get("times", 1))),
-                by=str(told.get("by", "")),
+                why=str(told.get("why", ""))[:1024],
+                since=seconds_of(told.get("since")),
+                times=int(told.get("times", 1)),
+                by=str(told.get("by", ""))[:256],
                 uid=node.uid,
                 intact=node.has(node.ours),
             )
-        except (ValueError, TypeError, AttributeError):  # somebody else wrote into our annotation
+        # Somebody else wrote into our annotation: no JSON, no object, numbers without end, any nesting.
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             return Hold(self._host(node.name), node.name, "", uid=node.uid, intact=node.has(node.ours))
 
     def _host(self, node: str) -> str:
@@ -319,7 +322,9 @@ class Kubernetes(Integration):
 
     def _named(self, host: str) -> str | None:
         for wanted in dict.fromkeys((host, host.partition(".")[0])):
-            matches = {node.name for node in self._listed if wanted == node.name or wanted in node.hostnames}
+            if any(wanted == node.name for node in self._listed):
+                return wanted
+            matches = {node.name for node in self._listed if wanted in node.hostnames}
             if len(matches) == 1:
                 return matches.pop()
         return None

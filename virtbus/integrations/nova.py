@@ -9,11 +9,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any, ClassVar
 
 from virtbus.config import React
-from virtbus.integrations.base import HOLD, Action, Found, Hold, Integration, NotOurs, TargetMissing, utc
+from virtbus.integrations.base import (
+    HOLD,
+    Action,
+    Found,
+    Hold,
+    Integration,
+    NotOurs,
+    TargetMissing,
+    seconds_of,
+    utc,
+)
 from virtbus.integrations.openstack import call, connect
 from virtbus.model import Check
 
@@ -80,15 +89,11 @@ class Nova(Integration):
     def _mark(self, service: Any) -> Hold:
         match = _REASON.fullmatch(service.disabled_reason)
         assert match is not None  # it begins with our mark
-        try:
-            since = datetime.fromisoformat(match["since"]).timestamp() if match["since"] else None
-        except ValueError:
-            since = None
         return Hold(
             host=next((host for host, name in self._hosts.items() if name == service.host), service.host),
             target=service.host,
             why=match["why"],
-            since=since,
+            since=seconds_of(match["since"]),
             times=int(match["times"] or 1),
             by=match["by"] or "",
             uid=str(service.id),

@@ -50,7 +50,7 @@ _BATCH_SECONDS = 0.05
 _JUDGE_SECONDS = 1.0
 _MOST_WAITING = 10_000
 _ABSENT_SECONDS = 60.0  # a host that the control plane does not know is not tried again before
-_LISTEN_SECONDS = 3600.0  # the longest heartbeat interval: who was not heard for so long does not speak
+LISTEN_SECONDS = 3600.0  # the longest heartbeat interval: who was not heard for so long does not speak
 _NOTE_SECONDS = 60.0  # how often it is written down that a held host was heard
 # What an action's own text or numbers make SQLite's binding raise; a disk that is full ends the run instead.
 _UNSTORABLE = (ValueError, TypeError, OverflowError, sqlite3.DataError, sqlite3.InterfaceError)
@@ -309,7 +309,7 @@ class Reactor:
 
     def _give_back_orphans(self, ours: Mapping[str, Row], view: FleetView, now: Now) -> None:
         since = self._listening_since
-        listened = since is not None and now.monotonic - since >= _LISTEN_SECONDS
+        listened = since is not None and now.monotonic - since >= LISTEN_SECONDS
         listened = listened and not view.suspect_ourselves
         for row, why in orphaned(ours.values(), view, now.wall_ns / 1e9, listened=listened):
             if row.state is not HoldState.RELEASING:

@@ -167,7 +167,7 @@ class ActionStore:
         with self._transaction() as db:
             db.execute(
                 "UPDATE actions SET state = ?, result = ?, ended_at = ? WHERE number = ?",
-                [state, result, wall, number],
+                [state, holds.storable(result), wall, number],
             )
             row = None if host is None else _row(db, host)
             if row is not None and row.state is was and becomes is not None:

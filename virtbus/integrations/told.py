@@ -74,7 +74,10 @@ class ReactMetrics:
     def __init__(self) -> None:
         """Without an integration there are no series of actions yet: see `begin`."""
         self.registry = r = CollectorRegistry()
-        for shared in (METRICS.dead_letters, METRICS.warnings, METRICS.build_info, METRICS.retries):
+        for shared in (
+            METRICS.dead_letters, METRICS.warnings, METRICS.build_info, METRICS.retries,
+            METRICS.certificate_end, METRICS.log_failures,
+        ):  # fmt: skip
             r.register(shared)
         self.fleet = FleetMetrics(r)
         self.actions = Counter(

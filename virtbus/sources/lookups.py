@@ -31,7 +31,8 @@ class _Connection:
     """One connection's worth of workers."""
 
     link: Link | None = None
-    opening: threading.Lock = field(default_factory=threading.Lock)
+    # Looked up late: the simulation brings locks of its own.
+    opening: threading.Lock = field(default_factory=lambda: threading.Lock())  # noqa: PLW0108
     running: dict[str, float] = field(default_factory=dict)  # uuid → when its call began
     workers: int = 0
     idle: int = 0

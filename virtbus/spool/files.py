@@ -203,7 +203,8 @@ class Lock:
             os.close(self._fd)
             who = "another process" if holder.pid is None else f"process {holder.pid} ({holder.command})"
             raise SpoolBusy(
-                f"the spool in {state_dir} is in use by {who}; stop it first, or set another --state-dir"
+                f"the spool in {state_dir} is in use by {who}; stop it first, or set another --state-dir "
+                "(in the chart: spool.hostPath)"
             ) from error
         self.before = read_holder(state_dir)
         self._files: tuple[tuple[int, int], tuple[int, int]] | None = None

@@ -200,7 +200,7 @@ def _begin(
         damage = damage or f"{count_events(found.holes)} events that were committed are not in the file"
     account = Account(
         run=known[-1].run + 1 if known else 1,
-        epoch=envelope.uuid7(now.wall_ns),
+        epoch=envelope.uuid7(now.wall_ns, above=[*found.accounts, *([] if before is None else [before])]),
         started_ns=now.wall_ns,
         alive_ns=now.wall_ns if last_alive_ns is None else last_alive_ns,  # nothing is seen yet
     )

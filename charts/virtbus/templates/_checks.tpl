@@ -5,6 +5,7 @@
       "VIRTBUS_BUS__URL_FILE" "bus.existingSecret"
       "VIRTBUS_STATE_DIR" "spool"
       "VIRTBUS_HTTP__LISTEN" "http"
+      "VIRTBUS_REACT__LISTEN" "react.http"
       "VIRTBUS_CONTROL__SOCKET" "the chart: probes and helm test rely on it" -}}
 {{- if .Values.bus.passwordKey -}}
 {{- $_ := set $owned "VIRTBUS_BUS__PASSWORD_FILE" "bus.passwordKey" -}}
@@ -49,8 +50,18 @@
 {{- if and .Values.podMonitor.enabled .Values.serviceMonitor.enabled -}}
 {{- fail "\n\npodMonitor.enabled and serviceMonitor.enabled would scrape every agent twice: keep one" -}}
 {{- end -}}
-{{- if hasPrefix .Values.libvirt.socketDir .Values.spool.hostPath -}}
+{{- if not .Values.enabled -}}
+{{- fail "\n\nenabled is false, but this chart renders all the same: name `condition: virtbus.enabled` for it in the parent's Chart.yaml" -}}
+{{- end -}}
+{{- $sockets := printf "%s/" (clean .Values.libvirt.socketDir) -}}
+{{- $spool := printf "%s/" (clean .Values.spool.hostPath) -}}
+{{- if eq .Values.spool.type "hostPath" -}}
+{{- if hasPrefix $sockets $spool -}}
 {{- fail "\n\nspool.hostPath lies in libvirt.socketDir, which is mounted read-only: choose another folder" -}}
+{{- end -}}
+{{- if or (hasPrefix $spool $sockets) (regexMatch "^/(bin|boot|dev|etc|home|lib|lib64|media|mnt|opt|proc|root|run|sbin|srv|sys|tmp|usr|var)?/?(lib/|run/|log/|spool/|cache/|tmp/)?$" $spool) -}}
+{{- fail (printf "\n\nspool.hostPath = %s is a folder of the host's own, and would be given to runAsUser: choose one for this release alone, e.g. /var/lib/virtbus" .Values.spool.hostPath) -}}
+{{- end -}}
 {{- end -}}
 {{- if and .Values.kubevirt.withLibvirt (not .Values.kubevirt.enabled) -}}
 {{- fail "\n\nkubevirt.withLibvirt is set, but kubevirt.enabled is not: the host's libvirt is observed without it" -}}

@@ -1,3 +1,19 @@
+{{/* Fills in what is null, and what a release before did not have: see files/defaults.yaml. First in each file. */}}
+{{- define "virtbus.defaults" -}}
+{{- include "virtbus.fill" (dict "values" .Values "defaults" (.Files.Get "files/defaults.yaml" | fromYaml)) -}}
+{{- end -}}
+
+{{- define "virtbus.fill" -}}
+{{- range $key, $default := .defaults -}}
+{{- $value := get $.values $key -}}
+{{- if or (not (hasKey $.values $key)) (kindIs "invalid" $value) -}}
+{{- $_ := set $.values $key $default -}}
+{{- else if and (kindIs "map" $default) (kindIs "map" $value) -}}
+{{- include "virtbus.fill" (dict "values" $value "defaults" $default) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
 {{/* Names and labels. Selectors hold neither version nor chart: they can never change. */}}
 {{- define "virtbus.name" -}}
 {{- default .Chart.Name .Values.nameOverride | trunc 50 | trimSuffix "-" -}}
@@ -5,18 +21,29 @@
 
 {{- define "virtbus.fullname" -}}
 {{- $name := include "virtbus.name" . -}}
+{{- $full := printf "%s-%s" .Release.Name $name -}}
 {{- if .Values.fullnameOverride -}}
-{{- .Values.fullnameOverride | trunc 50 | trimSuffix "-" -}}
+{{- $full = .Values.fullnameOverride -}}
 {{- else if contains $name .Release.Name -}}
-{{- .Release.Name | trunc 50 | trimSuffix "-" -}}
+{{- $full = .Release.Name -}}
+{{- end -}}
+{{- include "virtbus.label" $full -}}
+{{- end -}}
+
+{{/* A DNS label, as Services need it: no dot, a letter first, and long names stay different when cut. */}}
+{{- define "virtbus.label" -}}
+{{- $label := replace "." "-" . -}}
+{{- if not (regexMatch "^[a-z]" $label) }}{{ $label = printf "vb-%s" $label }}{{ end -}}
+{{- if gt (len $label) 48 -}}
+{{- printf "%s-%s" ($label | trunc 39 | trimSuffix "-") ($label | sha256sum | trunc 8) -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name $name | trunc 50 | trimSuffix "-" -}}
+{{- $label -}}
 {{- end -}}
 {{- end -}}
 
 {{- define "virtbus.selector" -}}
-app.kubernetes.io/name: {{ include "virtbus.name" .root }}
-app.kubernetes.io/instance: {{ .root.Release.Name }}
+app.kubernetes.io/name: {{ include "virtbus.name" .root | quote }}
+app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .component }}
 {{- end -}}
 
@@ -37,13 +64,68 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- end }}
 {{- end -}}
 
-{{/* Of (dict "root" . "image" .Values.image). */}}
-{{- define "virtbus.image" -}}
-{{- if .image.digest -}}
-{{ .image.repository }}@{{ .image.digest }}
-{{- else -}}
-{{ .image.repository }}:{{ default .root.Chart.AppVersion .image.tag }}
+{{/* The annotations of an object: the common ones and those of (dict "root" . "own" .Values.…). */}}
+{{- define "virtbus.annotations" -}}
+{{- with merge (dict) (default dict .own) .root.Values.commonAnnotations }}
+annotations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end -}}
+
+{{/* Of (dict "root" . "image" .Values.image). global.imageRegistry takes the place of the registry's host. */}}
+{{- define "virtbus.image" -}}
+{{- $repository := .image.repository -}}
+{{- with .root.Values.global.imageRegistry -}}
+{{- $host := first (splitList "/" $repository) -}}
+{{- if and (contains "/" $repository) (or (contains "." $host) (contains ":" $host) (eq $host "localhost")) -}}
+{{- $repository = trimPrefix (printf "%s/" $host) $repository -}}
+{{- end -}}
+{{- $repository = printf "%s/%s" (trimSuffix "/" .) $repository -}}
+{{- end -}}
+{{- if .image.digest -}}
+{{ $repository }}@{{ .image.digest }}
+{{- else -}}
+{{ $repository }}:{{ default .root.Chart.AppVersion .image.tag }}
+{{- end -}}
+{{- end -}}
+
+{{/* What every pod has: secrets to pull with, names, and an operating system. Of (dict "root" . "nodes"
+     its own nodeSelector). */}}
+{{- define "virtbus.podCommon" -}}
+{{- $secrets := .root.Values.imagePullSecrets -}}
+{{- range .root.Values.global.imagePullSecrets }}
+{{- $secrets = append $secrets (ternary (dict "name" .) . (kindIs "string" .)) -}}
+{{- end }}
+{{- with $secrets }}
+imagePullSecrets:
+  {{- toYaml (uniq .) | nindent 2 }}
+{{- end }}
+{{- with .root.Values.hostAliases }}
+hostAliases:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .root.Values.dnsPolicy }}
+dnsPolicy: {{ . }}
+{{- end }}
+{{- with .root.Values.dnsConfig }}
+dnsConfig:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+nodeSelector:
+  {{- merge (dict) .nodes (dict "kubernetes.io/os" "linux") | toYaml | nindent 2 }}
+{{- end -}}
+
+{{/* The key of the taint that `virtbus react` sets. */}}
+{{- define "virtbus.taint" -}}
+{{- dig "react" "kubernetes" "taint" "virtbus.io/storage-unhealthy" .Values.config -}}
+{{- end -}}
+
+{{/* Where agents may run: on a node that `virtbus react` has marked, too. */}}
+{{- define "virtbus.agentTolerations" -}}
+- {key: {{ include "virtbus.taint" . | quote }}, operator: Exists}
+{{- with .Values.tolerations }}
+{{ toYaml . }}
+{{- end }}
 {{- end -}}
 
 {{- define "virtbus.serviceAccountName" -}}
@@ -121,6 +203,12 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 {{- $config = omit $config "react" -}}
 {{- $_ := set $owned "http" (dict "listen" (printf "%s:%d" $values.http.host (int64 $values.http.port))) -}}
 {{- $_ := set $owned "control" (dict "socket" "/run/virtbus/control.sock") -}}
+{{- if not (or $values.nodeSelector $values.affinity) -}}
+{{- $libvirt := default dict $config.libvirt -}}
+{{- if not (hasKey $libvirt "optional") }}{{ $config = set $config "libvirt" (set $libvirt "optional" true) }}{{ end -}}
+{{- end -}}
+{{- else -}}
+{{- $_ := set $owned "react" (dict "listen" (printf "%s:%d" $values.http.host (int64 $values.react.http.port))) -}}
 {{- end -}}
 {{- include "virtbus.toml" (dict "path" "" "tree" (mergeOverwrite $config $owned)) | trim }}
 {{ end -}}
@@ -197,7 +285,7 @@ seccompProfile:
 - name: libvirt
   hostPath:
     path: {{ .Values.libvirt.socketDir }}
-    type: Directory
+    type: DirectoryOrCreate  # a node without libvirt gets a pod that runs and says so
 {{- end }}
 {{- end -}}
 
@@ -277,4 +365,31 @@ capabilities:
 {{- end }}
 {{- end }}
 {{- end }}
+{{- end -}}
+
+{{/* One endpoint of a PodMonitor or ServiceMonitor. Of (dict "root" . "values" .Values.podMonitor "component" …). */}}
+{{- define "virtbus.monitor" -}}
+{{- $values := .values -}}
+{{- $root := .root -}}
+{{- $component := .component -}}
+- port: metrics
+  path: /metrics
+  interval: {{ $values.interval }}
+  relabelings:
+    # Pods come and go: an alert names the node.
+    - sourceLabels: [__meta_kubernetes_pod_node_name]
+      targetLabel: node
+    - sourceLabels: [__meta_kubernetes_pod_node_name]
+      targetLabel: instance
+    {{- if eq $component "react" }}
+    - targetLabel: job
+      replacement: {{ include "virtbus.name" $root }}-react
+    {{- end }}
+    {{- with $values.relabelings }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
+  {{- with $values.metricRelabelings }}
+  metricRelabelings:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
 {{- end -}}

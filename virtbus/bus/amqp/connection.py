@@ -31,6 +31,7 @@ from kombu.transport import pyamqp
 
 from virtbus import errors
 from virtbus.bus import BusOptions, is_loopback
+from virtbus.bus.certificates import seen_broker
 from virtbus.bus.url import read_url
 from virtbus.config import secret_text, why_unread
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError
@@ -446,6 +447,7 @@ class Link:
             )
             # Not Connection.connect(): that retries on its own.
             connection: _Connection = client.transport.establish_connection()
+            seen_broker(connection.transport.sock)
             return connection
 
     def channel(self) -> _Channel:

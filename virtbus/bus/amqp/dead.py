@@ -31,7 +31,7 @@ from virtbus.telemetry import DeadLetterStored, DeadLetterWaits, Trouble, emit
 
 USER_HEADER = "x-virtbus-user-id"
 AT_HEADER = "x-virtbus-dead-at"
-_OURS = frozenset({REASON_HEADER, USER_HEADER, AT_HEADER})
+_OURS = frozenset({REASON_HEADER, CUT_HEADER, USER_HEADER, AT_HEADER})
 _BROKERS = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count", "x-opt-")
 _REASON_LIMIT = 1024
 _STUB_BYTES = 65536  # of a body that no dead-letter queue takes
@@ -470,7 +470,8 @@ def _dead_letter(raw: Any, queue: str) -> DeadLetter:
         body=body,
         key=None,
         redelivered=bool(raw.delivery_info.get("redelivered")),
-        user_id=headers.get(USER_HEADER, raw.properties.get("user_id")),
+        # Our own letters have none; where there is one the broker put it aside, with the sender's headers.
+        user_id=raw.properties.get("user_id") or headers.get(USER_HEADER),
         position=f"{queue}#{tag}",
         handle=_Place(tag, raw.properties),
         attempts=count + 1 if isinstance(count, int) else None,

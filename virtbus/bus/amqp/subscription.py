@@ -52,6 +52,7 @@ _ACKS_TOGETHER = 1024  # bytes
 _CAREFUL_AT = 8  # deliveries without a verdict; RabbitMQ's own limit, where there is one, is 20
 _RUNGS = (1, 2, 3, 5, 9)  # prefetch while messages come with so many: one, beside those that wait here
 _SPARE = 50  # messages that wait to be put aside, beside the prefetch
+_PREFETCH_MAX = 0xFFFF  # as basic.qos has room for
 _VERIFY_SECONDS = 10.0
 _STEADY_SECONDS = 10.0  # a connection that stood so long has not failed at once
 _CLOSE_SECONDS = 5.0  # for dead letters that are under way
@@ -285,7 +286,7 @@ class AmqpSubscription:
         if self._ours:
             channel.queue_bind(self._queue, self._options.exchange, "#")
         generation = self._generation
-        top = self._prefetch + (_SPARE if self._durable else 0)
+        top = min(_PREFETCH_MAX, self._prefetch + (_SPARE if self._durable else 0))
         self._room = [*(rung for rung in _RUNGS if self._durable and rung < top), top]
         self._tags = []
         for number, prefetch in enumerate(self._room):
@@ -339,10 +340,11 @@ class AmqpSubscription:
             with link.brief_channel() as channel:
                 channel.queue_declare(queue, passive=True)
         except amqp.NotFound as error:
+            told = getattr(refusal, "reply_text", "bus.declare is false")  # names the right that is missing
             raise BusDenied(
-                f"{link.name}: queue {queue} does not exist and user {link.user} may not create it: create "
-                f"it (quorum, single active consumer) bound to {self._options.exchange}, or grant configure "
-                "rights"
+                f"{link.name}: queue {queue} does not exist and user {link.user} may not create it ({told}): "
+                f"grant that right, or create it (quorum, single active consumer) bound to "
+                f"{self._options.exchange}"
             ) from error
         if isinstance(refusal, amqp.PreconditionFailed):
             emit(Notice(f"{link.name}: queue {queue} has other arguments than ours; used as it is"))

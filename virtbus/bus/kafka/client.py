@@ -124,6 +124,15 @@ class TopicLook:
         """Ask at the next `poll`."""
         self._at = 0.0
 
+    def wait(self, seconds: float) -> str | None:
+        """The topic's id as of now; None without an answer within `seconds`, or without such a topic."""
+        self._asked = None  # what an older question finds was true before
+        self.soon()
+        until = time.monotonic() + seconds
+        while (found := self.poll(time.monotonic())) is None and self.is_asking and time.monotonic() < until:
+            time.sleep(0.01)
+        return found
+
     def poll(self, now: float) -> str | None:
         """The topic's id when an answer has come just now, else None, also when there is no such topic."""
         if self._asked is None:

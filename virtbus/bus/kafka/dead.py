@@ -213,7 +213,8 @@ class DeadLetterWriter:
             (GROUP_HEADER, self._group.encode()),
         ]
         if pending.shape == _Shape.WHOLE:
-            return message.body, pending.key, [*pending.headers, *ours]
+            theirs = [(name, value) for name, value in pending.headers if name not in _OURS]
+            return message.body, pending.key, [*theirs, *ours]  # nobody settles letters, or names their group
         topic, partition, offset = split_position(message.position)
         size = len(message.body)
         stub = {
@@ -328,7 +329,7 @@ class KafkaDeadLetters:
             partition, offset = entry.place
             ends[partition] = offset + 1
             names = dict(entry.headers).get(SETTLED_HEADER)
-            if names is None:
+            if names is None or record.value() is not None:
                 letters.append(entry)
             elif names.isdigit():
                 settled.add((partition, int(names)))

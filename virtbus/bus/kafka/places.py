@@ -3,6 +3,8 @@
 Pure. Kafka itself moves a group silently: to the oldest record that is left when retention has overtaken it,
 to any record of the same number when the topic was recreated. Hence every commit carries the topic's id as
 its metadata, and the same is noted beside the dedupe marks, for a deleted topic takes the commits along.
+A replaced topic is noticed some seconds late, and until then its records are taken for the old one's: so each
+place also says how far the group had read when the topic was last known to be that one.
 """
 
 from __future__ import annotations
@@ -21,17 +23,30 @@ class Place:
 
     topic_id: str  # "" where the broker gives none (before Kafka 3.1)
     next: int  # the offset to go on from
+    sure: int | None = None  # `next` when the topic was last known to be this one; None: as `next`
 
     def note(self) -> str:
         """As it is kept."""
-        return json.dumps([self.topic_id, self.next])
+        return json.dumps([self.topic_id, self.next, self.sure])
+
+    def metadata(self) -> str:
+        """What a commit of `next` carries: "<topic id> <sure>"."""
+        return f"{self.topic_id} {self.next if self.sure is None else self.sure}"
+
+    @classmethod
+    def committed(cls, offset: int, metadata: str) -> Place:
+        """What `metadata` wrote; a commit by another tool says nothing of the topic."""
+        topic_id, _, sure = metadata.partition(" ")
+        if not (sure.isascii() and sure.isdigit()):
+            return cls("", offset)
+        return cls(topic_id, offset, int(sure))
 
     @classmethod
     def read(cls, note: str | None) -> Place | None:
         """What `note` wrote; None when there is none that can be read."""
         try:
-            topic_id, following = json.loads(note or "")
-            return cls(str(topic_id), int(following))
+            topic_id, following, *sure = json.loads(note or "")
+            return cls(str(topic_id), int(following), sure[0] if sure and sure[0] is not None else None)
         except (ValueError, TypeError):
             return None
 
@@ -79,7 +94,8 @@ def _expired(log: Log, following: int) -> tuple[MissingEvents, ...]:
 
 def replaced(name: str, old: Place) -> MissingEvents:
     """What was not read of a partition that is another one now; nobody knows how far it went."""
-    return MissingEvents(name, old.topic_id, old.next, None, Cause.REPLACED)
+    first = old.next if old.sure is None else min(old.sure, old.next)
+    return MissingEvents(name, old.topic_id, first, None, Cause.REPLACED)
 
 
 def _same(one: str, other: str) -> bool:
@@ -95,24 +111,24 @@ class Losses:
         self.topic_id = ""  # of the topic that is read now
         self._told: set[tuple[str, str, int]] = set()
 
-    def read(self, partition: int, following: int) -> None:
-        """The group goes on from `following`."""
-        self._memory.keep(self._name(partition), Place(self.topic_id, following).note())
+    def read(self, partition: int, following: int, sure: int | None = None) -> Place:
+        """The group goes on from `following`; `sure` as in `Place`."""
+        place = Place(self.topic_id, following, sure)
+        self._memory.keep(self._name(partition), place.note())
+        return place
 
     def resume(
-        self, partition: int, committed: int | None, committed_id: str, low: int, high: int
-    ) -> int | None:
-        """Where to go on in a partition that was assigned; None: where the commit says."""
+        self, partition: int, committed: Place | None, low: int, high: int
+    ) -> tuple[int | None, Place | None]:
+        """Where to go on in a partition that was assigned (None: where the commit says), and that place."""
         name = self._name(partition)
-        place = None if committed is None else Place(committed_id, committed)
         noted = Place.read(self._memory.recall(name))
-        start, lost = resume(place, noted, Log(name, self.topic_id, low, high))
+        start, lost = resume(committed, noted, Log(name, self.topic_id, low, high))
         for each in lost:
             self._tell(each)
-        following = committed if start is None else start
-        if following is not None:
-            self.read(partition, following)
-        return start
+        if start is not None:
+            return start, self.read(partition, start)
+        return None, committed and self.read(partition, committed.next, committed.sure)
 
     def passed_over(self, partition: int, first: int, last: int, ends: tuple[int, int] | None) -> None:
         """Offsets that did not come: compacted away, or lost if they are older than the oldest that is left.

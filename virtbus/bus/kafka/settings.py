@@ -182,7 +182,7 @@ class KafkaSettings:
         return {
             "auto.offset.reset": "earliest",
             "partition.assignment.strategy": "cooperative-sticky",
-            "queued.min.messages": max(1, prefetch),
+            "queued.min.messages": max(1, min(prefetch, 10_000_000)),
             "queued.max.messages.kbytes": 8192,
             "fetch.wait.max.ms": 100,
             "auto.commit.interval.ms": 200,

@@ -23,7 +23,7 @@ from virtbus.bus.kafka.client import Admin, TopicLook, make, topic_id
 from virtbus.bus.kafka.dead import FOR_HEADER, DeadLetterWriter
 from virtbus.bus.kafka.errors import Watch, is_missing, oneline, translate
 from virtbus.bus.kafka.line import Handle, Line, Track
-from virtbus.bus.kafka.places import Losses
+from virtbus.bus.kafka.places import Losses, Place
 from virtbus.bus.kafka.records import headers_of, message_of
 from virtbus.bus.kafka.settings import KafkaSettings
 from virtbus.errors import BusDenied, BusUnavailable, GroupTakenOver
@@ -159,10 +159,22 @@ class KafkaSubscription:
         """See virtbus.bus.Subscription."""
         if self._dead_letters is not None:
             self._dead_letters.close()
+        self._make_sure()
         consumer, self._consumer = self._consumer, None
         self._line.forget(list(self._line.tracks))
         if consumer is not None:
             _leave(consumer)
+
+    def _make_sure(self) -> None:
+        """Where it is still the same topic all that was read was its: the next start need not doubt that."""
+        positions = {partition: track.position for partition, track in self._line.tracks.items()}
+        if self._consumer is None or self._group is None or not positions or self._watch.all_down:
+            return
+        if self._look.wait(_ASK_SECONDS) != self._losses.topic_id:
+            return
+        for partition, position in positions.items():
+            if position is not None:
+                self._store(partition, position, position)
 
     # ---------------------------------------------------------------------------------------- messages
 
@@ -202,8 +214,12 @@ class KafkaSubscription:
         watermark = self._line.done(handle)
         if watermark is None or self._group is None:
             return
-        place = TopicPartition(handle.topic, handle.partition, watermark, self._losses.topic_id)
-        self._losses.read(handle.partition, watermark)
+        self._store(handle.partition, watermark, handle.track.sure)
+
+    def _store(self, partition: int, following: int, sure: int | None) -> None:
+        """Keep how far the group has read, here and with the next commit."""
+        read = self._losses.read(partition, following, sure)
+        place = TopicPartition(self._settings.options.topic, partition, following, read.metadata())
         try:
             self._consumer.store_offsets(offsets=[place])
         except KafkaException as error:
@@ -259,11 +275,13 @@ class KafkaSubscription:
     def _assigned(self, consumer: Any, places: list[Any]) -> None:
         """Partitions are ours: go on where the group left off."""
         begun = []
-        for place, committed, start in _starts(consumer, places, self._losses):
-            if start is not None:
+        for place, start, read in _starts(consumer, places, self._losses):
+            track = self._line.assign(place.partition, None if read is None else read.next)
+            if read is not None and read.sure is not None:
+                track.sure = read.sure
+            if start is not None and read is not None:
                 place.offset = start
-                begun.append(TopicPartition(place.topic, place.partition, start, self._losses.topic_id))
-            self._line.assign(place.partition, committed if start is None else start)
+                begun.append(TopicPartition(place.topic, place.partition, start, read.metadata()))
         consumer.incremental_assign(places)
         if begun:  # from here on the group has a place that retention can overtake
             consumer.store_offsets(offsets=begun)
@@ -377,8 +395,10 @@ def _now(consumer: Any, topic: str) -> list[Any]:
             time.sleep(0.1)
 
 
-def _starts(consumer: Any, places: list[Any], losses: Losses) -> Iterator[tuple[Any, int | None, int | None]]:
-    """(place, committed offset, where to go on instead) of partitions; tells what is lost on the way.
+def _starts(
+    consumer: Any, places: list[Any], losses: Losses
+) -> Iterator[tuple[Any, int | None, Place | None]]:
+    """(place, where to go on instead of its commit, how far it was read); tells what is lost on the way.
 
     Without an answer librdkafka asks again by itself, and what was passed over is seen at the next record.
     """
@@ -386,13 +406,13 @@ def _starts(consumer: Any, places: list[Any], losses: Losses) -> Iterator[tuple[
     with suppress(KafkaException):
         found = {one.partition: one for one in consumer.committed(places, timeout=_CALL_SECONDS)}
     for place in places:
-        known = found.get(place.partition)
-        offset = known.offset if known is not None and known.offset >= 0 else None
-        ends = _ends(consumer, place, _CALL_SECONDS)
-        start = None
+        known, ends = found.get(place.partition), _ends(consumer, place, _CALL_SECONDS)
+        start, read = None, None
+        if known is not None and known.offset >= 0:
+            read = Place.committed(known.offset, known.metadata or "")
         if known is not None and ends is not None:
-            start = losses.resume(place.partition, offset, known.metadata or "", *ends)
-        yield place, offset, start
+            start, read = losses.resume(place.partition, read, *ends)
+        yield place, start, read
 
 
 def _added(consumer: Any, topic: str, known: AbstractSet[int]) -> list[int]:

@@ -1,0 +1,338 @@
+"""A model of libvirtd and its guests, with what was measured of them; behind `virtbus.sources.link`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from tests.sim.runtime import Process, Scheduler, Virtual
+from virtbus.errors import SourceUnavailable
+from virtbus.model import Hypervisor, RawIoError
+from virtbus.sources.link import (
+    ACTION_PAUSE,
+    ACTION_REPORT,
+    DISK_ERROR_UNSPECIFIED,
+    PAUSED,
+    PAUSED_IOERROR,
+    PAUSED_UNKNOWN,
+    RESUMED,
+    RUNNING,
+    STARTED,
+    STOPPED,
+    SUSPENDED,
+    SUSPENDED_IOERROR,
+    SUSPENDED_PAUSED,
+    DomainAt,
+    Handler,
+    HostFacts,
+    NoSuchDomain,
+    Space,
+    Unsupported,
+)
+
+KEEPALIVE_SECONDS = 20.0  # then a client gives up a daemon that says nothing
+DISKS = {"virtio-disk0": ("vda", "/img/{}-a"), "virtio-disk1": ("vdb", "/img/{}-b")}
+
+
+@dataclass
+class Quirks:
+    """How a release of libvirt and QEMU behaves."""
+
+    name: str
+    libvirt: str
+    qemu: str
+    loses_unnamed: bool  # the event of a network disk without a name never comes (libvirt up to 9.0)
+    late: float  # up to so many seconds an event may come behind its pause (QEMU 9.2 and later)
+
+
+BOOKWORM = Quirks("bookworm", "9.0.0", "7.2.0", loses_unnamed=True, late=0.0)
+TRIXIE = Quirks("trixie", "11.3.0", "10.0.0", loses_unnamed=False, late=0.8)
+FORKY = Quirks("forky", "12.8.0", "11.1.0", loses_unnamed=False, late=0.3)
+
+
+@dataclass(frozen=True)
+class Error:
+    """One error that the simulation made: the truth."""
+
+    host: str
+    uuid: str
+    alias: str
+    at: float
+    pauses: bool
+
+
+@dataclass
+class Guest:
+    """One domain; its second disk may be a network disk without a name."""
+
+    uuid: str
+    name: str
+    number: int
+    unnamed: bool = False
+    state: int = RUNNING
+    reason: int = 1
+    disk_errors: dict[str, int] = field(default_factory=dict)
+    copying: bool = False  # a block job runs: events name no device
+    hangs_until: float = 0.0
+    here: bool = True
+
+    def path(self, alias: str) -> str:
+        return "" if self.is_unnamed(alias) else DISKS[alias][1].format(self.number)
+
+    def is_unnamed(self, alias: str) -> bool:
+        return self.unnamed and alias == "virtio-disk1"
+
+    @property
+    def xml(self) -> str:
+        disks = ""
+        for alias, (target, _) in DISKS.items():
+            source = f"<source file='{self.path(alias)}'/>"
+            kind = "file"
+            if self.is_unnamed(alias):
+                kind, source = "network", "<source protocol='nbd'><host name='s' port='1'/></source>"
+            disks += (
+                f"<disk type='{kind}' device='disk'>{source}<target dev='{target}' bus='virtio'/>"
+                f"<alias name='{alias}'/></disk>"
+            )
+        return (
+            f"<domain id='{self.number}'><name>{self.name}</name><uuid>{self.uuid}</uuid>"
+            f"<devices>{disks}</devices></domain>"
+        )
+
+
+class Daemon:
+    """libvirtd of one host, and the guests, which outlive it."""
+
+    def __init__(self, sched: Scheduler, virtual: Virtual, host: str, quirks: Quirks) -> None:
+        self.sched, self.virtual, self.host, self.quirks = sched, virtual, host, quirks
+        self.uri = f"qemu+{host}:///system"
+        self.guests: dict[str, Guest] = {}
+        self.links: list[ModelLink] = []
+        self.up = True
+        self.hung_since: float | None = None
+        self.failing_until = 0.0  # looks fail
+        self.errors: list[Error] = []
+
+    # ---- what happens to it
+
+    def restart(self, seconds: float) -> None:
+        """Every connection ends; nobody listens for so long."""
+        self.up, self.hung_since = False, None
+        for link in list(self.links):
+            link.cut("End of file while reading data", 0.0)
+        self.sched.sleep(seconds)
+        self.up = True
+
+    def hang(self, seconds: float) -> None:
+        """It says nothing for so long; a client gives up after a while, and tries again."""
+        self.hung_since = since = self.sched.now
+        end = since + seconds
+        if seconds > KEEPALIVE_SECONDS:
+            self.sched.sleep(KEEPALIVE_SECONDS)
+            for link in list(self.links):
+                link.cut("the daemon did not answer keepalive", KEEPALIVE_SECONDS)
+        self.sched.sleep(end - self.sched.now)
+        self.hung_since = None
+        for link in list(self.links):
+            link.flush()
+
+    # ---- what guests do
+
+    def error(self, guest: Guest, alias: str, *, pause: bool, events: int = 1) -> None:
+        """A request of the guest fails; QEMU reports it and, by its policy, stops the guest."""
+        lost = self.quirks.loses_unnamed and guest.is_unnamed(alias)
+        if lost:  # libvirt reports nothing; what is promised is that a pause is told
+            events = 1 if pause and guest.state == RUNNING else 0
+        for _ in range(events):
+            self.errors.append(Error(self.host, guest.uuid, alias, self.sched.now, pause))
+        late = self.sched.random.random() * self.quirks.late if self.sched.random.random() < 0.5 else 0.0
+        if not pause:
+            late = 0.0
+        told = RawIoError(
+            guest.uuid,
+            guest.name,
+            guest.number,
+            "" if guest.copying else guest.path(alias),
+            "" if guest.copying else alias,
+            ACTION_PAUSE if pause else ACTION_REPORT,
+            "",
+            0,
+        )
+        if pause:
+            guest.disk_errors[DISKS[alias][0]] = DISK_ERROR_UNSPECIFIED
+
+        def tell() -> None:
+            for _ in range(0 if lost else events):
+                self._tell(lambda handler: handler.io_error(told._replace(observed_at=self._wall())))
+
+        if not late:
+            tell()
+        if pause and guest.state == RUNNING:
+            guest.state, guest.reason = PAUSED, PAUSED_UNKNOWN if late else PAUSED_IOERROR
+            detail = SUSPENDED_PAUSED if late else SUSPENDED_IOERROR
+            self.lifecycle(guest, SUSPENDED, detail)
+        if late:
+            self.sched.spawn(lambda: (self.sched.sleep(late), tell())[0], self.sched.world)
+
+    def resume(self, guest: Guest) -> None:
+        if guest.state == PAUSED:
+            guest.state, guest.reason = RUNNING, 5
+            self.lifecycle(guest, RESUMED, 0)
+
+    def leave(self, guest: Guest) -> None:
+        guest.here, guest.state, guest.disk_errors = False, RUNNING, {}
+        self.lifecycle(guest, STOPPED, 0)
+
+    def enter(self, guest: Guest) -> None:
+        guest.here, guest.number = True, guest.number + 100
+        self.lifecycle(guest, STARTED, 0)
+
+    def lifecycle(self, guest: Guest, event: int, detail: int) -> None:
+        uuid, name, number = guest.uuid, guest.name, guest.number
+        self._tell(lambda handler: handler.lifecycle(uuid, name, number, event, detail))
+
+    def _tell(self, what: Callable[[Handler], None]) -> None:
+        if self.up:
+            for link in self.links:
+                link.send(what)
+
+    def _wall(self) -> int:
+        task = self.sched.current
+        assert task is not None
+        return task.process.clock.wall_ns(self.sched.now)
+
+    # ---- who connects
+
+    def open(self, handler: Handler | None) -> ModelLink:
+        """See Connector."""
+        task = self.sched.current
+        assert task is not None
+        self.sched.sleep(0.001 + self.sched.random.random() * 0.05)
+        self.wait_awake()
+        if not self.up:
+            raise SourceUnavailable(f"{self.uri}: Failed to connect socket: Connection refused")
+        link = ModelLink(self, handler, task.process)
+        self.links.append(link)
+        return link
+
+    def wait_awake(self) -> None:
+        while self.hung_since is not None:
+            self.sched.sleep(0.25)
+
+
+class ModelLink:
+    """One connection: an ordered stream towards the client, and calls that wait for answers."""
+
+    def __init__(self, daemon: Daemon, handler: Handler | None, process: Process) -> None:
+        self.daemon, self.handler, self.process, self.open = daemon, handler, process, True
+        self.sched = daemon.sched
+        self._unsent: list[Callable[[Handler], None]] = []  # while the daemon hangs
+        self._stream = daemon.virtual.SimpleQueue()
+        process.at_death.append(self.close)
+        if handler is not None:
+            self.sched.spawn(self._event_loop, process)
+
+    def send(self, what: Callable[[Handler], None]) -> None:
+        """Behind everything that was sent before."""
+        if self.open and self.handler is not None:
+            if self.daemon.hung_since is not None:
+                self._unsent.append(what)
+            else:
+                self._stream.put(what)
+
+    def flush(self) -> None:
+        """The daemon goes on."""
+        unsent, self._unsent = self._unsent, []
+        for what in unsent:
+            self.send(what)
+
+    def cut(self, why: str, silent: float) -> None:
+        """The daemon's side, or keepalive, ends it."""
+        if self.open:
+            self.close()
+            if self.handler is not None:
+                self._stream.put(lambda handler: handler.closed(why, silent))
+
+    def close(self) -> None:
+        self.open = False
+        if self in self.daemon.links:
+            self.daemon.links.remove(self)
+
+    def _event_loop(self) -> None:
+        while self.handler is not None:
+            what = self._stream.get()
+            self.sched.sleep(0.0005 * self.sched.random.random())
+            what(self.handler)
+
+    # ---- calls
+
+    def _call(self, uuid: str | None = None) -> Guest | None:
+        """A call takes a while, hangs with its daemon or its guest, and fails when something is wrong."""
+        self.sched.sleep(0.001 + self.sched.random.random() * 0.03)
+        self.daemon.wait_awake()
+        guest = None if uuid is None else self.daemon.guests.get(uuid)
+        while guest is not None and guest.hangs_until > self.sched.now and self.open:
+            self.sched.sleep(0.5)
+        if not self.open:
+            raise SourceUnavailable("the connection is closed")
+        if uuid is None:
+            return None
+        if guest is None or not guest.here:
+            raise NoSuchDomain(f"domain {uuid} is not there")
+        if self.sched.now < self.daemon.failing_until and self.sched.random.random() < 0.8:
+            raise SourceUnavailable("Timed out during operation: cannot acquire state change lock")
+        return guest
+
+    def _guest(self, uuid: str) -> Guest:
+        guest = self._call(uuid)
+        assert guest is not None
+        return guest
+
+    def heard(self, then: Callable[[], None]) -> None:
+        self._call()
+        self._stream.put(lambda _handler: then())
+
+    def facts(self) -> HostFacts:
+        self._call()
+        quirks = self.daemon.quirks
+        return HostFacts(
+            name=self.daemon.host,
+            hypervisor=Hypervisor("QEMU", quirks.qemu, quirks.libvirt),
+            throttles=False,
+            keeps_messages=False,
+            local=True,
+        )
+
+    def capabilities(self) -> str:
+        self._call()
+        number = int(self.daemon.host.rpartition("-")[2])
+        uuid = f"8205ba32-5064-4f22-a9f1-{number:012d}"
+        return f"<capabilities><host><uuid>{uuid}</uuid></host></capabilities>"
+
+    def domains(self) -> Sequence[DomainAt]:
+        self._call()
+        return [
+            DomainAt(guest.uuid, guest.name, guest.number, guest.state, guest.reason)
+            for guest in self.daemon.guests.values()
+            if guest.here
+        ]
+
+    def state(self, uuid: str) -> tuple[int, int]:
+        guest = self._guest(uuid)
+        return guest.state, guest.reason
+
+    def xml(self, uuid: str) -> str:
+        return self._guest(uuid).xml
+
+    def disk_errors(self, uuid: str) -> Mapping[str, int]:
+        return dict(self._guest(uuid).disk_errors)
+
+    def messages(self, uuid: str) -> Sequence[str]:
+        raise Unsupported("no messages here")
+
+    def space(self, uuid: str, target: str) -> Space:
+        self._guest(uuid)
+        return Space(1, 1, 1)
+
+    def alive(self) -> bool:
+        return self.open
