@@ -14,12 +14,13 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 ACTIONLINT := .cache/bin/actionlint
 
-.PHONY: dist packages-test pages help setup demo unit test check audit faults matrix brokers soak bench chart pictures \
+.PHONY: dist packages-test pages help setup demo unit sim sim-mutants test check audit faults matrix brokers soak bench chart pictures \
   sbom clean packages
 
 help:
 	@echo "make demo    a real guest's disk fails, and the error comes out as a CloudEvent"
 	@echo "make unit    the pure tests, in seconds: no root, no broker, no network"
+	@echo "make sim     a simulated cloud against every promise, in virtual time (SEEDS=200, SEED=n, GUEST=name)"
 	@echo "make test    all tests, with real QEMU guests and a real RabbitMQ (TESTS=…, PYTEST_ARGS=…)"
 	@echo "make check   ruff, mypy --strict, import-linter, the schemas' compatibility, workflows, Dockerfile, pages"
 	@echo "make setup   system packages and .venv, as make test needs them"
@@ -95,6 +96,15 @@ $(VENV)/.unit: pyproject.toml $(VENV)/bin/python
 
 unit: $(VENV)/.unit
 	$(PYTEST) -q $(PYTEST_ARGS) tests/unit
+
+# SEED=n tells the story of one seed, GUEST=guest-11 that of one guest in it. A seed takes half a second of a core.
+SEEDS ?= 200
+sim: $(VENV)/.unit
+	$(BIN)/python -m tests.sim $(if $(SEED),--seed $(SEED),--seeds $(SEEDS)) $(if $(GUEST),--guest $(GUEST))
+
+# Each patch below tests/sim/mutants puts a fault back; the simulation has to find it within SEEDS seeds.
+sim-mutants: $(VENV)/.unit
+	$(BIN)/python -m tests.sim.mutants $(SEEDS)
 
 test: setup
 	$(PYTEST) -n $(WORKERS) --dist loadfile $(PYTEST_ARGS) $(TESTS)

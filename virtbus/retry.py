@@ -14,7 +14,6 @@ from threading import Event as StopEvent
 
 import tenacity
 
-from virtbus.errors import VirtbusError
 from virtbus.telemetry import RetryScheduled, emit
 
 CEILING_SECONDS = 8.0
@@ -52,7 +51,7 @@ def retrying(
     `sleep` waits so many seconds, or less. `hook` is told before each wait; `stage` names its line and
     metric.
     """
-    policy = tenacity.wait_random_exponential(multiplier=FIRST_BOUND_SECONDS, max=ceiling)
+    policy = _policy(ceiling)
 
     def before_sleep(state: tenacity.RetryCallState) -> None:
         assert state.outcome is not None
@@ -72,36 +71,40 @@ def retrying(
     )
 
 
+def _policy(ceiling: float) -> tenacity.wait_random_exponential:
+    return tenacity.wait_random_exponential(multiplier=FIRST_BOUND_SECONDS, max=ceiling)
+
+
 def start_over(attempt: Attempt) -> None:
     """Part of the work was done: whatever fails next waits as after a first failure."""
     attempt.retry_state.attempt_number = 1
 
 
 class Backoff:
-    """The waits of one stage, for a loop that keeps the time itself. `reset()` after a success."""
+    """The waits of one stage, for a loop that keeps the time itself. `reset()` after a success.
+
+    Made in one thread, used in another: it keeps clear of tenacity's statistics, which are a thread's own.
+    """
 
     def __init__(self, stage: str, *, ceiling: float = CEILING_SECONDS, hook: Hook = emit) -> None:
         """`stage` names the line and the metric; `ceiling` bounds a wait in seconds."""
         self._stage, self._hook = stage, hook
-        self._waits: list[float] = []
-        # It notes the wait that it is told to sleep: whoever called us does that, and may be woken.
-        self._retrying = retrying(stage, sleep=self._waits.append, ceiling=ceiling, hook=lambda event: None)
-        self.reset()
+        self._policy = _policy(ceiling)
+        self._state = tenacity.RetryCallState(tenacity.Retrying(), None, (), {})
 
     def reset(self) -> None:
         """Begin again with short waits."""
-        self._attempts = iter(self._retrying)
-        self._attempt = next(self._attempts)
+        self._state.attempt_number = 1
 
     def next_wait(self) -> float:
         """The next wait in seconds, without sleeping; the attempt has failed."""
-        self._attempt.retry_state.set_exception((VirtbusError, VirtbusError("failed"), None))
-        self._attempt = next(self._attempts)
-        return self._waits.pop()
+        seconds = float(self._policy(self._state)) * _scale
+        self._state.attempt_number += 1
+        return seconds
 
     def plan(self, error: Exception | str, *, limit: float = math.inf) -> float:
         """Tell the hook → the next wait in seconds, `limit` at most, for a caller that waits by itself."""
-        attempt = self._attempt.retry_state.attempt_number
+        attempt = self._state.attempt_number
         seconds = max(0.0, min(limit, self.next_wait()))
         self._hook(RetryScheduled(self._stage, attempt, round(seconds, 3), error))
         return seconds

@@ -58,6 +58,15 @@ class Moment(NamedTuple):
         return self.wall_ns if abs(step) < STEP_NS else self.wall_ns + step
 
 
+def is_told(at_ns: int, last_ns: int, now_ns: int) -> bool:
+    """Whether an error of `at_ns` is not newer than the last one that was told, by stamps of the wall clock.
+
+    A last one that lies ahead of now was stamped before the clock was set back. What lies behind now can't be
+    compared with it, and is told.
+    """
+    return at_ns <= last_ns and (last_ns <= now_ns or at_ns > now_ns)
+
+
 def stalled_words(seconds: float) -> str:
     """What a gap says of a standstill."""
     return f"the agent's process stood still for {seconds:.0f} s (stopped, suspended or swapped out)"

@@ -105,7 +105,7 @@ def test_the_first_event_of_every_start_says_how_long_nobody_looked(house):
 
 
 def test_a_source_that_is_not_there_does_not_hold_up_the_backlog(house, monkeypatch):
-    monkeypatch.setattr("virtbus.agent.agent.SOURCE_GRACE_SECONDS", 0.2)
+    monkeypatch.setattr("virtbus.agent.intake.SOURCE_GRACE_SECONDS", 0.2)
     monkeypatch.setattr(FakeSource, "run", lambda self, sink, stop: stop.wait())
     one = house()
     (gap,) = one.wait("gap")
@@ -227,7 +227,7 @@ def writable():
 
 
 def test_a_disk_that_fails_shows_before_the_first_error_needs_it(house, monkeypatch):
-    monkeypatch.setattr("virtbus.agent.agent.ALIVE_SECONDS", 0.1)
+    monkeypatch.setattr("virtbus.agent.intake.ALIVE_SECONDS", 0.1)
     monkeypatch.setattr("virtbus.spool.committing.ALIVE_SECONDS", 0.1)
     broken = threading.Event()
 
@@ -263,8 +263,8 @@ def test_a_disk_that_hangs_shows_in_readiness_and_metric(house, monkeypatch, whe
     wait_until(lambda: one.agent.not_ready() == [])
     hangs.set()
     one.source.play(a_raw_io_error())
-    wait_until(lambda: one.agent._intake_busy_since is not None)
-    one.agent._intake_busy_since -= 10.5  # as if it had hung for so long
+    wait_until(lambda: one.agent.intake.writer.busy_since is not None)
+    one.agent.intake.writer.busy_since -= 10.5  # as if it had hung for so long
     (reason,) = one.agent.not_ready()
     assert "a write has been hanging for 1" in reason
     assert writable() == 0
@@ -357,7 +357,7 @@ def test_errors_of_a_storm_that_are_only_counted_share_a_commit(house, monkeypat
         return stamps
 
     monkeypatch.setattr(Spool, "commit", notes)
-    monkeypatch.setattr("virtbus.agent.agent.GATHER_SECONDS", 0.5)
+    monkeypatch.setattr("virtbus.agent.intake.GATHER_SECONDS", 0.5)
     one = house(a_raw_io_error(), limits=IncidentLimits(first_window_seconds=60.0))
     one.wait("io_error.v1")
     for _ in range(50):
@@ -386,6 +386,7 @@ def test_an_observation_that_cant_be_handled_is_named_and_the_next_one_goes_on(h
     one.wait("io_error.v1")
     gap = one.wait("gap", 2)[1]["data"]
     assert (gap["reason"], gap["missing_occurrences"]) == ("observations_dropped", 1)
+    assert gap["started_at"] < gap["ended_at"]  # it happened before it was handled
 
 
 def test_a_broker_that_is_away_costs_nothing_but_time(house):
@@ -592,7 +593,7 @@ def test_an_agent_keeps_its_id_and_a_cloned_disk_gets_a_new_one(tmp_path):
 
 def test_a_changed_identity_is_a_gap(tmp_path):
     one = House(tmp_path / "state")
-    one.agent._previous_agent_id = "before"
+    one.agent.speaker.previous_id = "before"
     one.start()
     assert [event["data"]["reason"] for event in one.wait("gap", 2)] == ["agent_down", "identity_changed"]
     one.end()

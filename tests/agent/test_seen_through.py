@@ -17,7 +17,19 @@ from tests.sources.test_observer import OPTIONS
 from virtbus.agent.agent import Agent, AgentOptions
 from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.agent.publisher import _SpoolFeed
-from virtbus.model import CallbackLost, Host, Now, SourceLost, SourceReady, SourceSeen
+from virtbus.errors import RestartNeeded, SpoolFull
+from virtbus.model import (
+    CallbackLost,
+    DomainState,
+    Host,
+    HostKnown,
+    Now,
+    SourceGone,
+    SourceLost,
+    SourceReady,
+    SourceSeen,
+    Surveyed,
+)
 from virtbus.sources.observer import Observer
 from virtbus.spool import Spool, SpoolLimits, faults
 from virtbus.testing import FakeBus, FakeSource, a_gap, a_host, a_raw_io_error
@@ -80,7 +92,7 @@ def test_an_error_that_was_queued_after_the_drain_lies_in_the_gap_when_its_commi
 def test_the_time_for_which_libvirt_was_away_lies_in_a_gap_also_when_the_agent_ends_meanwhile(
     tmp_path, house, monkeypatch, end
 ):
-    monkeypatch.setattr("virtbus.agent.agent.ALIVE_SECONDS", 0.05)
+    monkeypatch.setattr("virtbus.agent.intake.ALIVE_SECONDS", 0.05)
     monkeypatch.setattr("virtbus.spool.committing.ALIVE_SECONDS", 0.05)
 
     def away():
@@ -105,7 +117,7 @@ def test_a_start_that_finds_no_libvirt_claims_to_have_seen_nothing(tmp_path, hou
     first = house()
     first.wait("gap")
     first.end()
-    monkeypatch.setattr("virtbus.agent.agent.SOURCE_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("virtbus.agent.intake.SOURCE_GRACE_SECONDS", 0.1)
     run = FakeSource.run
     monkeypatch.setattr(FakeSource, "run", lambda self, sink, stop: stop.wait())
     ended = time.time()
@@ -170,7 +182,7 @@ def test_readiness_ends_when_the_connection_of_the_events_answers_no_longer(obse
     wait_until(lambda: observed.agent.not_ready() == [])
     observed.host.answers.clear()
     time.sleep(0.1)
-    for seen in observed.agent._seen.values():
+    for seen in observed.agent.intake.sight.connections.values():
         seen._answered -= 30  # as if it had been silent for so long
     (reason,) = observed.agent.not_ready()
     assert "no answer on the connection of the events" in reason
@@ -179,7 +191,12 @@ def test_readiness_ends_when_the_connection_of_the_events_answers_no_longer(obse
 
 
 def test_a_loss_begins_at_the_last_answer_and_not_when_it_was_noticed(observed):
-    wait_until(lambda: observed.agent._seen["simulated:///"].moment.wall_ns > time.time_ns() - 2 * 10**9)
+    wait_until(
+        lambda: (
+            observed.agent.intake.sight.connections["simulated:///"].moment.wall_ns
+            > time.time_ns() - 2 * 10**9
+        )
+    )
     observed.host.answers.clear()
     time.sleep(0.2)
     silent_from = time.time()
@@ -194,7 +211,7 @@ def test_a_loss_begins_at_the_last_answer_and_not_when_it_was_noticed(observed):
 def test_a_source_that_proves_nothing_and_a_process_that_stood_still_is_a_gap_too(tmp_path):
     slept = [0.0]
     one = House(tmp_path / "state")
-    one.agent._clock = lambda: Now(time.time_ns(), time.monotonic(), slept[0])
+    one.agent.intake._clock = lambda: Now(time.time_ns(), time.monotonic(), slept[0])
     one.start()
     one.wait("gap")
     wait_until(lambda: len(one.agent.queue) == 0)
@@ -332,7 +349,7 @@ def test_a_hosts_uuid_that_changes_while_the_kernel_runs_is_libvirts_own_and_not
 def test_an_agent_on_a_copied_folder_says_so_before_anything_else_under_its_new_id(tmp_path):
     new = "99999999-2222-4333-8444-555555555555"
     one = House(tmp_path / "state")
-    one.agent._identify = lambda host: new if one.agent.agent_id == AGENT else None
+    one.agent.speaker.identify = lambda host: new if one.agent.agent_id == AGENT else None
     one.start()
     opening, changed = one.wait("gap", 2)
     assert changed["data"]["reason"] == "identity_changed"
@@ -342,11 +359,11 @@ def test_an_agent_on_a_copied_folder_says_so_before_anything_else_under_its_new_
 
 
 def test_libvirt_that_comes_late_and_names_another_host_ends_the_agent_for_a_new_start(tmp_path, monkeypatch):
-    monkeypatch.setattr("virtbus.agent.agent.SOURCE_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr("virtbus.agent.intake.SOURCE_GRACE_SECONDS", 0.1)
     monkeypatch.setattr(FakeSource, "run", lambda self, sink, stop: stop.wait())
     new = "99999999-2222-4333-8444-555555555555"
     one = House(tmp_path / "state")
-    one.agent._identify = lambda host: new
+    one.agent.speaker.identify = lambda host: new
     one.start()
     one.wait("gap")
     one.agent.queue.put(SourceReady(a_host(), time.time_ns(), ()))
@@ -359,6 +376,109 @@ def test_libvirt_that_comes_late_and_names_another_host_ends_the_agent_for_a_new
     assert caught.value.exit_code == 75
 
 
+def test_a_hosts_uuid_that_libvirt_tells_late_ends_an_agent_on_a_copied_folder_too(tmp_path):
+    new = "99999999-2222-4333-8444-555555555555"
+    one = House(tmp_path / "state")
+    one.agent.speaker.identify = lambda host: new if host.uuid == "another" else None
+    one.start().wait("gap")
+    one.source.play(HostKnown(a_host(uuid="another"), time.time_ns()))
+    opening, changed = (event["data"] for event in one.wait("gap", 2))
+    assert (opening["agent_id"], changed["agent_id"], changed["reason"]) == (AGENT, AGENT, "identity_changed")
+    with pytest.raises(RestartNeeded):
+        one.agent.join()
+
+
+def test_whose_id_it_is_is_asked_again_until_the_disk_lets_the_answer_be_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("virtbus.agent.intake.ALIVE_SECONDS", 0.05)
+    answers = [SpoolFull("no space"), SpoolFull("no space"), "99999999-2222-4333-8444-555555555555"]
+
+    def identify(host):
+        answer = answers.pop(0)
+        if isinstance(answer, SpoolFull):
+            raise answer
+        return answer
+
+    one = House(tmp_path / "state")
+    one.agent.speaker.identify = identify
+    one.start()
+    assert one.wait("gap", 2)[1]["data"]["reason"] == "identity_changed"
+    with pytest.raises(RestartNeeded):
+        one.agent.join()
+
+
+def test_what_was_not_committed_is_not_seen_through_though_the_agent_ends(tmp_path, monkeypatch):
+    one = House(tmp_path / "state").start()
+    one.wait("gap")
+    commit, at = one.spool.commit, time.time_ns()
+    broken = threading.Event()
+
+    def refused(*words):
+        broken.set()
+        raise SpoolFull("no space")
+
+    monkeypatch.setattr(one.spool, "commit", refused)
+    one.source.play(a_raw_io_error(observed_at=at), SourceReady(a_host(), at + 10**9, ()))
+    assert broken.wait(10)
+    one.agent.abort()
+    one.agent._threads["intake"].join(10)
+    monkeypatch.setattr(one.spool, "commit", commit)
+    assert one.agent.intake.seen_through().wall_ns <= at
+    one.agent.join()
+
+
+def test_a_lost_callback_that_waits_to_be_told_is_not_seen_through(house):
+    one = house([SourceReady(a_host(), time.time_ns(), (), proves=True)])
+    one.wait("gap")
+    one.agent.intake._unread_at = time.monotonic() + 3600.0
+    lost, later = time.time_ns(), Now(time.time_ns() + 10**10, time.monotonic() + 10)
+    one.source.play(CallbackLost(lost, "not UTF-8"), SourceSeen(later), a_raw_io_error(observed_at=lost))
+    one.wait("io_error.v1")
+    assert one.agent.intake.seen_through().wall_ns <= lost
+    one.end()
+    assert [each["data"]["missing_occurrences"] for each in one.delivered("gap")] == [0, 1]
+
+
+def test_a_connection_that_comes_up_after_the_first_one_has_a_gap_of_its_own(house):
+    one = house()
+    first = one.wait("gap")[0]["data"]
+    one.source.play(SourceReady(a_host(), time.time_ns(), (), connection="another"))
+    later = one.wait("gap", 2)[1]["data"]
+    assert (later["reason"], later["started_at"]) == ("source_lost", first["ended_at"])
+
+
+def test_a_clock_set_back_while_libvirt_was_away_hides_no_message_that_it_kept():
+    offset = [0]
+    host = SimulatedHost(1, keeps_messages=True)
+    guest = next(iter(host.guests.values()))
+
+    def clock():
+        return Now(time.time_ns() - offset[0], time.monotonic(), time.monotonic())
+
+    observer = Observer(host, options=OPTIONS, clock=clock)
+    seen: list[object] = []
+    stop = threading.Event()
+    thread = threading.Thread(target=observer.run, args=(seen.append, stop))
+    thread.start()
+    try:
+        wait_until(lambda: any(isinstance(each, SourceReady) for each in seen))
+        host.down = True
+        host.cut()
+        wait_until(lambda: any(isinstance(each, SourceLost) for each in seen))
+        offset[0] = 3600 * 10**9
+        at = datetime.fromtimestamp(time.time() - 3600, UTC)
+        guest.messages = [
+            f"I/O error: disk='vda', index='1', path='/img/a', timestamp='{at:%Y-%m-%d %H:%M:%S.%f}+0000', "
+            "message='Input/output error'"
+        ]
+        host.down = False
+        wait_until(lambda: sum(isinstance(each, SourceReady) for each in seen) == 2)
+        ready = [each for each in seen if isinstance(each, SourceReady)][-1]
+        assert [finding.message for finding in ready.findings] == ["Input/output error"]
+    finally:
+        stop.set()
+        thread.join()
+
+
 def test_a_proof_of_another_connection_speaks_for_that_one_alone(tmp_path):
     one = House(tmp_path / "state")
     at = time.time_ns()
@@ -367,8 +487,8 @@ def test_a_proof_of_another_connection_speaks_for_that_one_alone(tmp_path):
     one.start()
     one.wait("gap")
     one.source.play(SourceSeen(Now(at + 10**10, time.monotonic() + 10), "a"))
-    wait_until(lambda: one.agent._seen["a"].moment.wall_ns > at)
-    assert one.agent._seen_by_now().wall_ns <= at
+    wait_until(lambda: one.agent.intake.sight.connections["a"].moment.wall_ns > at)
+    assert one.agent.intake.sight.through.wall_ns <= at
     one.end()
 
 
@@ -377,3 +497,20 @@ def test_a_reload_of_the_heartbeats_interval_counts_from_now():
     feed = _SpoolFeed(None, None, None, lambda: interval[0])
     interval[0] = 60.0
     assert feed.heartbeat_in() <= 60.0
+
+
+def test_an_old_proof_does_not_bring_back_a_connection_that_has_ended(house):
+    guest = DomainState("11111111-2222-4333-8444-555555555555", "guest", "running", False)
+    at = time.time_ns()
+    one = house()
+    one.source.play(Surveyed(at, a_host(), frozenset({guest.uuid})))
+    first = one.wait("gap")[0]["data"]
+    one.source.play(SourceReady(a_host(), at + 10**9, (guest,), connection="b", proves=True, whole=False))
+    late = one.wait("gap", 2)[1]["data"]
+    assert (late["detail"], late["started_at"]) == ("b was not reached before", first["ended_at"])
+    one.source.play(SourceGone(at + 2 * 10**9, "b", frozenset({guest.uuid})), SourceSeen(Now(at, 0.0), "b"))
+    ended = one.wait("gap", 3)[2]["data"]
+    assert ended["detail"] == "b ended: its socket is gone"
+    wait_until(lambda: len(one.agent.queue) == 0)
+    assert one.agent.status()["source"]["connections"] == {"": True}
+    assert one.agent.not_ready() == []

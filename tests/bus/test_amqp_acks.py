@@ -7,7 +7,7 @@ import pytest
 
 from tests.faultkit import FakeAmqpConnection, FakeAmqpPeer, Published
 from tests.faults import amqp_acks
-from virtbus.bus.amqp.bus import bus as amqp_module
+from virtbus.bus.amqp import bus as amqp_module
 
 
 def test_no_schedule_of_acks_makes_the_publisher_confirm_what_was_not() -> None:

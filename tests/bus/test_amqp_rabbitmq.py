@@ -254,7 +254,7 @@ def test_a_client_certificate_is_an_identity(rabbitmq: RabbitMQ, vhost: str) -> 
 def test_plaintext_beyond_loopback_is_told_once_and_shown(
     rabbitmq: RabbitMQ, vhost: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from virtbus.bus.amqp.bus import connection as amqp_link
+    from virtbus.bus.amqp import connection as amqp_link
 
     monkeypatch.setattr(amqp_link, "is_loopback", lambda host: False)
     told: list[object] = []

@@ -123,12 +123,12 @@ def one(url: str, disk: Disk, *, callbacks: int, domains: int) -> Account:
     make_queue(url)
     dropped = METRICS.dropped._value.get()
     agent = start(disk.at / "state", url)
-    wait_until(agent._first_commit.is_set, timeout=20, what="the start")
+    wait_until(agent.intake.opened.is_set, timeout=20, what="the start")
     made = feed(agent, 200, 20, 0.2) + 2
     finish(agent)
     disk.harm()
     made += feed(agent, callbacks, domains, 3.0)
-    wait_until(lambda: agent._commit_error is not None, timeout=20, what="the disk's refusal")
+    wait_until(lambda: agent.intake.writer.error is not None, timeout=20, what="the disk's refusal")
     crashes = len(agent.dead_threads())
     committed = agent.spool.stats().committed_sequence
     disk.mend()

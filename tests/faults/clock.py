@@ -76,15 +76,15 @@ def injected(url: str, folder: Path, *, seconds: float = 9.0) -> bool:
         options=AgentOptions(heartbeat_seconds=1.0),
         clock=clock,
     )
-    heartbeat = agent._heartbeat
+    heartbeat = agent.condition.heartbeat
 
     def beat() -> Any:
         beats.append(time.monotonic())
         return heartbeat()
 
-    agent._heartbeat = beat  # type: ignore[method-assign]
+    agent.condition.heartbeat = beat  # type: ignore[method-assign]
     agent.start()
-    while not agent._first_commit.is_set():
+    while not agent.intake.opened.is_set():
         time.sleep(0.01)
     begun = time.monotonic()
     while (passed := time.monotonic() - begun) < seconds:

@@ -28,7 +28,7 @@ GROUP = "g"
 QUEUE = f"virtbus.{GROUP}"
 
 
-def say(name: str, good: bool, **words: object) -> None:
+def say(name: str, good: bool, /, **words: object) -> None:
     """The scenario's one line, and the end of its process."""
     print(name, *(f"{key}={value}" for key, value in words.items()), flush=True)
     sys.exit(0 if good else 1)

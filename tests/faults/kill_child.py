@@ -129,7 +129,7 @@ def main() -> None:
     )
     agent.start()
     if point == "drain":
-        while not agent._first_commit.is_set() or spool.stats().pending:
+        while not agent.intake.opened.is_set() or spool.stats().pending:
             time.sleep(0.01)
         agent.stop()
         agent.join()

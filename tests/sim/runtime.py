@@ -1,6 +1,6 @@
-"""Threads, clocks and randomness of the simulation: real code, one thread at a time, in an order a seed decides.
+"""Threads, clocks and randomness of the simulation: real code, one thread at a time, ordered by a seed.
 
-virtbus's modules see other `threading`, `queue`, `time` and `random` modules while `installed` is active. Their
+virtbus's modules see other `threading`, `queue`, `time` and `random` modules while `installed` is active. Its
 threads are greenlets; whatever blocks hands over to the scheduler, which takes the earliest that is due, and
 among equals whom its seed says. Time passes only there. Each process reads the clocks of its host.
 """
@@ -51,7 +51,7 @@ class Process:
 
     def __init__(self, name: str, clock: HostClock) -> None:
         self.name, self.clock = name, clock
-        self.dead = False
+        self.dead = self.killed = False
         self.stopped_until = 0.0
         self.last_id = 0  # of virtbus.envelope.uuid7: a module's variable, so one a process
         self.at_death: list[Callable[[], None]] = []
@@ -139,7 +139,7 @@ class Scheduler:
                 self.current = task
                 try:
                     task.greenlet.throw(greenlet.GreenletExit)
-                except Exception:  # noqa: S112 - what a dead process still wants to say
+                except Exception:
                     continue
         self.current = None
 

@@ -32,7 +32,7 @@ from virtbus.spool import Spool, SpoolLimits, faults
 FAULTY_SECONDS = 600.0  # how long things go wrong
 QUIET_SECONDS = 200.0  # and how long nothing does, before the books are closed
 LIMITS = IncidentLimits(quiet_seconds=60.0)
-ON_TMPFS = Path("/dev/shm")  # noqa: S108 - folders are made below it with mkdtemp
+ON_TMPFS = Path("/dev/shm")
 
 
 @dataclass
@@ -231,6 +231,7 @@ class World:
     def _killed(self, host: SimHost) -> None:
         assert host.process is not None
         self.tally.faults += 1
+        host.process.killed = True
         self.sched.kill(host.process)
         after = self.random.choice((0.5, 3.0, 20.0))
         host.blind = [(begin, min(end, self.sched.now)) for begin, end in host.blind]
@@ -285,7 +286,14 @@ class World:
 
     def _missing(self, told: MissingEvents) -> None:
         self.tell("consumer", f"is told that {told.first} to {told.last} of {told.epoch} are missing")
-        self.truth.missing_told.append(f"{told.epoch} {told.first} to {told.last}")
+        last = told.first if told.last is None else told.last
+        come = {
+            arrival.record.seq
+            for arrival in self.broker.log
+            if arrival.record.epoch == told.epoch and arrival.at < self.sched.now - oracle.READ_SECONDS
+        }
+        if come & {*range(told.first, last + 1)}:  # what comes later than `reorder_seconds` may be told
+            self.truth.missing_told.append(f"{told.epoch} {told.first} to {told.last}")
 
     def _perhaps_kill_consumer(self, when: str) -> None:
         if not self.ending and self.random.random() < 0.004:
@@ -385,7 +393,7 @@ class World:
         process = host.process
         while not process.dead:
             self.sched.sleep(0.5)
-        if host.process is process and not host.agent._abort.is_set():
+        if not process.killed:
             self.tell(host.name, "the agent starts again")
             self._start_agent(host)
 

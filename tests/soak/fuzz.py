@@ -29,7 +29,7 @@ from virtbus.agent.control import ControlSocket, Drill
 from virtbus.agent.http import HttpServer
 from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.agent.tap import Taps
-from virtbus.bus.amqp.connection import _Connection, _with_readable_key
+from virtbus.bus.amqp.wire import WireConnection, _with_readable_key
 from virtbus.errors import ConfigError, InputMissing, SchemaError
 from virtbus.model import (
     Binding,
@@ -260,7 +260,7 @@ def fuzz_domain_xml(pieces: list[str], damage: list[tuple[int, int]], text: str)
 # ------------------------------------------------------------------------------------ AMQP frames
 
 
-class _Frames(_Connection):
+class _Frames(WireConnection):
     """The reading half of a connection, without one."""
 
     def __init__(self) -> None:

@@ -154,6 +154,30 @@ def test_a_disk_error_that_an_earlier_pause_left_is_not_told_again() -> None:
     assert findings(check, 6.0) == []
 
 
+def test_a_disk_error_of_a_pause_that_no_look_saw_is_not_blamed_for_the_next_pause() -> None:
+    check = CrossCheck(GRACE)
+    check.event(raw("virtio-disk1"), 0.0)
+    suspend(check, 0.0)
+    check.resumed(UUID)
+    look_at(check, Look(RUNNING, 1), at=0.5)
+    decide(check, GRACE)
+    check.event(raw("virtio-disk0"), 100.0)
+    suspend(check, 100.0)
+    look_at(check, replace(IO_PAUSE, disk_errors={"vda": 1, "vdb": 1}), 100.5)
+    assert findings(check, 100.0 + GRACE) == []
+
+
+def test_a_pause_after_a_resume_that_fell_into_a_gap_is_told() -> None:
+    check = CrossCheck(GRACE)
+    suspend(check, 0.0)
+    decide(check, GRACE)
+    assert findings(check, 2 * GRACE)
+    check.listed_running(UUID)
+    suspend(check, 100.0)
+    look_at(check, IO_PAUSE, 100.5)
+    assert len(findings(check, 100.0 + GRACE)) == 1
+
+
 def test_a_disk_error_that_was_there_while_the_guest_ran_is_not_told() -> None:
     check = CrossCheck(GRACE)
     check.baseline(UUID, "db1", 1, {"virtio-disk0": 1})
@@ -324,6 +348,26 @@ def test_a_remembered_error_that_an_event_told_of_is_no_finding() -> None:
     check.event(raw("virtio-disk1", at=7.5, action=ACTION_REPORT), 7.5)
     look = Look(RUNNING, 1, None, read_messages([line("vdb", 7)]))
     assert reconcile(check, look, 20.0, since=5.0) == []
+
+
+def test_a_clock_set_back_since_the_last_event_hides_no_remembered_error() -> None:
+    check = CrossCheck(GRACE)
+    check.slack_ns = 0
+    messages = read_messages([line("vda", 30)])
+    assert messages[0].at_ns is not None
+    remembered, at = Look(RUNNING, 1, messages=messages), messages[0].at_ns / S
+    check.event(raw(at=at + 3600.0, action=ACTION_REPORT), 1.0)  # an hour ahead, by the clock of then
+    assert len(reconcile(check, remembered, at + 5.0, since=at - 5.0)) == 1
+    assert reconcile(check, remembered, at + 6.0, since=at - 5.0) == []
+
+
+def test_the_evidence_for_an_error_comes_with_the_look_that_is_whole() -> None:
+    check = CrossCheck(GRACE)
+    check.event(raw(action=ACTION_REPORT), 0.0)
+    look_at(check, Look(RUNNING, 1, complete=False))
+    (burst,) = look_at(check, Look(RUNNING, 1, messages=read_messages([line("vda", 30)])), 12.0)
+    assert burst.message == "Input/output error"
+    assert look_at(check, Look(RUNNING, 1), 15.0) == []
 
 
 def test_a_paused_guests_finding_has_the_time_that_libvirt_remembers() -> None:

@@ -433,4 +433,4 @@ def test_a_source_without_a_look_is_told_of_by_the_incidents_too() -> None:
     incidents = Incidents(IncidentLimits(), new_id=lambda: "1")
     (event,) = incidents.apply(bare, Clock()(), lambda _uuid: None)
     assert isinstance(event, IoError)
-    assert (event.occurrences.count, event.device.alias) == (1, None)
+    assert (event.occurrences.count, event.device.alias) == (1, "virtio-disk0")  # its only disk

@@ -8,6 +8,7 @@ import pytest
 from virtbus.agent.incidents import UNKNOWN_HOST, WHOLE_HOST, IncidentLimits, Incidents
 from virtbus.model import (
     Burst,
+    CallbackLost,
     Description,
     Device,
     DeviceRemoved,
@@ -27,6 +28,7 @@ from virtbus.model import (
     RawIoError,
     SourceLost,
     SourceReady,
+    SourceSeen,
     to_datetime,
 )
 from virtbus.words import Action, Origin, Phase, Platform, Scope
@@ -1361,3 +1363,34 @@ def test_every_image_of_a_chain_has_its_index_also_a_network_image_that_libvirt_
     bench = Bench(describe=lambda uuid: Description(Domain(uuid, "g"), {DISK: Device(DISK, source=source)}))
     (event,) = bench.see(an_error(path=path))
     assert event.device.chain_index == index
+
+
+def test_what_a_source_says_of_itself_alone_concerns_no_incident():
+    bench = Bench()
+    bench.see(an_error())
+    for word in (SourceSeen(bench.now), CallbackLost(START, "not UTF-8")):
+        assert bench.incidents.apply(word, bench.now, described) == []
+    assert bench.incidents.open_count == 1
+
+
+def test_a_guest_found_paused_by_an_error_is_told_with_its_disk_where_it_has_only_one():
+    bench = Bench()
+    for uuid, aliases in (("one", frozenset({DISK})), ("two", frozenset({DISK, OTHER_DISK})), ("none", None)):
+        (event,) = bench.incidents.apply(
+            SourceReady(HOST, START, (a_state(uuid, "paused", paused=True, aliases=aliases),)),
+            bench.now,
+            lambda _uuid: None,
+        )[-1:]
+        assert event.device.alias == (DISK if uuid == "one" else None)
+
+
+@pytest.mark.parametrize("over", [False, True])
+def test_a_clock_set_back_since_an_incidents_last_error_hides_no_error_that_a_look_finds(over):
+    bench = Bench(quiet_seconds=10.0)
+    bench.see(an_error())
+    if over:
+        bench.wait(30)
+    bench.wall_ns -= 3600 * SECOND
+    found = an_error(at=bench.wall_ns - SECOND, origin=Origin.RECONCILE, stamp_ns=bench.wall_ns - SECOND)
+    events = bench.ready(a_state(), findings=(found,)) + bench.wait(120)
+    assert counted(events, Origin.RECONCILE) == 1

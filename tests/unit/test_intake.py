@@ -13,6 +13,7 @@ from virtbus.model import (
     CallbackLost,
     DomainGone,
     DomainResumed,
+    HostKnown,
     Now,
     RawIoError,
     SourceLost,
@@ -91,8 +92,8 @@ def test_errors_of_more_domains_than_can_be_kept_are_counted_as_dropped():
     queue = IntakeQueue(limit=1, fold_limit=3)
     for number in range(10):
         queue.put(an_error(domain=f"guest-{number}"))
-    assert sum(callbacks_in(item) for item in queue.drain(0)) == 7
-    assert queue.take_dropped() == (3, 0)
+    assert sum(callbacks_in(item) for item in queue.drain(0)) == 6
+    assert queue.take_dropped() == (4, 0)
     assert queue.take_dropped() == (0, 0)
 
 
@@ -167,6 +168,30 @@ def test_a_proof_stands_behind_all_that_was_folded_before_it():
     drained = queue.drain(0)
     assert [callbacks_in(item) for item in drained if not isinstance(item, SourceSeen)] == [1, 1, 4]
     assert SourceSeen(Now(5, 5.0)) in drained
+
+
+def test_a_proof_stays_behind_what_was_folded_before_it_also_where_a_batch_ends_between_them(monkeypatch):
+    monkeypatch.setattr("virtbus.agent.queue.BATCH_LIMIT", 4)
+    queue = IntakeQueue(limit=2)
+    for alias in ("disk0", "disk1", "disk2", "disk3"):
+        queue.put(an_error(alias, at=1))
+    queue.put(SourceSeen(Now(5, 5.0)))
+    queue.put(an_error("disk2", at=6))  # its counter moves behind the proof, with the error before it
+    queue.put(DomainResumed("guest-1", 7))  # a barrier: all of it is queued
+    before = queue.drain(0)
+    assert [type(item) for item in before] == [RawIoError, RawIoError, Burst, Burst]
+    assert not queue.emptied
+    assert [type(item) for item in queue.drain(0)] == [SourceSeen, DomainResumed]
+    assert queue.emptied
+
+
+def test_the_hosts_name_finds_room_where_nothing_else_does():
+    queue = IntakeQueue(limit=1, fold_limit=2)
+    for number in range(20):
+        queue.put(an_error(domain=f"guest-{number}"))
+        queue.put(HostKnown(a_host(name=f"host-{number}"), number))
+        assert len(queue) <= 1 + 3 * 2
+    assert [item.host.name for item in queue.drain(0) if isinstance(item, HostKnown)][-1:] == ["host-19"]
 
 
 def test_callbacks_that_nobody_could_read_are_counted_and_take_no_room():

@@ -1,11 +1,12 @@
 """Retries: jittered, bounded, and over at once when asked to stop."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from virtbus.errors import BusDenied, BusUnavailable
-from virtbus.retry import CEILING_SECONDS, Backoff, no_waiting, retrying, start_over
+from virtbus.retry import CEILING_SECONDS, FIRST_BOUND_SECONDS, Backoff, no_waiting, retrying, start_over
 
 
 def test_waits_grow_with_full_jitter_up_to_the_ceiling():
@@ -90,3 +91,10 @@ def test_a_thousand_agents_do_not_come_back_as_a_herd():
     busiest = max(sum(start <= at < start + 0.1 for at in arrivals) for start in (n / 20 for n in range(200)))
     assert busiest < 60  # of 1,000 in a tenth of a second; all at once would be 1,000
     assert max(arrivals) <= CEILING_SECONDS
+
+
+def test_a_backoff_that_was_made_in_one_thread_waits_in_another() -> None:
+    backoff = Backoff("test")
+    with ThreadPoolExecutor(1) as other:
+        waits = [other.submit(backoff.next_wait).result() for _ in range(10)]
+    assert all(0 <= wait <= FIRST_BOUND_SECONDS * 2**number for number, wait in enumerate(waits))

@@ -78,6 +78,7 @@ from virtbus.model import (
     Surveyed,
     to_datetime,
 )
+from virtbus.seen import is_told
 from virtbus.telemetry import Trouble, emit
 from virtbus.words import GuestState, Origin, Phase, ResolutionCause, Scope
 
@@ -220,7 +221,7 @@ class Incidents:
             return self._surveyed(observation, now, describe)
         if isinstance(observation, SourceLost):
             self._lost(observation.domains)
-        return []
+        return []  # what else a source says of itself concerns gaps alone
 
     def tick(self, now: Now, describe: Describe = _unknown) -> list[Event]:
         """Windows that ended become updates, quiet incidents are resolved.
@@ -693,15 +694,18 @@ class Incidents:
         own = [one for one in live if not alias or one.device.alias in (None, alias)]
         seen = self._last_seen(finding)
         if finding.raw.action_code != PAUSE_CODE:
-            at = finding.last_ns
-            return any(at <= max(one.last_ns, one.stamp_ns or 0) for one in own) or at <= seen
+            return any(self._is_told(finding, last) for last in (*map(_last_of, own), seen))
         if any(uuid in one.paused for one in own):
-            at = -1 if finding.stamp_ns is None and finding.message is None else finding.last_ns
-            return any(at <= max(one.last_ns, one.stamp_ns or 0) for one in own if uuid in one.paused)
+            if finding.stamp_ns is None and finding.message is None:
+                return True
+            return any(self._is_told(finding, _last_of(one)) for one in own if uuid in one.paused)
         if any(uuid in one.paused for one in live):
-            return seen >= 0 and (finding.stamp_ns is None or finding.last_ns <= seen)
+            return seen >= 0 and (finding.stamp_ns is None or self._is_told(finding, seen))
         whole_host = self._open.get(f"{LIVE}*")
         return whole_host is not None and uuid in whole_host.paused
+
+    def _is_told(self, finding: Burst, last_ns: int) -> bool:
+        return is_told(finding.last_ns, last_ns, self._now.wall_ns)
 
     def _last_seen(self, finding: Burst) -> int:
         """The last error of the finding's device in an incident that is over (ns), or -1."""
@@ -724,7 +728,9 @@ class Incidents:
             self._pause(incident, domain.uuid, 1, now)
         if unclear:
             return []
-        raw = RawIoError(domain.uuid, domain.name, None, "", "", PAUSE_CODE, "", at_ns)
+        # Named if there is one disk that it can be: else its event, when it comes, opens a second incident.
+        alias = next(iter(domain.aliases)) if domain.aliases and len(domain.aliases) == 1 else ""
+        raw = RawIoError(domain.uuid, domain.name, None, "", alias, PAUSE_CODE, "", at_ns)
         return self._error(Burst(raw, 1, at_ns, at_ns, Origin.RECONCILE), now, describe)
 
     # --------------------------------------------------------------------------------- small parts
@@ -767,3 +773,8 @@ class Incidents:
         elif isinstance(found, Meta):
             self._host = self._host or found.host
             self._throttles = found.throttles
+
+
+def _last_of(incident: IncidentState) -> int:
+    """The incident's last error, by whichever clock says later (ns)."""
+    return max(incident.last_ns, incident.stamp_ns or 0)

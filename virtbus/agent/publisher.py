@@ -45,12 +45,13 @@ class Publisher:
         drain_seconds: Callable[[], float],
         abort: threading.Event,
         bus_name: str,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """The two `…_seconds` are asked each time: a reload may change them."""
         self._spool, self._bus, self._bus_name = spool, bus, bus_name
         self._drain_seconds = drain_seconds
-        self._feed = _SpoolFeed(spool, taps, heartbeat, heartbeat_seconds)
-        self._abort = abort
+        self._feed = _SpoolFeed(spool, taps, heartbeat, heartbeat_seconds, clock)
+        self._abort, self._clock = abort, clock
         self.draining = threading.Event()  # nothing more will be committed
         self._end: float | None = None  # of the drain, monotonic
         self.error: str | None = None  # what keeps us from the broker now
@@ -81,7 +82,7 @@ class Publisher:
         if self._end is None:
             self.draining.wait(seconds)
         else:
-            self._abort.wait(max(0.0, min(seconds, self._end - time.monotonic())))
+            self._abort.wait(max(0.0, min(seconds, self._end - self._clock())))
 
     def _is_over(self) -> bool:
         if self._abort.is_set():
@@ -89,8 +90,8 @@ class Publisher:
         if not self.draining.is_set():
             return False
         if self._end is None:
-            self._end = time.monotonic() + self._drain_seconds()
-        return time.monotonic() >= self._end or self._spool.stats().pending == 0
+            self._end = self._clock() + self._drain_seconds()
+        return self._clock() >= self._end or self._spool.stats().pending == 0
 
     def _once(self, attempt: Attempt) -> None:
         """Publish all that can be taken, or wait up to a second for something.
@@ -129,18 +130,24 @@ class _SpoolFeed:
     """The spool as a bus's feed: settles outcomes in groups, and slips the heartbeat in when it is due."""
 
     def __init__(
-        self, spool: Spool, taps: Taps, heartbeat: Callable[[], Record], interval: Callable[[], float]
+        self,
+        spool: Spool,
+        taps: Taps,
+        heartbeat: Callable[[], Record],
+        interval: Callable[[], float],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._spool, self._taps, self._heartbeat, self._interval = spool, taps, heartbeat, interval
+        self._clock = clock
         self._outcomes: list[tuple[Record, Outcome]] = []
         self._confirmed = 0  # outcomes that are not counted in the metrics yet
         # A random phase: a thousand agents that start together must not beat together.
         self._every = interval()
-        self._next_beat = time.monotonic() + random.uniform(0, self._every)  # noqa: S311 - no secret
+        self._next_beat = self._clock() + random.uniform(0, self._every)  # noqa: S311 - no secret
 
     def heartbeat_in(self) -> float:
         """Seconds until the next heartbeat is due. An interval that a reload changed counts from now."""
-        every, now = self._interval(), time.monotonic()
+        every, now = self._interval(), self._clock()
         if every != self._every:
             self._every, self._next_beat = every, now + random.uniform(0, every)  # noqa: S311 - no secret
         return max(0.0, self._next_beat - now) if every else 3600.0
@@ -152,7 +159,7 @@ class _SpoolFeed:
             self.settle()
         limit -= len(self._outcomes)
         if self.heartbeat_in() <= 0:
-            self._next_beat = time.monotonic() + self._interval()
+            self._next_beat = self._clock() + self._interval()
             beat = self._heartbeat()
             if beat.key not in busy:
                 return [beat]

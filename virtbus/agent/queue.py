@@ -14,6 +14,7 @@ from virtbus.model import (
     DomainGone,
     DomainHalted,
     DomainResumed,
+    HostKnown,
     Observation,
     RawIoError,
     SourceGone,
@@ -27,7 +28,7 @@ from virtbus.words import Origin
 
 QUEUE_LIMIT = 10_000  # callbacks; beyond it they fold into counters
 FOLD_LIMIT = 10_000  # different (device, action, reason) counters; beyond it errors are counted as dropped
-_SELF = 3  # words of a connection about itself that always find room: seen, lost, ready
+_SELF = 4  # words of a connection about itself that always find room: seen, lost, ready, its host
 BATCH_LIMIT = 20_000  # observations a transaction
 
 
@@ -43,7 +44,8 @@ class IntakeQueue:
        the last of these did: so the domain's state in the end is the true one;
     4. a connection's losses and returns that find no room become one of each, which says what all said;
     5. what can't be kept even so is counted in `take_dropped`; no more than `limit` and three times
-       `fold_limit` are kept together (each connection beyond the first may add three).
+       `fold_limit` are kept together (each connection beyond the first may add three);
+    6. a `SourceSeen` leaves behind everything that was put before it.
     """
 
     def __init__(self, limit: int = QUEUE_LIMIT, fold_limit: int = FOLD_LIMIT) -> None:
@@ -56,6 +58,7 @@ class IntakeQueue:
         self._dropped_errors = 0
         self._dropped_others = 0
         self._unread: tuple[int, str] = (0, "")
+        self.emptied = True  # the last `drain` took everything that was there when it began
 
     def put(self, observation: Observation) -> None:
         """Take one observation; the sink of a source."""
@@ -80,9 +83,8 @@ class IntakeQueue:
                     self._put_crowded(observation)
                     return
                 # A barrier: what was folded before it must be told before it.
-                self._items.extend(self._folded.values())
+                self._unfold()
                 self._items.append(observation)
-                self._folded = {}
                 return
             key = _same_error(observation)
             if key not in self._folded and len(self._folded) >= self._fold_limit:
@@ -116,6 +118,9 @@ class IntakeQueue:
             key: tuple[object, ...] = (type(observation), observation.connection)
             self._put_last(key, self._joined(self._folded.get(key), observation))
             return
+        if isinstance(observation, HostKnown):
+            self._put_last((HostKnown,), observation)
+            return
         if isinstance(observation, SourceGone | Surveyed) and self._has_room():
             self._put_last((type(observation), getattr(observation, "connection", None)), observation)
             return
@@ -145,16 +150,20 @@ class IntakeQueue:
             self._ready.wait(timeout)
         self._ready.clear()
         items = self._items
-        taken = [items.popleft() for _ in range(min(len(items), BATCH_LIMIT))]
-        if not items and self._folded:
-            with self._lock:
-                while items:  # not extend() and clear(): `put` may append between the two
-                    taken.append(items.popleft())
-                taken.extend(self._folded.values())
-                self._folded = {}
+        with self._lock:
+            self.emptied = len(items) <= BATCH_LIMIT
+            if self.emptied and self._folded:
+                self._unfold()
+            count = len(items) if self.emptied else BATCH_LIMIT  # `put` may append meanwhile
+        taken = [items.popleft() for _ in range(count)]
         if items or self._folded:
             self._ready.set()
         return taken
+
+    def _unfold(self) -> None:
+        """Queue what was folded, proofs last. The lock is held; `_folded` never looks empty too early."""
+        self._items.extend(sorted(self._folded.values(), key=lambda each: isinstance(each, SourceSeen)))
+        self._folded = {}
 
     def wake(self) -> None:
         """Let a waiting `drain` return."""
@@ -166,6 +175,11 @@ class IntakeQueue:
             dropped = (self._dropped_errors, self._dropped_others)
             self._dropped_errors = self._dropped_others = 0
         return dropped
+
+    @property
+    def unread(self) -> int:
+        """How many callbacks came since the last `take_unread` that nobody could read."""
+        return self._unread[0]
 
     def take_unread(self) -> tuple[int, str]:
         """(how many callbacks came since the last call that nobody could read, what the last one was)."""

@@ -7,6 +7,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from virtbus.model import Burst, Device, RawIoError
+from virtbus.seen import is_told
 from virtbus.sources.evidence import (
     Look,
     Message,
@@ -15,7 +16,13 @@ from virtbus.sources.evidence import (
     newest_by_alias,
     newest_message,
 )
-from virtbus.sources.link import ACTION_PAUSE, ACTION_REPORT, DISK_ERROR_NO_SPACE, DISK_ERRORS
+from virtbus.sources.link import (
+    ACTION_PAUSE,
+    ACTION_REPORT,
+    DISK_ERROR_NO_SPACE,
+    DISK_ERROR_UNSPECIFIED,
+    DISK_ERRORS,
+)
 from virtbus.words import ENOSPC, DiskError, Origin
 
 ACTION_UNKNOWN = -1  # the guest runs, and the policy does not tell whether it was ever paused
@@ -102,8 +109,10 @@ class Case:
         if pause.certain or (by_error and fresh):
             known = told.keys() | self.synthesised.keys()
             missed = missed_devices(self, wrong if by_error else {}, known, devices)
-        if look is not None:
+        if look is not None and look.disk_errors is not None:
             self.stale = wrong
+        else:  # QEMU keeps what the events told of, and a later pause must not be blamed on it
+            self.stale = self.stale | {alias: _kept_code(raw) for alias, raw in told.items() if alias}
         found = []
         for alias in missed:
             found.append(self.found(alias, pause.ns, look, devices, wrong.get(alias)))
@@ -187,6 +196,11 @@ class Case:
         return [burst_of(raw, 0, Origin.EVENT, look, devices.get(alias), pause=True)]
 
 
+def _kept_code(raw: RawIoError) -> int:
+    """What virDomainGetDiskErrors says of a device after this error paused its guest."""
+    return DISK_ERROR_NO_SPACE if raw.reason == ENOSPC else DISK_ERROR_UNSPECIFIED
+
+
 def complete(look: Look | None) -> bool:
     """Whether a look was had, and all of it."""
     return look is not None and look.complete
@@ -234,7 +248,12 @@ def _is_unnamed(device: Device | None) -> bool:
 
 
 def newer_messages(
-    look: Look, since_ns: int | None, case: Case | None, devices: Mapping[str, Device], slack_ns: int
+    look: Look,
+    since_ns: int | None,
+    case: Case | None,
+    devices: Mapping[str, Device],
+    slack_ns: int,
+    ns: int,
 ) -> dict[str, Message]:
     """The messages that tell of an error which nobody told us of, by alias; the newest of each."""
     if since_ns is None or look.messages is None:
@@ -244,7 +263,7 @@ def newer_messages(
         if message.at_ns is None or message.at_ns <= since_ns:
             continue
         told = None if case is None else case.last_ns.get(alias)
-        if told is None or message.at_ns > told + slack_ns:
+        if told is None or not is_told(message.at_ns, told + slack_ns, ns + slack_ns):
             newer[alias] = message
     return newer
 

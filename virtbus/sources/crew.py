@@ -29,7 +29,7 @@ class Crew:
         self._clock = clock
         self._changed = threading.Condition()
         self._waiting: deque[Call] = deque()
-        self._running: dict[int, float] = {}  # thread → when its call began
+        self._running: dict[object, float] = {}  # a worker's own key → when its call began
         self._idle = 0
         self._closed = False
 
@@ -59,11 +59,17 @@ class Crew:
             self._changed.notify()
         places = min(len(self._waiting) - self._idle, self._at_once - busy - self._idle)
         for _ in range(0 if self._closed else places):
-            threading.Thread(target=self._work, args=(self._waiting.popleft(),), name="virtbus-call",
-                             daemon=True).start()  # fmt: skip
+            call = self._waiting.popleft()
+            worker = threading.Thread(target=self._work, args=(call,), name="virtbus-call", daemon=True)
+            try:
+                worker.start()
+            except RuntimeError as error:  # no more threads: the call waits for the next check
+                self._waiting.appendleft(call)
+                emit(Trouble("call", error))
+                return
 
     def _work(self, call: Call) -> None:
-        me = threading.get_ident()
+        me = object()
         following: Call | None = call
         while following is not None:
             with self._changed:

@@ -167,7 +167,9 @@ class CrossCheck:
         if seen:
             seen[-1].look = look
             seen[-1].wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
-        wanting, case.wanting = case.wanting, set()
+        wanting = case.wanting
+        if look.complete:  # else it is looked again
+            case.wanting = set()
         found = [
             burst_of(raw, 0, Origin.EVENT, look, devices.get(alias), pause=False)
             for alias, raw in case.reports.items()
@@ -259,6 +261,12 @@ class CrossCheck:
 
     # ---- after a (re)connect
 
+    def listed_running(self, uuid: str) -> None:
+        """The listing shows a guest running: if it was paused, its resume fell into the time without us."""
+        case = self._cases.get(uuid)
+        if case is not None and case.paused:
+            self.resumed(uuid)
+
     def listed(
         self, uuid: str, name: str, number: int | None, *, alias: str, mono: float, ns: int
     ) -> list[Burst]:
@@ -296,7 +304,7 @@ class CrossCheck:
         case = self._cases.get(uuid)
         if case is not None and case.paused and look.state != PAUSED:
             self.resumed(uuid)  # and nobody told us
-        newer = newer_messages(look, since_ns, case, devices, self.slack_ns)
+        newer = newer_messages(look, since_ns, case, devices, self.slack_ns, ns)
         found: dict[str, Burst] = {}
         named: list[Burst] = []
         if look.paused_by_io_error:

@@ -65,6 +65,7 @@ class Lookups:
         self._late: set[str] = set()
         self._closed = False
         self._paused = True
+        self._starved = False  # a worker could not be started
 
     def request(self, uuid: str, want: Want) -> None:
         """Ask; wants of one domain are put together. Never blocks for longer than a lock."""
@@ -113,7 +114,7 @@ class Lookups:
         """
         running = self._current.running
         due = self._questions.next_due()
-        if not running and due is None:
+        if not running and due is None and not self._starved:
             return None  # without the lock: the observer asks after each note
         with self._lock:
             now = self._clock()
@@ -126,7 +127,8 @@ class Lookups:
             if replaced:
                 self._abandon()
                 emit(LookupsReplaced(hanging))
-            if replaced or (due is not None and due <= now):
+            if replaced or self._starved or (due is not None and due <= now):
+                self._starved = False
                 self._dispatch()
                 due = self._questions.next_due()
             moments = [b + self._deadline for b in running.values() if now - b < self._deadline]
@@ -163,8 +165,14 @@ class Lookups:
         if connection.idle:
             self._lock.notify_all()
         elif connection.workers < self._limit:
-            connection.workers += 1
-            threading.Thread(target=self._work, args=(connection,), name="virtbus-look", daemon=True).start()
+            worker = threading.Thread(target=self._work, args=(connection,), name="virtbus-look", daemon=True)
+            try:
+                worker.start()
+            except RuntimeError as error:  # no more threads: the question stays open
+                self._starved = True
+                emit(Trouble("look-up", error))
+            else:
+                connection.workers += 1
 
     def _work(self, connection: _Connection) -> None:
         while True:

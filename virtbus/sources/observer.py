@@ -8,6 +8,7 @@ whom, is decided in crosscheck.py.
 
 from __future__ import annotations
 
+import math
 import queue
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -33,7 +34,7 @@ from virtbus.model import (
     SourceReady,
 )
 from virtbus.retry import Backoff
-from virtbus.seen import MARGIN_SECONDS
+from virtbus.seen import MARGIN_SECONDS, Moment
 from virtbus.sources import Sink, SourceOptions
 from virtbus.sources.asking import HOST, Asker
 from virtbus.sources.connecting import Opened, Opener, Opening
@@ -44,6 +45,7 @@ from virtbus.sources.link import (
     PAUSED,
     PAUSED_IOERROR,
     PAUSED_UNKNOWN,
+    RUNNING,
     STARTED,
     STATES,
     STOPPED,
@@ -121,13 +123,16 @@ class Observer:
         self._opener = Opener(connector, self._crew, 1 if self._many else None)
         self._asker = Asker(shared, options.owner_rules)
         self._lookups = self._make_lookups()
+        self._backoff = Backoff("libvirt", ceiling=RECONNECT_CEILING_SECONDS)
         self._retry = retry
         # Domains whose next look is to say what was missed since when (wall ns; None: not by old messages).
         self._reconciling: dict[str, int | None] = {}
         self._troubled: dict[str, float] = {}  # uuid → when to look at it (monotonic)
-        self._since_ns = options.since_ns
+        since_ns = options.since_ns
+        # The last moment that was seen for certain; what the hypervisor remembers is asked for from there on.
+        self._since = None if since_ns is None else Moment.stamped(since_ns, shared.clock())
         self._facts: HostFacts | None = None
-        self._ready_ns: int | None = None
+        self._ready_at: Moment | None = None
         self.ever_ready = False
         # Where it stands: no session (waiting to retry), opening, looking around (`_snapshot`), listening.
         self._session: Session | None = None
@@ -196,8 +201,6 @@ class Observer:
     def begin(self, sink: Sink, wake: Callable[[], None]) -> None:
         """To be called first; `wake` is called from any thread when there is something to do."""
         self._sink, self._wake = sink, wake
-        # Here, for tenacity keeps its state by thread.
-        self._backoff = Backoff("libvirt", ceiling=RECONNECT_CEILING_SECONDS)
 
     def step(self) -> float:
         """Do what is due, without waiting → when to come again at the latest (monotonic).
@@ -266,7 +269,8 @@ class Observer:
             assert self._opening is not None
             self._opened = self._opening.result(now)
             if self._opened is None:
-                return self._opening.deadline
+                again = self._crew.check()
+                return self._opening.deadline if again is None else min(again, self._opening.deadline)
             self._opening = None
             self._look_around(session, self._opened)
         if self._witness is None:
@@ -300,9 +304,8 @@ class Observer:
         session = self._session
         self._leave()
         now = self.clock()
-        # What the hypervisor remembers is asked for from the last moment that was seen for certain.
         silent = max(closed.silent_seconds, 0.0 if session.seen is None else now.boot - session.seen.boot)
-        self._since_ns = now.wall_ns - int((silent + MARGIN_SECONDS) * 1e9)
+        self._since = Moment.of(now, silent + MARGIN_SECONDS)
         emit(SourceCutOff(self._connector.uri, closed.why))
         lost_ns = now.wall_ns - int(closed.silent_seconds * 1e9)
         domains = frozenset(entry.uuid for entry in self.cache.active()) if self._many else None
@@ -389,7 +392,8 @@ class Observer:
                 session.tell([HostKnown(self._host(self._facts), self.clock().wall_ns)])
         elif isinstance(note, Undecodable):
             for entry in self.cache.active():
-                self._reconciling.setdefault(entry.uuid, self._ready_ns)
+                since_ns = None if self._ready_at is None else self._ready_at.wall(self.clock())
+                self._reconciling.setdefault(entry.uuid, since_ns)
                 self._lookups.request(entry.uuid, Want.TROUBLE)
 
     def _on_description(self, session: Session, uuid: str) -> None:
@@ -443,13 +447,17 @@ class Observer:
                     mono=now.monotonic,
                     ns=now.wall_ns,
                 )
+                # The guest was resumed while it was looked at: what was found stands, and is over.
+                overtaken = session.resumed_at.get(uuid, -math.inf) >= look.asked_at
+                if overtaken:
+                    self.check.resumed(uuid)
                 if look.complete:
                     del self._reconciling[uuid]
                 if snapshot is not None:
                     snapshot.looks[uuid] = look
                     snapshot.findings += found
                 else:
-                    session.tell(found)
+                    session.tell([*found, DomainResumed(uuid, now.wall_ns)] if overtaken and found else found)
             session.tell(self.check.looked(uuid, look, entry.devices))
             if self.check.runs(uuid, look):
                 session.tell([DomainResumed(uuid, now.wall_ns)])
@@ -498,8 +506,12 @@ class Observer:
         with self.lock:
             self.check.slack_ns = 0 if facts.local else STAMP_SLACK_NS
             session.tell(self.check.keep_only(here))
+            for domain in opened.domains:
+                if domain.state == RUNNING and domain.uuid not in (session.since_listing or {}):
+                    self.check.listed_running(domain.uuid)
         self._snapshot = _Snapshot()
         self._reconciling, self._troubled = {}, {}
+        since_ns = None if self._since is None else self._since.wall(self.clock())
         # Guests in trouble first: they are what this is about.
         for paused in (True, False):
             for domain in opened.domains:
@@ -507,9 +519,9 @@ class Observer:
                     continue
                 self.cache.saw(domain.uuid, domain.name, domain.id, _state(domain.state))
                 want = Want.DESCRIPTION
-                if paused or (self._since_ns is not None and facts.keeps_messages):
+                if paused or (since_ns is not None and facts.keeps_messages):
                     want |= Want.TROUBLE
-                    self._reconciling[domain.uuid] = self._since_ns
+                    self._reconciling[domain.uuid] = since_ns
                 self._lookups.request(domain.uuid, want)
         if self._asker.host_uuid is None and not self._many:
             self._lookups.request(HOST, Want.HOST)
@@ -537,7 +549,7 @@ class Observer:
         since = session.since_listing or {}
         findings = list(snapshot.findings)
         now = self.clock()
-        self._facts, self._ready_ns = opened.facts, now.wall_ns
+        self._facts, self._ready_at = opened.facts, Moment.of(now)
         states = {}
         for domain in opened.domains:
             look = snapshot.looks.get(domain.uuid)

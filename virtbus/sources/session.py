@@ -204,6 +204,7 @@ class Session:
         self.notes = Notes(wake)
         # What lifecycle callbacks said since the listing: (name, state), None when it left. Then None.
         self.since_listing: dict[str, tuple[str, str] | None] | None = {}
+        self.resumed_at: dict[str, float] = {}  # guests whose last callback was a resume → when (monotonic)
         self.live = True
         self._shared = shared
         self._sink = sink
@@ -215,7 +216,7 @@ class Session:
         shared = self._shared
         uuid, given, path = raw.domain_uuid, raw.alias, raw.path  # as libvirt names it
         raw = shared.cache.shown(raw)
-        self._hear()
+        self.hear()
         with shared.lock:
             if not self.live:
                 return
@@ -237,14 +238,16 @@ class Session:
 
     def lifecycle(self, uuid: str, name: str, number: int | None, event: int, detail: int) -> None:
         """Tell what resolves, remember what pauses; see Handler."""
-        self._hear()
+        self.hear()
         now = self._shared.clock()
         check = self._shared.check
         said = meaning(uuid, event, detail, now.wall_ns)
         with self._shared.lock:
             if not self.live:
                 return
+            self.resumed_at.pop(uuid, None)
             if event == RESUMED or (event == STARTED and detail == STARTED_WAKEUP):
+                self.resumed_at[uuid] = now.monotonic
                 check.resumed(uuid)
             elif event == SUSPENDED and detail in PAUSES:
                 check.suspended(
@@ -264,10 +267,11 @@ class Session:
                 self.since_listing[uuid] = (name, STATE_AFTER[event]) if event != STOPPED else None
         self.notes.put(Lifecycle(uuid, name, number, event, detail))
 
-    def _hear(self) -> None:
-        if not self.heard:
+    def hear(self) -> None:
+        """There is something to ask about: the next question comes sooner."""
+        if not self.heard:  # a storm's every callback comes by here
             self.heard = True
-            self._wake()  # the next question comes sooner
+            self._wake()
 
     def device_removed(self, uuid: str, alias: str) -> None:
         """See Handler."""

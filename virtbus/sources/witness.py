@@ -10,10 +10,11 @@ from virtbus.seen import STANDSTILL_SECONDS, stalled_words
 from virtbus.sources.crew import Crew
 from virtbus.sources.link import Link
 from virtbus.sources.session import Closed, Session
+from virtbus.telemetry import Trouble, emit
 from virtbus.words import GapReason
 
 # Between two questions: a gap begins at most so long, and a margin, before its cause. A question wakes
-# libvirt's loop some nine times, so where nothing happens it is asked less often.
+# libvirt's loop some nine times, so where nothing is heard it is asked less often.
 PROVE_SECONDS, QUIET_SECONDS = 2.0, 10.0
 
 
@@ -65,6 +66,12 @@ class Witness:
         try:
             self._link.heard(partial(self._session.saw, asked))
         except SourceUnavailable:
-            return  # the connection's end is told by its own callback, silence by readiness
-        finally:
-            self._asking = False
+            again = True  # the connection's end is told by its own callback, silence by readiness
+        except Exception as error:  # noqa: BLE001 - nobody else would ask
+            again = True
+            emit(Trouble("question to the connection of the events", error))
+        else:
+            again = False
+        self._asking = False
+        if again:
+            self._session.hear()

@@ -40,11 +40,11 @@ from virtbus.bus.amqp.connection import (
     Dialer,
     Endpoint,
     Link,
-    ProtocolViolation,
     Waker,
     lost,
     translated,
 )
+from virtbus.bus.amqp.wire import ProtocolViolation
 from virtbus.errors import BusDenied, BusUnavailable, RecordRefused, VirtbusError
 from virtbus.model import Check, Confirmed, Deferred, Outcome, Record, Refused, Unroutable
 from virtbus.telemetry import METRICS, BusBlocked, emit
@@ -234,7 +234,7 @@ class AmqpBus:
 
     def dead_letters(self, group: str) -> DeadLetters:
         """See virtbus.bus.Bus. Over a connection of its own."""
-        from virtbus.bus.amqp.dead import AmqpDeadLetters
+        from virtbus.bus.amqp.letters import AmqpDeadLetters
 
         checked_group(group)
         return AmqpDeadLetters(Dialer(self._urls, self._options), self._options, f"virtbus.{group}")

@@ -1,4 +1,4 @@
-"""Dead letters on RabbitMQ: put aside over a connection of their own, and looked at by their operator.
+"""Dead letters on RabbitMQ: put aside over a connection of their own.
 
 A memory alarm, a full dead-letter queue or a message that breaks its channel must cost the group nothing but
 that message: the consuming connection never publishes, and what can't be put aside waits here, unacknowledged
@@ -11,8 +11,7 @@ import heapq
 import itertools
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -22,25 +21,22 @@ from amqp import spec
 from amqp.exceptions import AMQPError
 from amqp.serialization import dumps
 
-from virtbus.bus import CUT_HEADER, REASON_HEADER, BusOptions, DeadLetter
+from virtbus.bus import CUT_HEADER, REASON_HEADER, BusOptions
 from virtbus.bus.amqp.connection import LINK_FAULTS, Dialer, Link, Waker, translated
-from virtbus.errors import BusDenied, BusUnavailable, RecordRefused
-from virtbus.model import Binding, Message
+from virtbus.errors import BusDenied, BusUnavailable
+from virtbus.model import Message
 from virtbus.retry import Backoff
 from virtbus.telemetry import DeadLetterStored, DeadLetterWaits, Trouble, emit
 
 USER_HEADER = "x-virtbus-user-id"
 AT_HEADER = "x-virtbus-dead-at"
-_OURS = frozenset({REASON_HEADER, CUT_HEADER, USER_HEADER, AT_HEADER})
-_BROKERS = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count", "x-opt-")
+OURS = frozenset({REASON_HEADER, CUT_HEADER, USER_HEADER, AT_HEADER})
 _REASON_LIMIT = 1024
 _STUB_BYTES = 65536  # of a body that no dead-letter queue takes
 _IDLE_SECONDS = 10.0  # without anything to put aside the connection is let go
 _CEILING_SECONDS = 30.0
 _REFUSING = frozenset({311, 406, 501, 502})  # reply codes that speak of this message
 _FRAME_OVERHEAD = 8 + 14 + 64  # frame, content header, and what the properties' names need
-# A letter that was looked at so often is written anew: a policy may limit deliveries, also of dead letters.
-_LOOKS = 8
 
 
 def queue_arguments(link: Link, **more: Any) -> list[dict[str, Any]]:
@@ -293,7 +289,7 @@ def letter(
     if message.user_id is not None:
         headers[USER_HEADER] = message.user_id
     left, body, cuts = room - _size(headers) - 300 * len(basic), message.body, []
-    theirs = {name: value for name, value in message.headers.items() if name not in _OURS}
+    theirs = {name: value for name, value in message.headers.items() if name not in OURS}
     dropped = []
     for name, size in sorted(
         ((name, _size({name: theirs[name]})) for name in theirs), key=lambda one: one[1]
@@ -320,183 +316,3 @@ def _size(headers: Mapping[str, Any]) -> int:
         return len(dumps("F", [dict(headers)]))
     except (AMQPError, ValueError, TypeError, OverflowError, RecursionError, AttributeError):
         return 1 << 30
-
-
-# ------------------------------------------------------------------------------------ looking at them
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    tag: int
-    properties: Mapping[str, Any]
-
-
-class AmqpDeadLetters:
-    """See virtbus.bus.DeadLetters. What it has read is out of others' sight until it lets go."""
-
-    def __init__(self, dialer: Dialer, options: BusOptions, queue: str) -> None:
-        """Connects. `queue` is the group's. Raises BusUnavailable, BusDenied."""
-        self._options, self._group, self._queue = options, queue, f"{queue}.dead"
-        self._waker = Waker()
-        self._link = dialer.dial(self._waker, told=None)
-        self._channel: Any = None
-        self._open: deque[DeadLetter] = deque()
-
-    def __enter__(self) -> AmqpDeadLetters:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def count(self) -> int:
-        """See virtbus.bus.DeadLetters."""
-        try:
-            with self._link.brief_channel() as channel:
-                found: int = channel.queue_declare(self._queue, passive=True).message_count
-        except amqp.NotFound:
-            return len(self._open)
-        except LINK_FAULTS as error:
-            raise self._failed(error, "counting") from error
-        return found + len(self._open)
-
-    def read(self, limit: int | None = None) -> Iterator[DeadLetter]:
-        """See virtbus.bus.DeadLetters."""
-        left = self.count() - len(self._open)
-        if limit is not None:
-            left = min(left, limit)
-        for _ in range(left):
-            try:
-                channel = self._working()
-                self._link.be_patient()
-                raw = channel.basic_get(self._queue)
-            except LINK_FAULTS as error:
-                raise self._failed(error, "reading") from error
-            if raw is None:
-                return
-            found = _dead_letter(raw, self._queue)
-            self._open.append(found)
-            yield found
-
-    def send_back(self, letter: DeadLetter) -> None:
-        """See virtbus.bus.DeadLetters."""
-        if CUT_HEADER in letter.message.headers:
-            raise RecordRefused(
-                f"{letter.position} was cut when it was put aside ({letter.message.headers[CUT_HEADER]}): "
-                "it can't be sent back as it came"
-            )
-        place: _Place = letter.message.handle  # type: ignore[assignment]
-        headers = {
-            name: value
-            for name, value in letter.message.headers.items()
-            if name not in _OURS and not name.startswith(_BROKERS)
-        }
-        self._store(letter, place, headers, self._group, "sending back")
-
-    def drop(self, letter: DeadLetter) -> None:
-        """See virtbus.bus.DeadLetters."""
-        place: _Place = letter.message.handle  # type: ignore[assignment]
-        self._settle(letter, place, "dropping")
-
-    def close(self) -> None:
-        """See virtbus.bus.DeadLetters."""
-        worn = [one for one in self._open if (one.message.attempts or 0) > _LOOKS]
-        try:
-            for letter in worn:
-                headers = {k: v for k, v in letter.message.headers.items() if k != "x-delivery-count"}
-                self._store(letter, letter.message.handle, headers, self._queue, "keeping")
-        except (BusUnavailable, BusDenied) as error:
-            emit(Trouble("writing dead letters anew", error))
-        self._open.clear()
-        self._link.close()
-
-    def _store(
-        self, letter: DeadLetter, place: Any, headers: Mapping[str, Any], queue: str, doing: str
-    ) -> None:
-        """Publish it to a queue, confirmed; then remove it here."""
-        kept = ("content_type", "content_encoding", "message_id", "timestamp", "type", "app_id")
-        basic = {name: place.properties[name] for name in kept if name in place.properties}
-        content = amqp.Message(
-            letter.message.body, application_headers=dict(headers), delivery_mode=2, **basic
-        )
-        settled: list[str] = []
-        try:
-            channel = self._working()
-            for name in ("basic_ack", "basic_nack", "basic_return"):
-                channel.events[name].clear()
-                channel.events[name].add(lambda *_, name=name: settled.append(name))
-            publish(channel, content, queue)
-            limit = time.monotonic() + self._options.confirm_timeout
-            while not settled or settled == ["basic_return"]:
-                if time.monotonic() >= limit:
-                    raise TimeoutError("no confirm")
-                self._link.connection.pump(min(1.0, limit - time.monotonic()))
-        except LINK_FAULTS as error:
-            raise self._failed(error, doing) from error
-        if settled != ["basic_ack"]:
-            why = "does not exist" if settled[0] == "basic_return" else "does not take it: is it full?"
-            raise BusUnavailable(f"{self._link.name}: {doing} {letter.position}: queue {queue} {why}")
-        self._settle(letter, place, doing)
-
-    def _settle(self, letter: DeadLetter, place: _Place, doing: str) -> None:
-        if letter not in self._open:
-            return
-        try:
-            self._channel.basic_ack(place.tag)
-            self._link.connection.flush()
-        except LINK_FAULTS as error:
-            raise self._failed(error, doing) from error
-        self._open.remove(letter)
-
-    def _working(self) -> Any:
-        if self._channel is None:
-            self._channel = self._link.channel()
-            self._channel.confirm_select()
-        return self._channel
-
-    def _failed(self, error: BaseException, doing: str) -> BusUnavailable | BusDenied:
-        return translated(error, self._link.name, doing=f"{doing} dead letters of {self._group}")
-
-
-def _dead_letter(raw: Any, queue: str) -> DeadLetter:
-    headers = raw.properties.get("application_headers") or {}
-    body = raw.body.encode() if isinstance(raw.body, str) else bytes(raw.body)
-    tag, death = raw.delivery_info["delivery_tag"], (headers.get("x-death") or [{}])[0]
-    at = headers.get(AT_HEADER, death.get("time"))
-    count = headers.get("x-delivery-count")
-    message = Message(
-        binding=Binding.AMQP,
-        headers=headers,
-        content_type=raw.properties.get("content_type"),
-        body=body,
-        key=None,
-        redelivered=bool(raw.delivery_info.get("redelivered")),
-        # Our own letters have none; where there is one the broker put it aside, with the sender's headers.
-        user_id=raw.properties.get("user_id") or headers.get(USER_HEADER),
-        position=f"{queue}#{tag}",
-        handle=_Place(tag, raw.properties),
-        attempts=count + 1 if isinstance(count, int) else None,
-    )
-
-    def text(name: str) -> str | None:
-        value = headers.get(name)
-        return value if isinstance(value, str) else None
-
-    return DeadLetter(
-        position=message.position,
-        id=text("ce-id") or raw.properties.get("message_id"),
-        source=text("ce-source"),
-        type=text("ce-type"),
-        reason=text(REASON_HEADER) or str(death.get("reason", "")),
-        at=_time(at),
-        size_bytes=len(body),
-        message=message,
-    )
-
-
-def _time(told: object) -> datetime | None:
-    if isinstance(told, datetime):
-        return told if told.tzinfo else told.replace(tzinfo=UTC)
-    try:
-        return datetime.fromisoformat(told) if isinstance(told, str) else None
-    except ValueError:
-        return None

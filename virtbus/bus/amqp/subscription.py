@@ -39,8 +39,9 @@ import amqp
 from amqp import spec
 
 from virtbus.bus import BusOptions
-from virtbus.bus.amqp.connection import LINK_FAULTS, Dialer, Link, ProtocolViolation, Waker, lost, translated
+from virtbus.bus.amqp.connection import LINK_FAULTS, Dialer, Link, Waker, lost, translated
 from virtbus.bus.amqp.dead import DeadLetterOffice, declare_queue
+from virtbus.bus.amqp.wire import ProtocolViolation
 from virtbus.envelope import MAX_DECODE_BYTES
 from virtbus.errors import BusDenied, BusUnavailable, VirtbusError
 from virtbus.model import Binding, Message
