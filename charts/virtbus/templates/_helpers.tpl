@@ -295,14 +295,14 @@ seccompProfile:
 
 {{/* The agents' own, and the doctor's: as whom libvirt is asked. */}}
 {{- define "virtbus.agentSecurityContext" -}}
-{{- if .Values.kubevirt.enabled }}
-{{- /* kubelet's folders are root's, and a pod's socket is its guest's alone: see docs/kubevirt.md. */}}
+{{- if .Values.kubevirt.enabled -}}
+{{- /* kubelet's folders are root's, and a pod's socket is its guest's alone: see docs/kubevirt.md. */ -}}
 runAsNonRoot: false
 runAsUser: 0
 runAsGroup: 0
 seccompProfile:
   type: RuntimeDefault
-{{- else }}
+{{- else -}}
 {{ include "virtbus.podSecurityContext" (dict "user" .Values.runAsUser "group" .Values.runAsGroup) }}
 {{- end }}
 {{- with .Values.libvirt.groups }}
