@@ -8,7 +8,7 @@ matter: CPython compiled from Debian 12's source package, which has Debian's sec
 stay the host's, so that its updates reach us. Compiled on Debian 12 with libm's `hypot` bound to its old version
 (portable.h), nothing needs more than glibc 2.34 and libvirt 9.0: Debian 12, Ubuntu 24.04, RHEL 9 and later.
 
-Every file's time is that of the commit (SOURCE_DATE_EPOCH): built twice, all files are the same byte for byte.
+Every file's time is that of the commit (SOURCE_DATE_EPOCH), so that two builds of it can be compared.
 """
 
 from __future__ import annotations
