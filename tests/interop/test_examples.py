@@ -65,18 +65,19 @@ def test_an_examples_consumer_acts_on_every_event_and_puts_aside_what_is_none(
     connection = pika.BlockingConnection(pika.URLParameters(amqp_url))
     channel = connection.channel()
 
-    def waiting(queue: str) -> int | None:
+    def count(queue: str, of: str = "message_count") -> int | None:
         nonlocal channel
         try:
-            return int(channel.queue_declare(queue, passive=True).method.message_count)
+            return int(getattr(channel.queue_declare(queue, passive=True).method, of))
         except pika.exceptions.ChannelClosedByBroker:
             channel = connection.channel()
             return None
 
     with consuming(command, amqp_url, out):
-        wait_until(lambda: waiting("virtbus.example") is not None, "the example's queue is there", 60)
+        # A queue that is there need not be bound yet; who consumes from it has bound it.
+        wait_until(lambda: count("virtbus.example", "consumer_count") == 1, "the example consumes", 60)
         channel.basic_publish("virtbus.events", "io_error.x.y", b"no event")
-        wait_until(lambda: waiting("virtbus.example.dead") == 1, "it puts aside what is no event", 60)
+        wait_until(lambda: count("virtbus.example.dead") == 1, "it puts aside what is no event", 60)
     # While it is away its queue keeps what comes, in either mode.
     made = events.records()
     for structured in (False, True):
@@ -98,5 +99,5 @@ def test_an_examples_consumer_acts_on_every_event_and_puts_aside_what_is_none(
     kinds = {line.split()[0] for line in out.read_text().splitlines()}
     assert {"error", "resolved", "gap"} <= kinds
     assert "other" not in kinds
-    assert waiting("virtbus.example.dead") == 1
+    assert count("virtbus.example.dead") == 1
     connection.close()
