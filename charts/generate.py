@@ -200,6 +200,12 @@ def chart_values() -> dict[str, Schema]:
                 "items": {"type": "integer", "minimum": 1},
             },
         ),
+        "kubevirt": strict(
+            "Agents on KubeVirt's nodes; what that means for security: docs/kubevirt.md",
+            enabled=flag("Observe the libvirt of every virt-launcher pod: agents run as root with DAC_OVERRIDE alone, and /run/libvirt is not mounted"),
+            podsDir=text("kubelet's folder of pods on the host; mounted read-only at /var/lib/kubelet/pods", pattern=HOST_FOLDER),
+            withLibvirt=flag("Observe the host's own libvirt as well: mount libvirt.socketDir, too"),
+        ),
         "spool": strict(
             "Where unconfirmed events are kept",
             type=text("hostPath outlives the pod; emptyDir is **lost with the pod**, events included", enum=["hostPath", "emptyDir"]),
@@ -379,8 +385,8 @@ RabbitMQ or Kafka. How to run it, Pod Security, SELinux and polkit: `docs/kubern
       --from-literal=url='amqps://virtbus:password@rabbitmq.example:5671//'
     helm install virtbus charts/virtbus --namespace virtbus --set bus.existingSecret=virtbus-bus
 
-Nodes must run libvirt (plain KVM nodes, OpenStack-Helm). KubeVirt and Harvester are not supported: their
-libvirt lives inside each virt-launcher pod, and there is no socket on the node.
+Nodes must run libvirt (plain KVM nodes, OpenStack-Helm), or be KubeVirt's or Harvester's (`kubevirt.enabled`, see
+docs/kubevirt.md).
 
 This page is made by `python charts/generate.py` from values.yaml and values.schema.json.
 """

@@ -48,6 +48,34 @@ class OwnerRule(_Section, frozen=True):
     user_name: Annotated[str | None, Meta(description="Path of the user's name")] = None
 
 
+class Discover(_Section, frozen=True):
+    """Hypervisors that come and go, each behind a socket of its own."""
+
+    preset: Annotated[
+        Literal["kubevirt"] | None, Meta(description="Where a platform keeps its sockets: kubevirt")
+    ] = None
+    sockets: Annotated[
+        tuple[Annotated[str, Meta(pattern="^/[^/].*$", max_length=1024)], ...],
+        Meta(description="Patterns of sockets (* matches within one name); links are not followed"),
+    ] = ()
+    uri: Annotated[
+        str,
+        Meta(
+            pattern=r"\{socket\}",
+            description="libvirt connection URI of a socket that was found; {socket} stands for it",
+        ),
+    ] = "qemu+unix:///session?socket={socket}"
+    host: Annotated[
+        str | None, Meta(description="Name of the host in events; default: the kernel's node name")
+    ] = None
+    with_uri: Annotated[bool, Meta(description="Observe the hypervisor of libvirt.uri as well")] = False
+
+    @property
+    def on(self) -> bool:
+        """Whether sockets are looked for."""
+        return self.preset is not None or bool(self.sockets)
+
+
 class Libvirt(_Section, frozen=True):
     """The hypervisor to observe."""
 
@@ -75,6 +103,7 @@ class Libvirt(_Section, frozen=True):
         Seconds, Meta(description="How long a pause by I/O error waits for its own I/O-error event")
     ] = 1.0
     owner_rules: Annotated[tuple[OwnerRule, ...], Meta(description="Further owners in guest metadata")] = ()
+    discover: Annotated[Discover, Meta(description="Many hypervisors instead of one: KubeVirt")] = Discover()
 
 
 class Tls(_Section, frozen=True):

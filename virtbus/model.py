@@ -282,6 +282,8 @@ class SourceReady:
     throttles: bool = False  # the hypervisor merges errors: counts are lower bounds
     connection: str = ""  # of whose guests this speaks, where a source has several
     proves: bool = False  # `SourceSeen` follows: without it nothing counts as seen
+    whole: bool = True  # these are all guests of the host; else the others' connections speak for them
+    appeared_ns: int | None = None  # when the connection's socket did: its guests may run since then
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,6 +294,25 @@ class SourceLost:
     why: str
     connection: str = ""
     reason: GapReason = GapReason.SOURCE_LOST
+    domains: frozenset[str] | None = None  # the guests that are not seen; None: all of the host
+
+
+@dataclass(frozen=True, slots=True)
+class SourceGone:
+    """A connection ended for good, with its daemon; each of `domains` is told gone after this."""
+
+    at_ns: int
+    connection: str
+    domains: frozenset[str] = frozenset()  # guests whose end the daemon did not tell
+
+
+@dataclass(frozen=True, slots=True)
+class Surveyed:
+    """Every connection that was there at the start has been looked at: what none of them has is gone."""
+
+    at_ns: int
+    host: Host
+    domains: frozenset[str]
 
 
 class SourceSeen(NamedTuple):
@@ -319,7 +340,9 @@ Observation: TypeAlias = (
     | HostKnown
     | SourceReady
     | SourceLost
+    | SourceGone
     | SourceSeen
+    | Surveyed
     | CallbackLost
 )
 

@@ -102,9 +102,13 @@ class Backoff:
         self._state.attempt_number += 1
         return seconds
 
-    def wait(self, stop: StopEvent, error: Exception | str, *, limit: float = math.inf) -> bool:
-        """Tell the hook, then sleep the next wait, `limit` seconds at most. False when `stop` ended it."""
+    def plan(self, error: Exception | str, *, limit: float = math.inf) -> float:
+        """Tell the hook → the next wait in seconds, `limit` at most, for a caller that waits by itself."""
         attempt = self._state.attempt_number
         seconds = max(0.0, min(limit, self.next_wait()))
         self._hook(RetryScheduled(self._stage, attempt, round(seconds, 3), error))
-        return not stop.wait(seconds)
+        return seconds
+
+    def wait(self, stop: StopEvent, error: Exception | str, *, limit: float = math.inf) -> bool:
+        """Tell the hook, then sleep the next wait, `limit` seconds at most. False when `stop` ended it."""
+        return not stop.wait(self.plan(error, limit=limit))

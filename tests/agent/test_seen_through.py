@@ -18,7 +18,18 @@ from virtbus.agent.agent import Agent, AgentOptions
 from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.agent.publisher import _SpoolFeed
 from virtbus.errors import RestartNeeded, SpoolFull
-from virtbus.model import CallbackLost, Host, HostKnown, Now, SourceLost, SourceReady, SourceSeen
+from virtbus.model import (
+    CallbackLost,
+    DomainState,
+    Host,
+    HostKnown,
+    Now,
+    SourceGone,
+    SourceLost,
+    SourceReady,
+    SourceSeen,
+    Surveyed,
+)
 from virtbus.sources.observer import Observer
 from virtbus.spool import Spool, SpoolLimits, faults
 from virtbus.testing import FakeBus, FakeSource, a_gap, a_host, a_raw_io_error
@@ -486,3 +497,20 @@ def test_a_reload_of_the_heartbeats_interval_counts_from_now():
     feed = _SpoolFeed(None, None, None, lambda: interval[0])
     interval[0] = 60.0
     assert feed.heartbeat_in() <= 60.0
+
+
+def test_an_old_proof_does_not_bring_back_a_connection_that_has_ended(house):
+    guest = DomainState("11111111-2222-4333-8444-555555555555", "guest", "running", False)
+    at = time.time_ns()
+    one = house()
+    one.source.play(Surveyed(at, a_host(), frozenset({guest.uuid})))
+    first = one.wait("gap")[0]["data"]
+    one.source.play(SourceReady(a_host(), at + 10**9, (guest,), connection="b", proves=True, whole=False))
+    late = one.wait("gap", 2)[1]["data"]
+    assert (late["detail"], late["started_at"]) == ("b was not reached before", first["ended_at"])
+    one.source.play(SourceGone(at + 2 * 10**9, "b", frozenset({guest.uuid})), SourceSeen(Now(at, 0.0), "b"))
+    ended = one.wait("gap", 3)[2]["data"]
+    assert ended["detail"] == "b ended: its socket is gone"
+    wait_until(lambda: len(one.agent.queue) == 0)
+    assert one.agent.status()["source"]["connections"] == {"": True}
+    assert one.agent.not_ready() == []

@@ -106,6 +106,7 @@ class Daemon:
     def __init__(self, sched: Scheduler, virtual: Virtual, host: str, quirks: Quirks) -> None:
         self.sched, self.virtual, self.host, self.quirks = sched, virtual, host, quirks
         self.uri = f"qemu+{host}:///system"
+        self.appeared_ns: int | None = None
         self.guests: dict[str, Guest] = {}
         self.links: list[ModelLink] = []
         self.up = True

@@ -55,6 +55,7 @@ class SimulatedHost:
 
     def __init__(self, guests: int = 0, *, keeps_messages: bool = False, throttles: bool = False) -> None:
         self.uri = "simulated:///"
+        self.appeared_ns: int | None = None
         self.guests: dict[str, Guest] = {}
         self.keeps_messages = keeps_messages
         self.throttles = throttles

@@ -9,6 +9,7 @@ import pytest
 from tests.faultkit import wait_until
 from virtbus.errors import SourceUnavailable
 from virtbus.model import Clock, Observation, SourceSeen
+from virtbus.sources.crew import Crew
 from virtbus.sources.session import Session, Shared
 from virtbus.sources.witness import Witness
 
@@ -16,10 +17,10 @@ from virtbus.sources.witness import Witness
 @pytest.mark.parametrize("failure", [SourceUnavailable("timed out"), MemoryError("no memory")])
 def test_a_question_that_failed_is_asked_again(monkeypatch: pytest.MonkeyPatch, failure: Exception) -> None:
     monkeypatch.setattr("virtbus.sources.witness.PROVE_SECONDS", 0.01)
-    shared = Shared(Clock(), 1.0)
+    clock = Clock()
     told: list[Observation] = []
-    session = Session(shared, told.append)
-    session.heard.set()
+    woken = threading.Event()
+    session = Session(Shared(clock, 1.0), told.append, wake=woken.set)
     failures = [failure, failure]
 
     class Link:
@@ -29,16 +30,41 @@ def test_a_question_that_failed_is_asked_again(monkeypatch: pytest.MonkeyPatch, 
             assert callable(then)
             then()
 
+    crew = Crew()
+    witness = Witness(session, Link(), crew, clock(), quiet=3600.0)  # type: ignore[arg-type]
+    session.hear()
     stop = threading.Event()
 
-    def tick() -> None:  # the source thread's part
-        while not stop.wait(0.01):
-            session.tick = shared.clock()
+    def step() -> None:  # the source thread's part: it comes when it is woken or when the witness said
+        while not stop.is_set():
+            woken.wait(max(0.0, witness.step(clock()) - clock().monotonic))
+            woken.clear()
 
-    thread = threading.Thread(target=tick)
+    thread = threading.Thread(target=step)
     thread.start()
-    with Witness(session, shared, Link()):  # type: ignore[arg-type]
-        wait_until(lambda: any(isinstance(each, SourceSeen) for each in told))
+    wait_until(lambda: any(isinstance(each, SourceSeen) for each in told))
     stop.set()
+    woken.set()
     thread.join()
+    crew.close()
     assert failures == []
+
+
+def test_a_call_for_which_there_is_no_thread_is_made_when_there_is_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    start = threading.Thread.start
+    refusals = [RuntimeError("can't start new thread")]
+
+    def starts(thread: threading.Thread) -> None:
+        if refusals:
+            raise refusals.pop()
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", starts)
+    crew, called = Crew(), threading.Event()
+    crew.run(called.set)
+    assert not called.is_set()
+    assert crew.check() is None  # it waits no longer
+    assert called.wait(10)
+    crew.close()

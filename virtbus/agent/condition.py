@@ -96,6 +96,9 @@ class Condition:
                 "state": self._intake.sight.state,
                 "since": to_datetime(self._intake.sight.changed_ns).isoformat(),
                 "queued": len(self._intake.queue),
+                "connections": {
+                    name: seen.connected for name, seen in list(self._intake.sight.connections.items())
+                },
             },
             "bus": {"url": self._bus_name, "error": bus_error},
             "spool": {

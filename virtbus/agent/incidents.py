@@ -75,6 +75,7 @@ from virtbus.model import (
     Resolution,
     SourceLost,
     SourceReady,
+    Surveyed,
     to_datetime,
 )
 from virtbus.seen import is_told
@@ -156,7 +157,9 @@ class Incidents:
         self._new_id = new_id
         self._host = host
         self._throttles = False
-        self._blind = False
+        self._blind = False  # to every guest that is not in `_sighted`
+        self._sighted: set[str] = set()  # guests whose own connection has looked at them since
+        self._unsighted: set[str] = set()  # guests whose own connection is lost
         self._now = Now(0, 0.0)
         self._open: dict[str, IncidentState] = {}
         self._of_domain: dict[str, list[IncidentState]] = {}  # those of scope device and domain
@@ -214,8 +217,10 @@ class Incidents:
             return self._removed(observation, now, describe)
         if isinstance(observation, SourceReady):
             return self._ready(observation, now, describe)
+        if isinstance(observation, Surveyed):
+            return self._surveyed(observation, now, describe)
         if isinstance(observation, SourceLost):
-            self._blind = True
+            self._lost(observation.domains)
         return []  # what else a source says of itself concerns gaps alone
 
     def tick(self, now: Now, describe: Describe = _unknown) -> list[Event]:
@@ -471,6 +476,8 @@ class Incidents:
     def _resume(self, domain_uuid: str, at_ns: int, now: Now, describe: Describe) -> list[Event]:
         """The guest runs: from now on its devices can prove that they are quiet; one that is gone has."""
         self._halted.pop(domain_uuid, None)
+        if self._blind:
+            self._sighted.add(domain_uuid)
         concerned = list(self._of_domain.get(domain_uuid, ()))
         concerned += [one for one in self._host_incidents() if domain_uuid in one.paused]
         for incident in concerned:
@@ -489,6 +496,8 @@ class Incidents:
 
     def _gone(self, gone: DomainGone, now: Now, describe: Describe) -> list[Event]:
         events: list[Event] = []
+        for known in (self._sighted, self._unsighted):
+            known.discard(gone.domain_uuid)
         self._halted.pop(gone.domain_uuid, None)
         for incident in list(self._of_domain.get(gone.domain_uuid, ())):
             events += self._resolve(incident, gone.cause, gone.at_ns, now, describe)
@@ -584,16 +593,20 @@ class Incidents:
         4. No incident counts as quiet before we have watched it again for the widest window.
         """
         self.host = ready.host
-        if ready.throttles != self._throttles:
+        if not ready.whole:
+            self._throttles = self._throttles or ready.throttles  # of any: a bound is lower, never wrong
+        elif ready.throttles != self._throttles:
             self._throttles = ready.throttles
             self._changed[META] = None
         domains = {one.uuid: one for one in ready.domains if one.state != GuestState.SHUT_OFF}
         events: list[Event] = []
         for incident in list(self._open.values()):
             if incident.scope is Scope.HOST:
-                incident.paused &= domains.keys()
+                incident.paused &= domains.keys() if ready.whole else incident.paused
                 continue
             domain = domains.get(uuid_in(incident.key))
+            if domain is None and not ready.whole:
+                continue  # another connection's guest, or told gone by its own
             if domain is None:
                 events += self._resolve(incident, ResolutionCause.DOMAIN_STOPPED, ready.at_ns, now, describe)
             elif domain.state in _RUNNING_STATES and incident.removed:
@@ -605,9 +618,14 @@ class Incidents:
                 and incident.device.alias not in domain.aliases
             ):
                 events += self._resolve_removed(incident, ready.at_ns, now, describe)
-        self._forget(lambda uuid, _alias: uuid not in domains)
-        self._blind = False
-        self._halted = {}
+        if ready.whole:
+            self._forget(lambda uuid, _alias: uuid not in domains)
+            self._see_all()
+            self._unsighted, self._halted = set(), {}
+        self._sighted |= domains.keys()
+        self._unsighted -= domains.keys()
+        for uuid in domains:
+            self._halted.pop(uuid, None)
         for domain in domains.values():
             if domain.state in _HALTED_STATES:
                 self._halt(domain.uuid, GuestState(domain.state))
@@ -621,11 +639,47 @@ class Incidents:
                 events += self._keep_paused(domain, ready.at_ns, now, describe)
         settle = min(self._limits.quiet_seconds, self._limits.max_window_seconds)
         for incident in self._open.values():
+            if not ready.whole and incident.scope is not Scope.HOST and uuid_in(incident.key) not in domains:
+                continue
             not_before = now.monotonic + settle - self._limits.quiet_seconds
             incident.quiet_since_at = max(incident.quiet_since_at, not_before)
             self._changed[incident.key] = None
             self._schedule(incident)
         return events
+
+    def _surveyed(self, survey: Surveyed, now: Now, describe: Describe) -> list[Event]:
+        """Every connection was looked at: guests that none of them has are gone."""
+        self.host = self._host or survey.host
+        known = survey.domains | self._sighted | self._unsighted
+        events: list[Event] = []
+        for incident in list(self._open.values()):
+            if incident.scope is Scope.HOST:
+                incident.paused &= known
+            elif uuid_in(incident.key) not in known and not incident.drill:
+                events += self._resolve(incident, ResolutionCause.DOMAIN_STOPPED, survey.at_ns, now, describe)
+        self._forget(lambda uuid, _alias: uuid not in known)
+        self._see_all()
+        return events
+
+    def _see_all(self) -> None:
+        self._blind = False
+        self._sighted.clear()
+        self._wake = -math.inf  # what was blind may be due
+
+    def _lost(self, domains: frozenset[str] | None) -> None:
+        """Nothing is seen of these guests, or (None) of any."""
+        if domains is None:
+            self._blind = True
+            self._sighted.clear()
+        else:
+            self._unsighted |= domains
+            self._sighted -= domains
+
+    def _is_blind(self, incident: IncidentState) -> bool:
+        if incident.scope is Scope.HOST:
+            return self._blind or bool(self._unsighted)
+        uuid = uuid_in(incident.key)
+        return uuid in self._unsighted or (self._blind and uuid not in self._sighted)
 
     def _tells_of(self, finding: Burst) -> bool:
         """Whether an incident of this or an earlier run told of a look's finding already.
@@ -699,7 +753,7 @@ class Incidents:
         if incident.pending:
             allowed = incident.allowed_at if self._limits.fold else -math.inf
             return allowed if incident.urgent else max(incident.window_ends_at, allowed)
-        if self._blind or self._held(incident):
+        if self._is_blind(incident) or self._held(incident):
             return math.inf
         return incident.quiet_since_at + self._limits.quiet_seconds
 

@@ -26,9 +26,11 @@ from virtbus.model import (
     Now,
     Observation,
     RawIoError,
+    SourceGone,
     SourceLost,
     SourceReady,
     SourceSeen,
+    Surveyed,
     to_datetime,
 )
 from virtbus.seen import Blind, Moment, stalled_words
@@ -107,13 +109,14 @@ class Intake:
     def _open_epoch(self) -> None:
         """Commit this run's first event, the gap since the last one, with what was found in it."""
         held: list[Observation] = []
-        ready: SourceReady | None = None
+        ready: SourceReady | Surveyed | None = None
+        whole = False
         before = self._clock()
         deadline = before.monotonic + SOURCE_GRACE_SECONDS
-        while ready is None and not self._stop.is_set() and before.monotonic < deadline:
+        while not whole and not self._stop.is_set() and before.monotonic < deadline:
             for item in self.queue.drain(max(0.0, min(0.5, deadline - before.monotonic))):
-                if ready is None and isinstance(item, SourceReady):
-                    ready = item
+                if isinstance(item, SourceReady | Surveyed) and not whole:
+                    ready, whole = item, isinstance(item, Surveyed) or item.whole
                 held.append(item)
             before = self._clock()
         now = self._clock()
@@ -187,6 +190,14 @@ class Intake:
                 self._speaker.is_on(item.host)
                 if self.opened.is_set():
                     events += self._copied(item.host, now)
+            if isinstance(item, SourceGone):
+                events += self._ended(item, now)
+                continue
+            if isinstance(item, Surveyed):
+                self.sight.surveyed(item)
+                self._speaker.is_on(self._speaker.host or item.host)
+                if self.opened.is_set():
+                    events += self._copied(item.host, now)
             if isinstance(item, SourceReady | SourceLost | SourceSeen):
                 blind = self.sight.take(item, now)
                 if isinstance(item, SourceSeen):
@@ -231,6 +242,20 @@ class Intake:
             found=_found(events),
         )
         return [gap, *events]
+
+    def _ended(self, gone: SourceGone, now: Now) -> list[Event]:
+        """A connection ended for good. Guests whose end it did not tell may have had errors until then."""
+        blind = self.sight.gone(gone)
+        if blind is None:
+            return []
+        return [
+            self._speaker.gap(
+                blind.reason,
+                blind.why,
+                started_at=to_datetime(blind.since.wall(now)),
+                ended_at=to_datetime(gone.at_ns),
+            )
+        ]
 
     def _copied(self, host: Host, now: Now) -> list[Event]:
         """Libvirt came late and says that our id is another host's: told, and begun again under a new one."""

@@ -17,9 +17,11 @@ from virtbus.model import (
     HostKnown,
     Observation,
     RawIoError,
+    SourceGone,
     SourceLost,
     SourceReady,
     SourceSeen,
+    Surveyed,
 )
 from virtbus.telemetry import METRICS
 from virtbus.words import Origin
@@ -118,6 +120,9 @@ class IntakeQueue:
             return
         if isinstance(observation, HostKnown):
             self._put_last((HostKnown,), observation)
+            return
+        if isinstance(observation, SourceGone | Surveyed) and self._has_room():
+            self._put_last((type(observation), getattr(observation, "connection", None)), observation)
             return
         if isinstance(observation, DomainResumed | DomainHalted | DomainGone | DeviceRemoved):
             key = (type(observation), observation.domain_uuid, getattr(observation, "alias", None))

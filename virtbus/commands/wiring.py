@@ -91,6 +91,13 @@ def open_source(config: Config, *, since_ns: int | None = None) -> Source:
     `since_ns` is the agent's last sign of life: what the hypervisor remembers from after it is told.
     """
     uri, group = config.libvirt.uri, "virtbus.sources"
+    discover = config.libvirt.discover
+    if discover.on:
+        from virtbus.sources.many import ManySource
+
+        return ManySource(
+            discover, options=source_options(config, since_ns), uri=uri if discover.with_uri else None
+        )
     point = plugins.find(group, uri.partition(":")[0]) or plugins.find(group, "libvirt")
     assert point is not None  # the package's own
     factory: SourceFactory = plugins.load(point, uri)

@@ -8,7 +8,7 @@ from threading import Event as StopEvent
 from typing import Protocol, TypeAlias
 
 from virtbus.config import OwnerRule
-from virtbus.model import Check, Description, Observation, SourceReady
+from virtbus.model import Check, Description, Host, Observation, SourceReady
 
 Sink: TypeAlias = Callable[[Observation], None]
 """Takes an observation in about a microsecond, from any thread, without blocking or raising."""
@@ -29,6 +29,10 @@ class SourceOptions:
     grace_seconds: float = 1.0  # how long a pause by I/O error waits for its own event
     owner_rules: tuple[OwnerRule, ...] = ()
     since_ns: int | None = None
+    # Of one hypervisor among many on its host:
+    host: Host | None = None  # whose guests these are, whatever the connection says; None: what it says
+    quiet_seconds: float | None = None  # between two questions where nothing happens
+    idle_seconds: float | None = None  # then the connection of the look-ups is closed; None: never
 
 
 class Source(Protocol):

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import queue
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from threading import Event as StopEvent
 
 from virtbus.errors import SourceUnavailable
+from virtbus.sources.crew import Crew
 from virtbus.sources.link import Connector, DomainAt, HostFacts, Link
 from virtbus.sources.session import Session
 
 OPEN_SECONDS = 30.0  # then an attempt to connect is given up (its thread ends when its call does)
 OPENING_LIMIT = 4  # attempts that hang at the same time
-POLL_SECONDS = 0.5  # how soon `stop` is seen
 
 
 @dataclass(slots=True)
@@ -27,12 +24,58 @@ class Opened:
     domains: Sequence[DomainAt]
 
 
+class Opening:
+    """One attempt. The source thread asks for its result; the attempt's own thread brings it."""
+
+    def __init__(self, uri: str, deadline: float) -> None:
+        self.deadline = deadline  # monotonic
+        self.over = False  # its call has returned
+        self._uri = uri
+        self._lock = threading.Lock()
+        self._given_up = False
+        self._result: Opened | Exception | None = None
+
+    def bring(self, result: Opened | Exception) -> None:
+        """The call has returned; nobody wants a connection that comes too late."""
+        with self._lock:
+            self.over, late = True, self._given_up
+            self._result = result
+        if late and isinstance(result, Opened):
+            result.link.close()
+
+    def give_up(self) -> None:
+        """Don't wait any longer."""
+        with self._lock:
+            self._given_up, result = True, self._result
+        if isinstance(result, Opened):
+            result.link.close()
+
+    def result(self, now: float) -> Opened | None:
+        """None while it is under way. Raises what the attempt raised, SourceUnavailable at the deadline."""
+        with self._lock:
+            result = self._result
+            if result is None and now < self.deadline:
+                return None
+            if result is not None:
+                self._result = None
+        if isinstance(result, Exception):
+            raise result
+        if result is None:
+            raise SourceUnavailable(
+                f"{self._uri} did not answer within {OPEN_SECONDS:.0f} s; is libvirtd frozen?"
+            )
+        return result
+
+
 class Opener:
     """Makes connections of one Connector; remembers the attempts that hang."""
 
-    def __init__(self, connector: Connector) -> None:
+    def __init__(self, connector: Connector, crew: Crew, limit: int | None = None) -> None:
+        """`limit` attempts may hang at the same time."""
         self._connector = connector
-        self._hanging: list[threading.Thread] = []
+        self._crew = crew
+        self._limit = limit
+        self._attempts: list[Opening] = []
 
     def connect(self, session: Session | None) -> Opened:
         """Open, register, list. May block for ever."""
@@ -43,47 +86,32 @@ class Opener:
             link.close()
             raise
 
-    def open(self, session: Session, stop: StopEvent) -> Opened | None:
-        """`connect` on a thread that is left behind when it hangs; None when `stop` came first.
+    def forget(self) -> None:
+        """Another daemon listens now: what hangs says nothing about it."""
+        self._attempts = []
+
+    def begin(self, session: Session, now: float, wake: Callable[[], None]) -> Opening:
+        """`connect` on another thread, which is left behind when it hangs; `wake` is called when it is over.
 
         A daemon that is frozen lets a client connect and then says nothing, before keepalive begins.
+        Raises SourceUnavailable when too many attempts hang already.
         """
-        self._hanging = [thread for thread in self._hanging if thread.is_alive()]
-        if len(self._hanging) >= OPENING_LIMIT:
+        limit = OPENING_LIMIT if self._limit is None else self._limit
+        self._attempts = [attempt for attempt in self._attempts if not attempt.over]
+        if len(self._attempts) >= limit:
             raise SourceUnavailable(
-                f"{self._connector.uri}: {OPENING_LIMIT} attempts to connect hang; is libvirtd frozen?"
+                f"{self._connector.uri}: {limit} attempts to connect hang; is libvirtd frozen?"
             )
-        results: queue.SimpleQueue[Opened | Exception] = queue.SimpleQueue()
-        given_up = threading.Event()
+        opening = Opening(self._connector.uri, now + OPEN_SECONDS)
 
         def attempt() -> None:
             try:
-                opened = self.connect(session)
+                result: Opened | Exception = self.connect(session)
             except Exception as error:  # noqa: BLE001 - it is raised on the other side
-                results.put(error)
-                return
-            results.put(opened)
-            if given_up.is_set():
-                opened.link.close()
+                result = error
+            opening.bring(result)
+            wake()
 
-        thread = threading.Thread(target=attempt, name="virtbus-connect", daemon=True)
-        thread.start()
-        end = time.monotonic() + OPEN_SECONDS
-        result: Opened | Exception | None = None
-        while result is None and not stop.is_set() and time.monotonic() < end:
-            try:
-                result = results.get(timeout=POLL_SECONDS)
-            except queue.Empty:
-                continue
-        if result is None:
-            given_up.set()
-            session.end()
-            self._hanging.append(thread)
-            if stop.is_set():
-                return None
-            raise SourceUnavailable(
-                f"{self._connector.uri} did not answer within {OPEN_SECONDS:.0f} s; is libvirtd frozen?"
-            )
-        if isinstance(result, Exception):
-            raise result
-        return result
+        self._attempts.append(opening)
+        self._crew.run(attempt)
+        return opening

@@ -22,7 +22,7 @@ from virtbus import redaction
 from virtbus.errors import ConfigError, SourceDenied, SourceUnavailable, VirtbusError
 from virtbus.model import Check, Description, Hypervisor, RawIoError, SourceReady
 from virtbus.sources import Sink, SourceOptions
-from virtbus.sources.link import DomainAt, Handler, HostFacts, NoSuchDomain, Space, Unsupported
+from virtbus.sources.link import DomainAt, Handler, HostFacts, NobodyListens, NoSuchDomain, Space, Unsupported
 from virtbus.sources.observer import Observer
 from virtbus.sources.probing import checks_of, unreachable
 from virtbus.telemetry import CallbackUndecodable, EventUnsupported, LibvirtSaid, Trouble, emit
@@ -145,6 +145,8 @@ def _translated(error: libvirt.libvirtError, what: str) -> VirtbusError:
         return SourceDenied(
             f"{what}: {text}; give this uid and gid an account on the host, or run as one that has (65534)"
         )
+    if code == libvirt.VIR_ERR_SYSTEM_ERROR and error.get_int1() == errno.ECONNREFUSED:
+        return NobodyListens(f"{what}: {text}")
     denied = code in _DENIED or (
         code == libvirt.VIR_ERR_SYSTEM_ERROR and error.get_int1() in (errno.EACCES, errno.EPERM)
     )
@@ -332,6 +334,7 @@ class LibvirtConnector:
 
     def __init__(self, uri: str, options: SourceOptions) -> None:
         self.uri = redaction.uri(uri)  # what messages say
+        self.appeared_ns: int | None = None
         self._address = uri
         self._interval = options.keepalive_interval_seconds
         self._count = options.keepalive_count

@@ -56,6 +56,10 @@ class NoSuchDomain(SourceUnavailable):
     retryable = False
 
 
+class NobodyListens(SourceUnavailable):
+    """The socket is there, and its daemon is not."""
+
+
 class Unsupported(SourceUnavailable):
     """The libvirt or hypervisor at hand does not have the call: don't ask again."""
 
@@ -161,6 +165,7 @@ class Connector(Protocol):
     """Makes links; `open` blocks, `abandoned` links close themselves when their calls return."""
 
     uri: str
+    appeared_ns: int | None  # since when the daemon may have been there (wall ns), where that is known
 
     def open(self, handler: Handler | None) -> Link:
         """Connect read-only, keepalive set, and with a handler register every callback.

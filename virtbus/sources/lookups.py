@@ -49,7 +49,10 @@ class Lookups:
         in_flight: int,
         deadline: float,
         clock: Callable[[], float] = time.monotonic,
+        idle: float | None = None,
     ) -> None:
+        """After `idle` seconds without a question threads end and the connection is closed (None: never)."""
+        self._idle_seconds = idle
         self._connector = connector
         self._job = job
         self._limit = in_flight
@@ -182,8 +185,11 @@ class Lookups:
                     if asked is not None:
                         break
                     connection.idle += 1
-                    self._lock.wait()
+                    asked_again = self._lock.wait(self._idle_seconds)
                     connection.idle -= 1
+                    if not asked_again and self._next() is None:
+                        self._rest(connection)
+                        return
                 connection.running[asked.subject] = now
                 self._dispatch()  # more may wait than one worker serves
             unanswered = asked.want
@@ -195,6 +201,12 @@ class Lookups:
                 emit(Trouble("look-up", error))
             finally:
                 self._finished(connection, asked, unanswered)
+
+    def _rest(self, connection: _Connection) -> None:
+        """An idle worker ends; the last one closes the connection, and the next question opens another."""
+        connection.workers -= 1
+        if not connection.workers and connection is self._current:
+            self._abandon()
 
     def _finished(self, connection: _Connection, asked: Asked, unanswered: Want) -> None:
         with self._lock:

@@ -1,15 +1,18 @@
 """Observes one hypervisor through a `Link`: connects for ever, looks, cross-checks, tells.
 
-Threads: libvirt's own calls the session's callbacks (session.py); the source thread runs `Observer.run`;
-look-ups run on threads and a connection of their own (lookups.py, asking.py). Which error is told, and by
+Threads: libvirt's own calls the session's callbacks (session.py); the source thread calls `Observer.step`;
+look-ups run on threads and a connection of their own (lookups.py, asking.py), and whatever else may never
+return on the crew's (crew.py). Which error is told, and by
 whom, is decided in crosscheck.py.
 """
 
 from __future__ import annotations
 
+import math
 import queue
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event as StopEvent
 
@@ -19,11 +22,14 @@ from virtbus.model import (
     Clock,
     Description,
     Device,
+    DomainGone,
     DomainResumed,
     DomainState,
     Host,
     HostKnown,
     Now,
+    Observation,
+    SourceGone,
     SourceLost,
     SourceReady,
 )
@@ -31,7 +37,8 @@ from virtbus.retry import Backoff
 from virtbus.seen import MARGIN_SECONDS, Moment
 from virtbus.sources import Sink, SourceOptions
 from virtbus.sources.asking import HOST, Asker
-from virtbus.sources.connecting import Opened, Opener
+from virtbus.sources.connecting import Opened, Opener, Opening
+from virtbus.sources.crew import Crew
 from virtbus.sources.crosscheck import STAMP_SLACK_NS
 from virtbus.sources.evidence import Look, disk_errors_by_alias
 from virtbus.sources.link import (
@@ -67,14 +74,16 @@ from virtbus.sources.session import (
     Shared,
     Undecodable,
 )
-from virtbus.sources.witness import Witness
+from virtbus.sources.witness import Pulse, Witness
 from virtbus.telemetry import BlockJobFailed, SourceCutOff, SourceRegistered, Trouble, emit
-from virtbus.words import GuestState
+from virtbus.words import GuestState, ResolutionCause
 
 RECONNECT_CEILING_SECONDS = 2.0  # callbacks are back within 5 s after the daemon is
 SNAPSHOT_SECONDS = 3.0  # what the first look could not see by then comes later
 ALIVE_SECONDS = 5.0  # between two looks at a connection that nobody closed
 POLL_SECONDS = 1.0  # how soon `stop` is seen
+LOOK_POLL_SECONDS = 0.02  # how soon the end of a first look is seen where its last answer failed or is late
+NOTES_A_STEP = 64
 # How long a look for evidence lets its error go first: both want Python's lock and libvirtd.
 LOOK_AFTER_SECONDS = 0.02
 _IO_PAUSE_REASONS = (PAUSED_IOERROR, PAUSED_UNKNOWN)
@@ -89,7 +98,11 @@ class _Snapshot:
 
 
 class Observer:
-    """One hypervisor; all of `virtbus.sources.Source` but `probe`."""
+    """One hypervisor; all of `virtbus.sources.Source` but `probe`.
+
+    A state machine that never waits: `begin`, then `step` as often as it asks for it or `wake` is called,
+    then `end`; all from one thread. `run` drives a single one; many.py drives one for each daemon of a host.
+    """
 
     def __init__(
         self,
@@ -97,14 +110,21 @@ class Observer:
         *,
         options: SourceOptions,
         clock: Callable[[], Now] | None = None,
+        crew: Crew | None = None,
+        retry: Callable[[Exception | str], float] | None = None,
     ) -> None:
+        """`retry`: why the hypervisor is away → seconds until it is tried again (a short backoff)."""
         shared = self._shared = Shared(clock or Clock(), options.grace_seconds)
         self.clock, self.lock, self.check, self.cache = shared.clock, shared.lock, shared.check, shared.cache
         self._connector = connector
         self._options = options
-        self._opener = Opener(connector)
+        self._many = options.host is not None  # one among others on its host
+        self._crew = crew or Crew(clock=lambda: self.clock().monotonic)
+        self._opener = Opener(connector, self._crew, 1 if self._many else None)
         self._asker = Asker(shared, options.owner_rules)
         self._lookups = self._make_lookups()
+        self._backoff = Backoff("libvirt", ceiling=RECONNECT_CEILING_SECONDS)
+        self._retry = retry
         # Domains whose next look is to say what was missed since when (wall ns; None: not by old messages).
         self._reconciling: dict[str, int | None] = {}
         self._troubled: dict[str, float] = {}  # uuid → when to look at it (monotonic)
@@ -113,36 +133,38 @@ class Observer:
         self._since = None if since_ns is None else Moment.stamped(since_ns, shared.clock())
         self._facts: HostFacts | None = None
         self._ready_at: Moment | None = None
-        self._ever_ready = False
+        self.ever_ready = False
+        # Where it stands: no session (waiting to retry), opening, looking around (`_snapshot`), listening.
+        self._session: Session | None = None
+        self._opening: Opening | None = None
+        self._opened: Opened | None = None
+        self._snapshot: _Snapshot | None = None
+        self._witness: Witness | None = None
+        self._vanished: list[str] = []  # guests that were there before the connection was lost, and are not
+        self._look_until = self._alive_at = self._retry_at = float("-inf")
+        self._sink: Sink = _nobody
+        self._wake: Callable[[], None] = _nothing
+        self._awake = False
 
     # ---- the Source contract
 
     def run(self, sink: Sink, stop: StopEvent) -> None:
         """Observe until `stop`; see Source."""
-        backoff = Backoff("libvirt", ceiling=RECONNECT_CEILING_SECONDS)
+        bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        pulse = Pulse(self.clock())
+        self.begin(sink, lambda: bell.put(None))
         try:
             while not stop.is_set():
-                session = Session(self._shared, sink, self._connector.uri)
-                try:
-                    opened = self._opener.open(session, stop)
-                    if opened is None:
-                        return
-                    lost = self._observe(session, opened, sink, stop)
-                except (SourceDenied, ConfigError) as error:
-                    if not self._ever_ready:
-                        raise
-                    backoff.wait(stop, error)
-                except SourceUnavailable as error:
-                    backoff.wait(stop, error)
-                else:
-                    if lost is not None:
-                        sink(lost)
-                        backoff.reset()
-                        backoff.wait(stop, lost.why)
-                finally:
-                    session.end()
+                due = self.step()
+                wait = min(POLL_SECONDS, due - self.clock().monotonic)
+                with suppress(queue.Empty):
+                    if wait > 0:
+                        bell.get(timeout=wait)
+                stood = pulse.beat(self.clock(), POLL_SECONDS)
+                if stood is not None:
+                    self.stood_still(pulse, stood)
         finally:
-            self._lookups.close()
+            self.end()
 
     def describe(self, domain_uuid: str) -> Description | None:
         """From the cache; see Source."""
@@ -156,96 +178,194 @@ class Observer:
 
     def snapshot(self) -> SourceReady:
         """One look; see Source."""
-        session = Session(self._shared, lambda _observation: None)
-        opened = self._opener.connect(None)
+        session = self._session = Session(self._shared, _nobody)
         try:
-            snapshot = self._look_around(session, opened, StopEvent())
-            return self._ready(session, opened, snapshot)
+            self._opened = self._opener.connect(None)
+            self._look_around(session, self._opened)
+            while not self._looked(session):
+                StopEvent().wait(LOOK_POLL_SECONDS)
+            assert self._snapshot is not None
+            return self._ready(session, self._opened, self._snapshot)
         finally:
-            self._asker.session = None
-            session.end()
-            opened.link.close()
+            self._leave()
             self._lookups.close()
             self._lookups = self._make_lookups()
 
-    # ---- one session
+    # ---- the steps
 
-    def _observe(self, session: Session, opened: Opened, sink: Sink, stop: StopEvent) -> SourceLost | None:
-        """From the first look to the loss of the connection; None when `stop` ended it.
+    @property
+    def connected(self) -> bool:
+        """Whether it listens."""
+        return self._witness is not None
 
-        Raises SourceUnavailable when the connection is lost before the first look is done.
+    def begin(self, sink: Sink, wake: Callable[[], None]) -> None:
+        """To be called first; `wake` is called from any thread when there is something to do."""
+        self._sink, self._wake = sink, wake
+
+    def step(self) -> float:
+        """Do what is due, without waiting → when to come again at the latest (monotonic).
+
+        Raises SourceDenied or ConfigError, and nothing else, before the first look.
         """
+        self._awake = False
         try:
-            snapshot = self._look_around(session, opened, stop)
-            if stop.is_set():
-                return None
-            with self.lock:
-                ready = self._ready(session, opened, snapshot)
-                session.since_listing = None
-                session.tick = self.clock()  # a standstill from here on is noticed
-                sink(ready)
-            self._ever_ready = True
-            hypervisor = ready.host.hypervisor
-            emit(
-                SourceRegistered(
-                    self._connector.uri, hypervisor.libvirt_version, hypervisor.version, len(ready.domains)
-                )
-            )
-            for domain in ready.domains:
-                if domain.state == "running":
-                    self._lookups.request(domain.uuid, Want.BASELINE)
-            with Witness(session, self._shared, opened.link) as witness:
-                closed = self._listen(session, opened.link, sink, stop, witness)
-        finally:
-            self._asker.session = None
+            return self._step()
+        except (SourceDenied, ConfigError) as error:
+            if not self.ever_ready:
+                self._leave()
+                raise
+            return self._away(error)
+        except SourceUnavailable as error:
+            return self._away(error)
+
+    def end(self) -> None:
+        """Let go of everything."""
+        self._leave()
+        self._lookups.close()
+
+    def retry_now(self) -> None:
+        """Another daemon listens: try it at once, whatever the one before did."""
+        self._opener.forget()
+        self._backoff.reset()
+        self._retry_at = float("-inf")
+        if self._opened is None and self._session is not None:
+            self._leave()
+
+    def stood_still(self, pulse: Pulse, seconds: float) -> None:
+        """The process stood still: what was told meanwhile may be lost."""
+        if self._session is not None and self.connected:
+            self._cut_off(pulse.closed(self._session, seconds))
+
+    def gone(self) -> None:
+        """The hypervisor is gone for good, and so are its guests."""
+        now = self.clock()
+        left = [entry.uuid for entry in self.cache.active()]
+        self._sink(SourceGone(now.wall_ns, self._connector.uri, frozenset(left)))
+        for uuid in left:
+            self._tell_gone(uuid)
+
+    def _tell_gone(self, uuid: str) -> None:
+        with self.lock:
+            for burst in self.check.gone(uuid):
+                self._sink(burst)
+            self._sink(DomainGone(uuid, self.clock().wall_ns, ResolutionCause.DOMAIN_STOPPED))
+        self.cache.gone(uuid)
+
+    def _rouse(self) -> None:
+        """Callable from any thread; once a step, however often."""
+        if not self._awake:
+            self._awake = True
+            self._wake()
+
+    def _step(self) -> float:
+        now = self.clock().monotonic
+        if self._session is None:
+            if now < self._retry_at:
+                return self._retry_at
+            self._session = Session(self._shared, self._sink, self._connector.uri, self._rouse)
+            self._opening = self._opener.begin(self._session, now, self._rouse)
+        session = self._session
+        if self._opened is None:
+            assert self._opening is not None
+            self._opened = self._opening.result(now)
+            if self._opened is None:
+                again = self._crew.check()
+                return self._opening.deadline if again is None else min(again, self._opening.deadline)
+            self._opening = None
+            self._look_around(session, self._opened)
+        if self._witness is None:
+            if not self._looked(session):
+                return now + LOOK_POLL_SECONDS
+            self._tell_ready(session, self._opened)
+        assert self._witness is not None
+        return self._listen(session, self._opened.link, self._witness)
+
+    def _leave(self) -> None:
+        """Let go of the session, wherever it stands."""
+        session, opened, opening = self._session, self._opened, self._opening
+        self._session = self._opened = self._opening = self._snapshot = self._witness = None
+        self._asker.session = None
+        if session is not None:
             session.end()
+        if opening is not None:
+            opening.give_up()
+        if opened is not None:
             self._lookups.pause()
             opened.link.close()
-        if closed is None:
-            return None
+
+    def _away(self, why: Exception | str) -> float:
+        self._leave()
+        self._retry_at = self.clock().monotonic + (self._retry or self._backoff.plan)(why)
+        return self._retry_at
+
+    def _cut_off(self, closed: Closed) -> float:
+        """The connection is lost: tell, and try again soon."""
+        assert self._session is not None
+        session = self._session
+        self._leave()
         now = self.clock()
         silent = max(closed.silent_seconds, 0.0 if session.seen is None else now.boot - session.seen.boot)
         self._since = Moment.of(now, silent + MARGIN_SECONDS)
         emit(SourceCutOff(self._connector.uri, closed.why))
         lost_ns = now.wall_ns - int(closed.silent_seconds * 1e9)
-        return SourceLost(lost_ns, closed.why, session.connection, closed.reason)
+        domains = frozenset(entry.uuid for entry in self.cache.active()) if self._many else None
+        self._sink(SourceLost(lost_ns, closed.why, session.connection, closed.reason, domains))
+        self._backoff.reset()
+        return self._away(closed.why)
 
-    def _listen(
-        self, session: Session, link: Link, sink: Sink, stop: StopEvent, witness: Witness
-    ) -> Closed | None:
-        """Handle notes and timers until the connection is lost; None when `stop` ended it."""
-        alive_at = self.clock().monotonic
-        while not stop.is_set():
-            note = self._next_note(session)
+    def _tell_ready(self, session: Session, opened: Opened) -> None:
+        assert self._snapshot is not None
+        with self.lock:
+            ready = self._ready(session, opened, self._snapshot)
+            session.since_listing = None
+            self._sink(ready)
+        for uuid in self._vanished:
+            self._sink(DomainGone(uuid, ready.at_ns, ResolutionCause.DOMAIN_STOPPED))
+        self._snapshot, self._vanished, self.ever_ready = None, [], True
+        hypervisor = ready.host.hypervisor
+        emit(
+            SourceRegistered(
+                self._connector.uri, hypervisor.libvirt_version, hypervisor.version, len(ready.domains)
+            )
+        )
+        for domain in ready.domains:
+            if domain.state == "running":
+                self._lookups.request(domain.uuid, Want.BASELINE)
+        now = self.clock()
+        self._witness = Witness(session, opened.link, self._crew, now, self._options.quiet_seconds)
+        self._alive_at = now.monotonic + self._alive_seconds
+
+    @property
+    def _alive_seconds(self) -> float:
+        return self._options.quiet_seconds or ALIVE_SECONDS
+
+    def _listen(self, session: Session, link: Link, witness: Witness) -> float:
+        """Handle notes and timers; notes beyond NOTES_A_STEP wait until others had their turn."""
+        for _ in range(NOTES_A_STEP):
+            note = session.notes.next()
             if isinstance(note, Closed):
-                return note
-            stalled = witness.stalled(POLL_SECONDS)
-            if stalled is not None:
-                return stalled
+                return self._cut_off(note)
             try:
                 if note is not None:
                     self._handle(session, note, None)
-                self._decide(session, sink)
+                self._decide(session)
                 self._look_at_trouble()
             except Exception as error:  # noqa: BLE001 - one strange domain must not end the watch
                 emit(Trouble("source", error))
-            if self.clock().monotonic - alive_at >= ALIVE_SECONDS:
-                alive_at = self.clock().monotonic
-                if not link.alive():
-                    return Closed("the connection is closed", ALIVE_SECONDS)
-        return None
-
-    def _next_note(self, session: Session) -> Note | None:
-        wait = POLL_SECONDS
+            if note is None:
+                break
+        else:
+            return self.clock().monotonic
+        now = self.clock()
+        if now.monotonic >= self._alive_at:
+            self._alive_at = now.monotonic + self._alive_seconds
+            if not link.alive():
+                return self._cut_off(Closed("the connection is closed", self._alive_seconds))
         with self.lock:
-            moments = (self.check.next_due(), self.check.next_doubt())
-        for moment in (*moments, min(self._troubled.values(), default=None), self._lookups.check()):
-            if moment is not None:
-                wait = min(wait, max(0.0, moment - self.clock().monotonic))
-        try:
-            return session.notes.get(timeout=wait) if wait > 0 else session.notes.get_nowait()
-        except queue.Empty:
-            return None
+            moments = [self.check.next_due(), self.check.next_doubt()]
+        moments += [min(self._troubled.values(), default=None), self._lookups.check(), self._crew.check()]
+        due = min(self._alive_at, witness.step(now))
+        return min([due, *(moment for moment in moments if moment is not None)])
 
     def _handle(self, session: Session, note: Note, snapshot: _Snapshot | None) -> None:
         if isinstance(note, Lifecycle):
@@ -327,13 +447,17 @@ class Observer:
                     mono=now.monotonic,
                     ns=now.wall_ns,
                 )
+                # The guest was resumed while it was looked at: what was found stands, and is over.
+                overtaken = session.resumed_at.get(uuid, -math.inf) >= look.asked_at
+                if overtaken:
+                    self.check.resumed(uuid)
                 if look.complete:
                     del self._reconciling[uuid]
                 if snapshot is not None:
                     snapshot.looks[uuid] = look
                     snapshot.findings += found
                 else:
-                    session.tell(found)
+                    session.tell([*found, DomainResumed(uuid, now.wall_ns)] if overtaken and found else found)
             session.tell(self.check.looked(uuid, look, entry.devices))
             if self.check.runs(uuid, look):
                 session.tell([DomainResumed(uuid, now.wall_ns)])
@@ -351,7 +475,7 @@ class Observer:
         """With the description: no event tells of a snapshot, and the blame must not fall on an old image."""
         self._lookups.request(uuid, Want.TROUBLE | Want.DESCRIPTION)
 
-    def _decide(self, session: Session, sink: Sink) -> None:
+    def _decide(self, session: Session) -> None:
         now = self.clock()
         with self.lock:
             due = self.check.next_due()
@@ -365,28 +489,27 @@ class Observer:
                 session.tell(decision.bursts)
                 if decision.over and any(burst.count for burst in decision.bursts):
                     # The pause is told after its end: say again that it is over.
-                    sink(DomainResumed(decision.bursts[0].raw.domain_uuid, now.wall_ns))
+                    self._sink(DomainResumed(decision.bursts[0].raw.domain_uuid, now.wall_ns))
 
     # ---- the first look of a session
 
-    def _look_around(self, session: Session, opened: Opened, stop: StopEvent) -> _Snapshot:
-        """Registered already; now see what is there. Ends within SNAPSHOT_SECONDS, complete or not.
-
-        Raises SourceUnavailable when the connection is lost meanwhile.
-        """
+    def _look_around(self, session: Session, opened: Opened) -> None:
+        """Registered already; now ask what is there. `_looked` within SNAPSHOT_SECONDS, complete or not."""
         facts = opened.facts
         self._asker.begin(session, facts)
         here = frozenset(domain.uuid for domain in opened.domains)
         for entry in self.cache.active():
             if entry.uuid not in here:
                 self.cache.gone(entry.uuid)
+                if self._many:
+                    self._vanished.append(entry.uuid)
         with self.lock:
             self.check.slack_ns = 0 if facts.local else STAMP_SLACK_NS
             session.tell(self.check.keep_only(here))
             for domain in opened.domains:
                 if domain.state == RUNNING and domain.uuid not in (session.since_listing or {}):
                     self.check.listed_running(domain.uuid)
-        snapshot = _Snapshot()
+        self._snapshot = _Snapshot()
         self._reconciling, self._troubled = {}, {}
         since_ns = None if self._since is None else self._since.wall(self.clock())
         # Guests in trouble first: they are what this is about.
@@ -400,23 +523,26 @@ class Observer:
                     want |= Want.TROUBLE
                     self._reconciling[domain.uuid] = since_ns
                 self._lookups.request(domain.uuid, want)
-        if self._asker.host_uuid is None:
+        if self._asker.host_uuid is None and not self._many:
             self._lookups.request(HOST, Want.HOST)
         self._lookups.resume()
-        end = self.clock().monotonic + SNAPSHOT_SECONDS
-        while not stop.is_set() and self.clock().monotonic < end:
+        self._look_until = self.clock().monotonic + SNAPSHOT_SECONDS
+
+    def _looked(self, session: Session) -> bool:
+        """Whether the first look is over. Raises SourceUnavailable when the connection is lost meanwhile."""
+        while True:
             self._lookups.check()
             busy = self._lookups.busy()
-            try:
-                note = session.notes.get(timeout=0.02) if busy else session.notes.get_nowait()
-            except queue.Empty:
-                if busy:
-                    continue
-                break
-            if isinstance(note, Closed):
-                raise SourceUnavailable(f"{self._connector.uri}: {note.why}")
-            self._handle(session, note, snapshot)
-        return snapshot
+            handled = False
+            while (note := session.notes.next()) is not None:
+                if isinstance(note, Closed):
+                    raise SourceUnavailable(f"{self._connector.uri}: {note.why}")
+                self._handle(session, note, self._snapshot)
+                handled = True
+            if self.clock().monotonic >= self._look_until:
+                return True
+            if not handled:
+                return not busy
 
     def _ready(self, session: Session, opened: Opened, snapshot: _Snapshot) -> SourceReady:
         """The first look as it stands now; the lock is held, so that no callback falls between."""
@@ -459,9 +585,13 @@ class Observer:
             throttles=opened.facts.throttles,
             connection=session.connection,
             proves=True,
+            whole=not self._many,
+            appeared_ns=self._connector.appeared_ns,
         )
 
     def _host(self, facts: HostFacts) -> Host:
+        if self._options.host is not None:
+            return replace(self._options.host, hypervisor=facts.hypervisor)
         boot_id = None
         if facts.local:
             try:
@@ -477,8 +607,17 @@ class Observer:
             in_flight=self._options.lookups_in_flight,
             deadline=self._options.lookup_deadline_seconds,
             clock=lambda: self.clock().monotonic,
+            idle=self._options.idle_seconds,
         )
 
 
 def _state(number: int) -> str:
     return STATES.get(number, str(number))
+
+
+def _nobody(_observation: Observation) -> None:
+    """A sink that nobody listens to."""
+
+
+def _nothing() -> None:
+    """Wake nobody."""

@@ -172,20 +172,43 @@ class Shared:
         self.cache = Cache()
 
 
+class Notes:
+    """What one connection leaves for the source thread, which `wake` calls; any thread puts."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self._queue: queue.SimpleQueue[Note] = queue.SimpleQueue()
+
+    def put(self, note: Note) -> None:
+        """Leave a note."""
+        self._queue.put(note)
+        self._wake()
+
+    def next(self) -> Note | None:
+        """The oldest note, or None."""
+        try:
+            return self._queue.get_nowait()
+        except queue.Empty:
+            return None
+
+
 class Session:
     """The callbacks of one connection. Deaf once it is over: each registration tells at most once."""
 
-    def __init__(self, shared: Shared, sink: Sink, connection: str = "") -> None:
+    def __init__(
+        self, shared: Shared, sink: Sink, connection: str = "", wake: Callable[[], None] = lambda: None
+    ) -> None:
         self.connection = connection
-        self.heard = threading.Event()  # something, since the last question
+        self.heard = False  # something, since the last question
         self.seen: Now | None = None  # when the last question was asked that the daemon answered
-        self.tick = shared.clock()  # when the source thread last came by
-        self.notes: queue.SimpleQueue[Note] = queue.SimpleQueue()
+        self.notes = Notes(wake)
         # What lifecycle callbacks said since the listing: (name, state), None when it left. Then None.
         self.since_listing: dict[str, tuple[str, str] | None] | None = {}
+        self.resumed_at: dict[str, float] = {}  # guests whose last callback was a resume → when (monotonic)
         self.live = True
         self._shared = shared
         self._sink = sink
+        self._wake = wake
 
     def io_error(self, raw: RawIoError) -> None:
         """Tell it at once; see Handler."""
@@ -193,7 +216,7 @@ class Session:
         shared = self._shared
         uuid, given, path = raw.domain_uuid, raw.alias, raw.path  # as libvirt names it
         raw = shared.cache.shown(raw)
-        self._hear()
+        self.hear()
         with shared.lock:
             if not self.live:
                 return
@@ -215,14 +238,16 @@ class Session:
 
     def lifecycle(self, uuid: str, name: str, number: int | None, event: int, detail: int) -> None:
         """Tell what resolves, remember what pauses; see Handler."""
-        self._hear()
+        self.hear()
         now = self._shared.clock()
         check = self._shared.check
         said = meaning(uuid, event, detail, now.wall_ns)
         with self._shared.lock:
             if not self.live:
                 return
+            self.resumed_at.pop(uuid, None)
             if event == RESUMED or (event == STARTED and detail == STARTED_WAKEUP):
+                self.resumed_at[uuid] = now.monotonic
                 check.resumed(uuid)
             elif event == SUSPENDED and detail in PAUSES:
                 check.suspended(
@@ -241,6 +266,12 @@ class Session:
             if self.since_listing is not None and event in STATE_AFTER:
                 self.since_listing[uuid] = (name, STATE_AFTER[event]) if event != STOPPED else None
         self.notes.put(Lifecycle(uuid, name, number, event, detail))
+
+    def hear(self) -> None:
+        """There is something to ask about: the next question comes sooner."""
+        if not self.heard:  # a storm's every callback comes by here
+            self.heard = True
+            self._wake()
 
     def device_removed(self, uuid: str, alias: str) -> None:
         """See Handler."""
@@ -274,10 +305,6 @@ class Session:
         """Tell what a look found; the observer's lock is held."""
         for each in found:
             self._sink(each)
-
-    def _hear(self) -> None:
-        if not self.heard.is_set():  # a storm's every callback comes by here
-            self.heard.set()
 
     def saw(self, asked: Now) -> None:
         """The daemon answered a question of `asked`: what it told before has been heard."""

@@ -63,6 +63,12 @@
 {{- fail (printf "\n\nspool.hostPath = %s is a folder of the host's own, and would be given to runAsUser: choose one for this release alone, e.g. /var/lib/virtbus" .Values.spool.hostPath) -}}
 {{- end -}}
 {{- end -}}
+{{- if and .Values.kubevirt.withLibvirt (not .Values.kubevirt.enabled) -}}
+{{- fail "\n\nkubevirt.withLibvirt is set, but kubevirt.enabled is not: the host's libvirt is observed without it" -}}
+{{- end -}}
+{{- if and .Values.kubevirt.enabled (dig "libvirt" "discover" dict .Values.config) -}}
+{{- fail "\n\nconfig.libvirt.discover belongs to kubevirt.enabled: keep one" -}}
+{{- end -}}
 {{- if and .Values.react.enabled (not .Values.react.with) -}}
 {{- fail "\n\nreact.enabled is set, but react.with names no integration, e.g. --set react.with=kubernetes" -}}
 {{- end -}}

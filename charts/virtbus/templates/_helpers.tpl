@@ -236,9 +236,75 @@ seccompProfile:
   type: RuntimeDefault
 {{- end -}}
 
+{{/* Not empty: the host's own libvirt is observed. */}}
+{{- define "virtbus.hostLibvirt" -}}
+{{- if or (not .Values.kubevirt.enabled) .Values.kubevirt.withLibvirt }}yes{{ end -}}
+{{- end -}}
+
+{{- define "virtbus.agentEnv" -}}
+{{- if .Values.kubevirt.enabled -}}
+- name: VIRTBUS_LIBVIRT__DISCOVER__PRESET
+  value: kubevirt
+- name: VIRTBUS_LIBVIRT__DISCOVER__HOST
+  valueFrom:
+    fieldRef:
+      fieldPath: spec.nodeName
+{{- if .Values.kubevirt.withLibvirt }}
+- name: VIRTBUS_LIBVIRT__DISCOVER__WITH_URI
+  value: "true"
+{{- end }}
+{{- end }}
+{{- with .Values.extraEnv }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{- define "virtbus.libvirtMounts" -}}
+{{- if .Values.kubevirt.enabled -}}
+- name: pods
+  mountPath: /var/lib/kubelet/pods
+  readOnly: true
+  mountPropagation: HostToContainer
+{{- end }}
+{{- if include "virtbus.hostLibvirt" . }}
+# The folder, never the socket: a bind of the file goes stale when libvirt restarts.
+- name: libvirt
+  mountPath: /run/libvirt
+  readOnly: true
+{{- end }}
+{{- end -}}
+
+{{- define "virtbus.libvirtVolumes" -}}
+{{- if .Values.kubevirt.enabled -}}
+- name: pods
+  hostPath:
+    path: {{ .Values.kubevirt.podsDir }}
+    type: Directory
+{{- end }}
+{{- if include "virtbus.hostLibvirt" . }}
+- name: libvirt
+  hostPath:
+    path: {{ .Values.libvirt.socketDir }}
+    type: DirectoryOrCreate  # a node without libvirt gets a pod that runs and says so
+{{- end }}
+{{- end -}}
+
+{{- define "virtbus.spoolOwner" -}}
+{{- if .Values.kubevirt.enabled }}0:0{{ else }}{{ int64 .Values.runAsUser }}:{{ int64 .Values.runAsGroup }}{{ end -}}
+{{- end -}}
+
 {{/* The agents' own, and the doctor's: as whom libvirt is asked. */}}
 {{- define "virtbus.agentSecurityContext" -}}
+{{- if .Values.kubevirt.enabled -}}
+{{- /* kubelet's folders are root's, and a pod's socket is its guest's alone: see docs/kubevirt.md. */ -}}
+runAsNonRoot: false
+runAsUser: 0
+runAsGroup: 0
+seccompProfile:
+  type: RuntimeDefault
+{{- else -}}
 {{ include "virtbus.podSecurityContext" (dict "user" .Values.runAsUser "group" .Values.runAsGroup) }}
+{{- end }}
 {{- with .Values.libvirt.groups }}
 supplementalGroups: {{ toJson . }}
 {{- end }}

@@ -1,0 +1,270 @@
+"""Many hypervisors behind sockets that come and go, each a simulated one."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.sources.simulated import DEADLINE, Guest, Seen, SimulatedHost
+from tests.sources.test_observer import OPTIONS, until
+from virtbus.config import Discover
+from virtbus.errors import SourceUnavailable
+from virtbus.model import DomainGone, Observation, RawIoError, SourceGone, SourceLost, SourceReady, Surveyed
+from virtbus.retry import no_waiting
+from virtbus.sources.many import KUBEVIRT, ManySource, SocketConnector, look
+
+NAME = "libvirt-runtime/virtqemud-sock"
+
+
+class Sockets:
+    """A folder of pods, and the hypervisor behind each one's socket."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.hosts: dict[str, SimulatedHost] = {}
+        self.opened: list[str] = []
+
+    def add(self, pod: str, host: SimulatedHost | None = None) -> SimulatedHost:
+        """A pod with one guest, whose UUID is its own."""
+        path = self.folder / pod / NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = host or SimulatedHost()
+        if host is None:
+            number = 0xA000 + len(self.hosts)
+            guest = Guest(f"00000000-0000-0000-0000-{number:012x}", pod, 1)
+            made.guests[guest.uuid] = guest
+        made.uri = str(path)
+        self.hosts[str(path)] = made
+        bind(path)
+        return made
+
+    def end(self, pod: str) -> None:
+        """The pod's daemon and folder are gone."""
+        path = self.folder / pod / NAME
+        path.unlink()
+        path.parent.rmdir()
+        (self.folder / pod).rmdir()
+        host = self.hosts.pop(str(path))
+        host.down = True
+        host.cut()
+
+    def connector(self, path: str) -> SimulatedHost:
+        """The connector of a path."""
+        self.opened.append(path)
+        return self.hosts[path]
+
+
+def bind(path: Path) -> None:
+    """A new socket in place of what is there."""
+    path.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_PATH)
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(f"/proc/self/fd/{folder}/{path.name}")
+    os.close(folder)
+
+
+def guest_of(host: SimulatedHost) -> Guest:
+    return next(iter(host.guests.values()))
+
+
+@pytest.fixture
+def sockets(tmp_path: Path) -> Sockets:
+    return Sockets(tmp_path)
+
+
+@contextmanager
+def observed(sockets: Sockets) -> Iterator[tuple[ManySource, Seen]]:
+    source = ManySource(
+        Discover(sockets=(f"{sockets.folder}/*/{NAME}",), host="node-1"),
+        options=OPTIONS,
+        connector=sockets.connector,
+    )
+    seen, stop = Seen(), threading.Event()
+    with no_waiting():
+        thread = threading.Thread(target=source.run, args=(seen, stop))
+        thread.start()
+        try:
+            yield source, seen
+        finally:
+            stop.set()
+            for host in sockets.hosts.values():
+                host.release.set()
+                host.answers.set()
+                host.frozen.clear()
+            thread.join(DEADLINE)
+            assert not thread.is_alive()
+
+
+def of(path: str, kind: type) -> Callable[[Observation], bool]:
+    return lambda item: isinstance(item, kind) and getattr(item, "connection", None) == path
+
+
+def test_each_socket_is_looked_at_and_speaks_for_its_own_guest_on_the_named_node(sockets: Sockets) -> None:
+    hosts = [sockets.add(f"pod{number}") for number in range(10)]
+    with observed(sockets) as (source, seen):
+        (survey,) = seen.wait(Surveyed)
+        assert isinstance(survey, Surveyed)
+        assert survey.domains == {guest_of(host).uuid for host in hosts}
+        ready = seen.of(SourceReady)
+        assert all(isinstance(item, SourceReady) and not item.whole for item in ready)
+        assert {item.connection for item in ready if isinstance(item, SourceReady)} == set(sockets.hosts)
+        assert {item.host.name for item in ready if isinstance(item, SourceReady)} == {"node-1"}
+        for host in hosts:
+            host.io_error(guest_of(host))
+        assert len(seen.of(RawIoError)) == 10
+        known = source.describe(guest_of(hosts[3]).uuid)
+        assert known is not None
+        assert known.domain.name == "pod3"
+
+
+def test_a_socket_that_comes_later_is_found_by_inotify(sockets: Sockets) -> None:
+    with observed(sockets) as (_, seen):
+        seen.wait(Surveyed)
+        host = sockets.add("late")
+        seen.wait(of(host.uri, SourceReady))
+
+
+def test_a_pod_that_ends_ends_its_guest_alone(sockets: Sockets) -> None:
+    ending, staying = sockets.add("ending"), sockets.add("staying")
+    with observed(sockets) as (_, seen):
+        seen.wait(Surveyed)
+        sockets.end("ending")
+        (gone,) = seen.wait(SourceGone)
+        assert isinstance(gone, SourceGone)
+        assert (gone.connection, gone.domains) == (ending.uri, frozenset({guest_of(ending).uuid}))
+        (end,) = seen.wait(DomainGone)
+        assert isinstance(end, DomainGone)
+        assert end.domain_uuid == guest_of(ending).uuid
+        staying.io_error(guest_of(staying))
+        assert len(seen.of(RawIoError)) == 1
+
+
+def test_a_daemon_that_restarts_is_lost_and_found_alone_and_a_guest_that_vanished_meanwhile_is_gone(
+    sockets: Sockets,
+) -> None:
+    host, other = sockets.add("restarts"), sockets.add("other")
+    vanished = guest_of(host)
+    with observed(sockets) as (_, seen):
+        seen.wait(Surveyed)
+        host.guests.clear()
+        host.add()
+        bind(Path(host.uri))  # its socket is replaced
+        host.cut()
+        (lost,) = seen.wait(SourceLost)
+        assert isinstance(lost, SourceLost)
+        assert (lost.connection, lost.domains) == (host.uri, frozenset({vanished.uuid}))
+        seen.wait(of(host.uri, SourceReady), 2)
+        (gone,) = seen.wait(DomainGone)
+        assert isinstance(gone, DomainGone)
+        assert gone.domain_uuid == vanished.uuid
+        assert not [item for item in seen.of(SourceLost) if of(other.uri, SourceLost)(item)]
+
+
+def test_a_daemon_that_restarts_slowly_is_not_gone_while_its_folder_is_there(sockets: Sockets) -> None:
+    host = sockets.add("slow")
+    with observed(sockets) as (_, seen):
+        seen.wait(Surveyed)
+        Path(host.uri).unlink()
+        host.cut()
+        seen.wait(SourceLost)
+        later = sockets.add("later")  # found by a look that missed the first one's socket
+        seen.wait(of(later.uri, SourceReady))
+        bind(Path(host.uri))
+        seen.wait(of(host.uri, SourceReady), 2)
+        assert seen.of(DomainGone, SourceGone) == []
+
+
+def test_one_that_says_nothing_blinds_nobody_and_holds_back_the_survey_alone(sockets: Sockets) -> None:
+    silent = sockets.add("silent")
+    silent.frozen.set()
+    well = [sockets.add(f"well{number}") for number in range(20)]
+    with observed(sockets) as (_, seen):
+        seen.wait(SourceReady, 20)
+        assert seen.of(Surveyed) == []
+        for host in well:
+            host.io_error(guest_of(host))
+        assert len(seen.of(RawIoError)) == 20
+        silent.frozen.clear()
+        seen.wait(Surveyed)
+
+
+def test_questions_that_hang_on_some_connections_are_still_answered_on_the_others(
+    sockets: Sockets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("virtbus.sources.many.QUIET_SECONDS", 0.05)
+    monkeypatch.setattr("virtbus.sources.witness.PROVE_SECONDS", 0.05)
+    hosts = [sockets.add(f"hangs{number}") for number in range(12)]
+    for host in hosts:
+        host.answers.clear()
+    well = sockets.add("well")
+    with observed(sockets) as (_, seen):
+        seen.wait(Surveyed)
+        seen.wait(lambda item: type(item).__name__ == "SourceSeen" and of(well.uri, type(item))(item), 3)
+
+
+def test_stale_sockets_are_left_alone_until_a_daemon_makes_a_new_one(sockets: Sockets) -> None:
+    class Refusing(SimulatedHost):
+        attempts = 0
+
+        def open(self, handler: object) -> object:  # type: ignore[override]
+            from virtbus.sources.link import NobodyListens
+
+            if self.down:
+                self.attempts += 1
+                raise NobodyListens("connection refused")
+            return super().open(handler)  # type: ignore[arg-type]
+
+    stale = []
+    for number in range(300):
+        host = Refusing()
+        host.down = True
+        stale.append(host)
+        sockets.add(f"stale{number}", host)
+    well = sockets.add("well")
+    with observed(sockets) as (_, seen):
+        seen.wait(of(well.uri, SourceReady))
+        seen.wait(Surveyed)
+        assert {host.attempts for host in stale} == {4}
+        stale[7].down = False
+        bind(Path(stale[7].uri))
+        seen.wait(of(stale[7].uri, SourceReady))
+        assert {host.attempts for host in stale} == {4}
+
+
+def test_links_and_files_are_no_sockets(tmp_path: Path) -> None:
+    real, linked, plain = (tmp_path / pod / NAME for pod in ("real", "linked", "plain"))
+    for path in (real, linked, plain):
+        path.parent.mkdir(parents=True)
+    bind(real)
+    linked.symlink_to(real)
+    plain.write_text("")
+    assert set(look([f"{tmp_path}/*/{NAME}"])) == {str(real)}
+    with pytest.raises(SourceUnavailable, match=r"is not a socket|Too many levels"):
+        SocketConnector(str(linked), "qemu+unix:///session?socket={socket}", OPTIONS).open(None)
+
+
+def test_the_folders_on_the_way_are_watched_before_they_are_listed(tmp_path: Path) -> None:
+    (tmp_path / "pod" / "libvirt-runtime").mkdir(parents=True)
+    watched: list[str] = []
+    look([f"{tmp_path}/*/{NAME}"], watched.append)
+    assert [str(tmp_path), f"{tmp_path}/pod", f"{tmp_path}/pod/libvirt-runtime"] == watched[-3:]
+
+
+def test_the_preset_is_where_kubelet_puts_the_sockets() -> None:
+    assert KUBEVIRT.startswith("/var/lib/kubelet/pods/*/volumes/kubernetes.io~empty-dir/libvirt-runtime/")
+
+
+def test_no_thread_a_guest(sockets: Sockets) -> None:
+    for number in range(40):
+        sockets.add(f"pod{number}")
+    before = threading.active_count()
+    with observed(sockets) as (_, seen):
+        seen.wait(Surveyed)
+        # The source's own, inotify's, and none beside once the crew and the look-ups have rested.
+        until(lambda: threading.active_count() <= before + 2, 20.0)

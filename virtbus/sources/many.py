@@ -1,0 +1,408 @@
+"""Observes many hypervisors of one host, each behind a socket that comes and goes.
+
+A look finds the sockets that a pattern names. Each gets an Observer of its own (connect, look, loss,
+return); one source thread drives them all, so that one that hangs blinds nobody. inotify says when to look
+again, and a slow look finds what inotify missed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fnmatch
+import os
+import queue
+import select
+import stat
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from virtbus.config import Discover
+from virtbus.errors import SourceUnavailable, VirtbusError
+from virtbus.model import Check, Clock, Description, Host, Hypervisor, Now, SourceReady, Surveyed
+from virtbus.retry import Backoff
+from virtbus.sources import Sink, SourceOptions
+from virtbus.sources.crew import Crew
+from virtbus.sources.libvirt import LibvirtConnector
+from virtbus.sources.link import Connector, Handler, Link, NobodyListens
+from virtbus.sources.observer import POLL_SECONDS, Observer
+from virtbus.sources.witness import Pulse
+from virtbus.telemetry import Trouble, emit
+
+LOOK_SECONDS = 30.0  # between two looks for sockets of which inotify said nothing
+LEAST_SECONDS = 0.2  # between two looks, however often inotify says something
+SURVEY_SECONDS = 30.0  # a socket of the start that is not reached by then can't be told about
+STALE_AFTER = 4  # refusals in a row: nobody will listen on this socket any more, its daemon is gone …
+STALE_SECONDS = 300.0  # … and it is tried again so rarely; a new daemon makes a new socket
+FIRST_SECONDS = 0.05
+RESTART_SECONDS = 30.0  # a daemon without a socket may be about to start again
+CEILING_SECONDS = 15.0
+QUIET_SECONDS, KEEPALIVE_SECONDS, IDLE_SECONDS = 15.0, 15, 2.0
+
+KUBEVIRT = "/var/lib/kubelet/pods/*/volumes/kubernetes.io~empty-dir/libvirt-runtime/virtqemud-sock"
+PRESETS = {"kubevirt": (KUBEVIRT,)}
+Identity = tuple[int, int, int]
+"""Device, inode and change time (ns) of a socket: another daemon's is another one."""
+
+
+def patterns(settings: Discover) -> tuple[str, ...]:
+    """The patterns of sockets that the settings name."""
+    preset = PRESETS[settings.preset] if settings.preset is not None else ()
+    return (*preset, *settings.sockets)
+
+
+def look(patterns: Sequence[str], watch: Callable[[str], None] = lambda folder: None) -> dict[str, Identity]:
+    """The sockets that are there; `watch` is told each folder on the way before it is listed."""
+    found: dict[str, Identity] = {}
+    for pattern in patterns:
+        for path in _matches(pattern, watch):
+            with suppress(OSError):
+                status = path.lstat()  # a link may lead anywhere: whoever runs a guest could lay one
+                if stat.S_ISSOCK(status.st_mode):
+                    found[str(path)] = (status.st_dev, status.st_ino, status.st_ctime_ns)
+    return found
+
+
+def _matches(pattern: str, watch: Callable[[str], None]) -> list[Path]:
+    at = [Path("/")]
+    *folders, name = [part for part in pattern.split("/") if part]
+    for part in folders:
+        for folder in at:
+            watch(str(folder))
+        at = [below for folder in at for below in _below(folder, part) if below.is_dir()]
+    for folder in at:
+        watch(str(folder))
+    return [path for folder in at for path in _below(folder, name)]
+
+
+def _below(folder: Path, part: str) -> list[Path]:
+    if not any(sign in part for sign in "*?["):
+        return [folder / part]
+    try:
+        return [folder / name for name in os.listdir(folder) if fnmatch.fnmatchcase(name, part)]  # noqa: PTH208
+    except OSError:  # gone since, or not ours to read
+        return []
+
+
+class Watch:
+    """inotify(7), which Python lacks. What happened is of no interest, only that something did."""
+
+    _EVENTS = 0x100 | 0x200 | 0x40 | 0x80 | 0x01000000  # CREATE, DELETE, MOVED_FROM, MOVED_TO, ONLYDIR
+
+    def __init__(self, changed: Callable[[], None]) -> None:
+        """`changed` is called on a thread of this object."""
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._descriptor = self._libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._over = os.eventfd(0, os.EFD_CLOEXEC)
+        self._changed = changed
+        self._thread = threading.Thread(target=self._run, name="virtbus-inotify", daemon=True)
+        self._thread.start()
+
+    def add(self, folder: str) -> None:
+        """Watch a folder; that it can't be (it is gone, or there are too many) is left to the slow look."""
+        if self._descriptor >= 0:
+            self._libc.inotify_add_watch(self._descriptor, os.fsencode(folder), self._EVENTS)
+
+    def close(self) -> None:
+        """End."""
+        os.eventfd_write(self._over, 1)
+        self._thread.join()
+        os.close(self._over)
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+
+    def _run(self) -> None:
+        poll = select.poll()
+        poll.register(self._over, select.POLLIN)
+        if self._descriptor >= 0:
+            poll.register(self._descriptor, select.POLLIN)
+        while not any(descriptor == self._over for descriptor, _ in poll.poll()):
+            with suppress(BlockingIOError):
+                os.read(self._descriptor, 1 << 16)
+            self._changed()
+
+
+class SocketConnector:
+    """Connects to one socket by its path, however long that is, and to that very socket."""
+
+    def __init__(self, path: str, template: str, options: SourceOptions) -> None:
+        self.uri = path
+        self.appeared_ns: int | None = None
+        self._template = template
+        self._options = options
+
+    @contextmanager
+    def _short(self) -> Iterator[str]:
+        """A name short enough for a Unix address, of what the path names now; never through a link."""
+        try:
+            descriptor = os.open(self.uri, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            raise SourceUnavailable(f"{self.uri}: {error.strerror}") from error
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISSOCK(status.st_mode):
+                raise SourceUnavailable(f"{self.uri} is not a socket")
+            self.appeared_ns = status.st_ctime_ns
+            yield f"/proc/self/fd/{descriptor}"
+        finally:
+            os.close(descriptor)
+
+    def open(self, handler: Handler | None) -> Link:
+        """See Connector."""
+        with self._short() as name:
+            connector = LibvirtConnector(self._template.replace("{socket}", name), self._options)
+            connector.uri = self.uri
+            return connector.open(handler)
+
+
+@dataclass(slots=True, eq=False)
+class Member:
+    """One socket's hypervisor."""
+
+    observer: Observer
+    identity: Identity | None
+    due: float = float("-inf")
+    refused: int = 0
+    gone_at: float | None = None  # its socket is not there: when its daemon counts as gone (monotonic)
+    settled: bool = False  # looked at, or known to be of no use: the survey need not wait for it
+    backoff: Backoff | None = None
+
+    def retry(self, why: Exception | str) -> float:
+        """Seconds until the next attempt."""
+        if isinstance(why, NobodyListens):
+            self.refused += 1
+            if self.refused >= STALE_AFTER:
+                self.settled = True
+                return STALE_SECONDS
+            return FIRST_SECONDS * float(
+                3**self.refused
+            )  # a daemon binds its socket a moment before it listens
+        self.refused = 0
+        self.backoff = self.backoff or Backoff("libvirt", ceiling=CEILING_SECONDS)
+        return self.backoff.plan(why)
+
+
+class ManySource:
+    """Every hypervisor of the host that a pattern finds; see `virtbus.sources.Source`."""
+
+    def __init__(
+        self,
+        settings: Discover,
+        *,
+        options: SourceOptions,
+        uri: str | None = None,
+        clock: Callable[[], Now] | None = None,
+        connector: Callable[[str], Connector] | None = None,
+    ) -> None:
+        """`uri`: a hypervisor that is observed as well."""
+        self.clock = clock or Clock()
+        self._patterns = patterns(settings)
+        host = node(settings)
+        keepalive = max(KEEPALIVE_SECONDS, options.keepalive_interval_seconds)
+        self._options = replace(
+            options, host=host, quiet_seconds=QUIET_SECONDS, idle_seconds=IDLE_SECONDS,
+            keepalive_interval_seconds=keepalive, lookups_in_flight=min(2, options.lookups_in_flight),
+        )  # fmt: skip
+        self._host = host
+        self._uri = uri
+        self._connector = connector or (lambda path: SocketConnector(path, settings.uri, self._options))
+        self._crew = Crew(clock=lambda: self.clock().monotonic)
+        self._members: dict[str, Member] = {}
+        self._ready: queue.SimpleQueue[Member | None] = queue.SimpleQueue()  # None: look for sockets
+        self._look_at = float("-inf")
+        self._looked_at = float("-inf")
+        self._survey_until: float | None = None
+
+    # ---- the Source contract
+
+    def run(self, sink: Sink, stop: threading.Event) -> None:
+        """See Source. A socket that refuses us is no reason to end: another one may not."""
+        watch = Watch(lambda: self._ready.put(None))
+        pulse = Pulse(self.clock())
+        self._look_at = float("-inf")
+        self._survey_until = self.clock().monotonic + SURVEY_SECONDS
+        try:
+            while not stop.is_set():
+                self._step(sink, watch)
+                self._wait()
+                stood = pulse.beat(self.clock(), POLL_SECONDS)
+                if stood is not None:
+                    for member in self._members.values():
+                        member.observer.stood_still(pulse, stood)
+                        member.due = float("-inf")
+        finally:
+            for member in self._members.values():
+                member.observer.end()
+            self._members = {}
+            watch.close()
+
+    def describe(self, domain_uuid: str) -> Description | None:
+        """See Source."""
+        found: Description | None = None
+        for member in list(self._members.values()):
+            entry = member.observer.cache.get(domain_uuid)
+            if entry is not None:
+                found = member.observer.describe(domain_uuid)
+                if found is not None and member.observer.connected:
+                    return found
+        return found
+
+    def snapshot(self) -> SourceReady:
+        """See Source: what all sockets that answer have."""
+        ready = [self._observer(path, None).snapshot() for path in look(self._patterns)]
+        return SourceReady(
+            host=self._host,
+            at_ns=self.clock().wall_ns,
+            domains=tuple(domain for each in ready for domain in each.domains),
+            findings=tuple(finding for each in ready for finding in each.findings),
+        )
+
+    def probe(self) -> Sequence[Check]:
+        """See Source: how many sockets there are, and how many of their daemons answer."""
+        where = ", ".join(self._patterns)
+        found = sorted(look(self._patterns))
+        if not found:
+            return [
+                Check("libvirt", "warning", f"no socket matches {where}",
+                      "none is expected on a node without guests; else see that the folders are mounted here "
+                      "and may be entered by this user")
+            ]  # fmt: skip
+        results: queue.SimpleQueue[VirtbusError | None] = queue.SimpleQueue()
+
+        def attempt(path: str) -> None:
+            try:
+                self._connector(path).open(None).close()
+            except VirtbusError as error:
+                results.put(error)
+            else:
+                results.put(None)
+
+        for path in found:
+            self._crew.run(lambda path=path: attempt(path))  # type: ignore[misc]
+        errors: list[VirtbusError] = []
+        answered = 0
+        with suppress(queue.Empty):
+            for _ in found:
+                error = results.get(timeout=5.0)
+                errors += [] if error is None else [error]
+                answered += error is None
+        silent = len(found) - answered - len(errors)
+        words = f"{answered} of {len(found)} sockets answer ({where})"
+        words += f"; {silent} say nothing" if silent else ""
+        refused = [error for error in errors if not isinstance(error, NobodyListens)]
+        words += f"; {refused[0]}" if refused else ""
+        well = answered or (not silent and not refused)
+        status = "ok" if well and not silent and not refused else "warning" if well else "failed"
+        return [
+            Check("libvirt", status, words, "" if status == "ok" else "see docs/kubevirt.md, Rights",
+                  0 if well else SourceUnavailable.exit_code)
+        ]  # fmt: skip
+
+    # ---- one step
+
+    def _wait(self) -> None:
+        """Until something is due, or somebody wakes us; then all who did are due."""
+        now = self.clock().monotonic
+        crew = self._crew.check()
+        due = min([now + POLL_SECONDS, self._look_at, *(each.due for each in self._members.values())])
+        wait = (due if crew is None else min(due, crew)) - now
+        with suppress(queue.Empty):
+            item = self._ready.get(timeout=wait) if wait > 0 else self._ready.get_nowait()
+            while True:
+                if item is None:
+                    self._look_at = min(self._look_at, self._looked_at + LEAST_SECONDS)
+                else:
+                    item.due = float("-inf")
+                item = self._ready.get_nowait()
+
+    def _step(self, sink: Sink, watch: Watch) -> None:
+        now = self.clock().monotonic
+        if now >= self._look_at:
+            self._looked_at, self._look_at = now, now + LOOK_SECONDS
+            self._found(look(self._patterns, watch.add), sink)
+        for path, member in list(self._members.items()):
+            if member.due > now:
+                continue
+            try:
+                member.due = member.observer.step()
+            except VirtbusError as error:  # refused, before it ever let us in
+                member.settled = True
+                member.due = now + member.retry(error)
+            except Exception as error:  # noqa: BLE001 - one strange daemon must not blind us to the others
+                emit(Trouble(f"source {path}", error))
+                member.due = now + member.retry(error)
+            if member.observer.connected:
+                member.settled, member.refused, member.backoff = True, 0, None
+            elif member.gone_at is not None:
+                if now >= member.gone_at:
+                    self._remove(path)
+                else:
+                    member.due = min(member.due, member.gone_at)
+        self._survey(sink)
+
+    def _found(self, sockets: dict[str, Identity], sink: Sink) -> None:
+        """The sockets that are there now: new ones are tried, replaced ones at once, others' ends noticed."""
+        wanted: dict[str, Identity | None] = dict(sockets)
+        if self._uri is not None:
+            wanted[self._uri] = None
+        for path, identity in wanted.items():
+            member = self._members.get(path)
+            if member is None:
+                self._members = {**self._members, path: self._member(path, identity, sink)}
+            elif member.identity != identity:
+                member.identity, member.refused, member.backoff = identity, 0, None
+                member.observer.retry_now()
+                member.due = float("-inf")
+            member = self._members[path]
+            member.gone_at = None
+        for path, member in list(self._members.items()):
+            if path not in wanted:
+                # Its daemon may still talk to us, and one that starts again takes the old socket away first;
+                # with the folder the whole pod is gone.
+                wait = RESTART_SECONDS if Path(path).parent.is_dir() else 0.0
+                at = self._looked_at + wait
+                member.gone_at = at if member.gone_at is None else min(at, member.gone_at)
+                member.due = float("-inf")
+
+    def _member(self, path: str, identity: Identity | None, sink: Sink) -> Member:
+        made: list[Member] = []
+        observer = self._observer(path, lambda why: made[0].retry(why))  # noqa: PLW0108 - it is made below
+        made.append(Member(observer, identity))
+        observer.begin(sink, lambda: self._ready.put(made[0]))
+        return made[0]
+
+    def _observer(self, path: str, retry: Callable[[Exception | str], float] | None) -> Observer:
+        if path == self._uri:
+            connector: Connector = LibvirtConnector(path, self._options)
+        else:
+            connector = self._connector(path)
+        return Observer(connector, options=self._options, clock=self.clock, crew=self._crew, retry=retry)
+
+    def _remove(self, path: str) -> None:
+        """Its socket is gone and it tells nothing more: a pod has ended."""
+        members = dict(self._members)
+        member = members.pop(path)
+        self._members = members
+        if member.observer.ever_ready:
+            member.observer.gone()
+        member.observer.end()
+
+    def _survey(self, sink: Sink) -> None:
+        """Once: what no connection has is gone. As long as one can't be asked nobody knows that."""
+        if self._survey_until is None or not all(each.settled for each in self._members.values()):
+            return
+        self._survey_until = None
+        domains = [entry.uuid for each in self._members.values() for entry in each.observer.cache.active()]
+        sink(Surveyed(self.clock().wall_ns, self._host, frozenset(domains)))
+
+
+def node(settings: Discover) -> Host:
+    """The host whose guests these are: named by the settings, by default as the kernel is."""
+    try:
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    except OSError:
+        boot_id = None
+    name = settings.host or os.uname().nodename
+    return Host(name=name, boot_id=boot_id, hypervisor=Hypervisor())
