@@ -95,6 +95,10 @@ class Case:
             burst_of(raw._replace(alias=alias), 0, Origin.EVENT, None, None, pause=False) for raw in raws[:1]
         ]
 
+    def keep_told(self) -> None:
+        """QEMU keeps what the events of this pause told of: a later one must not be blamed on it."""
+        self.stale = self.stale | _kept(self.told)
+
     def decide(self, pause: Pause, mono: float, devices: Mapping[str, Device]) -> list[Burst]:
         """What is told of a pause whose grace is over: devices no event told of, evidence for the others."""
         look, told = pause.look, pause.told
@@ -112,7 +116,7 @@ class Case:
         if look is not None and look.disk_errors is not None:
             self.stale = wrong
         else:  # QEMU keeps what the events told of, and a later pause must not be blamed on it
-            self.stale = self.stale | {alias: _kept_code(raw) for alias, raw in told.items() if alias}
+            self.stale = self.stale | _kept(told)
         found = []
         for alias in missed:
             found.append(self.found(alias, pause.ns, look, devices, wrong.get(alias)))
@@ -196,9 +200,13 @@ class Case:
         return [burst_of(raw, 0, Origin.EVENT, look, devices.get(alias), pause=True)]
 
 
-def _kept_code(raw: RawIoError) -> int:
-    """What virDomainGetDiskErrors says of a device after this error paused its guest."""
-    return DISK_ERROR_NO_SPACE if raw.reason == ENOSPC else DISK_ERROR_UNSPECIFIED
+def _kept(told: Mapping[str, RawIoError]) -> dict[str, int]:
+    """What virDomainGetDiskErrors says, by alias, after these errors paused their guest."""
+    return {
+        alias: DISK_ERROR_NO_SPACE if raw.reason == ENOSPC else DISK_ERROR_UNSPECIFIED
+        for alias, raw in told.items()
+        if alias
+    }
 
 
 def complete(look: Look | None) -> bool:

@@ -45,6 +45,7 @@ from virtbus.sources.link import (
     PAUSED,
     PAUSED_IOERROR,
     PAUSED_UNKNOWN,
+    RESUMED,
     RUNNING,
     STARTED,
     STATES,
@@ -421,6 +422,10 @@ class Observer:
             fresh = self.cache.saw(uuid, note.name, note.number, STATE_AFTER[event])
             if fresh or event == STARTED:
                 self._lookups.request(uuid, Want.DESCRIPTION)
+            if (
+                event == RESUMED
+            ):  # what QEMU keeps of a pause that no look saw is not to be blamed for the next
+                self._lookups.request(uuid, Want.BASELINE)
             if event == SUSPENDED and note.detail in PAUSES:
                 with self.lock:
                     told = note.detail == SUSPENDED_IOERROR and self.check.is_told(uuid)
