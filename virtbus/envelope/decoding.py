@@ -209,6 +209,8 @@ def _parse(text: bytes, where: str, decoder: msgspec.json.Decoder[Any]) -> Any:
 
 def _other_format(text: bytes) -> str | None:
     """What a text that is not JSON is, where its first bytes tell."""
+    if not text:
+        return "it is empty"
     if text.startswith(b"\x1f\x8b"):
         return "it is compressed (gzip); send it as it is"
     if text.startswith((b"\xff\xfe", b"\xfe\xff")):
