@@ -101,16 +101,19 @@ def draw(seed: int) -> Plan:
         )
         for number in range(1, count + 1)
     )
+    broker = dice.choice(("amqp", "amqp", "kafka"))
+    # A second member of an exclusive group stands by on RabbitMQ; on Kafka it takes over at once.
+    most = 2 if broker == "amqp" else 1
     plan = Plan(
         seed=seed,
         shape=Shape.FLEET if fleet else Shape.HOST,
-        broker=dice.choice(("amqp", "amqp", "kafka")),
+        broker=broker,
         hosts=hosts,
         faults=(),
         faulty_seconds=1800.0 if fleet else 600.0,
         quiet_seconds=700.0 if fleet else 200.0,
         group_commit=dice.random() < 0.3,
-        reactors=dice.choice((1, 2) if fleet else (0, 0, 1)),
+        reactors=dice.choice((1, most) if fleet else (0, 0, 1)),
     )
     faults = sorted(_faults(plan, dice), key=lambda fault: fault.at)
     return replace(plan, faults=tuple(faults))

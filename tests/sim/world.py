@@ -229,7 +229,7 @@ class World:
             self.sched.sleep(stays)
             if pause:
                 if daemon.quirks.late:
-                    self.sched.sleep(daemon.quirks.late)  # an event comes before its guest is resumed
+                    self.sched.sleep(daemon.quirks.latest())  # an event comes before its guest is resumed
                 daemon.resume(one)
                 self.tell(host.name, f"  {one.name} is resumed")
                 self.sched.sleep(runs)

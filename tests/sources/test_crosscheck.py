@@ -418,6 +418,18 @@ def test_a_clock_set_back_since_the_last_event_hides_no_remembered_error() -> No
     assert reconcile(check, remembered, at + 6.0, since=at - 5.0) == []
 
 
+def test_the_message_of_another_image_from_before_the_clock_was_set_back_hides_none() -> None:
+    check = CrossCheck(GRACE)
+    check.slack_ns = 0
+    ahead, here = read_messages([line("vda", 50), line("vda", 30)])
+    assert ahead.at_ns is not None
+    assert here.at_ns is not None
+    check.event(raw(at=ahead.at_ns / S, action=ACTION_REPORT), 1.0)  # by the clock of then
+    at = here.at_ns / S
+    (found,) = reconcile(check, Look(RUNNING, 1, messages=(ahead, here)), at + 5.0, since=at - 5.0)
+    assert (found.first_ns, found.stamp_ns) == (here.at_ns, here.at_ns)
+
+
 def test_the_evidence_for_an_error_comes_with_the_look_that_is_whole() -> None:
     check = CrossCheck(GRACE)
     check.event(raw(action=ACTION_REPORT), 0.0)

@@ -12,8 +12,8 @@ from virtbus.sources.evidence import (
     Look,
     Message,
     disk_errors_by_alias,
+    disks_by_target,
     gather,
-    newest_by_alias,
     newest_message,
 )
 from virtbus.sources.link import (
@@ -270,12 +270,18 @@ def newer_messages(
     """The messages that tell of an error which nobody told us of, by alias; the newest of each."""
     if since_ns is None or look.messages is None:
         return {}
+    # Each for itself: of a clock that was set back the newest stamp is not the newest error.
     newer: dict[str, Message] = {}
-    for alias, message in newest_by_alias(look, devices).items():
+    aliases = disks_by_target(devices)
+    for message in look.messages:
+        alias = aliases.get(message.target, "")
         if message.at_ns is None or message.at_ns <= since_ns:
             continue
         told = None if case is None else case.last_ns.get(alias)
-        if told is None or not is_told(message.at_ns, told + slack_ns, ns + slack_ns):
+        if told is not None and is_told(message.at_ns, told + slack_ns, ns + slack_ns):
+            continue
+        known = newer.get(alias)
+        if known is None or known.at_ns is None or known.at_ns < message.at_ns:
             newer[alias] = message
     return newer
 

@@ -99,9 +99,15 @@ MUTANTS = {
     ),
     "the_newest_message_last": _one(
         "of the messages that libvirt keeps of a disk the last counts, not the newest",
-        "virtbus.sources.evidence:newest_message",
-        "max(own, key=lambda message: message.at_ns or -1, default=None)",
-        "own[-1] if own else None",
+        "virtbus.sources.cases:newer_messages",
+        "in look.messages:",
+        "in {one.target: one for one in look.messages}.values():",
+    ),
+    "the_newest_stamp": _one(
+        "of the messages that libvirt keeps of a disk only the newest stamp counts",
+        "virtbus.sources.cases:newer_messages",
+        "in look.messages:",
+        "in {one.target: one for one in sorted(look.messages, key=lambda one: one.at_ns or -1)}.values():",
     ),
     "states_apart_from_events": _one(
         "incident states are committed in a transaction of their own, after the events",
