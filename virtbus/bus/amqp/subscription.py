@@ -33,6 +33,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import amqp
+from amqp import spec
 
 from virtbus.bus import BusOptions
 from virtbus.bus.amqp.connection import LINK_FAULTS, Dialer, Link, Waker, lost, translated
@@ -207,6 +208,7 @@ class AmqpSubscription(LineSubscription):
         self._rungs: list[
             tuple[str, int]
         ] = []  # our consumers that stand, with their prefetch; first the active
+        self._ending = ""  # the consumer that was active and is being cancelled
         self._resumed: dict[str, float] = {}  # by message id: when a retry is due, over reconnections
         self._calm = False  # a message came that had not been delivered too often
         self._backoff = Backoff("consume")
@@ -224,7 +226,8 @@ class AmqpSubscription(LineSubscription):
             with self._lock:
                 self._serve()
                 now = time.monotonic()
-                message = self._line.next(now)
+                # Who dies of a message before the next rung has what follows gets it back behind all of that.
+                message = self._line.next(now) if self._ending not in self._channel.callbacks else None
                 if message is not None:
                     return message
                 self._climb()
@@ -299,7 +302,7 @@ class AmqpSubscription(LineSubscription):
 
     def _subscribe(self, link: Link) -> None:
         self._forget()
-        self._calm = False
+        self._calm, self._ending = False, ""
         channel = self._channel = link.channel()
         top = min(_PREFETCH_MAX, self._prefetch + (_SPARE if self._topology.durable else 0))
         rooms = [*(rung for rung in _RUNGS if self._topology.durable and rung < top), top]
@@ -410,14 +413,17 @@ class AmqpSubscription(LineSubscription):
     def _climb(self) -> None:
         """More prefetch: all of it once a message came that is above suspicion, else one beside what waits.
 
-        The lower rungs are cancelled from above, the active one last: the next in line is ours.
+        The lower rungs are cancelled from above, the active one last: the next in line is ours. Until the
+        broker has confirmed that end nothing is handed out.
         """
         top, held = len(self._rungs) - 1, self._line.held
         rung = top if self._calm else next((n for n, (_, room) in enumerate(self._rungs) if room > held), top)
         if rung > 0:
             lower, self._rungs = self._rungs[:rung], self._rungs[rung:]
-            for tag, _ in reversed(lower):
+            for tag, _ in reversed(lower[1:]):
                 self._channel.basic_cancel(tag, nowait=True)
+            self._ending = lower[0][0]
+            self._channel.send_method(spec.Basic.Cancel, "sb", (self._ending, False))  # not waited for here
             self._channel.connection.flush()
 
     def _done(self, item: Item) -> None:
