@@ -93,7 +93,7 @@ class Line:
     def _release(self, lane: Hashable, now: float) -> None:
         line = self._held.pop(lane, [])
         free = next((n for n, item in enumerate(line) if item.due > now), len(line))
-        self._ready.extendleft(reversed(line[:free]))
+        self._ready.extend(line[:free])  # behind what is ready: retries keep nothing new away
         if line[free:]:
             self._held[lane] = line[free:]
             self._wake(line[free].due, lane)
