@@ -39,13 +39,15 @@ class Machine:
         self.epoch, self.sequence = epoch_at(1), 0
         self.open: dict[str, OpenIncident] = {}
         self.interval = 60.0
+        self.queued_until: float | None = None  # what is said waits in the broker until then
 
     def say(self, event: Event, at: float, *, numbered: bool = True, epoch: str | None = None) -> None:
         attributes = {"source": f"/virtbus/agents/{self.agent}", "epoch": epoch or self.epoch}
         if numbered:
             self.sequence += 1
             attributes["sequence"] = f"{self.sequence:012d}"
-        self.fleet.saw(event, attributes, at_second(at))
+        came = at if self.queued_until is None else max(at, self.queued_until)
+        self.fleet.saw(event, attributes, at_second(came))
 
     def clock(self, at: float) -> datetime:
         return MOMENT + timedelta(seconds=at + self.skew)

@@ -320,7 +320,8 @@ class Reactor:
         bare, self._worker.bare = self._worker.bare, set()
         for host in hosts:
             condition = self._integration.condition(host)
-            if condition is None:
+            # What was shown before stands until there is more to say than that it is too early.
+            if condition is None or (host.early and host.name in self._shown):
                 continue
             text = json.dumps(dict(condition), sort_keys=True)
             if self._shown.get(host.name) == text and host.name not in bare:
