@@ -260,9 +260,10 @@ class Simulation:
             for host in self.hosts:
                 interval = host.machine.interval
                 if self._up(host, at) and (at + host.offset) % interval < STEP:
-                    blind = at < host.blind_until
-                    state = SourceState.DISCONNECTED if blind else SourceState.CONNECTED
-                    host.machine.beat(at, source=SourceHealth(state, MOMENT))
+                    if at < host.blind_until:
+                        host.machine.beat(at, source=SourceHealth(SourceState.DISCONNECTED, MOMENT))
+                    else:
+                        host.machine.beat(at)
             if self.queue is None and at - judged >= (STEP if at - last_news < 900 else 60.0):
                 judged = at
                 self._judge(at)
