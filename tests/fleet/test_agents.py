@@ -198,6 +198,14 @@ def test_a_clock_that_is_set_forward_silences_its_host_for_one_interval_at_most(
     assert view(fleet, 301).hosts[0].answer is Answer.WELL
 
 
+def test_an_agent_whose_clock_stands_still_is_heard_by_its_interval():
+    fleet = Fleet()
+    machine = Machine(fleet, 1)
+    for at in (0, 60, 120):
+        machine.beat(at, sent_at=MOMENT)
+    assert view(fleet, 121).hosts[0].answer is Answer.WELL
+
+
 # ------------------------------------------------------------------------- what began before we listened
 
 SHARED = [CEPH, FILER]

@@ -211,9 +211,13 @@ class Agent:
             self.first_sent = sent
             self.sent = sent, now.monotonic
         made, came = sent - self.sent[0], now.monotonic - self.sent[1]
-        if made >= _PACE_SECONDS:
-            self.pace = Pace.BEHIND if came < made * _LIVE_SHARE else Pace.LIVE
-        if made >= _PACE_SECONDS or made < 0:  # set back, a clock tells nothing
+        # A clock that stood or was set back tells nothing of how fast they were made: the interval does.
+        expected = made if made > 0 else self.interval
+        if came >= max(expected * _LIVE_SHARE, _PACE_SECONDS * _LIVE_SHARE):
+            self.pace = Pace.LIVE
+        elif made >= _PACE_SECONDS:
+            self.pace = Pace.BEHIND
+        if made >= _PACE_SECONDS or made < 0:
             self.sent = sent, now.monotonic
         if self.pace is not Pace.LIVE or not self._settled:
             self._guess_again(now)
