@@ -22,8 +22,8 @@ from virtbus import envelope
 from virtbus.bus import Subscription
 from virtbus.bus.kafka import subscription as kafka_consumer
 from virtbus.bus.kafka.bus import KafkaBus
-from virtbus.bus.kafka.places import Track
 from virtbus.bus.kafka.client import headers_of
+from virtbus.bus.kafka.places import Track
 from virtbus.errors import BusUnavailable, SchemaError
 from virtbus.model import Message
 from virtbus.testing import ListFeed, a_record, records
