@@ -25,6 +25,7 @@ from virtbus.model import (
 )
 from virtbus.retry import no_waiting
 from virtbus.sources import SourceOptions
+from virtbus.sources.guests import LOOK_AFTER_SECONDS
 from virtbus.sources.link import (
     ACTION_REPORT,
     PAUSED,
@@ -37,7 +38,7 @@ from virtbus.sources.link import (
     SUSPENDED_IOERROR,
     SUSPENDED_PAUSED,
 )
-from virtbus.sources.observer import LOOK_AFTER_SECONDS, Observer
+from virtbus.sources.observer import Observer
 from virtbus.words import Origin
 
 OPTIONS = SourceOptions(grace_seconds=0.2, lookup_deadline_seconds=0.2)
@@ -234,7 +235,7 @@ def test_what_a_guest_keeps_of_a_pause_that_no_look_saw_is_asked_for_when_it_run
     with observed(host) as (observer, seen):
         seen.wait(SourceReady)
         until(
-            lambda: not observer._lookups.busy()
+            lambda: not observer.guests._lookups.busy()
         )  # the first questions about a guest that runs are answered
         host.hanging.add(guest.uuid)
         guest.state, guest.reason, guest.disk_errors = PAUSED, PAUSED_IOERROR, {"vda": 1}
