@@ -285,7 +285,7 @@ class Guests:
                 self._lookups.request(uuid, Want.DESCRIPTION)
             if (
                 event == RESUMED
-            ):  # what QEMU keeps of a pause that no look saw, the next one is not blamed for
+            ):  # what QEMU keeps of an unseen pause, the next one is not blamed for
                 self._lookups.request(uuid, Want.BASELINE)
             if event == SUSPENDED and note.detail in PAUSES:
                 with self._lock:
