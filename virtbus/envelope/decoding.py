@@ -233,7 +233,7 @@ def _data(attributes: Mapping[str, str], body: bytes, where: str) -> dict[str, A
     try:
         data = _parse(body, where, _ANY)
     except SchemaError:
-        if foreign and told is None:  # it never said that this is JSON
+        if foreign and (told is None or _other_format(body)):  # it never said that this is plain JSON
             return {}
         raise
     if isinstance(data, dict):
