@@ -35,7 +35,7 @@ from types import TracebackType
 from typing import Any, ClassVar
 
 from virtbus import envelope
-from virtbus.bus import Bus, BusOptions, Subscription, bus_name, open_bus
+from virtbus.bus import Bus, BusOptions, Subscription, bus_name, checked_group, open_bus
 from virtbus.errors import (
     BusDenied,
     BusUnavailable,
@@ -237,14 +237,20 @@ class Consumer:
 
         Raises ConfigError for arguments, a URL or a dedupe file that can't be used.
         """
-        if prefetch < 1:
-            raise ConfigError(f"prefetch = {prefetch}: take at least 1")
-        if dedupe_rows < 1:
-            raise ConfigError(f"dedupe_rows = {dedupe_rows}: take at least 1")
-        if max_attempts is not None and max_attempts < 1:
-            raise ConfigError(f"max_attempts = {max_attempts}: take at least 1, or None")
-        if not reorder_seconds >= 0:
-            raise ConfigError(f"reorder_seconds = {reorder_seconds}: take 0 or more")
+        checked_group(group)
+        for name, number in (
+            ("prefetch", prefetch),
+            ("dedupe_rows", dedupe_rows),
+            ("max_attempts", max_attempts),
+        ):
+            if number is None and name == "max_attempts":
+                continue
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise ConfigError(f"{name} = {number!r}: take a whole number of at least 1")
+        if not isinstance(reorder_seconds, int | float) or not reorder_seconds >= 0:
+            raise ConfigError(f"reorder_seconds = {reorder_seconds!r}: take a number of seconds, 0 or more")
+        if not callable(on_missing):
+            raise ConfigError(f"on_missing = {on_missing!r}: take a function of one MissingEvents")
         options = options if options is not None else BusOptions()
         bus = open_bus(url, options)
         scope = f"{bus_name(url, options)} {'group ' + group if group else 'without a group'}"
@@ -253,13 +259,16 @@ class Consumer:
         self._seen = self._grip.seen
         self._group, self._prefetch, self._validate = group, prefetch, validate
         self._exclusive, self._max_attempts = exclusive, max_attempts
-        self._memory = _Memory(self._seen.notes(), on_missing)
+        self._on_missing = on_missing
+        self._missing: deque[MissingEvents] = deque()  # not told yet
+        self._memory = _Memory(self._seen.notes(), self._missing.append)
         self._flush_rows = min(FLUSH_ROWS, prefetch) if group_commit and dedupe is not None else 1
-        self._sequences = SequenceCheck(reorder_seconds, on_missing) if check_gaps else None
+        self._sequences = SequenceCheck(reorder_seconds, self._missing.append) if check_gaps else None
         if self._sequences is not None:
             self._sequences.restore(self._seen.runs())
         self._in_flight: dict[Mark, list[Message]] = {}
         self._again: deque[Message] = deque()  # copies whose first one did not decide for them
+        self._next: Delivery | None = None  # opened, not handed out yet
         self._retried: OrderedDict[Mark, None] = OrderedDict()
         self._done: dict[Mark, list[Message]] = {}
         self._done_since = 0.0
@@ -298,20 +307,28 @@ class Consumer:
         while not self._stop.is_set():
             self._flush_if_due()
             left = max(0.0, deadline - time.monotonic())
+            message = None
             try:
-                message = self._next_message(min(left, FLUSH_SECONDS) if self._done else left)
-                delivery = None if message is None else self._opened(message)
-                self._backoff.reset()
+                if self._next is None:
+                    message = self._next_message(min(left, FLUSH_SECONDS) if self._done else left)
+                    self._next = None if message is None else self._opened(message)
+                    self._backoff.reset()
             except (BusUnavailable, BusDenied) as error:
                 self._lost(error, deadline)
-                message = delivery = None
             if self._sequences is not None:
                 self._sequences.tick(time.monotonic())
-            if delivery is not None:
+            self._tell()
+            if self._next is not None:
+                delivery, self._next = self._next, None
                 return delivery
             if message is None and time.monotonic() >= deadline:
                 break
         return None
+
+    def _tell(self) -> None:
+        """Tell of what is missing; what the author's function raises costs no event."""
+        while self._missing:
+            self._on_missing(self._missing.popleft())
 
     def stop(self) -> None:
         """End the iteration after the current delivery; may be called from another thread or a signal."""
@@ -333,6 +350,7 @@ class Consumer:
                 self._seen.write([], (), self._memory.fresh)
         finally:
             self._let_go()
+        self._tell()
 
     def _check_usable(self) -> None:
         if os.getpid() != self._grip.pid:
