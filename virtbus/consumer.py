@@ -228,7 +228,8 @@ class Consumer:
         acks share one write: `ack` returns before it, so a crash repeats up to 64 events or 50 ms.
         `check_gaps` is for whoever reads everything alone: `on_missing` is told of a hole in an agent's
         sequence that no gap event explains within `reorder_seconds`, over restarts where there is a dedupe
-        file; and, always, of what a broker says the group will never get.
+        file; and, always, of what a broker says the group will never get. What it raises comes out of
+        `receive` or `close`, and costs no event.
         With `exclusive` only one member of the group is active (see `Bus.consume`).
         A broker that is absent, or refuses us, is waited for; without `patient` it is an error while it was
         never reached (BusUnavailable, BusDenied), with `give_up_when_denied` a refusal always is one.
