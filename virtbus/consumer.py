@@ -32,7 +32,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any
 
 from virtbus import envelope
 from virtbus.bus import Bus, BusOptions, Subscription, bus_name, checked_group, open_bus
@@ -63,12 +63,9 @@ _YEAR = 366 * 86400.0
 _RETRIED = 10_000  # events remembered that had `retry` as their verdict
 
 
-@dataclass(frozen=True, slots=True)
-class PoisonMessage(TelemetryEvent):
+class PoisonMessage(TelemetryEvent, level="warning", message="not an event; goes to the dead letters"):
     """A message that is not an event goes to the dead letters."""
 
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "not an event; goes to the dead letters"
     position: str
     reason: str
 
@@ -76,18 +73,12 @@ class PoisonMessage(TelemetryEvent):
         """Count it."""
         metrics.dead_letters.labels("poison").inc()
 
-    def limit_key(self) -> object:
-        """Every one is told."""
-        return self.position
 
-
-@dataclass(frozen=True, slots=True)
-class ConsumerRefused(TelemetryEvent):
+class ConsumerRefused(
+    TelemetryEvent, level="error", message="the broker refuses this consumer; trying again", every=30
+):
     """The broker refuses this consumer; it is tried again, as a password may be on its way."""
 
-    LEVEL: ClassVar[str] = "error"
-    MESSAGE: ClassVar[str] = "the broker refuses this consumer; trying again"
-    LIMIT_SECONDS: ClassVar[float] = 30.0
     error: Exception | str
 
 
@@ -184,13 +175,12 @@ class _Grip:
             subscription.close()
 
     def let_go(self) -> None:
-        if os.getpid() != self.pid:
-            return
-        try:
-            self.leave()
-            self.bus.close()
-        finally:
-            self.seen.close()
+        if os.getpid() == self.pid:
+            try:
+                self.leave()
+                self.bus.close()
+            finally:
+                self.seen.close()
 
 
 class Consumer:
@@ -239,15 +229,10 @@ class Consumer:
         Raises ConfigError for arguments, a URL or a dedupe file that can't be used.
         """
         checked_group(group)
-        for name, number in (
-            ("prefetch", prefetch),
-            ("dedupe_rows", dedupe_rows),
-            ("max_attempts", max_attempts),
-        ):
-            if number is None and name == "max_attempts":
-                continue
-            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-                raise ConfigError(f"{name} = {number!r}: take a whole number of at least 1")
+        counts = {"prefetch": prefetch, "dedupe_rows": dedupe_rows, "max_attempts": max_attempts}
+        for name, value in counts.items():
+            if (value is not None or name != "max_attempts") and (type(value) is not int or value < 1):
+                raise ConfigError(f"{name} = {value!r}: take a whole number of at least 1")
         if not isinstance(reorder_seconds, int | float) or not reorder_seconds >= 0:
             raise ConfigError(f"reorder_seconds = {reorder_seconds!r}: take a number of seconds, 0 or more")
         if not callable(on_missing):
@@ -260,13 +245,10 @@ class Consumer:
         self._seen = self._grip.seen
         self._group, self._prefetch, self._validate = group, prefetch, validate
         self._exclusive, self._max_attempts = exclusive, max_attempts
-        self._on_missing = on_missing
-        self._missing: deque[MissingEvents] = deque()  # not told yet
-        self._memory = _Memory(self._seen.notes(), self._missing.append)
+        self._memory = _Memory(self._seen.notes(), on_missing)
         self._flush_rows = min(FLUSH_ROWS, prefetch) if group_commit and dedupe is not None else 1
-        self._sequences = SequenceCheck(reorder_seconds, self._missing.append) if check_gaps else None
-        if self._sequences is not None:
-            self._sequences.restore(self._seen.runs())
+        self._sequences = SequenceCheck(reorder_seconds, self._memory.missing, enabled=check_gaps)
+        self._sequences.restore(self._seen.runs())
         self._in_flight: dict[Mark, list[Message]] = {}
         self._again: deque[Message] = deque()  # copies whose first one did not decide for them
         self._next: Delivery | None = None  # opened, not handed out yet
@@ -275,8 +257,8 @@ class Consumer:
         self._done_since = 0.0
         self._stop = threading.Event()
         self._backoff = Backoff("consume")
-        self._patient, self._connected = patient, False
-        self._give_up_when_denied = give_up_when_denied
+        self._patient, self._give_up_when_denied = patient, give_up_when_denied
+        self._connected = False
 
     def __enter__(self) -> Consumer:
         self._check_usable()
@@ -316,20 +298,14 @@ class Consumer:
                     self._backoff.reset()
             except (BusUnavailable, BusDenied) as error:
                 self._lost(error, deadline)
-            if self._sequences is not None:
-                self._sequences.tick(time.monotonic())
-            self._tell()
+            self._sequences.tick(time.monotonic())
+            self._memory.tell()  # with no event half-way: the author's function may raise
             if self._next is not None:
                 delivery, self._next = self._next, None
                 return delivery
             if message is None and time.monotonic() >= deadline:
                 break
         return None
-
-    def _tell(self) -> None:
-        """Tell of what is missing; what the author's function raises costs no event."""
-        while self._missing:
-            self._on_missing(self._missing.popleft())
 
     def stop(self) -> None:
         """End the iteration after the current delivery; may be called from another thread or a signal."""
@@ -351,7 +327,7 @@ class Consumer:
                 self._seen.write([], (), self._memory.fresh)
         finally:
             self._let_go()
-        self._tell()
+        self._memory.tell()
 
     def _check_usable(self) -> None:
         if os.getpid() != self._grip.pid:
@@ -396,44 +372,27 @@ class Consumer:
         except DedupeUnavailable:
             subscription.retry(message, _IDLE_SECONDS)  # undecided: it is asked again
             raise
-        if self._sequences is not None:
-            self._sequences.saw(attributes, event, time.monotonic())
+        self._sequences.saw(attributes, event, time.monotonic())
         if mark in self._done:
             self._done[mark].append(message)
             return None
         if seen:
             subscription.ack(message)
             return None
-        if self._is_worn_out(message, mark):
+        attempts = message.attempts or 0
+        # One that asked for a `retry` here had its verdicts.
+        if self._max_attempts is not None and attempts > self._max_attempts and mark not in self._retried:
             subscription.dead_letter(
                 message,
-                f"delivered {(message.attempts or 1) - 1} times without a verdict: it may have killed its "
-                "consumer each time",
+                f"delivered {attempts - 1} times without a verdict: it may have killed its consumer",
             )
             return None
         self._in_flight[mark] = []
-        if self._sequences is not None:
-            self._sequences.handed_out(attributes)
+        self._sequences.handed_out(attributes)
         return Delivery(
-            event,
-            attributes,
-            opened.data,
-            opened.body,
-            message.user_id,
-            message.redelivered,
-            message.attempts,
-            self,
-            message,
-        )
-
-    def _is_worn_out(self, message: Message, mark: Mark) -> bool:
-        """Whether it came too often without a verdict; one that asked for a `retry` here had them."""
-        return (
-            self._max_attempts is not None
-            and message.attempts is not None
-            and message.attempts > self._max_attempts
-            and mark not in self._retried
-        )
+            event, attributes, opened.data, opened.body, message.user_id, message.redelivered,
+            message.attempts, self, message,
+        )  # fmt: skip
 
     def _closed_by(self, delivery: Delivery) -> list[Message]:
         """The messages that share the verdict: the one handed out and, last, its newest copy.
@@ -475,8 +434,7 @@ class Consumer:
         *older, newest = self._closed_by(delivery)
         self._retried.pop((delivery.source, delivery.id), None)
         if self._grip.subscription is not None:
-            if self._sequences is not None:
-                self._sequences.settled(delivery.source, delivery.id)
+            self._sequences.settled(delivery.source, delivery.id)
             with suppress(BusUnavailable, BusDenied):  # it comes again
                 self._grip.subscription.dead_letter(newest, reason)
                 for copy in older:
@@ -495,14 +453,12 @@ class Consumer:
         """Write the marks of what is done in one transaction, then send the acks."""
         if not self._done and not closing:
             return
-        sequences, fresh, marks = self._sequences, self._memory.fresh, list(self._done)
-        if sequences is not None:
-            for mark in marks:
-                sequences.settled(*mark)
-        self._seen.write(marks, sequences.changes() if sequences is not None else (), fresh)
+        fresh, marks = self._memory.fresh, list(self._done)
+        for mark in marks:
+            self._sequences.settled(*mark)
+        self._seen.write(marks, self._sequences.changes(), fresh)
         fresh.clear()
-        if sequences is not None:
-            sequences.saved()
+        self._sequences.saved()
         done, self._done = self._done, {}
         if self._grip.subscription is not None:
             for messages in done.values():
@@ -526,9 +482,15 @@ class _Memory:
     """See virtbus.bus.Memory."""
 
     def __init__(self, notes: dict[str, str], on_missing: Callable[[MissingEvents], None]) -> None:
-        self._notes = notes
+        self._notes, self._on_missing = notes, on_missing
         self.fresh: dict[str, str] = {}  # not on disk yet
-        self.missing = on_missing
+        self._missing: deque[MissingEvents] = deque()
+        self.missing = self._missing.append
+
+    def tell(self) -> None:
+        """Tell the author of what is missing."""
+        while self._missing:
+            self._on_missing(self._missing.popleft())
 
     def recall(self, name: str) -> str | None:
         """See virtbus.bus.Memory."""
