@@ -256,9 +256,8 @@ class Consumer:
         self._done: dict[Mark, list[Message]] = {}
         self._done_since = 0.0
         self._stop = threading.Event()
-        self._backoff = Backoff("consume")
+        self._backoff, self._connected = Backoff("consume"), False
         self._patient, self._give_up_when_denied = patient, give_up_when_denied
-        self._connected = False
 
     def __enter__(self) -> Consumer:
         self._check_usable()
