@@ -283,9 +283,7 @@ class Guests:
             fresh = self._cache.saw(uuid, note.name, note.number, STATE_AFTER[event])
             if fresh or event == STARTED:
                 self._lookups.request(uuid, Want.DESCRIPTION)
-            if (
-                event == RESUMED
-            ):  # what QEMU keeps of an unseen pause, the next one is not blamed for
+            if event == RESUMED:  # what QEMU keeps of an unseen pause, the next one is not blamed for
                 self._lookups.request(uuid, Want.BASELINE)
             if event == SUSPENDED and note.detail in PAUSES:
                 with self._lock:
