@@ -5,9 +5,9 @@
         kubernetes.config.load_kube_config(str(server.kubeconfig))
 
 No nodes, no controllers, no scheduler: objects are validated, defaulted, admitted and stored, and nothing
-comes of them (tests.chart.cluster adds scheduler and controllers). RBAC, Pod Security and ServiceAccount admission
-are on. The programs are built from their Go module (`python -m tests.chart.apiserver`, ten minutes of two
-processors, 240 MB), because nobody packages them; etcd is Debian's.
+comes of them (tests.chart.cluster adds scheduler and controllers). RBAC, Pod Security and ServiceAccount
+admission are on. The programs are built from their Go module (`python -m tests.chart.apiserver`, ten minutes
+of two processors, 275 MB), because nobody packages them; etcd is Debian's.
 """
 
 from __future__ import annotations

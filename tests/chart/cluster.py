@@ -1,11 +1,11 @@
-"""A cluster without machines: API server, scheduler and controllers are real, and `Kubelets` stands for the nodes.
+"""A cluster without machines: a real API server, scheduler and controllers; `Kubelets` stands for the nodes.
 
     with Cluster(folder) as cluster, Kubelets(cluster) as kubelets:
         kubelets.join("compute-1")
 
-What the DaemonSet controller makes is placed by the real scheduler, with taints, node selectors and affinities. No
-container runs: a kubelet here says of each pod on its nodes that it is ready (a pod that runs once: that it
-succeeded), and deletes what is to be deleted. What a pod does is tried in with_image.py.
+What the DaemonSet controller makes is placed by the real scheduler, with taints, node selectors and
+affinities. No container runs: a kubelet here says of each pod on its nodes that it is ready (a pod that runs
+once: that it succeeded), and deletes what is to be deleted. What a pod does is tried in with_image.py.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def test_install_with_wait_and_helm_test_end_in_a_mixed_cluster(
     (doctor,) = kubelets.pods(namespace, component="doctor")
     assert doctor in agents
 
-    # The compute nodes are named from now on: the others' agents go, and the next doctor is on one of those nodes.
+    # The compute nodes are named from now on: the others' agents go, and the doctor follows.
     _helm(
         cluster, major, "upgrade", "vb", str(CHART), "--namespace", namespace, *WAIT, "--reuse-values",
         "--set-string", r"nodeSelector.example\.org/kvm=yes",
