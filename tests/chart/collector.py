@@ -1,4 +1,4 @@
-"""A real OpenTelemetry collector, built from its Go modules, with the components that docs/operations.md names.
+"""A real OpenTelemetry collector, built from its Go modules with the components of docs/operations.md.
 
 `python -m tests.chart.collector` builds it: some minutes of two processors, once.
 """

@@ -1,4 +1,4 @@
-"""The OpenTelemetry recipe of docs/operations.md in a real collector: an agent's metrics and log come out as OTLP.
+"""The OpenTelemetry recipe of docs/operations.md in a real collector: metrics and log come out as OTLP.
 
 `make chart` runs this; the collector is built first, which takes minutes once.
 """
