@@ -259,7 +259,7 @@ def _check_attributes(attributes: Mapping[str, str], where: str) -> None:
             raise SchemaError(f"{where}: attribute {name!r} is required")
     for name, value in attributes.items():
         if not _NAME.fullmatch(name) or name == "data":
-            raise SchemaError(f"{where}: {name[:40]!r} is no name for an attribute")
+            raise SchemaError(f"{where}: {name[:40]!r} is not a name for an attribute")
         if _FORBIDDEN.search(value):
             raise SchemaError(f"{where}: attribute {name!r} holds a control character")
     time = attributes.get("time")

@@ -80,7 +80,7 @@ class AmqpDeadLetters:
         """See virtbus.bus.DeadLetters."""
         if CUT_HEADER in letter.message.headers:
             raise RecordRefused(
-                f"{letter.position} was cut when it was put aside ({letter.message.headers[CUT_HEADER]}): "
+                f"{letter.position} was cut when it was dead-lettered ({letter.message.headers[CUT_HEADER]}): "
                 "it can't be sent back as it came"
             )
         place: _Place = letter.message.handle  # type: ignore[assignment]
@@ -104,7 +104,7 @@ class AmqpDeadLetters:
                 headers = {k: v for k, v in letter.message.headers.items() if k != "x-delivery-count"}
                 self._store(letter, letter.message.handle, headers, self._queue, "keeping")
         except (BusUnavailable, BusDenied) as error:
-            emit(Trouble("writing dead letters anew", error))
+            emit(Trouble("rewriting dead letters", error))
         self._open.clear()
         self._link.close()
 

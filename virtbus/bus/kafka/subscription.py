@@ -144,7 +144,7 @@ class KafkaSubscription:
         if handle is None:
             return
         if self._dead_letters is None:
-            emit(Notice(f"put aside without a group, so only logged: {message.position}: {reason}"))
+            emit(Notice(f"dead-lettered without a group, so only logged: {message.position}: {reason}"))
             self._done(handle)
             return
 
