@@ -251,7 +251,9 @@ class DeadLetterOffice:
 
     def _lose(self, error: BaseException) -> Exception:
         link, self._link = self._link, None
-        told = translated(error, link.name if link else "the broker", doing=f"dead-lettering to {self._queue}")
+        told = translated(
+            error, link.name if link else "the broker", doing=f"dead-lettering to {self._queue}"
+        )
         if link is not None:
             link.discard()
         return told

@@ -80,7 +80,7 @@ class AmqpDeadLetters:
         """See virtbus.bus.DeadLetters."""
         if CUT_HEADER in letter.message.headers:
             raise RecordRefused(
-                f"{letter.position} was cut when it was dead-lettered ({letter.message.headers[CUT_HEADER]}): "
+                f"{letter.position} was cut when dead-lettered ({letter.message.headers[CUT_HEADER]}): "
                 "it can't be sent back as it came"
             )
         place: _Place = letter.message.handle  # type: ignore[assignment]

@@ -257,7 +257,9 @@ class EmbeddedSubscription:
             cut = reason.encode(errors="replace")[:1024].decode(errors="ignore")
             try:
                 if self._group is None:
-                    emit(Notice(f"message {message.position} dead-lettered, without a group to keep it: {cut}"))
+                    emit(
+                        Notice(f"message {message.position} dead-lettered, without a group to keep it: {cut}")
+                    )
                     member.settle(self._done(message))
                 else:
                     member.dead_letter(self._done(message), cut)
