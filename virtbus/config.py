@@ -469,7 +469,7 @@ def load(
         except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise ConfigError(f"{path}: not valid TOML: {error}") from error
         lines = _lines_of_keys(text)
-        for key, _ in _leaves(merged):
+        for key, _ in leaves(merged):
             origins[key] = f"{path}:{lines[key]}" if key in lines else str(path)
 
     schema = json_schema()
@@ -507,11 +507,12 @@ _NOT_SETTINGS = re.compile(
 )
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each dotted key with its value."""
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{key}.")
+            yield from leaves(value, f"{key}.")
         else:
             yield key, value
 
@@ -539,11 +540,11 @@ def _set(tree: dict[str, Any], key: str, value: object) -> bool:
 
 
 def _schema_at(schema: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
-    node: Mapping[str, Any] = _resolve(schema, schema)
+    node: Mapping[str, Any] = resolved(schema, schema)
     for part in key.split("."):
         properties = node.get("properties", {})
         if part in properties:
-            node = _resolve(schema, properties[part])
+            node = resolved(schema, properties[part])
         elif isinstance(node.get("additionalProperties"), dict):
             node = node["additionalProperties"]
         else:
@@ -551,7 +552,8 @@ def _schema_at(schema: Mapping[str, Any], key: str) -> Mapping[str, Any] | None:
     return node
 
 
-def _resolve(schema: Mapping[str, Any], node: Mapping[str, Any]) -> Mapping[str, Any]:
+def resolved(schema: Mapping[str, Any], node: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A node of the JSON schema, or the definition that it refers to."""
     if "$ref" in node:
         target: Mapping[str, Any] = schema["$defs"][node["$ref"].rpartition("/")[2]]
         return target
@@ -602,7 +604,7 @@ def _check(schema: dict[str, Any], merged: dict[str, Any], origins: Mapping[str,
         where = ".".join(str(part) for part in error.instance_path)
         unexpected = getattr(error.kind, "unexpected", None)
         if unexpected:
-            section = _schema_at(schema, where) if where else _resolve(schema, schema)
+            section = _schema_at(schema, where) if where else resolved(schema, schema)
             known = list((section or {}).get("properties", {}))
             for name in unexpected:
                 key = f"{where}.{name}" if where else name
@@ -765,7 +767,7 @@ def bus_url(config: Config) -> str:
 
 def differences(old: Config, new: Config) -> list[str]:
     """The dotted keys whose values differ, sorted."""
-    before, after = (dict(_leaves(msgspec.to_builtins(config))) for config in (old, new))
+    before, after = (dict(leaves(msgspec.to_builtins(config))) for config in (old, new))
     return sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
 
 
@@ -791,7 +793,7 @@ def effective(config: Config) -> dict[str, Any]:
 def exposed_secrets(loaded: Loaded) -> list[str]:
     """Secrets that another user of this host can read: what, where, and what to do; one line each."""
     plain, shown = (
-        dict(_leaves(settings)) for settings in (msgspec.to_builtins(loaded.config), effective(loaded.config))
+        dict(leaves(settings)) for settings in (msgspec.to_builtins(loaded.config), effective(loaded.config))
     )
     found = []
     for key, value in plain.items():

@@ -327,10 +327,7 @@ class DeadLetterWaits(
 
 
 class DeadLetterStored(
-    TelemetryEvent,
-    level="warning",
-    message="put into the dead letters; see `virtbus dead list`",
-    every=10,
+    TelemetryEvent, level="warning", message="put into the dead letters; see `virtbus dead list`", every=10
 ):
     """A message lies in the dead letters, confirmed by the broker."""
 

@@ -43,14 +43,18 @@ def through_a_shell(words: str, **environment: str) -> subprocess.CompletedProce
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_has_had_enough_is_no_failure(running: AgentProcess, unbuffered: str) -> None:
-    for command in ("config schema", "schema reference", f"status --watch --control-socket {running.socket}"):
+    for command in (
+        "config schema",
+        "schema show io.virtbus.domain.io_error.v1",
+        f"status --watch --control-socket {running.socket}",
+    ):
         done = through_a_shell(f"virtbus {command} | head -c 10", PYTHONUNBUFFERED=unbuffered)
         assert (done.returncode, done.stderr) == (0, "")
         assert len(done.stdout) == 10
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("command", ["config schema", "config show", "schema asyncapi", "--help"])
+@pytest.mark.parametrize("command", ["config schema", "config show", "config sample", "--help"])
 def test_output_that_finds_no_room_is_one_clear_line(command: str, unbuffered: str) -> None:
     done = through_a_shell(f"virtbus {command} > /dev/full", PYTHONUNBUFFERED=unbuffered)
     assert done.returncode == 74

@@ -56,11 +56,7 @@ _LABEL_VALUE = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _MERGE = "application/merge-patch+json"
 _STRATEGIC = "application/strategic-merge-patch+json"
 
-_REASONS = {
-    Blame.HOST: "HostAtFault",
-    Blame.BACKEND: "BackendAtFault",
-    Blame.UNDETERMINED: "Undetermined",
-}
+_REASONS = {Blame.HOST: "HostAtFault", Blame.BACKEND: "BackendAtFault", Blame.UNDETERMINED: "Undetermined"}
 
 T = TypeVar("T")
 Taints = list[dict[str, Any]]

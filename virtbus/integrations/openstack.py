@@ -23,10 +23,7 @@ def connect(cloud: str | None, setting: str) -> Any:
     """A connection that logs in at its first use. Raises ConfigError when no cloud is configured."""
     try:
         return openstack.connect(
-            cloud=cloud,
-            app_name="virtbus",
-            app_version=__version__,
-            api_timeout=TIMEOUT_SECONDS,
+            cloud=cloud, app_name="virtbus", app_version=__version__, api_timeout=TIMEOUT_SECONDS
         )
     except (exceptions.ConfigException, keystone.MissingRequiredOptions, keystone.NoMatchingPlugin) as error:
         raise ConfigError(

@@ -35,15 +35,7 @@ from virtbus.integrations.worker import Worker
 from virtbus.model import Clock, Heartbeat, Now
 from virtbus.telemetry import TelemetryEvent, Trouble, emit
 
-__all__ = [
-    "ActionFailed",
-    "ActionGivenUp",
-    "Audited",
-    "Disbelieved",
-    "Reactor",
-    "Withheld",
-    "believed",
-]
+__all__ = ["ActionFailed", "ActionGivenUp", "Audited", "Disbelieved", "Reactor", "Withheld", "believed"]
 
 _BATCH = 64
 _BATCH_SECONDS = 0.05
