@@ -32,7 +32,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any
 
 from virtbus import envelope
 from virtbus.bus import Bus, BusOptions, Subscription, bus_name, open_bus
@@ -49,7 +49,7 @@ from virtbus.marks import Mark, Marks
 from virtbus.model import Event, Message
 from virtbus.retry import Backoff
 from virtbus.sequences import MissingEvents, SequenceCheck
-from virtbus.telemetry import BusCutOff, Metrics, TelemetryEvent, emit
+from virtbus.telemetry import BusCutOff, TelemetryEvent, emit
 
 __all__ = ["Consumer", "Delivery", "MissingEvents"]
 
@@ -63,31 +63,16 @@ _YEAR = 366 * 86400.0
 _RETRIED = 10_000  # events remembered that had `retry` as their verdict
 
 
-@dataclass(frozen=True, slots=True)
-class PoisonMessage(TelemetryEvent):
-    """A message that is not an event goes to the dead letters."""
+class PoisonMessage(TelemetryEvent, level="warning", counts=("dead_letters:=poison",)):
+    """not an event; goes to the dead letters"""
 
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "not an event; goes to the dead letters"
     position: str
     reason: str
 
-    def measure(self, metrics: Metrics) -> None:
-        """Count it."""
-        metrics.dead_letters.labels("poison").inc()
 
-    def limit_key(self) -> object:
-        """Every one is told."""
-        return self.position
+class ConsumerRefused(TelemetryEvent, level="error", every=30):
+    """the broker refuses this consumer; trying again"""
 
-
-@dataclass(frozen=True, slots=True)
-class ConsumerRefused(TelemetryEvent):
-    """The broker refuses this consumer; it is tried again, as a password may be on its way."""
-
-    LEVEL: ClassVar[str] = "error"
-    MESSAGE: ClassVar[str] = "the broker refuses this consumer; trying again"
-    LIMIT_SECONDS: ClassVar[float] = 30.0
     error: Exception | str
 
 

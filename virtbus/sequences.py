@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar
 
 from virtbus.model import Event, Gap
 from virtbus.telemetry import TelemetryEvent
@@ -34,9 +33,10 @@ class Cause(StrEnum):
     REPLACED = "replaced"  # the topic or the whole cluster is another one than the group read before
 
 
-@dataclass(frozen=True, slots=True)
-class MissingEvents(TelemetryEvent):
-    """Events `first` to `last` did not come and will not.
+class MissingEvents(TelemetryEvent, level="error"):
+    """events are missing
+
+    Events `first` to `last` did not come and will not.
 
     With the cause "unexplained" they are sequence numbers of an agent (`source`) in one `epoch`. Otherwise
     they are Kafka offsets: `source` is "topic[partition]" and `epoch` the id of the topic they were in, ""
@@ -44,17 +44,11 @@ class MissingEvents(TelemetryEvent):
     is gone.
     """
 
-    LEVEL: ClassVar[str] = "error"
-    MESSAGE: ClassVar[str] = "events are missing"
     source: str
     epoch: str
     first: int
     last: int | None
     cause: Cause = Cause.UNEXPLAINED
-
-    def limit_key(self) -> object:
-        """Every hole is told."""
-        return (self.source, self.epoch, self.first)
 
 
 @dataclass(slots=True)

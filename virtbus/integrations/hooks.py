@@ -14,7 +14,6 @@ import ssl
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import ClassVar
 from urllib.parse import quote, urlsplit
 
@@ -31,12 +30,9 @@ from virtbus.words import Origin
 _TOLD_BYTES = 500  # of a command's or server's answer, in messages
 
 
-@dataclass(frozen=True, slots=True)
-class PlaintextWebhook(TelemetryEvent):
-    """Events and a token leave this machine in plaintext."""
+class PlaintextWebhook(TelemetryEvent, level="warning"):
+    """PLAINTEXT to the webhook: events and token can be read on the way; use https://"""
 
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "PLAINTEXT to the webhook: events and token can be read on the way; use https://"
     url: str
 
 

@@ -227,7 +227,7 @@ class Reactor:
         if not self._acts_on_hosts():
             return
         view = self.fleet.view(now)
-        REACT.fleet.show(view)
+        REACT.show_fleet(view)
         if self._shows:
             self._show(view.hosts, now)
         if not self._integration.holds:

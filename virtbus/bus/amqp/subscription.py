@@ -33,7 +33,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import amqp
 from amqp import spec
@@ -61,27 +61,17 @@ _FAULTS: tuple[type[BaseException], ...] = (BusUnavailable, *LINK_FAULTS)
 _REMEMBERED = 10_000  # waits that are resumed after a reconnection
 
 
-@dataclass(frozen=True, slots=True)
-class MessageTooLarge(TelemetryEvent):
-    """A message that is larger than any event was rejected; the broker has put it aside."""
+class MessageTooLarge(TelemetryEvent, level="warning", every=10):
+    """a message is too large for an event; rejected into the dead letters"""
 
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "a message is too large for an event; rejected into the dead letters"
-    LIMIT_SECONDS: ClassVar[float] = 10.0
     queue: str
     size_bytes: int
     publisher: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class GroupRepaired(TelemetryEvent):
-    """Somebody deleted what the group stands on; it was declared and bound again."""
+class GroupRepaired(TelemetryEvent, level="error"):
+    """the group was cut off from its exchange and is bound again; events in between did not reach it"""
 
-    LEVEL: ClassVar[str] = "error"
-    MESSAGE: ClassVar[str] = (
-        "the group was cut off from its exchange and is bound again; events in between did not reach it: "
-        "see the gap check, or wait for a round of heartbeats"
-    )
     queue: str
     what: str
 
