@@ -1305,6 +1305,18 @@ def test_a_kept_disk_error_of_an_incident_that_is_over_is_not_told_again_in_anot
     assert event.device.alias == DISK
 
 
+def test_a_kept_disk_error_of_an_open_incident_is_not_told_again_in_another_disks_pause():
+    bench = Bench()
+    bench.see(an_error(OTHER_DISK, action=PAUSE))
+    bench.see(DomainResumed("guest-a", bench.wall_ns))
+    bench.commit()
+    bench.restart(down_seconds=5)
+    bench.ready(a_state())
+    bench.see(an_error(DISK, action=PAUSE))
+    events = [*bench.see(a_found_pause(OTHER_DISK, at=bench.wall_ns)), *bench.wait(2)]
+    assert counted(events, Origin.RECONCILE) == 0
+
+
 def test_a_guest_that_is_found_paused_by_an_error_that_nothing_tells_of_is_told():
     bench = Bench()
     (event,) = bench.ready(a_state(state="paused", paused=True, aliases=None))

@@ -700,7 +700,8 @@ class Incidents:
                 return True
             return any(self._is_told(finding, _last_of(one)) for one in own if uuid in one.paused)
         if any(uuid in one.paused for one in live):
-            return seen >= 0 and (finding.stamp_ns is None or self._is_told(finding, seen))
+            failed = max([seen, *(_last_of(one) for one in own if alias and one.device.alias == alias)])
+            return failed >= 0 and (finding.stamp_ns is None or self._is_told(finding, failed))
         whole_host = self._open.get(f"{LIVE}*")
         return whole_host is not None and uuid in whole_host.paused
 
