@@ -6,7 +6,7 @@ import re
 import tomllib
 from pathlib import Path
 
-from virtbus import config
+from virtbus import loading
 from virtbus.commands.settings import sample, settings
 
 
@@ -18,14 +18,14 @@ def test_the_sample_with_its_defaults_uncommented_is_the_default_configuration(t
     ]
     file = tmp_path / "virtbus.toml"
     file.write_text("\n".join(lines), encoding="utf-8")
-    assert config.load(file=file, environment={}).config == config.load(environment={}).config
+    assert loading.load(file=file, environment={}).config == loading.load(environment={}).config
     assert len(tomllib.loads("\n".join(lines))) > 5
 
 
 def test_the_sample_as_it_is_printed_sets_nothing(tmp_path: Path) -> None:
     file = tmp_path / "virtbus.toml"
     file.write_text("\n".join(sample()), encoding="utf-8")
-    assert config.load(file=file, environment={}).config == config.load(environment={}).config
+    assert loading.load(file=file, environment={}).config == loading.load(environment={}).config
 
 
 def test_every_setting_says_what_it_is_for() -> None:

@@ -18,8 +18,8 @@ from typing import Any
 
 from virtbus import schema
 from virtbus.bus import Bus
-from virtbus.config import Loaded, exposed_secrets
 from virtbus.errors import VirtbusError
+from virtbus.loading import Loaded, exposed_secrets
 from virtbus.model import Check
 from virtbus.spool import prepare_state_dir
 from virtbus.spool.files import DATABASE, LOCK, connect_to_read, read_holder

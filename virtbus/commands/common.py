@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
-from virtbus import bus, config, plugins, telemetry
+from virtbus import bus, loading, plugins, telemetry
 from virtbus.bus import Bus, BusOptions
-from virtbus.config import Config, Loaded, bus_url
+from virtbus.config import Config
+from virtbus.loading import Loaded, bus_url
 from virtbus.log import printable, takes_escapes
 from virtbus.sources import Source, SourceFactory, SourceOptions
 
@@ -88,7 +89,7 @@ def read(options: Mapping[str, Any]) -> Loaded:
     if options.get("debug"):
         flags["log.level"] = "debug"
     named = options.get("config_file") or os.environ.get("VIRTBUS_CONFIG")
-    return config.load(file=Path(named) if named else None, flags=flags)
+    return loading.load(file=Path(named) if named else None, flags=flags)
 
 
 # ------------------------------------------------------------------------------------------------ parts

@@ -14,9 +14,9 @@ import click
 from virtbus import envelope
 from virtbus.bus import DeadLetter, DeadLetters
 from virtbus.commands.common import Seconds, as_json, bus_options, common, load, on_bus, open_bus, state_dir
-from virtbus.config import bus_url
 from virtbus.consumer import Consumer
 from virtbus.errors import ConfigError, RecordRefused
+from virtbus.loading import bus_url
 from virtbus.log import printable
 
 F = TypeVar("F", bound=Callable[..., Any])

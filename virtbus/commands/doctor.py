@@ -39,8 +39,8 @@ from virtbus.commands.common import (
     state_dir,
     timeout,
 )
-from virtbus.config import Loaded, bus_url
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError, VirtbusError
+from virtbus.loading import Loaded, bus_url
 from virtbus.log import printable, takes_colour
 from virtbus.model import Check, Confirmed, Record, Refused, Unroutable, to_datetime
 

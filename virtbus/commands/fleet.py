@@ -28,11 +28,11 @@ from virtbus.commands.common import (
     wrapped,
 )
 from virtbus.commands.react import fleet_rules, serving
-from virtbus.config import bus_url
 from virtbus.consumer import Consumer, Delivery
 from virtbus.errors import ConfigError
 from virtbus.fleet import BackendHealth, Blame, Fleet, FleetView, HostHealth, Publishers
 from virtbus.integrations.told import REACT, Disbelieved, EventPutAside
+from virtbus.loading import bus_url
 from virtbus.log import takes_escapes
 from virtbus.model import Clock, Heartbeat, Now
 from virtbus.telemetry import emit

@@ -16,8 +16,7 @@ from typing import Any, TypeVar
 
 import click
 
-from virtbus import __version__
-from virtbus import config as settings_of
+from virtbus import __version__, loading
 from virtbus.agent.http import HttpServer
 from virtbus.bus.certificates import watch_files
 from virtbus.commands.common import (
@@ -31,7 +30,7 @@ from virtbus.commands.common import (
     setting,
     state_dir,
 )
-from virtbus.config import Config, Loaded, bus_url
+from virtbus.config import Config
 from virtbus.consumer import Consumer
 from virtbus.errors import ConfigError
 from virtbus.fleet import Fleet, FleetRules, StorageRules, VerdictRules
@@ -41,6 +40,7 @@ from virtbus.integrations.policy import HoldPolicy, HoldRules
 from virtbus.integrations.reactor import Reactor
 from virtbus.integrations.store import ActionStore
 from virtbus.integrations.told import REACT
+from virtbus.loading import Loaded, bus_url
 from virtbus.log import printable
 from virtbus.telemetry import METRICS, Notice, emit
 
@@ -154,8 +154,8 @@ def _load(settings: Sequence[str], given: Mapping[str, Any]) -> Loaded:
         key, separator, value = text.partition("=")
         if not separator:
             raise ConfigError(f"--option {text}: write KEY=VALUE")
-        dotted = f"react.{key}" if settings_of.knows(f"react.{key}") else f"react.options.{key}"
-        told[dotted] = settings_of.from_text(dotted, value)
+        dotted = f"react.{key}" if loading.knows(f"react.{key}") else f"react.options.{key}"
+        told[dotted] = loading.from_text(dotted, value)
     return load(told)
 
 

@@ -40,9 +40,10 @@ from virtbus.commands.common import (
     setting,
     state_dir,
 )
-from virtbus.config import Config, Loaded, bus_url, differences, exposed_secrets
+from virtbus.config import Config
 from virtbus.envelope import uuid7
 from virtbus.errors import AgentBroken, ConfigError, RestartNeeded, VirtbusError
+from virtbus.loading import Loaded, bus_url, differences, exposed_secrets
 from virtbus.model import Clock
 from virtbus.sources.sockets import has_socket, socket_folder, was_removed
 from virtbus.spool import Spool, SpoolLimits, prepare_state_dir

@@ -10,8 +10,9 @@ from typing import Any
 
 import click
 
-from virtbus import config
+from virtbus import loading
 from virtbus.commands.common import as_json, common, libvirt, load, on_bus, open_bus, state_dir
+from virtbus.config import json_schema
 from virtbus.errors import ConfigError
 
 
@@ -37,12 +38,12 @@ def show_command(as_json: bool, **options: Any) -> None:
     Example: virtbus config show --json
     """
     loaded = load(options)
-    shown = config.effective(loaded.config)
+    shown = loading.effective(loaded.config)
     if as_json:
         data = {"settings": shown, "origins": dict(loaded.origins)}
         click.echo(json.dumps(data, indent=2, sort_keys=True))
         return
-    for key, value in config.leaves(shown):
+    for key, value in loading.leaves(shown):
         click.echo(f"{key} = {json.dumps(value, ensure_ascii=False)}  # {loaded.origins.get(key, 'default')}")
 
 
@@ -53,7 +54,7 @@ def schema_command() -> None:
     \b
     Example: virtbus config schema > virtbus.schema.json
     """
-    click.echo(json.dumps(config.json_schema(), indent=2))
+    click.echo(json.dumps(json_schema(), indent=2))
 
 
 @command.command("sample")
@@ -119,8 +120,8 @@ class Setting:
 
 def settings() -> Iterator[Setting]:
     """Every setting, in the order of the model: the top level first, then section by section."""
-    schema = config.json_schema()
-    yield from _section("", "", config.resolved(schema, schema), schema)
+    schema = json_schema()
+    yield from _section("", "", loading.resolved(schema, schema), schema)
 
 
 def _section(
@@ -128,7 +129,7 @@ def _section(
 ) -> Iterator[Setting]:
     inner: list[tuple[str, str, Mapping[str, Any]]] = []
     for name, each in found["properties"].items():
-        node = config.resolved(schema, each)
+        node = loading.resolved(schema, each)
         says = str(each.get("description") or node.get("description", ""))
         if "properties" in node:
             inner.append((f"{section}.{name}".lstrip("."), says, node))
