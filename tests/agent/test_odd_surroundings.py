@@ -138,12 +138,6 @@ def test_watch_says_who_plays_a_recording() -> None:
     assert "virtbus demo --recording" in complaint("watch", "--libvirt", "replay:/x", code=78)
 
 
-def test_a_page_that_is_missing_or_no_text_is_named(tmp_path: Path) -> None:
-    (tmp_path / "page").write_bytes(b"\xff")
-    assert "not UTF-8 text" in complaint("schema", "reference", str(tmp_path / "page"), code=66)
-    assert "No such file" in complaint("schema", "reference", str(tmp_path / "none"), code=66)
-
-
 def test_a_missing_word_is_one_line() -> None:
     assert "Missing argument" in complaint("schema", "show", code=78)
 

@@ -77,7 +77,7 @@ class Exec(_Hook):
         self._command, self._timeout = list(settings.exec.command), settings.exec.timeout_seconds
 
     def execute(self, action: Action) -> str:
-        """See virtbus.integrations.Integration."""
+        """See Integration."""
         attributes: Mapping[str, str] = action.body["attributes"]
         event = envelope.structured_json(attributes, action.body["data"].encode())
         environment = {
@@ -110,7 +110,7 @@ class Exec(_Hook):
         return told or "exit 0"
 
     def probe(self) -> Sequence[Check]:
-        """See virtbus.integrations.Integration."""
+        """See Integration."""
         from shutil import which
 
         found = which(self._command[0])
@@ -171,7 +171,7 @@ class Webhook(_Hook):
         self._connection: http.client.HTTPConnection | None = None
 
     def execute(self, action: Action) -> str:
-        """See virtbus.integrations.Integration."""
+        """See Integration."""
         attributes: Mapping[str, str] = action.body["attributes"]
         data: bytes = action.body["data"].encode()
         if self._settings.content_mode == "structured":
@@ -232,7 +232,7 @@ class Webhook(_Hook):
         return made
 
     def probe(self) -> Sequence[Check]:
-        """See virtbus.integrations.Integration. Connects (and checks TLS), sends nothing."""
+        """See Integration. Connects (and checks TLS), sends nothing."""
         try:
             with socket.create_connection(
                 (self._host, self._port or (443 if self._tls else 80)), self._settings.timeout_seconds
@@ -245,7 +245,7 @@ class Webhook(_Hook):
         return [Check("webhook", "ok", self._name)]
 
     def close(self) -> None:
-        """See virtbus.integrations.Integration."""
+        """See Integration."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None

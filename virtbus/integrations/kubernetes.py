@@ -16,6 +16,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, ClassVar, TypeVar
@@ -26,7 +27,7 @@ from kubernetes.client.exceptions import ApiException
 from kubernetes.config.config_exception import ConfigException
 
 from virtbus.config import React
-from virtbus.errors import ConfigError
+from virtbus.errors import ConfigError, VirtbusError
 from virtbus.fleet import Blame, HostHealth
 from virtbus.integrations.base import (
     HOLD,
@@ -41,6 +42,7 @@ from virtbus.integrations.base import (
     TargetMissing,
     TargetUnavailable,
     seconds_of,
+    target_of,
     utc,
 )
 from virtbus.model import Check
@@ -59,6 +61,12 @@ _STRATEGIC = "application/strategic-merge-patch+json"
 _REASONS = {Blame.HOST: "HostAtFault", Blame.BACKEND: "BackendAtFault", Blame.UNDETERMINED: "Undetermined"}
 
 T = TypeVar("T")
+
+
+class _Conflict(TargetUnavailable):
+    """Somebody else changed the object meanwhile, or it is there already."""
+
+
 Taints = list[dict[str, Any]]
 
 
@@ -115,7 +123,7 @@ class Kubernetes(Integration):
         self._api: Any = client.CoreV1Api(made)
 
     def condition(self, host: HostHealth) -> Mapping[str, str] | None:
-        """See virtbus.integrations.Integration."""
+        """See Integration."""
         if host.state != "observing":
             told = "its agent is not heard" if host.state == "silent" else "its agent does not see libvirt"
             return {"status": "Unknown", "reason": f"Agent{host.state.capitalize()}", "message": told}
@@ -124,7 +132,7 @@ class Kubernetes(Integration):
         return {"status": "False", "reason": _REASONS[host.blame], "message": host.why[:1024]}
 
     def execute(self, action: Action) -> str:
-        """See virtbus.integrations.Integration."""
+        """See Integration."""
         node = action.body.get("target") or self._find(action.target)
         if action.verb == REPORT:
             return self._report(node, action)
@@ -139,7 +147,7 @@ class Kubernetes(Integration):
 
     def _report(self, node: str, action: Action) -> str:
         told = dict(action.body)
-        before = self._call("reading", node, lambda: self._api.read_node(node, _request_timeout=_TIMEOUT))
+        before = self._call("reading", node, self._api.read_node, node)
         known = next((one for one in before.status.conditions or () if one.type == CONDITION), None)
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         entry = {"type": CONDITION, "lastHeartbeatTime": now, **told}
@@ -148,13 +156,8 @@ class Kubernetes(Integration):
             entry["lastTransitionTime"] = now
         # Conditions merge by their type: nobody else's are touched.
         body = {"status": {"conditions": [entry]}}
-        self._call(
-            "writing the condition of",
-            node,
-            lambda: self._api.patch_node_status(
-                node, body, _content_type=_STRATEGIC, _request_timeout=_TIMEOUT
-            ),
-        )
+        write = self._api.patch_node_status
+        self._call("writing the condition of", node, write, node, body, _content_type=_STRATEGIC)
         if changed and (known is not None or told["status"] != "True"):
             kind = "Normal" if told["status"] == "True" else "Warning"
             self._event(node, action, kind, f"Virtbus{told['reason']}", told["message"])
@@ -205,13 +208,9 @@ class Kubernetes(Integration):
                 },
                 "spec": {"taints": changed[0]},
             }
-            try:
-                self._api.patch_node(node, body, _content_type=_MERGE, _request_timeout=_TIMEOUT)
-            except (ApiException, urllib3.exceptions.HTTPError) as error:
-                if isinstance(error, ApiException) and error.status == 409:
-                    continue
-                raise _translated(error, "tainting", node) from error
-            return True
+            with suppress(_Conflict):
+                self._call("tainting", node, self._api.patch_node, node, body, _content_type=_MERGE)
+                return True
         raise TargetUnavailable(f"node {node} changed {_CONFLICTS} times while we were at it")
 
     def _event(self, node: str, action: Action, kind: str, reason: str, message: str) -> None:
@@ -231,16 +230,13 @@ class Kubernetes(Integration):
             reporting_component=COMPONENT,
             reporting_instance=COMPONENT,
         )
-        try:
-            self._api.create_namespaced_event("default", body, _request_timeout=_TIMEOUT)
-        except (ApiException, urllib3.exceptions.HTTPError) as error:
-            if not (isinstance(error, ApiException) and error.status == 409):
-                raise _translated(error, "writing an Event on", node) from error
+        with suppress(_Conflict):
+            self._call("writing an Event on", node, self._api.create_namespaced_event, "default", body)
 
     # ---- what is held
 
     def look(self, hosts: Mapping[str, str | None], *, everything: bool) -> Found:
-        """See virtbus.integrations.Integration."""
+        """See Integration."""
         if everything:
             self._list()
         nodes: dict[str, _Node] = {}
@@ -284,17 +280,12 @@ class Kubernetes(Integration):
         return next((host for host, name in self._hosts.items() if name == node), node)
 
     def _read(self, node: str) -> _Node:
-        return self._call("reading", node, lambda: _facts(_plain(
-            self._api.read_node(node, _preload_content=False, _request_timeout=_TIMEOUT)
-        )))  # fmt: skip
+        return _facts(self._call("reading", node, self._api.read_node, node, _preload_content=False))
 
     def _list(self) -> None:
         """All nodes, as plain JSON: the client's own objects would cost a second of CPU for a thousand."""
-        self._listed = self._call("listing", "*", lambda: [
-            _facts(one) for one in _plain(
-                self._api.list_node(_preload_content=False, _request_timeout=_TIMEOUT)
-            ).get("items", ())
-        ])  # fmt: skip
+        found = self._call("listing", "*", self._api.list_node, _preload_content=False)
+        self._listed = [_facts(one) for one in json.loads(found.data).get("items", ())]
         self._listed_at = time.monotonic()
         self._names.clear()
 
@@ -317,54 +308,43 @@ class Kubernetes(Integration):
         return known
 
     def _named(self, host: str) -> str | None:
-        for wanted in dict.fromkeys((host, host.partition(".")[0])):
-            if any(wanted == node.name for node in self._listed):
-                return wanted
-            matches = {node.name for node in self._listed if wanted in node.hostnames}
-            if len(matches) == 1:
-                return matches.pop()
-        return None
+        return target_of(host, {node.name: node.hostnames for node in self._listed})
 
-    def _call(self, doing: str, node: str, call: Callable[[], T]) -> T:
+    def _call(self, doing: str, node: str, call: Callable[..., Any], *words: Any, **more: Any) -> Any:
+        """Do one request. Raises what `_translated` makes of its error."""
         try:
-            return call()
+            answer = call(*words, **more, _request_timeout=_TIMEOUT)
         except (ApiException, urllib3.exceptions.HTTPError) as error:
             if isinstance(error, ApiException) and error.status == 404:
                 self._names = {host: name for host, name in self._names.items() if name != node}
             raise _translated(error, doing, node) from error
+        return answer
 
     def probe(self) -> Sequence[Check]:
-        """See virtbus.integrations.Integration."""
-        wanted = (("get", "nodes", ""), ("list", "nodes", ""), ("patch", "nodes", ""),
-                  ("patch", "nodes", "status"), ("create", "events", ""))  # fmt: skip
+        """See Integration."""
+        wanted = (("get", "nodes", None), ("list", "nodes", None), ("patch", "nodes", None),
+                  ("patch", "nodes", "status"), ("create", "events", None))  # fmt: skip
         refused = []
-        try:
-            for verb, resource, subresource in wanted:
-                review = client.V1SelfSubjectAccessReview(
-                    spec=client.V1SelfSubjectAccessReviewSpec(
-                        resource_attributes=client.V1ResourceAttributes(
-                            verb=verb,
-                            resource=resource,
-                            subresource=subresource or None,
-                            namespace="default" if resource == "events" else None,
-                        )
-                    )
-                )
-                answer: Any = client.AuthorizationV1Api(self._client).create_self_subject_access_review(
-                    review, _request_timeout=_TIMEOUT
-                )
-                if not answer.status.allowed:
-                    refused.append(f"{verb} {resource}{'/' + subresource if subresource else ''}")
-        except (ApiException, urllib3.exceptions.HTTPError) as error:
-            told = str(_translated(error, "asking", "the API server"))
-            return [Check("kubernetes", "failed", told, "check the kubeconfig and the network", 69)]
+        ask = client.AuthorizationV1Api(self._client).create_self_subject_access_review
+        for verb, resource, subresource in wanted:
+            namespace = "default" if resource == "events" else None
+            asked = client.V1ResourceAttributes(
+                verb=verb, resource=resource, subresource=subresource, namespace=namespace
+            )
+            spec = client.V1SelfSubjectAccessReviewSpec(resource_attributes=asked)
+            try:
+                answer = self._call("asking", "*", ask, client.V1SelfSubjectAccessReview(spec=spec))
+            except VirtbusError as error:
+                return [Check("kubernetes", "failed", str(error), "check the kubeconfig and the network", 69)]
+            if not answer.status.allowed:
+                refused.append(f"{verb} {resource}{f'/{subresource}' if subresource else ''}")
         if refused:
             missing = ", ".join(refused)
             return [Check("kubernetes", "failed", f"not allowed: {missing}", "grant it to our account", 77)]
         return [Check("kubernetes", "ok", "reached, and everything that is needed is allowed")]
 
     def close(self) -> None:
-        """See virtbus.integrations.Integration."""
+        """See Integration."""
         self._client.close()
 
 
@@ -373,6 +353,8 @@ def _translated(error: Exception, doing: str, node: str) -> TargetUnavailable | 
     if not isinstance(error, ApiException):
         return TargetUnavailable(f"{text}{error}")
     text += f"{error.status} {error.reason}"
+    if error.status == 409:
+        return _Conflict(text)
     if error.status == 404:
         return TargetMissing(f"{text}: there is no such node")
     if error.status in (400, 422):
@@ -380,12 +362,9 @@ def _translated(error: Exception, doing: str, node: str) -> TargetUnavailable | 
     return TargetDenied(text) if error.status in (401, 403) else TargetUnavailable(text)
 
 
-def _plain(answer: Any) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(answer.data)
-    return found
-
-
-def _facts(node: Mapping[str, Any]) -> _Node:
+def _facts(answer: Any) -> _Node:
+    """A node of a list, or the answer that holds one."""
+    node = answer if isinstance(answer, dict) else json.loads(answer.data)
     metadata, status = node["metadata"], node.get("status", {})
     return _Node(
         name=metadata["name"],
