@@ -356,7 +356,7 @@ def test_without_folding_a_burst_stays_one_event_with_its_count():
 
 
 def test_evidence_and_the_hypervisors_text_pass_through():
-    evidence = (Evidence("block_info", "contradicts", capacity_bytes=100, allocation_bytes=1),)
+    evidence = (Evidence("block_info", "inconclusive", capacity_bytes=100, allocation_bytes=1),)
     (event,) = Bench().see(an_error(evidence=evidence, message="No space left", disk_error="no_space"))
     assert event.error.evidence == evidence
     assert (event.error.message, event.error.disk_error) == ("No space left", "no_space")
@@ -380,7 +380,7 @@ def test_what_a_look_finds_out_later_is_told_without_a_count():
     bench.see(an_error(action=PAUSE, reason="enospc"))
     happened = bench.wall_ns
     bench.wait(0.2)
-    evidence = (Evidence("file_system", "contradicts"),)
+    evidence = (Evidence("file_system", "inconclusive"),)
     assert bench.see(an_error(action=PAUSE, reason="enospc", count=0, at=happened, evidence=evidence)) == []
     (update,) = bench.wait(1)
     assert update.error.evidence == evidence

@@ -179,7 +179,8 @@ def target_of(host: str, names: Mapping[str, Collection[str]]) -> str | None:
         matches = [name for name, others in names.items() if wanted in others]
         if len(matches) == 1:
             return matches[0]
-    return None
+    longer = [name for name in names if short(name) == host]  # it bears the name with its domain
+    return longer[0] if len(longer) == 1 else None
 
 
 def seconds_of(text: object) -> float | None:

@@ -46,6 +46,7 @@ from virtbus.integrations.base import (
     utc,
 )
 from virtbus.model import Check
+from virtbus.telemetry import Trouble, emit
 
 CONDITION = "VirtbusStorageHealthy"
 ANNOTATION = "virtbus.io/tainted"  # its value is the key of the taint that we set
@@ -214,7 +215,9 @@ class Kubernetes(Integration):
         raise TargetUnavailable(f"node {node} changed {_CONFLICTS} times while we were at it")
 
     def _event(self, node: str, action: Action, kind: str, reason: str, message: str) -> None:
-        """An Event named after the action: once more makes no second one."""
+        """An Event named after the action: once more makes no second one. Only a courtesy to people: whatever
+        refuses it (rights, quota, a namespace that is gone), what it tells of was done.
+        """
         digest = hashlib.sha256(action.key.encode()).hexdigest()[:16]
         now = datetime.now(UTC)
         body = client.CoreV1Event(
@@ -230,8 +233,12 @@ class Kubernetes(Integration):
             reporting_component=COMPONENT,
             reporting_instance=COMPONENT,
         )
-        with suppress(_Conflict):
+        try:
             self._call("writing an Event on", node, self._api.create_namespaced_event, "default", body)
+        except _Conflict:
+            pass  # it is there already
+        except VirtbusError as error:
+            emit(Trouble("Kubernetes Event", error))
 
     # ---- what is held
 
