@@ -74,14 +74,6 @@ class Libvirt(_Section, frozen=True):
     """libvirt connection URI"""
     optional: bool = False
     """This host may have no libvirt: ready, and not counted as cut off, until its first socket appears"""
-    lookup_deadline_seconds: Seconds = 0.5
-    """How long one look-up of a domain may take before it is given up"""
-    lookups_in_flight: Annotated[int, Meta(ge=1, le=16)] = 4
-    """Look-ups at the same time"""
-    keepalive_interval_seconds: Annotated[int, Meta(ge=1, le=60)] = 5
-    """Between two keepalive messages"""
-    keepalive_count: Annotated[int, Meta(ge=1, le=100)] = 3
-    """Unanswered ones that end the connection"""
     grace_seconds: Seconds = 1.0
     """How long a pause by I/O error waits for its own I/O-error event"""
     owner_rules: tuple[OwnerRule, ...] = ()
@@ -196,10 +188,6 @@ class IncidentSettings(_Section, frozen=True):
     """Quiet for so long resolves an incident"""
     max_open: Annotated[int, Meta(ge=1, le=1_000_000)] = 1000
     """Open incidents before they are folded wider"""
-    flapping_pauses: Annotated[int, Meta(ge=2, le=1_000_000)] = 3
-    """So many pauses are a pause/resume loop"""
-    flapping_window_seconds: Seconds = 600.0
-    """… within this time"""
 
 
 class HeartbeatSettings(_Section, frozen=True):

@@ -179,7 +179,7 @@ def test_what_a_hook_inherits_is_no_setting():
         ("[incidents]\nquiet_seconds = inf", ":2: incidents.quiet_seconds"),
         ("[incidents]\nquiet_seconds = nan", ":2: incidents.quiet_seconds"),
         ("[spool]\nmax_bytes = 1000000000000000000000000", ":2: spool.max_bytes"),
-        ("[libvirt]\nkeepalive_interval_seconds = 4000000000", ":2: libvirt.keepalive_interval_seconds"),
+        ("[bus]\nheartbeat_seconds = 4000000000", ":2: bus.heartbeat_seconds"),
         (f"[bus]\nexchange = '{'ü' * 200}'", ":2: bus.exchange is longer than 255 bytes"),
         ('[bus]\ntopic = "a\\u0000b"', ":2: bus.topic holds a NUL character"),
     ],

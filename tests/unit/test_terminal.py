@@ -12,8 +12,7 @@ from virtbus import cli
 from virtbus.commands import ask, consume, doctor, fleet
 from virtbus.commands import spool as spool_command
 from virtbus.errors import ConfigError
-from virtbus.fleet import Blame
-from virtbus.fleet.state import BackendHealth, FleetView
+from virtbus.fleet import BackendHealth, Blame, FleetView
 from virtbus.model import Check
 
 EVIL = "db\x1b[2J\x9b1A\u202egnp.exe\rok\nINFO forged"

@@ -146,13 +146,7 @@ def open_source(config: Config, *, since_ns: int | None = None) -> Source:
     """
     settings, group = config.libvirt, "virtbus.sources"
     options = SourceOptions(
-        lookup_deadline_seconds=settings.lookup_deadline_seconds,
-        lookups_in_flight=settings.lookups_in_flight,
-        keepalive_interval_seconds=settings.keepalive_interval_seconds,
-        keepalive_count=settings.keepalive_count,
-        grace_seconds=settings.grace_seconds,
-        owner_rules=settings.owner_rules,
-        since_ns=since_ns,
+        grace_seconds=settings.grace_seconds, owner_rules=settings.owner_rules, since_ns=since_ns
     )
     if settings.discover.on:
         from virtbus.sources.many import ManySource
