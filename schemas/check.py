@@ -17,7 +17,7 @@ from typing import Any
 import jsonschema_rs
 
 from virtbus.errors import VirtbusError
-from virtbus.schema import PREFIX, Entry, clip, clip_text, problem, read_index
+from virtbus.schema import PREFIX, SchemaFile, clip, clip_text, problem, read_index
 
 HERE = Path(__file__).resolve().parent
 
@@ -160,7 +160,7 @@ def check(folder: Path, *, released: Path | None = None) -> list[str]:
     return wrong
 
 
-def _check_rows(listed: tuple[Entry, ...], loaded: Mapping[str, dict[str, Any]]) -> list[str]:
+def _check_rows(listed: tuple[SchemaFile, ...], loaded: Mapping[str, dict[str, Any]]) -> list[str]:
     wrong: list[str] = []
     for position, entry in enumerate(listed):
         older = [e for e in listed[:position] if e.type == entry.type and e.order[0] == entry.order[0]]

@@ -1,6 +1,6 @@
 """The settings: one model gives the defaults, the JSON schema, the checks and the chart's values.
 
-What stands below a setting is its description. How the settings are read is in `loading`.
+What stands below a setting is its description; that of a section is its class's. `loading` reads them.
 """
 
 from __future__ import annotations
@@ -79,7 +79,6 @@ class Libvirt(_Section, frozen=True):
     owner_rules: tuple[OwnerRule, ...] = ()
     """Further owners in guest metadata"""
     discover: Discover = Discover()
-    """Many hypervisors instead of one: KubeVirt"""
 
 
 class Tls(_Section, frozen=True):
@@ -120,7 +119,6 @@ class Kafka(_Section, frozen=True):
     oauth_token_command: tuple[str, ...] | None = None
     """Command (a list, no shell) that prints a bearer token"""
     topic: KafkaTopic = KafkaTopic()
-    """How a missing topic is created"""
     options: dict[str, str] = {}
     """Further librdkafka options, handed over as they are"""
 
@@ -161,9 +159,7 @@ class Bus(_Section, frozen=True):
     confirm_timeout_seconds: Seconds = 30.0
     """Without a confirm for so long, the connection is thrown away"""
     tls: Tls = Tls()
-    """TLS files"""
     kafka: Kafka = Kafka()
-    """Kafka only"""
 
 
 class SpoolSettings(_Section, frozen=True):
@@ -242,7 +238,7 @@ class ReactFleet(_Section, frozen=True):
 
 
 class ReactNova(_Section, frozen=True):
-    """`virtbus react --with nova`."""
+    """OpenStack Nova: `virtbus react --with nova`."""
 
     cloud: str | None = None
     """Name in clouds.yaml; none: OS_* variables"""
@@ -251,7 +247,7 @@ class ReactNova(_Section, frozen=True):
 
 
 class ReactKubernetes(_Section, frozen=True):
-    """`virtbus react --with kubernetes`."""
+    """Kubernetes: `virtbus react --with kubernetes`."""
 
     kubeconfig: Text | None = None
     """File; none: in the cluster, or the user's"""
@@ -262,7 +258,7 @@ class ReactKubernetes(_Section, frozen=True):
 
 
 class ReactMasakari(_Section, frozen=True):
-    """`virtbus react --with masakari`."""
+    """OpenStack Masakari: `virtbus react --with masakari`."""
 
     cloud: str | None = None
     """Name in clouds.yaml; none: OS_* variables"""
@@ -271,7 +267,7 @@ class ReactMasakari(_Section, frozen=True):
 
 
 class ReactExec(_Section, frozen=True):
-    """`virtbus react --with exec`."""
+    """A command for each event: `virtbus react --with exec`."""
 
     command: tuple[str, ...] = ()
     """Command (a list, no shell); the event is its standard input"""
@@ -280,7 +276,7 @@ class ReactExec(_Section, frozen=True):
 
 
 class ReactWebhook(_Section, frozen=True):
-    """`virtbus react --with webhook`."""
+    """An HTTP request for each event: `virtbus react --with webhook`."""
 
     url: str | None = None
     """http:// or https:// address to POST to"""
@@ -327,17 +323,11 @@ class React(_Section, frozen=True):
     hosts: dict[str, str] = {}
     """libvirt's host name = the control plane's, where they differ"""
     fleet: ReactFleet = ReactFleet()
-    """What is known of storage and racks"""
     nova: ReactNova = ReactNova()
-    """OpenStack Nova"""
     kubernetes: ReactKubernetes = ReactKubernetes()
-    """Kubernetes"""
     masakari: ReactMasakari = ReactMasakari()
-    """OpenStack Masakari"""
     exec: ReactExec = ReactExec()
-    """A command an event"""
     webhook: ReactWebhook = ReactWebhook()
-    """An HTTP request an event"""
     options: dict[str, str] = {}
     """For integrations of third parties, handed over as they are"""
 
@@ -350,23 +340,14 @@ class Config(_Section, frozen=True):
     drain_seconds: Annotated[float, Meta(ge=0, le=3600)] = 10.0
     """After SIGTERM, publish what is there for so long at most"""
     libvirt: Libvirt = Libvirt()
-    """The hypervisor"""
     bus: Bus = Bus()
-    """The broker"""
     spool: SpoolSettings = SpoolSettings()
-    """The outbox"""
     incidents: IncidentSettings = IncidentSettings()
-    """Folding"""
     heartbeat: HeartbeatSettings = HeartbeatSettings()
-    """The sign of life"""
     http: Http = Http()
-    """The HTTP listener"""
     control: Control = Control()
-    """The control socket"""
     react: React = React()
-    """virtbus react"""
     log: Log = Log()
-    """The log"""
 
 
 def json_schema(*, described: bool = True) -> dict[str, Any]:

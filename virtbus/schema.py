@@ -29,7 +29,7 @@ _MAX_PROBLEMS = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class SchemaFile:
     """One schema of the index. `type` is the event's type, or "envelope"."""
 
     id: str
@@ -70,16 +70,16 @@ def location() -> Path:
 
 
 @cache
-def entries() -> tuple[Entry, ...]:
+def entries() -> tuple[SchemaFile, ...]:
     """All bundled schemas, sorted by type and version."""
     return read_index(location())
 
 
-def read_index(folder: Path) -> tuple[Entry, ...]:
+def read_index(folder: Path) -> tuple[SchemaFile, ...]:
     """The schemas that a folder's index.json lists. Raises InputMissing, SchemaError."""
     try:
         listed = json.loads(folder.joinpath("index.json").read_bytes())
-        return tuple(sorted((Entry(**item) for item in listed), key=lambda e: (e.type, e.order)))
+        return tuple(sorted((SchemaFile(**item) for item in listed), key=lambda e: (e.type, e.order)))
     except OSError as error:
         raise InputMissing(f"no schema index at {folder}/index.json: {error.strerror or error}") from error
     except (ValueError, TypeError) as error:
@@ -93,7 +93,7 @@ def parse_urn(dataschema: str) -> tuple[str, int, int] | None:
 
 
 @cache
-def latest(type_: str) -> Entry:
+def latest(type_: str) -> SchemaFile:
     """The newest bundled schema of an event type; raises SchemaError when the type is unknown."""
     found = [entry for entry in entries() if entry.type == type_]
     if not found:
@@ -102,7 +102,7 @@ def latest(type_: str) -> Entry:
     return found[-1]
 
 
-def resolve(dataschema_or_type: str) -> Entry:
+def resolve(dataschema_or_type: str) -> SchemaFile:
     """The schema to check against, by urn or by event type.
 
     A minor version later than all we know is checked by the newest we know of its major: every later minor

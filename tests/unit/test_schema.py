@@ -54,7 +54,7 @@ def test_the_bundled_schemas_pass_their_own_gate() -> None:
 
 
 @pytest.mark.parametrize("entry", schema.entries(), ids=lambda entry: entry.id)
-def test_every_schema_has_examples_that_fit_it(entry: schema.Entry) -> None:
+def test_every_schema_has_examples_that_fit_it(entry: schema.SchemaFile) -> None:
     examples = schema.load(entry.id)["examples"]
     assert examples
     for example in examples:
@@ -62,7 +62,7 @@ def test_every_schema_has_examples_that_fit_it(entry: schema.Entry) -> None:
 
 
 @pytest.mark.parametrize("entry", schema.entries(), ids=lambda entry: entry.id)
-def test_every_property_has_a_title_a_description_and_an_example(entry: schema.Entry) -> None:
+def test_every_property_has_a_title_a_description_and_an_example(entry: schema.SchemaFile) -> None:
     document = schema.load(entry.id)
     for path, node in properties(document):
         assert node.get("title"), path
@@ -72,7 +72,7 @@ def test_every_property_has_a_title_a_description_and_an_example(entry: schema.E
 
 
 @pytest.mark.parametrize("entry", schema.entries(), ids=lambda entry: entry.id)
-def test_every_example_of_a_property_fits_the_property(entry: schema.Entry) -> None:
+def test_every_example_of_a_property_fits_the_property(entry: schema.SchemaFile) -> None:
     document = schema.load(entry.id)
     for path, node in properties(document):
         validator = jsonschema_rs.Draft202012Validator({**node, "$defs": document.get("$defs", {})})
@@ -81,7 +81,7 @@ def test_every_example_of_a_property_fits_the_property(entry: schema.Entry) -> N
 
 
 @pytest.mark.parametrize("entry", schema.entries(), ids=lambda entry: entry.id)
-def test_durations_and_sizes_tell_their_unit_in_name_and_description(entry: schema.Entry) -> None:
+def test_durations_and_sizes_tell_their_unit_in_name_and_description(entry: schema.SchemaFile) -> None:
     for path, node in properties(schema.load(entry.id)):
         name = path.rpartition(".")[2]
         for suffix, word in (("_seconds", "seconds"), ("_bytes", "bytes"), ("_per_minute", "a minute")):
@@ -90,7 +90,7 @@ def test_durations_and_sizes_tell_their_unit_in_name_and_description(entry: sche
 
 
 @pytest.mark.parametrize("entry", schema.entries(), ids=lambda entry: entry.id)
-def test_unknown_fields_are_allowed_everywhere(entry: schema.Entry) -> None:
+def test_unknown_fields_are_allowed_everywhere(entry: schema.SchemaFile) -> None:
     document = schema.load(entry.id)
     example = copy.deepcopy(document["examples"][0])
 

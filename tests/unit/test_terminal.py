@@ -77,7 +77,7 @@ def test_the_fleets_file_is_never_written_through_a_link(tmp_path, monkeypatch):
 
 
 def test_the_spools_list_shows_a_dead_letters_reason_tamely(tmp_path, monkeypatch):
-    entry = spool_command.Entry(
+    entry = spool_command.Listed(
         position=1, id="i", epoch="e", sequence=1, key=EVIL, kind="opened", count=1, bytes=1,
         committed_at="now", age_seconds=1.0, attempts=0, state="dead", why="refused", error=EVIL,
     )  # fmt: skip

@@ -25,7 +25,7 @@ _KINDS = ("updated", "resolved", "opened", "gap")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class Listed:
     """One event in the spool as `list` shows it; `why` and `error` only for a dead letter."""
 
     position: int
@@ -79,7 +79,7 @@ def _holder(state_dir: Path) -> str | None:
     return None
 
 
-def _entries(db: sqlite3.Connection, *, dead: bool, limit: int) -> list[Entry]:
+def _entries(db: sqlite3.Connection, *, dead: bool, limit: int) -> list[Listed]:
     columns = "position, id, epoch, seq, key, class, count, bytes, created_ns, attempts"
     columns += ", why, error FROM dead" if dead else ", NULL, NULL FROM events"
     sql = f"SELECT {columns} ORDER BY position LIMIT ?"
@@ -87,7 +87,7 @@ def _entries(db: sqlite3.Connection, *, dead: bool, limit: int) -> list[Entry]:
     for *head, number, count, size, created, attempts, why, error in db.execute(sql, [limit]):
         age, at = round(max(0.0, (now - created) / 1e9), 1), to_datetime(created).isoformat()
         kind = _KINDS[number] if number in range(len(_KINDS)) else str(number)
-        out.append(Entry(*(*head, kind, count, size, at, age, attempts, state, why, error)))
+        out.append(Listed(*(*head, kind, count, size, at, age, attempts, state, why, error)))
     return out
 
 

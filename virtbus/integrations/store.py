@@ -21,7 +21,7 @@ from virtbus.integrations.holds import Change, HoldState, Row
 KEPT_ROWS = 200_000  # finished actions: what comes again is recognised by them, and the audit can be read
 HOLD_TOPIC = "hold"
 
-Entry = tuple[int, Action]  # a stored action and its number
+Stored = tuple[int, Action]  # a stored action and its number
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS actions (
@@ -120,7 +120,7 @@ class ActionStore:
 
     # ---- actions
 
-    def add(self, actions: Sequence[Action], wall: float) -> list[Entry]:
+    def add(self, actions: Sequence[Action], wall: float) -> list[Stored]:
         """Store them in one transaction; the new ones with their numbers."""
         with self._transaction() as db:
             return [entry for action in actions if (entry := _insert(db, action, wall)) is not None]
@@ -196,7 +196,7 @@ class ActionStore:
         """The hosts that we hold, or are about to, or whose release has not succeeded yet."""
         return {host: row for host, row in self.rows().items() if row.ours}
 
-    def decide(self, row: Row, action: Action, wall: float) -> Entry | None:
+    def decide(self, row: Row, action: Action, wall: float) -> Stored | None:
         """Remember a decision and store its action, in one transaction."""
         with self._transaction() as db:
             _put(db, row)
@@ -260,7 +260,7 @@ class ActionStore:
         with self._lock:
             return dict(self._db.execute("SELECT host, condition FROM conditions").fetchall())
 
-    def show(self, entries: Sequence[tuple[str, str, Action]], wall: float) -> list[Entry]:
+    def show(self, entries: Sequence[tuple[str, str, Action]], wall: float) -> list[Stored]:
         """Host, condition and the action that shows it; in one transaction."""
         with self._transaction() as db:
             out = []

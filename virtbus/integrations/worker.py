@@ -21,7 +21,7 @@ from virtbus.integrations.base import (
     TargetMissing,
 )
 from virtbus.integrations.holds import Change, Finding, HoldState, Row
-from virtbus.integrations.store import HOLD_TOPIC, ActionStore, Entry
+from virtbus.integrations.store import HOLD_TOPIC, ActionStore, Stored
 from virtbus.integrations.told import (
     ActionFailed,
     ActionGivenUp,
@@ -194,7 +194,7 @@ class Worker:
             with self._changed:
                 self._changed.notify_all()
 
-    def put(self, entries: Sequence[Entry]) -> None:
+    def put(self, entries: Sequence[Stored]) -> None:
         """Execute what was stored."""
         for number, action in entries:
             self._append(number, action, 0)
