@@ -152,8 +152,8 @@ class TelemetryEvent:
         """Move the metrics that belong to this event."""
         for name, value in self._sets.items():
             getattr(metrics, name).set(getattr(self, value) if isinstance(value, str) else value)
-        for told in self._counts:
-            name, _, labels = told.partition(":")
+        for counted in self._counts:
+            name, _, labels = counted.partition(":")
             values = [
                 one[1:] if one.startswith("=") else getattr(self, one) for one in labels.split(",") if one
             ]

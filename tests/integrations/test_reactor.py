@@ -28,7 +28,7 @@ from virtbus.integrations.base import (
 )
 from virtbus.integrations.policy import HoldRules
 from virtbus.integrations.store import ActionStore
-from virtbus.integrations.told import ActionGivenUp, Audited, Disbelieved, Withheld
+from virtbus.integrations.telemetry import ActionGivenUp, Audited, Disbelieved, Withheld
 from virtbus.testing import a_record, an_io_error, no_waiting
 
 

@@ -39,7 +39,7 @@ from virtbus import __version__
 from virtbus.bus import BusOptions, open_bus
 from virtbus.consumer import Consumer
 from virtbus.errors import BusDenied
-from virtbus.integrations.told import REACT
+from virtbus.integrations.telemetry import REACT
 from virtbus.model import Confirmed, Deferred
 from virtbus.testing import ListFeed, records
 

@@ -163,26 +163,26 @@ def spool(look: Look) -> Iterator[Check]:
         remedy = "make room, or make it writable; until then errors are only counted in memory"
         yield fail("spool", f"{folder} can't be written: {error.strerror}", remedy, os.EX_IOERR)
         return
-    told = f"{folder} is writable, a sync takes {seconds * 1000:.1f} ms"
+    summary = f"{folder} is writable, a sync takes {seconds * 1000:.1f} ms"
     if seconds > SLOW_SYNC_SECONDS:
         remedy = "put it on a faster disk: each event waits for a sync"
-        yield warn("spool", told, remedy, sync_seconds=round(seconds, 6))
+        yield warn("spool", summary, remedy, sync_seconds=round(seconds, 6))
     else:
-        yield ok("spool", told, sync_seconds=round(seconds, 6))
+        yield ok("spool", summary, sync_seconds=round(seconds, 6))
     if (shared := _is_shared(folder)) is not None:
-        told = f"other users may write into {shared}: they can take the spool away, or give us another"
-        yield warn("spool folder", told, f"chmod go-w {shared}")
+        summary = f"other users may write into {shared}: they can take the spool away, or give us another"
+        yield warn("spool folder", summary, f"chmod go-w {shared}")
     free, wanted = shutil.disk_usage(folder).free, 2 * look.max_bytes
     if free < wanted:
-        told = f"{free >> 20} MiB free in {folder}, spool.max_bytes may need {wanted >> 20} MiB"
-        yield warn("spool space", told, "make room, or lower spool.max_bytes")
+        summary = f"{free >> 20} MiB free in {folder}, spool.max_bytes may need {wanted >> 20} MiB"
+        yield warn("spool space", summary, "make room, or lower spool.max_bytes")
     else:
         yield ok("spool space", f"{free >> 20} MiB free")
     yield _backlog(folder / DATABASE, look.max_bytes)
     if _is_held(folder):
         pid = read_holder(folder).pid
-        told = f"an agent runs on {folder}, pid {pid}; a second one needs a --state-dir of its own"
-        yield ok("agent", told, pid=pid)
+        summary = f"an agent runs on {folder}, pid {pid}; a second one needs a --state-dir of its own"
+        yield ok("agent", summary, pid=pid)
     else:
         yield ok("agent", f"no agent runs on {folder} now")
 
@@ -192,8 +192,8 @@ def _to_be_made(folder: Path) -> Check:
     above = next(each for each in folder.absolute().parents if os.path.exists(each))  # noqa: PTH110
     if above.is_dir() and os.access(above, os.W_OK | os.X_OK):
         return ok("spool", f"{folder} is not there yet; the agent's first start makes it")
-    told = f"state_dir {folder} is not there, and uid {os.geteuid()} can't make it in {above}"
-    return fail("spool", told, "make the folder for the agent's user, or set --state-dir", os.EX_CONFIG)
+    summary = f"state_dir {folder} is not there, and uid {os.geteuid()} can't make it in {above}"
+    return fail("spool", summary, "make the folder for the agent's user, or set --state-dir", os.EX_CONFIG)
 
 
 def _is_shared(folder: Path) -> Path | None:
@@ -219,19 +219,25 @@ def _backlog(path: Path, max_bytes: int) -> Check:
         )
         return fail("spool backlog", f"{path} can't be read: {error}", remedy, os.EX_IOERR)
     used = size / max_bytes  # what was set aside is evicted first, and no event is lost for it
-    told = f"{waiting} events wait, {used:.0%} of spool.max_bytes; {dead} set aside, {aside / max_bytes:.0%}"
+    summary = (
+        f"{waiting} events wait, {used:.0%} of spool.max_bytes; {dead} set aside, {aside / max_bytes:.0%}"
+    )
     details: dict[str, Any] = {
         "waiting": waiting, "dead": dead, "bytes": int(size + aside), "max_bytes": max_bytes,
     }  # fmt: skip
     if used >= FULL:
-        told = f"the spool is full: {told}; the least important events are evicted, each named in a gap event"
+        summary = (
+            f"the spool is full: {summary}; the least important events are evicted, each named in a gap event"
+        )
         remedy = "see why the broker does not take them (below), or raise spool.max_bytes"
-        return fail("spool backlog", told, remedy, os.EX_IOERR, **details)
+        return fail("spool backlog", summary, remedy, os.EX_IOERR, **details)
     if dead:
-        return warn("spool backlog", told, "look at what was set aside: virtbus spool list --dead", **details)
+        return warn(
+            "spool backlog", summary, "look at what was set aside: virtbus spool list --dead", **details
+        )
     if used >= FILLING:
-        return warn("spool backlog", told, "see why the broker does not take them (below)", **details)
-    return ok("spool backlog", told, **details)
+        return warn("spool backlog", summary, "see why the broker does not take them (below)", **details)
+    return ok("spool backlog", summary, **details)
 
 
 def _is_held(folder: Path) -> bool:

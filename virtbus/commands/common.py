@@ -207,9 +207,9 @@ def progress(length: int, label: str, notices: TextIO) -> Iterator[Progress]:
         yield Progress(bar, drawn, notices)
 
 
-def rows(told: Iterable[tuple[str, str]]) -> str:
+def rows(pairs: Iterable[tuple[str, str]]) -> str:
     """(name, text) as lines; a long text goes on below itself, but a long word stays whole."""
-    return "".join(wrapped(f"{name:<10} {text}", indent=11) for name, text in told)
+    return "".join(wrapped(f"{name:<10} {text}", indent=11) for name, text in pairs)
 
 
 def wrapped(text: str, *, indent: int) -> str:

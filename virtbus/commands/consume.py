@@ -133,9 +133,9 @@ def list_command(group: str, limit: int, as_json: bool, **options: Any) -> None:
 def _line(letter: DeadLetter, as_json: bool) -> str:
     """One letter; its JSON is a stable contract."""
     if as_json:
-        told = {name: getattr(letter, name) for name in ("position", "id", "source", "type", "reason")}
+        data = {name: getattr(letter, name) for name in ("position", "id", "source", "type", "reason")}
         at = None if letter.at is None else letter.at.isoformat()
-        return json.dumps({**told, "at": at, "size_bytes": letter.size_bytes})
+        return json.dumps({**data, "at": at, "size_bytes": letter.size_bytes})
     at = "-" if letter.at is None else letter.at.isoformat(timespec="seconds")
     words = (
         at,

@@ -169,9 +169,9 @@ def _tls(look: Look) -> Iterator[Check]:
             ):
                 certificate, version = secure.getpeercert() or {}, secure.version()
         except ssl.SSLCertVerificationError as error:
-            told = f"{where}: the broker's certificate is refused: {error.verify_message}"
+            summary = f"{where}: the broker's certificate is refused: {error.verify_message}"
             remedy = "check bus.tls.ca_file and the broker's certificate"
-            yield fail("tls", told, _VERIFY_REMEDIES.get(error.verify_code, remedy), os.EX_NOPERM)
+            yield fail("tls", summary, _VERIFY_REMEDIES.get(error.verify_code, remedy), os.EX_NOPERM)
             continue
         except OSError as error:
             reason = getattr(error, "reason", None) or error.strerror or str(error)
@@ -179,12 +179,12 @@ def _tls(look: Look) -> Iterator[Check]:
             yield fail("tls", f"{where}: no TLS connection: {reason}", remedy, os.EX_UNAVAILABLE)
             continue
         days = (ssl.cert_time_to_seconds(str(certificate["notAfter"])) - time.time()) / 86400
-        told = f"{where}: {version}, verified for {target.name}, {days:.0f} days left"
+        summary = f"{where}: {version}, verified for {target.name}, {days:.0f} days left"
         details: dict[str, Any] = {"days_left": round(days, 1), "protocol": version}
         if days < SOON_DAYS:
-            yield warn("tls", told, "renew the broker's certificate", **details)
+            yield warn("tls", summary, "renew the broker's certificate", **details)
         else:
-            yield ok("tls", told, **details)
+            yield ok("tls", summary, **details)
 
 
 def _own_certificate(look: Look) -> Iterator[Check]:
@@ -194,14 +194,14 @@ def _own_certificate(look: Look) -> Iterator[Check]:
     if not ends:
         return
     days = (ends[0] - time.time()) / 86400
-    told, remedy = f"{path}: {days:.0f} days left", "renew it; the next connection uses the new file"
+    summary, remedy = f"{path}: {days:.0f} days left", "renew it; the next connection uses the new file"
     if days < 0:
-        told = f"{path}: ended {-days:.0f} days ago"
-        yield fail("client certificate", told, remedy, os.EX_NOPERM, days_left=round(days, 1))
+        summary = f"{path}: ended {-days:.0f} days ago"
+        yield fail("client certificate", summary, remedy, os.EX_NOPERM, days_left=round(days, 1))
     elif days < SOON_DAYS:
-        yield warn("client certificate", told, remedy, days_left=round(days, 1))
+        yield warn("client certificate", summary, remedy, days_left=round(days, 1))
     else:
-        yield ok("client certificate", told, days_left=round(days, 1))
+        yield ok("client certificate", summary, days_left=round(days, 1))
 
 
 def _bus(look: Look) -> Iterable[Check]:
@@ -254,8 +254,8 @@ def _round_trip(look: Look) -> Iterator[Check]:
         pass
     seconds = time.monotonic() - begun
     if isinstance(outcome, Confirmed):
-        told = f"a probe event was confirmed in {seconds * 1000:.0f} ms"
-        yield ok("bus round trip", told, seconds=round(seconds, 6))
+        summary = f"a probe event was confirmed in {seconds * 1000:.0f} ms"
+        yield ok("bus round trip", summary, seconds=round(seconds, 6))
     elif isinstance(outcome, Unroutable):
         remedy = "bind a consumer's queue: events wait in the spool until somebody does"
         yield warn("bus round trip", f"the broker takes our events, but {outcome.reason}", remedy)
@@ -307,11 +307,11 @@ def command(as_json: bool, timeout: float, **options: Any) -> None:
     code = next(failed, 0)
     if as_json:
         names = ("name", "status", "summary", "remedy", "exit_code")
-        told = [
+        plain = [
             {**{name: getattr(check, name) for name in names}, "details": dict(check.details)}
             for check in found
         ]
-        click.echo(json.dumps({"ok": code == 0, "checks": told}, indent=2, ensure_ascii=False))
+        click.echo(json.dumps({"ok": code == 0, "checks": plain}, indent=2, ensure_ascii=False))
     sys.exit(code)
 
 

@@ -31,7 +31,7 @@ from virtbus.commands.react import fleet_rules, serving
 from virtbus.consumer import Consumer, Delivery
 from virtbus.errors import ConfigError
 from virtbus.fleet import BackendHealth, Blame, Fleet, FleetView, HostHealth, Publishers
-from virtbus.integrations.told import REACT, Disbelieved, EventPutAside
+from virtbus.integrations.telemetry import REACT, Disbelieved, EventPutAside
 from virtbus.loading import bus_url
 from virtbus.log import takes_escapes
 from virtbus.model import Clock, Heartbeat, Now

@@ -39,7 +39,7 @@ from virtbus.integrations.base import RELEASE, Action, Hold, Integration, NotOur
 from virtbus.integrations.policy import HoldPolicy, HoldRules
 from virtbus.integrations.reactor import Reactor
 from virtbus.integrations.store import ActionStore
-from virtbus.integrations.told import REACT
+from virtbus.integrations.telemetry import REACT
 from virtbus.loading import Loaded, bus_url
 from virtbus.log import printable
 from virtbus.telemetry import METRICS, Notice, emit
@@ -49,10 +49,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def fleet_rules(config: Config) -> FleetRules:
     """How the fleet is judged."""
-    told = config.react.fleet
+    rules = config.react.fleet
     return FleetRules(
-        storage=StorageRules((*told.shared_paths, *SHARED_PATHS), told.local_paths, told.groups),
-        verdict=VerdictRules(racks=told.racks),
+        storage=StorageRules((*rules.shared_paths, *SHARED_PATHS), rules.local_paths, rules.groups),
+        verdict=VerdictRules(racks=rules.racks),
         drills=config.react.drills,
     )
 
@@ -92,7 +92,7 @@ def serving(
 def _reactor(
     integration: Integration, config: Config, group: str | None, dry_run: bool, stack: ExitStack
 ) -> Reactor:
-    told, name, group = config.react, integration.name, group or "react"
+    react, name, group = config.react, integration.name, group or "react"
     store = ActionStore(None if dry_run else _folder(config) / f"{name}.db")
     stack.callback(store.close)
     # A dry run takes nothing away from the real one: it listens beside the group.
@@ -102,15 +102,15 @@ def _reactor(
     )
     stack.callback(consumer.close)
     emit(Notice(f"{name}: {'dry run' if dry_run else f'group {named}, state in {_folder(config)}'}"))
-    rules = HoldRules(told.when, told.min_guests, told.raise_seconds, told.clear_seconds, told.max_share)
+    rules = HoldRules(react.when, react.min_guests, react.raise_seconds, react.clear_seconds, react.max_share)
     return Reactor(
         integration,
         consumer=consumer,
         store=store,
         fleet=Fleet(fleet_rules(config)),
         policy=HoldPolicy(rules),
-        publishers=told.publishers,
-        actions_per_minute=told.actions_per_minute,
+        publishers=react.publishers,
+        actions_per_minute=react.actions_per_minute,
         dry_run=dry_run,
         by=f"{group}-{name}@{socket.gethostname()}",
     )
@@ -149,14 +149,14 @@ def _options(command: F) -> F:
 
 def _load(settings: Sequence[str], given: Mapping[str, Any]) -> Loaded:
     """Settings with those of --option. Raises ConfigError for one that is not KEY=VALUE."""
-    told = dict(given)
+    flags = dict(given)
     for text in settings:
         key, separator, value = text.partition("=")
         if not separator:
             raise ConfigError(f"--option {text}: write KEY=VALUE")
         dotted = f"react.{key}" if loading.knows(f"react.{key}") else f"react.options.{key}"
-        told[dotted] = loading.from_text(dotted, value)
-    return load(told)
+        flags[dotted] = loading.from_text(dotted, value)
+    return load(flags)
 
 
 @click.group("react", invoke_without_command=True)
@@ -323,19 +323,19 @@ def release_command(
     \b
     Example: virtbus react release compute-7 --with kubernetes
     """
-    told = []
+    results = []
     with _holding(ctx, names, settings, given) as found:
         for integration, held in found:
             holds = [hold for hold in held if host in (hold.host, hold.target)]
             for hold in holds:
-                told.append((integration.name, hold.host, True, _release(integration, hold)))
+                results.append((integration.name, hold.host, True, _release(integration, hold)))
             if not holds:
-                told.append((integration.name, host, False, f"{host} is not held by virtbus"))
+                results.append((integration.name, host, False, f"{host} is not held by virtbus"))
     if as_json:
         keys = ("integration", "host", "released", "result")
-        click.echo(json.dumps([dict(zip(keys, one, strict=True)) for one in told]))
+        click.echo(json.dumps([dict(zip(keys, one, strict=True)) for one in results]))
     else:
-        for name, _, _, text in told:
+        for name, _, _, text in results:
             click.echo(f"{name}: {cut(text, len(text))}")
 
 

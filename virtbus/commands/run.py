@@ -159,7 +159,7 @@ def _supervise(agent: Agent, config: Config, again: Callable[[], Loaded] | None,
     current = config
     # Ready: the spool is open and the threads run. libvirt and the broker may come later: /readyz knows.
     systemd.tell(READY=1, STATUS="started")
-    told = fed = time.monotonic()
+    said = fed = time.monotonic()
     while not agent.wait(0.0):
         for number in signals.wait(min(1.0, systemd.watchdog_seconds or 1.0)):
             if number != signal.SIGHUP:
@@ -173,8 +173,8 @@ def _supervise(agent: Agent, config: Config, again: Callable[[], Loaded] | None,
             fed = now
             if not agent.dead_threads():  # what /livez says; a hung disk or broker is no reason to be killed
                 systemd.tell(WATCHDOG=1)
-        if now - told >= STATUS_SECONDS:
-            told = now
+        if now - said >= STATUS_SECONDS:
+            said = now
             if agent.not_ready() and (folder := socket_folder(config.libvirt.uri)) and was_removed(folder):
                 agent.fail(
                     RestartNeeded(

@@ -112,8 +112,8 @@ def validate(
     def report(file: str, line: int, problems: Sequence[Problem]) -> None:
         bar.make_way(out)
         if fmt == "json":
-            told = {"file": file, "line": line or None, "problems": [one._asdict() for one in problems]}
-            out.write(json.dumps(told) + "\n")
+            data = {"file": file, "line": line or None, "problems": [one._asdict() for one in problems]}
+            out.write(json.dumps(data) + "\n")
         else:
             out.writelines(f"{file}:{line}: {one}\n" if line else f"{one.message}\n" for one in problems)
 

@@ -189,8 +189,8 @@ def toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, Mapping):
-        told = ", ".join(f"{json.dumps(k)} = {toml(v)}" for k, v in value.items())
-        return f"{{ {told} }}" if told else "{}"
+        items = ", ".join(f"{json.dumps(k)} = {toml(v)}" for k, v in value.items())
+        return f"{{ {items} }}" if items else "{}"
     if isinstance(value, list):
         return "[" + ", ".join(map(toml, value)) + "]"
     return json.dumps(value, ensure_ascii=False)

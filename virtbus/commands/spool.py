@@ -127,17 +127,17 @@ def status(state_dir: Path, out: TextIO, *, as_json: bool = False) -> None:
         out.write(json.dumps(data, indent=2) + "\n")
         return
     since = "" if oldest is None else f", the oldest for {data['oldest_seconds']:.0f} s"
-    told = [
+    shown = [
         ("spool", f"{path} ({data['file_bytes']} bytes on the disk)"),
         ("held by", data["held_by"] or "nobody"),
         ("waiting", f"{pending} events, {data['bytes']} bytes{since}"),
         ("dead", f"{dead} events, {data['dead_bytes']} bytes"),
     ]
     if unnamed:
-        told.append(("lost", f"{data['unnamed']} events, to be named in the agent's next gap event"))
+        shown.append(("lost", f"{data['unnamed']} events, to be named in the agent's next gap event"))
     if asked:
-        told.append(("requests", f"{asked}, to be carried out by the agent"))
-    out.write(rows([*told, *(("set aside", str(state_dir / name)) for name in aside)]))
+        shown.append(("requests", f"{asked}, to be carried out by the agent"))
+    out.write(rows([*shown, *(("set aside", str(state_dir / name)) for name in aside)]))
 
 
 def list_events(

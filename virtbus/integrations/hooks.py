@@ -14,6 +14,7 @@ import ssl
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import ClassVar
 from urllib.parse import quote, urlsplit
 
@@ -102,12 +103,12 @@ class Exec(_Hook):
             raise TargetUnavailable(f"{self._command[0]} ran longer than {self._timeout:g} s") from error
         finally:
             _end_group(process)
-        told = output.decode("utf-8", "replace").strip()[-_TOLD_BYTES:]
+        said = output.decode("utf-8", "replace").strip()[-_TOLD_BYTES:]
         if process.returncode == ActionRefused.exit_code:
-            raise ActionRefused(f"{self._command[0]} refused the event: {told}")
+            raise ActionRefused(f"{self._command[0]} refused the event: {said}")
         if process.returncode != 0:
-            raise TargetUnavailable(f"{self._command[0]} ended with {process.returncode}: {told}")
-        return told or "exit 0"
+            raise TargetUnavailable(f"{self._command[0]} ended with {process.returncode}: {said}")
+        return said or "exit 0"
 
     def probe(self) -> Sequence[Check]:
         """See Integration."""
@@ -115,7 +116,7 @@ class Exec(_Hook):
 
         found = which(self._command[0])
         if found is None:
-            return [Check("exec", "failed", f"{self._command[0]} is no command", "mend react.exec.command")]
+            return [Check("exec", "failed", f"{self._command[0]} is not a command", "fix react.exec.command")]
         return [Check("exec", "ok", found)]
 
 
@@ -168,7 +169,14 @@ class Webhook(_Hook):
                 raise ConfigError(f"react.webhook.ca_file {self._settings.ca_file}: {error}") from error
         elif not is_loopback(self._host):
             emit(PlaintextWebhook(self._name))
-        self._connection: http.client.HTTPConnection | None = None
+        made = (
+            partial(http.client.HTTPSConnection, context=self._context)
+            if self._tls
+            else http.client.HTTPConnection
+        )
+        self._connection: http.client.HTTPConnection = made(
+            self._host, self._port, timeout=self._settings.timeout_seconds
+        )
 
     def execute(self, action: Action) -> str:
         """See Integration."""
@@ -183,13 +191,13 @@ class Webhook(_Hook):
         if self._settings.token_file is not None:
             headers["Authorization"] = f"Bearer {self._token(self._settings.token_file)}"
         try:
-            status, reason, told = self._post(data, headers)
+            status, reason, said = self._post(data, headers)
         except (OSError, http.client.HTTPException) as error:
             self.close()
             raise TargetUnavailable(f"{self._name}: {error or type(error).__name__}") from error
         if 200 <= status < 300:
             return f"{status} {reason}"
-        text = f"{self._name} answered {status} {reason}: {told}"
+        text = f"{self._name} answered {status} {reason}: {said}"
         if status in _REFUSED_STATUS:
             raise ActionRefused(text)
         if 300 <= status < 400:
@@ -203,33 +211,21 @@ class Webhook(_Hook):
             raise TargetUnavailable(str(error)) from error
 
     def _post(self, data: bytes, headers: Mapping[str, str]) -> tuple[int, str, str]:
-        kept = self._connection is not None
-        while True:
-            connection = self._connection or self._connect()
+        connection = self._connection
+        for kept in (connection.sock is not None, False):
             try:
-                connection.request("POST", self._path, data, dict(headers))
+                connection.request("POST", self._path, data, dict(headers))  # connects when it is closed
                 answer = connection.getresponse()
-                told = answer.read(_TOLD_BYTES).decode("utf-8", "replace").strip()
+                said = answer.read(_TOLD_BYTES).decode("utf-8", "replace").strip()
                 if not answer.isclosed():  # it says more than anybody reads, perhaps without an end
-                    self.close()
+                    connection.close()
+                return answer.status, answer.reason, said
             except (ConnectionError, http.client.RemoteDisconnected):
-                self.close()
+                connection.close()
                 if not kept:
                     raise
-                kept = False  # the server had closed the idle connection: once more on a new one
-                continue
-            return answer.status, answer.reason, told
-
-    def _connect(self) -> http.client.HTTPConnection:
-        timeout = self._settings.timeout_seconds
-        if self._context is not None:
-            made: http.client.HTTPConnection = http.client.HTTPSConnection(
-                self._host, self._port, timeout=timeout, context=self._context
-            )
-        else:
-            made = http.client.HTTPConnection(self._host, self._port, timeout=timeout)
-        self._connection = made
-        return made
+                # The server had closed the idle connection: once more on a new one.
+        raise AssertionError("a second failure is raised")
 
     def probe(self) -> Sequence[Check]:
         """See Integration. Connects (and checks TLS), sends nothing."""
@@ -241,14 +237,12 @@ class Webhook(_Hook):
                     with self._context.wrap_socket(plain, server_hostname=self._host):
                         pass
         except OSError as error:
-            return [Check("webhook", "failed", f"{self._name}: {error}", "mend react.webhook.url", 69)]
+            return [Check("webhook", "failed", f"{self._name}: {error}", "fix react.webhook.url", 69)]
         return [Check("webhook", "ok", self._name)]
 
     def close(self) -> None:
         """See Integration."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        self._connection.close()
 
 
 def _header(value: str) -> str:

@@ -101,19 +101,19 @@ class Kubernetes(Integration):
 
     def __init__(self, settings: React) -> None:
         """Raises ConfigError when there is no cluster to be found."""
-        told = settings.kubernetes
-        self._hosts, self._taint = settings.hosts, told.taint
+        own = settings.kubernetes
+        self._hosts, self._taint = settings.hosts, own.taint
         self._names: dict[str, str] = {}  # host: node
         self._listed: list[_Node] = []
         self._listed_at = float("-inf")
         try:
-            if told.kubeconfig is None and told.context is None:
+            if own.kubeconfig is None and own.context is None:
                 load: Any = config.load_config
                 load()
                 made = client.ApiClient()
             else:
                 new: Any = config.new_client_from_config
-                made = new(config_file=told.kubeconfig, context=told.context)
+                made = new(config_file=own.kubeconfig, context=own.context)
         except (ConfigException, OSError) as error:
             raise ConfigError(
                 f"no Kubernetes cluster: {error}; set react.kubernetes.kubeconfig, or run in a pod with a "
@@ -126,8 +126,8 @@ class Kubernetes(Integration):
     def condition(self, host: HostHealth) -> Mapping[str, str] | None:
         """See Integration."""
         if host.state != "observing":
-            told = "its agent is not heard" if host.state == "silent" else "its agent does not see libvirt"
-            return {"status": "Unknown", "reason": f"Agent{host.state.capitalize()}", "message": told}
+            message = "its agent is not heard" if host.state == "silent" else "its agent does not see libvirt"
+            return {"status": "Unknown", "reason": f"Agent{host.state.capitalize()}", "message": message}
         if host.blame is Blame.NONE:
             return {"status": "True", "reason": "NoTrouble", "message": "no guest has an open I/O error"}
         return {"status": "False", "reason": _REASONS[host.blame], "message": host.why[:1024]}
@@ -147,22 +147,22 @@ class Kubernetes(Integration):
     # ---- the three things
 
     def _report(self, node: str, action: Action) -> str:
-        told = dict(action.body)
+        condition = dict(action.body)
         before = self._call("reading", node, self._api.read_node, node)
         known = next((one for one in before.status.conditions or () if one.type == CONDITION), None)
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        entry = {"type": CONDITION, "lastHeartbeatTime": now, **told}
-        changed = known is None or known.status != told["status"]
+        entry = {"type": CONDITION, "lastHeartbeatTime": now, **condition}
+        changed = known is None or known.status != condition["status"]
         if changed:
             entry["lastTransitionTime"] = now
         # Conditions merge by their type: nobody else's are touched.
         body = {"status": {"conditions": [entry]}}
         write = self._api.patch_node_status
         self._call("writing the condition of", node, write, node, body, _content_type=_STRATEGIC)
-        if changed and (known is not None or told["status"] != "True"):
-            kind = "Normal" if told["status"] == "True" else "Warning"
-            self._event(node, action, kind, f"Virtbus{told['reason']}", told["message"])
-        return f"{CONDITION}={told['status']} ({told['reason']})"
+        if changed and (known is not None or condition["status"] != "True"):
+            kind = "Normal" if condition["status"] == "True" else "Warning"
+            self._event(node, action, kind, f"Virtbus{condition['reason']}", condition["message"])
+        return f"{CONDITION}={condition['status']} ({condition['reason']})"
 
     def _hold(self, node: str, action: Action) -> str:
         value = action.why.partition(":")[0]
@@ -266,16 +266,16 @@ class Kubernetes(Integration):
 
     def _mark(self, node: _Node) -> Hold:
         try:
-            told = json.loads(node.annotations.get(DETAILS) or "{}")
-            host = str(told.get("host"))
+            details = json.loads(node.annotations.get(DETAILS) or "{}")
+            host = str(details.get("host"))
             # A node may write its own annotations: what it says of another host counts for nothing.
             return Hold(
                 host=host if self._hosts.get(host, self._named(host)) == node.name else self._host(node.name),
                 target=node.name,
-                why=str(told.get("why", ""))[:1024],
-                since=seconds_of(told.get("since")),
-                times=int(told.get("times", 1)),
-                by=str(told.get("by", ""))[:256],
+                why=str(details.get("why", ""))[:1024],
+                since=seconds_of(details.get("since")),
+                times=int(details.get("times", 1)),
+                by=str(details.get("by", ""))[:256],
                 uid=node.uid,
                 intact=node.has(node.ours),
             )
@@ -300,9 +300,9 @@ class Kubernetes(Integration):
 
     def _find(self, host: str) -> str:
         """The node of a host: as told, by its name, its short name, or the Hostname it gives itself."""
-        told = self._hosts.get(host)
-        if told is not None:
-            return told
+        named = self._hosts.get(host)
+        if named is not None:
+            return named
         known = self._names.get(host)
         if known is None:
             known = self._named(host)
@@ -391,9 +391,9 @@ def _without(taints: Taints, key: str | None) -> Taints:
 
 
 def _details(action: Action) -> str:
-    told = {"host": action.target, "why": action.why[:1024], **{
+    details = {"host": action.target, "why": action.why[:1024], **{
         name: action.body[name] for name in ("times", "by") if action.body.get(name)
     }}  # fmt: skip
     if action.body.get("since") is not None:
-        told["since"] = utc(action.body["since"])
-    return json.dumps(told)
+        details["since"] = utc(action.body["since"])
+    return json.dumps(details)

@@ -97,10 +97,10 @@ class _OpenStack(Integration):
     def probe(self) -> Sequence[Check]:
         """See Integration."""
         try:
-            told = self._reached()
+            summary = self._reached()
         except Exception as error:  # noqa: BLE001 - a probe tells, it does not fail
             return [Check(self.name, "failed", str(error), "check clouds.yaml and the role (admin)", 69)]
-        return [Check(self.name, "ok", told)]
+        return [Check(self.name, "ok", summary)]
 
     def _reached(self) -> str:
         raise NotImplementedError
@@ -124,8 +124,8 @@ class Nova(_OpenStack):
 
     def execute(self, action: Action) -> str:
         """See Integration."""
-        told = action.body.get("target")
-        service = self._service(told or action.target, self._services(told))
+        target = action.body.get("target")
+        service = self._service(target or action.target, self._services(target))
         disabled, ours, compute = service.status == "disabled", _is_ours(service), self._cloud.compute
         if action.verb == HOLD:
             if ours:

@@ -21,7 +21,7 @@ from virtbus.integrations.base import REPORT, Action, Integration
 from virtbus.integrations.holds import HoldState, Row, orphaned, renamed
 from virtbus.integrations.policy import Decision, Held, HoldPolicy
 from virtbus.integrations.store import ActionStore
-from virtbus.integrations.told import REACT, Disbelieved, EventPutAside, Withheld
+from virtbus.integrations.telemetry import REACT, Disbelieved, EventPutAside, Withheld
 from virtbus.integrations.worker import Worker
 from virtbus.model import Clock, Heartbeat, Now
 from virtbus.telemetry import TelemetryEvent, Trouble, emit
