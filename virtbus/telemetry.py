@@ -94,7 +94,7 @@ class Metrics:
         self.build_info = gauge("virtbus_build_info", "Constant 1 with the version", ["version"])
         self.started_seconds = gauge("virtbus_start_time_seconds", "Unix time of the agent's start")
         # A rate over a series that begins at 1 misses the first: closed sets of labels begin at 0.
-        for outcome in ("confirmed", "deferred", "unroutable", "refused"):
+        for outcome in ("confirmed", "deferred", "unroutable", "nacked", "refused"):
             self.outcomes.labels(outcome)
         for why in ("refused", "invalid", "damaged", "poison", "consumer"):
             self.dead_letters.labels(why)
@@ -313,8 +313,8 @@ class RetryScheduled(TelemetryEvent, level="warning", every=30, by="stage", coun
     error: Exception | str
 
 
-class EventUnroutable(TelemetryEvent, level="warning", every=30):
-    """the broker has no place for this event; parked, will be tried again"""
+class EventParked(TelemetryEvent, level="warning", every=30):
+    """the broker does not take this event now; it waits, and with it the later ones of its domain"""
 
     event_id: str
     key: str

@@ -42,7 +42,7 @@ from virtbus.commands.common import (
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError, VirtbusError
 from virtbus.loading import Loaded, bus_url
 from virtbus.log import printable, takes_colour
-from virtbus.model import Check, Confirmed, Record, Refused, Unroutable, to_datetime
+from virtbus.model import Check, Confirmed, Nacked, Record, Refused, Unroutable, to_datetime
 
 PROBE_TYPE = "io.virtbus.agent.probe.v1"
 SOON_DAYS = 14.0  # a certificate that ends within so many days is a warning
@@ -259,6 +259,9 @@ def _round_trip(look: Look) -> Iterator[Check]:
     elif isinstance(outcome, Unroutable):
         remedy = "bind a consumer's queue: events wait in the spool until somebody does"
         yield warn("bus round trip", f"the broker takes our events, but {outcome.reason}", remedy)
+    elif isinstance(outcome, Nacked):
+        summary = f"the broker does not take our events now: {outcome.reason}"
+        yield warn("bus round trip", summary, "make room in its queues: events wait in the spool")
     else:
         error = outcome.error if outcome is not None else BusUnavailable("the broker gave no answer")
         kind = BusDenied if isinstance(outcome, Refused) or isinstance(error, BusDenied) else BusUnavailable
