@@ -151,7 +151,7 @@ def as_data(view: FleetView) -> dict[str, Any]:
         "written_at": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "hosts": {host.name: _plain(host, without=("name", "early", "witnessed")) for host in view.hosts},
         "backends": [_plain(one) for one in view.backends],
-        **_plain(view, without=("hosts", "backends")),
+        **_plain(view, without=("hosts", "backends", "own")),
     }
 
 

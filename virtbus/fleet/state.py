@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 
 from virtbus.fleet.agent import Agent, Ended, Incident, Rate, Version
 from virtbus.fleet.storage import Backend, backend_of
@@ -56,6 +57,7 @@ class Fleet:
     def __init__(self, rules: FleetRules | None = None) -> None:
         """An empty fleet."""
         self.rules = rules or FleetRules()
+        self.witnessed: AbstractSet[str] = frozenset()  # incidents that were their hosts' own before a start
         self._agents: dict[str, Agent] = {}
         self._users: dict[str, set[str]] = defaultdict(set)
         self._backend_rates: dict[str, Rate] = {}
@@ -164,7 +166,7 @@ class Fleet:
                 version=version,
                 total=event.occurrences.total,
                 settled=settled,
-                recurs=known is not None and known.grows(event.occurrences.total),
+                recurs=id_ in self.witnessed or (known is not None and known.grows(event.occurrences.total)),
             ),
         )
 
@@ -223,7 +225,7 @@ class Fleet:
             version=version,
             total=item.total,
             settled=settled,
-            recurs=known is not None and known.grows(item.total),
+            recurs=item.id in self.witnessed or (known is not None and known.grows(item.total)),
         )
 
     def _after_boot(self, agent: Agent, onset: float) -> bool:
@@ -263,6 +265,7 @@ class Fleet:
             rules=self.rules,
             since=self._since_wall,
             too_early=self._too_early(now),
+            witnessed=self.witnessed,
             now=now,
         )
 

@@ -51,7 +51,7 @@ class HostHealth:
     backends: tuple[str, ...]  # the storage systems it has trouble with
     fresh: bool  # a heartbeat told everything that is open: what is not here is not
     early: bool = False  # too early to tell: nothing is put down to anybody yet
-    witnessed: bool = True  # what it is blamed for began while we listened
+    witnessed: bool = True  # what it is blamed for: see `Trouble`
 
     @property
     def answer(self) -> Answer:
@@ -94,6 +94,7 @@ class FleetView:
     incidents: int
     errors_per_minute: float
     suspect_ourselves: bool  # most agents are silent at once: rather our own connection
+    own: frozenset[str] = frozenset()  # open incidents that were seen to be their hosts' own
 
     def host(self, name: str) -> HostHealth | None:
         """One host, by the name libvirt gives it."""
@@ -109,12 +110,14 @@ def judge(
     rules: FleetRules,
     since: float,
     too_early: str | None,
+    witnessed: AbstractSet[str],
     now: Now,
 ) -> FleetView:
     """Judge everything.
 
     `states` is each agent's, `users` which hosts use a storage system's name, `rates` its errors, `since`
-    when (Unix seconds) we began to listen, `too_early` why nobody can be blamed yet.
+    when (Unix seconds) we began to listen, `too_early` why nobody can be blamed yet, `witnessed` the
+    incidents that were seen to be their hosts' own before a restart.
     """
     named = [(agent.name, agent) for agent in agents if agent.name is not None]
     verdicts = assess(
@@ -135,7 +138,16 @@ def judge(
         incidents=sum(len(agent.incidents) for _, agent in named),
         errors_per_minute=sum(one.errors_per_minute for one in hosts),
         suspect_ourselves=silent * 2 > len(states) and len(states) > 1,
+        # Too early: not every agent was heard yet.
+        own=frozenset((*_own(named, verdicts, witnessed), *(witnessed if too_early is not None else ()))),
     )
+
+
+def _own(named: _Named, verdicts: Verdicts, witnessed: AbstractSet[str]) -> Iterator[str]:
+    for name, agent in named:
+        verdict = verdicts.hosts.get(name)
+        seen = verdict is not None and verdict.own and verdict.witnessed
+        yield from (id_ for id_ in agent.incidents if seen or id_ in witnessed)
 
 
 def _health(
