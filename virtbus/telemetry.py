@@ -272,7 +272,7 @@ class BusLost(TelemetryEvent, level="warning", every=30, sets={"bus_connected": 
 
 
 class DeadLetterWaits(TelemetryEvent, level="error", every=30, by="queue"):
-    """a dead letter can't be put aside now; trying again, other messages go on"""
+    """a dead letter can't be stored now; trying again, other messages continue"""
 
     queue: str  # or topic
     position: str
@@ -330,7 +330,7 @@ class EventDeadLettered(TelemetryEvent, level="error", counts=("dead_letters:why
 
 
 class EventsGaveWay(TelemetryEvent, level="error", every=10):
-    """spool full: events evicted, named in a gap event"""
+    """spool full: events dropped, named in a gap event"""
 
     count: int
 

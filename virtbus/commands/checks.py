@@ -214,9 +214,7 @@ def _backlog(path: Path, max_bytes: int) -> Check:
             waiting, size = connection.execute("SELECT count(*), total(bytes) FROM events").fetchone()
             dead, aside = connection.execute("SELECT count(*), total(bytes) FROM dead").fetchone()
     except sqlite3.Error as error:
-        remedy = (
-            "start the agent: it sets a damaged file aside, rescues what can be read, and tells of the gap"
-        )
+        remedy = "start the agent: it moves a damaged file, salvages what can be read, and reports the gap"
         return fail("spool backlog", f"{path} can't be read: {error}", remedy, os.EX_IOERR)
     used = size / max_bytes  # what was set aside is evicted first, and no event is lost for it
     summary = (
@@ -227,7 +225,7 @@ def _backlog(path: Path, max_bytes: int) -> Check:
     }  # fmt: skip
     if used >= FULL:
         summary = (
-            f"the spool is full: {summary}; the least important events are evicted, each named in a gap event"
+            f"the spool is full: {summary}; the least important events are dropped, each named in a gap event"
         )
         remedy = "see why the broker does not take them (below), or raise spool.max_bytes"
         return fail("spool backlog", summary, remedy, os.EX_IOERR, **details)
