@@ -12,44 +12,13 @@ from __future__ import annotations
 from virtbus.envelope.canonical import MAX_DATA_BYTES, MAX_WIRE_BYTES
 from virtbus.envelope.decoding import MAX_DECODE_BYTES, Envelope, decode, decode_structured, to_event
 from virtbus.envelope.encoding import (
-    CONTENT_TYPE,
-    ROUTING_WORDS,
-    STRUCTURED_CONTENT_TYPE,
-    AmqpWire,
-    Encoded,
-    InvalidEvent,
-    KafkaWire,
-    encode,
-    partition_key,
-    record,
-    routing_key,
-    structured_json,
-    to_amqp,
-    to_kafka,
-    uuid7,
-)
+    CONTENT_TYPE, ROUTING_WORDS, STRUCTURED_CONTENT_TYPE, AmqpWire, Encoded, InvalidEvent, KafkaWire, encode,
+    partition_key, record, routing_key, structured_json, to_amqp, to_kafka, uuid7,
+)  # fmt: skip
 
 __all__ = [
-    "CONTENT_TYPE",
-    "MAX_DATA_BYTES",
-    "MAX_DECODE_BYTES",
-    "MAX_WIRE_BYTES",
-    "ROUTING_WORDS",
-    "STRUCTURED_CONTENT_TYPE",
-    "AmqpWire",
-    "Encoded",
-    "Envelope",
-    "InvalidEvent",
-    "KafkaWire",
-    "decode",
-    "decode_structured",
-    "encode",
-    "partition_key",
-    "record",
-    "routing_key",
-    "structured_json",
-    "to_amqp",
-    "to_event",
-    "to_kafka",
-    "uuid7",
-]
+    "CONTENT_TYPE", "MAX_DATA_BYTES", "MAX_DECODE_BYTES", "MAX_WIRE_BYTES", "ROUTING_WORDS",
+    "STRUCTURED_CONTENT_TYPE", "AmqpWire", "Encoded", "Envelope", "InvalidEvent", "KafkaWire", "decode",
+    "decode_structured", "encode", "partition_key", "record", "routing_key", "structured_json", "to_amqp",
+    "to_event", "to_kafka", "uuid7",
+]  # fmt: skip
