@@ -12,8 +12,21 @@ from __future__ import annotations
 from virtbus.envelope.canonical import MAX_DATA_BYTES, MAX_WIRE_BYTES
 from virtbus.envelope.decoding import MAX_DECODE_BYTES, Envelope, decode, decode_structured, to_event
 from virtbus.envelope.encoding import (
-    CONTENT_TYPE, ROUTING_WORDS, STRUCTURED_CONTENT_TYPE, AmqpWire, Encoded, InvalidEvent, KafkaWire, encode,
-    partition_key, record, routing_key, structured_json, to_amqp, to_kafka, uuid7,
+    CONTENT_TYPE,
+    ROUTING_WORDS,
+    STRUCTURED_CONTENT_TYPE,
+    AmqpWire,
+    Encoded,
+    InvalidEvent,
+    KafkaWire,
+    encode,
+    partition_key,
+    record,
+    routing_key,
+    structured_json,
+    to_amqp,
+    to_kafka,
+    uuid7,
 )  # fmt: skip
 
 __all__ = [
