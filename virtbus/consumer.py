@@ -35,7 +35,7 @@ from types import TracebackType
 from typing import Any
 
 from virtbus import envelope
-from virtbus.bus import Bus, BusOptions, Subscription, bus_name, open_bus
+from virtbus.bus import Bus, BusOptions, Memory, Subscription, bus_name, open_bus
 from virtbus.errors import (
     BusDenied,
     BusUnavailable,
@@ -244,7 +244,7 @@ class Consumer:
         self._seen = self._grip.seen
         self._group, self._prefetch, self._validate = group, prefetch, validate
         self._exclusive, self._max_attempts = exclusive, max_attempts
-        self._memory = _Memory(self._seen.notes(), on_missing)
+        self._memory = Memory(self._seen.notes(), on_missing)
         self._flush_rows = min(FLUSH_ROWS, prefetch) if group_commit and dedupe is not None else 1
         self._sequences = SequenceCheck(reorder_seconds, on_missing, enabled=check_gaps)
         self._sequences.restore(self._seen.runs())
@@ -477,20 +477,3 @@ class Consumer:
         else:
             emit(BusCutOff("consumer", error))
         self._backoff.wait(self._stop, error, limit=max(0.0, deadline - time.monotonic()))
-
-
-class _Memory:
-    """See virtbus.bus.Memory."""
-
-    def __init__(self, notes: dict[str, str], on_missing: Callable[[MissingEvents], None]) -> None:
-        self._notes = notes
-        self.fresh: dict[str, str] = {}  # not on disk yet
-        self.missing = on_missing
-
-    def recall(self, name: str) -> str | None:
-        """See virtbus.bus.Memory."""
-        return self._notes.get(name)
-
-    def keep(self, name: str, value: str) -> None:
-        """See virtbus.bus.Memory."""
-        self._notes[name] = self.fresh[name] = value

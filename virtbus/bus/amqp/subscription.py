@@ -38,11 +38,11 @@ from amqp import spec
 from virtbus.bus import BusOptions
 from virtbus.bus.amqp.connection import LINK_FAULTS, Dialer, Link, Waker, lost, translated
 from virtbus.bus.amqp.letters import AmqpLetterStore
-from virtbus.bus.amqp.wire import ProtocolViolation
+from virtbus.bus.amqp.wire import ProtocolViolation, received
 from virtbus.bus.subscription import Item, LineSubscription
 from virtbus.envelope import MAX_DECODE_BYTES
 from virtbus.errors import BusDenied, BusUnavailable
-from virtbus.model import Binding, Message
+from virtbus.model import Message
 from virtbus.retry import Backoff
 from virtbus.telemetry import BusCutOff, Notice, TelemetryEvent, Trouble, emit
 
@@ -374,36 +374,22 @@ class AmqpSubscription(LineSubscription):
     # -- messages
 
     def _on_delivery(self, channel: Any, raw: Any) -> None:
-        properties, info = raw.properties, raw.delivery_info
-        tag, redelivered = info["delivery_tag"], bool(info["redelivered"])
-        name, user = properties.get("message_id", ""), properties.get("user_id")
+        properties, queue, tag = raw.properties, self._topology.queue, raw.delivery_info["delivery_tag"]
         if len(raw.body) > MAX_DECODE_BYTES:
             # No event of ours is so large, and what is prefetched of them would fill the memory: the broker
             # itself puts it aside (x-dead-letter-exchange), with the reason in x-death.
             channel.basic_reject(tag, requeue=False)
-            emit(MessageTooLarge(self._topology.queue, len(raw.body), user))
+            emit(MessageTooLarge(queue, len(raw.body), properties.get("user_id")))
             return
-        headers = properties.get("application_headers") or {}
-        counted = headers.get("x-delivery-count", None if redelivered else 0)
-        key = _key(headers, info["routing_key"])
+        key = _key(properties.get("application_headers") or {}, raw.delivery_info["routing_key"])
         item = Item(key if key is not None else tag, tag, _Origin(tag, properties))
-        item.message = Message(
-            binding=Binding.AMQP,
-            headers=headers,
-            content_type=properties.get("content_type"),
-            body=raw.body.encode() if isinstance(raw.body, str) else bytes(raw.body),
-            key=key,
-            redelivered=redelivered,
-            user_id=user,
-            position=f"{self._topology.queue}#{tag}",
-            handle=item,
-            attempts=counted + 1 if isinstance(counted, int) else None,
-        )
-        due = self._resumed.pop(name, 0.0) if redelivered else 0.0
+        message = item.message = received(raw, queue, key=key, handle=item)
+        name = properties.get("message_id", "")
+        due = self._resumed.pop(name, 0.0) if message.redelivered else 0.0
         if due > time.monotonic():
             item.due = self._resumed[name] = due
         self._line.arrived(item)
-        if not self._calm and (not isinstance(counted, int) or counted < _CAREFUL_AT):
+        if not self._calm and (message.attempts or 0) <= _CAREFUL_AT:
             self._calm = True
             self._climb()
 
