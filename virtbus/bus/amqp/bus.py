@@ -321,8 +321,8 @@ class _Publisher:
         self._io = link.connection
         channel = link.channel()
         channel.confirm_select()
-        channel.events["basic_ack"].add(lambda tag, multiple: self._settle(tag, multiple, _CONFIRMED))
-        channel.events["basic_nack"].add(lambda tag, multiple: self._settle(tag, multiple, _NACKED))
+        channel.events["basic_ack"].add(lambda tag, multiple: self._on_confirm(tag, multiple, _CONFIRMED))
+        channel.events["basic_nack"].add(lambda tag, multiple: self._on_confirm(tag, multiple, _NACKED))
         channel.events["basic_return"].add(self._on_return)
         exchange = kombu.Exchange(options.exchange, type="topic")  # durable, messages are persistent
         self._producer = kombu.Producer(channel, exchange, auto_declare=False)
@@ -399,7 +399,7 @@ class _Publisher:
         _, sent_at = next(iter(self.flying.values()))
         return max(sent_at, self._unblocked_at) + self._options.confirm_timeout
 
-    def _settle(self, tag: int, multiple: bool, outcome: Outcome) -> None:
+    def _on_confirm(self, tag: int, multiple: bool, outcome: Outcome) -> None:
         flying = self.flying
         if multiple:
             tags = []
