@@ -39,9 +39,9 @@ from virtbus.bus import BusOptions, DeadLetters, Feed, Memory, Subscription, che
 from virtbus.bus.amqp.connection import (
     LINK_FAULTS,
     REFUSING_CODES,
+    BrokerLink,
     Dialer,
     Endpoint,
-    Link,
     Waker,
     lost,
     translated,
@@ -244,7 +244,7 @@ class AmqpBus:
 def _probe(endpoint: Endpoint, options: BusOptions, waker: Waker) -> Iterator[Check]:
     where = f"{endpoint.name}: exchange {options.exchange}"
     try:
-        link = Link(endpoint, options, waker)
+        link = BrokerLink(endpoint, options, waker)
     except (BusUnavailable, BusDenied) as error:
         yield Check("bus", "failed", str(error), exit_code=error.exit_code)
         yield Check("bus exchange", "skipped", f"{endpoint.name}: not connected")
@@ -305,7 +305,7 @@ def _verdict_on_one(fault: BaseException, error: VirtbusError) -> Outcome | None
 class _Publisher:
     """A channel in confirm mode and every record that is under way on it."""
 
-    def __init__(self, link: Link, options: BusOptions) -> None:
+    def __init__(self, link: BrokerLink, options: BusOptions) -> None:
         """Open the channel. Raises as LINK_FAULTS."""
         self.link = link
         link.on_blocked = self.set_blocked

@@ -15,7 +15,7 @@ from amqp.exceptions import AMQPError
 from amqp.serialization import dumps
 
 from virtbus.bus import CUT_HEADER, REASON_HEADER, BusOptions, DeadLetter, DeadLetters
-from virtbus.bus.amqp.connection import LINK_FAULTS, REFUSING_CODES, Dialer, Link, Waker, translated
+from virtbus.bus.amqp.connection import LINK_FAULTS, REFUSING_CODES, BrokerLink, Dialer, Waker, translated
 from virtbus.bus.amqp.wire import received
 from virtbus.bus.subscription import REASON_BYTES, Item, cut_text
 from virtbus.errors import BusDenied, BusUnavailable, RecordRefused, VirtbusError
@@ -38,13 +38,13 @@ class _Desk:
     """A connection that stores one message at a time, so that confirms can't be mixed up."""
 
     def __init__(self, dialer: Dialer, options: BusOptions) -> None:
-        self.link: Link | None = None
+        self.link: BrokerLink | None = None
         self.closed = False
         self._options, self._dialer, self._waker = options, dialer, Waker()
         self._channel: Any = None
         self._settled: list[str] = []
 
-    def open(self) -> Link:
+    def open(self) -> BrokerLink:
         """The connection. Raises BusUnavailable, BusDenied."""
         if self.link is None:
             self.link, self._channel = self._dialer.dial(self._waker, told=None), None
@@ -191,7 +191,7 @@ class AmqpDeadLetters(DeadLetters):
         self._open: list[DeadLetter] = []
 
     @contextmanager
-    def _asking(self, doing: str) -> Iterator[Link]:
+    def _asking(self, doing: str) -> Iterator[BrokerLink]:
         """The connection that has given out the letters; when it is lost the look is over."""
         link, where = self._desk.link, f"dead letters of {self._group}"
         if link is None:

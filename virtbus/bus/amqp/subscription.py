@@ -36,7 +36,7 @@ import amqp
 from amqp import spec
 
 from virtbus.bus import BusOptions
-from virtbus.bus.amqp.connection import LINK_FAULTS, Dialer, Link, Waker, lost, translated
+from virtbus.bus.amqp.connection import LINK_FAULTS, BrokerLink, Dialer, Waker, lost, translated
 from virtbus.bus.amqp.letters import AmqpLetterStore
 from virtbus.bus.amqp.wire import ProtocolViolation, received
 from virtbus.bus.subscription import Item, LineSubscription
@@ -92,7 +92,7 @@ class _Topology:
         self._existed = False  # the queue was there at our last connection
         self._marked: bool | None = False  # the marker stands; None: we may not make one
 
-    def declare(self, link: Link) -> None:
+    def declare(self, link: BrokerLink) -> None:
         """Make sure of everything on a new connection. Raises BusDenied, and as LINK_FAULTS."""
         link.declare_exchange()
         if not self.durable:
@@ -123,7 +123,7 @@ class _Topology:
             with link.brief_channel() as side:
                 side.queue_bind(self.queue, self._options.exchange, "#")
 
-    def verify(self, link: Link, channel: Any) -> None:
+    def verify(self, link: BrokerLink, channel: Any) -> None:
         """Make sure of exchange, queue and binding. Raises BusDenied, and as LINK_FAULTS."""
         # A broker that allows one channel: the consumer's own serves, and a refusal costs a reconnection.
         alone = link.connection.channel_max == 1
@@ -144,7 +144,7 @@ class _Topology:
     def _look(self, channel: Any) -> None:
         channel.queue_declare(self.queue, passive=True)
 
-    def _declare(self, link: Link, queue: str, **arguments: Any) -> bool:
+    def _declare(self, link: BrokerLink, queue: str, **arguments: Any) -> bool:
         """Make sure that a queue is there. False: it is the operator's, with the bindings he gave it."""
         refusal = link.declare_queue(queue, **arguments) if self._options.declare else None
         if self._options.declare and refusal is None:
@@ -160,12 +160,12 @@ class _Topology:
             emit(Notice(f"{link.name}: queue {queue} has other arguments than ours; used as it is"))
         return False
 
-    def _marker_stands(self, link: Link) -> bool:
+    def _marker_stands(self, link: BrokerLink) -> bool:
         return link.finds(
             lambda channel: channel.exchange_declare(f"{self.queue}.watch", "fanout", passive=True)
         )
 
-    def _mark(self, link: Link) -> None:
+    def _mark(self, link: BrokerLink) -> None:
         """Bind a marker to the exchange: an auto-delete exchange goes when what it is bound to goes.
 
         That takes the right to write to the exchange, which a consumer need not have.
@@ -203,7 +203,7 @@ class AmqpSubscription(LineSubscription):
         self._options = options
         self._prefetch = max(1, prefetch)
         self._waker = Waker()
-        self._link: Link | None = None
+        self._link: BrokerLink | None = None
         self._channel: Any = None
         self._rungs: list[
             tuple[str, int]
@@ -300,7 +300,7 @@ class AmqpSubscription(LineSubscription):
             )  # fmt: skip
             self._beat.start()
 
-    def _subscribe(self, link: Link) -> None:
+    def _subscribe(self, link: BrokerLink) -> None:
         self._forget()
         self._calm, self._ending = False, ""
         channel = self._channel = link.channel()
