@@ -24,7 +24,7 @@ from virtbus.telemetry import emit
 ENTRY_POINT_GROUP = "virtbus.buses"
 
 REASON_HEADER = "x-virtbus-reason"
-"""The header of a dead letter that says why it was put aside; at most 1,024 bytes of UTF-8."""
+"""The header of a dead letter that says why it was dead-lettered; at most 1,024 bytes of UTF-8."""
 
 CUT_HEADER = "x-virtbus-cut"
 """The header of a dead letter that says what of it was left out, where it did not fit as it came."""
