@@ -119,7 +119,7 @@ faults: setup
 chart: setup
 	@tests/install-packages image
 	@$(BIN)/python -m tests.chart.apiserver || test "$$VIRTBUS_CI" != 1
-	$(PYTEST) $(PYTEST_ARGS) -o python_files='test_*.py with_*.py' tests/chart tests/integrations/with_kubernetes.py
+	$(PYTEST) $(PYTEST_ARGS) -o python_files='test_*.py with_*.py' tests/chart tests/integrations
 
 # The .deb and the .rpm of `make dist`: installed, run with real guests, upgraded, removed, in two Debian releases. The
 # first time it makes their root file systems: some minutes.
