@@ -32,10 +32,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any
 
 from virtbus import envelope
-from virtbus.bus import Bus, BusOptions, Subscription, bus_name, open_bus
+from virtbus.bus import Bus, BusOptions, Subscription, bus_name, checked_group, open_bus
 from virtbus.errors import (
     BusDenied,
     BusUnavailable,
@@ -63,12 +63,9 @@ _YEAR = 366 * 86400.0
 _RETRIED = 10_000  # events remembered that had `retry` as their verdict
 
 
-@dataclass(frozen=True, slots=True)
-class PoisonMessage(TelemetryEvent):
+class PoisonMessage(TelemetryEvent, level="warning", message="not an event; goes to the dead letters"):
     """A message that is not an event goes to the dead letters."""
 
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "not an event; goes to the dead letters"
     position: str
     reason: str
 
@@ -76,18 +73,12 @@ class PoisonMessage(TelemetryEvent):
         """Count it."""
         metrics.dead_letters.labels("poison").inc()
 
-    def limit_key(self) -> object:
-        """Every one is told."""
-        return self.position
 
-
-@dataclass(frozen=True, slots=True)
-class ConsumerRefused(TelemetryEvent):
+class ConsumerRefused(
+    TelemetryEvent, level="error", message="the broker refuses this consumer; trying again", every=30
+):
     """The broker refuses this consumer; it is tried again, as a password may be on its way."""
 
-    LEVEL: ClassVar[str] = "error"
-    MESSAGE: ClassVar[str] = "the broker refuses this consumer; trying again"
-    LIMIT_SECONDS: ClassVar[float] = 30.0
     error: Exception | str
 
 
@@ -184,13 +175,12 @@ class _Grip:
             subscription.close()
 
     def let_go(self) -> None:
-        if os.getpid() != self.pid:
-            return
-        try:
-            self.leave()
-            self.bus.close()
-        finally:
-            self.seen.close()
+        if os.getpid() == self.pid:
+            try:
+                self.leave()
+                self.bus.close()
+            finally:
+                self.seen.close()
 
 
 class Consumer:
@@ -228,7 +218,8 @@ class Consumer:
         acks share one write: `ack` returns before it, so a crash repeats up to 64 events or 50 ms.
         `check_gaps` is for whoever reads everything alone: `on_missing` is told of a hole in an agent's
         sequence that no gap event explains within `reorder_seconds`, over restarts where there is a dedupe
-        file; and, always, of what a broker says the group will never get.
+        file; and, always, of what a broker says the group will never get. What it raises comes out of
+        `receive` or `close`, and costs no event.
         With `exclusive` only one member of the group is active (see `Bus.consume`).
         A broker that is absent, or refuses us, is waited for; without `patient` it is an error while it was
         never reached (BusUnavailable, BusDenied), with `give_up_when_denied` a refusal always is one.
@@ -237,14 +228,15 @@ class Consumer:
 
         Raises ConfigError for arguments, a URL or a dedupe file that can't be used.
         """
-        if prefetch < 1:
-            raise ConfigError(f"prefetch = {prefetch}: take at least 1")
-        if dedupe_rows < 1:
-            raise ConfigError(f"dedupe_rows = {dedupe_rows}: take at least 1")
-        if max_attempts is not None and max_attempts < 1:
-            raise ConfigError(f"max_attempts = {max_attempts}: take at least 1, or None")
-        if not reorder_seconds >= 0:
-            raise ConfigError(f"reorder_seconds = {reorder_seconds}: take 0 or more")
+        checked_group(group)
+        counts = {"prefetch": prefetch, "dedupe_rows": dedupe_rows, "max_attempts": max_attempts}
+        for name, value in counts.items():
+            if (value is not None or name != "max_attempts") and (type(value) is not int or value < 1):
+                raise ConfigError(f"{name} = {value!r}: take a whole number of at least 1")
+        if not isinstance(reorder_seconds, int | float) or not reorder_seconds >= 0:
+            raise ConfigError(f"reorder_seconds = {reorder_seconds!r}: take a number of seconds, 0 or more")
+        if not callable(on_missing):
+            raise ConfigError(f"on_missing = {on_missing!r}: take a function of one MissingEvents")
         options = options if options is not None else BusOptions()
         bus = open_bus(url, options)
         scope = f"{bus_name(url, options)} {'group ' + group if group else 'without a group'}"
@@ -255,18 +247,17 @@ class Consumer:
         self._exclusive, self._max_attempts = exclusive, max_attempts
         self._memory = _Memory(self._seen.notes(), on_missing)
         self._flush_rows = min(FLUSH_ROWS, prefetch) if group_commit and dedupe is not None else 1
-        self._sequences = SequenceCheck(reorder_seconds, on_missing) if check_gaps else None
-        if self._sequences is not None:
-            self._sequences.restore(self._seen.runs())
+        self._sequences = SequenceCheck(reorder_seconds, self._memory.missing, enabled=check_gaps)
+        self._sequences.restore(self._seen.runs())
         self._in_flight: dict[Mark, list[Message]] = {}
         self._again: deque[Message] = deque()  # copies whose first one did not decide for them
+        self._next: Delivery | None = None  # opened, not handed out yet
         self._retried: OrderedDict[Mark, None] = OrderedDict()
         self._done: dict[Mark, list[Message]] = {}
         self._done_since = 0.0
         self._stop = threading.Event()
-        self._backoff = Backoff("consume")
-        self._patient, self._connected = patient, False
-        self._give_up_when_denied = give_up_when_denied
+        self._backoff, self._connected = Backoff("consume"), False
+        self._patient, self._give_up_when_denied = patient, give_up_when_denied
 
     def __enter__(self) -> Consumer:
         self._check_usable()
@@ -298,16 +289,18 @@ class Consumer:
         while not self._stop.is_set():
             self._flush_if_due()
             left = max(0.0, deadline - time.monotonic())
+            message = None
             try:
-                message = self._next_message(min(left, FLUSH_SECONDS) if self._done else left)
-                delivery = None if message is None else self._opened(message)
-                self._backoff.reset()
+                if self._next is None:
+                    message = self._next_message(min(left, FLUSH_SECONDS) if self._done else left)
+                    self._next = None if message is None else self._opened(message)
+                    self._backoff.reset()
             except (BusUnavailable, BusDenied) as error:
                 self._lost(error, deadline)
-                message = delivery = None
-            if self._sequences is not None:
-                self._sequences.tick(time.monotonic())
-            if delivery is not None:
+            self._sequences.tick(time.monotonic())
+            self._memory.tell()  # with no event half-way: the author's function may raise
+            if self._next is not None:
+                delivery, self._next = self._next, None
                 return delivery
             if message is None and time.monotonic() >= deadline:
                 break
@@ -333,6 +326,7 @@ class Consumer:
                 self._seen.write([], (), self._memory.fresh)
         finally:
             self._let_go()
+        self._memory.tell()
 
     def _check_usable(self) -> None:
         if os.getpid() != self._grip.pid:
@@ -377,44 +371,27 @@ class Consumer:
         except DedupeUnavailable:
             subscription.retry(message, _IDLE_SECONDS)  # undecided: it is asked again
             raise
-        if self._sequences is not None:
-            self._sequences.saw(attributes, event, time.monotonic())
+        self._sequences.saw(attributes, event, time.monotonic())
         if mark in self._done:
             self._done[mark].append(message)
             return None
         if seen:
             subscription.ack(message)
             return None
-        if self._is_worn_out(message, mark):
+        attempts = message.attempts or 0
+        # One that asked for a `retry` here had its verdicts.
+        if self._max_attempts is not None and attempts > self._max_attempts and mark not in self._retried:
             subscription.dead_letter(
                 message,
-                f"delivered {(message.attempts or 1) - 1} times without a verdict: it may have killed its "
-                "consumer each time",
+                f"delivered {attempts - 1} times without a verdict: it may have killed its consumer",
             )
             return None
         self._in_flight[mark] = []
-        if self._sequences is not None:
-            self._sequences.handed_out(attributes)
+        self._sequences.handed_out(attributes)
         return Delivery(
-            event,
-            attributes,
-            opened.data,
-            opened.body,
-            message.user_id,
-            message.redelivered,
-            message.attempts,
-            self,
-            message,
-        )
-
-    def _is_worn_out(self, message: Message, mark: Mark) -> bool:
-        """Whether it came too often without a verdict; one that asked for a `retry` here had them."""
-        return (
-            self._max_attempts is not None
-            and message.attempts is not None
-            and message.attempts > self._max_attempts
-            and mark not in self._retried
-        )
+            event, attributes, opened.data, opened.body, message.user_id, message.redelivered,
+            message.attempts, self, message,
+        )  # fmt: skip
 
     def _closed_by(self, delivery: Delivery) -> list[Message]:
         """The messages that share the verdict: the one handed out and, last, its newest copy.
@@ -456,8 +433,7 @@ class Consumer:
         *older, newest = self._closed_by(delivery)
         self._retried.pop((delivery.source, delivery.id), None)
         if self._grip.subscription is not None:
-            if self._sequences is not None:
-                self._sequences.settled(delivery.source, delivery.id)
+            self._sequences.settled(delivery.source, delivery.id)
             with suppress(BusUnavailable, BusDenied):  # it comes again
                 self._grip.subscription.dead_letter(newest, reason)
                 for copy in older:
@@ -476,14 +452,12 @@ class Consumer:
         """Write the marks of what is done in one transaction, then send the acks."""
         if not self._done and not closing:
             return
-        sequences, fresh, marks = self._sequences, self._memory.fresh, list(self._done)
-        if sequences is not None:
-            for mark in marks:
-                sequences.settled(*mark)
-        self._seen.write(marks, sequences.changes() if sequences is not None else (), fresh)
+        fresh, marks = self._memory.fresh, list(self._done)
+        for mark in marks:
+            self._sequences.settled(*mark)
+        self._seen.write(marks, self._sequences.changes(), fresh)
         fresh.clear()
-        if sequences is not None:
-            sequences.saved()
+        self._sequences.saved()
         done, self._done = self._done, {}
         if self._grip.subscription is not None:
             for messages in done.values():
@@ -507,9 +481,15 @@ class _Memory:
     """See virtbus.bus.Memory."""
 
     def __init__(self, notes: dict[str, str], on_missing: Callable[[MissingEvents], None]) -> None:
-        self._notes = notes
+        self._notes, self._on_missing = notes, on_missing
         self.fresh: dict[str, str] = {}  # not on disk yet
-        self.missing = on_missing
+        self._missing: deque[MissingEvents] = deque()
+        self.missing = self._missing.append
+
+    def tell(self) -> None:
+        """Tell the author of what is missing."""
+        while self._missing:
+            self._on_missing(self._missing.popleft())
 
     def recall(self, name: str) -> str | None:
         """See virtbus.bus.Memory."""

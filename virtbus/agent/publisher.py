@@ -12,15 +12,15 @@ from virtbus import redaction
 from virtbus.agent.tap import Taps
 from virtbus.bus import Bus
 from virtbus.errors import BusDenied, BusUnavailable, SpoolCorrupt, SpoolFull
-from virtbus.model import Confirmed, Deferred, Outcome, Record, Refused, Unroutable
+from virtbus.model import Confirmed, Deferred, Nacked, Outcome, Parked, Record, Refused, Unroutable
 from virtbus.retry import Attempt, retrying, start_over
 from virtbus.spool import Spool
-from virtbus.telemetry import METRICS, BusLost, EventUnroutable, SpoolUnwritable, Trouble, emit
+from virtbus.telemetry import METRICS, BusLost, EventParked, SpoolUnwritable, Trouble, emit
 
 # Looked up once: a label costs more than counting does, and this is done for each event of a backlog.
 _COUNTED = {
     kind: METRICS.outcomes.labels(kind.__name__.lower())
-    for kind in (Confirmed, Deferred, Unroutable, Refused)
+    for kind in (Confirmed, Deferred, Unroutable, Nacked, Refused)
 }
 _AT_ONCE = 128  # records read at a time: what they hold stays in the processor's cache until they are sent
 
@@ -182,8 +182,8 @@ class _SpoolFeed:
             _COUNTED[type(outcome)].inc()
             if not record.row:
                 return
-            if isinstance(outcome, Unroutable):
-                emit(EventUnroutable(record.id, record.key, outcome.reason))
+            if isinstance(outcome, Parked):
+                emit(EventParked(record.id, record.key, outcome.reason))
             self.settle()  # the spool must know at once that this key waits
         if self._taps.active and isinstance(outcome, Confirmed | Refused):
             self._taps.offer("published", record)

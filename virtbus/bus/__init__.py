@@ -286,10 +286,12 @@ def bus_name(url: str, options: BusOptions) -> str:
 
 def checked_group(group: str | None) -> str | None:
     """The consumer group's name as it came, or ConfigError when a broker could not carry it in a name."""
-    if group is not None and (not _GROUP.match(group) or group.endswith(".dead")):
+    if group is not None and (
+        not isinstance(group, str) or not _GROUP.fullmatch(group) or group.endswith(".dead")
+    ):
         raise ConfigError(
-            f'consumer group "{group}" can\'t be used: take letters, digits, ".", "_" or "-", at most 128, '
-            'beginning with a letter or digit and not ending in ".dead"'
+            f"consumer group {str(group)[:129]!r} can't be used: take letters, digits, "
+            '".", "_" or "-", at most 128, beginning with a letter or digit and not ending in ".dead"'
         )
     return group
 

@@ -23,7 +23,7 @@ _TAKEN = 0x80  # with the publisher
 # A lane's state. Plain numbers, because each look at a member of an Enum costs as much as a call.
 _QUEUED = 1  # its first row can be taken
 _GIVEN = 2  # its first row is with the publisher
-_PARKED = 3  # its first row came back as unroutable
+_PARKED = 3  # its first row came back as unroutable or nacked
 _BLOCKED = 4  # its first row is in a commit's hands
 
 

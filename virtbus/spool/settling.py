@@ -18,7 +18,7 @@ import msgspec
 
 from virtbus import redaction
 from virtbus.errors import SpoolCorrupt
-from virtbus.model import Confirmed, Deferred, Outcome, Record, Refused, SequenceRange, Unroutable
+from virtbus.model import Confirmed, Deferred, Nacked, Outcome, Parked, Record, Refused, SequenceRange
 from virtbus.spool import contents, faults, files
 from virtbus.spool.contents import GapFacts, Loss, run_row
 from virtbus.spool.files import insert_sql, sealed
@@ -146,7 +146,7 @@ class PublisherSide:
     def settle(self, outcomes: Sequence[tuple[Record, Outcome]]) -> None:
         """What became of records that were taken, in one transaction.
 
-        Confirmed deletes; Deferred gives back; Unroutable parks the key (1 s, doubling to 60 s, or until
+        Confirmed deletes; Deferred gives back; Parked parks the key (1 s, doubling to 60 s, or until
         a parked key is confirmed); Refused makes a dead letter that is named in a gap event. A gap event
         that is refused is parked instead: it must not take with it what it names. What the disk does not
         take now is kept in memory and tried again; beyond MAX_UNSETTLED nothing more is taken.
@@ -189,13 +189,13 @@ class PublisherSide:
         row, key, index, unwritten = taken.record.row, taken.record.key, self._state.index, self._unwritten
         if isinstance(outcome, Refused) and taken.facts is not None:
             emit(Trouble("a gap event was refused; parked", outcome.error, taken.record.id))
-            outcome = Unroutable("refused")
+            outcome = Nacked("refused")
         if isinstance(outcome, Refused):
             index.remove(row, key)
             unwritten.refused.append(_Dead(taken, outcome.error))
             unwritten.freed += taken.size
             return
-        if isinstance(outcome, Unroutable):
+        if isinstance(outcome, Parked):
             index.park(row, key, now)
         else:
             index.give_back(row, key)
