@@ -20,9 +20,9 @@ ACTIONLINT := .cache/bin/actionlint
 help:
 	@echo "make demo    a real guest's disk fails, and the error comes out as a CloudEvent"
 	@echo "make unit    the pure tests, in seconds: no root, no broker, no network"
-	@echo "make sim     a simulated cloud against every promise, in virtual time (SEEDS=200, SEED=n, GUEST=name)"
+	@echo "make sim     a simulated cloud against every promise, in virtual time (SEEDS=200, SEED=n, PLAN=file, GUEST=name, KEEP=file)"
 	@echo "make test    all tests, with real QEMU guests and a real RabbitMQ (TESTS=…, PYTEST_ARGS=…)"
-	@echo "make check   ruff, mypy --strict, import-linter, the schemas' compatibility, workflows, Dockerfile, pages"
+	@echo "make check   ruff, mypy --strict, import-linter, the schemas' compatibility, wording, workflows, Dockerfile, pages"
 	@echo "make setup   system packages and .venv, as make test needs them"
 	@echo "make faults | matrix | brokers | soak | bench | chart   one family of tests alone"
 	@echo "make pictures   docs/fleet.svg and docs/dashboard.svg, from a run of eight minutes"
@@ -72,6 +72,7 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/virtbus schema check schemas
 	$(BIN)/python .packaging/release.py check
+	$(PYTEST) -q tests/unit/test_english.py
 	$(BIN)/zizmor --quiet --offline .github
 	$(BIN)/hadolint Dockerfile
 	@if test -x $(ACTIONLINT) || command -v go >/dev/null; then \
@@ -100,11 +101,12 @@ unit: $(VENV)/.unit
 # SEED=n tells the story of one seed, GUEST=guest-11 that of one guest in it. A seed takes half a second of a core.
 SEEDS ?= 200
 sim: $(VENV)/.unit
-	$(BIN)/python -m tests.sim $(if $(SEED),--seed $(SEED),--seeds $(SEEDS)) $(if $(GUEST),--guest $(GUEST))
+	$(BIN)/python -m tests.sim $(if $(PLAN),--plan $(PLAN),$(if $(SEED),--seed $(SEED),--seeds $(SEEDS))) \
+		$(if $(GUEST),--guest $(GUEST)) $(if $(KEEP),--shrink $(KEEP))
 
-# Each patch below tests/sim/mutants puts a fault back; the simulation has to find it within SEEDS seeds.
+# Each fault of tests/sim/mutants is put back in turn; the simulation has to find it within 2,000 seeds.
 sim-mutants: $(VENV)/.unit
-	$(BIN)/python -m tests.sim.mutants $(SEEDS)
+	$(BIN)/python -m tests.sim.mutants
 
 test: setup
 	$(PYTEST) -n $(WORKERS) --dist loadfile $(PYTEST_ARGS) $(TESTS)
@@ -114,11 +116,11 @@ faults: setup
 	@tests/install-packages faults
 	$(BIN)/python -m tests.faults $(FAULTS)
 
-# The genuine helm, a real API server, the image as a pod. The first time it builds server and image: a
-# quarter of an hour. Without Go what needs the server is skipped aloud, or fails with VIRTBUS_CI=1.
+# The genuine helm, a real control plane, the images as pods, a collector. The first time it builds all of them: half
+# an hour. Without Go what needs them is skipped aloud, or fails with VIRTBUS_CI=1.
 chart: setup
 	@tests/install-packages image
-	@$(BIN)/python -m tests.chart.apiserver || test "$$VIRTBUS_CI" != 1
+	@for part in apiserver collector; do $(BIN)/python -m tests.chart.$$part || test "$$VIRTBUS_CI" != 1; done
 	$(PYTEST) $(PYTEST_ARGS) -o python_files='test_*.py with_*.py' tests/chart tests/integrations/with_kubernetes.py
 
 # The .deb and the .rpm of `make dist`: installed, run with real guests, upgraded, removed, in two Debian releases. The

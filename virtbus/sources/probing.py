@@ -15,7 +15,7 @@ def unreachable(error: VirtbusError) -> Check:
     if isinstance(error, SourceDenied):
         remedy = "let this user open libvirt's read-only socket (unix_sock_ro_perms)"
     elif isinstance(error, ConfigError):
-        remedy = "mend libvirt.uri, e.g. qemu:///system"
+        remedy = "fix libvirt.uri, e.g. qemu:///system"
     return Check("libvirt", "failed", str(error), remedy, error.exit_code)
 
 
@@ -55,6 +55,6 @@ def checks_of(uri: str, facts: HostFacts, domains: int, events: Mapping[str, str
         )
     if facts.throttles:
         words = f"{kind} {version} merges a device's errors, one event a second: counts are lower bounds"
-        remedy = "nothing to mend: read occurrences.lower_bound, and docs/libvirt.md"
+        remedy = "nothing to fix: read occurrences.lower_bound, and docs/libvirt.md"
         checks.append(Check("error counts", "warning", words, remedy))
     return checks
