@@ -255,6 +255,9 @@ class ReactKubernetes(_Section, frozen=True):
     """Context of the kubeconfig"""
     taint: Text = "virtbus.io/storage-unhealthy"
     """Key of the NoSchedule taint"""
+    events: Literal["node", "vmi"] = "node"
+    """Where Kubernetes Events are written: on nodes; vmi: also on the VirtualMachineInstance of a guest in
+    trouble (KubeVirt)"""
 
 
 class ReactMasakari(_Section, frozen=True):

@@ -1,7 +1,7 @@
 """Kubernetes: a node condition, a NoSchedule taint, an Event on the node. Nothing is evicted.
 
-For clusters whose nodes run guests beside the pods (OpenStack-Helm, say). RBAC: nodes get, list, patch;
-nodes/status patch; events create.
+For clusters whose nodes run guests beside the pods (OpenStack-Helm) or in them (KubeVirt, whose guests can
+have Events of their own: vmi.py). RBAC: nodes get, list, patch; nodes/status patch; events create.
 
 What we hold stands on the node: the annotation `virtbus.io/tainted` names the key of the taint that we
 set (whatever the settings say by now), `virtbus.io/hold` tells for whom, why and since when. Who wants a node
@@ -27,9 +27,12 @@ from kubernetes.client.exceptions import ApiException
 from kubernetes.config.config_exception import ConfigException
 
 from virtbus.config import React
+from virtbus.consumer import Delivery
 from virtbus.errors import ConfigError, VirtbusError
 from virtbus.fleet import Blame, HostHealth
+from virtbus.integrations import vmi
 from virtbus.integrations.base import (
+    EVENT,
     HOLD,
     REPORT,
     Action,
@@ -103,6 +106,7 @@ class Kubernetes(Integration):
         """Raises ConfigError when there is no cluster to be found."""
         own = settings.kubernetes
         self._hosts, self._taint = settings.hosts, own.taint
+        self._vmis, self._drills = own.events == "vmi", settings.drills
         self._names: dict[str, str] = {}  # host: node
         self._listed: list[_Node] = []
         self._listed_at = float("-inf")
@@ -132,8 +136,14 @@ class Kubernetes(Integration):
             return {"status": "True", "reason": "NoTrouble", "message": "no guest has an open I/O error"}
         return {"status": "False", "reason": _REASONS[host.blame], "message": host.why[:1024]}
 
+    def wants(self, delivery: Delivery) -> Action | None:
+        """See Integration."""
+        return vmi.wanted(delivery, drills=self._drills) if self._vmis else None
+
     def execute(self, action: Action) -> str:
         """See Integration."""
+        if action.verb == EVENT:
+            return vmi.put(self._api, action.body, _TIMEOUT)
         node = action.body.get("target") or self._find(action.target)
         if action.verb == REPORT:
             return self._report(node, action)
@@ -329,26 +339,34 @@ class Kubernetes(Integration):
 
     def probe(self) -> Sequence[Check]:
         """See Integration."""
-        wanted = (("get", "nodes", None), ("list", "nodes", None), ("patch", "nodes", None),
-                  ("patch", "nodes", "status"), ("create", "events", None))  # fmt: skip
-        refused = []
-        ask = client.AuthorizationV1Api(self._client).create_self_subject_access_review
-        for verb, resource, subresource in wanted:
-            namespace = "default" if resource == "events" else None
-            asked = client.V1ResourceAttributes(
-                verb=verb, resource=resource, subresource=subresource, namespace=namespace
-            )
-            spec = client.V1SelfSubjectAccessReviewSpec(resource_attributes=asked)
-            try:
-                answer = self._call("asking", "*", ask, client.V1SelfSubjectAccessReview(spec=spec))
-            except VirtbusError as error:
-                return [Check("kubernetes", "failed", str(error), "check the kubeconfig and the network", 69)]
-            if not answer.status.allowed:
-                refused.append(f"{verb} {resource}{f'/{subresource}' if subresource else ''}")
+        wanted = [("get", "nodes", None), ("list", "nodes", None), ("patch", "nodes", None),
+                  ("patch", "nodes/status", None), ("create", "events", "default")]  # fmt: skip
+        everywhere = [("create", "events", None), ("patch", "events", None)] if self._vmis else []
+        try:
+            refused = [f"{one[0]} {one[1]}" for one in wanted if not self._may(*one)]
+            narrow = not all(self._may(*one) for one in everywhere)
+        except VirtbusError as error:
+            return [Check("kubernetes", "failed", str(error), "check the kubeconfig and the network", 69)]
         if refused:
             missing = ", ".join(refused)
             return [Check("kubernetes", "failed", f"not allowed: {missing}", "grant it to our account", 77)]
+        if narrow:
+            summary = "reached; Events on VMIs may not be written in every namespace"
+            return [
+                Check("kubernetes", "warning", summary, "grant create and patch of events where guests are")
+            ]
         return [Check("kubernetes", "ok", "reached, and everything that is needed is allowed")]
+
+    def _may(self, verb: str, resource: str, namespace: str | None) -> bool:
+        """Whether our account may; without a namespace: in all of them."""
+        name, _, below = resource.partition("/")
+        asked = client.V1ResourceAttributes(
+            verb=verb, resource=name, subresource=below or None, namespace=namespace
+        )
+        spec = client.V1SelfSubjectAccessReviewSpec(resource_attributes=asked)
+        ask = client.AuthorizationV1Api(self._client).create_self_subject_access_review
+        answer = self._call("asking", "*", ask, client.V1SelfSubjectAccessReview(spec=spec))
+        return bool(answer.status.allowed)
 
     def close(self) -> None:
         """See Integration."""
