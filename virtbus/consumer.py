@@ -35,7 +35,7 @@ from types import TracebackType
 from typing import Any
 
 from virtbus import envelope
-from virtbus.bus import Bus, BusOptions, Subscription, bus_name, checked_group, open_bus
+from virtbus.bus import Bus, BusOptions, Memory, Subscription, bus_name, checked_group, open_bus
 from virtbus.errors import (
     BusDenied,
     BusUnavailable,
@@ -49,7 +49,7 @@ from virtbus.marks import Mark, Marks
 from virtbus.model import Event, Message
 from virtbus.retry import Backoff
 from virtbus.sequences import MissingEvents, SequenceCheck
-from virtbus.telemetry import BusCutOff, Metrics, TelemetryEvent, emit
+from virtbus.telemetry import BusCutOff, TelemetryEvent, emit
 
 __all__ = ["Consumer", "Delivery", "MissingEvents"]
 
@@ -63,21 +63,15 @@ _YEAR = 366 * 86400.0
 _RETRIED = 10_000  # events remembered that had `retry` as their verdict
 
 
-class PoisonMessage(TelemetryEvent, level="warning", message="not an event; goes to the dead letters"):
-    """A message that is not an event goes to the dead letters."""
+class PoisonMessage(TelemetryEvent, level="warning", counts=("dead_letters:=poison",)):
+    """not an event; goes to the dead letters"""
 
     position: str
     reason: str
 
-    def measure(self, metrics: Metrics) -> None:
-        """Count it."""
-        metrics.dead_letters.labels("poison").inc()
 
-
-class ConsumerRefused(
-    TelemetryEvent, level="error", message="the broker refuses this consumer; trying again", every=30
-):
-    """The broker refuses this consumer; it is tried again, as a password may be on its way."""
+class ConsumerRefused(TelemetryEvent, level="error", every=30):
+    """the broker refuses this consumer; trying again"""
 
     error: Exception | str
 
@@ -477,24 +471,15 @@ class Consumer:
         self._backoff.wait(self._stop, error, limit=max(0.0, deadline - time.monotonic()))
 
 
-class _Memory:
-    """See virtbus.bus.Memory."""
+class _Memory(Memory):
+    """What is missing is told between two messages: the author's function may raise."""
 
     def __init__(self, notes: dict[str, str], on_missing: Callable[[MissingEvents], None]) -> None:
-        self._notes, self._on_missing = notes, on_missing
-        self.fresh: dict[str, str] = {}  # not on disk yet
+        self._on_missing = on_missing
         self._missing: deque[MissingEvents] = deque()
-        self.missing = self._missing.append
+        super().__init__(notes, self._missing.append)
 
     def tell(self) -> None:
         """Tell the author of what is missing."""
         while self._missing:
             self._on_missing(self._missing.popleft())
-
-    def recall(self, name: str) -> str | None:
-        """See virtbus.bus.Memory."""
-        return self._notes.get(name)
-
-    def keep(self, name: str, value: str) -> None:
-        """See virtbus.bus.Memory."""
-        self._notes[name] = self.fresh[name] = value
