@@ -20,7 +20,7 @@ ACTIONLINT := .cache/bin/actionlint
 help:
 	@echo "make demo    a real guest's disk fails, and the error comes out as a CloudEvent"
 	@echo "make unit    the pure tests, in seconds: no root, no broker, no network"
-	@echo "make sim     a simulated cloud against every promise, in virtual time (SEEDS=200, SEED=n, GUEST=name)"
+	@echo "make sim     a simulated cloud against every promise, in virtual time (SEEDS=200, SEED=n, PLAN=file, GUEST=name, KEEP=file)"
 	@echo "make test    all tests, with real QEMU guests and a real RabbitMQ (TESTS=…, PYTEST_ARGS=…)"
 	@echo "make check   ruff, mypy --strict, import-linter, the schemas' compatibility, wording, workflows, Dockerfile, pages"
 	@echo "make setup   system packages and .venv, as make test needs them"
@@ -101,11 +101,12 @@ unit: $(VENV)/.unit
 # SEED=n tells the story of one seed, GUEST=guest-11 that of one guest in it. A seed takes half a second of a core.
 SEEDS ?= 200
 sim: $(VENV)/.unit
-	$(BIN)/python -m tests.sim $(if $(SEED),--seed $(SEED),--seeds $(SEEDS)) $(if $(GUEST),--guest $(GUEST))
+	$(BIN)/python -m tests.sim $(if $(PLAN),--plan $(PLAN),$(if $(SEED),--seed $(SEED),--seeds $(SEEDS))) \
+		$(if $(GUEST),--guest $(GUEST)) $(if $(KEEP),--shrink $(KEEP))
 
-# Each patch below tests/sim/mutants puts a fault back; the simulation has to find it within SEEDS seeds.
+# Each fault of tests/sim/mutants is put back in turn; the simulation has to find it within 2,000 seeds.
 sim-mutants: $(VENV)/.unit
-	$(BIN)/python -m tests.sim.mutants $(SEEDS)
+	$(BIN)/python -m tests.sim.mutants
 
 test: setup
 	$(PYTEST) -n $(WORKERS) --dist loadfile $(PYTEST_ARGS) $(TESTS)
@@ -120,12 +121,13 @@ faults: setup
 chart: setup
 	@tests/install-packages image
 	@for part in apiserver collector; do $(BIN)/python -m tests.chart.$$part || test "$$VIRTBUS_CI" != 1; done
-	$(PYTEST) $(PYTEST_ARGS) -o python_files='test_*.py with_*.py' tests/chart tests/integrations/with_kubernetes.py
+	$(PYTEST) $(PYTEST_ARGS) -o python_files='test_*.py with_*.py' tests/chart tests/integrations
 
-# The .deb and the .rpm of `make dist`: installed, run with real guests, upgraded, removed, in two Debian releases. The
-# first time it makes their root file systems: some minutes.
+# What `make dist` left in dist/: packages installed, run with real guests, upgraded, removed, in two Debian releases;
+# wheel, chart and images published to an index and a registry on loopback. The first time it makes root file systems
+# and images: a quarter of an hour.
 packages-test: setup
-	@tests/install-packages matrix packages
+	@tests/install-packages matrix packages image
 	$(PYTEST) $(PYTEST_ARGS) -o python_files='with_*.py' tests/packages
 
 # A table with pass or short a row; 1 below a committed floor. BENCH_ARGS="--only idle --quick", say.

@@ -12,8 +12,8 @@ from virtbus.sources.evidence import (
     Look,
     Message,
     disk_errors_by_alias,
+    disks_by_target,
     gather,
-    newest_by_alias,
     newest_message,
 )
 from virtbus.sources.link import (
@@ -96,6 +96,10 @@ class Case:
             burst_of(raw._replace(alias=alias), 0, Origin.EVENT, None, None, pause=False) for raw in raws[:1]
         ]
 
+    def keep_told(self) -> None:
+        """QEMU keeps what the events of this pause told of: a later one must not be blamed on it."""
+        self.stale = self.stale | _kept(self.told)
+
     def decide(self, pause: Pause, mono: float, devices: Mapping[str, Device]) -> list[Burst]:
         """What is told of a pause whose grace is over: devices no event told of, evidence for the others."""
         look, told = pause.look, pause.told
@@ -114,7 +118,7 @@ class Case:
         if look is not None and look.disk_errors is not None:
             self.stale, self.unsure = wrong, False
         else:  # QEMU keeps what the events told of, and a later pause must not be blamed on it
-            self.stale = self.stale | {alias: _kept_code(raw) for alias, raw in told.items() if alias}
+            self.stale = self.stale | _kept(told)
         found = []
         explained = bool(told or self.synthesised)
         for alias in missed:
@@ -200,9 +204,13 @@ class Case:
         return [burst_of(raw, 0, Origin.EVENT, look, devices.get(alias), pause=True)]
 
 
-def _kept_code(raw: RawIoError) -> int:
-    """What virDomainGetDiskErrors says of a device after this error paused its guest."""
-    return DISK_ERROR_NO_SPACE if raw.reason == ENOSPC else DISK_ERROR_UNSPECIFIED
+def _kept(told: Mapping[str, RawIoError]) -> dict[str, int]:
+    """What virDomainGetDiskErrors says, by alias, after these errors paused their guest."""
+    return {
+        alias: DISK_ERROR_NO_SPACE if raw.reason == ENOSPC else DISK_ERROR_UNSPECIFIED
+        for alias, raw in told.items()
+        if alias
+    }
 
 
 def complete(look: Look | None) -> bool:
@@ -262,12 +270,18 @@ def newer_messages(
     """The messages that tell of an error which nobody told us of, by alias; the newest of each."""
     if since_ns is None or look.messages is None:
         return {}
+    # Each for itself: of a clock that was set back the newest stamp is not the newest error.
     newer: dict[str, Message] = {}
-    for alias, message in newest_by_alias(look, devices).items():
+    aliases = disks_by_target(devices)
+    for message in look.messages:
+        alias = aliases.get(message.target, "")
         if message.at_ns is None or message.at_ns <= since_ns:
             continue
         told = None if case is None else case.last_ns.get(alias)
-        if told is None or not is_told(message.at_ns, told + slack_ns, ns + slack_ns):
+        if told is not None and is_told(message.at_ns, told + slack_ns, ns + slack_ns):
+            continue
+        known = newer.get(alias)
+        if known is None or known.at_ns is None or known.at_ns < message.at_ns:
             newer[alias] = message
     return newer
 

@@ -21,7 +21,7 @@ A disk error that virDomainGetDiskErrors gives may be an old one: QEMU keeps it 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from virtbus.model import Burst, Device, Evidence, RawIoError
@@ -135,6 +135,7 @@ class CrossCheck:
         for pause in case.pauses:
             pause.over = True
         case.credit = {}
+        case.keep_told()  # of a disk that failed behind the look, too
         case.told.clear()
         case.synthesised.clear()
         case.unseen.clear()
@@ -348,7 +349,8 @@ class CrossCheck:
             raw = raw_error(
                 (uuid, name, number), alias=alias, code=None, action=action_by_policy(device), ns=at
             )
-            found[alias] = burst_of(raw, 1, Origin.RECONCILE, look, device, pause=False)
+            burst = burst_of(raw, 1, Origin.RECONCILE, look, device, pause=False)
+            found[alias] = replace(burst, message=message.text, stamp_ns=message.at_ns)
             self._case(uuid, name, number).last_ns[alias] = at
         return [*named, *found.values()]
 

@@ -31,6 +31,7 @@ from virtbus.sources.link import (
     PAUSED,
     PAUSED_IOERROR,
     PAUSED_UNKNOWN,
+    RESUMED,
     RUNNING,
     STARTED,
     STATES,
@@ -282,6 +283,8 @@ class Guests:
             fresh = self._cache.saw(uuid, note.name, note.number, STATE_AFTER[event])
             if fresh or event == STARTED:
                 self._lookups.request(uuid, Want.DESCRIPTION)
+            if event == RESUMED:  # what QEMU keeps of an unseen pause, the next one is not blamed for
+                self._lookups.request(uuid, Want.BASELINE)
             if event == SUSPENDED and note.detail in PAUSES:
                 with self._lock:
                     told = note.detail == SUSPENDED_IOERROR and self._check.is_told(uuid)
