@@ -192,7 +192,7 @@ class World:
 
     def _watch_spool(self, host: SimHost, spool: Spool) -> None:
         """What the oracle hears of commits, and where the disk fails."""
-        commit, stamp, begin = spool.commit, spool._scribe._stamp, spool._state.begin
+        commit, stamp, begin = spool.commit, spool._scribe._stamp, spool._mirror.begin
 
         def committed(*args: object) -> list[Stamp]:
             stamps = commit(*args)  # type: ignore[arg-type]
@@ -214,7 +214,7 @@ class World:
         self.truth.epochs.setdefault(host.name, []).append(spool.epoch)
         spool.commit = committed  # type: ignore[method-assign, assignment]
         spool._scribe._stamp = stamped  # type: ignore[method-assign]
-        spool._state.begin = begun  # type: ignore[method-assign]
+        spool._mirror.begin = begun  # type: ignore[method-assign]
 
     def _at_point(self, point: str) -> None:
         """The spool reached a point of `virtbus.spool.faults`."""

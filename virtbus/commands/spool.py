@@ -23,8 +23,7 @@ from virtbus.commands.options import (
 from virtbus.commands.terminal import cut, progress, rows, wrapped
 from virtbus.errors import AgentUnavailable, InputMissing, SpoolBusy, SpoolCorrupt
 from virtbus.model import to_datetime
-from virtbus.spool import files
-from virtbus.spool import requests as wishes
+from virtbus.spool import files, requests
 
 _LIST = "position, id, epoch, seq, key, class, count, bytes, created_ns, attempts"
 _LONG = 2000  # less is done within a moment
@@ -155,7 +154,7 @@ def status(state_dir: Path, out: TextIO, *, as_json: bool = False) -> None:
     if data["unnamed"]:
         told.append(("lost", f"{data['unnamed']} events, to be named in the agent's next gap event"))
     if asked:
-        told.append(("asked", f"{asked} wishes, to be granted by the agent"))
+        told.append(("asked", f"{asked} requests, to be granted by the agent"))
     told += [("set aside", str(state_dir / name)) for name in aside]
     out.write(rows(told))
 
@@ -229,7 +228,7 @@ def retry(
     if not chosen and not which:
         out.write("no dead letter was refused: nothing to send again\n")
         return
-    _wish(state_dir, wishes.RETRY, chosen, out, "to be sent again", notices, patience)
+    _request(state_dir, requests.RETRY, chosen, out, "to be sent again", notices, patience)
 
 
 def drop(
@@ -261,10 +260,10 @@ def drop(
         if not confirm(f"Drop {len(chosen)} {what} of {state_dir} for good?"):
             out.write("nothing was dropped\n")
             return
-    _wish(state_dir, wishes.DROP, chosen, out, "to be dropped", notices, patience)
+    _request(state_dir, requests.DROP, chosen, out, "to be dropped", notices, patience)
 
 
-def _wish(
+def _request(
     state_dir: Path,
     action: str,
     chosen: Sequence[int],
@@ -279,13 +278,13 @@ def _wish(
     try:
         lock = files.Lock(state_dir)
     except SpoolBusy:
-        lock = None  # the agent runs: it grants the wish itself
+        lock = None  # the agent runs: it grants the request itself
     try:
         with closing(files.connect(path)) as db:
-            last = wishes.wish(db, action, chosen)
+            last = requests.submit(db, action, chosen)
             if lock is not None:
                 with progress(len(chosen) if len(chosen) > _LONG else 0, action, notices) as bar:
-                    for count in wishes.grant_all(db, time.time_ns()):
+                    for count in requests.grant_all(db):
                         bar.update(count)
             elif patience:
                 _await(db, last, len(chosen), action, notices, patience)
@@ -301,7 +300,7 @@ def _wish(
 def _await(
     db: sqlite3.Connection, last: int, count: int, action: str, notices: TextIO, patience: float
 ) -> None:
-    """Wait until the agent has granted every wish up to number `last`. Raises AgentUnavailable."""
+    """Wait until the agent has granted every request up to number `last`. Raises AgentUnavailable."""
     left, since = count, time.monotonic()
     with progress(count, action, notices) as bar:
         while left:
