@@ -231,11 +231,11 @@ def test_a_disk_that_fails_shows_before_the_first_error_needs_it(house, monkeypa
     monkeypatch.setattr("virtbus.spool.committing.ALIVE_SECONDS", 0.1)
     broken = threading.Event()
 
-    def grant(self, wall_ns):
+    def grant(self):
         if broken.is_set():
             raise sqlite3.OperationalError("disk I/O error")
 
-    monkeypatch.setattr("virtbus.spool.committing.IntakeSide._grant_wishes", grant)
+    monkeypatch.setattr("virtbus.spool.committing.Committer._grant", grant)
     one = house()
     one.wait("gap")
     wait_until(lambda: one.agent.not_ready() == [])
