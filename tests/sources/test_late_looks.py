@@ -20,8 +20,8 @@ FOR_EVER = float("inf")
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("virtbus.sources.questions.FIRST_WAIT", 0.05)
-    monkeypatch.setattr("virtbus.sources.questions.LONGEST_WAIT", 0.1)
+    monkeypatch.setattr("virtbus.sources.lookups.FIRST_WAIT", 0.05)
+    monkeypatch.setattr("virtbus.sources.lookups.LONGEST_WAIT", 0.1)
 
 
 def paused_guest(host: SimulatedHost) -> Guest:

@@ -8,8 +8,7 @@ import pytest
 
 from tests.faultkit import wait_until
 from tests.sources.simulated import SimulatedHost
-from virtbus.sources.lookups import Lookups
-from virtbus.sources.questions import Want
+from virtbus.sources.lookups import Lookups, Want
 
 
 def test_a_question_stays_open_while_no_worker_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:

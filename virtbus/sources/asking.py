@@ -20,7 +20,7 @@ from virtbus.sources.link import (
     Space,
     Unsupported,
 )
-from virtbus.sources.questions import Want
+from virtbus.sources.lookups import Want
 from virtbus.sources.session import Baseline, Described, HostAnswered, Looked, Session, Shared
 from virtbus.telemetry import DomainUnreadable, LookupFinished, emit
 

@@ -55,8 +55,7 @@ from virtbus.sources.link import (
     HostFacts,
     Link,
 )
-from virtbus.sources.lookups import Lookups
-from virtbus.sources.questions import Want
+from virtbus.sources.lookups import Lookups, Want
 from virtbus.sources.session import (
     PAUSES,
     STATE_AFTER,
