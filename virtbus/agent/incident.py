@@ -162,6 +162,11 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
         """Whether its errors are of origin `replay`."""
         return self.key.startswith(DRILL)
 
+    @property
+    def newest_ns(self) -> int:
+        """Its last error, by whichever clock says later (ns)."""
+        return max(self.last_ns, self.stamp_ns or 0)
+
     def add(self, burst: Burst, facts: Facts) -> None:
         """Count a burst into what is pending, each origin by itself."""
         first, last = min(burst.first_ns, burst.last_ns), max(burst.first_ns, burst.last_ns)
