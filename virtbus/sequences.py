@@ -1,7 +1,8 @@
 """Which numbered events of each agent's run have come, and which are missing without an explanation.
 
 Pure: the clock is passed in. A baseline that was saved (`changes`, `restore`) makes a hole visible that
-opened while no consumer ran.
+opened while no consumer ran. Which run of an agent is the later one is told by its own chain and its
+heartbeats, never by a clock: epochs hold times of the host.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar
 
-from virtbus.model import Event, Gap
+from virtbus.model import Event, Gap, Heartbeat
 from virtbus.telemetry import TelemetryEvent
 
 Run = tuple[str, str]
@@ -61,7 +62,11 @@ class MissingEvents(TelemetryEvent):
 class _State:
     """What came of one run: everything below `next` but for the holes, and what is still being handled."""
 
-    next: int | None = None  # None: nothing came yet, only a gap event spoke of this run
+    next: int | None = None  # None: nothing came yet, others spoke of this run
+    first: int | None = None  # what came first, while nothing tells that we heard the run begin
+    since: float = float("-inf")  # when that came
+    above: set[int] = field(default_factory=set)  # what came below the first one that came, in the meantime
+    beats: bool = False  # its heartbeats were heard
     holes: dict[int, float | None] = field(
         default_factory=dict
     )  # number → missed since; None: not yet counted
@@ -74,7 +79,19 @@ class _State:
     def saved(self) -> str:
         """What a restart needs: a number without a verdict counts as not come, for it comes again."""
         holes = sorted({*self.holes, *self.open})
-        return json.dumps({"next": self.next, "holes": _ranges(holes), "explained": self.explained})
+        return json.dumps({
+            "next": self.next, "holes": _ranges(holes), "explained": self.explained, "first": self.first,
+            "beats": self.beats,
+        })  # fmt: skip
+
+    @classmethod
+    def restored(cls, text: str) -> _State:
+        """What `saved` wrote; its holes age only once their agent is heard."""
+        found = json.loads(text)
+        state = cls(found["next"], found.get("first"), beats=found.get("beats", False))
+        state.holes = {n: None for first, last in found["holes"] for n in range(first, last + 1)}
+        state.explained = [(first, last) for first, last in found["explained"]]
+        return state
 
 
 def _ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:
@@ -101,7 +118,7 @@ class SequenceCheck:
         self._tell = on_missing
         self._runs: dict[Run, _State] = {}
         self._holed: dict[Run, _State] = {}  # those that have, or had, holes
-        self._newest: dict[str, str] = {}  # source → its newest epoch
+        self._heard: dict[str, set[str]] = {}  # source → its runs that lived while we listened, or before
         self._waiting: dict[str, list[_State]] = {}  # restored, their agent not heard yet
         self._handed: dict[tuple[str, str], tuple[Run, int]] = {}  # (source, id) without a verdict
         self._changed: set[Run] = set()
@@ -112,13 +129,10 @@ class SequenceCheck:
     def restore(self, saved: Iterable[tuple[str, str, str]]) -> None:
         """Go on from (source, epoch, state) as `changes` gave them, the oldest run first."""
         for source, epoch, text in saved:
-            found = json.loads(text)
-            holes = {n: None for first, last in found["holes"] for n in range(first, last + 1)}
-            state = _State(found["next"], dict(holes), [(first, last) for first, last in found["explained"]])
-            self._runs[(source, epoch)] = state
-            if state.next is not None:
-                self._newest[source] = max(epoch, self._newest.get(source, ""))
-            if holes:
+            state = self._runs[(source, epoch)] = _State.restored(text)
+            if state.beats or (state.next is not None and state.first is None):
+                self._heard.setdefault(source, set()).add(epoch)
+            if state.holes:
                 self._holed[(source, epoch)] = state
                 self._waiting.setdefault(source, []).append(state)
 
@@ -138,8 +152,10 @@ class SequenceCheck:
         source, epoch, sequence = attributes["source"], attributes.get("epoch"), attributes.get("sequence")
         for state in self._waiting.pop(source, ()):
             state.holes.update(dict.fromkeys((n for n, since in state.holes.items() if since is None), now))
-        if isinstance(event, Gap):  # first, for it speaks of the runs before its own
-            self._gap(source, event, now)
+        if isinstance(event, Heartbeat):
+            self._beats((source, event.epoch), now)
+        elif isinstance(event, Gap):  # first, for it speaks of the runs before its own
+            self._gap(source, epoch or "", event, now)
         if epoch is not None and sequence is not None and _SEQUENCE.fullmatch(sequence):
             self._number((source, epoch), int(sequence), now)
 
@@ -178,20 +194,49 @@ class SequenceCheck:
     # ---- within
 
     def _number(self, run: Run, number: int, now: float) -> None:
-        state = self._state(run) or self._begin(run, None)
-        self._newest[run[0]] = max(run[1], self._newest.get(run[0], ""))
+        state = self._state(run)
         self._changed.add(run)
         if state.next is None:  # the first number seen is the baseline
-            state.next = number
+            state.next = state.first = number
+            state.since = now
         state.holes.pop(number, None)
+        if state.first is not None and number < state.first and len(state.above) < _MAX_HOLES:
+            state.above.add(number)
+        if number == 1 and now - state.since <= self._window:  # later it was sent again, by hand say
+            self._began(run, state, now)
         if number >= state.next:
             self._expect(run, state, number, now)
             self._advance(state, number + 1)
 
-    def _gap(self, source: str, event: Gap, now: float) -> None:
+    def _beats(self, run: Run, now: float) -> None:
+        """A heartbeat of this run came. It is never stored: the agent's other runs that lived are over."""
+        source, epoch = run
+        heard = self._heard.setdefault(source, set())
+        if epoch in heard:
+            return
+        state = self._state(run)
+        state.beats = True
+        if heard:
+            self._began(run, state, now)
+        heard.add(epoch)
+        self._changed.add(run)
+
+    def _began(self, run: Run, state: _State, now: float) -> None:
+        """We heard the run begin: its numbers count from 1."""
+        if state.next is None:
+            state.next = 1
+        elif state.first is not None:
+            following, state.next, first, above = state.next, 1, state.first, state.above
+            self._expect(run, state, first, now)
+            for number in above:
+                state.holes.pop(number, None)
+            self._advance(state, following)
+        state.first, state.above = None, set()
+
+    def _gap(self, source: str, epoch: str, event: Gap, now: float) -> None:
         for item in event.missing:
             run = (source, item.epoch)
-            state = self._state(run) or self._begin(run, None)
+            state = self._state(run)
             self._changed.add(run)
             for number in [n for n in state.holes if item.first <= n <= item.last]:
                 del state.holes[number]
@@ -201,25 +246,25 @@ class SequenceCheck:
         if event.previous is not None:
             # The last run's tail: what its spool knew of must have come, or come yet.
             run = (source, event.previous.epoch)
-            last = self._state(run)
+            last = self._runs.get(run)
+            # A run that nobody heard, right before this one, came after those that were.
+            if (last is None or last.next is None) and self._heard.get(source, set()) - {epoch, run[1]}:
+                last = self._state(run)
+                self._began(run, last, now)
             if last is not None and last.next is not None:
                 self._changed.add(run)
                 self._expect(run, last, event.previous.last_sequence + 1, now)
 
-    def _state(self, run: Run) -> _State | None:
-        """A run's state. One that is newer than all that is known of its agent begins at number 1."""
+    def _state(self, run: Run) -> _State:
         state = self._runs.get(run)
-        if state is None and run[1] > self._newest.get(run[0], run[1]):
-            state = self._begin(run, 1)
-        return state
-
-    def _begin(self, run: Run, following: int | None) -> _State:
-        state = self._runs[run] = _State(following)
-        while len(self._runs) > _MAX_RUNS:
-            oldest = next(iter(self._runs))
-            del self._runs[oldest]
-            self._holed.pop(oldest, None)
-            self._changed.add(oldest)
+        if state is None:
+            state = self._runs[run] = _State()
+            while len(self._runs) > _MAX_RUNS:
+                oldest = next(iter(self._runs))
+                del self._runs[oldest]
+                self._holed.pop(oldest, None)
+                self._heard.get(oldest[0], set()).discard(oldest[1])
+                self._changed.add(oldest)
         return state
 
     def _advance(self, state: _State, following: int) -> None:
@@ -228,7 +273,8 @@ class SequenceCheck:
         for first, last in sorted(state.explained):
             if first <= state.next <= last:
                 state.next = last + 1
-        state.explained = [(first, last) for first, last in state.explained if last >= state.next]
+        if state.first is None:
+            state.explained = [(first, last) for first, last in state.explained if last >= state.next]
 
     def _expect(self, run: Run, state: _State, upto: int, now: float) -> None:
         assert state.next is not None

@@ -111,7 +111,6 @@ class EvidenceVerdict(Word):
     """What a look says about the error."""
 
     CONFIRMS = "confirms"
-    CONTRADICTS = "contradicts"
     INCONCLUSIVE = "inconclusive"
     UNAVAILABLE = "unavailable"
 

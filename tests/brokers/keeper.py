@@ -53,7 +53,10 @@ class Keeper:
 
     def accept(self, listener: socket.socket) -> None:
         while True:
-            user, _ = listener.accept()
+            try:
+                user, _ = listener.accept()
+            except OSError:  # closed: the end
+                return
             with self.lock:
                 if self.ended.is_set():  # too late: who finds the door shut makes a new keeper
                     user.close()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -120,19 +123,18 @@ def test_a_delivery_tells_how_often_it_came(amqp_url: str) -> None:
 def test_a_retry_is_kept_over_a_lost_connection(rabbitmq: RabbitMQ, vhost: str) -> None:
     url = rabbitmq.url(vhost)
     make_group(url)
-    first, *others = records(5, keys=5)
-    publish(url, [first, *others])
+    long, short, *others = records(6, keys=6)
+    publish(url, [long, short, *others])
     with Consumer(url, group=GROUP) as consumer:
-        delivery = consumer.receive(5.0)
-        assert delivery is not None
-        assert delivery.id == first.id
-        asked = time.monotonic()
-        delivery.retry(8.0)
+        for record, after in ((long, 3600.0), (short, 3.0)):
+            delivery = consumer.receive(5.0)
+            assert delivery is not None
+            assert delivery.id == record.id
+            delivery.retry(after)
         close_connections(rabbitmq, vhost)
-        assert {one.id for one in received(consumer, 4)} == {record.id for record in others}
-        again = received(consumer, 1)
-        assert [one.id for one in again] == [first.id]
-        assert time.monotonic() - asked >= 7.5
+        got = [one.id for one in received(consumer, 5)]
+        assert set(got) == {record.id for record in [short, *others]}
+        assert consumer.receive(1.0) is None, "its hour is not over"
 
 
 def test_a_retry_outlives_the_consumer_timeout_times_the_delivery_limit(rabbitmq_alone: RabbitMQ) -> None:
@@ -155,6 +157,28 @@ def test_a_retry_outlives_the_consumer_timeout_times_the_delivery_limit(rabbitmq
     assert again.attempts is not None
     assert again.attempts > 3
     assert dead_ids(url) == []
+
+
+DIES_AT_ONCE = """
+import os, sys
+from virtbus import Consumer
+delivery = Consumer(sys.argv[1], group="g").receive(60.0)
+print(delivery and delivery.id, flush=True)
+os._exit(9)
+"""
+
+
+def test_an_event_that_kills_its_consumer_at_once_is_still_in_front_of_its_domain(amqp_url: str) -> None:
+    make_group(amqp_url)
+    items = records(30)  # of one domain
+    publish(amqp_url, items)
+    words = [sys.executable, "-c", DIES_AT_ONCE, amqp_url]
+    environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
+    came = [
+        subprocess.run(words, capture_output=True, text=True, env=environment, timeout=120).stdout.strip()
+        for _ in range(7)  # from the eighth time on each comes alone, and what is behind it overtakes
+    ]
+    assert came == [items[0].id] * 7
 
 
 # ------------------------------------------------------------------------------------- a tap after a cut

@@ -7,9 +7,21 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from virtbus.fleet import Fleet, FleetView
-from virtbus.model import DeviceSource, Event, Incident, Now, OpenIncident, OpenIncidents, PreviousRun, to_ns
-from virtbus.testing import MOMENT, a_device, a_domain, a_gap, a_heartbeat, a_host, a_resolved, an_io_error
-from virtbus.words import Action, Phase
+from virtbus.model import (
+    Backlog,
+    DeviceSource,
+    Event,
+    Heartbeat,
+    Incident,
+    Now,
+    OpenIncident,
+    OpenIncidents,
+    PreviousRun,
+    SourceHealth,
+    to_ns,
+)
+from virtbus.testing import MOMENT, a_device, a_domain, a_gap, a_host, a_resolved, an_io_error
+from virtbus.words import Action, Phase, SourceState
 
 CEPH = DeviceSource(type="network", protocol="rbd", path="vms/x", hosts=("10.61.0.7:6789",))
 FILER = DeviceSource(type="network", protocol="nfs", path="/x", hosts=("172.16.0.9:2049",))
@@ -39,28 +51,35 @@ class Machine:
         self.epoch, self.sequence = epoch_at(1), 0
         self.open: dict[str, OpenIncident] = {}
         self.interval = 60.0
+        self.queued_until: float | None = None  # what is said waits in the broker until then
 
     def say(self, event: Event, at: float, *, numbered: bool = True, epoch: str | None = None) -> None:
         attributes = {"source": f"/virtbus/agents/{self.agent}", "epoch": epoch or self.epoch}
         if numbered:
             self.sequence += 1
             attributes["sequence"] = f"{self.sequence:012d}"
-        self.fleet.saw(event, attributes, at_second(at))
+        came = at if self.queued_until is None else max(at, self.queued_until)
+        self.fleet.saw(event, attributes, at_second(came))
 
     def clock(self, at: float) -> datetime:
         return MOMENT + timedelta(seconds=at + self.skew)
 
     def beat(self, at: float, **more: Any) -> None:
-        event = a_heartbeat(
+        event = Heartbeat(
             host=self.host,
             agent_id=self.agent,
+            agent_version="1.0.0",
             epoch=self.epoch,
+            started_at=MOMENT,
             sent_at=self.clock(at),
-            committed_sequence=self.sequence,
             interval_seconds=self.interval,
+            source=SourceHealth(SourceState.CONNECTED, MOMENT),
+            backlog=Backlog(0, 0, None),
+            committed_sequence=self.sequence,
+            confirmed_sequence=self.sequence,
             incidents=OpenIncidents(len(self.open), tuple(self.open.values())),
         )
-        self.say(dataclasses.replace(event, **more), at, numbered=False)
+        self.say(dataclasses.replace(event, **more) if more else event, at, numbered=False)
 
     def fails(self, at: float, guest: int, source: DeviceSource = CEPH) -> None:
         moment, id_ = self.clock(at), f"{self.agent}/{guest}"

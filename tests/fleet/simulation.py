@@ -8,7 +8,7 @@ what is held, as the real ones do; all else is lost when the reactor is killed, 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from tests.fleet.machine import Machine, at_second, epoch_at, uuid_of
@@ -16,7 +16,7 @@ from virtbus.fleet import Fleet, FleetView
 from virtbus.integrations.holds import HoldState, Row, orphaned
 from virtbus.integrations.policy import Held, HoldPolicy, HoldRules
 from virtbus.integrations.reactor import LISTEN_SECONDS
-from virtbus.model import DeviceSource, SourceHealth
+from virtbus.model import DeviceSource, Event, Now, SourceHealth
 from virtbus.testing import MOMENT
 from virtbus.words import SourceState
 
@@ -36,6 +36,7 @@ class Found:
     fleets: int = 0
     holds: int = 0
     faults: int = 0
+    held_faults: int = 0  # of these, faults that led to a hold
     wrong: list[str] = field(default_factory=list)  # holds of hosts that were not at fault
     kept: list[str] = field(default_factory=list)  # holds that were never given back
     beyond: list[str] = field(default_factory=list)  # more than max_share at once
@@ -43,9 +44,20 @@ class Found:
     def line(self) -> str:
         """One line for people."""
         return (
-            f"fleets={self.fleets} faults={self.faults} holds={self.holds} wrong={len(self.wrong)} "
-            f"kept={len(self.kept)} beyond_share={len(self.beyond)}"
+            f"fleets={self.fleets} faults={self.faults} held_faults={self.held_faults} holds={self.holds} "
+            f"wrong={len(self.wrong)} kept={len(self.kept)} beyond_share={len(self.beyond)}"
         )
+
+
+class Queue:
+    """What the broker keeps for a reactor that is away."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[Event, Mapping[str, str]]] = []
+
+    def saw(self, event: Event, attributes: Mapping[str, str], _: Now) -> None:
+        """Keep it."""
+        self.waiting.append((event, attributes))
 
 
 @dataclass
@@ -57,6 +69,7 @@ class Host:
     down_until: float = -1.0
     blind_until: float = -1.0
     at_fault: list[tuple[float, float]] = field(default_factory=list)
+    counted: list[tuple[float, float]] = field(default_factory=list)
     gone: bool = False
 
     def was_at_fault(self, at: float) -> bool:
@@ -76,13 +89,14 @@ class Simulation:
         self.last: dict[str, Held] = {}
         self.listening_since = 0.0
         self.fleet, self.policy = Fleet(), HoldPolicy(self.rules)
+        self.queue: Queue | None = None  # while the reactor is away
         self.hosts = [self._host(number) for number in range(self.random.randint(5, 16))]
         self.plan: list[tuple[float, int, str, tuple[Host, ...], float]] = []
         self.found = Found(fleets=1)
 
     def _host(self, number: int) -> Host:
         skew = self.random.choice((0.0, 0.0, 0.0, self.random.uniform(-DAY, DAY), 365 * DAY))
-        machine = Machine(self.fleet, number, skew=skew)
+        machine = Machine(self._bus(), number, skew=skew)
         machine.interval = self.random.choice((60.0, 60.0, 60.0, 60.0, 120.0))
         return Host(machine, self.random.uniform(0, 60))
 
@@ -95,6 +109,7 @@ class Simulation:
             "outage",
             "outage",
             "reactor",
+            "away",
             "restart",
             "silence",
             "blind",
@@ -168,6 +183,27 @@ class Simulation:
             self.released_at.clear()
             self.held = {name: replace(row, agent="", heard_at=row.since) for name, row in self.held.items()}
         for host in self.hosts:
+            host.machine.fleet = self._bus()
+
+    def _bus(self) -> Fleet:
+        return self.fleet if self.queue is None else self.queue  # type: ignore[return-value]
+
+    def _do_away(self, at: float, hosts: tuple[Host, ...], lasts: float) -> None:
+        """The reactor is down for a while; the broker keeps what comes meanwhile."""
+        self._do_reactor(at)
+        if self.queue is None:
+            self.queue = Queue()
+            self._add(at + lasts, "back", (), 0.0)
+        for host in self.hosts:
+            host.machine.fleet = self._bus()
+
+    def _do_back(self, at: float, *_: object) -> None:
+        assert self.queue is not None
+        queue, self.queue = self.queue, None
+        self.listening_since = at
+        for event, attributes in queue.waiting:
+            self.fleet.saw(event, attributes, at_second(at))
+        for host in self.hosts:
             host.machine.fleet = self.fleet
 
     def _do_restart(self, at: float, hosts: tuple[Host, ...], _: float) -> None:
@@ -189,7 +225,7 @@ class Simulation:
         if not self._up(host, at) or host.machine.open:
             return
         old = host.machine
-        renamed = Machine(self.fleet, old.number, name=f"renamed-{int(at)}", skew=old.skew)
+        renamed = Machine(self._bus(), old.number, name=f"renamed-{int(at)}", skew=old.skew)
         renamed.epoch, renamed.sequence, renamed.agent = old.epoch, old.sequence, old.agent
         host.machine = renamed
         renamed.restarts(at, epoch_at(self.random.uniform(0, 100)))
@@ -202,7 +238,7 @@ class Simulation:
         if self.random.random() < 0.5 and alive > 4:
             return
         fresh = self._host(1000 + len(self.hosts))
-        fresh.machine.host = Machine(self.fleet, 2000 + len(self.hosts), name=host.machine.host.name).host
+        fresh.machine.host = Machine(self._bus(), 2000 + len(self.hosts), name=host.machine.host.name).host
         fresh.machine.agent = uuid_of(3000 + len(self.hosts))
         fresh.down_until = at + lasts
         self.hosts.append(fresh)
@@ -224,10 +260,11 @@ class Simulation:
             for host in self.hosts:
                 interval = host.machine.interval
                 if self._up(host, at) and (at + host.offset) % interval < STEP:
-                    blind = at < host.blind_until
-                    state = SourceState.DISCONNECTED if blind else SourceState.CONNECTED
-                    host.machine.beat(at, source=SourceHealth(state, MOMENT))
-            if at - judged >= (STEP if at - last_news < 900 else 60.0):
+                    if at < host.blind_until:
+                        host.machine.beat(at, source=SourceHealth(SourceState.DISCONNECTED, MOMENT))
+                    else:
+                        host.machine.beat(at)
+            if self.queue is None and at - judged >= (STEP if at - last_news < 900 else 60.0):
                 judged = at
                 self._judge(at)
             if at > self.end and at - last_news > QUIET_AFTER and not self.held:
@@ -280,6 +317,10 @@ class Simulation:
             released_at=self.released_at.get(name),
         )  # fmt: skip
         mine = [host for host in self.hosts if host.machine.host.name == name]
+        for one in mine:
+            if one.was_at_fault(at) and one.at_fault[-1] not in one.counted:
+                one.counted.append(one.at_fault[-1])
+                self.found.held_faults += 1
         if not any(one.was_at_fault(at) for one in mine):
             self.found.wrong.append(f"seed {self.seed}: {name} at {at:.0f}: {why}")
 
@@ -296,6 +337,7 @@ def play(seeds: range, days: float = 2.0) -> Found:
         whole.fleets += one.fleets
         whole.holds += one.holds
         whole.faults += one.faults
+        whole.held_faults += one.held_faults
         whole.wrong += one.wrong
         whole.kept += one.kept
         whole.beyond += one.beyond

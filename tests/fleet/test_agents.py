@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 
 from tests.fleet.machine import CEPH, FILER, Machine, epoch_at, uuid_of, view
 from virtbus.fleet import Answer, Blame, Fleet
 from virtbus.fleet.agent import Agent, Runs
-from virtbus.model import Now, OpenIncidents, to_ns
+from virtbus.model import DeviceSource, Now, OpenIncidents, to_ns
 from virtbus.testing import MOMENT
 
 HOUR = 3600.0
@@ -142,6 +143,170 @@ def test_no_agent_gets_more_patience_than_three_hours():
     machine.beat(0)
     assert view(fleet, 3 * HOUR - 1).hosts[0].state == "observing"
     assert view(fleet, 3 * HOUR + 1).hosts[0].state == "silent"
+
+
+@pytest.mark.parametrize("skew", [0.0, -5 * HOUR, 400 * 24 * HOUR], ids=["right", "behind", "ahead"])
+def test_heartbeats_that_waited_while_nobody_listened_are_no_sign_of_life(skew):
+    """An agent that died an hour ago is silent; one that lives is heard with its next heartbeat."""
+    fleet = Fleet()
+    dead, alive = Machine(fleet, 1, skew=skew), Machine(fleet, 2, skew=skew)
+    for machine in (dead, alive):
+        machine.queued_until = 2 * HOUR
+        for at in range(0, int(HOUR), 60):
+            machine.beat(at)
+    for at in range(int(HOUR), int(2 * HOUR), 60):
+        alive.beat(at)
+    assert [one.state for one in view(fleet, 2 * HOUR + 1).hosts] == ["silent", "silent"]
+    alive.beat(2 * HOUR)
+    alive.beat(2 * HOUR + 60)
+    assert [one.state for one in view(fleet, 2 * HOUR + 61).hosts] == ["silent", "observing"]
+
+
+def test_the_stored_events_of_an_agent_that_died_are_no_sign_of_life():
+    fleet = Fleet()
+    machine = Machine(fleet, 1)
+    machine.beat(0)
+    machine.beat(60)
+    machine.fails(400, 1)
+    assert view(fleet, 401).hosts[0].state == "silent"
+
+
+def test_one_heartbeat_alone_may_have_waited_for_any_time_and_lets_nobody_act():
+    fleet = Fleet()
+    machine = Machine(fleet, 1)
+    others = [Machine(fleet, number) for number in range(2, 6)]
+    for at in range(0, 301, 60):
+        for other in others:
+            other.beat(at)
+    machine.beat(300)
+    assert view(fleet, 301).hosts[0].answer is Answer.CANT_TELL
+    machine.beat(360)
+    assert view(fleet, 361).hosts[0].answer is Answer.WELL
+
+
+def test_a_clock_that_is_set_forward_silences_its_host_for_one_interval_at_most():
+    fleet = Fleet()
+    machine = Machine(fleet, 1)
+    for at in (0, 60, 120):
+        machine.beat(at)
+    machine.skew = HOUR
+    machine.beat(180)
+    machine.beat(240)
+    assert view(fleet, 241).hosts[0].answer is Answer.WELL
+    machine.skew = -HOUR
+    machine.beat(300)
+    assert view(fleet, 301).hosts[0].answer is Answer.WELL
+
+
+def test_an_agent_whose_clock_stands_still_is_heard_by_its_interval():
+    fleet = Fleet()
+    machine = Machine(fleet, 1)
+    for at in (0, 60, 120):
+        machine.beat(at, sent_at=MOMENT)
+    assert view(fleet, 121).hosts[0].answer is Answer.WELL
+
+
+# ------------------------------------------------------------------------- what began before we listened
+
+SHARED = [CEPH, FILER]
+OWN = DeviceSource(type="nvme", path="0000:01:00.0/1")
+
+
+def began_unheard(*, others: int = 5) -> tuple[Fleet, Machine, list[Machine]]:
+    """A host whose guests stand still since before the reactor's start, among others that are well."""
+    fleet = Fleet()
+    sick = Machine(fleet, 1)
+    return fleet, sick, [Machine(fleet, number) for number in range(2, 2 + others)]
+
+
+def goes_on(machines: list[Machine], begin: int, end: int) -> None:
+    for at in range(begin, end, 60):
+        for machine in machines:
+            machine.beat(at)
+
+
+def test_a_fault_that_began_while_the_reactor_was_away_is_its_hosts_once_the_queue_told_it():
+    fleet, sick, others = began_unheard()
+    everybody = [sick, *others]
+    for machine in everybody:
+        machine.queued_until = HOUR
+    goes_on(everybody, 0, 600)
+    for guest, source in enumerate(SHARED):
+        sick.fails(600, guest, source)
+    goes_on(everybody, 600, int(HOUR))
+    goes_on(everybody, int(HOUR), int(HOUR) + 300)
+    host = view(fleet, HOUR + 300).host(sick.host.name)
+    assert host is not None
+    assert (host.answer, host.since) == (Answer.BAD, pytest.approx(600 + to_ns(MOMENT) / 1e9, abs=61))
+
+
+def test_who_was_resumed_last_after_an_outage_that_the_queue_tells_of_is_not_at_fault():
+    """Forty minutes ago five hosts lost two storage systems; four were resumed before the reactor's start."""
+    fleet, sick, others = began_unheard()
+    everybody = [sick, *others]
+    for machine in everybody:
+        machine.queued_until = HOUR
+    goes_on(everybody, 0, 600)
+    for machine in everybody[:5]:
+        for guest, source in enumerate(SHARED):
+            machine.fails(600, guest, source)
+    goes_on(everybody, 600, 1200)
+    for machine in everybody[1:5]:
+        machine.recovers(1200)
+    goes_on(everybody, 1200, int(HOUR))
+    for at in range(int(HOUR), int(HOUR) + 3600, 60):
+        goes_on(everybody, at, at + 1)
+        host = view(fleet, at + 1).host(sick.host.name)
+        assert host is not None
+        assert host.answer is Answer.CANT_TELL
+
+
+@pytest.mark.parametrize("goes", [True, False], ids=["it goes on", "its guests stand still"])
+def test_open_incidents_of_before_hold_their_host_only_when_something_tells_that_the_fault_is_its_own(goes):
+    fleet, sick, others = began_unheard()
+    unheard, sick.fleet = sick.fleet, Fleet()
+    for guest, source in enumerate(SHARED):
+        sick.fails(0, guest, source)
+    sick.fleet = unheard
+    goes_on([sick, *others], 3600, 3900)
+    if goes:
+        sick.open = {id_: replace(one, total=one.total + 1) for id_, one in sick.open.items()}
+    goes_on([sick, *others], 3900, 4200)
+    host = view(fleet, 4200).host(sick.host.name)
+    assert host is not None
+    assert host.answer is (Answer.BAD if goes else Answer.CANT_TELL)
+
+
+def test_open_incidents_of_before_on_the_hosts_own_storage_hold_it():
+    fleet, sick, others = began_unheard()
+    unheard, sick.fleet = sick.fleet, Fleet()
+    for guest in range(2):
+        sick.fails(0, guest, OWN)
+    sick.fleet = unheard
+    goes_on([sick, *others], 3600, 3900)
+    host = view(fleet, 3900).host(sick.host.name)
+    assert host is not None
+    assert host.answer is Answer.BAD
+
+
+def test_an_agent_whose_clock_lies_does_not_make_others_troubles_witnessed():
+    """One host's clock is set forward while its heartbeats wait: what it says of the past is its own."""
+    fleet, sick, others = began_unheard()
+    unheard, sick.fleet = sick.fleet, Fleet()
+    for guest, source in enumerate(SHARED):
+        sick.fails(0, guest, source)
+    sick.fleet = unheard
+    liar = others[0]
+    liar.queued_until = 3600
+    liar.skew = -40 * HOUR
+    liar.beat(3500)
+    liar.skew = 0.0
+    liar.beat(3560)
+    liar.queued_until = None
+    goes_on([sick, *others], 3600, 4200)
+    host = view(fleet, 4200).host(sick.host.name)
+    assert host is not None
+    assert host.answer is Answer.CANT_TELL
 
 
 # --------------------------------------------------------------------------------------- who has a name

@@ -31,6 +31,7 @@ from virtbus.integrations.base import (
     TargetMissing,
     TargetUnavailable,
 )
+from virtbus.integrations.holds import short
 from virtbus.integrations.policy import HoldPolicy, HoldRules
 from virtbus.integrations.reactor import Reactor
 from virtbus.integrations.store import ActionStore
@@ -72,7 +73,7 @@ class Plane(Integration):
         return {"status": "False" if host.incidents else "True", "message": ""}
 
     def execute(self, action: Action) -> str:
-        name = action.body.get("target") or action.target
+        name = action.body.get("target") or self._named(action.target)
         self.fails(action.verb, name)
         target = self.targets.get(name)
         if target is None:
@@ -95,13 +96,18 @@ class Plane(Integration):
 
     def look(self, hosts, *, everything):
         self.fails("look", "")
-        known = {host: name or host for host, name in hosts.items() if (name or host) in self.targets}
+        told = {host: name or self._named(host) for host, name in hosts.items()}
+        known = {host: name for host, name in told.items() if name in self.targets}
         seen = self.targets if everything else {name: self.targets[name] for name in known.values()}
         return Found(
             [replace(one.mark, uid=one.uid, intact=one.effect) for one in seen.values() if one.mark],
             {host: self.targets[name].uid for host, name in known.items()},
             [host for host, name in known.items() if self.targets[name].condition is None],
         )
+
+    def _named(self, host: str) -> str:
+        """By its name, or by its short one."""
+        return host if host in self.targets else short(host)
 
     # ---- what others do
 

@@ -228,6 +228,47 @@ def test_a_host_that_is_told_with_its_domain_now_keeps_its_hold(world):
     assert [one for one in world.plane.done if one[0] != REPORT].count((HOLD, "h1")) == 1
 
 
+def renames_h1(world):
+    """The host calls itself by its name with the domain now."""
+    world.agents["h1.example.org"] = world.agents.pop("h1")
+    world.bad = {"h1.example.org"} if world.bad else set()
+
+
+def test_what_an_operator_took_back_is_left_alone_also_under_the_hosts_other_name(world):
+    held_h1(world)
+    world.run(70)
+    world.plane.take_back("h1")
+    world.run(30)
+    renames_h1(world)
+    world.run(300)
+    assert world.plane.held == set()
+    world.kill()
+    world.run(100)
+    assert world.plane.held == set(), "also after a restart"
+
+
+@pytest.mark.parametrize("verb", [HOLD, RELEASE])
+def test_a_host_that_changes_its_name_while_its_hold_is_on_its_way_comes_to_what_is_true(world, verb):
+    if verb is HOLD:
+        world.run(30)
+        world.bad = {"h1"}
+    else:
+        held_h1(world)
+        world.run(70)
+        world.bad = set()
+    with world.outage():
+        world.run(200)
+        renames_h1(world)
+        world.run(100)
+    world.run(200)
+    assert world.plane.held == ({"h1"} if verb is HOLD else set())
+    assert {row.state for row in world.store.rows().values() if row.ours} <= {HoldState.HELD}
+    world.bad = set()
+    world.run(400)
+    assert world.plane.held == set()
+    assert not [row for row in world.store.rows().values() if row.ours]
+
+
 def test_a_host_of_another_domain_does_not_take_over_a_hold(tmp_path):
     world = World(tmp_path, ["h1.a.org", "h1.b.org", "h3.a.org"])
     world.bad = {"h1.a.org"}

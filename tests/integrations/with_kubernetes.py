@@ -195,6 +195,61 @@ def test_the_documented_rights_suffice_and_less_is_named(kube_apiserver, node, t
     made.close()
 
 
+def test_an_account_that_may_write_no_events_holds_and_gives_back_all_the_same(
+    kube_apiserver, node, tmp_path, caplog
+):
+    """An Event is a courtesy: a 403 there must not keep a hold that was done from being known as done."""
+    account = f"quiet-{uuid.uuid4().hex[:6]}"
+    rules = [{"apiGroups": [""], "resources": ["nodes", "nodes/status"], "verbs": ["get", "list", "patch"]}]
+    subject = {"kind": "ServiceAccount", "name": account, "namespace": "default"}
+    role = {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": account}
+    for manifest in (
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": account, "namespace": "default"}},
+        {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole",
+         "metadata": {"name": account}, "rules": rules},
+        {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding",
+         "metadata": {"name": account}, "roleRef": role, "subjects": [subject]},
+    ):  # fmt: skip
+        kube_apiserver.kubectl("apply", "-f", "-", manifest=manifest)
+    limited = yaml.safe_load(Path(kube_apiserver.kubeconfig).read_text())
+    token = kube_apiserver.kubectl("create", "token", account, "--namespace", "default").stdout.strip()
+    limited["users"][0]["user"] = {"token": token}
+    file = tmp_path / "kubeconfig"
+    file.write_text(yaml.safe_dump(limited))
+    made = open_integration("kubernetes", React(kubernetes=ReactKubernetes(kubeconfig=str(file))))
+    eventually(lambda: "create events" in made.probe()[0].summary, "the role is in force")
+    assert made.execute(an_action(HOLD, node)).endswith("set")
+    assert TAINT in taints(kube_apiserver, node)
+    assert made.execute(an_action(RELEASE, node)).endswith("removed")
+    assert TAINT not in taints(kube_apiserver, node)
+    assert events(kube_apiserver, node) == []
+    assert "403" in caplog.text
+    made.close()
+
+
+def test_a_node_that_bears_its_domain_is_found_by_the_short_name(kube_apiserver, kubernetes):
+    short_name = f"fqdn-{uuid.uuid4().hex[:6]}"
+    long = f"{short_name}.example.org"
+    add_node(kube_apiserver, long)
+    try:
+        assert kubernetes.execute(an_action(HOLD, short_name)).endswith("set")
+        assert TAINT in taints(kube_apiserver, long)
+    finally:
+        kube_apiserver.kubectl("delete", "node", long)
+
+
+def test_a_short_name_that_two_nodes_bear_in_different_domains_is_neither_of_them(kube_apiserver, kubernetes):
+    short_name = f"twice-{uuid.uuid4().hex[:6]}"
+    both = [f"{short_name}.{domain}" for domain in ("a.org", "b.org")]
+    for name in both:
+        add_node(kube_apiserver, name)
+    try:
+        with pytest.raises(NotOurs, match=r"react.hosts"):
+            kubernetes.execute(an_action(HOLD, short_name))
+    finally:
+        kube_apiserver.kubectl("delete", "node", *both)
+
+
 # ---- holds live on the nodes
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,9 +24,11 @@ from confluent_kafka.admin import (
 )
 
 from tests.kafka.cluster import LIMITED_PASSWORD, LIMITED_USER, Cluster
-from tests.kafka.help import admin, opened, read
+from tests.kafka.help import admin, headers, opened, read
 from tests.kafka.test_consume import event_id, joined, take
+from virtbus.bus import BusOptions
 from virtbus.bus.kafka.bus import KafkaBus
+from virtbus.consumer import Consumer
 from virtbus.errors import BusDenied, BusUnavailable
 from virtbus.model import Confirmed, Deferred
 from virtbus.testing import ListFeed, records
@@ -81,6 +83,8 @@ def test_min_insync_replicas_that_are_not_met_defer_and_met_again_deliver(
             cluster.restart(cluster.brokers[2])
             patiently(feed, bus)
             assert confirmed(feed) == {item.id for item in items}
+            found = read(cluster.url, kafka_topic, 21)
+        assert {headers(message)["ce_id"] for message in found} >= {item.id for item in items}
     finally:
         cluster.stop()
 
@@ -132,6 +136,49 @@ def make(url: str, topic: str) -> None:
     client.create_topics([NewTopic(topic, num_partitions=1, replication_factor=1)])[topic].result(20)
 
 
+def closed_to_others(url: str, topic: str) -> None:
+    """A rule for somebody else: without any the topic is open to all (allow.everyone.if.no.acl.found)."""
+    rule = AclBinding(
+        ResourceType.TOPIC, topic, ResourcePatternType.LITERAL, "User:nobody", "*", AclOperation.ALL,
+        AclPermissionType.ALLOW,
+    )  # fmt: skip
+    client = admin(url)
+    client.create_acls([rule])[rule].result(20)
+
+
+def test_a_group_whose_acl_is_taken_away_reads_on_when_it_is_given_back(
+    kafka_cluster: Cluster, kafka_topic: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = f"kafka://{LIMITED_USER}:{LIMITED_PASSWORD}@{kafka_cluster.hosts('sasl')}"
+    plain = kafka_cluster.url
+    first, second = records(5), records(5)
+    make(plain, kafka_topic)
+    closed_to_others(plain, kafka_topic)
+    rights = (AclOperation.DESCRIBE, AclOperation.READ, AclOperation.DESCRIBE_CONFIGS)
+    options = BusOptions(topic=kafka_topic, declare=False, connect_timeout=3.0)
+    got: list[str] = []
+
+    def taken(until: Callable[[], bool]) -> None:
+        limit = time.monotonic() + 90
+        while not until() and time.monotonic() < limit:
+            delivery = consumer.receive(1.0)
+            if delivery is not None:
+                got.append(delivery.id)
+                delivery.ack()
+        assert until(), (got, caplog.text)
+
+    with opened(plain, kafka_topic) as bus, Consumer(url, group="g", options=options) as consumer:
+        assert ListFeed(first).drain(bus, timeout=30) == 5
+        with granted(plain, kafka_topic, *rights):
+            taken(lambda: len(got) == 5)
+        with caplog.at_level("ERROR", logger="virtbus"):
+            taken(lambda: "the broker refuses this consumer" in caplog.text)
+        assert ListFeed(second).drain(bus, timeout=30) == 5
+        with granted(plain, kafka_topic, *rights):
+            taken(lambda: len(got) == 10)
+    assert got == [item.id for item in [*first, *second]]
+
+
 def test_an_acl_that_is_taken_away_and_given_back(kafka_cluster: Cluster, kafka_topic: str) -> None:
     url = f"kafka://{LIMITED_USER}:{LIMITED_PASSWORD}@{kafka_cluster.hosts('sasl')}"
     plain = kafka_cluster.url
@@ -141,13 +188,7 @@ def test_an_acl_that_is_taken_away_and_given_back(kafka_cluster: Cluster, kafka_
     with opened(url, kafka_topic, declare=False, confirm_timeout=3.0, connect_timeout=3.0) as bus:
         with granted(plain, kafka_topic, *rights):
             assert ListFeed(first).drain(bus, timeout=30) == 5
-        # A rule for somebody else must stay, or the topic is open to all (allow.everyone.if.no.acl.found).
-        client = admin(plain)
-        other = AclBinding(
-            ResourceType.TOPIC, kafka_topic, ResourcePatternType.LITERAL, "User:nobody", "*",
-            AclOperation.ALL, AclPermissionType.ALLOW,
-        )  # fmt: skip
-        client.create_acls([other])[other].result(20)
+        closed_to_others(plain, kafka_topic)
         time.sleep(0.5)
         feed = ListFeed(second)
         try:

@@ -13,4 +13,3 @@ def test_a_broker_killed_and_restarted_under_load_loses_nothing_and_keeps_order(
     account = restarts(own_kafka, 2)
     assert account.sent > 200
     assert (account.lost, account.disordered) == (0, 0)
-    assert account.rebuilt_max_seconds < 15.0  # five on a machine of its own: tests/faults checks that

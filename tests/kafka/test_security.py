@@ -52,10 +52,9 @@ def publishes(url: str, topic: str, **options: Any) -> bool:
 
 
 def refused(url: str, topic: str, error: type[Exception], **options: Any) -> str:
-    begun = time.monotonic()
-    with opened(url, topic, **({"connect_timeout": 30.0} | options)) as bus, pytest.raises(error) as caught:
+    # A refusal that waited for this time-out would be ended by the test's own.
+    with opened(url, topic, **({"connect_timeout": 3600.0} | options)) as bus, pytest.raises(error) as caught:
         ListFeed([a_record()]).publish(bus)
-    assert time.monotonic() - begun < 15.0, "a refusal must not wait for the time-out"
     return str(caught.value)
 
 

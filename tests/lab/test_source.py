@@ -257,9 +257,7 @@ def test_fifty_restarts_of_libvirtd_lose_no_pause_and_tell_none_twice(lab: Lab) 
             # A daemon that comes up just as QEMU stops may never learn of it (docs/libvirt.md).
             wait_until(lambda: guest.injected() >= round_, "QEMU has met the error", 20)  # noqa: B023
             lab.start_libvirtd()
-            up = time.monotonic()
             seen.wait(SourceReady, round_ + 1)
-            assert time.monotonic() - up < 5
             guest.wait_state(PAUSED_IOERROR)
             wait_until(lambda: len(errors(seen)) >= round_, f"the pause of round {round_} is told", 5)  # noqa: B023
             guest.heal()

@@ -167,6 +167,49 @@ def test_a_disk_error_of_a_pause_that_no_look_saw_is_not_blamed_for_the_next_pau
     assert findings(check, 100.0 + GRACE) == []
 
 
+def paused_by_one_with_two_in_error(check: CrossCheck) -> list[tuple[str, Origin]]:
+    """An event tells of the first disk; the look finds an error of the second as well."""
+    check.event(raw("virtio-disk0", 5.0), 5.0)
+    suspend(check, 5.0)
+    look_at(check, Look(PAUSED, PAUSED_IOERROR, {"vda": 1, "vdb": 1}), 5.1)
+    return [(burst.raw.alias, burst.origin) for burst in findings(check, 6.0)]
+
+
+def test_a_second_disk_whose_error_may_be_older_than_the_connection_is_a_finding_of_a_look() -> None:
+    check = CrossCheck(GRACE)
+    check.keep_only(frozenset({UUID}))  # the question about errors that are left over is not answered yet
+    assert paused_by_one_with_two_in_error(check) == [("virtio-disk1", Origin.RECONCILE)]
+
+
+@pytest.mark.parametrize("answered", ["baseline", "start", "look"])
+def test_a_second_disk_of_a_guest_whose_old_errors_are_known_is_told_as_missed(answered: str) -> None:
+    check = CrossCheck(GRACE)
+    check.keep_only(frozenset({UUID}))
+    if answered == "baseline":
+        check.baseline(UUID, "db1", 1, {})
+    elif answered == "start":
+        check.gone(UUID)
+    else:
+        reconcile(check, IO_PAUSE, 1.0)
+        check.resumed(UUID)
+    assert paused_by_one_with_two_in_error(check) == [("virtio-disk1", Origin.LIFECYCLE)]
+
+
+def test_a_new_connection_knows_nothing_of_old_disk_errors() -> None:
+    check = CrossCheck(GRACE)
+    check.baseline(UUID, "db1", 1, {"virtio-disk0": 1})
+    check.keep_only(frozenset({UUID}))
+    assert paused_by_one_with_two_in_error(check) == [("virtio-disk1", Origin.RECONCILE)]
+
+
+def test_a_pause_that_no_event_explains_is_told_as_missed_whatever_is_left_over() -> None:
+    check = CrossCheck(GRACE)
+    check.keep_only(frozenset({UUID}))
+    suspend(check, 5.0)
+    look_at(check, Look(PAUSED, PAUSED_IOERROR, {"vda": 1, "vdb": 1}), 5.1)
+    assert [burst.origin for burst in findings(check, 6.0)] == [Origin.LIFECYCLE, Origin.RECONCILE]
+
+
 def test_a_pause_after_a_resume_that_fell_into_a_gap_is_told() -> None:
     check = CrossCheck(GRACE)
     suspend(check, 0.0)

@@ -33,4 +33,4 @@ def test_a_question_stays_open_while_no_worker_can_be_started(monkeypatch: pytes
     monkeypatch.setattr(threading.Thread, "start", start)
     lookups.check()
     wait_until(lambda: asked == ["guest0", "guest1", "guest2"])
-    lookups.close()
+    lookups.pause()

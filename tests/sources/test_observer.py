@@ -25,6 +25,7 @@ from virtbus.model import (
 )
 from virtbus.retry import no_waiting
 from virtbus.sources import SourceOptions
+from virtbus.sources.guests import LOOK_AFTER_SECONDS
 from virtbus.sources.link import (
     ACTION_REPORT,
     PAUSED,
@@ -37,7 +38,7 @@ from virtbus.sources.link import (
     SUSPENDED_IOERROR,
     SUSPENDED_PAUSED,
 )
-from virtbus.sources.observer import LOOK_AFTER_SECONDS, Observer
+from virtbus.sources.observer import Observer
 from virtbus.words import Origin
 
 OPTIONS = SourceOptions(grace_seconds=0.2, lookup_deadline_seconds=0.2)

@@ -46,7 +46,6 @@ def test_a_question_that_failed_is_asked_again(monkeypatch: pytest.MonkeyPatch, 
     stop.set()
     woken.set()
     thread.join()
-    crew.close()
     assert failures == []
 
 
@@ -67,4 +66,3 @@ def test_a_call_for_which_there_is_no_thread_is_made_when_there_is_one(
     assert not called.is_set()
     assert crew.check() is None  # it waits no longer
     assert called.wait(10)
-    crew.close()

@@ -309,15 +309,12 @@ def test_a_tap_that_never_reads_is_let_go_and_costs_the_path_nothing(control):
         wait = time.monotonic() + 5
         while not taps.active and time.monotonic() < wait:
             time.sleep(0.01)
-        began, slowest = time.monotonic(), 0.0
-        while taps.active and time.monotonic() - began < 30:
-            at = time.thread_time()  # the path's own: it never waits for the reader
+        wait = time.monotonic() + 30
+        while taps.active and time.monotonic() < wait:  # an offer that waited for the reader would not return
             for number in range(100):
                 taps.offer("raw", RawIoError("d", "guest", 1, "/p" * 500, "vda", 1, "", number))
-            slowest = max(slowest, time.thread_time() - at)
             time.sleep(0.01)
         assert not taps.active
-        assert slowest < 1.0
 
 
 def test_a_second_agent_does_not_take_a_living_ones_socket(tmp_path):

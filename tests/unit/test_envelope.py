@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import gzip
 import json
 import re
 from contextlib import suppress
@@ -694,6 +695,20 @@ def test_without_validation_what_does_not_fit_its_type_is_raw() -> None:
     assert envelope.to_event(read, validate=False) is None
     with pytest.raises(SchemaError):
         envelope.to_event(read)
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        (b"", "it is empty"),
+        (gzip.compress(b"{}"), "compressed (gzip)"),
+        ("{}".encode("utf-16"), "UTF-16"),
+        (b"\0\0\0\0\7{}", "the id of a schema registry"),
+    ],
+)
+def test_a_body_in_another_format_is_told_by_its_name(body: bytes, told: str) -> None:
+    with pytest.raises(SchemaError, match=re.escape(told)):
+        envelope.decode(message(Binding.AMQP, OURS, body))
 
 
 JUNK_BODIES = {

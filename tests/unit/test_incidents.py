@@ -356,7 +356,7 @@ def test_without_folding_a_burst_stays_one_event_with_its_count():
 
 
 def test_evidence_and_the_hypervisors_text_pass_through():
-    evidence = (Evidence("block_info", "contradicts", capacity_bytes=100, allocation_bytes=1),)
+    evidence = (Evidence("block_info", "inconclusive", capacity_bytes=100, allocation_bytes=1),)
     (event,) = Bench().see(an_error(evidence=evidence, message="No space left", disk_error="no_space"))
     assert event.error.evidence == evidence
     assert (event.error.message, event.error.disk_error) == ("No space left", "no_space")
@@ -380,7 +380,7 @@ def test_what_a_look_finds_out_later_is_told_without_a_count():
     bench.see(an_error(action=PAUSE, reason="enospc"))
     happened = bench.wall_ns
     bench.wait(0.2)
-    evidence = (Evidence("file_system", "contradicts"),)
+    evidence = (Evidence("file_system", "inconclusive"),)
     assert bench.see(an_error(action=PAUSE, reason="enospc", count=0, at=happened, evidence=evidence)) == []
     (update,) = bench.wait(1)
     assert update.error.evidence == evidence
@@ -1303,6 +1303,18 @@ def test_a_kept_disk_error_of_an_incident_that_is_over_is_not_told_again_in_anot
     both = (a_found_pause(OTHER_DISK, at=bench.wall_ns), a_found_pause(DISK, at=bench.wall_ns))
     (event,) = bench.ready(a_state(state="paused", paused=True), findings=both)
     assert event.device.alias == DISK
+
+
+def test_a_kept_disk_error_of_an_open_incident_is_not_told_again_in_another_disks_pause():
+    bench = Bench()
+    bench.see(an_error(OTHER_DISK, action=PAUSE))
+    bench.see(DomainResumed("guest-a", bench.wall_ns))
+    bench.commit()
+    bench.restart(down_seconds=5)
+    bench.ready(a_state())
+    bench.see(an_error(DISK, action=PAUSE))
+    events = [*bench.see(a_found_pause(OTHER_DISK, at=bench.wall_ns)), *bench.wait(2)]
+    assert counted(events, Origin.RECONCILE) == 0
 
 
 def test_a_guest_that_is_found_paused_by_an_error_that_nothing_tells_of_is_told():

@@ -7,7 +7,7 @@ from virtbus.errors import ConfigError, DedupeUnavailable
 from virtbus.marks import Marks
 from virtbus.model import PreviousRun, SequenceRange
 from virtbus.sequences import SequenceCheck
-from virtbus.testing import a_gap
+from virtbus.testing import a_gap, a_heartbeat
 
 SOURCE = "/virtbus/agents/a"
 FIRST, SECOND, THIRD = (f"019a05f9-4236-73ae-a6f0-00000000000{n}" for n in (1, 2, 3))
@@ -18,11 +18,16 @@ class Check:
 
     def __init__(self):
         self.told = []
+        self.kept = {}
         self.check = SequenceCheck(60.0, self.told.append)
 
     def see(self, epoch, *numbers, now=0.0, event=None):
         for number in numbers:
             self.check.saw(self.attributes(epoch, number), event, now)
+
+    def beat(self, epoch, now=0.0):
+        attributes = {"source": SOURCE, "id": f"beat {epoch}"}
+        self.check.saw(attributes, a_heartbeat(epoch=epoch), now)
 
     @staticmethod
     def attributes(epoch, number):
@@ -38,9 +43,9 @@ class Check:
             self.check.settled(SOURCE, f"{epoch}-{number}")
 
     def restart(self):
-        states = {run[:2]: run for run in self.check.changes() if run[2] is not None}
+        self.kept |= {run[:2]: run for run in self.check.changes() if run[2] is not None}
         self.check = SequenceCheck(60.0, self.told.append)
-        self.check.restore(states.values())
+        self.check.restore(self.kept.values())
 
     def missing(self, now=1000.0):
         self.check.tick(now)
@@ -74,9 +79,79 @@ def test_the_gap_event_and_the_last_runs_tail_explain_all_but_what_is_lost(check
 
 
 def test_a_run_that_begins_while_its_agent_is_known_begins_at_one(check):
+    check.beat(FIRST)
     check.see(FIRST, 40)
     check.see(SECOND, 3)
+    check.beat(SECOND)
     assert check.missing() == [(SECOND, 1, 2)]
+
+
+def test_a_run_whose_first_event_comes_after_others_of_it_begins_at_one(check):
+    check.see(FIRST, 40)
+    check.see(SECOND, 5)
+    check.see(SECOND, 3, now=1.0)
+    check.see(SECOND, 1, now=2.0, event=a_gap(previous=PreviousRun(FIRST, 40)))
+    assert check.missing() == [(SECOND, 2, 2), (SECOND, 4, 4)]
+
+
+def test_what_a_gap_event_names_of_a_run_that_is_not_yet_known_to_have_begun_is_no_alarm(check):
+    check.beat(FIRST)
+    check.see(SECOND, 6)
+    check.see(SECOND, 7, event=a_gap(missing=(SequenceRange(SECOND, 2, 5),), missing_events=4))
+    check.see(SECOND, 8)
+    check.beat(SECOND)
+    assert check.missing() == [(SECOND, 1, 1)]
+
+
+def test_a_run_that_beats_before_its_first_event_begins_at_one(check):
+    check.beat(FIRST)
+    check.beat(SECOND)
+    check.see(SECOND, 2)
+    assert check.missing() == [(SECOND, 1, 1)]
+
+
+def test_the_first_run_that_is_heard_of_an_agent_begins_with_what_comes_first(check):
+    check.see(FIRST, 40)
+    check.beat(FIRST)
+    check.beat(FIRST)
+    check.see(FIRST, 41)
+    assert check.missing() == []
+
+
+@pytest.mark.parametrize("later", [SECOND, FIRST], ids=["clock right", "clock set back"])
+def test_no_clock_tells_which_run_is_the_later_one(check, later):
+    """The host's clock went back between two starts: the later run's epoch is the smaller one."""
+    earlier = FIRST if later is SECOND else SECOND
+    check.beat(earlier)
+    check.see(earlier, 1, 2, 3)
+    check.beat(later)
+    check.see(later, 3)
+    check.see(later, 4, event=a_gap(previous=PreviousRun(earlier, 5)))
+    assert check.missing() == [(later, 1, 2), (earlier, 4, 5)]
+
+
+@pytest.mark.parametrize("epochs", [(FIRST, SECOND, THIRD), (THIRD, SECOND, FIRST)], ids=["right", "back"])
+def test_a_whole_run_that_was_lost_is_told_whatever_the_clocks_say(check, epochs):
+    one, lost, last = epochs
+    check.beat(one)
+    check.see(one, 1)
+    check.see(last, 1, event=a_gap(previous=PreviousRun(lost, 5)))
+    assert check.missing() == [(lost, 1, 5)]
+
+
+def test_a_first_event_that_is_sent_again_by_hand_days_later_is_no_alarm(check):
+    check.see(FIRST, 40)
+    check.see(FIRST, 1, now=90_000.0)
+    assert check.missing(now=100_000.0) == []
+
+
+def test_a_run_that_was_heard_before_a_restart_counts_for_the_next_one(check):
+    check.beat(FIRST)
+    check.restart()
+    check.see(SECOND, 4)
+    check.restart()
+    check.beat(SECOND)
+    assert check.missing() == [(SECOND, 1, 3)]
 
 
 def test_a_late_event_of_a_run_before_all_that_is_known_is_no_alarm(check):

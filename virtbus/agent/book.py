@@ -24,7 +24,7 @@ from virtbus.words import GuestState, Scope
 PAUSED_GUESTS = 10_000  # at most so many are remembered
 
 
-class Guests:
+class GuestWatch:
     """Which guests are seen, and which stand still; one that does proves nothing by its silence."""
 
     def __init__(self) -> None:

@@ -29,7 +29,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from virtbus.agent.book import Book, Guests
+from virtbus.agent.book import Book, GuestWatch
 from virtbus.agent.incident import DRILL, LIVE, PAUSE_CODE, REPORT_CODE, uuid_in
 from virtbus.agent.telling import (
     HALTED_STATES,
@@ -83,8 +83,8 @@ class Incidents:
         """Start with nothing open; `new_id` mints an incident's id."""
         self._limits = limits
         self._book = Book(host, limits.max_open)
-        self._guests = Guests()
-        self._teller = Teller(limits, self._book, self._guests, new_id)
+        self._watch = GuestWatch()
+        self._teller = Teller(limits, self._book, self._watch, new_id)
 
     # ---- the API
 
@@ -123,7 +123,7 @@ class Incidents:
             case DomainResumed():
                 return self._teller.resume(observation.domain_uuid, observation.at_ns)
             case DomainHalted():
-                self._guests.halt(observation.domain_uuid, observation.state)
+                self._watch.halt(observation.domain_uuid, observation.state)
             case HostKnown():
                 self._book.host = observation.host
             case DomainGone():
@@ -135,7 +135,7 @@ class Incidents:
             case Surveyed():
                 return self._surveyed(observation)
             case SourceLost():
-                self._guests.lost(observation.domains)
+                self._watch.lost(observation.domains)
         return []  # what else a source says of itself concerns gaps alone
 
     def tick(self, now: Now, describe: Describe = _unknown) -> list[Event]:
@@ -163,7 +163,7 @@ class Incidents:
         """
         self._teller.now = now
         problems = self._book.restore(states, now)
-        self._guests.blind = True
+        self._watch.blind = True
         self._teller.look_again()
         return problems
 
@@ -176,7 +176,7 @@ class Incidents:
 
     def _gone(self, gone: DomainGone) -> list[Event]:
         uuid, events = gone.domain_uuid, list[Event]()
-        self._guests.gone(uuid)
+        self._watch.gone(uuid)
         for incident in self._book.of(uuid):
             events += self._teller.resolve(incident, gone.cause, gone.at_ns)
         for incident in self._book.of_host():
@@ -204,7 +204,7 @@ class Incidents:
         1. Incidents whose domain or device is gone end (why it went can't be known any more:
            `domain_stopped`, `device_removed`).
         2. Findings that no incident tells of are errors; so is a pause by an error that nothing tells of.
-        3. Guests run or are paused as they were found.
+        3. GuestWatch run or are paused as they were found.
         4. No incident counts as quiet before we have watched it again for the widest window.
         """
         self._book.host = ready.host
@@ -230,10 +230,10 @@ class Incidents:
         if ready.whole:
             self._book.forget(lambda uuid, _alias: uuid not in domains)
             self._teller.wake = -math.inf  # what was unseen may be due
-        self._guests.looked_at(set(domains), whole=ready.whole)
+        self._watch.looked_at(set(domains), whole=ready.whole)
         for domain in domains.values():
             if domain.state in HALTED_STATES:
-                self._guests.halt(domain.uuid, GuestState(domain.state))
+                self._watch.halt(domain.uuid, GuestState(domain.state))
         # Devices that failed before last: a disk error that is kept explains no pause that another one does.
         for finding in sorted(ready.findings, key=lambda one: self._book.last_seen(one) >= 0):
             events += self._error(finding)
@@ -255,7 +255,7 @@ class Incidents:
     def _surveyed(self, survey: Surveyed) -> list[Event]:
         """Every connection was looked at: guests that none of them has are gone."""
         self._book.host = self._book.host or survey.host
-        known = survey.domains | self._guests.sighted | self._guests.unsighted
+        known = survey.domains | self._watch.sighted | self._watch.unsighted
         events: list[Event] = []
         for incident in list(self._book.open.values()):
             if incident.scope is Scope.HOST:
@@ -263,7 +263,7 @@ class Incidents:
             elif uuid_in(incident.key) not in known and not incident.drill:
                 events += self._teller.resolve(incident, ResolutionCause.DOMAIN_STOPPED, survey.at_ns)
         self._book.forget(lambda uuid, _alias: uuid not in known)
-        self._guests.see_all()
+        self._watch.see_all()
         self._teller.wake = -math.inf  # what was unseen may be due
         return events
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from virtbus.agent.book import PAUSED_GUESTS, Book, Guests
+from virtbus.agent.book import PAUSED_GUESTS, Book, GuestWatch
 from virtbus.agent.incident import (
     DRILL,
     FORMAT,
@@ -98,9 +98,11 @@ class IncidentLimits:
 class Teller:
     """Makes events of errors, resumes and ends; `now` and `describe` are those of the present call."""
 
-    def __init__(self, limits: IncidentLimits, book: Book, guests: Guests, new_id: Callable[[], str]) -> None:
+    def __init__(
+        self, limits: IncidentLimits, book: Book, watch: GuestWatch, new_id: Callable[[], str]
+    ) -> None:
         """`new_id` mints an incident's id."""
-        self._limits, self._book, self._guests, self._new_id = limits, book, guests, new_id
+        self._limits, self._book, self._watch, self._new_id = limits, book, watch, new_id
         self.now = Now(0, 0.0)
         self.describe: Describe = lambda _uuid: None
         self.wake = math.inf  # nothing is due before this (monotonic); may be early, never late
@@ -263,7 +265,7 @@ class Teller:
 
     def resume(self, domain_uuid: str, at_ns: int) -> list[Event]:
         """The guest runs: from now on its devices can prove that they are quiet; one that is gone has."""
-        self._guests.runs(domain_uuid)
+        self._watch.runs(domain_uuid)
         concerned = self._book.of(domain_uuid)
         concerned += [one for one in self._book.of_host() if domain_uuid in one.paused]
         for incident in concerned:
@@ -305,9 +307,7 @@ class Teller:
         """The domain as it is at the resolution; its description may be older than that."""
         if incident.scope is Scope.HOST or incident.drill:
             return incident.domain
-        state = (
-            GuestState.SHUT_OFF if cause in _GONE_CAUSES else self._guests.halted.get(incident.domain.uuid)
-        )
+        state = GuestState.SHUT_OFF if cause in _GONE_CAUSES else self._watch.halted.get(incident.domain.uuid)
         if state is None:
             known = incident.domain.state
             state = GuestState.RUNNING if known is None or known in HALTED_STATES else known
@@ -320,7 +320,7 @@ class Teller:
         if incident.scope is Scope.HOST:
             return bool(incident.paused)
         uuid = uuid_in(incident.key)
-        if uuid in self._guests.halted and not incident.drill:
+        if uuid in self._watch.halted and not incident.drill:
             return True
         siblings = [*self._book.of(uuid), *self._book.of_host()]
         return any(uuid in one.paused for one in siblings if one.drill == incident.drill)
@@ -330,7 +330,7 @@ class Teller:
         if incident.pending:
             allowed = incident.allowed_at if self._limits.fold else -math.inf
             return allowed if incident.urgent else max(incident.window_ends_at, allowed)
-        if self._guests.is_unseen(incident) or self._is_held(incident):
+        if self._watch.is_unseen(incident) or self._is_held(incident):
             return math.inf
         return incident.quiet_since_at + self._limits.quiet_seconds
 

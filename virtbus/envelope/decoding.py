@@ -204,7 +204,20 @@ def _parse(text: bytes, where: str, decoder: msgspec.json.Decoder[Any]) -> Any:
     try:
         return decoder.decode(text)
     except (msgspec.MsgspecError, UnicodeError, ValueError, RecursionError) as error:
-        raise SchemaError(f"{where}: not a JSON object: {error}") from error
+        raise SchemaError(f"{where}: not a JSON object: {_other_format(text) or error}") from error
+
+
+def _other_format(text: bytes) -> str | None:
+    """What a text that is not JSON is, where its first bytes tell."""
+    if not text:
+        return "it is empty"
+    if text.startswith(b"\x1f\x8b"):
+        return "it is compressed (gzip); send it as it is"
+    if text.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "it is UTF-16; JSON is sent as UTF-8"
+    if text.startswith(b"\0") and text[5:6] in (b"{", b"["):
+        return "it begins with the id of a schema registry; use the plain JSON serializer"
+    return None
 
 
 def _data(attributes: Mapping[str, str], body: bytes, where: str) -> dict[str, Any]:

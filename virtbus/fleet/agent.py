@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass, field
+from enum import Enum
 
-from virtbus.fleet.storage import Backend
+from virtbus.fleet.storage import Backend, Sharing
 from virtbus.fleet.verdict import Trouble
 from virtbus.model import Host, Now, SourceHealth
 from virtbus.words import Action, SourceState
@@ -15,6 +16,8 @@ MAX_INTERVAL_SECONDS = 3600.0  # the schema's bound: no agent may ask for more p
 _MAX_ENDED = 1000
 _MAX_INCIDENTS = 5000
 _MAX_RUNS = 32
+_PACE_SECONDS = 1.0  # two heartbeats that were made within less tell nothing
+_LIVE_SHARE = 0.5  # heartbeats that come in less than this share of the time between their making had waited
 _CLOCK_SAMPLES = 3
 _CLOCK_TRUSTED_SECONDS = 5.0  # a heartbeat's way to us: less than this is no wrong clock
 
@@ -39,6 +42,14 @@ class Rate:
         if not self._value:
             return 0.0
         return self._value * math.exp(-(now - self._at) / constant) * 60.0 / constant
+
+
+class Pace(Enum):
+    """Whether an agent's heartbeats come as fast as they are made; no clock is compared with another's."""
+
+    UNKNOWN = "unknown"  # one alone may have waited in the broker for any time
+    BEHIND = "behind"  # they come faster than they were made: they waited, and the agent may be dead by now
+    LIVE = "live"
 
 
 class Runs:
@@ -110,7 +121,7 @@ class Incident:
     domain: str
     backend: Backend
     opened: float  # Unix seconds, by the host's clock
-    onset: float  # Unix seconds, by ours as far as the agent's heartbeats tell the difference
+    onset: float  # Unix seconds, by ours; guessed again with each heartbeat until one is known to be live
     action: Action
     paused: bool
     flapping: bool
@@ -119,19 +130,27 @@ class Incident:
     after_boot: bool
     version: Version
     total: int
+    settled: bool = True  # its onset is
+    recurs: bool = False  # errors were added while we listened
 
-    def trouble(self, host: str, *, is_open: bool) -> Trouble:
-        """The incident as evidence."""
+    def grows(self, total: int) -> bool:
+        """Whether errors were added since we first heard of it."""
+        return self.recurs or total > self.total
+
+    def trouble(self, host: str, *, is_open: bool, listened_since: float) -> Trouble:
+        """The incident as evidence; `listened_since` in Unix seconds."""
+        witnessed = self.recurs or self.onset >= listened_since or self.backend.sharing is Sharing.LOCAL
         return Trouble(
-            host, self.domain, self.backend, self.onset, is_open, self.full, self.unconfirmed, self.after_boot
-        )
+            host, self.domain, self.backend, self.onset, is_open, self.full, self.unconfirmed,
+            self.after_boot, witnessed,
+        )  # fmt: skip
 
 
 @dataclass(slots=True)
 class Ended:
     """An incident that is over; None for one that is not ours to count (a drill)."""
 
-    trouble: Trouble | None
+    incident: Incident | None
     at: float  # monotonic
     version: Version | None  # None: nothing that comes later opens it again
 
@@ -146,6 +165,11 @@ class Agent:
     heard: float = 0.0  # monotonic
     beat_at: float | None = None  # monotonic: its last heartbeat
     began_to_beat: float = 0.0  # monotonic: its first heartbeat under its present name
+    pace: Pace = Pace.UNKNOWN
+    sent: tuple[float, float] | None = None  # the last heartbeat: made (its host's clock), came (monotonic)
+    first_sent: float = 0.0  # Unix seconds, by its host's clock
+    has_lived: bool = False  # a heartbeat of it was live
+    listened_since: float | None = None  # Unix seconds, ours: when what we first heard of it was made
     interval: float = 0.0  # its own, bounded
     blind: bool = False
     runs: Runs = field(default_factory=Runs)
@@ -156,6 +180,7 @@ class Agent:
     ended: dict[str, Ended] = field(default_factory=dict)
     rate: Rate = field(default_factory=Rate)
     clock: deque[float] = field(default_factory=lambda: deque(maxlen=_CLOCK_SAMPLES))
+    _settled: bool = True  # every onset is
 
     @property
     def fresh(self) -> bool:
@@ -164,7 +189,9 @@ class Agent:
 
     def state(self, now: float, intervals: float, default: float) -> str:
         """See `HostHealth.state`: by its own heartbeats, and by nobody else's interval."""
-        if self.beat_at is None or now - self.heard > (self.interval or default) * intervals:
+        if self.beat_at is None or self.pace is Pace.BEHIND:
+            return "silent"
+        if now - self.beat_at > (self.interval or default) * intervals:
             return "silent"
         return "blind" if self.blind else "observing"
 
@@ -179,11 +206,41 @@ class Agent:
         self.beat_at = now.monotonic
         self.interval = min(max(interval, 0.0), MAX_INTERVAL_SECONDS)
         self.blind = source.state != SourceState.CONNECTED
-        first = not self.clock
         self.clock.append(now.wall_ns / 1e9 - sent)
-        if first:  # what came before it was taken by the host's clock
-            for incident in self.incidents.values():
+        if self.sent is None:
+            self.first_sent = sent
+            self.sent = sent, now.monotonic
+        made, came = sent - self.sent[0], now.monotonic - self.sent[1]
+        # A clock that stood or was set back tells nothing of how fast they were made: the interval does.
+        expected = made if made > 0 else self.interval
+        if came >= max(expected * _LIVE_SHARE, _PACE_SECONDS * _LIVE_SHARE):
+            self.pace = Pace.LIVE
+        elif made >= _PACE_SECONDS:
+            self.pace = Pace.BEHIND
+        if made >= _PACE_SECONDS or made < 0:
+            self.sent = sent, now.monotonic
+        if self.pace is not Pace.LIVE or not self._settled:
+            self._guess_again(now)
+
+    def _guess_again(self, now: Now) -> None:
+        """The way to us, and so the host's clock, is known better with each heartbeat that waited less."""
+        self._settled = self.pace is Pace.LIVE
+        if self.listened_since is None or not self.has_lived:
+            self.listened_since = self.ours(self.first_sent, now)
+        self.has_lived = self.has_lived or self._settled
+        over = (ended.incident for ended in self.ended.values() if ended.incident is not None)
+        for incident in (*self.incidents.values(), *over):
+            if not incident.settled:
                 incident.onset = self.ours(incident.opened, now)
+                incident.settled = self._settled
+
+    def onset(self, opened: float, known: Incident | None, now: Now) -> tuple[float, bool]:
+        """When an incident began, by our clock, and whether that is settled."""
+        if known is not None:
+            return known.onset, known.settled
+        live = self.pace is Pace.LIVE
+        self._settled = self._settled and live
+        return self.ours(opened, now), live
 
     def ours(self, moment: float, now: Now) -> float:
         """A time of the host's clock in ours (the least way to us tells the clock's own part), never later

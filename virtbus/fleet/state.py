@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from virtbus.fleet.agent import Agent, Ended, Incident, Rate, Version
+from virtbus.fleet.agent import Agent, Ended, Incident, Pace, Rate, Version
 from virtbus.fleet.storage import Backend, StorageRules, backend_of
 from virtbus.fleet.verdict import Answer, Blame, Trouble, Verdict, VerdictRules, Verdicts, assess
 from virtbus.model import (
@@ -239,7 +239,7 @@ class Fleet:
             return  # a heartbeat that already speaks for this error does not list it: it is over
         full = event.error.reason == ENOSPC or event.error.disk_error == DiskError.NO_SPACE
         opened = to_ns(event.incident.opened_at) / 1e9
-        onset = agent.ours(opened, now) if known is None else known.onset
+        onset, settled = agent.onset(opened, known, now)
         agent.keep(
             id_,
             Incident(
@@ -255,6 +255,8 @@ class Fleet:
                 after_boot=self._after_boot(agent, onset),
                 version=version,
                 total=event.occurrences.total,
+                settled=settled,
+                recurs=known is not None and known.grows(event.occurrences.total),
             ),
         )
 
@@ -262,12 +264,9 @@ class Fleet:
         assert agent.name is not None
         id_ = event.incident.id
         known = agent.incidents.pop(id_, None)
-        trouble = None
-        if known is not None:
-            trouble = known.trouble(agent.name, is_open=False)
-        elif id_ in agent.ended:
-            trouble = agent.ended[id_].trouble
-        agent.end(id_, Ended(trouble, now.monotonic, version))
+        if known is None and id_ in agent.ended:
+            known = agent.ended[id_].incident
+        agent.end(id_, Ended(known, now.monotonic, version))
 
     def _heartbeat(self, agent: Agent, event: Heartbeat, now: Now) -> None:
         assert agent.name is not None
@@ -293,14 +292,14 @@ class Fleet:
             for id_, one in list(agent.incidents.items()):
                 if id_ not in listed and agent.not_later(one.version, version):
                     del agent.incidents[id_]
-                    agent.end(id_, Ended(one.trouble(agent.name, is_open=False), now.monotonic, version))
+                    agent.end(id_, Ended(one, now.monotonic, version))
 
     def _from_heartbeat(
         self, agent: Agent, item: OpenIncident, known: Incident | None, version: Version, now: Now
     ) -> Incident:
         assert agent.name is not None
         opened = to_ns(item.opened_at) / 1e9
-        onset = agent.ours(opened, now) if known is None else known.onset
+        onset, settled = agent.onset(opened, known, now)
         return Incident(
             domain=item.domain_uuid,
             backend=self._backend(agent.name, item.device),
@@ -315,6 +314,8 @@ class Fleet:
             after_boot=known.after_boot if known is not None else self._after_boot(agent, onset),
             version=version,
             total=item.total,
+            settled=settled,
+            recurs=known is not None and known.grows(item.total),
         )
 
     def _after_boot(self, agent: Agent, onset: float) -> bool:
@@ -368,8 +369,9 @@ class Fleet:
         open_ = agent.incidents.values()
         if not open_:
             return HostHealth(
-                agent.name, agent.id, state, heard, Blame.NONE, "", False, None, 0, 0, 0, 0, rate, (), fresh
-            )
+                agent.name, agent.id, state, heard, Blame.NONE, "", False, None, 0, 0, 0, 0, rate, (), fresh,
+                early=agent.pace is not Pace.LIVE,
+            )  # fmt: skip
         verdict = verdicts.hosts[agent.name]
         return HostHealth(
             name=agent.name,
@@ -387,8 +389,8 @@ class Fleet:
             errors_per_minute=rate,
             backends=tuple(sorted({verdicts.system_of[one.backend] for one in open_})),
             fresh=fresh,
-            early=verdict.early,
-            witnessed=verdict.began is None or verdict.began >= self._since_wall,
+            early=verdict.early or agent.pace is not Pace.LIVE,
+            witnessed=verdict.witnessed,
         )
 
     def _forget(self, now: Now) -> None:
@@ -414,7 +416,11 @@ class Fleet:
         troubles = list(self._evidence(named, now))
         return assess(
             troubles,
-            observed={one.name for one in named if one.name and states[one.id] == "observing"},
+            observed={
+                one.name
+                for one in named
+                if one.name and states[one.id] == "observing" and one.pace is Pace.LIVE
+            },
             users=self._users,
             now=now.wall_ns / 1e9,
             rules=self.rules.verdict,
@@ -435,15 +441,22 @@ class Fleet:
         horizon = now.monotonic - self.rules.remember_seconds
         onsets = sorted(one.onset for agent in named for one in agent.incidents.values())
         within = self.rules.verdict.onset_seconds
+        since = self._listened_since(named)
         for agent in named:
             assert agent.name is not None
             for incident in agent.incidents.values():
-                yield incident.trouble(agent.name, is_open=True)
+                yield incident.trouble(agent.name, is_open=True, listened_since=since)
             for ended in agent.ended.values():
-                if ended.trouble is None:
-                    continue
-                if ended.at >= horizon or _has_near(onsets, ended.trouble.onset, within):
-                    yield ended.trouble
+                was = ended.incident
+                if was is not None and (ended.at >= horizon or _has_near(onsets, was.onset, within)):
+                    yield was.trouble(agent.name, is_open=False, listened_since=since)
+
+    def _listened_since(self, named: Iterable[Agent]) -> float:
+        """Since when (Unix seconds) everything was heard, what waited in the queue for us too: the median of
+        what the agents' first heartbeats tell, for no agent's clock may tell it for all.
+        """
+        heard = sorted(one.listened_since for one in named if one.listened_since is not None)
+        return min(self._since_wall, heard[len(heard) // 2]) if heard else self._since_wall
 
     def _backends(self, named: Iterable[Agent], verdicts: Verdicts, now: Now) -> Iterator[BackendHealth]:
         found: dict[str, list[tuple[str, Incident]]] = defaultdict(list)

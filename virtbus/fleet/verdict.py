@@ -64,6 +64,7 @@ class Trouble:
     full: bool = False  # no space left
     unconfirmed: bool = False  # "no space", and nothing that was looked at confirms it
     after_boot: bool = False  # the host had just been rebooted
+    witnessed: bool = True  # it is known who else had trouble when it began, or it goes on
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class Verdict:
     why: str
     full: bool = False
     early: bool = False  # it may be told later
-    began: float | None = None  # Unix seconds: when what a host is blamed for began
+    witnessed: bool = True  # what a host is blamed for: see `Trouble`
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,19 +304,32 @@ def _judge_host(
         return Verdict(doubt, f"only {len(others)} other hosts are observed: nothing to compare with")
     if any(kin_hosts[word] - {host} for one in began for word in _relations(one.backend, system_of)):
         return Verdict(doubt, "other hosts have trouble with the same storage, or with what may be the same")
-    local = {one.guest for one in began if one.backend.sharing is Sharing.LOCAL}
-    groups = _unrelated(
-        [one.backend for one in began if one.backend.sharing is not Sharing.UNKNOWN], system_of
-    )
-    if len(local) < rules.min_guests and groups < 2:
+    why = _own_fault(began, system_of, rules)
+    if why is None:
         return Verdict(doubt, "one storage system, and no other host to compare with on it")
     since = min(one.onset for one in began)
     if now - since < rules.settle_seconds:
         return Verdict(doubt, "too early to tell: other hosts may follow", early=True)
-    why = f"{len(local)} guests are in trouble with the host's own storage"
+    witnessed = _own_fault([one for one in began if one.witnessed], system_of, rules) is not None
+    return Verdict(Blame.HOST, why, witnessed=witnessed)
+
+
+def _own_fault(
+    troubles: Sequence[Trouble], system_of: Mapping[Backend, str], rules: VerdictRules
+) -> str | None:
+    """Why these troubles can have no cause but their host; None when they can."""
+    guests = {one.guest for one in troubles}
+    if len(guests) < rules.min_guests:
+        return None
+    groups = _unrelated(
+        [one.backend for one in troubles if one.backend.sharing is not Sharing.UNKNOWN], system_of
+    )
     if groups >= 2:
-        why = f"{len(guests)} guests lost {groups} unrelated storage systems, no other host did"
-    return Verdict(Blame.HOST, why, began=since)
+        return f"{len(guests)} guests lost {groups} unrelated storage systems, no other host did"
+    local = {one.guest for one in troubles if one.backend.sharing is Sharing.LOCAL}
+    if len(local) >= rules.min_guests:
+        return f"{len(local)} guests are in trouble with the host's own storage"
+    return None
 
 
 def _unrelated(backends: Iterable[Backend], system_of: Mapping[Backend, str]) -> int:

@@ -177,7 +177,7 @@ def renamed(rows: Iterable[Row], view: FleetView) -> Iterator[tuple[Row, str]]:
     """
     names = {host.name: host.agent_id for host in view.hosts}
     for row in rows:
-        if not row.ours or row.host in names:
+        if row.state is HoldState.FREE or row.host in names:
             continue
         same = [
             name

@@ -44,6 +44,7 @@ from virtbus.integrations.base import (
     utc,
 )
 from virtbus.model import Check
+from virtbus.telemetry import Trouble, emit
 
 CONDITION = "VirtbusStorageHealthy"
 ANNOTATION = "virtbus.io/tainted"  # its value is the key of the taint that we set
@@ -219,7 +220,9 @@ class Kubernetes(Integration):
         raise TargetUnavailable(f"node {node} changed {_CONFLICTS} times while we were at it")
 
     def _event(self, node: str, action: Action, kind: str, reason: str, message: str) -> None:
-        """An Event named after the action: once more makes no second one."""
+        """An Event named after the action: once more makes no second one. Only a courtesy to people: whatever
+        refuses it (rights, quota, a namespace that is gone), what it tells of was done.
+        """
         digest = hashlib.sha256(action.key.encode()).hexdigest()[:16]
         now = datetime.now(UTC)
         body = client.CoreV1Event(
@@ -239,7 +242,7 @@ class Kubernetes(Integration):
             self._api.create_namespaced_event("default", body, _request_timeout=_TIMEOUT)
         except (ApiException, urllib3.exceptions.HTTPError) as error:
             if not (isinstance(error, ApiException) and error.status == 409):
-                raise _translated(error, "writing an Event on", node) from error
+                emit(Trouble("Kubernetes Event", _translated(error, "writing an Event on", node)))
 
     # ---- what is held
 
@@ -327,6 +330,10 @@ class Kubernetes(Integration):
             matches = {node.name for node in self._listed if wanted in node.hostnames}
             if len(matches) == 1:
                 return matches.pop()
+        if "." not in host:  # the node bears the name with its domain
+            longer = {node.name for node in self._listed if node.name.partition(".")[0] == host}
+            if len(longer) == 1:
+                return longer.pop()
         return None
 
     def _call(self, doing: str, node: str, call: Callable[[], T]) -> T:

@@ -246,9 +246,10 @@ class Reactor:
         REACT.releasing.labels(name).set(sum(row.state is HoldState.RELEASING for row in ours.values()))
         if not self._worker.looks.known:
             return  # what is held is not known: nothing more is held, nothing is given back
-        for row, host in list(renamed(ours.values(), view)):
-            self._store.rename(row, host)
-            ours[host] = rows[host] = replace(ours.pop(row.host), host=host)
+        for row, host in list(renamed(rows.values(), view)):
+            rows[host] = self._rename(rows.pop(row.host), host, now)
+            if ours.pop(row.host, None) is not None:
+                ours[host] = rows[host]
         self._note_heard(ours, view, now)
         for host in [
             host for host, since in self._worker.absent.items() if now.monotonic - since >= _ABSENT_SECONDS
@@ -260,6 +261,18 @@ class Reactor:
         for row in rows.values():
             if row.state is HoldState.LEFT and row.host not in self._policy.left_alone:
                 self._store.put(replace(row, state=HoldState.FREE))  # well once: ours to decide again
+
+    def _rename(self, row: Row, host: str, now: Now) -> Row:
+        """The row under its host's other name; what is on its way goes on under that."""
+        self._store.rename(row, host)
+        known = replace(row, host=host)
+        if row.state is HoldState.HOLDING:
+            self._worker.hold(known, now)
+        elif row.state is HoldState.RELEASING:
+            self._worker.release(known, row.why, now)
+        elif row.state is HoldState.LEFT:
+            self._policy.leave_alone(host)
+        return known
 
     def _decide(self, view: FleetView, rows: Mapping[str, Row], ours: Mapping[str, Row], now: Now) -> None:
         wall = now.wall_ns / 1e9
@@ -320,7 +333,8 @@ class Reactor:
         bare, self._worker.bare = self._worker.bare, set()
         for host in hosts:
             condition = self._integration.condition(host)
-            if condition is None:
+            # What was shown before stands until there is more to say than that it is too early.
+            if condition is None or (host.early and host.name in self._shown):
                 continue
             text = json.dumps(dict(condition), sort_keys=True)
             if self._shown.get(host.name) == text and host.name not in bare:

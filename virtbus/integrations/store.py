@@ -209,8 +209,12 @@ class ActionStore:
                 _put(db, row)
 
     def rename(self, row: Row, host: str) -> None:
-        """The same hold under another name of its host."""
+        """The same hold under another name of its host; what was on its way under the old one is not done."""
         with self._transaction() as db:
+            db.execute(
+                "UPDATE actions SET state = 'replaced' WHERE state = 'waiting' AND topic = ? AND target = ?",
+                [HOLD_TOPIC, row.host],
+            )
             db.execute("DELETE FROM holds WHERE host = ?", [row.host])
             _put(db, replace(row, host=host))
 

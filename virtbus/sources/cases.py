@@ -58,6 +58,7 @@ class Case:
     uuid: str
     name: str
     number: int | None
+    unsure: bool = False  # disk errors may be left over from before we listened, and were not had yet
     paused: bool = False
     pauses: list[Pause] = field(default_factory=list)  # undecided, oldest first
     credit: dict[str, RawIoError] = field(default_factory=dict)  # events whose pause is still to come
@@ -109,13 +110,17 @@ class Case:
         if pause.certain or (by_error and fresh):
             known = told.keys() | self.synthesised.keys()
             missed = missed_devices(self, wrong if by_error else {}, known, devices)
+        unsure = self.unsure
         if look is not None and look.disk_errors is not None:
-            self.stale = wrong
+            self.stale, self.unsure = wrong, False
         else:  # QEMU keeps what the events told of, and a later pause must not be blamed on it
             self.stale = self.stale | {alias: _kept_code(raw) for alias, raw in told.items() if alias}
         found = []
+        explained = bool(told or self.synthesised)
         for alias in missed:
-            found.append(self.found(alias, pause.ns, look, devices, wrong.get(alias)))
+            origin = Origin.RECONCILE if unsure and explained else Origin.LIFECYCLE
+            found.append(self.found(alias, pause.ns, look, devices, wrong.get(alias), origin))
+            explained = True
             if not pause.over:
                 self.synthesised[alias] = Finding(mono, found[-1].raw)
         if look is not None:
@@ -134,13 +139,18 @@ class Case:
         look: Look | None,
         devices: Mapping[str, Device],
         code: int | None,
+        origin: Origin,
     ) -> Burst:
-        """An error of a pause that no event told of."""
+        """An error of a pause that no event told of.
+
+        Of origin `reconcile` where another device explains the pause and this one's disk error may be older
+        than we are: then whoever remembers an earlier run knows better.
+        """
         raw = raw_error(
             (self.uuid, self.name, self.number), alias=alias, code=code, action=ACTION_PAUSE, ns=ns
         )
         self.last_ns[alias] = ns
-        return burst_of(raw, 1, Origin.LIFECYCLE, look, devices.get(alias), pause=True)
+        return burst_of(raw, 1, origin, look, devices.get(alias), pause=True)
 
     def look_back(self, look: Look, devices: Mapping[str, Device]) -> list[Burst]:
         """What a look says about a pause that was told before it: names, evidence, further devices."""
@@ -156,20 +166,14 @@ class Case:
             if alias in known and alias in devices
         ]
         if known and look.complete:
+            ns = raw_of(self, next(iter(known))).observed_at
+            origin = Origin.RECONCILE if self.unsure else Origin.LIFECYCLE
             for alias in missed_devices(self, wrong, known, devices):
-                found.append(
-                    self.found(
-                        alias,
-                        raw_of(self, next(iter(known))).observed_at,
-                        look,
-                        devices,
-                        wrong[alias],
-                    )
-                )
+                found.append(self.found(alias, ns, look, devices, wrong[alias], origin))
                 self.synthesised[alias] = Finding(look.asked_at, found[-1].raw)
         if look.complete:
             self.unseen.clear()
-            self.stale = wrong
+            self.stale, self.unsure = wrong, False
         return found
 
     def name_nameless(

@@ -31,7 +31,6 @@ class Crew:
         self._waiting: deque[Call] = deque()
         self._running: dict[object, float] = {}  # a worker's own key → when its call began
         self._idle = 0
-        self._closed = False
 
     def run(self, call: Call) -> None:
         """Run it soon, on another thread; what it raises is logged."""
@@ -45,20 +44,13 @@ class Crew:
             self._dispatch()
             return self._clock() + LATE_SECONDS if self._waiting else None
 
-    def close(self) -> None:
-        """Run nothing more; threads whose calls hang are daemon threads."""
-        with self._changed:
-            self._closed = True
-            self._waiting.clear()
-            self._changed.notify_all()
-
     def _dispatch(self) -> None:
         now = self._clock()
         busy = sum(1 for began in self._running.values() if now - began < LATE_SECONDS)
         for _ in range(min(len(self._waiting), self._idle)):
             self._changed.notify()
         places = min(len(self._waiting) - self._idle, self._at_once - busy - self._idle)
-        for _ in range(0 if self._closed else places):
+        for _ in range(places):
             call = self._waiting.popleft()
             worker = threading.Thread(target=self._work, args=(call,), name="virtbus-call", daemon=True)
             try:
@@ -85,6 +77,6 @@ class Crew:
     def _next(self) -> Call | None:
         """The next call, None when there is none for so long that the thread may end; the lock is held."""
         self._idle += 1
-        self._changed.wait_for(lambda: self._waiting or self._closed, IDLE_SECONDS)
+        self._changed.wait_for(lambda: self._waiting, IDLE_SECONDS)
         self._idle -= 1
         return self._waiting.popleft() if self._waiting else None

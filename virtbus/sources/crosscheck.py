@@ -74,6 +74,7 @@ class CrossCheck:
         self._grace = grace_seconds
         self.slack_ns = STAMP_SLACK_NS  # 0 where the hypervisor's clock is ours
         self._cases: dict[str, Case] = {}
+        self._unsure: set[str] = set()  # guests older than the connection whose disk errors were not had yet
 
     def __len__(self) -> int:
         return len(self._cases)
@@ -140,6 +141,7 @@ class CrossCheck:
 
     def gone(self, uuid: str) -> list[Burst]:
         """The domain left: what is still undecided is told now, the rest is forgotten."""
+        self._unsure.discard(uuid)
         case = self._cases.pop(uuid, None)
         if case is None:
             return []
@@ -193,8 +195,10 @@ class CrossCheck:
         """The disk errors (by alias) of a guest that runs: left over from before."""
         if wrong or uuid in self._cases:
             case = self._case(uuid, name, number)
-            if not case.paused and not case.pauses:
-                case.stale = dict(wrong)
+            if case.paused or case.pauses:
+                return
+            case.stale, case.unsure = dict(wrong), False
+        self._unsure.discard(uuid)
 
     def runs(self, uuid: str, look: Look) -> bool:
         """Whether a look found a guest running of which an event told a pause that never came."""
@@ -320,7 +324,7 @@ class CrossCheck:
                 if alias not in told or alias in newer
             ]
             fresh += [alias for alias in newer if alias in suspects and alias not in fresh]
-            case.stale = wrong
+            case.stale, case.unsure = wrong, case.unsure and look.disk_errors is None
             stamps = newest_by_alias(look, devices)
             for alias in fresh:
                 kept = stamps.get(alias)
@@ -349,16 +353,23 @@ class CrossCheck:
         return [*named, *found.values()]
 
     def keep_only(self, uuids: frozenset[str]) -> list[Burst]:
-        """Forget the domains that are not there any more; what was undecided of them is told."""
+        """Forget the domains that are not there any more; what was undecided of them is told.
+
+        Of those that are there it is not known any more which disk errors are left over.
+        """
         left = [uuid for uuid in self._cases if uuid not in uuids]
-        return [burst for uuid in left for burst in self.gone(uuid)]
+        found = [burst for uuid in left for burst in self.gone(uuid)]
+        self._unsure = set(uuids)
+        for case in self._cases.values():
+            case.unsure = True
+        return found
 
     # ---- inside
 
     def _case(self, uuid: str, name: str, number: int | None) -> Case:
         case = self._cases.get(uuid)
         if case is None:
-            case = self._cases[uuid] = Case(uuid, name, number)
+            case = self._cases[uuid] = Case(uuid, name, number, unsure=uuid in self._unsure)
         elif case.number != number and number is not None:
             if case.number is not None:  # the domain was started anew and nobody told us
                 case = self._cases[uuid] = Case(uuid, name, number)

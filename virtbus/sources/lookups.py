@@ -168,7 +168,6 @@ class Lookups:
         self._current = _Connection()
         self._abandoned: list[_Connection] = []
         self._late: set[str] = set()
-        self._closed = False
         self._paused = True
         self._starved = False  # a worker could not be started
 
@@ -184,7 +183,7 @@ class Lookups:
             self._questions.forget(uuid)
 
     def pause(self) -> None:
-        """The hypervisor is away: drop the connection and its questions; calls that hang are left to fail."""
+        """The hypervisor is away: drop its connection, questions and idle threads; what hangs is left."""
         with self._lock:
             self._paused = True
             self._questions.clear()
@@ -195,14 +194,6 @@ class Lookups:
         with self._lock:
             self._paused = False
             self._dispatch()
-
-    def close(self) -> None:
-        """End idle workers; those that hang are daemon threads."""
-        with self._lock:
-            self._closed = True
-            self._questions.clear()
-            self._abandon()
-            self._lock.notify_all()
 
     def busy(self) -> bool:
         """Whether anything is due that can be asked, or is being asked within its deadline."""
@@ -264,7 +255,7 @@ class Lookups:
         return self._questions.ready(self._clock(), self._busy_subjects())
 
     def _dispatch(self) -> None:
-        if self._paused or self._closed or self._next() is None:
+        if self._paused or self._next() is None:
             return
         connection = self._current
         if connection.idle:
@@ -283,7 +274,7 @@ class Lookups:
         while True:
             with self._lock:
                 while True:
-                    if connection is not self._current or self._closed:
+                    if connection is not self._current:
                         return
                     now = self._clock()
                     asked = None if self._paused else self._questions.take(now, self._busy_subjects())

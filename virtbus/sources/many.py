@@ -23,6 +23,7 @@ from virtbus.config import Discover
 from virtbus.errors import SourceUnavailable, VirtbusError
 from virtbus.model import Check, Clock, Description, Host, Hypervisor, Now, SourceReady, Surveyed
 from virtbus.retry import Backoff
+from virtbus.seen import boot_id
 from virtbus.sources import Sink, SourceOptions
 from virtbus.sources.crew import Crew
 from virtbus.sources.libvirt import LibvirtConnector
@@ -400,9 +401,4 @@ class ManySource:
 
 def node(settings: Discover) -> Host:
     """The host whose guests these are: named by the settings, by default as the kernel is."""
-    try:
-        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-    except OSError:
-        boot_id = None
-    name = settings.host or os.uname().nodename
-    return Host(name=name, boot_id=boot_id, hypervisor=Hypervisor())
+    return Host(name=settings.host or os.uname().nodename, boot_id=boot_id(), hypervisor=Hypervisor())

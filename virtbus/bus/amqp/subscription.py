@@ -111,6 +111,7 @@ class AmqpSubscription:
         self._channel: Any = None
         self._tags: list[str] = []  # of our consumers that stand, the active one first
         self._room: list[int] = []  # their prefetch
+        self._ending = ""  # the consumer that was active and is being cancelled
         self._generation = 0
         self._ready: deque[Message] = deque()
         self._out: set[int] = set()  # delivery tags that are with the caller
@@ -289,7 +290,7 @@ class AmqpSubscription:
         generation = self._generation
         top = min(_PREFETCH_MAX, self._prefetch + (_SPARE if self._durable else 0))
         self._room = [*(rung for rung in _RUNGS if self._durable and rung < top), top]
-        self._tags = []
+        self._tags, self._ending = [], ""
         for number, prefetch in enumerate(self._room):
             link.be_patient()
             channel.basic_qos(0, prefetch, False)
@@ -503,7 +504,9 @@ class AmqpSubscription:
     def _climb(self) -> None:
         """More prefetch: all of it once a message came that is above suspicion, else one beside what waits.
 
-        The lower rungs are cancelled from above, the active one last: the next in line is ours.
+        The lower rungs are cancelled from above, the active one last: the next in line is ours. Until the
+        broker has confirmed that end nothing is handed out: who dies of a message before the next rung has
+        what follows gets it back behind all of that.
         """
         if len(self._tags) < 2:
             return
@@ -513,12 +516,14 @@ class AmqpSubscription:
             rung = len(self._room) - 1
         if rung:
             lower, self._tags, self._room = self._tags[:rung], self._tags[rung:], self._room[rung:]
-            for tag in reversed(lower):
+            for tag in reversed(lower[1:]):
                 self._channel.basic_cancel(tag, nowait=True)
+            self._ending = lower[0]
+            self._channel.send_method(spec.Basic.Cancel, "sb", (lower[0], False))  # not waited for here
             self._channel.connection.flush()
 
     def _next(self) -> Message | None:
-        if len(self._out) >= self._prefetch:
+        if len(self._out) >= self._prefetch or self._ending in self._channel.callbacks:
             return None
         if self._waiting and self._waiting[0][0] <= time.monotonic():
             _, tag, message = heapq.heappop(self._waiting)

@@ -1,0 +1,373 @@
+"""What is asked about one hypervisor's guests, and told of them; all of it on the source thread.
+
+Callbacks leave notes (session.py), and so do answers (asking.py); which error is told, and by whom, is
+decided in crosscheck.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from virtbus.errors import SourceUnavailable
+from virtbus.model import (
+    Burst,
+    Device,
+    DomainGone,
+    DomainResumed,
+    DomainState,
+    Host,
+    HostKnown,
+    SourceReady,
+)
+from virtbus.seen import Moment, boot_id
+from virtbus.sources import Sink, SourceOptions
+from virtbus.sources.asking import HOST, Asker
+from virtbus.sources.connecting import Opened
+from virtbus.sources.crosscheck import STAMP_SLACK_NS
+from virtbus.sources.evidence import Look, disk_errors_by_alias
+from virtbus.sources.link import (
+    PAUSED,
+    PAUSED_IOERROR,
+    PAUSED_UNKNOWN,
+    RUNNING,
+    STARTED,
+    STATES,
+    STOPPED,
+    SUSPENDED,
+    SUSPENDED_IOERROR,
+    Connector,
+    HostFacts,
+)
+from virtbus.sources.lookups import Lookups, Want
+from virtbus.sources.session import (
+    PAUSES,
+    STATE_AFTER,
+    Baseline,
+    Changed,
+    Closed,
+    Described,
+    HostAnswered,
+    JobFailed,
+    Lifecycle,
+    LookAt,
+    Looked,
+    Note,
+    Session,
+    Shared,
+    Undecodable,
+)
+from virtbus.telemetry import BlockJobFailed, emit
+from virtbus.words import GuestState, ResolutionCause
+
+SNAPSHOT_SECONDS = 3.0  # what the first look could not see by then comes later
+# How long a look for evidence lets its error go first: both want Python's lock and libvirtd.
+LOOK_AFTER_SECONDS = 0.02
+_IO_PAUSE_REASONS = (PAUSED_IOERROR, PAUSED_UNKNOWN)
+
+
+@dataclass(slots=True)
+class FirstLook:
+    """What the first look of a connection found so far."""
+
+    until: float  # monotonic
+    looks: dict[str, Look] = field(default_factory=dict)
+    findings: list[Burst] = field(default_factory=list)
+
+
+class Guests:
+    """The guests of one hypervisor, over all its connections."""
+
+    def __init__(self, shared: Shared, connector: Connector, options: SourceOptions) -> None:
+        self._clock, self._lock, self._check = shared.clock, shared.lock, shared.check
+        self._cache = shared.cache
+        self._options = options
+        self._many = options.host is not None  # one hypervisor among others on its host
+        self._asker = Asker(shared, options.owner_rules)
+        self._lookups = Lookups(
+            connector,
+            self._asker.ask,
+            in_flight=options.lookups_in_flight,
+            deadline=options.lookup_deadline_seconds,
+            clock=lambda: self._clock().monotonic,
+            idle=options.idle_seconds,
+        )
+        # Domains whose next look is to say what was missed since when (wall ns; None: not by old messages).
+        self.reconciling: dict[str, int | None] = {}
+        self._troubled: dict[str, float] = {}  # uuid → when to look at it (monotonic)
+        self._vanished: list[str] = []  # were there before the connection was lost, and are not
+        self._first: FirstLook | None = None
+        self._facts: HostFacts | None = None
+        self._ready_at: Moment | None = None
+
+    # ---- the connection comes and goes
+
+    def look_around(self, session: Session, opened: Opened, since: Moment | None) -> None:
+        """Registered already; now ask what is there. `looked` within SNAPSHOT_SECONDS, complete or not.
+
+        What the hypervisor remembers is asked for from `since` on.
+        """
+        facts = opened.facts
+        self._asker.begin(session, facts)
+        here = frozenset(domain.uuid for domain in opened.domains)
+        for entry in self._cache.active():
+            if entry.uuid not in here:
+                self._cache.gone(entry.uuid)
+                if self._many:
+                    self._vanished.append(entry.uuid)
+        with self._lock:
+            self._check.slack_ns = 0 if facts.local else STAMP_SLACK_NS
+            session.tell(self._check.keep_only(here))
+            for domain in opened.domains:
+                if domain.state == RUNNING and domain.uuid not in (session.since_listing or {}):
+                    self._check.listed_running(domain.uuid)
+        now = self._clock()
+        self._first = FirstLook(now.monotonic + SNAPSHOT_SECONDS)
+        self.reconciling, self._troubled = {}, {}
+        since_ns = None if since is None else since.wall(now)
+        # Guests in trouble first: they are what this is about.
+        for paused in (True, False):
+            for domain in opened.domains:
+                if paused is not (domain.state == PAUSED and domain.reason in _IO_PAUSE_REASONS):
+                    continue
+                self._cache.saw(domain.uuid, domain.name, domain.id, _state(domain.state))
+                want = Want.DESCRIPTION
+                if paused or (since_ns is not None and facts.keeps_messages):
+                    want |= Want.TROUBLE
+                    self.reconciling[domain.uuid] = since_ns
+                self._lookups.request(domain.uuid, want)
+        if self._asker.host_uuid is None and not self._many:
+            self._lookups.request(HOST, Want.HOST)
+        self._lookups.resume()
+
+    def looked(self, session: Session) -> bool:
+        """Whether the first look is over. Raises SourceUnavailable when the connection is lost meanwhile."""
+        assert self._first is not None
+        while True:
+            self._lookups.check()
+            busy = self._lookups.busy()
+            handled = False
+            while (note := session.notes.next()) is not None:
+                if isinstance(note, Closed):
+                    raise SourceUnavailable(f"{session.connection}: {note.why}")
+                self.handle(session, note)
+                handled = True
+            if self._clock().monotonic >= self._first.until:
+                return True
+            if not handled:
+                return not busy
+
+    def tell_ready(self, session: Session, opened: Opened, appeared_ns: int | None) -> SourceReady:
+        """Tell the first look; from now on each answer is told as it comes."""
+        with self._lock:  # no callback falls between
+            ready = self.ready(session, opened, appeared_ns)
+            session.since_listing = None
+            session.tell([ready])
+        for uuid in self._vanished:
+            session.tell([DomainGone(uuid, ready.at_ns, ResolutionCause.DOMAIN_STOPPED)])
+        self._first, self._vanished = None, []
+        for domain in ready.domains:
+            if domain.state == GuestState.RUNNING:
+                self._lookups.request(domain.uuid, Want.BASELINE)
+        return ready
+
+    def ready(self, session: Session, opened: Opened, appeared_ns: int | None) -> SourceReady:
+        """The first look as it stands now; the lock is held."""
+        assert self._first is not None
+        since, looks, findings = session.since_listing or {}, self._first.looks, list(self._first.findings)
+        now = self._clock()
+        self._facts, self._ready_at = opened.facts, Moment.of(now)
+        states = {}
+        for domain in opened.domains:
+            uuid, look = domain.uuid, looks.get(domain.uuid)
+            by_error = domain.state == PAUSED and domain.reason == PAUSED_IOERROR
+            if by_error and look is None and uuid not in since:
+                # The listing itself tells, whatever becomes of the look; that refines it.
+                alias = self._cache.resolve(uuid, "")
+                findings += self._check.listed(
+                    uuid, domain.name, domain.id, alias=alias, mono=now.monotonic, ns=now.wall_ns
+                )
+            by_error = by_error if look is None else look.paused_by_io_error
+            aliases = self._cache.aliases(uuid)
+            states[uuid] = DomainState(uuid, domain.name, _state(domain.state), by_error, aliases)
+        for uuid, said in since.items():
+            old = states.pop(uuid, None)
+            if said is None:
+                continue
+            name, state = said
+            look = looks.get(uuid)
+            still = state == GuestState.PAUSED and look is not None and look.paused_by_io_error
+            aliases = self._cache.aliases(uuid) if old is None else old.aliases
+            states[uuid] = DomainState(uuid, name, state, still, aliases)
+        return SourceReady(
+            host=self._host(opened.facts),
+            at_ns=now.wall_ns,
+            domains=tuple(states.values()),
+            findings=tuple(findings),
+            throttles=opened.facts.throttles,
+            connection=session.connection,
+            proves=True,
+            whole=not self._many,
+            appeared_ns=appeared_ns,
+        )
+
+    def leave(self) -> None:
+        """The connection is let go of."""
+        self._first, self._asker.session = None, None
+        self._lookups.pause()
+
+    def gone(self, sink: Sink) -> None:
+        """The hypervisor is gone for good: so are its guests."""
+        for entry in self._cache.active():
+            with self._lock:
+                for burst in self._check.gone(entry.uuid):
+                    sink(burst)
+                sink(DomainGone(entry.uuid, self._clock().wall_ns, ResolutionCause.DOMAIN_STOPPED))
+            self._cache.gone(entry.uuid)
+
+    def missed(self, uuid: str) -> None:
+        """Somebody asked for a description that the cache does not have."""
+        session = self._asker.session
+        if session is not None and self._cache.may_ask(uuid, self._clock().monotonic):
+            session.notes.put(Changed(uuid))
+
+    # ---- notes
+
+    def handle(self, session: Session, note: Note) -> None:
+        """Do what a note asks for."""
+        if isinstance(note, Lifecycle):
+            self._on_lifecycle(note)
+        elif isinstance(note, Changed):
+            self._lookups.request(note.uuid, Want.DESCRIPTION)
+        elif isinstance(note, LookAt):
+            self._look_at(note.uuid, at_once=self._first is not None)
+        elif isinstance(note, Looked):
+            self._on_look(session, note)
+        elif isinstance(note, Baseline):
+            entry = self._cache.get(note.uuid)
+            if entry is not None:
+                wrong = disk_errors_by_alias(note.disk_errors, entry.devices)
+                with self._lock:
+                    self._check.baseline(entry.uuid, entry.name, entry.number, wrong)
+        elif isinstance(note, Described):
+            self._on_description(session, note.uuid)
+        elif isinstance(note, JobFailed):
+            entry = self._cache.get(note.uuid)
+            emit(BlockJobFailed(note.uuid if entry is None else entry.name, note.disk))
+        elif isinstance(note, HostAnswered):
+            if self._first is None and self._facts is not None:
+                session.tell([HostKnown(self._host(self._facts), self._clock().wall_ns)])
+        elif isinstance(note, Undecodable):
+            for entry in self._cache.active():
+                since_ns = None if self._ready_at is None else self._ready_at.wall(self._clock())
+                self.reconciling.setdefault(entry.uuid, since_ns)
+                self._lookups.request(entry.uuid, Want.TROUBLE)
+
+    def _on_description(self, session: Session, uuid: str) -> None:
+        """What was told of the domain without its device's name may be told now."""
+        with self._lock:
+            if session.live and self._check.has_nameless(uuid) and (alias := self._cache.resolve(uuid, "")):
+                session.tell(self._check.identified(uuid, alias))
+
+    def _on_lifecycle(self, note: Lifecycle) -> None:
+        uuid, event = note.uuid, note.event
+        if event == STOPPED:
+            self._cache.gone(uuid)
+            self._lookups.forget(uuid)
+            self.reconciling.pop(uuid, None)
+            self._troubled.pop(uuid, None)
+        elif event in STATE_AFTER:
+            fresh = self._cache.saw(uuid, note.name, note.number, STATE_AFTER[event])
+            if fresh or event == STARTED:
+                self._lookups.request(uuid, Want.DESCRIPTION)
+            if event == SUSPENDED and note.detail in PAUSES:
+                with self._lock:
+                    told = note.detail == SUSPENDED_IOERROR and self._check.is_told(uuid)
+                # Without an event only a look while the guest is paused tells that it was a disk, and which.
+                self._look_at(uuid, at_once=self._first is not None or not told)
+
+    def _on_look(self, session: Session, note: Looked) -> None:
+        uuid, look = note.uuid, note.look
+        entry = self._cache.get(uuid)
+        if entry is None:
+            return
+        now = self._clock()
+        resumed = DomainResumed(uuid, now.wall_ns)
+        with self._lock:
+            if not session.live:
+                return
+            if uuid in self.reconciling:
+                found = self._check.reconcile(
+                    uuid, entry.name, entry.number, look, entry.devices,
+                    since_ns=self.reconciling[uuid], mono=now.monotonic, ns=now.wall_ns,
+                )  # fmt: skip
+                # The guest was resumed while it was looked at: what was found stands, and is over.
+                overtaken = session.resumed_at.get(uuid, -math.inf) >= look.asked_at
+                if overtaken:
+                    self._check.resumed(uuid)
+                if look.complete:
+                    del self.reconciling[uuid]
+                if self._first is not None:
+                    self._first.looks[uuid] = look
+                    self._first.findings += found
+                else:
+                    session.tell([*found, resumed] if overtaken and found else found)
+            session.tell(self._check.looked(uuid, look, entry.devices))
+            if self._check.runs(uuid, look):
+                session.tell([resumed])
+
+    # ---- looks and decisions that are due
+
+    def work(self, session: Session) -> None:
+        """Tell what is decided by now, and look at whoever is in trouble."""
+        self._decide(session)
+        now = self._clock().monotonic
+        with self._lock:
+            doubtful = self._check.doubtful(now)
+        for uuid in (*(uuid for uuid, at in self._troubled.items() if at <= now), *doubtful):
+            self._look_at(uuid, at_once=True)
+
+    def next_due(self) -> float:
+        """When to call `work` again at the latest (monotonic); math.inf: not until a note comes."""
+        with self._lock:
+            moments = [self._check.next_due(), self._check.next_doubt()]
+        moments += [min(self._troubled.values(), default=None), self._lookups.check()]
+        return min((moment for moment in moments if moment is not None), default=math.inf)
+
+    def _look_at(self, uuid: str, *, at_once: bool) -> None:
+        """Look at a guest's trouble: `at_once` where the look may find an error that no event told of.
+
+        With the description: no event tells of a snapshot, and the blame must not fall on an old image.
+        """
+        if at_once:
+            self._troubled.pop(uuid, None)
+            self._lookups.request(uuid, Want.TROUBLE | Want.DESCRIPTION)
+        else:
+            self._troubled.setdefault(uuid, self._clock().monotonic + LOOK_AFTER_SECONDS)
+
+    def _decide(self, session: Session) -> None:
+        now = self._clock()
+        with self._lock:
+            due = self._check.next_due()
+            if due is None or due > now.monotonic:
+                return
+            devices: dict[str, Mapping[str, Device]] = {}
+            for uuid in self._check.undecided():
+                entry = self._cache.get(uuid)
+                devices[uuid] = {} if entry is None else entry.devices
+            for decision in self._check.due(now.monotonic, devices):
+                session.tell(decision.bursts)
+                if decision.over and any(burst.count for burst in decision.bursts):
+                    # The pause is told after its end: say again that it is over.
+                    session.tell([DomainResumed(decision.bursts[0].raw.domain_uuid, now.wall_ns)])
+
+    def _host(self, facts: HostFacts) -> Host:
+        if self._options.host is not None:
+            return replace(self._options.host, hypervisor=facts.hypervisor)
+        boot = boot_id() if facts.local else None
+        return Host(name=facts.name, uuid=self._asker.host_uuid, boot_id=boot, hypervisor=facts.hypervisor)
+
+
+def _state(number: int) -> str:
+    return STATES.get(number, str(number))
