@@ -11,7 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from virtbus.model import Now, SourceGone, SourceLost, SourceReady, SourceSeen, Surveyed
+from virtbus.model import Now
+from virtbus.observations import SourceGone, SourceLost, SourceReady, SourceSeen, Surveyed
 from virtbus.words import GapReason, SourceState
 
 # What a proof does not cover: an error on its way from the guest's disk over QEMU to the daemon, and one that

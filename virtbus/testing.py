@@ -30,7 +30,6 @@ from virtbus.model import (
     Binding,
     Check,
     Confirmed,
-    Description,
     Device,
     DeviceSource,
     Domain,
@@ -45,19 +44,17 @@ from virtbus.model import (
     IoError,
     IoErrorResolved,
     Message,
-    Observation,
     Occurrences,
     OpenIncidents,
     Outcome,
-    RawIoError,
     Record,
     Resolution,
     ResolvedOccurrences,
     SourceHealth,
-    SourceReady,
     Stamp,
     to_ns,
 )
+from virtbus.observations import Description, Observation, RawIoError, SourceReady
 from virtbus.retry import no_waiting
 from virtbus.sources import Sink
 from virtbus.words import (

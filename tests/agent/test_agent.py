@@ -22,17 +22,8 @@ from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.agent.queue import IntakeQueue
 from virtbus.envelope import uuid7
 from virtbus.errors import BusUnavailable, SourceDenied, SpoolFull
-from virtbus.model import (
-    Confirmed,
-    Deferred,
-    DomainGone,
-    IoError,
-    Refused,
-    SourceLost,
-    SourceReady,
-    Unroutable,
-    to_ns,
-)
+from virtbus.model import Confirmed, Deferred, IoError, Refused, Unroutable, to_ns
+from virtbus.observations import DomainGone, SourceLost, SourceReady
 from virtbus.spool import Spool, SpoolLimits
 from virtbus.telemetry import METRICS
 from virtbus.testing import FakeBus, FakeSource, a_host, a_raw_io_error, no_waiting

@@ -18,12 +18,11 @@ from virtbus.agent.agent import Agent, AgentOptions
 from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.agent.publisher import Publisher
 from virtbus.errors import RestartNeeded, SpoolFull
-from virtbus.model import (
+from virtbus.model import Host, Now
+from virtbus.observations import (
     CallbackLost,
     DomainState,
-    Host,
     HostKnown,
-    Now,
     SourceGone,
     SourceLost,
     SourceReady,

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from tests.sim.runtime import Process, Scheduler, Virtual
 from virtbus.errors import SourceUnavailable
-from virtbus.model import Hypervisor, RawIoError
+from virtbus.model import Hypervisor
+from virtbus.observations import RawIoError
 from virtbus.sources.link import (
     ACTION_PAUSE,
     ACTION_REPORT,

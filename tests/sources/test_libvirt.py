@@ -10,7 +10,7 @@ import pytest
 
 from tests.sources.simulated import Seen
 from virtbus.errors import ConfigError, SourceUnavailable
-from virtbus.model import SourceReady
+from virtbus.observations import SourceReady
 from virtbus.sources import SourceOptions
 from virtbus.sources.libvirt import LibvirtConnector, LibvirtSource, checks_of, is_local
 from virtbus.sources.link import HostFacts

@@ -15,7 +15,15 @@ from tests.sources.simulated import DEADLINE, Guest, Seen, SimulatedHost
 from tests.sources.test_observer import OPTIONS, until
 from virtbus.config import Discover
 from virtbus.errors import SourceUnavailable
-from virtbus.model import DomainGone, Observation, RawIoError, SourceGone, SourceLost, SourceReady, Surveyed
+from virtbus.observations import (
+    DomainGone,
+    Observation,
+    RawIoError,
+    SourceGone,
+    SourceLost,
+    SourceReady,
+    Surveyed,
+)
 from virtbus.retry import no_waiting
 from virtbus.sources.many import KUBEVIRT, ManySource, SocketConnector, look
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.sources.simulated import DEADLINE, Guest, Seen, SimulatedHost
 from virtbus.errors import SourceDenied, SourceUnavailable
-from virtbus.model import (
+from virtbus.observations import (
     Burst,
     DeviceRemoved,
     DomainGone,

@@ -8,7 +8,8 @@ import pytest
 
 from tests.faultkit import wait_until
 from virtbus.errors import SourceUnavailable
-from virtbus.model import Clock, Observation, SourceSeen
+from virtbus.model import Clock
+from virtbus.observations import Observation, SourceSeen
 from virtbus.sources.crew import Crew
 from virtbus.sources.session import Session, Shared
 from virtbus.sources.witness import Witness

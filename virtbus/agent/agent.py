@@ -26,20 +26,17 @@ from virtbus.bus import Bus
 from virtbus.errors import AgentBroken, VirtbusError
 from virtbus.model import (
     Backlog,
-    Burst,
     Clock,
-    DomainGone,
     Heartbeat,
     Host,
     Now,
     OpenIncidents,
-    RawIoError,
     Record,
     SourceHealth,
-    SourceLost,
     Stamp,
     to_datetime,
 )
+from virtbus.observations import Burst, DomainGone, RawIoError, SourceLost
 from virtbus.retry import Backoff
 from virtbus.sources import Source
 from virtbus.spool import Spool

@@ -18,7 +18,8 @@ from virtbus.agent.incident import (
     read_state,
     uuid_in,
 )
-from virtbus.model import Burst, Device, Host, Now
+from virtbus.model import Device, Host, Now
+from virtbus.observations import Burst
 from virtbus.words import GuestState, Scope
 
 PAUSED_GUESTS = 10_000  # at most so many are remembered

@@ -9,7 +9,6 @@ from dataclasses import replace
 import msgspec
 
 from virtbus.model import (
-    Burst,
     Device,
     Domain,
     ErrorFacts,
@@ -25,6 +24,7 @@ from virtbus.model import (
     ResolvedOccurrences,
     to_datetime,
 )
+from virtbus.observations import Burst
 from virtbus.words import Action, DiskError, GuestState, Origin, Phase, Scope
 
 FORMAT = 1  # of the states; another one is not read

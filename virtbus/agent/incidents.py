@@ -39,19 +39,16 @@ from virtbus.agent.telling import (
     IncidentLimits,
     Teller,
 )
-from virtbus.model import (
+from virtbus.model import Event, Host, Now, OpenIncident
+from virtbus.observations import (
     Burst,
     DeviceRemoved,
     DomainGone,
     DomainHalted,
     DomainResumed,
     DomainState,
-    Event,
-    Host,
     HostKnown,
-    Now,
     Observation,
-    OpenIncident,
     RawIoError,
     SourceLost,
     SourceReady,

@@ -15,24 +15,17 @@ from virtbus.agent.incidents import Incidents
 from virtbus.agent.queue import IntakeQueue, aggregate, callbacks_in
 from virtbus.agent.tap import Taps
 from virtbus.errors import SpoolFull, VirtbusError
-from virtbus.model import (
+from virtbus.model import Event, Gap, Host, IoError, IoErrorResolved, Now, Stamp, to_datetime
+from virtbus.observations import (
     Burst,
-    Event,
-    Gap,
-    Host,
     HostKnown,
-    IoError,
-    IoErrorResolved,
-    Now,
     Observation,
     RawIoError,
     SourceGone,
     SourceLost,
     SourceReady,
     SourceSeen,
-    Stamp,
     Surveyed,
-    to_datetime,
 )
 from virtbus.retry import Backoff
 from virtbus.seen import Blind, Moment, Sight, stalled_words

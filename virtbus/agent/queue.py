@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
 
-from virtbus.model import (
+from virtbus.observations import (
     Burst,
     CallbackLost,
     DeviceRemoved,

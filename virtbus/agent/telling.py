@@ -27,18 +27,8 @@ from virtbus.agent.incident import (
     clean,
     uuid_in,
 )
-from virtbus.model import (
-    Burst,
-    Description,
-    Device,
-    Domain,
-    Event,
-    Host,
-    Incident,
-    Now,
-    Resolution,
-    to_datetime,
-)
+from virtbus.model import Device, Domain, Event, Host, Incident, Now, Resolution, to_datetime
+from virtbus.observations import Burst, Description
 from virtbus.telemetry import Trouble, emit
 from virtbus.words import GuestState, Origin, Phase, ResolutionCause, Scope
 

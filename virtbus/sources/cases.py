@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
-from virtbus.model import Burst, Device, RawIoError
+from virtbus.model import Device
+from virtbus.observations import Burst, RawIoError
 from virtbus.seen import is_told
 from virtbus.sources.evidence import (
     Look,

@@ -24,7 +24,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from virtbus.model import Burst, Device, Evidence, RawIoError
+from virtbus.model import Device, Evidence
+from virtbus.observations import Burst, RawIoError
 from virtbus.sources.cases import (
     ACTION_UNKNOWN,
     Case,

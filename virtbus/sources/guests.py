@@ -11,16 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from virtbus.errors import SourceUnavailable
-from virtbus.model import (
-    Burst,
-    Device,
-    DomainGone,
-    DomainResumed,
-    DomainState,
-    Host,
-    HostKnown,
-    SourceReady,
-)
+from virtbus.model import Device, Host
+from virtbus.observations import Burst, DomainGone, DomainResumed, DomainState, HostKnown, SourceReady
 from virtbus.seen import Moment, boot_id
 from virtbus.sources import Sink, SourceOptions
 from virtbus.sources.asking import HOST, Asker

@@ -21,7 +21,8 @@ import libvirt
 
 from virtbus import redaction
 from virtbus.errors import ConfigError, SourceDenied, SourceUnavailable, VirtbusError
-from virtbus.model import Check, Hypervisor, RawIoError
+from virtbus.model import Check, Hypervisor
+from virtbus.observations import RawIoError
 from virtbus.sources import SourceOptions
 from virtbus.sources.link import DomainAt, Handler, HostFacts, NobodyListens, NoSuchDomain, Space, Unsupported
 from virtbus.sources.observer import Observer
@@ -203,14 +204,12 @@ class LibvirtLink:
                 if error.get_error_code() not in (libvirt.VIR_ERR_NO_SUPPORT, libvirt.VIR_ERR_INVALID_ARG):
                     raise
             else:
-                return [
-                    _at(domain, stats.get("state.state", 0), stats.get("state.reason", 0))
-                    for domain, stats in found
-                ]
+                places = ("state.state", "state.reason")
+                return [DomainAt(*_named(dom), *(stats.get(at, 0) for at in places)) for dom, stats in found]
             out = []
             for domain in self._connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
                 try:
-                    out.append(_at(domain, *domain.state()))
+                    out.append(DomainAt(*_named(domain), *domain.state()))
                 except libvirt.libvirtError as error:
                     if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                         raise
@@ -300,10 +299,6 @@ def _named(domain: Any) -> tuple[str, str, int | None]:
     """UUID, name and number of the domain object at hand; the daemon is not asked."""
     number = domain.ID()
     return domain.UUIDString(), domain.name(), number if number >= 0 else None
-
-
-def _at(domain: Any, state: int, reason: int) -> DomainAt:
-    return DomainAt(*_named(domain), state, reason)
 
 
 def _version(number: int) -> tuple[int, int, int]:

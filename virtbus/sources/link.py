@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from virtbus.errors import SourceUnavailable
-from virtbus.model import Hypervisor, RawIoError
+from virtbus.model import Hypervisor
+from virtbus.observations import RawIoError
 from virtbus.words import DiskError, GuestState, ResolutionCause
 
 # virDomainState

@@ -21,7 +21,8 @@ from pathlib import Path
 
 from virtbus.config import Discover
 from virtbus.errors import SourceUnavailable, VirtbusError
-from virtbus.model import Check, Clock, Description, Host, Hypervisor, Now, SourceReady, Surveyed
+from virtbus.model import Check, Clock, Host, Hypervisor, Now
+from virtbus.observations import Description, SourceReady, Surveyed
 from virtbus.retry import Backoff
 from virtbus.seen import boot_id
 from virtbus.sources import Sink, SourceOptions

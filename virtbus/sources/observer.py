@@ -13,7 +13,8 @@ from contextlib import suppress
 from threading import Event as StopEvent
 
 from virtbus.errors import ConfigError, SourceDenied, SourceUnavailable
-from virtbus.model import Clock, Description, Now, Observation, SourceGone, SourceLost, SourceReady
+from virtbus.model import Clock, Now
+from virtbus.observations import Description, Observation, SourceGone, SourceLost, SourceReady
 from virtbus.retry import Backoff
 from virtbus.seen import MARGIN_SECONDS, Moment
 from virtbus.sources import Sink, SourceOptions

@@ -17,16 +17,13 @@ from urllib.parse import parse_qs, unquote
 
 from virtbus import redaction
 from virtbus.errors import ConfigError, InputMissing, SchemaError
-from virtbus.model import (
+from virtbus.model import Check, Clock, Host, Now
+from virtbus.observations import (
     Burst,
-    Check,
-    Clock,
     Description,
     DeviceRemoved,
     DomainResumed,
     DomainState,
-    Host,
-    Now,
     Observation,
     RawIoError,
     SourceReady,

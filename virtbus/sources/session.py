@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from virtbus.model import (
+from virtbus.model import Now
+from virtbus.observations import (
     CallbackLost,
     DeviceRemoved,
     DomainGone,
     DomainHalted,
     DomainResumed,
-    Now,
     Observation,
     RawIoError,
     SourceSeen,
