@@ -154,8 +154,8 @@ class Observed:
 
 @pytest.fixture
 def observed(tmp_path, monkeypatch):
-    monkeypatch.setattr("virtbus.sources.witness.PROVE_SECONDS", 0.05)
-    monkeypatch.setattr("virtbus.sources.witness.QUIET_SECONDS", 0.05)
+    monkeypatch.setattr("virtbus.sources.crew.PROVE_SECONDS", 0.05)
+    monkeypatch.setattr("virtbus.sources.crew.QUIET_SECONDS", 0.05)
     one = Observed(tmp_path / "state")
     one.agent.start()
     one.wait("gap")

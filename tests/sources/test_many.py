@@ -206,7 +206,7 @@ def test_questions_that_hang_on_some_connections_are_still_answered_on_the_other
     sockets: Sockets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("virtbus.sources.many.QUIET_SECONDS", 0.05)
-    monkeypatch.setattr("virtbus.sources.witness.PROVE_SECONDS", 0.05)
+    monkeypatch.setattr("virtbus.sources.crew.PROVE_SECONDS", 0.05)
     hosts = [sockets.add(f"hangs{number}") for number in range(12)]
     for host in hosts:
         host.answers.clear()

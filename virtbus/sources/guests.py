@@ -1,6 +1,6 @@
 """What is asked about one hypervisor's guests, and told of them; all of it on the source thread.
 
-Callbacks leave notes (session.py), and so do answers (asking.py); which error is told, and by whom, is
+Callbacks leave notes (session.py), and so do answers (lookups.py); which error is told, and by whom, is
 decided in crosscheck.py.
 """
 
@@ -15,8 +15,7 @@ from virtbus.model import Device, Host
 from virtbus.observations import Burst, DomainGone, DomainResumed, DomainState, HostKnown, SourceReady
 from virtbus.seen import Moment, boot_id
 from virtbus.sources import Sink, SourceOptions
-from virtbus.sources.asking import HOST, Asker
-from virtbus.sources.connecting import Opened
+from virtbus.sources.crew import Opened
 from virtbus.sources.crosscheck import STAMP_SLACK_NS
 from virtbus.sources.evidence import Look, disk_errors_by_alias
 from virtbus.sources.link import (
@@ -32,7 +31,7 @@ from virtbus.sources.link import (
     Connector,
     HostFacts,
 )
-from virtbus.sources.lookups import Lookups, Want
+from virtbus.sources.lookups import HOST, Asker, Lookups, Want
 from virtbus.sources.session import (
     PAUSES,
     STATE_AFTER,

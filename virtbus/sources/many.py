@@ -26,11 +26,10 @@ from virtbus.observations import Description, SourceReady, Surveyed
 from virtbus.retry import Backoff
 from virtbus.seen import boot_id
 from virtbus.sources import Sink, SourceOptions
-from virtbus.sources.crew import Crew
+from virtbus.sources.crew import Crew, Pulse
 from virtbus.sources.libvirt import LibvirtConnector
 from virtbus.sources.link import Connector, Handler, Link, NobodyListens
 from virtbus.sources.observer import POLL_SECONDS, Observer
-from virtbus.sources.witness import Pulse
 from virtbus.telemetry import Trouble, emit
 
 LOOK_SECONDS = 30.0  # between two looks for sockets of which inotify said nothing

@@ -1,7 +1,7 @@
 """Observes one hypervisor through a `Link`: connects for ever, notices losses, hands notes to guests.py.
 
 Threads: libvirt's own calls the session's callbacks (session.py); the source thread calls `Observer.step`;
-look-ups run on threads and a connection of their own (lookups.py, asking.py), and whatever else may never
+look-ups run on threads and a connection of their own (lookups.py), and whatever else may never
 return on the crew's (crew.py).
 """
 
@@ -18,12 +18,10 @@ from virtbus.observations import Description, Observation, SourceGone, SourceLos
 from virtbus.retry import Backoff
 from virtbus.seen import MARGIN_SECONDS, Moment
 from virtbus.sources import Sink, SourceOptions
-from virtbus.sources.connecting import Opened, Opener, Opening
-from virtbus.sources.crew import Crew
+from virtbus.sources.crew import Crew, Opened, Opener, Opening, Pulse, Witness
 from virtbus.sources.guests import Guests
 from virtbus.sources.link import Connector, Link
 from virtbus.sources.session import Closed, Session, Shared
-from virtbus.sources.witness import Pulse, Witness
 from virtbus.telemetry import SourceCutOff, SourceRegistered, Trouble, emit
 
 RECONNECT_CEILING_SECONDS = 2.0  # callbacks are back within 5 s after the daemon is

@@ -13,8 +13,7 @@ from virtbus.errors import SpoolFull
 from virtbus.model import Event, Stamp
 from virtbus.seen import STEP_NS, Moment
 from virtbus.spool import faults, files, requests
-from virtbus.spool.draft import Draft, Scribe
-from virtbus.spool.eviction import Eviction
+from virtbus.spool.draft import Draft, Eviction, Scribe
 from virtbus.spool.files import EventRow
 from virtbus.spool.mirror import Connection, Mirror
 from virtbus.spool.missing import put_run
