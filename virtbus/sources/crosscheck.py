@@ -24,8 +24,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
-from virtbus.model import Device, Evidence
-from virtbus.observations import Burst, RawIoError
+from virtbus.model import Device, Evidence, Now
+from virtbus.observations import Burst, DomainGone, DomainHalted, DomainResumed, Observation, RawIoError
 from virtbus.sources.cases import (
     ACTION_UNKNOWN,
     Case,
@@ -39,7 +39,23 @@ from virtbus.sources.cases import (
     raw_error,
 )
 from virtbus.sources.evidence import Look, disk_errors_by_alias, newest_by_alias
-from virtbus.sources.link import ACTION_PAUSE, DISK_ERROR_UNSPECIFIED, PAUSED, RUNNING
+from virtbus.sources.link import (
+    ACTION_PAUSE,
+    CRASHED_EVENT,
+    DISK_ERROR_UNSPECIFIED,
+    PAUSED,
+    PAUSES,
+    PMSUSPENDED_EVENT,
+    RESUMED,
+    RUNNING,
+    STARTED,
+    STATE_AFTER,
+    STOPPED,
+    SUSPENDED,
+    SUSPENDED_IOERROR,
+    left_by,
+    runs_again,
+)
 from virtbus.words import ENOSPC, EvidenceCheck, EvidenceVerdict, Origin
 
 __all__ = ["ACTION_UNKNOWN", "CrossCheck", "Decision", "Verdict"]
@@ -110,6 +126,26 @@ class CrossCheck:
             if not case.paused:
                 case.doubted_at, case.ask_at = mono, mono + self._grace
         return Verdict.TELL
+
+    def lifecycle(
+        self, uuid: str, name: str, number: int | None, event: int, detail: int, now: Now
+    ) -> list[Observation]:
+        """A lifecycle callback → what it tells: that the guest runs, stands still, or is gone."""
+        told: list[Observation] = []
+        if runs_again(event, detail):
+            self.resumed(uuid)
+        elif event == SUSPENDED and detail in PAUSES:
+            by_io_error = detail == SUSPENDED_IOERROR
+            self.suspended(uuid, name, number, by_io_error=by_io_error, mono=now.monotonic, ns=now.wall_ns)
+        elif event in (STOPPED, STARTED):
+            told += self.gone(uuid)
+        if event in (RESUMED, STARTED):
+            told.append(DomainResumed(uuid, now.wall_ns))
+        elif event in (SUSPENDED, PMSUSPENDED_EVENT, CRASHED_EVENT):
+            told.append(DomainHalted(uuid, now.wall_ns, STATE_AFTER[event]))
+        elif event == STOPPED:
+            told.append(DomainGone(uuid, now.wall_ns, left_by(detail)))
+        return told
 
     def suspended(
         self, uuid: str, name: str, number: int | None, *, by_io_error: bool, mono: float, ns: int

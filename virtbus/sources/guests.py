@@ -22,8 +22,10 @@ from virtbus.sources.link import (
     PAUSED,
     PAUSED_IOERROR,
     PAUSED_UNKNOWN,
+    PAUSES,
     RUNNING,
     STARTED,
+    STATE_AFTER,
     STATES,
     STOPPED,
     SUSPENDED,
@@ -33,8 +35,6 @@ from virtbus.sources.link import (
 )
 from virtbus.sources.lookups import HOST, Asker, Lookups, Want
 from virtbus.sources.session import (
-    PAUSES,
-    STATE_AFTER,
     Baseline,
     Changed,
     Closed,
