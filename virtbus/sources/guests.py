@@ -15,7 +15,7 @@ from virtbus.model import Device, Host
 from virtbus.observations import Burst, DomainGone, DomainResumed, DomainState, HostKnown, SourceReady
 from virtbus.seen import Moment, boot_id
 from virtbus.sources import Sink, SourceOptions
-from virtbus.sources.crew import Opened
+from virtbus.sources.crew import Crew, Opened
 from virtbus.sources.crosscheck import STAMP_SLACK_NS
 from virtbus.sources.evidence import Look, disk_errors_by_alias
 from virtbus.sources.link import (
@@ -70,7 +70,7 @@ class FirstLook:
 class Guests:
     """The guests of one hypervisor, over all its connections."""
 
-    def __init__(self, shared: Shared, connector: Connector, options: SourceOptions) -> None:
+    def __init__(self, shared: Shared, connector: Connector, crew: Crew, options: SourceOptions) -> None:
         self._clock, self._lock, self._check = shared.clock, shared.lock, shared.check
         self._cache = shared.cache
         self._options = options
@@ -79,10 +79,11 @@ class Guests:
         self._lookups = Lookups(
             connector,
             self._asker.ask,
+            crew,
             in_flight=options.lookups_in_flight,
             deadline=options.lookup_deadline_seconds,
             clock=lambda: self._clock().monotonic,
-            idle=options.idle_seconds,
+            idle=math.inf if options.idle_seconds is None else options.idle_seconds,
         )
         # Domains whose next look is to say what was missed since when (wall ns; None: not by old messages).
         self.reconciling: dict[str, int | None] = {}

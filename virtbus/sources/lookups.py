@@ -21,12 +21,14 @@ import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Flag, auto
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from virtbus.config import OwnerRule
 from virtbus.errors import SchemaError, SourceUnavailable, VirtbusError
 from virtbus.sources import domain_xml
+from virtbus.sources.crew import Crew
 from virtbus.sources.evidence import FreeSpace, Look, disks_by_target, read_messages
 from virtbus.sources.link import (
     DISK_ERROR_NO_SPACE,
@@ -149,43 +151,38 @@ Job = Callable[[Link, str, Want], Want]
 
 @dataclass(slots=True, eq=False)
 class _Connection:
-    """One connection's worth of workers."""
+    """One connection of the look-ups; opened by the first of them."""
 
     link: Link | None = None
     # Looked up late: the simulation brings locks of its own.
     opening: threading.Lock = field(default_factory=lambda: threading.Lock())  # noqa: PLW0108
     running: dict[str, float] = field(default_factory=dict)  # uuid → when its call began
-    workers: int = 0
-    idle: int = 0
+    used_at: float = math.inf  # when its last call came back
 
 
 class Lookups:
-    """The pool. Thread-safe; workers are made when needed and kept."""
+    """Asks what is open, on a crew's threads. Thread-safe."""
 
     def __init__(
         self,
         connector: Connector,
         job: Job,
+        crew: Crew,
         *,
         in_flight: int,
         deadline: float,
         clock: Callable[[], float] = time.monotonic,
-        idle: float | None = None,
+        idle: float = math.inf,
     ) -> None:
-        """After `idle` seconds without a question threads end and the connection is closed (None: never)."""
-        self._idle_seconds = idle
-        self._connector = connector
-        self._job = job
-        self._limit = in_flight
-        self._deadline = deadline
-        self._clock = clock
-        self._lock = threading.Condition()
+        """After `idle` seconds without a question the connection is closed."""
+        self._connector, self._job, self._crew = connector, job, crew
+        self._limit, self._deadline, self._idle, self._clock = in_flight, deadline, idle, clock
+        self._lock = threading.Lock()
         self._questions = Questions()
         self._current = _Connection()
         self._abandoned: list[_Connection] = []
         self._late: set[str] = set()
         self._paused = True
-        self._starved = False  # a worker could not be started
 
     def request(self, uuid: str, want: Want) -> None:
         """Ask; wants of one domain are put together. Never blocks for longer than a lock."""
@@ -199,7 +196,7 @@ class Lookups:
             self._questions.forget(uuid)
 
     def pause(self) -> None:
-        """The hypervisor is away: drop its connection, questions and idle threads; what hangs is left."""
+        """The hypervisor is away: drop its connection and the questions; calls that hang are left to fail."""
         with self._lock:
             self._paused = True
             self._questions.clear()
@@ -214,45 +211,39 @@ class Lookups:
     def busy(self) -> bool:
         """Whether anything is due that can be asked, or is being asked within its deadline."""
         with self._lock:
-            now = self._clock()
-            if any(now - began < self._deadline for began in self._current.running.values()):
+            now, running = self._clock(), self._current.running
+            if any(now - began < self._deadline for began in running.values()):
                 return True
-            return len(self._current.running) < self._limit and self._next() is not None
+            return (
+                len(running) < self._limit and self._questions.ready(now, self._busy_subjects()) is not None
+            )
 
     def check(self) -> float | None:
         """Note calls beyond their deadline, replace a saturated connection, ask again what is due.
 
         Returns when to check again (monotonic), or None.
         """
-        running = self._current.running
-        due = self._questions.next_due()
-        if not running and due is None and not self._starved:
+        running, rest_at = self._current.running, self._current.used_at + self._idle
+        if not running and self._questions.next_due() is None and rest_at == math.inf:
             return None  # without the lock: the observer asks after each note
         with self._lock:
+            self._crew.check()
             now = self._clock()
-            for uuid, began in running.items():
-                if now - began >= self._deadline and uuid not in self._late:
-                    self._late.add(uuid)
-                    emit(LookupFinished("late", uuid))
-            hanging = sum(1 for began in running.values() if now - began >= self._deadline)
-            replaced = hanging >= self._limit and not any(old.running for old in self._abandoned)
-            if replaced:
+            hanging = {uuid for uuid, began in running.items() if now - began >= self._deadline}
+            for uuid in hanging - self._late:
+                emit(LookupFinished("late", uuid))
+            self._late |= hanging
+            if len(hanging) >= self._limit and not any(old.running for old in self._abandoned):
                 self._abandon()
-                emit(LookupsReplaced(hanging))
-            if replaced or self._starved or (due is not None and due <= now):
-                self._starved = False
-                self._dispatch()
-                due = self._questions.next_due()
-            moments = [b + self._deadline for b in running.values() if now - b < self._deadline]
-            return min(moments if due is None or self._paused else [*moments, due], default=None)
-
-    @property
-    def hanging(self) -> int:
-        """How many calls are beyond their deadline, on all connections."""
-        with self._lock:
-            now = self._clock()
-            every = [self._current, *self._abandoned]
-            return sum(1 for c in every for began in c.running.values() if now - began >= self._deadline)
+                emit(LookupsReplaced(len(hanging)))
+            elif not running and now >= rest_at:
+                self._abandon()
+            self._dispatch()
+            due = None if self._paused else self._questions.next_due()
+            moments = [began + self._deadline for uuid, began in running.items() if uuid not in hanging]
+            moments += [] if due is None else [due]
+            moments += [rest_at] if now < rest_at < math.inf else []
+            return min(moments, default=None)
 
     # ---- inside; the lock is held
 
@@ -262,69 +253,38 @@ class Lookups:
             self._abandoned.append(old)
         elif old.link is not None:
             old.link.close()
-        self._lock.notify_all()
 
     def _busy_subjects(self) -> set[str]:
         return {uuid for each in (self._current, *self._abandoned) for uuid in each.running}
 
-    def _next(self) -> str | None:
-        return self._questions.ready(self._clock(), self._busy_subjects())
-
     def _dispatch(self) -> None:
-        if self._paused or self._next() is None:
-            return
-        connection = self._current
-        if connection.idle:
-            self._lock.notify_all()
-        elif connection.workers < self._limit:
-            worker = threading.Thread(target=self._work, args=(connection,), name="virtbus-look", daemon=True)
-            try:
-                worker.start()
-            except RuntimeError as error:  # no more threads: the question stays open
-                self._starved = True
-                emit(Trouble("look-up", error))
-            else:
-                connection.workers += 1
+        connection, now = self._current, self._clock()
+        while not self._paused and len(connection.running) < self._limit:
+            asked = self._questions.take(now, self._busy_subjects())
+            if asked is None:
+                return
+            connection.running[asked.subject] = now
+            self._crew.run(partial(self._work, connection, asked))
 
-    def _work(self, connection: _Connection) -> None:
-        while True:
-            with self._lock:
-                while True:
-                    if connection is not self._current:
-                        return
-                    now = self._clock()
-                    asked = None if self._paused else self._questions.take(now, self._busy_subjects())
-                    if asked is not None:
-                        break
-                    connection.idle += 1
-                    asked_again = self._lock.wait(self._idle_seconds)
-                    connection.idle -= 1
-                    if not asked_again and self._next() is None:
-                        self._rest(connection)
-                        return
-                connection.running[asked.subject] = now
-                self._dispatch()  # more may wait than one worker serves
-            unanswered = asked.want
-            try:
+    def _work(self, connection: _Connection, asked: Asked) -> None:
+        unanswered = asked.want
+        try:
+            if connection is self._current:
+                connection.running[asked.subject] = self._clock()
                 unanswered = self._job(self._link(connection), asked.subject, asked.want)
-            except VirtbusError as error:
-                emit(LookupFinished("failed", asked.subject, error))
-            except Exception as error:  # noqa: BLE001 - a worker must not die of one strange domain
-                emit(Trouble("look-up", error))
-            finally:
-                self._finished(connection, asked, unanswered)
-
-    def _rest(self, connection: _Connection) -> None:
-        """An idle worker ends; the last one closes the connection, and the next question opens another."""
-        connection.workers -= 1
-        if not connection.workers and connection is self._current:
-            self._abandon()
+        except VirtbusError as error:
+            emit(LookupFinished("failed", asked.subject, error))
+        except Exception as error:  # noqa: BLE001 - one strange domain must not cost the others their answers
+            emit(Trouble("look-up", error))
+        finally:
+            self._finished(connection, asked, unanswered)
 
     def _finished(self, connection: _Connection, asked: Asked, unanswered: Want) -> None:
         with self._lock:
             connection.running.pop(asked.subject, None)
             self._late.discard(asked.subject)
             link, now = connection.link, self._clock()
+            connection.used_at = now
             if connection is not self._current:
                 self._questions.answered(asked, unanswered, now)
                 if not connection.running and connection in self._abandoned:

@@ -55,7 +55,7 @@ class Observer:
         self._many = options.host is not None  # one among others on its host
         self._crew = crew or Crew(clock=lambda: self.clock().monotonic)
         self._opener = Opener(connector, self._crew, 1 if self._many else None)
-        self.guests = Guests(shared, connector, options)
+        self.guests = Guests(shared, connector, self._crew, options)
         self._backoff = Backoff("libvirt", ceiling=RECONNECT_CEILING_SECONDS)
         self._retry = retry
         since_ns = options.since_ns
