@@ -18,7 +18,7 @@ from virtbus.words import GapReason, SourceState
 # What a proof does not cover: an error on its way from the guest's disk over QEMU to the daemon, and one that
 # a source has stamped and not handed over yet. A gap that begins too early costs nothing.
 MARGIN_SECONDS = 1.0
-# The clock's own wander below this is no step: a stamp is then told as it was read.
+# The clock's own wander below this is not a step: a stamp is then shown as it was read.
 STEP_NS = 100_000_000
 STANDSTILL_SECONDS = 5.0  # a wait that takes so much longer than asked for: the process stood still
 ANSWER_SECONDS = 20.0  # a connection that did not answer for so long is not ready

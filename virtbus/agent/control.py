@@ -223,7 +223,7 @@ def _read_request(peer: socket.socket) -> dict[str, Any]:
     except RecursionError as error:  # thousands of opening brackets
         raise ValueError("nested too deeply") from error
     if not isinstance(request, dict):
-        raise ValueError("not an object")  # noqa: TRY004 - as for text that is no JSON
+        raise ValueError("not an object")  # noqa: TRY004 - as for text that is not JSON
     return request
 
 

@@ -297,7 +297,7 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
         return _encode(self)
 
     def thaw(self, now: Now) -> None:
-        """Carry the times of another process into this one; a wall clock that went back is no time."""
+        """Carry the times of another process into this one; a wall clock that went back counts as no time."""
         elapsed = max(0, now.wall_ns - self.saved_ns) / 1e9
         shift = now.monotonic - elapsed - self.saved_at
         self.opened_at += shift

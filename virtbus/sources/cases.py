@@ -37,7 +37,7 @@ class Pause:
     began: float
     due: float
     certain: bool  # libvirt said that it is by an I/O error
-    told: dict[str, RawIoError]  # the events of this pause, by alias
+    events: dict[str, RawIoError]  # the events of this pause, by alias
     over: bool = False
     look: Look | None = None
     wrong: dict[str, int] = field(default_factory=dict)  # what the look found: alias → disk error
@@ -68,7 +68,7 @@ class Case:
     doubted_at: float | None = None  # an event told of a pause, and no pause came yet
     ask_at: float = 0.0  # when a look is to tell
     # Since the last resume: alias ("": not known) → its event, or its finding.
-    told: dict[str, RawIoError] = field(default_factory=dict)
+    events: dict[str, RawIoError] = field(default_factory=dict)
     synthesised: dict[str, Finding] = field(default_factory=dict)
     unseen: set[str] = field(default_factory=set)  # aliases told of before any look at their pause
     # Also before it:
@@ -80,17 +80,17 @@ class Case:
 
     def identified(self, alias: str) -> list[Burst]:
         """The device behind the events that came without its name: what was told of it, without a count."""
-        raws = [found.pop("") for found in (self.reports, self.told) if "" in found]
+        raws = [found.pop("") for found in (self.reports, self.events) if "" in found]
         if finding := self.synthesised.pop("", None):
             raws.append(finding.raw)
         for raw in raws:
-            kept = self.told if raw.action_code == ACTION_PAUSE else self.reports
+            kept = self.events if raw.action_code == ACTION_PAUSE else self.reports
             kept[alias] = raw._replace(alias=alias)
         for names in (self.unseen, self.wanting):
             if "" in names:
                 names.discard("")
                 names.add(alias)
-        for each in (*(pause.told for pause in self.pauses), self.credit):
+        for each in (*(pause.events for pause in self.pauses), self.credit):
             if "" in each:
                 each[alias] = each.pop("")._replace(alias=alias)
         return [
@@ -99,25 +99,25 @@ class Case:
 
     def decide(self, pause: Pause, mono: float, devices: Mapping[str, Device]) -> list[Burst]:
         """What is told of a pause whose grace is over: devices no event told of, evidence for the others."""
-        look, told = pause.look, pause.told
+        look, events = pause.look, pause.events
         wrong = pause.wrong
         fresh = [alias for alias, code in wrong.items() if self.stale.get(alias) != code]
         by_error = look is not None and look.paused_by_io_error
-        if "" in told and by_error and (alias := suspect(self, wrong, told.keys(), devices)):
-            told[alias] = told.pop("")._replace(alias=alias)
+        if "" in events and by_error and (alias := suspect(self, wrong, events.keys(), devices)):
+            events[alias] = events.pop("")._replace(alias=alias)
             if not pause.over:
-                self.told[alias] = self.told.pop("", told[alias])._replace(alias=alias)
+                self.events[alias] = self.events.pop("", events[alias])._replace(alias=alias)
         missed: list[str] = []
         if pause.certain or (by_error and fresh):
-            known = told.keys() | self.synthesised.keys()
+            known = events.keys() | self.synthesised.keys()
             missed = missed_devices(self, wrong if by_error else {}, known, devices)
         unsure = self.unsure
         if look is not None and look.disk_errors is not None:
             self.stale, self.unsure = wrong, False
         else:  # QEMU keeps what the events told of, and a later pause must not be blamed on it
-            self.stale = self.stale | {alias: _kept_code(raw) for alias, raw in told.items() if alias}
+            self.stale = self.stale | {alias: _kept_code(raw) for alias, raw in events.items() if alias}
         found = []
-        explained = bool(told or self.synthesised)
+        explained = bool(events or self.synthesised)
         for alias in missed:
             origin = Origin.RECONCILE if unsure and explained else Origin.LIFECYCLE
             found.append(self.found(alias, pause.ns, look, devices, wrong.get(alias), origin))
@@ -127,10 +127,10 @@ class Case:
         if look is not None:
             found += [
                 burst_of(raw, 0, Origin.EVENT, look, devices.get(alias), pause=True)
-                for alias, raw in told.items()
+                for alias, raw in events.items()
             ]
         if not complete(look) and not pause.over:
-            self.unseen |= {*told, *missed}
+            self.unseen |= {*events, *missed}
         return found
 
     def found(
@@ -155,11 +155,11 @@ class Case:
 
     def look_back(self, look: Look, devices: Mapping[str, Device]) -> list[Burst]:
         """What a look says about a pause that was told before it: names, evidence, further devices."""
-        if not self.unseen and "" not in self.told and "" not in self.synthesised:
+        if not self.unseen and "" not in self.events and "" not in self.synthesised:
             return []
         wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
         found = self.name_nameless(wrong, look, devices)
-        known = self.told.keys() | self.synthesised.keys()
+        known = self.events.keys() | self.synthesised.keys()
         named = {burst.raw.alias for burst in found}
         found += [
             burst_of(raw_of(self, alias), 0, Origin.EVENT, look, devices.get(alias), pause=True)
@@ -181,16 +181,16 @@ class Case:
         self, wrong: Mapping[str, int], look: Look, devices: Mapping[str, Device]
     ) -> list[Burst]:
         """Name what was told of this pause without a device, if the look can; a burst of no count."""
-        told = self.told.keys() | self.synthesised.keys()
-        if "" not in told:
+        known = self.events.keys() | self.synthesised.keys()
+        if "" not in known:
             return []
-        alias = suspect(self, wrong, told, devices)
+        alias = suspect(self, wrong, known, devices)
         if not alias:
             return []
         raw = raw_of(self, "")._replace(alias=alias)
-        if "" in self.told:
-            self.told[alias] = raw
-            del self.told[""]
+        if "" in self.events:
+            self.events[alias] = raw
+            del self.events[""]
         finding = self.synthesised.pop("", None)
         if finding is not None:
             if not raw.reason and wrong.get(alias) == DISK_ERROR_NO_SPACE:
@@ -213,20 +213,20 @@ def complete(look: Look | None) -> bool:
 
 def raw_of(case: Case, alias: str) -> RawIoError:
     """What was told of a device in this pause."""
-    return case.told[alias] if alias in case.told else case.synthesised[alias].raw
+    return case.events[alias] if alias in case.events else case.synthesised[alias].raw
 
 
 def suspect(
-    case: Case, wrong: Mapping[str, int], told: AbstractSet[str], devices: Mapping[str, Device]
+    case: Case, wrong: Mapping[str, int], known: AbstractSet[str], devices: Mapping[str, Device]
 ) -> str:
     """The device of an error that came without its name; "" when that can't be told."""
-    return missed_devices(case, wrong, told - {""}, devices, nameless=True)[0]
+    return missed_devices(case, wrong, known - {""}, devices, nameless=True)[0]
 
 
 def missed_devices(
     case: Case,
     wrong: Mapping[str, int],
-    told: AbstractSet[str],
+    known: AbstractSet[str],
     devices: Mapping[str, Device],
     *,
     nameless: bool = False,
@@ -235,10 +235,10 @@ def missed_devices(
 
     `nameless`: something was told without a name, so there is one more than those in `told`.
     """
-    fresh = [alias for alias, code in wrong.items() if alias not in told and case.stale.get(alias) != code]
-    if fresh or (told and not nameless):
+    fresh = [alias for alias, code in wrong.items() if alias not in known and case.stale.get(alias) != code]
+    if fresh or (known and not nameless):
         return fresh
-    wrong = {alias: code for alias, code in wrong.items() if alias not in told}
+    wrong = {alias: code for alias, code in wrong.items() if alias not in known}
     # One that failed before failed again: the only one, or the only one whose events libvirt loses.
     for suspects in (list(wrong), [alias for alias in wrong if _is_unnamed(devices.get(alias))]):
         if len(suspects) == 1:
@@ -267,8 +267,8 @@ def newer_messages(
     for alias, message in newest_by_alias(look, devices).items():
         if message.at_ns is None or message.at_ns <= since_ns:
             continue
-        told = None if case is None else case.last_ns.get(alias)
-        if told is None or not is_told(message.at_ns, told + slack_ns, ns + slack_ns):
+        known = None if case is None else case.last_ns.get(alias)
+        if known is None or not is_told(message.at_ns, known + slack_ns, ns + slack_ns):
             newer[alias] = message
     return newer
 

@@ -110,16 +110,16 @@ class CrossCheck:
             case.looked_for[alias] = mono
             case.wanting.add(alias)
             return Verdict.TELL_AND_LOOK
-        case.told[alias] = raw
+        case.events[alias] = raw
         # "" is a finding that could not name its device; an event without a name is of any finding.
-        for told in (alias, "") if alias else tuple(case.synthesised):
-            finding = case.synthesised.pop(told, None)
+        for name in (alias, "") if alias else tuple(case.synthesised):
+            finding = case.synthesised.pop(name, None)
             if finding is not None and mono - finding.at <= LATE_SECONDS:
-                if not alias and told:
-                    case.told[told] = case.told.pop(alias)._replace(alias=told)
+                if not alias and name:
+                    case.events[name] = case.events.pop(alias)._replace(alias=name)
                 return Verdict.KNOWN
         if case.pauses and not case.pauses[-1].over:
-            case.pauses[-1].told[alias] = raw
+            case.pauses[-1].events[alias] = raw
         else:
             case.credit[alias] = raw
             case.credit_at = mono
@@ -131,21 +131,21 @@ class CrossCheck:
         self, uuid: str, name: str, number: int | None, event: int, detail: int, now: Now
     ) -> list[Observation]:
         """A lifecycle callback → what it tells: that the guest runs, stands still, or is gone."""
-        told: list[Observation] = []
+        said: list[Observation] = []
         if runs_again(event, detail):
             self.resumed(uuid)
         elif event == SUSPENDED and detail in PAUSES:
             by_io_error = detail == SUSPENDED_IOERROR
             self.suspended(uuid, name, number, by_io_error=by_io_error, mono=now.monotonic, ns=now.wall_ns)
         elif event in (STOPPED, STARTED):
-            told += self.gone(uuid)
+            said += self.gone(uuid)
         if event in (RESUMED, STARTED):
-            told.append(DomainResumed(uuid, now.wall_ns))
+            said.append(DomainResumed(uuid, now.wall_ns))
         elif event in (SUSPENDED, PMSUSPENDED_EVENT, CRASHED_EVENT):
-            told.append(DomainHalted(uuid, now.wall_ns, STATE_AFTER[event]))
+            said.append(DomainHalted(uuid, now.wall_ns, STATE_AFTER[event]))
         elif event == STOPPED:
-            told.append(DomainGone(uuid, now.wall_ns, left_by(detail)))
-        return told
+            said.append(DomainGone(uuid, now.wall_ns, left_by(detail)))
+        return said
 
     def suspended(
         self, uuid: str, name: str, number: int | None, *, by_io_error: bool, mono: float, ns: int
@@ -158,8 +158,8 @@ class CrossCheck:
             case.found_ahead = False
             case.credit = {}
             return
-        told = case.credit if mono - case.credit_at <= self._grace else {}
-        case.pauses.append(Pause(ns, mono, mono + self._grace, by_io_error, told))
+        events = case.credit if mono - case.credit_at <= self._grace else {}
+        case.pauses.append(Pause(ns, mono, mono + self._grace, by_io_error, events))
         case.credit = {}
 
     def resumed(self, uuid: str) -> None:
@@ -172,7 +172,7 @@ class CrossCheck:
         for pause in case.pauses:
             pause.over = True
         case.credit = {}
-        case.told.clear()
+        case.events.clear()
         case.synthesised.clear()
         case.unseen.clear()
 
@@ -226,7 +226,7 @@ class CrossCheck:
     def has_nameless(self, uuid: str) -> bool:
         """Whether something was told of the domain without the name of its device."""
         case = self._cases.get(uuid)
-        return case is not None and any("" in each for each in (case.reports, case.told, case.synthesised))
+        return case is not None and any("" in each for each in (case.reports, case.events, case.synthesised))
 
     def baseline(self, uuid: str, name: str, number: int | None, wrong: Mapping[str, int]) -> None:
         """The disk errors (by alias) of a guest that runs: left over from before."""
@@ -286,14 +286,14 @@ class CrossCheck:
     def is_told(self, uuid: str) -> bool:
         """Whether an event told of the error that the domain is paused by; a look can only add to that."""
         case = self._cases.get(uuid)
-        return case is not None and bool(case.pauses) and bool(case.pauses[-1].told)
+        return case is not None and bool(case.pauses) and bool(case.pauses[-1].events)
 
     def out_of_space(self, uuid: str) -> frozenset[str]:
         """The aliases whose last error was told with reason "enospc"."""
         case = self._cases.get(uuid)
         if case is None:
             return frozenset()
-        last = {**case.reports, **case.told}
+        last = {**case.reports, **case.events}
         return frozenset(alias for alias, raw in last.items() if raw.reason == ENOSPC)
 
     def known(self, raw: RawIoError) -> Burst:
@@ -316,7 +316,7 @@ class CrossCheck:
         `alias` is its only disk, or "": then the look that comes later names it, without a count.
         """
         case = self._case(uuid, name, number)
-        if case.told or case.synthesised or any(not pause.over for pause in case.pauses):
+        if case.events or case.synthesised or any(not pause.over for pause in case.pauses):
             return []
         case.paused = case.found_ahead = True
         raw = raw_error((uuid, name, number), alias=alias, code=None, action=ACTION_PAUSE, ns=ns)
@@ -354,11 +354,11 @@ class CrossCheck:
             wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
             suspects = wrong or dict.fromkeys(newer, DISK_ERROR_UNSPECIFIED)
             named = case.name_nameless(suspects, look, devices)
-            told = case.told.keys() | case.synthesised.keys()
+            known = case.events.keys() | case.synthesised.keys()
             fresh = [
                 alias
-                for alias in missed_devices(case, suspects, told, devices)
-                if alias not in told or alias in newer
+                for alias in missed_devices(case, suspects, known, devices)
+                if alias not in known or alias in newer
             ]
             fresh += [alias for alias in newer if alias in suspects and alias not in fresh]
             case.stale, case.unsure = wrong, case.unsure and look.disk_errors is None

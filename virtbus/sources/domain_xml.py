@@ -75,7 +75,7 @@ def parse(
 ) -> DomainXml:
     """The XML of one domain, as virDomainGetXMLDesc gives it.
 
-    Raises SchemaError when it is too large, holds a DTD, is not well-formed, or is no domain's.
+    Raises SchemaError when it is too large, holds a DTD, is not well-formed, or is not a domain's.
     """
     root = _tree(xml, max_bytes)
     if root.tag != "domain":

@@ -275,9 +275,9 @@ class Guests:
                 self._lookups.request(uuid, Want.DESCRIPTION)
             if event == SUSPENDED and note.detail in PAUSES:
                 with self._lock:
-                    told = note.detail == SUSPENDED_IOERROR and self._check.is_told(uuid)
+                    has_event = note.detail == SUSPENDED_IOERROR and self._check.is_told(uuid)
                 # Without an event only a look while the guest is paused tells that it was a disk, and which.
-                self._look_at(uuid, at_once=self._first is not None or not told)
+                self._look_at(uuid, at_once=self._first is not None or not has_event)
 
     def _on_look(self, session: Session, note: Looked) -> None:
         uuid, look = note.uuid, note.look

@@ -51,7 +51,7 @@ class ReplaySource:
     ) -> None:
         """A `replay:` URI, a file, or lines. `speed` 1.0 is the original, FULL_SPEED waits for nothing.
 
-        Raises InputMissing when the file can't be read, ConfigError for a `speed` that is no number.
+        Raises InputMissing when the file can't be read, ConfigError for a `speed` that is not a number.
         """
         self._lines: Sequence[str] | None = None
         self._name = "recording"
@@ -155,8 +155,8 @@ class ReplaySource:
                 str(record.get("reason") or ""),
                 ns,
             )
-            told = check.event(raw, at) is Verdict.KNOWN
-            return [Burst(raw, 0 if told else 1, ns, ns, Origin.REPLAY)]
+            counted = check.event(raw, at) is not Verdict.KNOWN
+            return [Burst(raw, int(counted), ns, ns, Origin.REPLAY)]
         if kind == "DEVICE_REMOVED":
             alias = str(record.get("devAlias") or "")
             check.removed(uuid, alias)

@@ -360,7 +360,7 @@ def check_writable(path: Path) -> None:
     """Raise what SQLite raises for a read-only file, before SQLite is asked to do anything with it.
 
     It maps the log's index (-shm) into memory, and a write to a mapped page of a file system that has
-    turned read-only (ext4's errors=remount-ro, say) is no error but a SIGBUS, which ends the process. The
+    turned read-only (ext4's errors=remount-ro, say) is not an error but a SIGBUS, which ends the process. The
     lock file is opened, never the database: closing any descriptor of that drops SQLite's own locks.
     """
     try:

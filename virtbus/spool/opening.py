@@ -248,10 +248,10 @@ def _begin_run(
 ) -> Opening:
     now = mirror.clock()
     known = sorted(mirror.accounts.values(), key=lambda each: each.run)
-    told = [each for each in known if each.last > 0]
+    used = [each for each in known if each.last > 0]
     damage: str | None = note.get("damage")
-    previous = PreviousRun(told[-1].epoch, told[-1].last) if told else None
-    last_alive_ns = _in_this_clock(told[-1].alive_ns, found.clock, now) if told else None
+    previous = PreviousRun(used[-1].epoch, used[-1].last) if used else None
+    last_alive_ns = _in_this_clock(used[-1].alive_ns, found.clock, now) if used else None
     before = mirror.lock.before.epoch
     if before is not None and (before not in mirror.accounts or not mirror.accounts[before].last):
         # The file went back to before that run began: SQLite dropped its log, or it was replaced.
@@ -265,14 +265,14 @@ def _begin_run(
         started_ns=now.wall_ns,
         alive_ns=now.wall_ns if last_alive_ns is None else last_alive_ns,  # nothing is seen yet
     )
-    if last_alive_ns is not None and last_alive_ns != told[-1].alive_ns:
-        told[-1].alive_ns = last_alive_ns
-        put_run(db, told[-1])
+    if last_alive_ns is not None and last_alive_ns != used[-1].alive_ns:
+        used[-1].alive_ns = last_alive_ns
+        put_run(db, used[-1])
     holes = [Missing((item,), GapReason.SPOOL_DAMAGED, detail=damage) for item in found.holes]
     mirror.losses |= mirror.add_losses(holes, db)
     for run in known:
         # A dead letter may be sent again, and its event needs the record of its run then.
-        settled = run.last == 0 or (run.complete and run is not told[-1])
+        settled = run.last == 0 or (run.complete and run is not used[-1])
         if settled and run.epoch not in found.present:
             db.execute("DELETE FROM runs WHERE run=?", (run.run,))
             db.execute("DELETE FROM accounts WHERE slot>=? AND slot<?", (run.run << 32, run.run + 1 << 32))

@@ -67,7 +67,7 @@ def waiting(db: sqlite3.Connection) -> list[Request]:
 
 
 def grant(db: sqlite3.Connection, asked: Sequence[Request], next_position: int) -> Granted:
-    """Grant requests inside the caller's transaction; what is gone already is no error.
+    """Grant requests inside the caller's transaction; what is gone already is not an error.
 
     A waiting event that is not what was written stays: it is found when it is taken, and what it was is
     named then.

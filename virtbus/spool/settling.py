@@ -51,7 +51,7 @@ class _Unwritten:
 
 
 def _words(error: Exception) -> str:
-    """An error's text for the file: a broker's words may hold what is no Unicode."""
+    """An error's text for the file: a broker's words may hold what is not Unicode."""
     return redaction.text(error).encode("utf-8", "replace").decode()
 
 
