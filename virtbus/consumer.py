@@ -32,7 +32,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any
 
 from virtbus import envelope
 from virtbus.bus import Bus, BusOptions, Subscription, bus_name, open_bus
@@ -63,12 +63,9 @@ _YEAR = 366 * 86400.0
 _RETRIED = 10_000  # events remembered that had `retry` as their verdict
 
 
-@dataclass(frozen=True, slots=True)
-class PoisonMessage(TelemetryEvent):
+class PoisonMessage(TelemetryEvent, level="warning", message="not an event; goes to the dead letters"):
     """A message that is not an event goes to the dead letters."""
 
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "not an event; goes to the dead letters"
     position: str
     reason: str
 
@@ -76,18 +73,12 @@ class PoisonMessage(TelemetryEvent):
         """Count it."""
         metrics.dead_letters.labels("poison").inc()
 
-    def limit_key(self) -> object:
-        """Every one is told."""
-        return self.position
 
-
-@dataclass(frozen=True, slots=True)
-class ConsumerRefused(TelemetryEvent):
+class ConsumerRefused(
+    TelemetryEvent, level="error", message="the broker refuses this consumer; trying again", every=30
+):
     """The broker refuses this consumer; it is tried again, as a password may be on its way."""
 
-    LEVEL: ClassVar[str] = "error"
-    MESSAGE: ClassVar[str] = "the broker refuses this consumer; trying again"
-    LIMIT_SECONDS: ClassVar[float] = 30.0
     error: Exception | str
 
 
@@ -184,13 +175,12 @@ class _Grip:
             subscription.close()
 
     def let_go(self) -> None:
-        if os.getpid() != self.pid:
-            return
-        try:
-            self.leave()
-            self.bus.close()
-        finally:
-            self.seen.close()
+        if os.getpid() == self.pid:
+            try:
+                self.leave()
+                self.bus.close()
+            finally:
+                self.seen.close()
 
 
 class Consumer:
@@ -237,12 +227,13 @@ class Consumer:
 
         Raises ConfigError for arguments, a URL or a dedupe file that can't be used.
         """
-        if prefetch < 1:
-            raise ConfigError(f"prefetch = {prefetch}: take at least 1")
-        if dedupe_rows < 1:
-            raise ConfigError(f"dedupe_rows = {dedupe_rows}: take at least 1")
-        if max_attempts is not None and max_attempts < 1:
-            raise ConfigError(f"max_attempts = {max_attempts}: take at least 1, or None")
+        for name, value in (
+            ("prefetch", prefetch),
+            ("dedupe_rows", dedupe_rows),
+            ("max_attempts", max_attempts),
+        ):
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} = {value}: take at least 1")
         if not reorder_seconds >= 0:
             raise ConfigError(f"reorder_seconds = {reorder_seconds}: take 0 or more")
         options = options if options is not None else BusOptions()
@@ -255,9 +246,8 @@ class Consumer:
         self._exclusive, self._max_attempts = exclusive, max_attempts
         self._memory = _Memory(self._seen.notes(), on_missing)
         self._flush_rows = min(FLUSH_ROWS, prefetch) if group_commit and dedupe is not None else 1
-        self._sequences = SequenceCheck(reorder_seconds, on_missing) if check_gaps else None
-        if self._sequences is not None:
-            self._sequences.restore(self._seen.runs())
+        self._sequences = SequenceCheck(reorder_seconds, on_missing, enabled=check_gaps)
+        self._sequences.restore(self._seen.runs())
         self._in_flight: dict[Mark, list[Message]] = {}
         self._again: deque[Message] = deque()  # copies whose first one did not decide for them
         self._retried: OrderedDict[Mark, None] = OrderedDict()
@@ -265,8 +255,8 @@ class Consumer:
         self._done_since = 0.0
         self._stop = threading.Event()
         self._backoff = Backoff("consume")
-        self._patient, self._connected = patient, False
-        self._give_up_when_denied = give_up_when_denied
+        self._patient, self._give_up_when_denied = patient, give_up_when_denied
+        self._connected = False
 
     def __enter__(self) -> Consumer:
         self._check_usable()
@@ -305,8 +295,7 @@ class Consumer:
             except (BusUnavailable, BusDenied) as error:
                 self._lost(error, deadline)
                 message = delivery = None
-            if self._sequences is not None:
-                self._sequences.tick(time.monotonic())
+            self._sequences.tick(time.monotonic())
             if delivery is not None:
                 return delivery
             if message is None and time.monotonic() >= deadline:
@@ -377,24 +366,23 @@ class Consumer:
         except DedupeUnavailable:
             subscription.retry(message, _IDLE_SECONDS)  # undecided: it is asked again
             raise
-        if self._sequences is not None:
-            self._sequences.saw(attributes, event, time.monotonic())
+        self._sequences.saw(attributes, event, time.monotonic())
         if mark in self._done:
             self._done[mark].append(message)
             return None
         if seen:
             subscription.ack(message)
             return None
-        if self._is_worn_out(message, mark):
+        attempts = message.attempts or 0
+        # One that asked for a `retry` here had its verdicts.
+        if self._max_attempts is not None and attempts > self._max_attempts and mark not in self._retried:
             subscription.dead_letter(
                 message,
-                f"delivered {(message.attempts or 1) - 1} times without a verdict: it may have killed its "
-                "consumer each time",
+                f"delivered {attempts - 1} times without a verdict: it may have killed its consumer",
             )
             return None
         self._in_flight[mark] = []
-        if self._sequences is not None:
-            self._sequences.handed_out(attributes)
+        self._sequences.handed_out(attributes)
         return Delivery(
             event,
             attributes,
@@ -405,15 +393,6 @@ class Consumer:
             message.attempts,
             self,
             message,
-        )
-
-    def _is_worn_out(self, message: Message, mark: Mark) -> bool:
-        """Whether it came too often without a verdict; one that asked for a `retry` here had them."""
-        return (
-            self._max_attempts is not None
-            and message.attempts is not None
-            and message.attempts > self._max_attempts
-            and mark not in self._retried
         )
 
     def _closed_by(self, delivery: Delivery) -> list[Message]:
@@ -456,8 +435,7 @@ class Consumer:
         *older, newest = self._closed_by(delivery)
         self._retried.pop((delivery.source, delivery.id), None)
         if self._grip.subscription is not None:
-            if self._sequences is not None:
-                self._sequences.settled(delivery.source, delivery.id)
+            self._sequences.settled(delivery.source, delivery.id)
             with suppress(BusUnavailable, BusDenied):  # it comes again
                 self._grip.subscription.dead_letter(newest, reason)
                 for copy in older:
@@ -476,14 +454,12 @@ class Consumer:
         """Write the marks of what is done in one transaction, then send the acks."""
         if not self._done and not closing:
             return
-        sequences, fresh, marks = self._sequences, self._memory.fresh, list(self._done)
-        if sequences is not None:
-            for mark in marks:
-                sequences.settled(*mark)
-        self._seen.write(marks, sequences.changes() if sequences is not None else (), fresh)
+        fresh, marks = self._memory.fresh, list(self._done)
+        for mark in marks:
+            self._sequences.settled(*mark)
+        self._seen.write(marks, self._sequences.changes(), fresh)
         fresh.clear()
-        if sequences is not None:
-            sequences.saved()
+        self._sequences.saved()
         done, self._done = self._done, {}
         if self._grip.subscription is not None:
             for messages in done.values():

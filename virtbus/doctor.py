@@ -28,7 +28,7 @@ from virtbus import envelope, redaction, schema
 from virtbus.bus import Bus
 from virtbus.bus.certificates import ends_of
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError, SpoolCorrupt, SpoolFull, VirtbusError
-from virtbus.model import Check, Checks, Confirmed, Outcome, Record, Refused, Unroutable, to_datetime
+from virtbus.model import Check, Checks, Confirmed, Nacked, Outcome, Record, Refused, Unroutable, to_datetime
 from virtbus.sources import Source
 from virtbus.spool import prepare_state_dir
 from virtbus.spool.files import DATABASE, LOCK, connect_to_read, read_holder
@@ -509,6 +509,9 @@ def _round_trip(bus: Bus, agent_id: str) -> Check:
             f"the broker takes our events, but {outcome.reason}",
             "bind a consumer's queue: events wait in the spool until somebody does",
         )
+    if isinstance(outcome, Nacked):
+        told = f"the broker does not take our events now: {outcome.reason}"
+        return Check("bus round trip", "warning", told, "make room in its queues: events wait in the spool")
     error = outcome.error if outcome is not None else BusUnavailable("the broker gave no answer")
     kind = BusDenied if isinstance(outcome, Refused) or isinstance(error, BusDenied) else BusUnavailable
     return Check("bus round trip", "failed", str(error), _REMEDIES[kind], kind.exit_code)

@@ -38,10 +38,14 @@ class SchemaError(VirtbusError):
     exit_code = 65
 
 
+class RecordRefused(VirtbusError):
+    """The broker will never take this one record (too large, malformed for it): dead-letter it."""
+
+    exit_code = 65
+
+
 class AgentBroken(VirtbusError):
     """A thread of the agent ended by an error that nobody expected: a supervisor starts it again."""
-
-    exit_code = 70
 
 
 class RestartNeeded(VirtbusError):
@@ -57,83 +61,75 @@ class InputMissing(VirtbusError):
     exit_code = 66
 
 
-class SourceUnavailable(VirtbusError):
-    """The hypervisor can't be reached now; it may come back (EX_UNAVAILABLE)."""
+class ConsumerClosed(VirtbusError):
+    """A consumer, or a delivery of one, was used after `close`: a mistake of the caller's."""
+
+
+class _Unavailable(VirtbusError):
+    """It can't be reached or does not answer now; it may come back (EX_UNAVAILABLE)."""
 
     retryable = True
     exit_code = 69
 
 
-class SourceDenied(VirtbusError):
-    """The hypervisor refuses us: an operator has to act (EX_NOPERM)."""
+class SourceUnavailable(_Unavailable):
+    """The hypervisor can't be reached now."""
+
+
+class AgentUnavailable(_Unavailable):
+    """No agent answers at its control socket now."""
+
+
+class BusUnavailable(_Unavailable):
+    """The broker can't be reached or does not answer now."""
+
+
+class _Denied(VirtbusError):
+    """It refuses us: an operator has to act (EX_NOPERM)."""
 
     exit_code = 77
 
 
-class AgentUnavailable(VirtbusError):
-    """No agent answers at its control socket now (EX_UNAVAILABLE)."""
-
-    retryable = True
-    exit_code = 69
+class SourceDenied(_Denied):
+    """The hypervisor refuses us."""
 
 
-class AgentDenied(VirtbusError):
-    """The agent's control socket is not for this user (EX_NOPERM)."""
-
-    exit_code = 77
+class AgentDenied(_Denied):
+    """The agent's control socket is not for this user."""
 
 
-class BusUnavailable(VirtbusError):
-    """The broker can't be reached or does not answer now; it may come back (EX_UNAVAILABLE)."""
-
-    retryable = True
-    exit_code = 69
-
-
-class BusDenied(VirtbusError):
-    """The broker refuses our identity, certificate or permissions: an operator has to act (EX_NOPERM)."""
-
-    exit_code = 77
+class BusDenied(_Denied):
+    """The broker refuses our identity, certificate or permissions."""
 
 
 class GroupTakenOver(BusDenied):
     """A newer exclusive member of the group took over: this one is out, and waiting does not help."""
 
 
-class ConsumerClosed(VirtbusError):
-    """A consumer, or a delivery of one, was used after `close`: a mistake of the caller's."""
+class _Disk(VirtbusError):
+    """A file can't be read or written (EX_IOERR)."""
+
+    exit_code = 74
 
 
-class RecordRefused(VirtbusError):
-    """The broker will never take this one record (too large, malformed for it): dead-letter it."""
-
-    exit_code = 65
-
-
-class SpoolFull(VirtbusError):
-    """The spool's disk is full or does not write now: keep observing, try again (EX_IOERR)."""
+class SpoolFull(_Disk):
+    """The spool's disk is full or does not write now: keep observing, try again."""
 
     retryable = True
-    exit_code = 74
 
 
-class DedupeUnavailable(VirtbusError):
-    """A consumer's dedupe file is locked, or its disk full: nothing is lost, call again (EX_IOERR)."""
+class DedupeUnavailable(_Disk):
+    """A consumer's dedupe file is locked, or its disk full: nothing is lost, call again."""
 
     retryable = True
-    exit_code = 74
 
 
-class SpoolCorrupt(VirtbusError):
-    """The spool's file is damaged or from an unknown future release (EX_IOERR)."""
-
-    exit_code = 74
+class SpoolCorrupt(_Disk):
+    """The spool's file is damaged or from an unknown future release."""
 
 
-class SpoolBusy(VirtbusError):
-    """Another process holds the spool; the message names it (EX_IOERR)."""
-
-    exit_code = 74
+class SpoolBusy(_Disk):
+    """Another process holds the spool; the message names it."""
 
 
 Translations = Mapping[type[BaseException], Callable[[Any], VirtbusError]]

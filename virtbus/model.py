@@ -418,9 +418,16 @@ class Deferred:
 
 @dataclass(frozen=True, slots=True)
 class Unroutable:
-    """The broker has nobody who wants it: park it and its key, try later."""
+    """No queue is bound for it, or its routing key is not allowed: park it and its key, try later."""
 
     reason: str = "no queue is bound"
+
+
+@dataclass(frozen=True, slots=True)
+class Nacked:
+    """The broker did not take it: a queue is full, or failed. Park it and its key, try later."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,7 +437,8 @@ class Refused:
     error: Exception
 
 
-Outcome: TypeAlias = Confirmed | Deferred | Unroutable | Refused
+Parked: TypeAlias = Unroutable | Nacked
+Outcome: TypeAlias = Confirmed | Deferred | Parked | Refused
 
 
 class Binding(Enum):

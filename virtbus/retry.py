@@ -21,7 +21,6 @@ FIRST_BOUND_SECONDS = 0.1
 
 Hook = Callable[[RetryScheduled], None]
 Attempt = tenacity.AttemptManager
-
 _scale = 1.0
 
 

@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import ClassVar
 
 from virtbus.model import Event, Gap, Heartbeat
 from virtbus.telemetry import TelemetryEvent
@@ -35,8 +34,7 @@ class Cause(StrEnum):
     REPLACED = "replaced"  # the topic or the whole cluster is another one than the group read before
 
 
-@dataclass(frozen=True, slots=True)
-class MissingEvents(TelemetryEvent):
+class MissingEvents(TelemetryEvent, level="error", message="events are missing"):
     """Events `first` to `last` did not come and will not.
 
     With the cause "unexplained" they are sequence numbers of an agent (`source`) in one `epoch`. Otherwise
@@ -45,17 +43,11 @@ class MissingEvents(TelemetryEvent):
     is gone.
     """
 
-    LEVEL: ClassVar[str] = "error"
-    MESSAGE: ClassVar[str] = "events are missing"
     source: str
     epoch: str
     first: int
     last: int | None
     cause: Cause = Cause.UNEXPLAINED
-
-    def limit_key(self) -> object:
-        """Every hole is told."""
-        return (self.source, self.epoch, self.first)
 
 
 @dataclass(slots=True)
@@ -67,9 +59,7 @@ class _State:
     since: float = float("-inf")  # when that came
     above: set[int] = field(default_factory=set)  # what came below the first one that came, in the meantime
     beats: bool = False  # its heartbeats were heard
-    holes: dict[int, float | None] = field(
-        default_factory=dict
-    )  # number → missed since; None: not yet counted
+    holes: dict[int, float | None] = field(default_factory=dict)  # → missed since; None: not yet counted
     explained: list[tuple[int, int]] = field(default_factory=list)  # from `next` on, as gap events named them
     open: set[int] = field(default_factory=set)  # handed out, without a verdict
 
@@ -94,6 +84,13 @@ class _State:
         return state
 
 
+def _numbered(attributes: Mapping[str, str]) -> tuple[str, str, int | None]:
+    """An event's source, its epoch, and its number in that; None for one without."""
+    epoch, sequence = attributes.get("epoch") or "", attributes.get("sequence") or ""
+    number = int(sequence) if epoch and _SEQUENCE.fullmatch(sequence) else None
+    return attributes["source"], epoch, number
+
+
 def _ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:
     """Sorted numbers as (first, last)."""
     found: list[tuple[int, int]] = []
@@ -113,8 +110,12 @@ class SequenceCheck:
     agent is heard again, so that a long absence of the consumer is no hole.
     """
 
-    def __init__(self, reorder_seconds: float, on_missing: Callable[[MissingEvents], None]) -> None:
-        self._window = reorder_seconds
+    def __init__(
+        self, reorder_seconds: float, on_missing: Callable[[MissingEvents], None], *, enabled: bool = True
+    ) -> None:
+        """`enabled` False: it looks at nothing and remembers nothing."""
+        self._enabled = enabled
+        self._reorder_seconds = reorder_seconds
         self._tell = on_missing
         self._runs: dict[Run, _State] = {}
         self._holed: dict[Run, _State] = {}  # those that have, or had, holes
@@ -128,7 +129,7 @@ class SequenceCheck:
 
     def restore(self, saved: Iterable[tuple[str, str, str]]) -> None:
         """Go on from (source, epoch, state) as `changes` gave them, the oldest run first."""
-        for source, epoch, text in saved:
+        for source, epoch, text in saved if self._enabled else ():
             state = self._runs[(source, epoch)] = _State.restored(text)
             if state.beats or (state.next is not None and state.first is None):
                 self._heard.setdefault(source, set()).add(epoch)
@@ -149,23 +150,25 @@ class SequenceCheck:
 
     def saw(self, attributes: Mapping[str, str], event: Event | None, now: float) -> None:
         """An event arrived (a duplicate too)."""
-        source, epoch, sequence = attributes["source"], attributes.get("epoch"), attributes.get("sequence")
+        if not self._enabled:
+            return
+        source, epoch, number = _numbered(attributes)
         for state in self._waiting.pop(source, ()):
             state.holes.update(dict.fromkeys((n for n, since in state.holes.items() if since is None), now))
         if isinstance(event, Heartbeat):
             self._beats((source, event.epoch), now)
         elif isinstance(event, Gap):  # first, for it speaks of the runs before its own
-            self._gap(source, epoch or "", event, now)
-        if epoch is not None and sequence is not None and _SEQUENCE.fullmatch(sequence):
-            self._number((source, epoch), int(sequence), now)
+            self._gap(source, epoch, event, now)
+        if number is not None:
+            self._number((source, epoch), number, now)
 
     def handed_out(self, attributes: Mapping[str, str]) -> None:
         """The event is with the caller now: until `settled` a restart has to see it again."""
-        source, epoch, sequence = attributes["source"], attributes.get("epoch"), attributes.get("sequence")
-        state = self._runs.get((source, epoch or ""))
-        if state is not None and epoch and sequence and _SEQUENCE.fullmatch(sequence):
-            state.open.add(int(sequence))
-            self._handed[(source, attributes["id"])] = (source, epoch), int(sequence)
+        source, epoch, number = _numbered(attributes)
+        state = self._runs.get((source, epoch))
+        if state is not None and number is not None:
+            state.open.add(number)
+            self._handed[(source, attributes["id"])] = (source, epoch), number
 
     def settled(self, source: str, event_id: str) -> None:
         """The event had its verdict."""
@@ -178,11 +181,13 @@ class SequenceCheck:
 
     def tick(self, now: float) -> None:
         """Tell of the holes that stayed open for the whole window; looks once a second (or window)."""
-        if now - self._ticked < min(_TICK_SECONDS, self._window):
+        if now - self._ticked < min(_TICK_SECONDS, self._reorder_seconds):
             return
         self._ticked = now
         for run, state in list(self._holed.items()):
-            late = sorted(n for n, at in state.holes.items() if at is not None and now - at >= self._window)
+            late = sorted(
+                n for n, at in state.holes.items() if at is not None and now - at >= self._reorder_seconds
+            )
             for number in late:
                 del state.holes[number]
             for first, last in _ranges(late):
@@ -202,7 +207,7 @@ class SequenceCheck:
         state.holes.pop(number, None)
         if state.first is not None and number < state.first and len(state.above) < _MAX_HOLES:
             state.above.add(number)
-        if number == 1 and now - state.since <= self._window:  # later it was sent again, by hand say
+        if number == 1 and now - state.since <= self._reorder_seconds:  # later it was sent again, by hand say
             self._began(run, state, now)
         if number >= state.next:
             self._expect(run, state, number, now)

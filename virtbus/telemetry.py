@@ -117,7 +117,7 @@ class Metrics:
             "virtbus_start_time_seconds", "Unix time of the agent's start", registry=r
         )
         # A rate over a series that begins at 1 misses the first: closed sets of labels begin at 0.
-        for outcome in ("confirmed", "deferred", "unroutable", "refused"):
+        for outcome in ("confirmed", "deferred", "unroutable", "nacked", "refused"):
             self.outcomes.labels(outcome)
         for why in ("refused", "invalid", "damaged", "poison", "consumer"):
             self.dead_letters.labels(why)
@@ -380,13 +380,13 @@ class RetryScheduled(
     error: Exception | str
 
 
-class EventUnroutable(
+class EventParked(
     TelemetryEvent,
     level="warning",
-    message="the broker has no place for this event; parked, will be tried again",
+    message="the broker does not take this event now; it waits, and with it the later ones of its domain",
     every=30,
 ):
-    """The broker has no place for this event now (nobody is bound, a full queue); its key waits."""
+    """No queue is bound for this event, or it was nacked (a full queue): its key waits."""
 
     event_id: str
     key: str

@@ -22,75 +22,13 @@ from datetime import UTC, datetime, timedelta
 from threading import Event as StopEvent
 from typing import Any, TypeVar
 
-from virtbus import envelope
+from virtbus import envelope, model, observations, words
 from virtbus.bus import DeadLetters, Feed, Memory
+from virtbus.bus.subscription import Item, LineSubscription
 from virtbus.errors import BusUnavailable
-from virtbus.model import (
-    Backlog,
-    Binding,
-    Check,
-    Confirmed,
-    Device,
-    DeviceSource,
-    Domain,
-    ErrorFacts,
-    ErrorPolicy,
-    Event,
-    Gap,
-    Heartbeat,
-    Host,
-    Hypervisor,
-    Incident,
-    IoError,
-    IoErrorResolved,
-    Message,
-    Occurrences,
-    OpenIncidents,
-    Outcome,
-    Record,
-    Resolution,
-    ResolvedOccurrences,
-    SourceHealth,
-    Stamp,
-    to_ns,
-)
-from virtbus.observations import Description, Observation, RawIoError, SourceReady
-from virtbus.retry import no_waiting
+from virtbus.model import to_ns
+from virtbus.retry import no_waiting  # noqa: F401 - a part of this module
 from virtbus.sources import Sink
-from virtbus.words import (
-    ENOSPC,
-    Action,
-    DiskError,
-    GapReason,
-    GuestState,
-    Origin,
-    Phase,
-    ResolutionCause,
-    SourceState,
-)
-
-__all__ = [
-    "AGENT_ID",
-    "DOMAIN_UUID",
-    "EPOCH",
-    "MOMENT",
-    "FakeBus",
-    "FakeSource",
-    "FakeSubscription",
-    "ListFeed",
-    "a_device",
-    "a_domain",
-    "a_gap",
-    "a_heartbeat",
-    "a_host",
-    "a_raw_io_error",
-    "a_record",
-    "a_resolved",
-    "a_stamp",
-    "an_io_error",
-    "no_waiting",
-    "records",
-]
 
 AGENT_ID = "6f1c3f5e-8f4e-4f0e-9c39-0c5b2c7b1a11"
 EPOCH = "019a05f9-4236-73ae-a6f0-9a8f9d94abdd"
@@ -107,91 +45,101 @@ def _with(made: T, overrides: Mapping[str, Any]) -> T:
     return dataclasses.replace(made, **overrides) if overrides else made  # type: ignore[type-var]
 
 
-def a_host(**overrides: Any) -> Host:
+def a_host(**overrides: Any) -> model.Host:
     """The hypervisor's host "compute-1"."""
     return _with(
-        Host(
+        model.Host(
             name="compute-1",
             uuid="3c8a1f0e-9a77-4a55-b2b3-0d3a4f1e2c01",
             boot_id="b1a7c0de-5f1d-4f3e-8d6b-6f2d1e0c9a11",
-            hypervisor=Hypervisor("QEMU", "7.2.22", "9.0.0"),
+            hypervisor=model.Hypervisor("QEMU", "7.2.22", "9.0.0"),
         ),
         overrides,
     )
 
 
-def a_domain(**overrides: Any) -> Domain:
+def a_domain(**overrides: Any) -> model.Domain:
     """The guest "web-1", running."""
-    return _with(Domain(uuid=DOMAIN_UUID, name="web-1", id=1, state=GuestState.RUNNING), overrides)
+    return _with(
+        model.Domain(uuid=DOMAIN_UUID, name="web-1", id=1, state=words.GuestState.RUNNING), overrides
+    )
 
 
-def a_device(**overrides: Any) -> Device:
+def a_device(**overrides: Any) -> model.Device:
     """The disk vda on an NBD export."""
     return _with(
-        Device(
+        model.Device(
             alias="virtio-disk0",
             target="vda",
             bus="virtio",
             kind="disk",
             serial="vol-1",
-            source=DeviceSource(type="network", protocol="nbd", path="disk0", hosts=("storage-1:10809",)),
-            policy=ErrorPolicy(write="stop", read="report"),
+            source=model.DeviceSource(
+                type="network", protocol="nbd", path="disk0", hosts=("storage-1:10809",)
+            ),
+            policy=model.ErrorPolicy(write="stop", read="report"),
         ),
         overrides,
     )
 
 
-def an_io_error(**overrides: Any) -> IoError:
+def an_io_error(**overrides: Any) -> model.IoError:
     """An incident opens: a write failed and the guest was paused."""
     return _with(
-        IoError(
+        model.IoError(
             host=a_host(),
-            domain=a_domain(state=GuestState.PAUSED),
+            domain=a_domain(state=words.GuestState.PAUSED),
             device=a_device(),
-            error=ErrorFacts(
-                action=Action.PAUSE,
+            error=model.ErrorFacts(
+                action=words.Action.PAUSE,
                 action_code=1,
-                reason=ENOSPC,
+                reason=words.ENOSPC,
                 path="disk0",
                 message=None,
-                disk_error=DiskError.NO_SPACE,
+                disk_error=words.DiskError.NO_SPACE,
                 occurred_at=MOMENT,
             ),
-            occurrences=Occurrences(count=1, total=1, first=MOMENT, last=MOMENT),
-            incident=Incident(
-                id="019a05f9-4236-7000-8000-000000000001", phase=Phase.OPENED, opened_at=MOMENT, pauses=1
+            occurrences=model.Occurrences(count=1, total=1, first=MOMENT, last=MOMENT),
+            incident=model.Incident(
+                id="019a05f9-4236-7000-8000-000000000001",
+                phase=words.Phase.OPENED,
+                opened_at=MOMENT,
+                pauses=1,
             ),
-            origin=Origin.EVENT,
+            origin=words.Origin.EVENT,
             enriched=True,
         ),
         overrides,
     )
 
 
-def a_resolved(**overrides: Any) -> IoErrorResolved:
+def a_resolved(**overrides: Any) -> model.IoErrorResolved:
     """The incident of `an_io_error` ends after 42 s: the guest was resumed."""
     return _with(
-        IoErrorResolved(
+        model.IoErrorResolved(
             host=a_host(),
             domain=a_domain(),
             device=a_device(),
-            occurrences=ResolvedOccurrences(total=1, first=MOMENT, last=MOMENT),
-            incident=Incident(
-                id="019a05f9-4236-7000-8000-000000000001", phase=Phase.RESOLVED, opened_at=MOMENT, pauses=1
+            occurrences=model.ResolvedOccurrences(total=1, first=MOMENT, last=MOMENT),
+            incident=model.Incident(
+                id="019a05f9-4236-7000-8000-000000000001",
+                phase=words.Phase.RESOLVED,
+                opened_at=MOMENT,
+                pauses=1,
             ),
-            resolution=Resolution(ResolutionCause.RESUMED, MOMENT + timedelta(seconds=42), 42.0),
+            resolution=model.Resolution(words.ResolutionCause.RESUMED, MOMENT + timedelta(seconds=42), 42.0),
         ),
         overrides,
     )
 
 
-def a_gap(**overrides: Any) -> Gap:
+def a_gap(**overrides: Any) -> model.Gap:
     """The agent was down for a minute."""
     return _with(
-        Gap(
+        model.Gap(
             host=a_host(),
             agent_id=AGENT_ID,
-            reason=GapReason.AGENT_DOWN,
+            reason=words.GapReason.AGENT_DOWN,
             detail=None,
             started_at=MOMENT - timedelta(minutes=1),
             ended_at=MOMENT,
@@ -200,10 +148,10 @@ def a_gap(**overrides: Any) -> Gap:
     )
 
 
-def a_heartbeat(**overrides: Any) -> Heartbeat:
+def a_heartbeat(**overrides: Any) -> model.Heartbeat:
     """The agent lives, connected, with nothing open."""
     return _with(
-        Heartbeat(
+        model.Heartbeat(
             host=a_host(),
             agent_id=AGENT_ID,
             agent_version="0.1.0",
@@ -211,26 +159,28 @@ def a_heartbeat(**overrides: Any) -> Heartbeat:
             started_at=MOMENT - timedelta(hours=1),
             sent_at=MOMENT,
             interval_seconds=60.0,
-            source=SourceHealth(SourceState.CONNECTED, MOMENT - timedelta(hours=1)),
-            backlog=Backlog(0, 0, None),
+            source=model.SourceHealth(words.SourceState.CONNECTED, MOMENT - timedelta(hours=1)),
+            backlog=model.Backlog(0, 0, None),
             committed_sequence=7,
             confirmed_sequence=7,
-            incidents=OpenIncidents(0),
+            incidents=model.OpenIncidents(0),
         ),
         overrides,
     )
 
 
-def a_raw_io_error(**overrides: Any) -> RawIoError:
+def a_raw_io_error(**overrides: Any) -> observations.RawIoError:
     """Libvirt's callback as the source hands it over."""
-    made = RawIoError(DOMAIN_UUID, "web-1", 1, "disk0", "virtio-disk0", 1, ENOSPC, to_ns(MOMENT))
+    made = observations.RawIoError(
+        DOMAIN_UUID, "web-1", 1, "disk0", "virtio-disk0", 1, words.ENOSPC, to_ns(MOMENT)
+    )
     return made._replace(**overrides)
 
 
-def a_stamp(**overrides: Any) -> Stamp:
+def a_stamp(**overrides: Any) -> model.Stamp:
     """A new id; sequence 1 of the epoch EPOCH unless overridden."""
     return _with(
-        Stamp(
+        model.Stamp(
             id=envelope.uuid7(time.time_ns()),
             agent_id=AGENT_ID,
             epoch=EPOCH,
@@ -241,13 +191,13 @@ def a_stamp(**overrides: Any) -> Stamp:
     )
 
 
-def a_record(event: Event | None = None, *, row: int = 1, **stamp: Any) -> Record:
+def a_record(event: model.Event | None = None, *, row: int = 1, **stamp: Any) -> model.Record:
     """An encoded event as a bus takes it; `stamp` overrides fields of its stamp (`sequence`, `id`, …)."""
     made = a_stamp(**{"sequence": row, **stamp})
     return envelope.record(envelope.encode(event or an_io_error(), made), made, row)
 
 
-def records(count: int, *, keys: int = 1) -> list[Record]:
+def records(count: int, *, keys: int = 1) -> list[model.Record]:
     """`count` records of `keys` domains in turn, with rows and sequences from 1.
 
     Encoded once a domain: fast enough for benchmarks. They differ in `id` and `sequence`.
@@ -274,20 +224,20 @@ class ListFeed:
     `took` has the ids in the order they were taken, `outcomes` everything settled.
     """
 
-    def __init__(self, items: Iterable[Record] = ()) -> None:
+    def __init__(self, items: Iterable[model.Record] = ()) -> None:
         """`items` in the order of the spool."""
         self._numbers = itertools.count()
-        self._queues: dict[str, deque[tuple[int, Record]]] = {}  # by key
+        self._queues: dict[str, deque[tuple[int, model.Record]]] = {}  # by key
         self._ready: list[tuple[int, str]] = []  # a heap: the number of each free key's first record
-        self._taken: dict[str, tuple[int, Record]] = {}  # by key
+        self._taken: dict[str, tuple[int, model.Record]] = {}  # by key
         self.took: list[str] = []
-        self.outcomes: list[tuple[Record, Outcome]] = []
+        self.outcomes: list[tuple[model.Record, model.Outcome]] = []
         self.most_taken = 0
         self.busy_seen: list[frozenset[str]] = []
         for record in items:
             self.add(record)
 
-    def add(self, record: Record) -> None:
+    def add(self, record: model.Record) -> None:
         """One more record, behind the others of its key."""
         waiting = self._queues.get(record.key)
         if waiting is None:
@@ -300,9 +250,9 @@ class ListFeed:
     def __len__(self) -> int:
         return sum(len(waiting) for waiting in self._queues.values()) + len(self._taken)
 
-    def take(self, limit: int, busy: AbstractSet[str]) -> Sequence[Record]:
+    def take(self, limit: int, busy: AbstractSet[str]) -> Sequence[model.Record]:
         """See virtbus.bus.Feed."""
-        out: list[Record] = []
+        out: list[model.Record] = []
         skipped = []
         while self._ready and len(out) < limit:
             number, key = heapq.heappop(self._ready)
@@ -317,7 +267,7 @@ class ListFeed:
         self.most_taken = max(self.most_taken, len(self._taken))
         return out
 
-    def settle(self, record: Record, outcome: Outcome, *, again: bool = True) -> None:
+    def settle(self, record: model.Record, outcome: model.Outcome, *, again: bool = True) -> None:
         """Say what became of a taken record; `again=False` gives up one that was not confirmed."""
         number, taken = self._taken.get(record.key, (0, None))
         if taken is not record:
@@ -325,12 +275,12 @@ class ListFeed:
         del self._taken[record.key]
         self.outcomes.append((record, outcome))
         waiting = self._queues[record.key]
-        if again and not isinstance(outcome, Confirmed) and type(outcome).__name__ != "Refused":
+        if again and not isinstance(outcome, model.Confirmed) and type(outcome).__name__ != "Refused":
             waiting.appendleft((number, record._replace(attempts=record.attempts + 1)))
         if waiting:
             heapq.heappush(self._ready, (waiting[0][0], record.key))
 
-    def publish(self, bus: Any, *, again: bool = False) -> list[Outcome]:
+    def publish(self, bus: Any, *, again: bool = False) -> list[model.Outcome]:
         """One call of `bus.publish`, settled as it goes; the outcomes in the order they came.
 
         With `again` what was not confirmed comes again, also within this call.
@@ -351,9 +301,9 @@ class ListFeed:
                 outcomes = self.publish(bus, again=True)
             except BusUnavailable:
                 outcomes = []
-            if not outcomes or not isinstance(outcomes[-1], Confirmed):
+            if not outcomes or not isinstance(outcomes[-1], model.Confirmed):
                 time.sleep(0.02)
-        return sum(isinstance(outcome, Confirmed) for _, outcome in self.outcomes)
+        return sum(isinstance(outcome, model.Confirmed) for _, outcome in self.outcomes)
 
 
 # ------------------------------------------------------------------------------------- a source
@@ -367,26 +317,26 @@ class FakeSource:
 
     def __init__(
         self,
-        script: Iterable[Observation] = (),
+        script: Iterable[observations.Observation] = (),
         *,
-        host: Host | None = None,
-        descriptions: Mapping[str, Description] | None = None,
+        host: model.Host | None = None,
+        descriptions: Mapping[str, observations.Description] | None = None,
     ) -> None:
         """`descriptions` by domain UUID are what `describe` knows."""
         self.host = host or a_host()
         self.descriptions = dict(descriptions or {})
         self._script = list(script)
-        self._more: queue.SimpleQueue[Observation] = queue.SimpleQueue()
+        self._more: queue.SimpleQueue[observations.Observation] = queue.SimpleQueue()
         self.running = threading.Event()
 
-    def play(self, *observations: Observation) -> None:
+    def play(self, *observations: observations.Observation) -> None:
         """Observe these too; from any thread."""
         for observation in observations:
             self._more.put(observation)
 
     def run(self, sink: Sink, stop: StopEvent) -> None:
         """See virtbus.sources.Source."""
-        if not self._script or not isinstance(self._script[0], SourceReady):
+        if not self._script or not isinstance(self._script[0], observations.SourceReady):
             sink(self.snapshot())
         for observation in self._script:
             sink(observation)
@@ -397,22 +347,22 @@ class FakeSource:
             except queue.Empty:
                 continue
 
-    def describe(self, domain_uuid: str) -> Description | None:
+    def describe(self, domain_uuid: str) -> observations.Description | None:
         """See virtbus.sources.Source."""
         return self.descriptions.get(domain_uuid)
 
-    def snapshot(self) -> SourceReady:
+    def snapshot(self) -> observations.SourceReady:
         """See virtbus.sources.Source."""
-        return SourceReady(host=self.host, at_ns=time.time_ns(), domains=())
+        return observations.SourceReady(host=self.host, at_ns=time.time_ns(), domains=())
 
-    def probe(self) -> Sequence[Check]:
+    def probe(self) -> Sequence[model.Check]:
         """See virtbus.sources.Source."""
-        return (Check("source", "ok", "a fake source"),)
+        return (model.Check("source", "ok", "a fake source"),)
 
 
 # ------------------------------------------------------------------------------------- a bus
 
-Decide = Callable[[Record], Outcome]
+Decide = Callable[[model.Record], model.Outcome]
 
 
 class FakeBus:
@@ -423,19 +373,21 @@ class FakeBus:
     `dead[group]` has (message, reason).
     """
 
-    def __init__(self, decide: Decide = lambda record: Confirmed(), *, structured: bool = False) -> None:
+    def __init__(
+        self, decide: Decide = lambda record: model.Confirmed(), *, structured: bool = False
+    ) -> None:
         """`decide` may return any outcome; a `Deferred` ends that `publish`, as the contract says."""
         self.decide = decide
         self.unavailable: Exception | None = None
-        self.delivered: list[Record] = []
-        self.dead: dict[str, list[tuple[Message, str]]] = {}
+        self.delivered: list[model.Record] = []
+        self.dead: dict[str, list[tuple[model.Message, str]]] = {}
         self.ticks = 0
         self.closed = False
         self._structured = structured
-        self._groups: dict[str, deque[Message]] = {}
+        self._groups: dict[str, deque[model.Message]] = {}
         self._changed = threading.Condition()
 
-    def publish(self, feed: Feed) -> Iterator[tuple[Record, Outcome]]:
+    def publish(self, feed: Feed) -> Iterator[tuple[model.Record, model.Outcome]]:
         """See virtbus.bus.Bus."""
         self._check()
         while True:
@@ -445,7 +397,7 @@ class FakeBus:
             deferred = False
             for record in taken:
                 outcome = self.decide(record)
-                if isinstance(outcome, Confirmed):
+                if isinstance(outcome, model.Confirmed):
                     self._deliver(record)
                 deferred = deferred or type(outcome).__name__ == "Deferred"
                 yield record, outcome
@@ -458,15 +410,15 @@ class FakeBus:
         if self.unavailable is not None:
             raise self.unavailable
 
-    def _deliver(self, record: Record) -> None:
+    def _deliver(self, record: model.Record) -> None:
         wire = envelope.to_amqp(record.attributes, record.body, structured=self._structured)
         with self._changed:
             self.delivered.append(record)
             number = len(self.delivered)
             for group, messages in self._groups.items():
                 messages.append(
-                    Message(
-                        binding=Binding.AMQP,
+                    model.Message(
+                        binding=model.Binding.AMQP,
                         headers=dict(wire.headers),
                         content_type=wire.content_type,
                         body=wire.body,
@@ -496,9 +448,9 @@ class FakeBus:
         """See `dead`; this bus sends nothing back."""
         raise NotImplementedError(f"the dead letters of group {group} are in FakeBus.dead")
 
-    def probe(self) -> Sequence[Check]:
+    def probe(self) -> Sequence[model.Check]:
         """See virtbus.bus.Bus."""
-        return (Check("bus", "ok", "a bus in memory"),)
+        return (model.Check("bus", "ok", "a bus in memory"),)
 
     def close(self) -> None:
         """See virtbus.bus.Bus."""
@@ -507,68 +459,43 @@ class FakeBus:
             self._changed.notify_all()
 
 
-class FakeSubscription:
+class FakeSubscription(LineSubscription):
     """A subscription of a FakeBus."""
 
     def __init__(self, bus: FakeBus, group: str, prefetch: int, *, durable: bool) -> None:
         """Made by `FakeBus.consume`."""
-        self._bus = bus
-        self._group = group
-        self._prefetch = prefetch
-        self._durable = durable
-        self._out: dict[object, Message] = {}
-        self._waiting: list[tuple[float, int, Message]] = []
-        self._order = itertools.count()
+        super().__init__(group if durable else None, prefetch)
+        self._bus, self._messages, self._prefetch = bus, bus._groups[group], prefetch
+        self._name = group
+        self._unsettled: set[Item] = set()
         self.closed = False
 
-    def receive(self, timeout: float) -> Message | None:
+    def receive(self, timeout: float) -> model.Message | None:
         """See virtbus.bus.Subscription."""
         limit = time.monotonic() + timeout
         with self._bus._changed:
             while not self.closed:
                 self._bus._check()
                 now = time.monotonic()
-                if self._waiting and self._waiting[0][0] <= now:
-                    message = dataclasses.replace(heapq.heappop(self._waiting)[2], redelivered=True)
-                    self._out[message.handle] = message
-                    return message
-                found = self._take()
-                if found is not None:
+                while self._messages and len(self._unsettled) < self._prefetch:
+                    message = self._messages.popleft()
+                    number = int(message.position.partition("#")[2])
+                    item = Item(message.key, number, message)
+                    item.message = dataclasses.replace(message, handle=item)
+                    self._unsettled.add(item)
+                    self._line.arrived(item)
+                found = self._line.next(now)
+                if found is not None or now >= limit:
                     return found
-                if now >= limit:
-                    return None
-                due = self._waiting[0][0] if self._waiting else limit
-                self._bus._changed.wait(min(due, limit) - now)
+                self._bus._changed.wait(min(self._line.due(), limit) - now)
         return None
 
-    def _take(self) -> Message | None:
-        if len(self._out) + len(self._waiting) >= self._prefetch:
-            return None
-        held = {message.key for _, _, message in self._waiting}
-        messages = self._bus._groups[self._group]
-        for index, message in enumerate(messages):
-            if message.key not in held:
-                del messages[index]
-                self._out[message.handle] = message
-                return message
-        return None
+    def _done(self, item: Item) -> None:
+        self._unsettled.discard(item)
 
-    def ack(self, message: Message) -> None:
-        """See virtbus.bus.Subscription."""
-        with self._bus._changed:
-            self._out.pop(message.handle, None)
-
-    def retry(self, message: Message, after: float) -> None:
-        """See virtbus.bus.Subscription."""
-        with self._bus._changed:
-            if self._out.pop(message.handle, None) is not None:
-                heapq.heappush(self._waiting, (time.monotonic() + after, next(self._order), message))
-
-    def dead_letter(self, message: Message, reason: str) -> None:
-        """See virtbus.bus.Subscription; into `bus.dead[group]`."""
-        with self._bus._changed:
-            if self._out.pop(message.handle, None) is not None and self._durable:
-                self._bus.dead.setdefault(self._group, []).append((message, reason))
+    def _put_aside(self, item: Item, reason: str) -> None:
+        self._bus.dead.setdefault(self._name, []).append((item.message, reason))
+        self._done(item)
 
     def close(self) -> None:
         """See virtbus.bus.Subscription."""
@@ -576,11 +503,11 @@ class FakeSubscription:
             if self.closed:
                 return
             self.closed = True
-            back = [*self._out.values(), *(message for _, _, message in self._waiting)]
-            back.sort(key=lambda message: message.handle)  # type: ignore[arg-type, return-value]
-            if self._durable:
-                messages = self._bus._groups[self._group]
-                messages.extendleft(dataclasses.replace(one, redelivered=True) for one in reversed(back))
+            if self._group is not None:
+                for item in sorted(self._unsettled, key=lambda item: -item.number):
+                    seen = item.origin.redelivered or item in self._line.out or item.due > 0
+                    self._messages.appendleft(dataclasses.replace(item.origin, redelivered=seen))
             else:
-                del self._bus._groups[self._group]
+                del self._bus._groups[self._name]
+            self._line.forget()
             self._bus._changed.notify_all()

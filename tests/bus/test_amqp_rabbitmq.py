@@ -17,7 +17,7 @@ from tests.faults import amqp_kit
 from virtbus.bus import BusOptions
 from virtbus.bus.amqp.bus import AmqpBus
 from virtbus.errors import BusDenied, ConfigError
-from virtbus.model import Confirmed, Deferred, Outcome, Refused, Unroutable
+from virtbus.model import Confirmed, Deferred, Nacked, Outcome, Refused, Unroutable
 from virtbus.telemetry import METRICS
 from virtbus.testing import ListFeed, records
 
@@ -64,7 +64,7 @@ def test_a_full_queue_that_rejects_parks_the_record_without_a_new_connection(amq
     with opened(amqp_url) as bus:
         feed = ListFeed(records(4))
         outcomes = feed.publish(bus)
-        assert [type(one) for one in outcomes] == [Confirmed, Confirmed, Unroutable, Unroutable]
+        assert [type(one) for one in outcomes] == [Confirmed, Confirmed, Nacked, Nacked]
         assert "nacked" in outcomes[2].reason  # type: ignore[union-attr]
         with kombu.Connection(amqp_url) as connection:
             connection.channel().queue_purge("full")

@@ -462,17 +462,6 @@ def test_a_consumer_that_hangs_loses_its_leases_and_goes_on_when_it_wakes(joined
     assert hanging.lease(1) == []
 
 
-def test_a_reboot_ends_every_delay(joined, tmp_path):
-    clock = Clock()
-    stored(tmp_path / "events.db", "a")
-    member = joined(clock)
-    member.lease(1)
-    member.give_back([1], after=3600)
-    assert member.lease(1) == []
-    clock.now = 1.0  # of the next boot
-    assert len(member.lease(1)) == 1
-
-
 def test_two_members_of_one_process_do_not_share_a_lease(joined, tmp_path):
     clock = Clock()
     stored(tmp_path / "events.db", "a")

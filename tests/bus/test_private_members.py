@@ -56,8 +56,8 @@ def test_the_connection_reads_its_methods_from_a_table_by_name() -> None:
 
 
 def test_a_transport_is_found_by_its_alias() -> None:
-    importlib.import_module("virtbus.bus.kafka.transport")
-    assert TRANSPORT_ALIASES["virtbus-kafka"] == "virtbus.bus.kafka.transport:Transport"
+    importlib.import_module("virtbus.bus.kafka.bus")
+    assert TRANSPORT_ALIASES["virtbus-kafka"] == "virtbus.bus.kafka.bus:Transport"
 
 
 def imported() -> Iterator[str]:

@@ -9,8 +9,8 @@ import kombu
 import pytest
 
 from virtbus.bus import BusOptions, open_bus
-from virtbus.bus.amqp.subscription import AmqpSubscription
 from virtbus.bus.embedded import EmbeddedSubscription
+from virtbus.bus.subscription import Line
 from virtbus.consumer import Consumer
 from virtbus.envelope import MAX_DECODE_BYTES
 from virtbus.errors import BusUnavailable
@@ -146,13 +146,13 @@ def test_messages_larger_than_any_event_are_not_kept_in_memory(
     amqp_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[int] = []
-    keep = AmqpSubscription._next
+    keep = Line.next
 
-    def look(self):
-        held.extend(len(message.body) for message in self._ready)
-        return keep(self)
+    def look(self, now):
+        held.extend(len(item.message.body) for item in self._ready)
+        return keep(self, now)
 
-    monkeypatch.setattr(AmqpSubscription, "_next", look)
+    monkeypatch.setattr(Line, "next", look)
     with Consumer(amqp_url, group="g") as consumer:
         assert consumer.receive(0.3) is None
         for _ in range(5):

@@ -25,7 +25,7 @@ from tests.faults.amqp_kit import close_connections
 from tests.faults.consumer_kit import GROUP, QUEUE, dead_ids, die, make_group, publish, publish_raw
 from virtbus.bus import CUT_HEADER, REASON_HEADER, BusOptions, open_bus
 from virtbus.bus.amqp.connection import translated
-from virtbus.bus.amqp.dead import USER_HEADER, letter
+from virtbus.bus.amqp.letters import USER_HEADER, letter
 from virtbus.consumer import Consumer, Delivery
 from virtbus.errors import BusDenied, BusUnavailable, RecordRefused
 from virtbus.model import Binding, Message

@@ -23,7 +23,7 @@ LARGE = {"max.message.bytes": "8000000"}
 def serve(subscription: Subscription, seconds: float = 20.0) -> None:
     """Receive until nothing waits to be put aside any more."""
     limit = time.monotonic() + seconds
-    while subscription._line.waiting and time.monotonic() < limit:  # type: ignore[attr-defined]
+    while subscription._line.held and time.monotonic() < limit:  # type: ignore[attr-defined]
         message = subscription.receive(0.1)
         if message is not None:  # a neighbour that comes again
             subscription.ack(message)

@@ -5,7 +5,7 @@ import logging
 import pytest
 from confluent_kafka import KafkaError
 
-from virtbus.bus.kafka.errors import Watch
+from virtbus.bus.kafka.client import Watch
 
 
 def heard(line):

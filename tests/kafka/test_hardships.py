@@ -282,9 +282,9 @@ def test_a_member_that_is_frozen_past_its_session_is_replaced_and_comes_back(
                     if got | set(heard) | {line.strip() for line in list(lines)} >= wanted:
                         break
                 deadline = time.monotonic() + 60
-                while len(second._line.tracks) == 4 and time.monotonic() < deadline:  # type: ignore[attr-defined]
+                while len(second._tracks) == 4 and time.monotonic() < deadline:  # type: ignore[attr-defined]
                     got |= {event_id(message) for message in take(second, 1, seconds=0.5)}
-                assert len(second._line.tracks) < 4, "the member that came back got its share"  # type: ignore[attr-defined]
+                assert len(second._tracks) < 4, "the member that came back got its share"  # type: ignore[attr-defined]
         finally:
             os.kill(member.pid, signal.SIGCONT)
             member.terminate()

@@ -16,9 +16,9 @@ from tests.kafka.cluster import Cluster
 from tests.kafka.help import admin, headers, opened, read, sized, topic_settings
 from virtbus import envelope
 from virtbus.bus import BusOptions
-from virtbus.bus.kafka.errors import Watch
+from virtbus.bus.kafka.bus import TRANSPORT
+from virtbus.bus.kafka.client import Watch
 from virtbus.bus.kafka.settings import check
-from virtbus.bus.kafka.transport import TRANSPORT
 from virtbus.errors import BusDenied, BusUnavailable
 from virtbus.model import Binding, Confirmed, Deferred, Message, Refused
 from virtbus.testing import ListFeed, a_record, records

@@ -3,7 +3,7 @@
 import pytest
 
 from virtbus import envelope
-from virtbus.bus.kafka.records import headers_of, message_of
+from virtbus.bus.kafka.client import headers_of, message_of
 from virtbus.errors import SchemaError
 from virtbus.testing import a_record
 

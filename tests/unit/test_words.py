@@ -22,7 +22,7 @@ UNMISTAKABLE = {
 } | {Platform.OPENSTACK.value, words.EvidenceCheck.DISK_ERRORS.value, words.EvidenceCheck.BLOCK_INFO.value}
 # The same letters with another meaning: the name of a wait, an extra of ours, what `virtbus watch` prints.
 OTHER_MEANINGS = {
-    ("virtbus/bus/amqp/dead.py", "dead_letter"),
+    ("virtbus/bus/subscription.py", "dead_letter"),
     ("virtbus/plugins.py", "openstack"),
     ("virtbus/commands/watch.py", "resumed"),
     ("virtbus/commands/watch.py", "migrated"),

@@ -12,10 +12,10 @@ from virtbus import redaction
 from virtbus.agent.tap import Taps
 from virtbus.bus import Bus
 from virtbus.errors import BusDenied, BusUnavailable, SpoolCorrupt, SpoolFull
-from virtbus.model import Confirmed, Deferred, Outcome, Record, Refused, Unroutable
+from virtbus.model import Confirmed, Deferred, Outcome, Parked, Record, Refused
 from virtbus.retry import Attempt, retrying, start_over
 from virtbus.spool import Spool
-from virtbus.telemetry import METRICS, BusLost, EventUnroutable, SpoolUnwritable, Trouble, emit
+from virtbus.telemetry import METRICS, BusLost, EventParked, SpoolUnwritable, Trouble, emit
 
 _AT_ONCE = 128  # records read at a time: the first are on their way while the next are read
 
@@ -161,8 +161,8 @@ class Publisher:
         if not record.row:
             return
         self._outcomes.append((record, outcome))
-        if isinstance(outcome, Unroutable):
-            emit(EventUnroutable(record.id, record.key, outcome.reason))
+        if isinstance(outcome, Parked):
+            emit(EventParked(record.id, record.key, outcome.reason))
         if not isinstance(outcome, Confirmed):
             self._settle()  # the spool must know at once that this key waits
         if self._taps.active and isinstance(outcome, Confirmed | Refused):

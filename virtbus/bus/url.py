@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from urllib.parse import parse_qsl, unquote
 
-from virtbus.errors import ConfigError
+from virtbus.config import secret_text, why_unread
+from virtbus.errors import BusDenied, ConfigError
 
-_HOST = re.compile(r"\[([0-9A-Fa-f:.%]+)\]|([^:\[\]\s]+)")
+_HOST = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:\[\]\s]+))?(?::(.*))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,30 +44,30 @@ def read_url(url: str) -> BusUrl:
     if rest.startswith("//"):
         authority, slash, path = rest[2:].partition("/")
         path = slash + path
-    if authority and "@" in path:
-        # Not a path but most of the password: no part of this may be shown.
-        raise ConfigError(f"bus.url: an @ after the hosts: write {_example(scheme)}")
     userinfo, at, hosts = authority.rpartition("@")
-    if set("?#") & set(userinfo):
-        raise ConfigError(f"bus.url: a ? or # before the @: write {_example(scheme)}")
-    user, colon, password = userinfo.partition(":")
+    user, colon, secret = userinfo.partition(":")
     hosts, mark, query = hosts.partition("?")
     if not mark:
         path, mark, query = path.partition("?")
-    if "#" in hosts + path + query:
-        raise ConfigError(f"bus.url: a # means nothing in it: write {_example(scheme)}")
+    for wrong, what in (
+        # Not a path but most of the password: no part of this may be shown.
+        (authority and "@" in f"{path}{mark}{query}", "an @ after the hosts"),
+        (set("?#") & set(userinfo), "a ? or # before the @"),
+        ("#" in hosts + path + query, "a # means nothing in it"),
+    ):
+        if wrong:
+            raise ConfigError(f"bus.url: {what}: write {_example(scheme)}")
     found, problems = [], []
     for text in filter(None, map(str.strip, re.split("[,;]", hosts))):
-        host, problem = _host(text)
-        if problem is None:
-            found.append(host)
-        else:
-            problems.append(problem)
+        try:
+            found.append(_host(text))
+        except ValueError as error:
+            problems.append(str(error))
     return BusUrl(
         scheme=scheme,
         hosts=tuple(found),
         username=unquote(user) if at else None,
-        password=unquote(password) if colon else None,
+        password=unquote(secret) if colon else None,
         path=unquote(path),
         query=dict(parse_qsl(query, keep_blank_values=True)),
         problems=tuple(problems),
@@ -76,27 +78,34 @@ def _example(scheme: str) -> str:
     return f"{scheme}://[user@]host[:port] (inside its parts every / ? # @ ; , is percent-encoded)"
 
 
-def _host(text: str) -> tuple[tuple[str, int | None], str | None]:
-    """((name, port), problem) of one host."""
-    nothing = ("", None)
-    match = re.fullmatch(rf"(?:{_HOST.pattern})?(?::(.*))?", text)
+def _host(text: str) -> tuple[str, int | None]:
+    """(name, port) of one host. Raises ValueError with the problem."""
+    match = _HOST.fullmatch(text)
     if match is None:
-        return nothing, f'host "{text}" can\'t be read: write host, host:port or [IPv6]:port'
+        raise ValueError(f'host "{text}" can\'t be read: write host, host:port or [IPv6]:port')
     name, port = match[1] or match[2], match[3]
     if not name:
-        return nothing, f'host missing before port "{port}"'
-    if match[2] and not _can_be_a_name(name):
-        return nothing, f"host {name[:80]!r} can't be a name: between dots are 1 to 63 characters each"
-    if port is None:
-        return (name, None), None
-    if not (port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
-        return nothing, f'host {name} has port "{port}": use 1 to 65535, or leave it out'
-    return (name, int(port)), None
-
-
-def _can_be_a_name(name: str) -> bool:
+        raise ValueError(f'host missing before port "{port}"')
     try:
-        name.encode("idna")  # as every look-up of the name does it
+        if match[2]:
+            name.encode("idna")  # as every look-up of the name does it
     except UnicodeError:
-        return False
-    return True
+        raise ValueError(
+            f"host {name[:80]!r} can't be a name: between dots are 1 to 63 characters each"
+        ) from None
+    if port is not None and not (port.isascii() and port.isdigit() and 1 <= int(port) <= 65535):
+        raise ValueError(f'host {name} has port "{port}": use 1 to 65535, or leave it out')
+    return name, None if port is None else int(port)
+
+
+def password(file: Path | None, otherwise: str | None) -> str | None:
+    """The password as its file holds it now, so that a rotated one is used; `otherwise` without a file.
+
+    Raises BusDenied.
+    """
+    if file is None:
+        return otherwise
+    try:
+        return secret_text(file)
+    except (OSError, ValueError) as error:
+        raise BusDenied(f"bus.password_file: {file} can't be read: {why_unread(error)}") from error

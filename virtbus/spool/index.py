@@ -20,10 +20,8 @@ _PAGE = 4096  # rows a page of codes
 _HELD = 0x40  # a commit evicts or rewrites it
 _TAKEN = 0x80  # with the publisher
 
-# A lane's state: where its first row is.
-_QUEUED, _TAKEN_OUT, _PARKED, _BLOCKED = range(
-    4
-)  # to be taken, with the publisher, waiting, in a commit's hands
+# A lane's state: its first row is to be taken, with the publisher, to wait (unroutable or nacked), or held.
+_QUEUED, _TAKEN_OUT, _PARKED, _BLOCKED = range(4)
 
 
 class _Lane:

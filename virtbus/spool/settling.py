@@ -17,7 +17,7 @@ import msgspec
 
 from virtbus import redaction
 from virtbus.errors import SpoolCorrupt
-from virtbus.model import Confirmed, Deferred, Outcome, Record, Refused, SequenceRange, Unroutable
+from virtbus.model import Confirmed, Deferred, Nacked, Outcome, Parked, Record, Refused, SequenceRange
 from virtbus.spool import faults, files
 from virtbus.spool.files import EventRow
 from virtbus.spool.mirror import Connection, Mirror
@@ -149,7 +149,7 @@ class Settler:
     def settle(self, outcomes: Sequence[tuple[Record, Outcome]]) -> None:
         """What became of records that were taken, in one transaction.
 
-        Confirmed deletes; Deferred gives back; Unroutable parks the key (1 s, doubling to 60 s, or until
+        Confirmed deletes; Deferred gives back; Parked parks the key (1 s, doubling to 60 s, or until
         a parked key is confirmed); Refused makes a dead letter that is named in a gap event. A gap event
         that is refused is parked instead: it must not take with it what it names. What the disk does not
         take now is kept in memory and tried again; beyond MAX_UNSETTLED nothing more is taken.
@@ -177,7 +177,7 @@ class Settler:
         index, unwritten = self._mirror.index, self._unwritten
         if isinstance(outcome, Refused) and row.names is not None:
             emit(Trouble("a gap event was refused; parked", outcome.error, row.id))
-            outcome = Unroutable("refused")
+            outcome = Nacked("refused")
         if isinstance(outcome, Confirmed):
             index.confirm(row.position, row.key)
             unwritten.confirmed.append(row)
@@ -189,7 +189,7 @@ class Settler:
             unwritten.refused.append((row, outcome.error))
         else:
             unwritten.again.append(row)
-            if isinstance(outcome, Unroutable):
+            if isinstance(outcome, Parked):
                 index.park(row.position, row.key, now)
             else:
                 index.give_back(row.position, row.key)

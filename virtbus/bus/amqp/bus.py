@@ -6,10 +6,11 @@ What becomes of a record (`Outcome`), and what of the connection:
 |---|---|---|
 | acks | Confirmed | stays |
 | returns it (mandatory, nobody bound), then acks | Unroutable | stays |
-| nacks it (a full queue with reject-publish, a queue that failed) | Unroutable: its key is parked | stays |
+| nacks it (a full queue with reject-publish, a queue that failed) | Nacked | stays |
 | closes the channel over one record: 406 too large or malformed, 311 | Refused | thrown away |
 | closes the connection over one record, twice: 501, 502 | Refused | thrown away |
-| refuses one routing key (topic permission, 403), fails on one record (541, 505) | Unroutable | thrown away |
+| refuses one routing key (topic permission, 403) | Unroutable | thrown away |
+| fails on one record (541, 505) | Nacked | thrown away |
 | closes the channel for all: 403, 404, user-id mismatch | Deferred(BusDenied) | thrown away |
 | goes away, misses heartbeats or a confirm deadline, acks what it was not sent | Deferred | thrown away |
 | is larger than `max_record_bytes` | Refused, without asking | stays |
@@ -37,6 +38,7 @@ from virtbus import envelope
 from virtbus.bus import BusOptions, DeadLetters, Feed, Memory, Subscription, checked_group
 from virtbus.bus.amqp.connection import (
     LINK_FAULTS,
+    REFUSING_CODES,
     Dialer,
     Endpoint,
     Link,
@@ -46,20 +48,17 @@ from virtbus.bus.amqp.connection import (
 )
 from virtbus.bus.amqp.wire import ProtocolViolation
 from virtbus.errors import BusDenied, BusUnavailable, RecordRefused, VirtbusError
-from virtbus.model import Check, Confirmed, Deferred, Outcome, Record, Refused, Unroutable
+from virtbus.model import Check, Confirmed, Deferred, Nacked, Outcome, Record, Refused, Unroutable
 from virtbus.telemetry import METRICS, BusBlocked, emit
 
 _CONFIRMED = Confirmed()
 _RETURNED = Unroutable()
-_NACKED = Unroutable("the broker nacked it: a queue is full (reject-publish) or failed")
+_NACKED = Nacked("the broker nacked it: a queue is full (reject-publish) or failed")
 _UNSENT_LIMIT = 1 << 20  # bytes waiting for the socket before no more is taken
 _UNENCODABLE = (struct.error, ValueError, FrameSyntaxError)  # py-amqp's words for what fits in no field
 _PROPERTY_BYTES = 4096  # more than what a content header holds beside its headers, and their names
 _FIRST_LOOK, _LAST_LOOK = 0.005, 0.1  # seconds between looks at the feed while confirms are awaited
-
-# Reply codes that speak of one record, and what they make of it when it was the only one under way.
-_REFUSING = frozenset({311, 406, 501, 502})
-_PARKING = frozenset({505, 541})
+_FAILING_CODES = frozenset({505, 541})  # the broker fails on this record
 _TOPIC_REFUSED = re.compile(r"(ACCESS_REFUSED - )?(write |read )?access to topic\b")
 
 
@@ -90,16 +89,21 @@ class AmqpBus:
         publisher: _Publisher | None = None
         self._begin()
         try:
-            publisher = self._connected()
             # What came while nothing was under way: a farewell is better read before anything is taken.
-            fault = publisher.step(0.0)
-            if fault is not None:
-                self._drop(publisher, translated(fault, publisher.link.name, doing="idle"))
-                publisher = self._connected()
+            publisher = self._idle_publisher() or self._open_publisher()
             yield from self._publish(publisher, feed)
         finally:
             if publisher is not None and publisher.flying:  # the caller let go in the middle
                 self._drop(publisher)
+            self._end()
+
+    def tick(self) -> None:
+        """See virtbus.bus.Bus."""
+        self._begin()
+        try:
+            if not self._closed:
+                self._idle_publisher()
+        finally:
             self._end()
 
     def _begin(self) -> None:
@@ -119,11 +123,37 @@ class AmqpBus:
         publisher.set_blocked(False, None)
         publisher.link.close()
 
+    def _idle_publisher(self) -> _Publisher | None:
+        """The publisher that stands, served; None when there is none, or it was just found dead."""
+        publisher = self._publisher
+        fault = publisher.step(0.0) if publisher is not None else None
+        if publisher is not None and fault is not None:
+            self._drop(publisher, translated(fault, publisher.link.name, doing="idle"))
+        return self._publisher
+
+    def _open_publisher(self) -> _Publisher:
+        """Try each broker once. Raises BusUnavailable or BusDenied."""
+        if self._closed:
+            raise BusUnavailable("the bus was closed")
+        link = self._dialer.dial(self._waker)
+        with self._dialer.setting_up(link, "opening a channel"):
+            link.declare_exchange()
+            self._publisher = _Publisher(link, self._options)
+        return self._publisher
+
+    def _drop(self, publisher: _Publisher, error: VirtbusError | None = None) -> None:
+        if self._publisher is publisher:
+            self._publisher = None
+        publisher.set_blocked(False, None)
+        if error is not None:
+            lost(publisher.link, error)
+        else:
+            publisher.link.discard()
+
     def _publish(self, publisher: _Publisher, feed: Feed) -> Iterator[tuple[Record, Outcome]]:
         look = _FIRST_LOOK
         while True:
-            alone = self._suspects > 0
-            blocked = publisher.blocked
+            alone, blocked = self._suspects > 0, publisher.blocked
             records: Sequence[Record] = ()
             room = 0 if blocked else (1 if alone else self._options.window) - len(publisher.flying)
             if room > 0 and publisher.unsent < _UNSENT_LIMIT and not self._closed:
@@ -141,10 +171,9 @@ class AmqpBus:
             look = min(2 * look, _LAST_LOOK)
             if alone and publisher.outcomes:
                 self._suspects -= 1
-            outcomes = publisher.take_outcomes()
+            outcomes, publisher.outcomes = publisher.outcomes, []
             if fault is not None or self._closed:
-                outcomes += self._give_up(publisher, fault, alone=alone)
-                yield from outcomes
+                yield from [*outcomes, *self._give_up(publisher, fault, alone=alone)]
                 return
             yield from outcomes
             if blocked and publisher.blocked and not publisher.flying:
@@ -155,13 +184,15 @@ class AmqpBus:
     ) -> list[tuple[Record, Outcome]]:
         """The outcomes of what was unconfirmed when the connection went; throws it away."""
         name = publisher.link.name
+        records = [record for record, _ in publisher.flying.values()]
+        publisher.flying.clear()
         if fault is None:
-            error: VirtbusError = BusUnavailable(f"{name}: the bus was closed")
-        else:
-            error = translated(fault, name, doing="publishing")
-        self._drop(publisher, None if fault is None else error)
-        records = publisher.abandon()
-        verdict = None if fault is None else _verdict_on_one(fault, error)
+            self._drop(publisher)
+            closed = Deferred(BusUnavailable(f"{name}: the bus was closed"))
+            return [(record, closed) for record in records]
+        error = translated(fault, name, doing="publishing")
+        self._drop(publisher, error)
+        verdict = _verdict_on_one(fault, error)
         if verdict is not None and len(records) > 1:
             self._suspects = len(records)
         elif verdict is not None and records:
@@ -176,50 +207,6 @@ class AmqpBus:
             return [(record, verdict)]
         return [(record, Deferred(error)) for record in records]
 
-    def tick(self) -> None:
-        """See virtbus.bus.Bus."""
-        self._begin()
-        try:
-            publisher = None if self._closed else self._publisher
-            fault = publisher.step(0.0) if publisher is not None else None
-            if publisher is not None and fault is not None:
-                self._drop(publisher, translated(fault, publisher.link.name, doing="idle"))
-        finally:
-            self._end()
-
-    def _connected(self) -> _Publisher:
-        """The publisher that stands, or a new one; between `_begin` and `_end`."""
-        if self._closed:
-            raise BusUnavailable("the bus was closed")
-        if self._publisher is None:
-            self._publisher = self._open_publisher()
-        return self._publisher
-
-    def _open_publisher(self) -> _Publisher:
-        """Try each broker once. Raises BusUnavailable or BusDenied."""
-        link = self._dialer.dial(self._waker)
-        try:
-            link.declare_exchange()
-            return _Publisher(link, self._options)
-        except (BusUnavailable, BusDenied) as error:
-            lost(link, error)
-            self._dialer.skip()
-            raise
-        except LINK_FAULTS as error:
-            told = translated(error, link.name, doing="opening a channel")
-            lost(link, told)
-            self._dialer.skip()
-            raise told from error
-
-    def _drop(self, publisher: _Publisher, error: VirtbusError | None = None) -> None:
-        if self._publisher is publisher:
-            self._publisher = None
-        publisher.set_blocked(False, None)
-        if error is not None:
-            lost(publisher.link, error)
-        else:
-            publisher.link.discard()
-
     # -- the rest of the contract
 
     def consume(
@@ -228,23 +215,21 @@ class AmqpBus:
         """See virtbus.bus.Bus. Connects at the first `receive`; each group has one active consumer anyway."""
         from virtbus.bus.amqp.subscription import AmqpSubscription
 
-        return AmqpSubscription(
-            Dialer(self._urls, self._options), self._options, checked_group(group), prefetch
-        )
+        dialer = Dialer(self._urls, self._options)
+        return AmqpSubscription(dialer, self._options, checked_group(group), prefetch)
 
     def dead_letters(self, group: str) -> DeadLetters:
         """See virtbus.bus.Bus. Over a connection of its own."""
         from virtbus.bus.amqp.letters import AmqpDeadLetters
 
         checked_group(group)
-        return AmqpDeadLetters(Dialer(self._urls, self._options), self._options, f"virtbus.{group}")
+        return AmqpDeadLetters(Dialer(self._urls, self._options), self._options, group)
 
     def probe(self) -> Sequence[Check]:
         """See virtbus.bus.Bus. Each broker: reach, trust, log in, and look whether the exchange is there."""
-        checks: list[Check] = []
-        for endpoint in self._dialer.endpoints:
-            checks += _probe(endpoint, self._options, self._waker)
-        return checks
+        return [
+            check for each in self._dialer.endpoints for check in _probe(each, self._options, self._waker)
+        ]
 
     def close(self) -> None:
         """See virtbus.bus.Bus."""
@@ -256,62 +241,47 @@ class AmqpBus:
         self._waker.wake()
 
 
-def _probe(endpoint: Endpoint, options: BusOptions, waker: Waker) -> list[Check]:
-    name = endpoint.name
+def _probe(endpoint: Endpoint, options: BusOptions, waker: Waker) -> Iterator[Check]:
+    where = f"{endpoint.name}: exchange {options.exchange}"
     try:
         link = Link(endpoint, options, waker)
     except (BusUnavailable, BusDenied) as error:
-        return [
-            Check("bus", "failed", str(error), exit_code=error.exit_code),
-            Check("bus exchange", "skipped", f"{name}: not connected"),
-        ]
+        yield Check("bus", "failed", str(error), exit_code=error.exit_code)
+        yield Check("bus exchange", "skipped", f"{endpoint.name}: not connected")
+        return
     server = link.connection.server_properties
     version = f"{server.get('product', 'broker')} {server.get('version', '')}".strip()
-    checks = [
-        Check(
-            "bus",
-            "ok" if link.endpoint.tls or link.is_local else "warning",
-            f"{name}: {version}, logged in as {link.user or 'the certificate'}"
-            + ("" if link.endpoint.tls or link.is_local else ", in PLAINTEXT"),
-            remedy=None if link.endpoint.tls or link.is_local else "use amqps://",
-            details={"heartbeat_seconds": link.connection.heartbeat or 0},
-        )
-    ]
+    summary = f"{endpoint.name}: {version}, logged in as {link.user or 'the certificate'}"
+    details = {"heartbeat_seconds": link.connection.heartbeat or 0}
+    if link.is_private:
+        yield Check("bus", "ok", summary, details=details)
+    else:
+        yield Check("bus", "warning", f"{summary}, in PLAINTEXT", "use amqps://", details=details)
+    failed = BusDenied.exit_code
     try:
         found = link.has_exchange()
+        # Declaring what is there as it is changes nothing; who may not declare can't learn how it is.
+        refusal = link.exchange_refusal() if found else None
     except LINK_FAULTS as error:
-        told = translated(error, name, doing=f"looking for exchange {options.exchange}")
-        checks.append(Check("bus exchange", "failed", str(told), exit_code=told.exit_code))
+        fault = translated(error, endpoint.name, doing=f"looking for exchange {options.exchange}")
+        yield Check("bus exchange", "failed", str(fault), exit_code=fault.exit_code)
     else:
-        if found and (refused := link.exchange_differs()) is not None:
-            checks.append(
-                Check(
-                    "bus exchange",
-                    "failed",
-                    f"{name}: exchange {options.exchange} is not a durable topic exchange: {refused}",
-                    remedy="events may reach nobody: delete it, or name another with bus.exchange",
-                    exit_code=BusDenied.exit_code,
-                )
-            )
-        elif found:
-            checks.append(Check("bus exchange", "ok", f"{name}: exchange {options.exchange} is there"))
-        elif options.declare:
-            checks.append(
-                Check("bus exchange", "ok", f"{name}: exchange {options.exchange} will be made when needed")
+        if refusal is not None and refusal.reply_code == 406:
+            told = f"{where} is not a durable topic exchange: {refusal.reply_text}"
+            remedy = "events may reach nobody: delete it, or name another with bus.exchange"
+            yield Check("bus exchange", "failed", told, remedy, failed)
+        elif found or options.declare:
+            yield Check(
+                "bus exchange", "ok", f"{where} {'is there' if found else 'will be made when needed'}"
             )
         else:
-            checks.append(
-                Check(
-                    "bus exchange",
-                    "failed",
-                    f"{name}: exchange {options.exchange} does not exist, and bus.declare is false",
-                    remedy=f"create it (topic, durable): rabbitmqadmin declare exchange "
-                    f"name={options.exchange} type=topic durable=true",
-                    exit_code=BusDenied.exit_code,
-                )
+            remedy = (
+                "create it (topic, durable): rabbitmqadmin declare exchange "
+                f"name={options.exchange} type=topic durable=true"
             )
+            told = f"{where} does not exist, and bus.declare is false"
+            yield Check("bus exchange", "failed", told, remedy, failed)
     link.close()
-    return checks
 
 
 def _verdict_on_one(fault: BaseException, error: VirtbusError) -> Outcome | None:
@@ -321,17 +291,15 @@ def _verdict_on_one(fault: BaseException, error: VirtbusError) -> Outcome | None
     # Without a method it is not the broker's word: py-amqp raises the same classes for what it can't read.
     if not isinstance(fault, AMQPError) or getattr(fault, "method_sig", None) is None:
         return None
-    if code in _REFUSING and isinstance(error, BusUnavailable):  # not a user-id mismatch: that is all of them
+    # Not a user-id mismatch, which is BusDenied: that is all of them.
+    if code in REFUSING_CODES and isinstance(error, BusUnavailable):
         return Refused(RecordRefused(f"the broker refuses it: {text} ({code})"))
-    if code in _PARKING:
-        return Unroutable(f"the broker fails on it: {text} ({code})")
+    if code in _FAILING_CODES:
+        return Nacked(f"the broker fails on it: {text} ({code})")
     # RabbitMQ's words for a topic permission; an exchange's own name may hold the word "topic".
     if code == 403 and _TOPIC_REFUSED.match(text):
         return Unroutable(f"the broker refuses its routing key: {text}")
     return None
-
-
-# ------------------------------------------------------------------------------- one connection's records
 
 
 class _Publisher:
@@ -353,8 +321,8 @@ class _Publisher:
         self._io = link.connection
         channel = link.channel()
         channel.confirm_select()
-        channel.events["basic_ack"].add(self._on_ack)
-        channel.events["basic_nack"].add(self._on_nack)
+        channel.events["basic_ack"].add(lambda tag, multiple: self._settle(tag, multiple, _CONFIRMED))
+        channel.events["basic_nack"].add(lambda tag, multiple: self._settle(tag, multiple, _NACKED))
         channel.events["basic_return"].add(self._on_return)
         exchange = kombu.Exchange(options.exchange, type="topic")  # durable, messages are persistent
         self._producer = kombu.Producer(channel, exchange, auto_declare=False)
@@ -410,27 +378,12 @@ class _Publisher:
     def step(self, timeout: float) -> BaseException | None:
         """Write and read for up to `timeout` seconds; the fault when the connection can't be trusted now."""
         try:
-            limit = self._deadline()
-            if limit is not None:
-                timeout = min(timeout, max(0.0, limit - time.monotonic()))
-            self._io.pump(timeout)
-            limit = self._deadline()
-            if limit is not None and time.monotonic() >= limit:
-                return TimeoutError(f"no confirm within {self._options.confirm_timeout:g} s")
+            self._io.pump(min(timeout, max(0.0, self._deadline() - time.monotonic())))
         except LINK_FAULTS as fault:
             return fault
+        if time.monotonic() >= self._deadline():
+            return TimeoutError(f"no confirm within {self._options.confirm_timeout:g} s")
         return None
-
-    def take_outcomes(self) -> list[tuple[Record, Outcome]]:
-        """What was decided since the last call."""
-        outcomes, self.outcomes = self.outcomes, []
-        return outcomes
-
-    def abandon(self) -> list[Record]:
-        """Forget what is under way; in the order it was sent."""
-        records = [record for record, _ in self.flying.values()]
-        self.flying.clear()
-        return records
 
     def set_blocked(self, blocked: bool, reason: str | None) -> None:
         """The broker's alarm; while it lasts no confirm is late."""
@@ -439,18 +392,12 @@ class _Publisher:
             self._unblocked_at = time.monotonic()
             emit(BusBlocked(self.link.name, blocked, reason))
 
-    def _deadline(self) -> float | None:
+    def _deadline(self) -> float:
         """When the oldest unconfirmed record is late, on the monotonic clock."""
         if self.blocked or not self.flying:
-            return None
+            return float("inf")
         _, sent_at = next(iter(self.flying.values()))
         return max(sent_at, self._unblocked_at) + self._options.confirm_timeout
-
-    def _on_ack(self, tag: int, multiple: bool) -> None:
-        self._settle(tag, multiple, _CONFIRMED)
-
-    def _on_nack(self, tag: int, multiple: bool) -> None:
-        self._settle(tag, multiple, _NACKED)
 
     def _settle(self, tag: int, multiple: bool, outcome: Outcome) -> None:
         flying = self.flying

@@ -1,11 +1,10 @@
-"""Links to brokers, from a URL to the farewell, and what their errors mean; for publisher and consumer."""
+"""Connections to RabbitMQ, for publishers and consumers: which broker, logging in, and what errors mean."""
 
 from __future__ import annotations
 
 import os
 import random
 import re
-import select
 import socket
 import ssl
 import struct
@@ -23,8 +22,7 @@ from virtbus import errors
 from virtbus.bus import BusOptions, is_loopback
 from virtbus.bus.amqp.wire import Channel, Transport, WireConnection
 from virtbus.bus.certificates import seen_broker
-from virtbus.bus.url import read_url
-from virtbus.config import secret_text, why_unread
+from virtbus.bus.url import password, read_url
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError
 from virtbus.telemetry import BusConnected, BusLost, InsecureTransport, Notice, TelemetryEvent, emit
 
@@ -33,8 +31,8 @@ _CLOSE_SECONDS = 1.0
 LINK_FAULTS: tuple[type[BaseException], ...] = (OSError, AMQPError, struct.error)
 """What reading from, writing to or talking over a connection can raise (TLS errors are OSError)."""
 
-
-# ------------------------------------------------------------------------------------- where to
+REFUSING_CODES = frozenset({311, 406, 501, 502})
+"""Reply codes that speak of one message: too large, or malformed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,99 +60,71 @@ def endpoints(urls: str | Sequence[str], options: BusOptions) -> tuple[Endpoint,
     The virtual host is the path: none, "/" and "//" mean "/", and "%2F" inside it is a slash.
     """
     texts = [urls] if isinstance(urls, str) else list(urls)
-    parts = [part.strip() for text in texts for part in re.split("[;,]", text) if part.strip()]
-    if not parts:
+    found = []
+    for url in filter(None, (part.strip() for text in texts for part in re.split("[;,]", text))):
+        if not url.lower().startswith(("amqp://", "amqps://")):
+            raise ConfigError(
+                "each broker of a list needs a whole URL that begins with amqp:// or amqps:// "
+                '(a ";" or "," inside a password is written %3B or %2C)'
+            )
+        parts = read_url(url)
+        (host, port), tls = parts.host, parts.scheme == "amqps"
+        if parts.query:
+            raise ConfigError(
+                f"the bus URL of host {host} has a query: set bus.* in the configuration instead"
+            )
+        if options.auth == "external" and not tls:
+            raise ConfigError(
+                f'bus.auth is "external" but broker {host} is amqp://: the identity is the TLS certificate, '
+                "so use amqps://"
+            )
+        found.append(
+            Endpoint(
+                host=host,
+                port=port or (5671 if tls else 5672),
+                vhost=parts.path[1:] or "/",
+                tls=tls,
+                username=options.username or parts.username or "guest",
+                password=parts.password if parts.password is not None else "guest",
+            )
+        )
+    if not found:
         raise ConfigError("no broker URL: write amqps://user@host/vhost")
-    return tuple(_endpoint(part, options) for part in parts)
-
-
-def _endpoint(url: str, options: BusOptions) -> Endpoint:
-    if not url.lower().startswith(("amqp://", "amqps://")):
-        raise ConfigError(
-            "each broker of a list needs a whole URL that begins with amqp:// or amqps:// "
-            '(a ";" or "," inside a password is written %3B or %2C)'
-        )
-    parts = read_url(url)
-    host, port = parts.host
-    tls = parts.scheme == "amqps"
-    if parts.query:
-        raise ConfigError(
-            f"the bus URL of host {host} has a query: settings go to bus.* in the configuration"
-        )
-    if options.auth == "external" and not tls:
-        raise ConfigError(
-            f'bus.auth is "external" but broker {host} is amqp://: the identity is the TLS certificate, so '
-            "use amqps://"
-        )
-    return Endpoint(
-        host=host,
-        port=port or (5671 if tls else 5672),
-        vhost=parts.path[1:] or "/",
-        tls=tls,
-        username=options.username or parts.username or "guest",
-        password=parts.password if parts.password is not None else "guest",
-    )
-
-
-# ------------------------------------------------------------------------------------- the link
+    return tuple(found)
 
 
 class Waker:
-    """Wakes a `pump` from another thread."""
+    """Ends a `pump` from another thread, now or the next one."""
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def wake(self) -> None:
-        """The pump that waits on `fd`, now or next, returns at once."""
+        """The pump that waits on `fd` returns at once."""
         os.eventfd_write(self.fd, 1)
-
-    def wait(self, seconds: float) -> None:
-        """Until somebody wakes us, `seconds` at most; for who has no connection to pump."""
-        if select.select([self.fd], [], [], seconds)[0]:
-            os.eventfd_read(self.fd)
 
     def __del__(self) -> None:
         os.close(self.fd)
 
 
 class Link:
-    """An open connection to one broker, from handshake to farewell. One thread at a time."""
+    """An open connection to one broker. One thread at a time."""
 
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        options: BusOptions,
-        waker: Waker,
-    ) -> None:
-        """Connect and log in. Raises BusUnavailable or BusDenied, never anything else."""
-        self.endpoint = endpoint
-        self.options = options
+    def __init__(self, endpoint: Endpoint, options: BusOptions, waker: Waker) -> None:
+        """Connect and log in. Raises BusUnavailable, BusDenied."""
+        self.endpoint, self.options, self.name = endpoint, options, endpoint.name
+        self.is_private = endpoint.tls or is_loopback(endpoint.host)
         # PLAIN proves the user. EXTERNAL's user is whatever the broker reads out of the certificate,
         # which only the operator knows; a wrong guess would have every message refused.
-        self.user: str | None = options.username if options.auth == "external" else endpoint.username
+        self.user = options.username if options.auth == "external" else endpoint.username
         # Called with True and the reason, or with False, when the broker blocks publishers or no longer.
         self.on_blocked: Callable[[bool, str | None], None] = lambda blocked, reason: None
-        self.connection = self._open(waker)
-
-    @property
-    def name(self) -> str:
-        """The broker's address for logs."""
-        return self.endpoint.name
-
-    @property
-    def is_local(self) -> bool:
-        """Whether what it carries stays on this machine."""
-        return is_loopback(self.endpoint.host)
-
-    def _open(self, waker: Waker) -> WireConnection:
-        options, endpoint = self.options, self.endpoint
         with errors.translating(faults(self.name, doing="connecting")):
             client = Connection(
                 hostname=endpoint.host,
                 port=endpoint.port,
                 userid=endpoint.username,
-                password=_password(endpoint, options),
+                password=password(options.password_file, endpoint.password),
                 virtual_host=endpoint.vhost,
                 ssl=_tls(endpoint, options) if endpoint.tls else False,
                 login_method="EXTERNAL" if options.auth == "external" else "PLAIN",
@@ -172,9 +142,8 @@ class Link:
                 },
             )
             # Not Connection.connect(): that retries on its own.
-            connection: WireConnection = client.transport.establish_connection()
-            seen_broker(connection.transport.sock)
-            return connection
+            self.connection: WireConnection = client.transport.establish_connection()
+            seen_broker(self.connection.transport.sock)
 
     def channel(self) -> Channel:
         """Open a channel. Raises as LINK_FAULTS."""
@@ -193,73 +162,74 @@ class Link:
             if channel.is_open and self.connection.connected:
                 channel.close()
 
-    @property
-    def server_major(self) -> int | None:
-        """RabbitMQ's major version; None for any other broker."""
-        told = self.connection.server_properties or {}
-        major = str(told.get("version", "")).partition(".")[0]
-        return int(major) if told.get("product") == "RabbitMQ" and major.isdigit() else None
+    def finds(self, question: Callable[[Channel], object]) -> bool:
+        """Ask for a queue or exchange (passively): False when it is not there. Raises as LINK_FAULTS."""
+        try:
+            with self.brief_channel() as channel:
+                question(channel)
+        except amqp.NotFound:
+            return False
+        return True
 
     def be_patient(self) -> None:
         """The synchronous calls that follow have `connect_timeout` seconds together."""
         self.connection.limit = time.monotonic() + self.options.connect_timeout
 
     def declare_exchange(self) -> None:
-        """Make sure that the exchange is there; BusDenied when it is not and we may not make it.
+        """Make sure that the exchange is there, where we may. Raises BusDenied, and as LINK_FAULTS.
 
-        An exchange that is there already, with other arguments or out of our rights, is the operator's:
-        used as it is.
+        One that is there already, with other arguments or out of our rights, is used as it is.
         """
         exchange = self.options.exchange
         if not self.options.declare:
             return  # publishing finds out
-        try:
-            self._exchange_declare(passive=False)
+        refusal = self.exchange_refusal()
+        if refusal is None:
             return
-        except (amqp.AccessRefused, amqp.PreconditionFailed) as error:
-            refusal = error
-        except LINK_FAULTS as error:
-            raise translated(error, self.name, doing=f"declaring exchange {exchange}") from error
-        try:
-            self._exchange_declare(passive=True)
-        except amqp.NotFound as error:
+        if not self.has_exchange():
             raise BusDenied(
                 f"{self.name}: exchange {exchange} does not exist and user {self.user} may not create it: "
                 f"grant it configure rights on {exchange}, or create it (topic, durable) and set "
                 "bus.declare = false"
-            ) from error
-        except LINK_FAULTS as error:
-            raise translated(error, self.name, doing=f"looking for exchange {exchange}") from error
+            ) from refusal
         if isinstance(refusal, amqp.PreconditionFailed):
             emit(Notice(f"{self.name}: exchange {exchange} has other arguments than ours; used as it is"))
 
-    def exchange_differs(self) -> str | None:
-        """The broker's words when the exchange that is there has another type or durability than ours.
-
-        Declaring what is there as it is changes nothing; whoever may not declare can't learn it (None).
-        Raises as LINK_FAULTS.
-        """
+    def exchange_refusal(self) -> amqp.AccessRefused | amqp.PreconditionFailed | None:
+        """Declare the exchange; why the broker refuses that. Raises as LINK_FAULTS."""
         try:
-            self._exchange_declare(passive=False)
-        except amqp.PreconditionFailed as error:
-            return str(error.reply_text)
-        except amqp.AccessRefused:
-            return None
+            with self.brief_channel() as channel:
+                channel.exchange_declare(self.options.exchange, "topic", durable=True, auto_delete=False)
+        except (amqp.AccessRefused, amqp.PreconditionFailed) as error:
+            return error
         return None
 
     def has_exchange(self) -> bool:
         """Whether the exchange is there; changes nothing. Raises as LINK_FAULTS."""
-        try:
-            self._exchange_declare(passive=True)
-        except amqp.NotFound:
-            return False
-        return True
+        return self.finds(
+            lambda channel: channel.exchange_declare(self.options.exchange, "topic", passive=True)
+        )
 
-    def _exchange_declare(self, *, passive: bool) -> None:
-        with self.brief_channel() as channel:
-            channel.exchange_declare(
-                self.options.exchange, type="topic", passive=passive, durable=True, auto_delete=False
-            )
+    def declare_queue(self, queue: str, **more: Any) -> amqp.AccessRefused | amqp.PreconditionFailed | None:
+        """Declare a durable queue of ours; why the broker refuses that. Raises as LINK_FAULTS.
+
+        RabbitMQ 4 gives up on a message after 20 deliveries, and counts what was only prefetched when a
+        connection ended; which event kills its consumer only the consumer can tell (`Consumer.max_attempts`).
+        A queue that an older broker or release made lacks that argument, and is used as it is.
+        """
+        server = self.connection.server_properties or {}
+        major = str(server.get("version", "")).partition(".")[0]
+        plain = {"x-queue-type": "quorum", **more}
+        unlimited = server.get("product") == "RabbitMQ" and major.isdigit() and int(major) >= 4
+        refusal = None
+        for arguments in [{**plain, "x-delivery-limit": -1}, plain] if unlimited else [plain]:
+            try:
+                with self.brief_channel() as channel:
+                    channel.queue_declare(queue, durable=True, auto_delete=False, arguments=arguments)
+                return None
+            except (amqp.AccessRefused, amqp.PreconditionFailed) as error:
+                refusal = error
+        return refusal
 
     def discard(self) -> None:
         """Throw the connection away; nothing that is under way may still be trusted."""
@@ -278,8 +248,8 @@ class Link:
 class Dialer:
     """Opens links to the first broker of several that takes us.
 
-    It begins at a random one, so that a fleet spreads over them. After a failure it goes on with the
-    next; the caller owns the waits between rounds.
+    It begins at a random one, so that a fleet spreads over them; after a failure it goes on with the next.
+    The caller owns the waits between rounds.
     """
 
     def __init__(self, urls: str | Sequence[str], options: BusOptions) -> None:
@@ -288,74 +258,67 @@ class Dialer:
         self.options = options
         self._next = random.randrange(len(self.endpoints))  # noqa: S311 - no secret
         self._warned = False
-        if options.password_file is not None:
-            try:
-                _password(self.endpoints[0], options)
-            except BusUnavailable as error:
-                raise ConfigError(f"bus.password_file: {error}") from error
+        try:
+            password(options.password_file, None)
+        except BusDenied as error:
+            raise ConfigError(str(error)) from error
 
     def dial(self, waker: Waker, told: Callable[[str], TelemetryEvent] | None = BusConnected) -> Link:
-        """A link to some broker, told of in the words of `told`.
-
-        Raises BusUnavailable, or BusDenied when all of them refuse us.
-        """
+        """A link to some broker, reported as `told`. Raises BusUnavailable; BusDenied when all refuse us."""
         failures: list[BusUnavailable | BusDenied] = []
         for _ in self.endpoints:
-            endpoint = self.endpoints[self._next]
             try:
-                link = Link(endpoint, self.options, waker)
+                link = Link(self.endpoints[self._next], self.options, waker)
             except (BusUnavailable, BusDenied) as error:
                 failures.append(error)
                 self.skip()
                 continue
-            self._warn_of_plaintext(endpoint)
+            if not link.is_private and not self._warned:
+                self._warned = True
+                emit(InsecureTransport(link.name))
             if told is not None:
-                emit(told(endpoint.name))
+                emit(told(link.name))
             return link
         raise next((error for error in failures if error.retryable), failures[-1])
+
+    @contextmanager
+    def setting_up(
+        self, link: Link, doing: str, told: Callable[[str, Exception], TelemetryEvent] = BusLost
+    ) -> Iterator[None]:
+        """Translate what fails in the block; then the link is thrown away, and the next broker is tried."""
+        try:
+            with errors.translating(faults(link.name, doing=doing)):
+                yield
+        except (BusUnavailable, BusDenied) as error:
+            lost(link, error, told)
+            self.skip()
+            raise
 
     def skip(self) -> None:
         """Begin the next round at another broker."""
         self._next = (self._next + 1) % len(self.endpoints)
 
-    def _warn_of_plaintext(self, endpoint: Endpoint) -> None:
-        if not endpoint.tls and not is_loopback(endpoint.host) and not self._warned:
-            self._warned = True
-            emit(InsecureTransport(endpoint.name))
-
 
 def lost(link: Link, error: Exception, told: Callable[[str, Exception], TelemetryEvent] = BusLost) -> None:
-    """Throw `link` away and say so, in the words of `told`."""
+    """Throw `link` away and report it as `told`."""
     link.discard()
     emit(told(link.name, error))
 
 
-def _password(endpoint: Endpoint, options: BusOptions) -> str:
-    """Read at each connect, so that a rotated password is used without a restart."""
-    if options.password_file is None:
-        return endpoint.password
-    try:
-        return secret_text(options.password_file)
-    except (OSError, ValueError) as error:
-        raise BusUnavailable(
-            f"can't read the broker password from {options.password_file}: {why_unread(error)}"
-        ) from error
-
-
 def _tls(endpoint: Endpoint, options: BusOptions) -> dict[str, Any]:
     """py-amqp's TLS arguments: peer and host name are verified, always."""
+
+    def text(path: os.PathLike[str] | None) -> str | None:
+        return None if path is None else os.fspath(path)
+
     return {
         # Named here: kombu turns "localhost" into 127.0.0.1, which no certificate carries.
         "server_hostname": options.tls_server_name or endpoint.host,
         "cert_reqs": ssl.CERT_REQUIRED,
-        "ca_certs": _text(options.tls_ca_file),
-        "certfile": _text(options.tls_cert_file),
-        "keyfile": _text(options.tls_key_file),
+        "ca_certs": text(options.tls_ca_file),
+        "certfile": text(options.tls_cert_file),
+        "keyfile": text(options.tls_key_file),
     }
-
-
-def _text(path: os.PathLike[str] | None) -> str | None:
-    return None if path is None else os.fspath(path)
 
 
 def _socket_settings(options: BusOptions) -> dict[int, int]:
@@ -390,6 +353,12 @@ def faults(name: str, *, doing: str) -> errors.Translations:
     def away(why: str) -> Callable[[BaseException], BusUnavailable]:
         return lambda error: BusUnavailable(f"{where}: {why}")
 
+    def tls(error: ssl.SSLError) -> BusUnavailable | BusDenied:
+        reason = error.reason or "TLS failed"
+        if "ALERT" in reason:
+            return BusDenied(f"{where}: the broker refuses our TLS ({reason}): check bus.tls.cert_file")
+        return BusUnavailable(f"{where}: {reason}: is this the broker's TLS port?")
+
     def unreadable(error: OSError) -> BusUnavailable:
         why = error.strerror or error
         return BusUnavailable(
@@ -401,8 +370,8 @@ def faults(name: str, *, doing: str) -> errors.Translations:
             f"{where}: the broker's certificate is not trusted ({error.verify_message}): "
             "check bus.tls.ca_file, and that the URL's host is a name in the certificate"
         ),
-        ssl.SSLError: lambda error: _translated_tls(error, where),
-        AMQPError: lambda error: _translated_amqp(error, where),
+        ssl.SSLError: tls,
+        AMQPError: lambda error: _of_broker(error, where),
         TimeoutError: away("no answer in time: check the address, the network and the broker"),
         socket.gaierror: away("the host name can't be resolved: check bus.url and DNS"),
         ConnectionRefusedError: away("connection refused: is the broker up, is the port right?"),
@@ -413,14 +382,7 @@ def faults(name: str, *, doing: str) -> errors.Translations:
     }
 
 
-def _translated_tls(error: ssl.SSLError, where: str) -> BusUnavailable | BusDenied:
-    reason = error.reason or "TLS failed"
-    if "ALERT" in reason:
-        return BusDenied(f"{where}: the broker refuses our TLS ({reason}): check bus.tls.cert_file")
-    return BusUnavailable(f"{where}: {reason}: is this the broker's TLS port?")
-
-
-def _translated_amqp(error: AMQPError, where: str) -> BusUnavailable | BusDenied:
+def _of_broker(error: AMQPError, where: str) -> BusUnavailable | BusDenied:
     code = getattr(error, "reply_code", 0) or 0
     text = str(getattr(error, "reply_text", "") or "").strip()
     if code == 403:
@@ -438,7 +400,7 @@ def _translated_amqp(error: AMQPError, where: str) -> BusUnavailable | BusDenied
         )
     if code == 406 and "user_id" in text:
         return BusDenied(f"{where}: {text}: set bus.username to the name the broker gives this certificate")
-    if "auth mechanism" in text or "auth mechanism" in str(error):
+    if "auth mechanism" in f"{text} {error}":
         return BusDenied(f"{where}: the broker does not offer the authentication of bus.auth")
     if isinstance(error, amqp.ConnectionForced) and "heartbeat" in text:
         return BusUnavailable(f"{where}: heartbeats missed: the broker or the network is gone")

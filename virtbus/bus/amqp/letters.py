@@ -1,45 +1,192 @@
-"""Dead letters on RabbitMQ as their operator sees them: counted, listed, sent back, dropped."""
+"""Dead letters on RabbitMQ: stored over a connection of their own; an operator's look at them."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any
 
 import amqp
+from amqp import spec
+from amqp.exceptions import AMQPError
+from amqp.serialization import dumps
 
 from virtbus.bus import CUT_HEADER, REASON_HEADER, BusOptions, DeadLetter
-from virtbus.bus.amqp.connection import LINK_FAULTS, Dialer, Waker, translated
-from virtbus.bus.amqp.dead import AT_HEADER, OURS, USER_HEADER, publish
-from virtbus.errors import BusDenied, BusUnavailable, RecordRefused
+from virtbus.bus.amqp.connection import LINK_FAULTS, REFUSING_CODES, Dialer, Link, Waker, translated
+from virtbus.bus.subscription import REASON_BYTES, Item, cut_text
+from virtbus.errors import BusDenied, BusUnavailable, RecordRefused, VirtbusError
 from virtbus.model import Binding, Message
 from virtbus.telemetry import Trouble, emit
 
+USER_HEADER = "x-virtbus-user-id"
+AT_HEADER = "x-virtbus-dead-at"
+_OURS = frozenset({REASON_HEADER, CUT_HEADER, USER_HEADER, AT_HEADER})
+_KEPT = ("content_type", "content_encoding", "message_id", "timestamp", "type", "app_id")
+_STUB_BYTES = 65536  # of a body that no dead-letter queue takes
+_FRAME_OVERHEAD = 8 + 14 + 64  # frame, content header, and what the properties' names need
 # What the broker adds to a message on its way.
 _BROKERS = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count", "x-opt-")
-# A letter that was looked at so often is written anew: a policy may limit deliveries, also of dead letters.
+# A letter that was looked at so often is stored again: a policy may limit deliveries, also of dead letters.
 _LOOKS = 8
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    tag: int
-    properties: Mapping[str, Any]
+class _Desk:
+    """A connection that stores one message at a time, so that confirms can't be mixed up."""
+
+    def __init__(self, dialer: Dialer, options: BusOptions) -> None:
+        self.link: Link | None = None
+        self.closed = False
+        self._options, self._dialer, self._waker = options, dialer, Waker()
+        self._channel: Any = None
+        self._settled: list[str] = []
+
+    def open(self) -> Link:
+        """The connection. Raises BusUnavailable, BusDenied."""
+        if self.link is None:
+            self.link, self._channel = self._dialer.dial(self._waker, told=None), None
+        return self.link
+
+    def channel(self) -> Any:
+        """Our channel in confirm mode. Raises as LINK_FAULTS."""
+        assert self.link is not None
+        if self._channel is None:
+            self._channel = self.link.channel()
+            self._channel.confirm_select()
+            for name in ("basic_ack", "basic_nack", "basic_return"):
+                self._channel.events[name].add(lambda *_, name=name: self._settled.append(name))
+        return self._channel
+
+    def publish(self, content: amqp.Message, queue: str, doing: str) -> None:
+        """Store a message in a queue, confirmed. Raises BusUnavailable, BusDenied, RecordRefused."""
+        link, self._settled = self.open(), []
+        limit = time.monotonic() + self._options.confirm_timeout
+        with self.failing(doing):
+            # Through the default exchange, mandatory: a queue that is gone must not swallow it.
+            self.channel().send_method(spec.Basic.Publish, "Bssbb", (0, "", queue, True, False), content)
+            while not self._settled or self._settled == ["basic_return"]:
+                if self.closed or time.monotonic() >= limit:
+                    raise TimeoutError("no confirm of a dead letter: does the broker block publishers?")
+                link.connection.pump(min(1.0, limit - time.monotonic()))
+        if self._settled != ["basic_ack"]:
+            why = "does not exist" if self._settled[0] == "basic_return" else "does not take it: is it full?"
+            raise BusUnavailable(f"{link.name}: {doing}: queue {queue} {why}")
+
+    @contextmanager
+    def failing(self, doing: str) -> Iterator[None]:
+        """Translate what LINK_FAULTS names, and throw the connection away."""
+        try:
+            yield
+        except LINK_FAULTS as error:
+            link = self.open()
+            self.link = None
+            link.discard()
+            told = translated(error, link.name, doing=doing)
+            if getattr(error, "reply_code", 0) in REFUSING_CODES:
+                raise RecordRefused(str(told)) from error
+            raise told from error
+
+    def abort(self) -> None:
+        """End what is under way, for good; from another thread."""
+        self.closed = True
+        self._waker.wake()
+
+    def close(self) -> None:
+        """Close the connection; idempotent."""
+        link, self.link = self.link, None
+        if link is not None:
+            link.close()
+
+
+class AmqpLetterStore:
+    """See virtbus.bus.subscription.LetterStore."""
+
+    def __init__(self, dialer: Dialer, options: BusOptions, queue: str) -> None:
+        self.name = queue
+        self._options = options
+        self._desk = _Desk(dialer, options)
+        self.abort, self.disconnect = self._desk.abort, self._desk.close
+
+    def store(self, item: Item, reason: str, smaller: int) -> str | None:
+        """See LetterStore."""
+        doing, desk = f"putting aside in {self.name}", self._desk
+        fresh = desk.link is None
+        link = desk.open()
+        if fresh and self._options.declare:
+            with desk.failing(doing):
+                link.declare_queue(self.name)  # refused: it is the operator's, if it is there
+        room = link.connection.frame_max - _FRAME_OVERHEAD
+        content, cut = letter(item.message, item.origin.properties, reason, room, smaller)
+        try:
+            desk.publish(content, self.name, doing)
+        except BusUnavailable:
+            desk.close()  # the next one declares the queue again
+            raise
+        return cut
+
+    def keep_alive(self) -> None:
+        """See LetterStore."""
+        if self._desk.link is not None:
+            with suppress(VirtbusError), self._desk.failing("keeping alive"):
+                self._desk.link.connection.pump(0.0)
+
+
+def letter(
+    message: Message, properties: Mapping[str, Any], reason: str, room: int, smaller: int = 0
+) -> tuple[amqp.Message, str | None]:
+    """The message as it came with the reason in front, and what had to be cut for `room` bytes of properties.
+
+    Who published it moves into a header: the broker lets nobody publish under another user's name. With
+    `smaller` 1 its body becomes a stub, with 2 its headers go too.
+    """
+    basic = {name: properties[name] for name in _KEPT if name in properties}
+    headers: dict[str, Any] = {
+        REASON_HEADER: cut_text(reason, REASON_BYTES),
+        AT_HEADER: datetime.now(UTC).isoformat(timespec="milliseconds"),
+    }
+    if message.user_id is not None:
+        headers[USER_HEADER] = message.user_id
+    left, body, cuts, dropped = room - _size(headers) - 300 * len(basic), message.body, [], []
+    theirs = {name: value for name, value in message.headers.items() if name not in _OURS}
+    for name, size in sorted(
+        ((name, _size({name: theirs[name]})) for name in theirs), key=lambda one: one[1]
+    ):
+        left -= size
+        if left < REASON_BYTES or smaller > 1:
+            dropped.append(str(name))
+            del theirs[name]
+    if dropped:
+        cuts.append(f"headers left out: {', '.join(dropped)[:400]}")
+    if smaller and len(body) > _STUB_BYTES:
+        cuts.append(f"body: the first {_STUB_BYTES} of {len(body)} bytes")
+        body = body[:_STUB_BYTES]
+    cut = "; ".join(cuts) or None
+    if cut is not None:
+        headers[CUT_HEADER] = cut_text(cut, REASON_BYTES)
+    return amqp.Message(body, application_headers={**headers, **theirs}, delivery_mode=2, **basic), cut
+
+
+def _size(headers: Mapping[str, Any]) -> int:
+    """Bytes in a header table; of what can't be written again, more than any frame has."""
+    try:
+        return len(dumps("F", [dict(headers)]))
+    except (AMQPError, ValueError, TypeError, OverflowError, RecursionError, AttributeError):
+        return 1 << 30
+
+
+# ------------------------------------------------------------------------------------- an operator's look
 
 
 class AmqpDeadLetters:
     """See virtbus.bus.DeadLetters. What it has read is out of others' sight until it lets go."""
 
-    def __init__(self, dialer: Dialer, options: BusOptions, queue: str) -> None:
-        """Connects. `queue` is the group's. Raises BusUnavailable, BusDenied."""
-        self._options, self._group, self._queue = options, queue, f"{queue}.dead"
-        self._waker = Waker()
-        self._link = dialer.dial(self._waker, told=None)
-        self._channel: Any = None
-        self._open: deque[DeadLetter] = deque()
+    def __init__(self, dialer: Dialer, options: BusOptions, group: str) -> None:
+        """Connects. Raises BusUnavailable, BusDenied."""
+        self._group, self._queue = f"virtbus.{group}", f"virtbus.{group}.dead"
+        self._desk = _Desk(dialer, options)
+        self._desk.open()
+        self._open: list[DeadLetter] = []
 
     def __enter__(self) -> AmqpDeadLetters:
         return self
@@ -47,29 +194,32 @@ class AmqpDeadLetters:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @contextmanager
+    def _asking(self, doing: str) -> Iterator[Link]:
+        """The connection that has given out the letters; when it is lost the look is over."""
+        link, where = self._desk.link, f"dead letters of {self._group}"
+        if link is None:
+            raise BusUnavailable(f"{doing} {where}: the connection was lost; look again")
+        with self._desk.failing(f"{doing} {where}"):
+            yield link
+
     def count(self) -> int:
         """See virtbus.bus.DeadLetters."""
-        try:
-            with self._link.brief_channel() as channel:
-                found: int = channel.queue_declare(self._queue, passive=True).message_count
-        except amqp.NotFound:
-            return len(self._open)
-        except LINK_FAULTS as error:
-            raise self._failed(error, "counting") from error
+        with self._asking("counting") as link:
+            try:
+                with link.brief_channel() as channel:
+                    found: int = channel.queue_declare(self._queue, passive=True).message_count
+            except amqp.NotFound:
+                found = 0
         return found + len(self._open)
 
     def read(self, limit: int | None = None) -> Iterator[DeadLetter]:
         """See virtbus.bus.DeadLetters."""
         left = self.count() - len(self._open)
-        if limit is not None:
-            left = min(left, limit)
-        for _ in range(left):
-            try:
-                channel = self._working()
-                self._link.be_patient()
-                raw = channel.basic_get(self._queue)
-            except LINK_FAULTS as error:
-                raise self._failed(error, "reading") from error
+        for _ in range(left if limit is None else min(left, limit)):
+            with self._asking("reading") as link:
+                link.be_patient()
+                raw = self._desk.channel().basic_get(self._queue)
             if raw is None:
                 return
             found = _dead_letter(raw, self._queue)
@@ -78,89 +228,52 @@ class AmqpDeadLetters:
 
     def send_back(self, letter: DeadLetter) -> None:
         """See virtbus.bus.DeadLetters."""
-        if CUT_HEADER in letter.message.headers:
+        headers = letter.message.headers
+        if CUT_HEADER in headers:
             raise RecordRefused(
-                f"{letter.position} was cut when it was put aside ({letter.message.headers[CUT_HEADER]}): "
+                f"{letter.position} was cut when it was put aside ({headers[CUT_HEADER]}): "
                 "it can't be sent back as it came"
             )
-        place: _Place = letter.message.handle  # type: ignore[assignment]
-        headers = {
-            name: value
-            for name, value in letter.message.headers.items()
-            if name not in OURS and not name.startswith(_BROKERS)
+        kept = {
+            name: headers[name] for name in headers if name not in _OURS and not name.startswith(_BROKERS)
         }
-        self._store(letter, place, headers, self._group, "sending back")
+        self._store(letter, kept, self._group, "sending back")
 
     def drop(self, letter: DeadLetter) -> None:
         """See virtbus.bus.DeadLetters."""
-        place: _Place = letter.message.handle  # type: ignore[assignment]
-        self._settle(letter, place, "dropping")
+        raw: Any = letter.message.handle
+        if letter in self._open:
+            with self._asking("dropping") as link:
+                self._desk.channel().basic_ack(raw.delivery_info["delivery_tag"])
+                link.connection.flush()
+            self._open.remove(letter)
 
     def close(self) -> None:
         """See virtbus.bus.DeadLetters."""
-        worn = [one for one in self._open if (one.message.attempts or 0) > _LOOKS]
         try:
-            for letter in worn:
+            for letter in [one for one in self._open if (one.message.attempts or 0) > _LOOKS]:
                 headers = {k: v for k, v in letter.message.headers.items() if k != "x-delivery-count"}
-                self._store(letter, letter.message.handle, headers, self._queue, "keeping")
+                self._store(letter, headers, self._queue, "keeping")
         except (BusUnavailable, BusDenied) as error:
-            emit(Trouble("writing dead letters anew", error))
+            emit(Trouble("storing dead letters again", error))
         self._open.clear()
-        self._link.close()
+        self._desk.close()
 
-    def _store(
-        self, letter: DeadLetter, place: Any, headers: Mapping[str, Any], queue: str, doing: str
-    ) -> None:
+    def _store(self, letter: DeadLetter, headers: Mapping[str, Any], queue: str, doing: str) -> None:
         """Publish it to a queue, confirmed; then remove it here."""
-        kept = ("content_type", "content_encoding", "message_id", "timestamp", "type", "app_id")
-        basic = {name: place.properties[name] for name in kept if name in place.properties}
-        content = amqp.Message(
-            letter.message.body, application_headers=dict(headers), delivery_mode=2, **basic
-        )
-        settled: list[str] = []
-        try:
-            channel = self._working()
-            for name in ("basic_ack", "basic_nack", "basic_return"):
-                channel.events[name].clear()
-                channel.events[name].add(lambda *_, name=name: settled.append(name))
-            publish(channel, content, queue)
-            limit = time.monotonic() + self._options.confirm_timeout
-            while not settled or settled == ["basic_return"]:
-                if time.monotonic() >= limit:
-                    raise TimeoutError("no confirm")
-                self._link.connection.pump(min(1.0, limit - time.monotonic()))
-        except LINK_FAULTS as error:
-            raise self._failed(error, doing) from error
-        if settled != ["basic_ack"]:
-            why = "does not exist" if settled[0] == "basic_return" else "does not take it: is it full?"
-            raise BusUnavailable(f"{self._link.name}: {doing} {letter.position}: queue {queue} {why}")
-        self._settle(letter, place, doing)
-
-    def _settle(self, letter: DeadLetter, place: _Place, doing: str) -> None:
-        if letter not in self._open:
-            return
-        try:
-            self._channel.basic_ack(place.tag)
-            self._link.connection.flush()
-        except LINK_FAULTS as error:
-            raise self._failed(error, doing) from error
-        self._open.remove(letter)
-
-    def _working(self) -> Any:
-        if self._channel is None:
-            self._channel = self._link.channel()
-            self._channel.confirm_select()
-        return self._channel
-
-    def _failed(self, error: BaseException, doing: str) -> BusUnavailable | BusDenied:
-        return translated(error, self._link.name, doing=f"{doing} dead letters of {self._group}")
+        raw: Any = letter.message.handle
+        basic = {name: raw.properties[name] for name in _KEPT if name in raw.properties}
+        body = letter.message.body
+        content = amqp.Message(body, application_headers=dict(headers), delivery_mode=2, **basic)
+        with self._asking(doing):
+            self._desk.publish(content, queue, f"{doing} {letter.position}")
+        self.drop(letter)
 
 
 def _dead_letter(raw: Any, queue: str) -> DeadLetter:
     headers = raw.properties.get("application_headers") or {}
     body = raw.body.encode() if isinstance(raw.body, str) else bytes(raw.body)
-    tag, death = raw.delivery_info["delivery_tag"], (headers.get("x-death") or [{}])[0]
-    at = headers.get(AT_HEADER, death.get("time"))
+    death = (headers.get("x-death") or [{}])[0]
     count = headers.get("x-delivery-count")
     message = Message(
         binding=Binding.AMQP,
@@ -171,8 +284,8 @@ def _dead_letter(raw: Any, queue: str) -> DeadLetter:
         redelivered=bool(raw.delivery_info.get("redelivered")),
         # Our own letters have none; where there is one the broker put it aside, with the sender's headers.
         user_id=raw.properties.get("user_id") or headers.get(USER_HEADER),
-        position=f"{queue}#{tag}",
-        handle=_Place(tag, raw.properties),
+        position=f"{queue}#{raw.delivery_info['delivery_tag']}",
+        handle=raw,
         attempts=count + 1 if isinstance(count, int) else None,
     )
 
@@ -186,7 +299,7 @@ def _dead_letter(raw: Any, queue: str) -> DeadLetter:
         source=text("ce-source"),
         type=text("ce-type"),
         reason=text(REASON_HEADER) or str(death.get("reason", "")),
-        at=_time(at),
+        at=_time(headers.get(AT_HEADER, death.get("time"))),
         size_bytes=len(body),
         message=message,
     )

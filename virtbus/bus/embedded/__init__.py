@@ -19,32 +19,24 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
 from virtbus import envelope
 from virtbus.bus import REASON_HEADER, BusOptions, DeadLetter, Feed, Memory, checked_group
-from virtbus.bus.embedded.log import (
-    DEFAULT_MAX_BYTES,
-    SMALLEST_MAX_BYTES,
-    Log,
-    LogState,
-    Member,
-    Stored,
-    size_of,
-)
+from virtbus.bus.embedded.log import LOOK_AHEAD, Log, Member, Stored
+from virtbus.bus.subscription import Item, LineSubscription
 from virtbus.bus.url import read_url
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError, RecordRefused
 from virtbus.model import Binding, Check, Confirmed, Deferred, Message, Outcome, Record, Refused
 from virtbus.retry import Backoff
-from virtbus.telemetry import BusConnected, BusLost, Notice, emit
+from virtbus.telemetry import BusConnected, BusLost, emit
 
 FILE_NAME = "bus.db"
-LEASE_BLOCK = 64  # leased at once: fewer commits; a killed consumer's come back all the same
+_SMALLEST_MAX_BYTES = 64 * 1024
+_LEASE_BLOCK = 64  # leased at once: fewer commits; a killed consumer's come back all the same
 _RECONNECT_CEILING_SECONDS = 1.0
-_CONFIRMED = Confirmed()
 
 
 class EmbeddedBus:
@@ -60,50 +52,42 @@ class EmbeddedBus:
 
     def publish(self, feed: Feed) -> Iterator[tuple[Record, Outcome]]:
         """One transaction a window; see `Bus.publish`. A full log or disk is `Deferred` and ends the call."""
-        log = self._connected()
-        while records := feed.take(self._options.window, frozenset()):
-            outcomes = self._publish_window(log, records)
-            yield from outcomes
-            if any(isinstance(outcome, Deferred) for _, outcome in outcomes):
-                return
-
-    def _publish_window(self, log: Log, records: Sequence[Record]) -> list[tuple[Record, Outcome]]:
-        outcomes: list[tuple[Record, Outcome]] = []
-        fitting: list[tuple[Record, Stored]] = []
-        for record in records:
-            message = self._encoded(record)
-            size, most = size_of(message), min(self._options.max_record_bytes, self.max_bytes)
-            if len(record.body) > self._options.max_record_bytes or size > self.max_bytes:
-                outcomes.append(
-                    (record, Refused(RecordRefused(f"{size} bytes: the bus takes at most {most}")))
-                )
-            else:
-                fitting.append((record, message))
-        stored = 0
-        why: BusUnavailable | BusDenied | None
-        try:
-            stored, why = log.append([message for _, message in fitting])
-        except (BusUnavailable, BusDenied) as error:
-            why = error
-            self._drop()
-            if not self._closed.is_set():
-                emit(BusLost(self._name, error))
-        for number, (record, _) in enumerate(fitting):
-            failed = None if number < stored else why
-            outcomes.append((record, _CONFIRMED if failed is None else Deferred(failed)))
-        return outcomes
-
-    def _encoded(self, record: Record) -> Stored:
-        wire = envelope.to_amqp(record.attributes, record.body, structured=self._options.structured)
-        return Stored(0, record.key, wire.content_type, wire.headers, wire.body)
-
-    def _connected(self) -> Log:
-        if self._closed.is_set():
-            raise BusUnavailable(f"embedded bus {self.path}: closed")
+        self._check_open()
         if self._log is None:
             self._log = Log(self.path, max_bytes=self.max_bytes)
             emit(BusConnected(self._name))
-        return self._log
+        log, why = self._log, None
+        while why is None and (records := feed.take(self._options.window, frozenset())):
+            fitting: list[tuple[Record, Stored]] = []
+            for record in records:
+                wire = envelope.to_amqp(record.attributes, record.body, structured=self._options.structured)
+                stored = Stored(0, record.key, wire.content_type, wire.headers, wire.body)
+                if len(record.body) > self._options.max_record_bytes or stored.size > self.max_bytes:
+                    most = min(self._options.max_record_bytes, self.max_bytes)
+                    yield record, Refused(RecordRefused(f"{stored.size} bytes: the bus takes at most {most}"))
+                else:
+                    fitting.append((record, stored))
+            count, why = self._append(log, [stored for _, stored in fitting])
+            for record, _ in fitting[:count]:
+                yield record, Confirmed()
+            for record, _ in fitting[count:]:
+                assert why is not None
+                yield record, Deferred(why)
+
+    def _append(self, log: Log, messages: list[Stored]) -> tuple[int, BusUnavailable | BusDenied | None]:
+        """How many are stored, and why the others are not."""
+        try:
+            count, full = log.append(messages)
+            return count, None if count == len(messages) else full
+        except (BusUnavailable, BusDenied) as error:
+            self._drop()
+            if not self._closed.is_set():
+                emit(BusLost(self._name, error))
+            return 0, error
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise BusUnavailable(f"embedded bus {self.path}: closed")
 
     def _drop(self) -> None:
         log, self._log = self._log, None
@@ -120,11 +104,8 @@ class EmbeddedBus:
 
         It takes effect at once when the file can be used, else when `receive` can use it.
         """
-        if self._closed.is_set():
-            raise BusUnavailable(f"embedded bus {self.path}: closed")
-        subscription = EmbeddedSubscription(
-            self.path, self.max_bytes, checked_group(group), prefetch, exclusive=exclusive
-        )
+        self._check_open()
+        subscription = EmbeddedSubscription(self, checked_group(group), prefetch, exclusive=exclusive)
         with suppress(BusUnavailable, BusDenied):  # receive() tries again, and raises
             subscription.join()
         return subscription
@@ -141,14 +122,16 @@ class EmbeddedBus:
                 self._check_folder()
                 return [Check("bus", "ok", f"{self._name}: no file yet; the first use makes it")]
             with closing(Log(self.path, max_bytes=self.max_bytes)) as log:
-                state = log.state()
+                used, messages, waiting = log.state()
         except (BusUnavailable, BusDenied) as error:
             remedy = "see the message; the bus URL is bus.url"
             return [Check("bus", "failed", str(error), remedy=remedy, exit_code=error.exit_code)]
-        return [
-            Check("bus", "ok", f"{self._name}: whole", details={"messages": state.messages}),
-            self._room(state),
-        ]
+        summary, behind = f"{used} of {self.max_bytes} bytes used", next(iter(waiting), None)
+        room = Check("bus room", "ok", summary, details=waiting)
+        if used >= 0.9 * self.max_bytes and (behind is None or waiting[behind]):
+            remedy = f"consume group {behind}" if behind else "start a consumer"
+            room = Check("bus room", "warning", f"{summary}; full means deferred", remedy, details=waiting)
+        return [Check("bus", "ok", f"{self._name}: whole", details={"messages": messages}), room]
 
     def _check_folder(self) -> None:
         """Raise what keeps the file from being made."""
@@ -161,31 +144,20 @@ class EmbeddedBus:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise BusDenied(f"embedded bus {self.path}: {folder} is not writable; choose another folder")
 
-    def _room(self, state: LogState) -> Check:
-        summary = f"{state.bytes} of {self.max_bytes} bytes used"
-        behind = max(state.waiting, key=lambda group: state.waiting[group], default=None)
-        if state.bytes < 0.9 * self.max_bytes or (behind is not None and not state.waiting[behind]):
-            return Check("bus room", "ok", summary, details=state.waiting)
-        who = f"consume group {behind}" if behind else "start a consumer"
-        return Check("bus room", "warning", f"{summary}; full means deferred", who, details=state.waiting)
-
     def close(self) -> None:
         """Let go of the publisher's file; idempotent. Subscriptions are closed by their owners."""
         self._closed.set()
         self._drop()
 
 
-class EmbeddedSubscription:
+class EmbeddedSubscription(LineSubscription):
     """One consumer's stream of the embedded bus; see `Subscription`."""
 
-    def __init__(
-        self, path: Path, max_bytes: int, group: str | None, prefetch: int, *, exclusive: bool
-    ) -> None:
-        self._path, self._max_bytes, self._group, self._prefetch = path, max_bytes, group, prefetch
+    def __init__(self, bus: EmbeddedBus, group: str | None, prefetch: int, *, exclusive: bool) -> None:
+        super().__init__(group, prefetch)
+        self._path, self._max_bytes, self._prefetch = bus.path, bus.max_bytes, prefetch
         self._exclusive = exclusive and group is not None
         self._member: Member | None = None
-        self._ready: deque[Stored] = deque()  # leased, and not handed out yet
-        self._out: set[int] = set()  # handed out, without a verdict yet
         self._backoff = Backoff("consume", ceiling=_RECONNECT_CEILING_SECONDS)
         self._closed = False
 
@@ -210,17 +182,19 @@ class EmbeddedSubscription:
         end = time.monotonic() + timeout
         while not self._closed:
             try:
-                member = self.join()
-                room = min(LEASE_BLOCK, self._prefetch - len(self._out))
-                if not self._ready and room > 0:
-                    self._ready.extend(member.lease(room))
-                if self._ready:
-                    stored = self._ready.popleft()
-                    self._out.add(stored.pos)
-                    return _message(stored, handle=(member, stored.pos))
-                if (left := end - time.monotonic()) <= 0:
+                member, line = self.join(), self._line
+                if not line.ready:
+                    room = min(_LEASE_BLOCK, self._prefetch - len(line.out))
+                    for stored in member.lease(room if line.held < LOOK_AHEAD else 0):
+                        item = Item(stored.key, stored.pos, member)
+                        item.message = _message(stored, item)
+                        line.arrived(item)
+                message = line.next(time.monotonic())
+                if message is not None:
+                    return message
+                if (now := time.monotonic()) >= end:
                     return None
-                member.wait(left)
+                member.wait(min(end, line.due()) - now)
             except BusDenied:
                 self._drop()
                 raise
@@ -231,55 +205,23 @@ class EmbeddedSubscription:
                 time.sleep(min(left, self._backoff.next_wait()))
         return None
 
-    def ack(self, message: Message) -> None:
-        """Settle it; over a lost connection it comes again."""
-        if (member := self._holder(message)) is not None:
-            try:
-                member.settle(self._done(message))
-            except BusUnavailable as error:
-                self._lost(error)
+    def _done(self, item: Item) -> None:
+        try:
+            item.origin.settle(item.number)
+        except BusUnavailable as error:
+            self._lost(error)
 
-    def retry(self, message: Message, after: float) -> None:
-        """Give it back; nothing of its key is handed out before it."""
-        if (member := self._holder(message)) is not None:
-            later = [stored for stored in self._ready if stored.key == message.key]
-            try:
-                member.give_back([stored.pos for stored in later], seen=False)
-                member.give_back([self._done(message)], after=after)
-            except BusUnavailable as error:
-                self._lost(error)
-                return
-            self._ready = deque(stored for stored in self._ready if stored.key != message.key)
-
-    def dead_letter(self, message: Message, reason: str) -> None:
-        """Put it aside, where it stands in the log; while the file can't be used it comes again."""
-        if (member := self._holder(message)) is not None:
-            cut = reason.encode(errors="replace")[:1024].decode(errors="ignore")
-            try:
-                if self._group is None:
-                    emit(Notice(f"message {message.position} put aside, without a group to keep it: {cut}"))
-                    member.settle(self._done(message))
-                else:
-                    member.dead_letter(self._done(message), cut)
-            except BusUnavailable as error:
-                self._lost(error)
+    def _put_aside(self, item: Item, reason: str) -> None:
+        """Where it stands in the log; while the file can't be used it comes again."""
+        try:
+            item.origin.dead_letter(item.number, reason)
+        except BusUnavailable as error:
+            self._lost(error)
 
     def close(self) -> None:
         """Leave; idempotent."""
         self._closed = True
         self._drop()
-
-    def _holder(self, message: Message) -> Member | None:
-        """The member that holds a message, or None when that is gone: then the message comes again."""
-        assert isinstance(message.handle, tuple)
-        member = message.handle[0]
-        return self._member if member is self._member else None
-
-    def _done(self, message: Message) -> int:
-        assert isinstance(message.handle, tuple)
-        pos: int = message.handle[1]
-        self._out.discard(pos)
-        return pos
 
     def _lost(self, error: BusUnavailable) -> None:
         if self._member is not None:
@@ -288,8 +230,7 @@ class EmbeddedSubscription:
 
     def _drop(self) -> None:
         member, self._member = self._member, None
-        self._ready.clear()
-        self._out.clear()
+        self._line.forget()
         if member is not None:
             member.leave()
 
@@ -299,6 +240,7 @@ class EmbeddedDeadLetters:
 
     def __init__(self, log: Log, group: str) -> None:
         self._log, self._group, self._last = log, group, 0
+        self.close = log.close
 
     def __enter__(self) -> EmbeddedDeadLetters:
         return self
@@ -322,26 +264,19 @@ class EmbeddedDeadLetters:
                 reason=stored.reason or "",
                 at=None,
                 size_bytes=len(stored.body),
-                message=_message(stored, handle=stored.pos),
+                message=_message(stored, stored.pos),
             )
 
     def send_back(self, letter: DeadLetter) -> None:
         """See virtbus.bus.DeadLetters."""
-        self._log.send_back(self._group, int(letter.position))
+        self._log.settle_letter(self._group, int(letter.position), again=True)
 
     def drop(self, letter: DeadLetter) -> None:
         """See virtbus.bus.DeadLetters."""
-        self._log.drop(self._group, int(letter.position))
-
-    def close(self) -> None:
-        """Let go; idempotent."""
-        self._log.close()
+        self._log.settle_letter(self._group, int(letter.position), again=False)
 
 
-# ---------------------------------------------------------------------------------------- small parts
-
-
-def _message(stored: Stored, *, handle: object) -> Message:
+def _message(stored: Stored, handle: object) -> Message:
     return Message(
         binding=Binding.AMQP,
         headers={**stored.headers, **({} if stored.reason is None else {REASON_HEADER: stored.reason})},
@@ -363,10 +298,10 @@ def _read_url(url: str, options: BusOptions) -> tuple[Path, int]:
         raise ConfigError(f"the bus URL {url!r} names a host, and this bus has none: {example}")
     if unknown := sorted(parts.query.keys() - {"max_bytes"}):
         raise ConfigError(f"the bus URL {url!r} has an unknown option {unknown[0]!r}; known is max_bytes")
-    text = parts.query.get("max_bytes", str(DEFAULT_MAX_BYTES))
-    if not text.isascii() or not text.isdigit() or int(text) < SMALLEST_MAX_BYTES:
+    text = parts.query.get("max_bytes", str(64 * 1024 * 1024))
+    if not text.isascii() or not text.isdigit() or int(text) < _SMALLEST_MAX_BYTES:
         raise ConfigError(
-            f"the bus URL's max_bytes is {text!r}: write a number, at least {SMALLEST_MAX_BYTES}"
+            f"the bus URL's max_bytes is {text!r}: write a number, at least {_SMALLEST_MAX_BYTES}"
         )
     path = parts.path
     if not path:

@@ -3,13 +3,11 @@
 Many processes of one host share it; nothing here knows CloudEvents. Guarantees:
 
 1. `append` returns after the messages are on disk (WAL, synchronous=FULL), in order.
-2. A message is leased to one member of a group at a time. The lease ends with the verdict, when the
-   member's process is gone (its file lock goes with it, which others see within about a second), or when
-   the member has not called for `LEASE_SECONDS`; then somebody gets the message again.
-3. Within a group the messages of one key are handed out in log order: while an earlier one is with another
-   member, or delayed, the later ones wait. Other keys go on.
-4. The log never grows above `max_bytes`. Only what every group has settled is evicted to make room; what a
-   group has not read stays, and `append` takes no more.
+2. A message is leased to one member of a group at a time. The lease ends with the verdict, when the member's
+   process is gone (its file lock goes with it, which others see within about a second), or when the member
+   has not called for `LEASE_SECONDS`; then somebody gets the message again.
+3. Within a group a message is not leased while an earlier one of its key is with another member.
+4. The log never grows above `max_bytes`. Only what every group has settled is evicted to make room.
 
 Verdicts are not synced one by one: a power cut can undo the last of them, and then a message comes twice.
 It never undoes an append, a dead letter or a new group.
@@ -26,15 +24,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from virtbus.errors import BusDenied, BusUnavailable, VirtbusError, translating
 
 LEASE_SECONDS = 600.0
-DEFAULT_MAX_BYTES = 64 * 1024 * 1024
-SMALLEST_MAX_BYTES = 64 * 1024
 ROW_OVERHEAD_BYTES = 128
 # Messages of a key that is out elsewhere are set aside so that other keys can pass; so many a group at most.
 LOOK_AHEAD = 10_000
@@ -44,7 +39,7 @@ _REAP_SECONDS = 1.0
 _IDLE_SECONDS, _POLL_SECONDS = 0.2, 0.02
 _EXCLUSIVE = 1 << 32  # lock bytes from here on: a group's exclusive member; below: a member
 _APPLICATION_ID = 0x76627573  # "vbus"
-_FORMAT = 2
+_FORMAT = 3
 
 _SCHEMA = """
 CREATE TABLE used (bytes INTEGER NOT NULL);
@@ -63,7 +58,6 @@ CREATE TABLE groups (
 CREATE TABLE pending (
     grp INTEGER NOT NULL REFERENCES groups ON DELETE CASCADE, pos INTEGER NOT NULL, key TEXT NOT NULL,
     owner INTEGER REFERENCES members ON DELETE SET NULL, -- who holds the lease
-    since REAL NOT NULL, due REAL NOT NULL, -- not handed out between the two (CLOCK_MONOTONIC)
     attempts INTEGER NOT NULL,             -- deliveries that have ended without a verdict
     reason TEXT,                           -- set: a dead letter
     PRIMARY KEY (grp, pos)) WITHOUT ROWID;
@@ -71,20 +65,14 @@ CREATE INDEX pending_key ON pending (grp, key, pos);
 CREATE TRIGGER message_in AFTER INSERT ON messages BEGIN UPDATE used SET bytes = bytes + new.size; END;
 CREATE TRIGGER message_out AFTER DELETE ON messages BEGIN UPDATE used SET bytes = bytes - old.size; END;
 """
-
-# A clock that has gone back is another boot's: the wait is over.
-_COLUMNS = "m.pos, m.key, m.content_type, m.headers, m.body, p.attempts, p.reason"
-_DUE = "({0}.due <= :now OR {0}.since > :now)"
-_ELIGIBLE = f"""
-SELECT {_COLUMNS} FROM pending p JOIN messages m USING (pos)
-WHERE p.grp = :group AND p.owner IS NULL AND p.reason IS NULL AND {_DUE.format("p")} AND NOT EXISTS (
+_STORED = """
+SELECT pos, p.key, content_type, headers, body, attempts, reason FROM pending p JOIN messages m USING (pos)
+"""
+_ELIGIBLE = f"""{_STORED}
+WHERE grp = :group AND owner IS NULL AND reason IS NULL AND NOT EXISTS (
     SELECT 1 FROM pending e WHERE e.grp = p.grp AND e.key = p.key AND e.pos < p.pos AND e.reason IS NULL
-    AND NOT (e.owner IS :me OR (e.owner IS NULL AND {_DUE.format("e")})))
-ORDER BY p.pos LIMIT :limit
-"""  # noqa: S608 - constants only
-_DEAD = f"""
-SELECT {_COLUMNS} FROM pending p JOIN messages m USING (pos)
-WHERE p.reason IS NOT NULL AND p.grp = (SELECT id FROM groups WHERE name = ?) AND pos > ? ORDER BY pos LIMIT ?
+    AND e.owner IS NOT NULL AND e.owner IS NOT :me)
+ORDER BY pos LIMIT :limit
 """  # noqa: S608 - constants only
 # Of what every group has settled the oldest, `?` bytes or a little more. Without a durable group nothing.
 _EVICT = """
@@ -101,8 +89,7 @@ FROM groups ORDER BY waiting DESC, name
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(NamedTuple):
     """A message as it stands in the log; `attempts`: how often it may have been seen before."""
 
     pos: int
@@ -115,18 +102,14 @@ class Stored:
 
     @classmethod
     def of_row(cls, row: Sequence[Any]) -> Stored:
-        """From _COLUMNS; ValueError when they are damaged."""
-        pos, key, content_type, headers, body, attempts, reason = row
-        return cls(pos, key, content_type, json.loads(headers), body, attempts, reason)
+        """From _STORED; ValueError when it is damaged."""
+        return cls(*row)._replace(headers=json.loads(row[3]))
 
-
-@dataclass(frozen=True, slots=True)
-class LogState:
-    """What is in a log: bytes used, messages kept, and how many wait for each group."""
-
-    bytes: int
-    messages: int
-    waiting: Mapping[str, int]
+    @property
+    def size(self) -> int:
+        """What it counts towards `max_bytes`."""
+        headers = sum(len(name) + len(value.encode()) for name, value in self.headers.items())
+        return len(self.body) + headers + ROW_OVERHEAD_BYTES
 
 
 class Log:
@@ -136,7 +119,7 @@ class Log:
         self,
         path: Path,
         *,
-        max_bytes: int = DEFAULT_MAX_BYTES,
+        max_bytes: int = 64 * 1024 * 1024,
         clock: Callable[[], float] = time.monotonic,  # one clock that all processes of a host share
     ) -> None:
         """Open `path`, made when missing (0600; its folder 0700). Raises BusDenied, BusUnavailable."""
@@ -147,7 +130,10 @@ class Log:
         self._locks = -1
         with _translated(path):
             for name in (path, Path(f"{path}.lock")):
-                _make_file(name)
+                if not name.parent.is_dir():
+                    name.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                with suppress(FileExistsError):  # its final mode at once: nobody else can open it in between
+                    os.close(os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
             self._locks = os.open(f"{path}.lock", os.O_RDWR | os.O_CLOEXEC)
             self._db = sqlite3.connect(
                 path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
@@ -172,7 +158,16 @@ class Log:
 
     def append(self, messages: Sequence[Stored]) -> tuple[int, BusUnavailable | None]:
         """Store what there is room for, durably, in order: how many, and why not all. Ignores `pos`."""
-        rows = [_row(message) for message in messages]
+        rows = [
+            (
+                each.key,
+                each.content_type,
+                json.dumps(dict(each.headers), ensure_ascii=False),
+                each.body,
+                each.size,
+            )
+            for each in messages
+        ]
         with self.transaction(durable=True) as db:
             room, full = self._make_room(db, sum(row[-1] for row in rows))
             count = 0
@@ -218,45 +213,37 @@ class Log:
         ).fetchall():
             gone = not self.is_locked(member)
             if gone or not 0 <= now - called <= LEASE_SECONDS:
-                db.execute(
-                    "UPDATE pending SET owner = NULL, attempts = attempts + 1 WHERE owner = ?", (member,)
-                )
-            if gone:
-                db.execute("DELETE FROM members WHERE id = ?", (member,))
+                self.give_back(db, member, forget=gone)
 
-    def state(self) -> LogState:
-        """What is in the log; BusUnavailable when the file is not whole."""
+    def give_back(self, db: sqlite3.Connection, member: int, *, forget: bool) -> None:
+        """End a member's leases: what it holds is delivered again."""
+        db.execute("UPDATE pending SET owner = NULL, attempts = attempts + 1 WHERE owner = ?", (member,))
+        if forget:
+            db.execute("DELETE FROM members WHERE id = ?", (member,))
+
+    def state(self) -> tuple[int, int, Mapping[str, int]]:
+        """Bytes used, messages kept, and how many wait for each group; BusUnavailable for a damaged file."""
         with self.transaction() as db:
             (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
             if verdict != "ok":
                 raise sqlite3.DatabaseError(verdict)
             (used,) = db.execute("SELECT bytes FROM used").fetchone()
             (count,) = db.execute("SELECT count(*) FROM messages").fetchone()
-            return LogState(used, count, dict(db.execute(_GROUPS).fetchall()))
+            return used, count, dict(db.execute(_GROUPS).fetchall())
 
     def dead_letters(self, group: str, behind: int, limit: int) -> list[Stored]:
         """The oldest dead letters of a group behind a position; they stay where they are."""
+        where = "WHERE reason IS NOT NULL AND grp = (SELECT id FROM groups WHERE name = ?) AND pos > ?"
         with self.transaction() as db:
-            rows = db.execute(_DEAD, (group, behind, limit)).fetchall()
+            rows = db.execute(f"{_STORED} {where} ORDER BY pos LIMIT ?", (group, behind, limit)).fetchall()
             return [Stored.of_row(row) for row in rows]
 
-    def send_back(self, group: str, pos: int) -> None:
-        """Hand a dead letter to its group again, as it came, in its old place."""
+    def settle_letter(self, group: str, pos: int, *, again: bool) -> None:
+        """Hand a dead letter to its group `again`, as it came, in its old place; or forget it."""
+        what = "UPDATE pending SET reason = NULL, attempts = 0" if again else "DELETE FROM pending"
+        where = "WHERE reason IS NOT NULL AND pos = ? AND grp = (SELECT id FROM groups WHERE name = ?)"
         with self.transaction(durable=True) as db:
-            db.execute(
-                "UPDATE pending SET reason = NULL, attempts = 0 WHERE pos = ?"
-                " AND grp = (SELECT id FROM groups WHERE name = ?)",
-                (pos, group),
-            )
-
-    def drop(self, group: str, pos: int) -> None:
-        """Forget a dead letter."""
-        with self.transaction(durable=True) as db:
-            db.execute(
-                "DELETE FROM pending WHERE reason IS NOT NULL AND pos = ?"
-                " AND grp = (SELECT id FROM groups WHERE name = ?)",
-                (pos, group),
-            )
+            db.execute(f"{what} {where}", (pos, group))
 
     # The kernel releases a lock with its process, whatever ends that and in whichever container it runs.
     # Locks of the open file (fcntl(2), F_OFD_SETLK): two members in one process do not share them.
@@ -264,14 +251,14 @@ class Log:
     def try_lock(self, byte: int) -> bool:
         """Lock one byte of the lock file until `close`; False while somebody else has it."""
         try:
-            fcntl.fcntl(self._locks, fcntl.F_OFD_SETLK, _flock(fcntl.F_WRLCK, byte))
+            fcntl.fcntl(self._locks, fcntl.F_OFD_SETLK, _flock(byte))
         except (BlockingIOError, PermissionError):
             return False
         return True
 
     def is_locked(self, byte: int) -> bool:
         """Whether somebody else has locked the byte."""
-        answer = fcntl.fcntl(self._locks, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte))
+        answer = fcntl.fcntl(self._locks, fcntl.F_OFD_GETLK, _flock(byte))
         return bool(struct.unpack_from("h", answer)[0] != fcntl.F_UNLCK)
 
     def version(self) -> int:
@@ -312,10 +299,10 @@ class Member:
 
         Raises BusUnavailable, also while another exclusive member is active; BusDenied.
         """
-        self._log, self.called, self._seen = log, log.clock(), -1
+        self._log, self._called, self._seen = log, log.clock(), -1
         with log.transaction(durable=True) as db:
             while True:
-                cursor = db.execute("INSERT INTO members (called) VALUES (?)", (self.called,))
+                cursor = db.execute("INSERT INTO members (called) VALUES (?)", (self._called,))
                 self.id = int(cursor.lastrowid or 0)
                 if log.try_lock(self.id):  # the lock of a file that was removed may still be held
                     break
@@ -333,14 +320,23 @@ class Member:
                     f"embedded bus {log.path}: another consumer of {name} is active; standing by"
                 )
 
+    @contextmanager
+    def _calling(self, *, durable: bool = False) -> Iterator[sqlite3.Connection]:
+        """A transaction, and a sign of life."""
+        with self._log.transaction(durable=durable) as db:
+            now = self._log.clock()
+            if not 0 <= now - self._called < LEASE_SECONDS / 10:
+                self._called = now
+                db.execute("UPDATE members SET called = ? WHERE id = ?", (now, self.id))
+            yield db
+
     def lease(self, limit: int) -> list[Stored]:
         """Up to `limit` next messages, in log order within each key. Never blocks for want of messages."""
-        with self._log.transaction() as db:
+        with self._calling() as db:
             self._seen = self._log.version()
             self._log.reap(db, self.id)
-            self._sign_of_life(db)
-            names = {"group": self.group, "me": self.id, "now": self._log.clock(), "limit": limit}
-            while True:
+            names = {"group": self.group, "me": self.id, "limit": limit}
+            while limit > 0:
                 rows = db.execute(_ELIGIBLE, names).fetchall()
                 (aside,) = db.execute(
                     "SELECT count(*) FROM pending WHERE grp = ? AND owner IS NULL AND reason IS NULL",
@@ -348,6 +344,8 @@ class Member:
                 ).fetchone()
                 if len(rows) >= limit or aside - len(rows) >= LOOK_AHEAD or not self._advance(db, limit):
                     break
+            else:
+                return []
             db.executemany(
                 "UPDATE pending SET owner = ? WHERE grp = ? AND pos = ?",
                 [(self.id, self.group, row[0]) for row in rows],
@@ -357,7 +355,7 @@ class Member:
     def _advance(self, db: sqlite3.Connection, limit: int) -> bool:
         """Move the cursor over the next messages, which are pending then; False when there are none."""
         added = db.execute(
-            "INSERT INTO pending SELECT :group, pos, key, NULL, 0, 0, 0, NULL FROM messages"
+            "INSERT INTO pending SELECT :group, pos, key, NULL, 0, NULL FROM messages"
             " WHERE pos > (SELECT cursor FROM groups WHERE id = :group) ORDER BY pos LIMIT :limit",
             {"group": self.group, "limit": max(limit, 16)},
         ).rowcount
@@ -368,43 +366,21 @@ class Member:
             )
         return added > 0
 
-    def _sign_of_life(self, db: sqlite3.Connection) -> None:
-        now = self._log.clock()
-        if not 0 <= now - self.called < LEASE_SECONDS / 10:
-            self.called = now
-            db.execute("UPDATE members SET called = ? WHERE id = ?", (now, self.id))
-
     def settle(self, pos: int) -> None:
         """The message is done with, also when its lease has meanwhile gone to somebody else."""
-        with self._log.transaction() as db:
-            self._sign_of_life(db)
+        with self._calling() as db:
             db.execute("DELETE FROM pending WHERE grp = ? AND pos = ?", (self.group, pos))
-
-    def give_back(self, positions: Sequence[int], *, after: float = 0.0, seen: bool = True) -> None:
-        """End leases of ours: hand the messages out again, not before `after` seconds.
-
-        `seen` False: the next delivery does not count as a repetition.
-        """
-        now = self._log.clock()
-        with self._log.transaction() as db:
-            self._sign_of_life(db)
-            db.executemany(
-                "UPDATE pending SET owner = NULL, since = ?, due = ?, attempts = attempts + ?"
-                " WHERE grp = ? AND pos = ? AND owner = ?",
-                [(now, now + after, seen, self.group, pos, self.id) for pos in positions],
-            )
 
     def dead_letter(self, pos: int, reason: str) -> None:
         """Put a message aside, durably. It stays in the log until it is sent back or dropped."""
-        with self._log.transaction(durable=True) as db:
-            self._sign_of_life(db)
+        with self._calling(durable=True) as db:
             db.execute(
                 "UPDATE pending SET owner = NULL, reason = ? WHERE grp = ? AND pos = ?",
                 (reason, self.group, pos),
             )
 
     def wait(self, timeout: float) -> None:
-        """Until the file has changed, or for `timeout` seconds; a fifth of one at most, for delays end."""
+        """Until the file has changed, or for `timeout` seconds; a fifth of one at most, for leases end."""
         end = time.monotonic() + min(timeout, _IDLE_SECONDS)
         while (left := end - time.monotonic()) > 0 and self._log.version() == self._seen:
             time.sleep(min(_POLL_SECONDS, left))
@@ -413,20 +389,11 @@ class Member:
     def leave(self) -> None:
         """Give back every lease and close the log; idempotent."""
         with suppress(BusUnavailable, BusDenied), self._log.transaction() as db:
-            db.execute("UPDATE pending SET owner = NULL, attempts = attempts + 1 WHERE owner = ?", (self.id,))
-            db.execute("DELETE FROM members WHERE id = ?", (self.id,))
+            self._log.give_back(db, self.id, forget=True)
         self._log.close()
 
 
 # ----------------------------------------------------------------------------------- the file itself
-
-
-def _make_file(path: Path) -> None:
-    """An empty file with its final mode, so that nobody else can open it in between."""
-    if not path.parent.is_dir():
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with suppress(FileExistsError):
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
 
 
 def _prepare(db: sqlite3.Connection, path: Path) -> None:
@@ -446,12 +413,6 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.01)
-    _check_format(db, path)
-    db.execute("PRAGMA foreign_keys = ON")
-    db.execute("PRAGMA journal_size_limit = 4194304")
-
-
-def _check_format(db: sqlite3.Connection, path: Path) -> None:
     (application,) = db.execute("PRAGMA application_id").fetchone()
     (version,) = db.execute("PRAGMA user_version").fetchone()
     if application != _APPLICATION_ID:
@@ -463,25 +424,14 @@ def _check_format(db: sqlite3.Connection, path: Path) -> None:
             f"embedded bus {path}: format {version}, this release knows {_FORMAT}; use the release that made"
             " it, or name another file: embedded:///path"
         )
+    db.execute("PRAGMA foreign_keys = ON")
+    db.execute("PRAGMA journal_size_limit = 4194304")
 
 
-def _row(message: Stored) -> tuple[str, str, str, bytes, int]:
-    headers = json.dumps(dict(message.headers), ensure_ascii=False)
-    return message.key, message.content_type, headers, message.body, size_of(message)
+def _flock(byte: int) -> bytes:
+    """A `struct flock` (fcntl(2)) that locks one byte for writing."""
+    return struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
 
-
-def size_of(message: Stored) -> int:
-    """What a message counts towards `max_bytes`."""
-    headers = sum(len(name) + len(value.encode()) for name, value in message.headers.items())
-    return len(message.body) + headers + ROW_OVERHEAD_BYTES
-
-
-def _flock(kind: int, byte: int) -> bytes:
-    """A `struct flock` (fcntl(2)) over one byte."""
-    return struct.pack("hhqqi4x", kind, os.SEEK_SET, byte, 1, 0)
-
-
-# ------------------------------------------------------------------------------------------ errors
 
 _DENIED = (
     "can't be opened for writing ({0}); run as the user who owns the file and its folder, or name another"
@@ -491,18 +441,13 @@ _DAMAGED = (
     "the file is damaged or is not a bus ({0}); stop its users, move {1}* away and start again: what"
     " consumers had not read is only in the moved files"
 )
-_MEANINGS: Mapping[int, tuple[type[BusUnavailable | BusDenied], str]] = {
-    sqlite3.SQLITE_FULL: (BusUnavailable, "the disk is full; make room on it"),
+_SQLITE = {
+    sqlite3.SQLITE_FULL: "the disk is full; make room on it",
+    sqlite3.SQLITE_BUSY: f"another process kept it locked for {_BUSY_SECONDS:g} s",
+    sqlite3.SQLITE_LOCKED: f"another process kept it locked for {_BUSY_SECONDS:g} s",
+    **dict.fromkeys((sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR), _DAMAGED),
     **dict.fromkeys(
-        (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED),
-        (BusUnavailable, f"another process kept it locked for {_BUSY_SECONDS:g} s"),
-    ),
-    **dict.fromkeys(
-        (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_ERROR), (BusUnavailable, _DAMAGED)
-    ),
-    **dict.fromkeys(
-        (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH),
-        (BusDenied, _DENIED),
+        (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM, sqlite3.SQLITE_AUTH), _DENIED
     ),
 }
 
@@ -510,19 +455,19 @@ _MEANINGS: Mapping[int, tuple[type[BusUnavailable | BusDenied], str]] = {
 def _translated(path: Path) -> AbstractContextManager[None]:
     """Raise what SQLite and the file system say inside the block as ours, in one clear line."""
 
+    def said(text: str, error: Exception) -> VirtbusError:
+        kind = BusDenied if text is _DENIED else BusUnavailable
+        return kind(f"embedded bus {path}: {text.format(' '.join(str(error).split()), path)}")
+
     def of_sqlite(error: sqlite3.Error) -> VirtbusError:
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-        kind, text = _MEANINGS.get(code, (BusUnavailable, "{0}; see the kernel log for disk errors"))
-        return said(kind, text, error)
-
-    def said(kind: type[VirtbusError], text: str, error: Exception) -> VirtbusError:
-        return kind(f"embedded bus {path}: {text.format(' '.join(str(error).split()), path)}")
+        return said(_SQLITE.get(code, "{0}; see the kernel log for disk errors"), error)
 
     return translating(
         {
             sqlite3.Error: of_sqlite,
-            ValueError: lambda error: said(BusUnavailable, _DAMAGED, error),
-            PermissionError: lambda error: said(BusDenied, _DENIED, error),
-            OSError: lambda error: said(BusUnavailable, "can't be made: {0}; name another file", error),
+            ValueError: lambda error: said(_DAMAGED, error),
+            PermissionError: lambda error: said(_DENIED, error),
+            OSError: lambda error: said("can't be made: {0}; name another file", error),
         }
     )

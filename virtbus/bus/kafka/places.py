@@ -10,11 +10,54 @@ place also says how far the group had read when the topic was last known to be t
 from __future__ import annotations
 
 import json
+from collections import deque
 from dataclasses import dataclass
 
 from virtbus.bus import Memory
-from virtbus.bus.kafka.line import Track
 from virtbus.sequences import Cause, MissingEvents
+
+
+class Track:
+    """One assigned partition: which offsets were taken and not yet acknowledged, in order.
+
+    Guarantee: `done` gives an offset to commit only when every message before it is acknowledged.
+    """
+
+    def __init__(self, following: int | None = None) -> None:
+        self.following = following  # the offset that comes next in an unbroken log; None: not known yet
+        self.sure = following  # `position` when the topic was last known to be the same
+        self._open: deque[int] = deque()  # taken, in order; an acknowledged one goes when it is the first
+        self._acknowledged: set[int] = set()
+
+    @property
+    def span(self) -> int:
+        """Offsets kept in mind, acknowledged or not."""
+        return len(self._open)
+
+    @property
+    def position(self) -> int | None:
+        """The offset to go on from after a restart; None when nothing came yet."""
+        return self._open[0] if self._open else self.following
+
+    def took(self, offset: int) -> tuple[int, int] | None:
+        """A message came: the offsets (first, last) that were passed over before it, if any were.
+
+        Offsets rise, with holes where the log was compacted; (`following`, -1) when it went back.
+        """
+        expected, self.following = self.following, offset + 1
+        self._open.append(offset)
+        if expected is None or offset == expected:
+            return None
+        return (expected, offset - 1) if offset > expected else (expected, -1)
+
+    def done(self, offset: int) -> int | None:
+        """A message is acknowledged: the offset to go on from after a restart, if it moved."""
+        self._acknowledged.add(offset)
+        watermark = None
+        while self._open and self._open[0] in self._acknowledged:
+            watermark = self._open.popleft() + 1
+            self._acknowledged.discard(watermark - 1)
+        return watermark
 
 
 @dataclass(frozen=True, slots=True)

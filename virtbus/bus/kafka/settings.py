@@ -20,10 +20,9 @@ from confluent_kafka import KafkaException, Producer
 
 from virtbus import redaction
 from virtbus.bus import BusOptions, is_loopback
-from virtbus.bus.kafka.errors import Watch, oneline
-from virtbus.bus.url import read_url
-from virtbus.config import secret_text, why_unread
-from virtbus.errors import BusDenied, BusUnavailable, ConfigError
+from virtbus.bus.kafka.client import Watch, oneline
+from virtbus.bus.url import password, read_url
+from virtbus.errors import BusUnavailable, ConfigError
 
 DEFAULT_PORT = 9092
 DEAD_LETTER_SUFFIX = ".dead"
@@ -96,14 +95,8 @@ class KafkaSettings:
         return not all(is_loopback(server.rpartition(":")[0].strip("[]")) for server in self.servers)
 
     def password(self) -> str:
-        """The password as it stands now, so that a rotated one is used. Raises BusDenied when unreadable."""
-        path = self.options.password_file
-        if path is None:
-            return self.url_password or ""
-        try:
-            return secret_text(path)
-        except (OSError, ValueError) as error:
-            raise BusDenied(f"bus.password_file: {path} can't be read: {why_unread(error)}") from error
+        """The password as it stands now. Raises BusDenied when its file can't be read."""
+        return password(self.options.password_file, self.url_password) or ""
 
     def client(self, watch: Watch) -> dict[str, Any]:
         """The librdkafka options that producers, consumers and admin clients share."""

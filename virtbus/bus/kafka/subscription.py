@@ -6,8 +6,8 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from collections.abc import Set as AbstractSet
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from confluent_kafka import (
@@ -19,13 +19,23 @@ from confluent_kafka import (
 )
 
 from virtbus.bus import Memory
-from virtbus.bus.kafka.client import Admin, TopicLook, make, topic_id
-from virtbus.bus.kafka.dead import FOR_HEADER, DeadLetterWriter
-from virtbus.bus.kafka.errors import Watch, is_missing, oneline, translate
-from virtbus.bus.kafka.line import Handle, Line, Track
-from virtbus.bus.kafka.places import Losses, Place
-from virtbus.bus.kafka.records import headers_of, message_of
+from virtbus.bus.kafka.client import (
+    Admin,
+    Headers,
+    TopicLook,
+    Watch,
+    headers_of,
+    is_missing,
+    make,
+    message_of,
+    oneline,
+    topic_id,
+    translate,
+)
+from virtbus.bus.kafka.letters import FOR_HEADER, KafkaLetterStore
+from virtbus.bus.kafka.places import Losses, Place, Track
 from virtbus.bus.kafka.settings import KafkaSettings
+from virtbus.bus.subscription import Item, LineSubscription
 from virtbus.errors import BusDenied, BusUnavailable, GroupTakenOver
 from virtbus.model import Message
 from virtbus.sequences import MissingEvents
@@ -40,6 +50,23 @@ _CLOSE_SECONDS = 5.0  # to leave the group and to commit what was acknowledged
 _LOOK_SECONDS = 20.0
 # Without a partition for so long, while brokers answer, an exclusive member was replaced.
 _OUSTED_SECONDS = 20.0
+_LETTERS_SECONDS = 5.0  # for dead letters that are under way at `close`
+_POLL_SECONDS = 0.5
+# Messages that wait here for a retry or for the dead letters: at most so many times `prefetch`.
+_HELD_FACTOR = 10
+# Offsets kept in mind behind one that has no verdict for long: so much comes again after a kill.
+_SPAN = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class _Origin:
+    """Which record a message is, and how its partition stood then."""
+
+    track: Track
+    topic: str
+    partition: int
+    key: bytes | None
+    headers: Headers
 
 
 class _OwnMemory:
@@ -58,7 +85,7 @@ class _OwnMemory:
         emit(told)
 
 
-class KafkaSubscription:
+class KafkaSubscription(LineSubscription):
     """See virtbus.bus.Subscription. Rebalance-safe: a partition that is taken away takes its messages along.
 
     Acknowledged offsets are committed in the background every 0.2 s, at a rebalance and at `close`; a kill
@@ -72,17 +99,17 @@ class KafkaSubscription:
         memory: Memory | None = None,
     ) -> None:  # fmt: skip
         """Without a group: raises BusUnavailable or BusDenied when "now" can't be found out."""
+        super().__init__(group, prefetch, KafkaLetterStore(settings, group) if group is not None else None)
         self._settings = settings
-        self._group = group
+        self._topic = settings.options.topic
         self._prefetch = max(1, prefetch)
         self._exclusive = exclusive and group is not None
         self._ousted_at: float | None = None  # since when an exclusive member has no partition any more
-        self._line = Line(self._prefetch)
+        self._tracks: dict[int, Track] = {}  # by assigned partition
         self._paused: bool | None = None  # None: some partitions may be, and others not
         self._polled = True  # since something that waited here was handed out
-        self._dead_letters = DeadLetterWriter(settings, group) if group is not None else None
-        self._losses = Losses(settings.options.topic, memory or _OwnMemory())
-        self._look = TopicLook(settings, settings.options.topic, _LOOK_SECONDS)
+        self._losses = Losses(self._topic, memory or _OwnMemory())
+        self._look = TopicLook(settings, self._topic, _LOOK_SECONDS)
         self._asked: list[tuple[Track, int | None]] = []  # how far each was read when the look began
         self._watch = Watch()
         self._consumer: Any = None
@@ -95,80 +122,59 @@ class KafkaSubscription:
         if self._consumer is None:
             self._connect()
         while True:
-            self._serve()
+            self._collect()
             # What waits here and what the broker has take turns: a caller that is slower than its retries
             # come due would else hear of no new message, and of no rebalance, until the group casts it out.
             turn, self._polled = self._polled, True
-            message = self._line.ready(time.monotonic()) if turn else None
+            now = time.monotonic()
+            message = self._line.next(now) if turn else None
             if message is not None:
                 self._polled = False
                 return message
-            now = time.monotonic()
-            wait = max(0.0, deadline - now) if turn else 0.0
-            due = self._line.wait(now)
             self._throttle()
-            polled = self._poll(wait if due is None else min(wait, due))
+            polled = self._poll(min(deadline, self._line.due()) - now if turn else 0.0)
             if self._look.due(time.monotonic()):
                 self._look_around(idle=polled is None)
                 if self._consumer is None:  # another topic: what was polled comes again if it is of that one
                     self._connect()
                     continue
             if polled is not None and polled.error() is None:
-                message = self._took(polled)
+                self._took(polled)
+                message = self._line.next(time.monotonic())
                 if message is not None:
                     return message
                 continue
-            self._raise_for(None if polled is None else polled.error(), time.monotonic() >= deadline)
-            if turn and time.monotonic() >= deadline and not self._line.due(time.monotonic()):
+            now = time.monotonic()
+            self._raise_for(None if polled is None else polled.error(), now >= deadline)
+            if turn and now >= deadline and self._line.due() > now:
                 return None
-
-    def ack(self, message: Message) -> None:
-        """See virtbus.bus.Subscription."""
-        handle = self._line.settle(message)
-        if handle is not None:
-            self._done(handle)
-
-    def retry(self, message: Message, after: float) -> None:
-        """See virtbus.bus.Subscription. It waits here; a kill before then delivers it again as well."""
-        handle = self._line.settle(message)
-        if handle is not None:
-            self._line.retry(message, handle, time.monotonic() + max(0.0, after))
-
-    def dead_letter(self, message: Message, reason: str) -> None:
-        """See virtbus.bus.Subscription. It goes to the topic `<topic>.dead`, key and headers as they were.
-
-        A record that is too large for that topic leaves a stub there, which names topic, partition, offset,
-        size and reason.
-        """
-        handle = self._line.settle(message)
-        if handle is None:
-            return
-        if self._dead_letters is None:
-            emit(Notice(f"put aside without a group, so only logged: {message.position}: {reason}"))
-            self._done(handle)
-            return
-
-        def done() -> None:
-            if self._consumer is not None and self._line.owns(handle):
-                self._done(handle)
-
-        self._dead_letters.put(message, handle.key, handle.headers, reason, done)
-        self._line.set_aside(len(self._dead_letters))
 
     def close(self) -> None:
         """See virtbus.bus.Subscription."""
-        if self._dead_letters is not None:
-            self._dead_letters.close()
-        self._make_sure()
-        consumer, self._consumer = self._consumer, None
-        self._line.forget(list(self._line.tracks))
-        if consumer is not None:
-            _leave(consumer)
+        if self._letters is not None:
+            self._letters.close(_LETTERS_SECONDS)
+        if self._consumer is not None:
+            self._collect()
+            self._confirm_topic()
+            self._leave()
 
-    def _make_sure(self) -> None:
+    def _leave(self) -> None:
+        """Close the client, in bounded time: it may wait for minutes for a broker that says nothing.
+
+        What it could not commit by then is delivered again, to somebody.
+        """
+        consumer, self._consumer = self._consumer, None
+        self._forget(list(self._tracks))
+        leaving = threading.Thread(target=consumer.close, name="virtbus-kafka-leave", daemon=True)
+        leaving.start()
+        leaving.join(_CLOSE_SECONDS)
+        if leaving.is_alive():
+            emit(Notice(f"left without the broker's answer within {_CLOSE_SECONDS:g} s"))
+
+    def _confirm_topic(self) -> None:
         """Where it is still the same topic all that was read was its: the next start need not doubt that."""
-        positions = {partition: track.position for partition, track in self._line.tracks.items()}
-        if self._consumer is None or self._group is None or not positions or self._watch.all_down:
+        positions = {partition: track.position for partition, track in self._tracks.items()}
+        if self._group is None or not positions or self._watch.all_down:
             return
         if self._look.wait(_ASK_SECONDS) != self._losses.topic_id:
             return
@@ -179,47 +185,47 @@ class KafkaSubscription:
     # ---------------------------------------------------------------------------------------- messages
 
     def _poll(self, wait: float) -> Any:
-        longest = 0.05 if self._dead_letters is not None and len(self._dead_letters) else 0.5  # for reports
+        longest = 0.05 if self._line.aside else _POLL_SECONDS  # to hear of dead letters that are stored
         try:
-            return self._consumer.poll(min(wait, longest))
+            return self._consumer.poll(max(0.0, min(wait, longest)))
         except KafkaException as error:  # a fatal error is raised by poll instead of given to error_cb
             self._raise_for(error.args[0], over=True)
             raise translate(error.args[0], f"consuming from {self._settings.display}") from error
 
-    def _took(self, polled: Any) -> Message | None:
-        """A message from the broker, unless it has to wait or is not for us."""
+    def _took(self, polled: Any) -> None:
+        """A message from the broker came."""
         partition, offset = polled.partition(), polled.offset()
-        track = self._line.tracks.get(partition)
+        track = self._tracks.get(partition)
         if track is None:  # assigned without a callback: never seen, but a message must not be lost for it
-            track = self._line.assign(partition)
+            track = self._assign(partition)
         elif track.following is not None and offset < track.following:
             self._losses.replaced(partition, track)
             self._look.soon()
-            track = self._line.assign(partition, offset)  # what came before is another log's
+            track = self._assign(partition, offset)  # what came before is another log's
         passed_over = track.took(offset)
         if passed_over is not None:
             ends = _ends(self._consumer, TopicPartition(polled.topic(), partition))
             self._losses.passed_over(partition, *passed_over, ends)
-        headers = headers_of(polled)
-        handle = Handle(track, polled.topic(), partition, offset, polled.key(), headers)
+        headers, key = headers_of(polled), polled.key()
+        lane = (partition, key if key is not None else offset)  # a message without a key is a key of its own
+        item = Item(lane, offset, _Origin(track, polled.topic(), partition, key, headers))
         meant_for = next((value for name, value in headers if name == FOR_HEADER), None)
         if meant_for is not None and self._group is not None and meant_for != self._group.encode():
-            handle.settled = True
-            self._done(handle)  # a dead letter that another group sent back to itself
-            return None
-        message = message_of(polled, headers, redelivered=meant_for is not None, handle=handle)
-        return self._line.took(message, handle)
-
-    def _done(self, handle: Handle) -> None:
-        watermark = self._line.done(handle)
-        if watermark is None or self._group is None:
+            self._done(item)  # a dead letter that another group sent back to itself
             return
-        self._store(handle.partition, watermark, handle.track.sure)
+        item.message = message_of(polled, headers, redelivered=meant_for is not None, handle=item)
+        self._line.arrived(item)
+
+    def _done(self, item: Item) -> None:
+        origin = item.origin
+        watermark = origin.track.done(item.number)
+        if watermark is not None and self._group is not None:
+            self._store(origin.partition, watermark, origin.track.sure)
 
     def _store(self, partition: int, following: int, sure: int | None) -> None:
         """Keep how far the group has read, here and with the next commit."""
         read = self._losses.read(partition, following, sure)
-        place = TopicPartition(self._settings.options.topic, partition, following, read.metadata())
+        place = TopicPartition(self._topic, partition, following, read.metadata())
         try:
             self._consumer.store_offsets(offsets=[place])
         except KafkaException as error:
@@ -227,17 +233,14 @@ class KafkaSubscription:
             if error.args[0].code() != KafkaError._STATE:
                 emit(Trouble("storing a Kafka offset", oneline(error)))
 
-    def _serve(self) -> None:
-        if self._dead_letters is not None and len(self._dead_letters):
-            self._dead_letters.serve()
-            self._line.set_aside(len(self._dead_letters))
-
     def _throttle(self) -> None:
         """Stop fetching while the caller has enough; polling goes on, so that the group keeps us."""
-        full = self._line.full
-        if full == self._paused or not self._line.tracks:
+        line, most = self._line, self._prefetch * _HELD_FACTOR
+        spans = sum(track.span for track in self._tracks.values())
+        full = len(line.out) >= self._prefetch or line.held + line.ready >= most or spans >= max(_SPAN, most)
+        if full == self._paused or not self._tracks:
             return
-        places = [TopicPartition(self._settings.options.topic, partition) for partition in self._line.tracks]
+        places = [TopicPartition(self._topic, partition) for partition in self._tracks]
         try:
             (self._consumer.pause if full else self._consumer.resume)(places)
             self._paused = full
@@ -246,8 +249,23 @@ class KafkaSubscription:
 
     # ------------------------------------------------------------------------------------- connection
 
+    def _assign(self, partition: int, following: int | None = None) -> Track:
+        """A partition is ours; what came from it before means nothing any more."""
+        self._forget([partition])
+        track = self._tracks[partition] = Track(following)
+        return track
+
+    def _forget(self, partitions: list[int]) -> None:
+        """Partitions are gone, and with them what came from them."""
+        for partition in partitions:
+            self._tracks.pop(partition, None)
+        gone = set(partitions)
+        self._line.forget(lambda item: item.origin.partition in gone)
+        if self._letters is not None:
+            self._letters.forget(lambda item: item.origin.partition in gone)
+
     def _connect(self) -> None:
-        settings, topic = self._settings, self._settings.options.topic
+        settings, topic = self._settings, self._topic
         self._losses.topic_id = topic_id(Admin(settings).ensure(topic, declare=settings.options.declare))
         self._watch = Watch()
         group_id = f"virtbus.{self._group}" if self._group else f"virtbus.tap.{uuid.uuid4()}"
@@ -265,7 +283,7 @@ class KafkaSubscription:
             else:
                 places = _now(consumer, topic)
                 for place in places:
-                    self._line.assign(place.partition, place.offset)
+                    self._assign(place.partition, place.offset)
                 consumer.assign(places)
         except BaseException:
             consumer.close()
@@ -276,7 +294,7 @@ class KafkaSubscription:
         """Partitions are ours: go on where the group left off."""
         begun = []
         for place, start, read in _starts(consumer, places, self._losses):
-            track = self._line.assign(place.partition, None if read is None else read.next)
+            track = self._assign(place.partition, None if read is None else read.next)
             if read is not None and read.sure is not None:
                 track.sure = read.sure
             if start is not None and read is not None:
@@ -292,13 +310,13 @@ class KafkaSubscription:
         if consumer is not self._consumer:  # one that is being closed, in a thread of its own
             return
         # What was acknowledged is stored: librdkafka commits it before it gives the partition away.
-        self._line.forget([place.partition for place in places])
-        if self._exclusive and not self._line.tracks:
+        self._forget([place.partition for place in places])
+        if self._exclusive and not self._tracks:
             self._ousted_at = time.monotonic()
 
     def _look_around(self, idle: bool) -> None:
         """Is it still the same topic, and, where nothing comes, has it lost what we were about to read?"""
-        tracks = self._line.tracks
+        tracks = self._tracks
         if not self._look.is_asking:
             self._asked = [(track, track.position) for track in tracks.values()]
         found = self._look.poll(time.monotonic())
@@ -318,15 +336,22 @@ class KafkaSubscription:
         if self._group is None:
             self._take_new_partitions()
         if idle and not self._paused:
-            _look_for_losses(self._consumer, self._settings.options.topic, tracks, self._losses)
+            _look_for_losses(self._consumer, self._topic, tracks, self._losses)
 
     def _take_new_partitions(self) -> None:
         """Everything in a partition that was added since is from after we began."""
-        new = _added(self._consumer, self._settings.options.topic, self._line.tracks.keys())
-        for partition in new:
-            self._line.assign(partition)
-        if new:
-            self._paused = None
+        with suppress(KafkaException):  # the next look finds them
+            found = (
+                self._consumer.list_topics(self._topic, timeout=_ASK_SECONDS).topics[self._topic].partitions
+            )
+            new = [number for number in found if number not in self._tracks]
+            if new:
+                self._consumer.incremental_assign(
+                    [TopicPartition(self._topic, number, OFFSET_BEGINNING) for number in new]
+                )
+                self._paused = None
+            for partition in new:
+                self._assign(partition)
 
     def _raise_for(self, error: Any, over: bool) -> None:
         """Raise what the caller has to know; the client itself goes on trying."""
@@ -359,8 +384,8 @@ class KafkaSubscription:
     def _is_ousted(self) -> bool:
         """Whether a newer exclusive member replaced us: librdkafka tells nobody that it was fenced off."""
         # Its assignment is empty, and stays so. After a cut it would long have joined again.
-        if self._exclusive and self._line.tracks and not self._consumer.assignment():
-            self._line.forget(list(self._line.tracks))
+        if self._exclusive and self._tracks and not self._consumer.assignment():
+            self._forget(list(self._tracks))
             self._ousted_at = time.monotonic()
         return self._ousted_at is not None and time.monotonic() - self._ousted_at > _OUSTED_SECONDS
 
@@ -372,9 +397,7 @@ class KafkaSubscription:
                 self._consumer.set_sasl_credentials(self._settings.username, self._settings.password())
             self._watch.forget()
             return
-        consumer, self._consumer = self._consumer, None
-        self._line.forget(list(self._line.tracks))
-        _leave(consumer)
+        self._leave()
 
 
 def _now(consumer: Any, topic: str) -> list[Any]:
@@ -415,18 +438,6 @@ def _starts(
         yield place, start, read
 
 
-def _added(consumer: Any, topic: str, known: AbstractSet[int]) -> list[int]:
-    """The partitions of a topic beyond those that are known, assigned from their beginning."""
-    try:
-        found = consumer.list_topics(topic, timeout=_ASK_SECONDS).topics[topic].partitions
-        new = [number for number in found if number not in known]
-        if new:
-            consumer.incremental_assign([TopicPartition(topic, number, OFFSET_BEGINNING) for number in new])
-    except KafkaException:  # the next look finds them
-        return []
-    return new
-
-
 def _look_for_losses(consumer: Any, topic: str, tracks: dict[int, Track], losses: Losses) -> None:
     """Nothing is waiting here: has retention taken what was about to come?"""
     for partition, track in tracks.items():
@@ -445,15 +456,3 @@ def _ends(consumer: Any, place: Any, timeout: float = _ASK_SECONDS) -> tuple[int
     except KafkaException:
         return None
     return found
-
-
-def _leave(consumer: Any) -> None:
-    """Close a client, in bounded time: it may wait for minutes for a broker that is connected and silent.
-
-    What it could not commit by then is delivered again, to somebody.
-    """
-    leaving = threading.Thread(target=consumer.close, name="virtbus-kafka-leave", daemon=True)
-    leaving.start()
-    leaving.join(_CLOSE_SECONDS)
-    if leaving.is_alive():
-        emit(Notice(f"left without the broker's answer within {_CLOSE_SECONDS:g} s"))
