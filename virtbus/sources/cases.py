@@ -153,6 +153,41 @@ class Case:
         self.last_ns[alias] = ns
         return burst_of(raw, 1, origin, look, devices.get(alias), pause=True)
 
+    def reconcile(
+        self, look: Look, newer: Mapping[str, Message], devices: Mapping[str, Device], *, mono: float, ns: int
+    ) -> list[Burst]:
+        """What the look after a (re)connect found and no event told of; see CrossCheck."""
+        found: dict[str, Burst] = {}
+        named: list[Burst] = []
+        domain = (self.uuid, self.name, self.number)
+        if look.paused_by_io_error:
+            self.paused = True
+            wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
+            suspects = wrong or dict.fromkeys(newer, DISK_ERROR_UNSPECIFIED)
+            named = self.name_nameless(suspects, look, devices)
+            known = self.events.keys() | self.synthesised.keys()
+            missed = missed_devices(self, suspects, known, devices)
+            fresh = [alias for alias in missed if alias not in known or alias in newer]
+            fresh += [alias for alias in newer if alias in suspects and alias not in fresh]
+            self.stale, self.unsure = wrong, self.unsure and look.disk_errors is None
+            stamps = newest_by_alias(look, devices)
+            for alias in fresh:
+                kept = stamps.get(alias)
+                at = ns if kept is None or kept.at_ns is None else kept.at_ns
+                found[alias] = self.found(alias, at, look, devices, wrong.get(alias), Origin.RECONCILE)
+                self.synthesised[alias] = Finding(mono, found[alias].raw)
+            if fresh:
+                # Its pause may still be on its way to us, unless it is the one that waits for its event.
+                self.found_ahead = all(pause.over for pause in self.pauses)
+                self.pauses = [pause for pause in self.pauses if pause.over]
+        for alias, message in newer.items():
+            if alias not in found:
+                at, device = message.at_ns or ns, devices.get(alias)
+                raw = raw_error(domain, alias=alias, code=None, action=action_by_policy(device), ns=at)
+                found[alias] = burst_of(raw, 1, Origin.RECONCILE, look, device, pause=False)
+                self.last_ns[alias] = at
+        return [*named, *found.values()]
+
     def look_back(self, look: Look, devices: Mapping[str, Device]) -> list[Burst]:
         """What a look says about a pause that was told before it: names, evidence, further devices."""
         if not self.unseen and "" not in self.events and "" not in self.synthesised:

@@ -31,18 +31,15 @@ from virtbus.sources.cases import (
     Case,
     Finding,
     Pause,
-    action_by_policy,
     burst_of,
     complete,
-    missed_devices,
     newer_messages,
     raw_error,
 )
-from virtbus.sources.evidence import Look, disk_errors_by_alias, newest_by_alias
+from virtbus.sources.evidence import Look, disk_errors_by_alias
 from virtbus.sources.link import (
     ACTION_PAUSE,
     CRASHED_EVENT,
-    DISK_ERROR_UNSPECIFIED,
     PAUSED,
     PAUSES,
     PMSUSPENDED_EVENT,
@@ -346,48 +343,9 @@ class CrossCheck:
         if case is not None and case.paused and look.state != PAUSED:
             self.resumed(uuid)  # and nobody told us
         newer = newer_messages(look, since_ns, case, devices, self.slack_ns, ns)
-        found: dict[str, Burst] = {}
-        named: list[Burst] = []
-        if look.paused_by_io_error:
-            case = self._case(uuid, name, number)
-            case.paused = True
-            wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
-            suspects = wrong or dict.fromkeys(newer, DISK_ERROR_UNSPECIFIED)
-            named = case.name_nameless(suspects, look, devices)
-            known = case.events.keys() | case.synthesised.keys()
-            fresh = [
-                alias
-                for alias in missed_devices(case, suspects, known, devices)
-                if alias not in known or alias in newer
-            ]
-            fresh += [alias for alias in newer if alias in suspects and alias not in fresh]
-            case.stale, case.unsure = wrong, case.unsure and look.disk_errors is None
-            stamps = newest_by_alias(look, devices)
-            for alias in fresh:
-                kept = stamps.get(alias)
-                at = ns if kept is None or kept.at_ns is None else kept.at_ns
-                raw = raw_error(
-                    (uuid, name, number), alias=alias, code=wrong.get(alias), action=ACTION_PAUSE, ns=at
-                )
-                found[alias] = burst_of(raw, 1, Origin.RECONCILE, look, devices.get(alias), pause=True)
-                case.synthesised[alias] = Finding(mono, raw)
-                case.last_ns[alias] = at
-            if fresh:
-                # Its pause may still be on its way to us, unless it is the one that waits for its event.
-                waits = [pause for pause in case.pauses if not pause.over]
-                case.found_ahead = not waits
-                case.pauses = [pause for pause in case.pauses if pause.over]
-        for alias, message in newer.items():
-            if alias in found:
-                continue
-            at = message.at_ns or ns
-            device = devices.get(alias)
-            raw = raw_error(
-                (uuid, name, number), alias=alias, code=None, action=action_by_policy(device), ns=at
-            )
-            found[alias] = burst_of(raw, 1, Origin.RECONCILE, look, device, pause=False)
-            self._case(uuid, name, number).last_ns[alias] = at
-        return [*named, *found.values()]
+        if not look.paused_by_io_error and not newer:
+            return []
+        return self._case(uuid, name, number).reconcile(look, newer, devices, mono=mono, ns=ns)
 
     def keep_only(self, uuids: frozenset[str]) -> list[Burst]:
         """Forget the domains that are not there any more; what was undecided of them is told.
