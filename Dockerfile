@@ -1,15 +1,15 @@
-# The agent's image: Python, libvirt's client library, virtbus in a virtual environment, and nothing to
-# build with. Builds with docker, podman and buildah (with buildah and podman add --format docker, which
-# keeps the health check):
+# The image of the agent (FOR=agent: with libvirt's client library) or of `virtbus react` (FOR=react: with the control
+# planes' clients): Python, virtbus in a virtual environment, and nothing to build with. Builds with docker, podman
+# and buildah (with buildah and podman add --format docker, which keeps the health check):
 #
 #   buildah build --format docker --tag virtbus:0.1.0 .
 #
 # The base is Debian 13 with Python 3.13; both stages must use the same one. Renew the digest with the tag.
+ARG FOR=agent
 ARG BASE=docker.io/library/python:3.13-slim-trixie@sha256:ffb752e139c0a19692a43af8d8523b274222dd68eebad5d583b45c2201c6e30a
 
 FROM ${BASE} AS build
-# agent, or react: no libvirt, but the control planes' clients.
-ARG FOR=agent
+ARG FOR
 # For a package index of your own: --build-arg PIP_INDEX_URL=… and its CA, which must be in the build.
 ARG PIP_INDEX_URL
 ARG PIP_CERT
@@ -35,7 +35,8 @@ RUN tool/bin/pip wheel --wheel-dir wheels --no-deps --no-build-isolation . \
  && tool/bin/pip --python /opt/virtbus/bin/python install --no-index --no-deps wheels/*.whl \
  && find /opt/virtbus -name '*.so*' -type f -exec strip --strip-unneeded {} +
 
-FROM ${BASE}
+FROM ${BASE} AS runtime
+ARG FOR
 ARG VERSION=0.1.0
 ARG REVISION=unknown
 ARG SOURCE=https://github.com/virtbus/virtbus
@@ -45,9 +46,10 @@ LABEL org.opencontainers.image.title="virtbus" \
       org.opencontainers.image.source="${SOURCE}" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
-# hadolint ignore=DL3008
+# hadolint ignore=DL3008,SC2046
 RUN apt-get update \
- && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ca-certificates libvirt0 \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends ca-certificates \
+      $(test "${FOR}" = react || echo libvirt0) \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/dpkg.log /var/cache/debconf/*-old \
  # No installer: what runs here can't fetch more.
  && rm -rf /usr/local/bin/pip* /usr/local/lib/python3*/site-packages/pip* /usr/local/lib/python3*/ensurepip \
@@ -67,9 +69,20 @@ ENV PATH=/opt/virtbus/bin:/usr/local/bin:/usr/bin:/bin \
     HOME=/tmp
 USER 65532:65532
 VOLUME ["/var/lib/virtbus"]
-EXPOSE 9466/tcp
 STOPSIGNAL SIGTERM
-# The agent answers on its control socket; a broker outage is no ill health. Kubernetes has its own probes.
-HEALTHCHECK --interval=30s --timeout=5s --start-period=15s CMD ["virtbus", "status", "--json"]
 ENTRYPOINT ["virtbus"]
+
+FROM runtime AS agent
+EXPOSE 9466/tcp
+# The agent answers on its control socket, whether the broker is there or not. Kubernetes has its own probes.
+HEALTHCHECK --interval=30s --timeout=5s --start-period=15s CMD ["virtbus", "status", "--json"]
 CMD ["run"]
+
+# `virtbus react` has no control socket: its health is asked for over HTTP (react.listen). It needs `--with NAME`.
+FROM runtime AS react
+EXPOSE 9467/tcp
+HEALTHCHECK NONE
+CMD ["react"]
+
+# hadolint ignore=DL3006
+FROM ${FOR}

@@ -22,7 +22,7 @@ help:
 	@echo "make unit    the pure tests, in seconds: no root, no broker, no network"
 	@echo "make sim     a simulated cloud against every promise, in virtual time (SEEDS=200, SEED=n, GUEST=name)"
 	@echo "make test    all tests, with real QEMU guests and a real RabbitMQ (TESTS=…, PYTEST_ARGS=…)"
-	@echo "make check   ruff, mypy --strict, import-linter, the schemas' compatibility, workflows, Dockerfile, pages"
+	@echo "make check   ruff, mypy --strict, import-linter, the schemas' compatibility, wording, workflows, Dockerfile, pages"
 	@echo "make setup   system packages and .venv, as make test needs them"
 	@echo "make faults | matrix | brokers | soak | bench | chart   one family of tests alone"
 	@echo "make pictures   docs/fleet.svg and docs/dashboard.svg, from a run of eight minutes"
@@ -72,6 +72,7 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/virtbus schema check schemas
 	$(BIN)/python .packaging/release.py check
+	$(PYTEST) -q tests/unit/test_english.py
 	$(BIN)/zizmor --quiet --offline .github
 	$(BIN)/hadolint Dockerfile
 	@if test -x $(ACTIONLINT) || command -v go >/dev/null; then \
@@ -114,11 +115,11 @@ faults: setup
 	@tests/install-packages faults
 	$(BIN)/python -m tests.faults $(FAULTS)
 
-# The genuine helm, a real API server, the image as a pod. The first time it builds server and image: a
-# quarter of an hour. Without Go what needs the server is skipped aloud, or fails with VIRTBUS_CI=1.
+# The genuine helm, a real control plane, the images as pods, a collector. The first time it builds all of them: half
+# an hour. Without Go what needs them is skipped aloud, or fails with VIRTBUS_CI=1.
 chart: setup
 	@tests/install-packages image
-	@$(BIN)/python -m tests.chart.apiserver || test "$$VIRTBUS_CI" != 1
+	@for part in apiserver collector; do $(BIN)/python -m tests.chart.$$part || test "$$VIRTBUS_CI" != 1; done
 	$(PYTEST) $(PYTEST_ARGS) -o python_files='test_*.py with_*.py' tests/chart tests/integrations/with_kubernetes.py
 
 # The .deb and the .rpm of `make dist`: installed, run with real guests, upgraded, removed, in two Debian releases. The

@@ -27,7 +27,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "run": ("run:command", "Run the agent in the foreground."),
     "consume": ("consume:command", "Print events as they come: one CloudEvent in structured JSON a line."),
-    "dead": ("dead:command", "What a consumer group put aside: count, list, send back, drop."),
+    "dead": ("dead:command", "Dead letters of a consumer group: count, list, send back, drop."),
     "watch": ("watch:command", "Print libvirt's events on the terminal: no broker, no spool."),
     "demo": (
         "demo:command",

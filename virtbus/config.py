@@ -460,7 +460,7 @@ def load(
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else f"it is not UTF-8 text ({error})"
         raise InputMissing(
-            f"configuration file {path} can't be read: {why}; mend it, or name another with --config"
+            f"configuration file {path} can't be read: {why}; fix it, or name another with --config"
         ) from error
     else:
         used = path

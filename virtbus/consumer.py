@@ -35,7 +35,7 @@ from types import TracebackType
 from typing import Any
 
 from virtbus import envelope
-from virtbus.bus import Bus, BusOptions, Subscription, bus_name, open_bus
+from virtbus.bus import Bus, BusOptions, Subscription, bus_name, checked_group, open_bus
 from virtbus.errors import (
     BusDenied,
     BusUnavailable,
@@ -218,7 +218,8 @@ class Consumer:
         acks share one write: `ack` returns before it, so a crash repeats up to 64 events or 50 ms.
         `check_gaps` is for whoever reads everything alone: `on_missing` is told of a hole in an agent's
         sequence that no gap event explains within `reorder_seconds`, over restarts where there is a dedupe
-        file; and, always, of what a broker says the group will never get.
+        file; and, always, of what a broker says the group will never get. What it raises comes out of
+        `receive` or `close`, and costs no event.
         With `exclusive` only one member of the group is active (see `Bus.consume`).
         A broker that is absent, or refuses us, is waited for; without `patient` it is an error while it was
         never reached (BusUnavailable, BusDenied), with `give_up_when_denied` a refusal always is one.
@@ -227,15 +228,15 @@ class Consumer:
 
         Raises ConfigError for arguments, a URL or a dedupe file that can't be used.
         """
-        for name, value in (
-            ("prefetch", prefetch),
-            ("dedupe_rows", dedupe_rows),
-            ("max_attempts", max_attempts),
-        ):
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} = {value}: take at least 1")
-        if not reorder_seconds >= 0:
-            raise ConfigError(f"reorder_seconds = {reorder_seconds}: take 0 or more")
+        checked_group(group)
+        counts = {"prefetch": prefetch, "dedupe_rows": dedupe_rows, "max_attempts": max_attempts}
+        for name, value in counts.items():
+            if (value is not None or name != "max_attempts") and (type(value) is not int or value < 1):
+                raise ConfigError(f"{name} = {value!r}: take a whole number of at least 1")
+        if not isinstance(reorder_seconds, int | float) or not reorder_seconds >= 0:
+            raise ConfigError(f"reorder_seconds = {reorder_seconds!r}: take a number of seconds, 0 or more")
+        if not callable(on_missing):
+            raise ConfigError(f"on_missing = {on_missing!r}: take a function of one MissingEvents")
         options = options if options is not None else BusOptions()
         bus = open_bus(url, options)
         scope = f"{bus_name(url, options)} {'group ' + group if group else 'without a group'}"
@@ -246,17 +247,17 @@ class Consumer:
         self._exclusive, self._max_attempts = exclusive, max_attempts
         self._memory = _Memory(self._seen.notes(), on_missing)
         self._flush_rows = min(FLUSH_ROWS, prefetch) if group_commit and dedupe is not None else 1
-        self._sequences = SequenceCheck(reorder_seconds, on_missing, enabled=check_gaps)
+        self._sequences = SequenceCheck(reorder_seconds, self._memory.missing, enabled=check_gaps)
         self._sequences.restore(self._seen.runs())
         self._in_flight: dict[Mark, list[Message]] = {}
         self._again: deque[Message] = deque()  # copies whose first one did not decide for them
+        self._next: Delivery | None = None  # opened, not handed out yet
         self._retried: OrderedDict[Mark, None] = OrderedDict()
         self._done: dict[Mark, list[Message]] = {}
         self._done_since = 0.0
         self._stop = threading.Event()
-        self._backoff = Backoff("consume")
+        self._backoff, self._connected = Backoff("consume"), False
         self._patient, self._give_up_when_denied = patient, give_up_when_denied
-        self._connected = False
 
     def __enter__(self) -> Consumer:
         self._check_usable()
@@ -288,15 +289,18 @@ class Consumer:
         while not self._stop.is_set():
             self._flush_if_due()
             left = max(0.0, deadline - time.monotonic())
+            message = None
             try:
-                message = self._next_message(min(left, FLUSH_SECONDS) if self._done else left)
-                delivery = None if message is None else self._opened(message)
-                self._backoff.reset()
+                if self._next is None:
+                    message = self._next_message(min(left, FLUSH_SECONDS) if self._done else left)
+                    self._next = None if message is None else self._opened(message)
+                    self._backoff.reset()
             except (BusUnavailable, BusDenied) as error:
                 self._lost(error, deadline)
-                message = delivery = None
             self._sequences.tick(time.monotonic())
-            if delivery is not None:
+            self._memory.tell()  # with no event half-way: the author's function may raise
+            if self._next is not None:
+                delivery, self._next = self._next, None
                 return delivery
             if message is None and time.monotonic() >= deadline:
                 break
@@ -322,6 +326,7 @@ class Consumer:
                 self._seen.write([], (), self._memory.fresh)
         finally:
             self._let_go()
+        self._memory.tell()
 
     def _check_usable(self) -> None:
         if os.getpid() != self._grip.pid:
@@ -384,16 +389,9 @@ class Consumer:
         self._in_flight[mark] = []
         self._sequences.handed_out(attributes)
         return Delivery(
-            event,
-            attributes,
-            opened.data,
-            opened.body,
-            message.user_id,
-            message.redelivered,
-            message.attempts,
-            self,
-            message,
-        )
+            event, attributes, opened.data, opened.body, message.user_id, message.redelivered,
+            message.attempts, self, message,
+        )  # fmt: skip
 
     def _closed_by(self, delivery: Delivery) -> list[Message]:
         """The messages that share the verdict: the one handed out and, last, its newest copy.
@@ -483,9 +481,15 @@ class _Memory:
     """See virtbus.bus.Memory."""
 
     def __init__(self, notes: dict[str, str], on_missing: Callable[[MissingEvents], None]) -> None:
-        self._notes = notes
+        self._notes, self._on_missing = notes, on_missing
         self.fresh: dict[str, str] = {}  # not on disk yet
-        self.missing = on_missing
+        self._missing: deque[MissingEvents] = deque()
+        self.missing = self._missing.append
+
+    def tell(self) -> None:
+        """Tell the author of what is missing."""
+        while self._missing:
+            self._on_missing(self._missing.popleft())
 
     def recall(self, name: str) -> str | None:
         """See virtbus.bus.Memory."""

@@ -132,7 +132,7 @@ def _part(name: str, look: Callable[[], Checks], timeout: float) -> Iterator[Che
 
 
 _REMEDIES: dict[type[VirtbusError], str] = {
-    ConfigError: "mend the setting; `virtbus config show` says where it comes from",
+    ConfigError: "fix the setting; `virtbus config show` says where it comes from",
     BusDenied: "check user, password, certificate and the broker's permissions",
     BusUnavailable: "check address, firewall and that the broker runs",
 }
@@ -322,7 +322,7 @@ def _backlog(path: Path, max_bytes: int) -> Iterator[Check]:
             "spool backlog",
             "failed",
             f"{path} can't be read: {error}",
-            "start the agent: it sets a damaged file aside, rescues what can be read, and tells of the gap",
+            "start the agent: it moves a damaged file, salvages what can be read, and reports the gap",
             SpoolCorrupt.exit_code,
         )
         return
@@ -333,7 +333,7 @@ def _backlog(path: Path, max_bytes: int) -> Iterator[Check]:
         yield Check(
             "spool backlog",
             "failed",
-            f"the spool is full: {told}; the least important events give way, each named in a gap event",
+            f"the spool is full: {told}; the least important events are dropped, each named in a gap event",
             "see why the broker does not take them (below), or raise spool.max_bytes",
             SpoolFull.exit_code,
             details,

@@ -55,6 +55,10 @@ class Marks:
         self._count = self._scope = 0
         if path is None:
             return
+        if not path.parent.is_dir():
+            raise ConfigError(f"dedupe file {path}: there is no folder {path.parent}; create it")
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"dedupe file {path} is not a regular file; name another")
         try:
             self._lock = _lock(path)
             self._database = database = sqlite3.connect(

@@ -67,7 +67,7 @@ def location() -> Path:
     beside = Path(__file__).resolve().parent.parent / "schemas"
     if (beside / "index.json").is_file():
         return beside
-    raise InputMissing("the schemas are missing from this installation: install virtbus anew")
+    raise InputMissing("the schemas are missing from this installation: reinstall virtbus")
 
 
 @cache

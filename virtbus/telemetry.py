@@ -314,7 +314,7 @@ class BusLost(
 class DeadLetterWaits(
     TelemetryEvent,
     level="error",
-    message="a dead letter can't be put aside now; trying again, other messages go on",
+    message="a dead letter can't be stored now; trying again, other messages continue",
     every=30,
     by="queue",
 ):
@@ -407,7 +407,7 @@ class EventDeadLettered(
 
 
 class EventsGaveWay(
-    TelemetryEvent, level="error", message="spool full: events gave way, named in a gap event", every=10
+    TelemetryEvent, level="error", message="spool full: events dropped, named in a gap event", every=10
 ):
     """The spool was full; the least important events were given up and named in a gap event."""
 
@@ -575,7 +575,7 @@ class SecretExposed(TelemetryEvent, level="warning", message="a secret is open t
 
 
 class ConfigReloaded(
-    TelemetryEvent, message="settings read anew; passwords and certificates are, at each connection"
+    TelemetryEvent, message="settings reloaded; passwords and certificates are, at each connection"
 ):
     """SIGHUP: the settings were read anew."""
 

@@ -14,20 +14,20 @@ PENALTY = {Blame.NONE: 0, Blame.BACKEND: 1, Blame.UNDETERMINED: 2, Blame.HOST: 1
 
 
 class Scheduler:
-    def __init__(self, url):
+    def __init__(self, url: str) -> None:
         self.fleet, self.clock, self.lock = Fleet(), Clock(), threading.Lock()
-        self.placed = {}  # guest → host
+        self.placed: dict[str, str] = {}  # guest → host
         self.consumer = Consumer(url)  # without a group: everything from now on
         threading.Thread(target=self.listen, daemon=True).start()
 
-    def listen(self):
+    def listen(self) -> None:
         for delivery in self.consumer:
             if delivery.event is not None:
                 with self.lock:
                     self.fleet.saw(delivery.event, delivery.attributes, self.clock())
             delivery.ack()
 
-    def place(self, guest):
+    def place(self, guest: str) -> str:
         with self.lock:
             hosts = [host for host in self.fleet.view(self.clock()).hosts if host.state == "observing"]
         if not hosts:

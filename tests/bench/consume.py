@@ -69,7 +69,7 @@ def rows(rounds: int, events: int) -> Sequence[Row]:
                 first.receive(0.3)
             for _ in range(rounds):
                 for name, measured in rates.items():
-                    ListFeed(records(events, keys=1000)).publish(bus)
+                    assert ListFeed(records(events, keys=1000)).drain(bus, timeout=300.0) == events
                     if name == "bare":
                         measured.append(bare(url, events))
                     else:

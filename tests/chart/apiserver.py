@@ -5,9 +5,9 @@
         kubernetes.config.load_kube_config(str(server.kubeconfig))
 
 No nodes, no controllers, no scheduler: objects are validated, defaulted, admitted and stored, and nothing
-comes of them. RBAC, Pod Security and ServiceAccount admission are on. The server is built from its Go module
-(`python -m tests.chart.apiserver`, five minutes of two processors, 105 MB), because nobody packages it; etcd
-is Debian's.
+comes of them (tests.chart.cluster adds scheduler and controllers). RBAC, Pod Security and ServiceAccount
+admission are on. The programs are built from their Go module (`python -m tests.chart.apiserver`, ten minutes
+of two processors, 275 MB), because nobody packages them; etcd is Debian's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tests.chart.tools import CACHE, ToolMissing
 from tests.ports import free_ports
 
 VERSION = "v1.36.0"
-BINARY = CACHE / f"kube-apiserver-{VERSION}"
+PROGRAMS = ("kube-apiserver", "kube-scheduler", "kube-controller-manager")
 MODULE = Path(__file__).parent / "apiserver"
 ADMIN = "admin-token-of-these-tests"
 # Prometheus operator's definitions, as its release carries them.
@@ -51,14 +51,20 @@ AUDIT_POLICY = {
 
 
 class ApiServerError(Exception):
-    """An order to the server failed: which, and its words."""
+    """A command to the server failed: which, and its words."""
 
 
-def missing() -> list[str]:
-    """What this machine lacks to run the server, in words."""
+def binary(program: str) -> Path:
+    """Where the built program is, or will be."""
+    return CACHE / f"{program}-{VERSION}"
+
+
+def missing(*programs: str) -> list[str]:
+    """What this machine lacks to run these programs (the server, if none is named), in words."""
     lacks = tools.missing()
-    if not BINARY.exists():
-        lacks.append(f"kube-apiserver {VERSION}: build it with `python -m tests.chart.apiserver` (needs Go)")
+    for program in programs or PROGRAMS[:1]:
+        if not binary(program).exists():
+            lacks.append(f"{program} {VERSION}: build it with `python -m tests.chart.apiserver` (needs Go)")
     try:
         tools.debian("etcd")
     except ToolMissing as error:
@@ -67,24 +73,24 @@ def missing() -> list[str]:
 
 
 def build() -> None:
-    """Build the server, if that was not done before. Raises ToolMissing when there is no Go."""
-    if BINARY.exists():
-        return
-    if shutil.which("go") is None:
-        raise ToolMissing(f"kube-apiserver {VERSION}: Go is not here to build it with")
+    """Build the programs that were not built before. Raises ToolMissing when there is no Go."""
+    wanted = [program for program in PROGRAMS if not binary(program).exists()]
+    if wanted and shutil.which("go") is None:
+        raise ToolMissing(f"{', '.join(wanted)} {VERSION}: Go is not here to build them with")
     CACHE.mkdir(parents=True, exist_ok=True)
-    draft = BINARY.with_suffix(".new")
     major, minor = VERSION.removeprefix("v").split(".")[:2]
     stamp = "-X k8s.io/component-base/version."
     flags = f"-s -w {stamp}gitVersion={VERSION} {stamp}gitMajor={major} {stamp}gitMinor={minor}"
-    done = subprocess.run(
-        ["go", "build", "-mod=readonly", "-trimpath", "-ldflags", flags, "-o", str(draft),
-         "k8s.io/kubernetes/cmd/kube-apiserver"],
-        cwd=MODULE, capture_output=True, text=True, timeout=3600,
-    )  # fmt: skip
-    if done.returncode:
-        raise ToolMissing(f"kube-apiserver {VERSION}: go build: {done.stderr.strip()[-2000:]}")
-    draft.replace(BINARY)
+    for program in wanted:
+        draft = binary(program).with_suffix(".new")
+        done = subprocess.run(
+            ["go", "build", "-mod=readonly", "-trimpath", "-ldflags", flags, "-o", str(draft),
+             f"k8s.io/kubernetes/cmd/{program}"],
+            cwd=MODULE, capture_output=True, text=True, timeout=3600,
+        )  # fmt: skip
+        if done.returncode:
+            raise ToolMissing(f"{program} {VERSION}: go build: {done.stderr.strip()[-2000:]}")
+        draft.replace(binary(program))
 
 
 class ApiServer:
@@ -109,7 +115,7 @@ class ApiServer:
                 f"--listen-peer-urls=http://127.0.0.1:{peer}",
                 "--unsafe-no-fsync",
             )
-            self._start("kube-apiserver", str(BINARY), *self._options(client))
+            self._start("kube-apiserver", str(binary("kube-apiserver")), *self._options(client))
             self._write_kubeconfig()
             self._wait()
         except BaseException:
@@ -264,4 +270,4 @@ if __name__ == "__main__":
         build()
     except ToolMissing as error:
         raise SystemExit(str(error)) from error
-    print(BINARY)
+    print(*map(binary, PROGRAMS), sep="\n")

@@ -21,7 +21,9 @@ RELEASE, NAMESPACE = "vb", "virtbus"
 Object = dict[str, Any]
 
 
-def run(major: str, *arguments: str, kubeconfig: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    major: str, *arguments: str, kubeconfig: Path | None = None, seconds: float = 120
+) -> subprocess.CompletedProcess[str]:
     """helm with an empty home of its own, so that nothing of this machine's user counts."""
     home = _home()
     environment = {
@@ -33,8 +35,9 @@ def run(major: str, *arguments: str, kubeconfig: Path | None = None) -> subproce
         "KUBECONFIG": str(kubeconfig) if kubeconfig else f"{home}/no-kubeconfig",
     }
     return subprocess.run(
-        [str(tools.helm(major)), *arguments], capture_output=True, text=True, env=environment, timeout=120
-    )
+        [str(tools.helm(major)), *arguments],
+        capture_output=True, text=True, env=environment, timeout=seconds,
+    )  # fmt: skip
 
 
 @functools.cache

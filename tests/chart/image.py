@@ -1,4 +1,4 @@
-"""Build the Dockerfile without a container engine's daemon: buildah, chroot isolation, a base of our own.
+"""Build the images without a container engine's daemon: buildah, chroot isolation, a base of our own.
 
 The base stands in for the Dockerfile's own (Debian 13 with Python 3.13): made by mmdebstrap once, in about
 a minute, and kept in .cache.
@@ -20,6 +20,8 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 BASE_PACKAGES = ("python3", "python3-venv", "ca-certificates")
 BASE = "localhost/virtbus-test-base:trixie"
 IMAGE = "localhost/virtbus:0.1.0"
+# What the Dockerfile builds, by its argument FOR.
+IMAGES = {"agent": IMAGE, "react": "localhost/virtbus-react:0.1.0"}
 CA_BUNDLE = Path("/etc/ssl/certs/ca-certificates.crt")
 
 
@@ -43,8 +45,8 @@ def buildah(*arguments: str, timeout: float = 60) -> str:
     return done.stdout.strip()
 
 
-def build() -> str:
-    """The image's id, built from the checkout as it is; layers that did not change are taken again."""
+def build(kind: str = "agent") -> str:
+    """The image's name, built from the checkout as it is; layers that did not change are taken again."""
     CACHE.mkdir(parents=True, exist_ok=True)
     with (CACHE / "image.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -52,9 +54,10 @@ def build() -> str:
             _make_base()
         buildah(
             "build", "--quiet", "--isolation", "chroot", "--format", "docker", "--pull-never", "--layers",
-            "--build-arg", f"BASE={BASE}", *_own_authorities(), "--tag", IMAGE, ".", timeout=900,
+            "--build-arg", f"BASE={BASE}", "--build-arg", f"FOR={kind}", *_own_authorities(),
+            "--tag", IMAGES[kind], ".", timeout=900,
         )  # fmt: skip
-    return buildah("inspect", "--type", "image", "--format", "{{.FromImageID}}", IMAGE)
+    return IMAGES[kind]
 
 
 def _own_authorities() -> list[str]:
@@ -84,9 +87,9 @@ def size(name: str = IMAGE) -> str:
 
 
 @contextmanager
-def mounted() -> Iterator[Path]:
-    """The image's root file system as a folder; writes go nowhere that lasts."""
-    container = buildah("from", "--pull-never", IMAGE)
+def mounted(name: str = IMAGE) -> Iterator[Path]:
+    """An image's root file system as a folder; writes go nowhere that lasts."""
+    container = buildah("from", "--pull-never", name)
     try:
         yield Path(buildah("mount", container))
     finally:

@@ -2,7 +2,7 @@
 
 Security contexts, capabilities, seccomp, read-only root and every volume are taken from the rendered spec as
 it is. Host folders are replaced by the test's own. The network is this machine's, so that the test's broker
-on loopback can be reached; nothing is scheduled, limited or restarted.
+on loopback can be reached, or a namespace that a test made; nothing is scheduled, limited or restarted.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ class Pod:
     secrets: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     config_maps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     image_config: Mapping[str, Any] = field(default_factory=dict)
+    network: str | None = None  # path of a network namespace
 
     def __enter__(self) -> Pod:
         self._stack = ExitStack()
@@ -82,8 +83,9 @@ class Pod:
             self.folder = Path(tempfile.mkdtemp(prefix="vbpod-", dir="/tmp"))
             self.folder.chmod(0o755)
             self._stack.callback(shutil.rmtree, self.folder, ignore_errors=True)
-            self._root = self._stack.enter_context(image.mounted())
-            text = image.buildah("inspect", "--type", "image", image.IMAGE)
+            name = self.spec["containers"][0]["image"]
+            self._root = self._stack.enter_context(image.mounted(name))
+            text = image.buildah("inspect", "--type", "image", name)
             self.image_config = json.loads(text)["Docker"]["config"]
             self._volumes = {volume["name"]: self._volume(volume) for volume in self.spec.get("volumes", [])}
         except BaseException:
@@ -174,7 +176,7 @@ class Pod:
             real.mkdir(mode=0o755)  # as kubelet: root's
         good = {"Directory": real.is_dir, "DirectoryOrCreate": real.is_dir, "File": real.is_file}
         if not good[kind]():
-            raise PodError(f"hostPath {source['path']} ({real}) is no {kind}")
+            raise PodError(f"hostPath {source['path']} ({real}) is not a {kind}")
         return real
 
     # ---- the runtime's configuration
@@ -214,7 +216,10 @@ class Pod:
             },
             "mounts": [*_system_mounts(), *map(self._mount, container.get("volumeMounts", []))],
             "linux": {
-                "namespaces": [{"type": kind} for kind in ("mount", "pid", "ipc", "uts")],
+                "namespaces": [
+                    *({"type": kind} for kind in ("mount", "pid", "ipc", "uts")),
+                    *([{"type": "network", "path": self.network}] if self.network else []),
+                ],
                 "seccomp": _seccomp(set(caps)),
                 "maskedPaths": ["/proc/kcore", "/proc/keys", "/proc/timer_list", "/sys/firmware"],
                 "readonlyPaths": ["/proc/sys", "/proc/sysrq-trigger", "/proc/irq", "/proc/bus"],

@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -53,7 +54,24 @@ def test_every_pinned_package_has_its_hashes(name: str) -> None:
 def test_the_base_is_pinned_by_its_digest() -> None:
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     assert re.search(r"^ARG BASE=\S+@sha256:[0-9a-f]{64}$", text, re.MULTILINE)
-    assert re.findall(r"^FROM (\S+)", text, re.MULTILINE) == ["${BASE}", "${BASE}"]
+    assert re.findall(r"^FROM (\S+)", text, re.MULTILINE) == [
+        "${BASE}",
+        "${BASE}",
+        "runtime",
+        "runtime",
+        "${FOR}",
+    ]
+
+
+def test_every_image_that_a_release_is_built_in_or_with_is_pinned_by_its_digest() -> None:
+    named = []
+    for file in sorted((ROOT / ".github" / "workflows").glob("*.yml")):
+        jobs = yaml.safe_load(file.read_text(encoding="utf-8"))["jobs"]
+        named += [job["container"]["image"] for job in jobs.values() if "container" in job]
+    push = (ROOT / ".packaging" / "push-image").read_text(encoding="utf-8")
+    named += re.findall(r"^[a-z]+=(docker\.io/\S+)$", push, re.MULTILINE)
+    assert len(named) >= 6
+    assert [name for name in named if not re.search(r":\S+@sha256:[0-9a-f]{64}$", name)] == []
 
 
 def test_the_build_sees_only_what_it_copies() -> None:

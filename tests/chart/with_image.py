@@ -1,4 +1,4 @@
-"""The image, built here and run as the chart's pod: from a real libvirtd to a real RabbitMQ.
+"""The images, built here and run as the chart's pods: real libvirtd, real RabbitMQ, a webhook.
 
 `make chart` runs this: the first build makes a base and takes minutes.
 """
@@ -6,22 +6,25 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.chart import helm, image
-from tests.chart.pod import Pod, PodError, Process
+from tests.chart.pod import Pod, Process
 from tests.conftest import need
 from tests.lab.lab import Lab
 from tests.ports import free_ports
@@ -38,8 +41,22 @@ def built() -> str:
 
 
 @pytest.fixture(scope="session")
-def root(built: str) -> Iterator[Path]:
-    with image.mounted() as folder:
+def react_image() -> str:
+    need(image.missing())
+    return image.build("react")
+
+
+@pytest.fixture(scope="session", params=image.IMAGES)
+def root(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """The root file system of each image."""
+    name = request.getfixturevalue({"agent": "built", "react": "react_image"}[request.param])
+    with image.mounted(name) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def agents_root(built: str) -> Iterator[Path]:
+    with image.mounted(built) as folder:
         yield folder
 
 
@@ -57,12 +74,28 @@ def test_no_compiler_no_headers_and_no_package_installer_are_left(root: Path) ->
     assert not (root / "usr" / "include" / "libvirt").exists()
 
 
-def test_of_libvirt_there_is_the_client_library_alone(root: Path) -> None:
+def _of_libvirt(root: Path) -> set[str]:
     status = (root / "var/lib/dpkg/status").read_text(encoding="utf-8")
-    installed = set(re.findall(r"^Package: (.*libvirt.*|qemu.*)$", status, re.MULTILINE))
-    assert installed == {"libvirt0", "libvirt-common"}  # the latter: files that libvirt0 depends on
+    return set(re.findall(r"^Package: (.*libvirt.*|qemu.*)$", status, re.MULTILINE))
+
+
+def test_of_libvirt_there_is_the_client_library_alone(agents_root: Path) -> None:
+    assert _of_libvirt(agents_root) == {"libvirt0", "libvirt-common"}  # the latter: files that libvirt0 needs
     for daemon in ("libvirtd", "virtqemud", "virsh"):
-        assert not [path for folder in ("usr/sbin", "usr/bin") for path in (root / folder).glob(daemon)]
+        assert not [
+            path for folder in ("usr/sbin", "usr/bin") for path in (agents_root / folder).glob(daemon)
+        ]
+
+
+def test_the_image_for_react_has_the_control_planes_clients_and_no_libvirt(react_image: str) -> None:
+    with image.mounted(react_image) as root:
+        assert _of_libvirt(root) == set()
+        (packages,) = root.glob("opt/virtbus/lib/python3*/site-packages")
+        assert {"kubernetes", "openstack", "confluent_kafka"} <= {path.name for path in packages.iterdir()}
+        assert not [*packages.glob("libvirt*")]
+    config = json.loads(image.buildah("inspect", "--type", "image", react_image))["Docker"]["config"]
+    assert (config["User"], config["Cmd"]) == (f"{OWN}:{OWN}", ["react"])
+    assert "9467/tcp" in config["ExposedPorts"]
 
 
 def test_no_file_gives_its_user_more_rights(root: Path) -> None:
@@ -95,11 +128,33 @@ def test_the_configuration_says_user_labels_and_health_check(built: str) -> None
 
 
 def test_the_image_is_small(built: str, record_figure: Any) -> None:
-    size = image.size()
-    record_figure(f"image: {size} unpacked, of which the base is {image.size(image.BASE)}")
+    size = image.size(built)
+    record_figure(f"{built}: {size} unpacked, of which the base is {image.size(image.BASE)}")
     number, unit = size.split()
     assert unit == "MB"
     assert float(number) < 300
+
+
+@pytest.mark.parametrize("kind", image.IMAGES)
+def test_every_dependency_has_a_wheel_for_64_bit_arm_with_a_pinned_hash(kind: str, tmp_path: Path) -> None:
+    """But libvirt-python, which has none and is compiled in the build, on either architecture."""
+    text = (image.CHECKOUT / ".docker" / f"requirements-{kind}.txt").read_text(encoding="utf-8")
+    blocks = re.split(r"^(?=[a-z0-9])", text, flags=re.MULTILINE)
+    lock = tmp_path / "lock.txt"
+    lock.write_text("".join(block for block in blocks if not block.startswith("libvirt-python==")))
+    base = re.findall(
+        r"^ARG BASE=.*python:(3\.\d+)-", (image.CHECKOUT / "Dockerfile").read_text(), re.MULTILINE
+    )
+    subprocess.run(
+        [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+         "--require-hashes", "--only-binary=:all:", "--implementation=cp", f"--python-version={base[0]}",
+         "--platform=manylinux_2_17_aarch64", "--platform=manylinux_2_28_aarch64",
+         "--platform=manylinux2014_aarch64", "--dest", str(tmp_path), "--requirement", str(lock)],
+        check=True,
+    )  # fmt: skip
+    wheels = [path.name for path in tmp_path.glob("*.whl")]
+    assert len(wheels) == len(re.findall(r"^[a-z0-9.-]+==", lock.read_text(), re.MULTILINE))
+    assert [name for name in wheels if name.endswith("aarch64.whl")]
 
 
 # ------------------------------------------------------------------------------------ run as a pod
@@ -127,7 +182,11 @@ class Node:
         found = helm.render(helm.MINIMAL, sets=(f"http.port={self.port}", *sets))
         self.spec: dict[str, Any] = helm.one(found, "DaemonSet")["spec"]["template"]["spec"]
         self.doctor: dict[str, Any] = helm.one(found, "Pod")["spec"]
-        self.config = {"vb-virtbus": helm.one(found, "ConfigMap")["data"]}
+        self.deployment = next(
+            (one["spec"]["template"]["spec"] for one in found if one["kind"] == "Deployment"), None
+        )
+        self.config = {one["metadata"]["name"]: one["data"] for one in found if one["kind"] == "ConfigMap"}
+        self.address = "127.0.0.1"
         self.secrets = {"virtbus-bus": {"url": url}}
 
     def pod(self, spec: Mapping[str, Any] | None = None) -> Pod:
@@ -139,10 +198,11 @@ class Node:
         }
         return Pod(spec or self.spec, host=host, secrets=self.secrets, config_maps=self.config)
 
-    def ask(self, path: str) -> tuple[int, str]:
+    def ask(self, path: str, port: int | None = None) -> tuple[int, str]:
         """GET from the agent, as kubelet's probes do → (status, body); 0 when it does not answer."""
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=2) as answer:
+            where = f"http://{self.address}:{port or self.port}{path}"
+            with urllib.request.urlopen(where, timeout=2) as answer:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             with error:
@@ -150,11 +210,13 @@ class Node:
         except OSError:
             return 0, ""
 
-    def wait(self, path: str, status: int, agent: Process, seconds: float = 30) -> float:
+    def wait(
+        self, path: str, status: int, agent: Process, seconds: float = 60, port: int | None = None
+    ) -> float:
         """Seconds until the path answers with the status."""
         begun = time.monotonic()
         while time.monotonic() - begun < seconds:
-            if self.ask(path)[0] == status:
+            if self.ask(path, port)[0] == status:
                 return time.monotonic() - begun
             if agent.popen.poll() is not None:
                 raise AssertionError(f"the agent ended with {agent.popen.returncode}: {agent.output()}")
@@ -191,6 +253,15 @@ def _event(consumer: subprocess.Popen[str]) -> Mapping[str, Any]:
     out, _ = consumer.communicate(timeout=70)
     event: Mapping[str, Any] = json.loads(out.splitlines()[0])
     return event
+
+
+def _wait_for(words: str, agent: Process, times: int = 1) -> None:
+    """Until its log says so."""
+    deadline = time.monotonic() + 60
+    while agent.output().count(words) < times:
+        assert time.monotonic() < deadline, agent.output()
+        assert agent.popen.poll() is None, agent.output()
+        time.sleep(0.1)
 
 
 def _status(agent: Process) -> dict[str, str]:
@@ -250,24 +321,21 @@ def test_the_health_check_of_the_image_is_well_while_the_broker_is_away(lab: Lab
         pod.init()
         agent = pod.main()
         node.wait("/readyz", 200, agent)
-        time.sleep(2)
-        assert node.ask("/livez")[0] == 200
-        assert node.ask("/readyz")[0] == 200
-        assert "connection refused" in agent.output()
+        _wait_for("connection refused", agent)
+        node.wait("/livez", 200, agent)
+        node.wait("/readyz", 200, agent)
         assert agent.run(*pod.image_config["Healthcheck"]["Test"][1:]).returncode == 0
 
 
 @pytest.mark.usefixtures("built")
-def test_an_agent_that_libvirtd_does_not_know_says_so_and_is_not_ready(lab: Lab, tmp_path: Path) -> None:
+def test_an_agent_that_libvirtd_does_not_know_ends_and_says_why(lab: Lab, tmp_path: Path) -> None:
     """Why the chart's default is nobody: libvirtd refuses a uid without an account on its own side."""
     node = Node(lab, tmp_path, "amqp://127.0.0.1:1//", f"runAsUser={OWN}", f"runAsGroup={OWN}")
     with node.pod() as pod:
         pod.init()
         agent = pod.main()
-        node.wait("/livez", 200, agent)
-        time.sleep(2)
-        assert node.ask("/readyz")[0] == 503
-        assert f"Failed to find user record for uid '{OWN}'" in agent.output()
+        assert agent.popen.wait(120) == 77, agent.output()
+        assert f"Failed to find user record for uid '{OWN}'" in agent.output().splitlines()[-1]
 
 
 @pytest.mark.usefixtures("built")
@@ -282,10 +350,7 @@ def test_the_pod_goes_on_after_libvirtd_was_restarted(lab: Lab, amqp_url: str, t
         node.wait("/readyz", 200, agent)
         lab.restart_libvirtd()
         consumer = _consume(amqp_url, "io_error.v1")
-        deadline = time.monotonic() + 30
-        while agent.output().count("callbacks registered") < 2:
-            assert time.monotonic() < deadline, agent.output()
-            time.sleep(0.1)
+        _wait_for("callbacks registered", agent, times=2)
         guest.fail()
         assert _event(consumer)["data"]["domain"]["name"] == "db1"
 
@@ -317,15 +382,144 @@ def test_the_spool_and_the_identity_outlive_the_pod(lab: Lab, amqp_url: str, tmp
 
 
 @pytest.mark.usefixtures("built")
-def test_a_node_without_libvirt_waits_instead_of_making_the_folder(lab: Lab, tmp_path: Path) -> None:
+def test_on_a_node_without_libvirt_the_pod_is_ready_and_says_so(lab: Lab, tmp_path: Path) -> None:
+    """Instead of ContainerCreating for ever, which would stop the rollout."""
     node = Node(lab, tmp_path, "amqp://127.0.0.1:1//")
-    missing = tmp_path / "no-libvirt-here"
-    with pytest.raises(PodError, match="is no Directory"):
-        pod = node.pod()
-        pod.host = {**pod.host, "/run/libvirt": missing}
-        with pod:
-            pass
-    assert not missing.exists()
+    pod = node.pod()
+    pod.host = {**pod.host, "/run/libvirt": tmp_path / "no-libvirt-here"}
+    with pod:
+        pod.init()
+        agent = pod.main()
+        node.wait("/readyz", 200, agent)
+        assert "virtbus_source_absent 1.0" in node.ask("/metrics")[1]
+        assert "this host has no libvirt" in agent.output()
+
+
+@pytest.mark.usefixtures("built")
+def test_on_a_chosen_node_without_libvirt_the_pod_is_not_ready(lab: Lab, tmp_path: Path) -> None:
+    node = Node(lab, tmp_path, "amqp://127.0.0.1:1//", "nodeSelector.kvm=yes")
+    pod = node.pod()
+    pod.host = {**pod.host, "/run/libvirt": tmp_path / "no-libvirt-here"}
+    with pod:
+        pod.init()
+        agent = pod.main()
+        node.wait("/livez", 200, agent)
+        node.wait("/readyz", 503, agent)
+
+
+@pytest.mark.usefixtures("built")
+def test_a_folder_of_libvirt_that_is_removed_and_made_again_ends_the_pod_with_the_reason(
+    lab: Lab, tmp_path: Path
+) -> None:
+    """The running container keeps the removed folder; the next one has the new one."""
+    node = Node(lab, tmp_path, "amqp://127.0.0.1:1//")
+    folder = tmp_path / "libvirt"
+    folder.mkdir()
+    pod = node.pod()
+    pod.host = {**pod.host, "/run/libvirt": folder}
+    with pod:
+        pod.init()
+        agent = pod.main()
+        node.wait("/readyz", 200, agent)
+        folder.rmdir()
+        folder.mkdir()
+        assert agent.popen.wait(120) == 75, agent.output()
+        assert "/run/libvirt" in agent.output().splitlines()[-1] or "removed" in agent.output()
+
+
+@pytest.fixture
+def ipv6_only(built: str) -> Iterator[tuple[str, str]]:
+    """A pod's network with an IPv6 address and no other → (path of the namespace, the pod's address)."""
+    number = os.getpid() % 10_000
+    name, outside, address = f"vb6-{number}", f"vb6h{number}", f"fd00:{number}::2"
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True)
+
+    ip("netns", "add", name)
+    try:
+        ip("link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", name)
+        ip("-6", "addr", "add", f"fd00:{number}::1/64", "dev", outside, "nodad")
+        ip("link", "set", outside, "up")
+        ip("-n", name, "-6", "addr", "add", f"{address}/64", "dev", "eth0", "nodad")
+        for device in ("lo", "eth0"):
+            ip("-n", name, "link", "set", device, "up")
+        ip("-n", name, "addr", "del", "127.0.0.1/8", "dev", "lo")
+        yield f"/run/netns/{name}", address
+    finally:
+        ip("netns", "del", name)
+
+
+def test_the_probes_reach_a_pod_that_has_ipv6_alone(
+    ipv6_only: tuple[str, str], lab: Lab, tmp_path: Path
+) -> None:
+    network, address = ipv6_only
+    node = Node(lab, tmp_path, "amqp://[::1]:1//")
+    node.address = f"[{address}]"
+    pod = node.pod()
+    pod.network = network
+    with pod:
+        pod.init()
+        agent = pod.main()
+        node.wait("/livez", 200, agent)
+        node.wait("/readyz", 200, agent)
+        assert "virtbus_source_connected 1.0" in node.ask("/metrics")[1]
+        assert agent.stop() == 0
+
+
+class _Posts(ThreadingHTTPServer):
+    """A webhook's receiver."""
+
+    def __init__(self) -> None:
+        self.types: list[str] = []
+        posts = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                posts.types.append(self.headers["ce-type"])
+                self.send_response(204)
+                self.end_headers()
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Nothing: the test looks at what came."""
+
+        super().__init__(("127.0.0.1", 0), Handler)
+
+
+@pytest.mark.usefixtures("built")
+def test_the_pod_of_react_tells_a_webhook_of_a_guests_error(
+    react_image: str, lab: Lab, amqp_url: str, tmp_path: Path
+) -> None:
+    """Its own image, as the chart's Deployment runs it, beside an agent's pod."""
+    with ExitStack() as stack:
+        posts = stack.enter_context(_Posts())
+        threading.Thread(target=posts.serve_forever, daemon=True).start()
+        stack.callback(posts.shutdown)
+        (port,) = free_ports(1)
+        repository, tag = react_image.rsplit(":", 1)
+        node = Node(
+            lab, tmp_path, amqp_url, "react.enabled=true", "react.with=webhook", f"react.http.port={port}",
+            f"react.image.repository={repository}", f"react.image.tag={tag}", "config.react.publishers={*}",
+            f"config.react.webhook.url=http://127.0.0.1:{posts.server_port}/", "config.log.level=info",
+        )  # fmt: skip
+        reacting = stack.enter_context(node.pod(node.deployment))
+        react = reacting.main()
+        node.wait("/readyz", 200, react, port=port)
+        pod = stack.enter_context(node.pod())
+        pod.init()
+        node.wait("/readyz", 200, pod.main())
+        guest = lab.guest("db1", error="EIO", policy="stop")
+        guest.start()
+        guest.fail()
+        deadline = time.monotonic() + 60
+        while "io.virtbus.domain.io_error.v1" not in posts.types:
+            assert time.monotonic() < deadline, react.output()
+            time.sleep(0.1)
+        status = _status(react)
+        assert status["Uid"].split() == [str(OWN)] * 4
+        assert {status[name] for name in ("CapPrm", "CapEff", "CapBnd")} == {"0" * 16}
+        assert react.stop() == 0
 
 
 @pytest.mark.usefixtures("built")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sqlite3
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 
 from virtbus.bus import BusOptions, open_bus
 from virtbus.consumer import Consumer
-from virtbus.errors import DedupeUnavailable
+from virtbus.errors import ConfigError, DedupeUnavailable
 from virtbus.testing import ListFeed, records
 
 
@@ -109,3 +110,17 @@ def test_a_close_without_the_marks_says_so_and_lets_go_of_the_bus(url, file):
         with pytest.raises(DedupeUnavailable):
             consumer.close()
     assert left(url, file) == 5
+
+
+def test_a_path_that_is_no_file_is_refused_untouched(url: str, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe, 0o644)
+    for path, told in (
+        (pipe, "not a regular file"),
+        (tmp_path, "not a regular file"),
+        (tmp_path / "none" / "seen.db", f"no folder {tmp_path}/none; create it"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            Consumer(url, group="g", dedupe=path)
+    assert pipe.stat().st_mode & 0o777 == 0o644
+    assert not (tmp_path / "pipe.lock").exists()

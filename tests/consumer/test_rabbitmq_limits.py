@@ -288,7 +288,11 @@ def test_a_group_without_the_right_to_mark_the_exchange_is_still_bound_again(
     [
         (530, "NOT_ALLOWED - access to vhost 'x' refused for user 'u': connection limit (1) is reached",
          BusUnavailable, "raise the limit", "check the virtual host"),
-        (530, "NOT_ALLOWED - vhost x not found", BusDenied, "check the virtual host", "limit"),
+        (530, "NOT_ALLOWED - number of channels opened (9) has reached the maximum allowed user limit of (9)",
+         BusUnavailable, "raise the limit", "check the virtual host"),
+        (530, "NOT_ALLOWED - vhost limited not found", BusDenied, "check the virtual host", "raise"),
+        (406, "PRECONDITION_FAILED - inequivalent arg 'durable' for queue 'user_id' in vhost '/'",
+         BusUnavailable, "inequivalent arg", "bus.username"),
         (404, "NOT_FOUND - no exchange", BusDenied, "declared again", "set bus.declare = true"),
     ],
 )  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from virtbus.bus import BusOptions, open_bus
-from virtbus.consumer import Consumer
+from virtbus.consumer import Consumer, MissingEvents
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError, ConsumerClosed, GroupTakenOver
 from virtbus.model import Message
 from virtbus.testing import FakeBus, ListFeed, a_record, an_io_error, records
@@ -217,6 +217,53 @@ def test_a_forked_child_is_told_to_make_its_own(url: str) -> None:
 
 
 # ------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("group", ""), ("group", "a\nb"), ("group", "x" * 129), ("group", "g.dead"), ("group", 5),
+        ("prefetch", 0), ("prefetch", 1.5), ("prefetch", "5"), ("prefetch", True),
+        ("dedupe_rows", 0), ("max_attempts", 0), ("max_attempts", 1.5),
+        ("reorder_seconds", -1), ("reorder_seconds", "1"), ("reorder_seconds", float("nan")),
+        ("on_missing", None),
+    ],
+)  # fmt: skip
+def test_an_argument_that_can_not_be_used_is_refused_at_once_and_by_name(
+    url: str, argument: str, value: Any
+) -> None:
+    with pytest.raises(ConfigError, match=argument) as caught:
+        Consumer(url, **{"group": "g", argument: value})
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_an_on_missing_that_raises_costs_no_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    bus, told = FakeBus(), []
+
+    def raises(missing: MissingEvents) -> None:
+        told.append((missing.first, missing.last))
+        raise ValueError("the author's own")
+
+    options = {"check_gaps": True, "reorder_seconds": 0.0, "on_missing": raises}
+    with on_fake_bus(monkeypatch, bus, **options) as consumer:
+        consumer.receive(0.0)
+        items = records(5)
+        ListFeed([items[0], *items[3:]]).publish(bus)
+        got, raised = [], 0
+        while len(got) < 3:
+            try:
+                delivery = consumer.receive(5.0)
+            except ValueError:
+                raised += 1
+                continue
+            assert delivery is not None
+            got.append(delivery.id)
+            delivery.ack()
+    first = int(items[0].attributes["sequence"])
+    assert got == [items[0].id, items[3].id, items[4].id]
+    assert told == [(first + 1, first + 2)]
+    assert raised == 1
 
 
 @pytest.mark.parametrize("after", ["2", None, float("inf"), float("nan"), -1, 1e12, 10**400, True])

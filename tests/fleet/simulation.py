@@ -90,6 +90,7 @@ class Simulation:
         self.listening_since = 0.0
         self.fleet, self.policy = Fleet(), HoldPolicy(self.rules)
         self.queue: Queue | None = None  # while the reactor is away
+        self.own: frozenset[str] = frozenset()  # in the reactor's store
         self.hosts = [self._host(number) for number in range(self.random.randint(5, 16))]
         self.plan: list[tuple[float, int, str, tuple[Host, ...], float]] = []
         self.found = Found(fleets=1)
@@ -177,8 +178,10 @@ class Simulation:
     def _do_reactor(self, at: float, *_: object) -> None:
         """Killed, or failed over: only what the control plane holds is left."""
         self.fleet, self.policy = Fleet(), HoldPolicy(self.rules)
+        self.fleet.witnessed = self.own
         self.listening_since = at
         if self.random.random() < 0.5:  # its store was lost as well: a mark tells no agent
+            self.own = self.fleet.witnessed = frozenset()
             self.last.clear()
             self.released_at.clear()
             self.held = {name: replace(row, agent="", heard_at=row.since) for name, row in self.held.items()}
@@ -281,6 +284,7 @@ class Simulation:
     def _judge(self, at: float) -> None:
         now = at_second(at)
         view = self.fleet.view(now)
+        self.own = view.own
         for host in view.hosts:
             row = self.held.get(host.name)
             if row is not None and host.state != "silent" and (at - row.heard_at >= 60 or not row.agent):

@@ -184,6 +184,23 @@ def test_one_heartbeat_alone_may_have_waited_for_any_time_and_lets_nobody_act():
     assert view(fleet, 361).hosts[0].answer is Answer.WELL
 
 
+def test_hosts_of_which_one_heartbeat_came_are_nothing_to_compare_with():
+    fleet = Fleet()
+    sick, *others = (Machine(fleet, number) for number in range(6))
+    for at in (0, 60, 120):
+        sick.beat(at)
+    for guest, source in enumerate((CEPH, FILER)):
+        sick.fails(121, guest, source)
+    for other in others:
+        other.beat(180)
+    for at in (180, 240):
+        sick.beat(at)
+    assert view(fleet, 241).host(sick.host.name).blame is Blame.UNDETERMINED
+    for other in others:
+        other.beat(240)
+    assert view(fleet, 241).host(sick.host.name).blame is Blame.HOST
+
+
 def test_a_clock_that_is_set_forward_silences_its_host_for_one_interval_at_most():
     fleet = Fleet()
     machine = Machine(fleet, 1)
@@ -287,6 +304,48 @@ def test_open_incidents_of_before_on_the_hosts_own_storage_hold_it():
     host = view(fleet, 3900).host(sick.host.name)
     assert host is not None
     assert host.answer is Answer.BAD
+
+
+def test_a_fault_that_was_seen_to_begin_before_a_restart_is_still_the_hosts_own_after_it():
+    fleet, sick, others = began_unheard()
+    everybody = [sick, *others]
+    goes_on(everybody, 0, 600)
+    for guest, source in enumerate(SHARED):
+        sick.fails(600, guest, source)
+    goes_on(everybody, 601, 640)
+    stored = view(fleet, 630).own
+    assert stored == set(sick.open), "too early to blame it, and nobody else has it"
+    for restart in (700, 720):
+        again = Fleet()
+        again.witnessed = stored
+        for machine in everybody:
+            machine.fleet = again
+        for at in (restart, restart + 10):
+            for machine in others[:2]:
+                machine.beat(at)
+        stored = view(again, restart + 11).own
+        assert stored == set(sick.open), "also when the next restart comes before its agent was heard"
+    goes_on(everybody, 740, 1100)
+    host = view(again, 1100).host(sick.host.name)
+    assert host is not None
+    assert host.answer is Answer.BAD
+    sick.recovers(1110)
+    goes_on(everybody, 1120, 1200)
+    assert view(again, 1200).own == set()
+
+
+def test_a_trouble_that_others_had_too_is_not_remembered_as_a_hosts_own():
+    fleet, sick, others = began_unheard()
+    everybody = [sick, *others]
+    goes_on(everybody, 0, 600)
+    for machine in everybody[:4]:
+        for guest, source in enumerate(SHARED):
+            machine.fails(600, guest, source)
+    goes_on(everybody, 601, 1200)
+    for machine in everybody[1:4]:
+        machine.recovers(1200)
+    goes_on(everybody, 1201, 3600)
+    assert view(fleet, 3600).own == set()
 
 
 def test_an_agent_whose_clock_lies_does_not_make_others_troubles_witnessed():

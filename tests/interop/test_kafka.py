@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+import confluent_kafka
 import pytest
 from cloudevents.core.bindings import kafka as sdk
 from cloudevents.core.formats.json import JSONFormat
@@ -14,7 +15,6 @@ from tests.interop.receivers import ALL, Receiver, Understood
 from virtbus.bus import BusOptions, open_bus
 from virtbus.model import Record
 
-confluent_kafka = pytest.importorskip("confluent_kafka", reason="this machine lacks confluent-kafka")
 pytestmark = pytest.mark.kafka
 
 

@@ -45,6 +45,8 @@ def suite_root(suite: str, packages: tuple[str, ...] = PACKAGES) -> Path:
     folder = CHECKOUT / ".cache" / "suites"
     folder.mkdir(parents=True, exist_ok=True)
     root = folder / f"{suite}-{recipe}"
+    if root.exists():  # complete: it got its name last
+        return root
     with (folder / f"{suite}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not root.exists():

@@ -22,7 +22,7 @@ from virtbus.sequences import MissingEvents
 ENTRY_POINT_GROUP = "virtbus.buses"
 
 REASON_HEADER = "x-virtbus-reason"
-"""The header of a dead letter that says why it was put aside; at most 1,024 bytes of UTF-8."""
+"""The header of a dead letter that says why it was dead-lettered; at most 1,024 bytes of UTF-8."""
 
 CUT_HEADER = "x-virtbus-cut"
 """The header of a dead letter that says what of it was left out, where it did not fit as it came."""
@@ -286,10 +286,12 @@ def bus_name(url: str, options: BusOptions) -> str:
 
 def checked_group(group: str | None) -> str | None:
     """The consumer group's name as it came, or ConfigError when a broker could not carry it in a name."""
-    if group is not None and (not _GROUP.match(group) or group.endswith(".dead")):
+    if group is not None and (
+        not isinstance(group, str) or not _GROUP.fullmatch(group) or group.endswith(".dead")
+    ):
         raise ConfigError(
-            f'consumer group "{group}" can\'t be used: take letters, digits, ".", "_" or "-", at most 128, '
-            'beginning with a letter or digit and not ending in ".dead"'
+            f"consumer group {str(group)[:129]!r} can't be used: take letters, digits, "
+            '".", "_" or "-", at most 128, beginning with a letter or digit and not ending in ".dead"'
         )
     return group
 

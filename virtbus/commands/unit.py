@@ -113,9 +113,9 @@ def unit(
     """
     path = command or _this_program()
     if not re.fullmatch(r"/[^\s%\"'\\$]*", path):
-        raise ConfigError(f"{path!r} is no plain absolute path; name the program with --command")
+        raise ConfigError(f"{path!r} is not a plain absolute path; name the program with --command")
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,30}", user):  # systemd.exec(5), User=
-        raise ConfigError(f"{user!r} is no name of a user; name one with --user")
+        raise ConfigError(f"{user!r} is not the name of a user; name one with --user")
     stop = math.ceil(drain_seconds) + 20
     credential = "" if packaged else _CREDENTIAL
     if not packaged:

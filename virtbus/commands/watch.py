@@ -38,7 +38,7 @@ def run(uri: str, *, as_json: bool, out: TextIO, timeout: float | None = None) -
     plays. Raises SourceUnavailable when libvirt is away or goes away, SourceDenied, ConfigError.
     """
     if uri.startswith("replay:"):
-        raise ConfigError(f"{uri} is no hypervisor: `virtbus demo --recording FILE` plays a recording")
+        raise ConfigError(f"{uri} is not a hypervisor: `virtbus demo --recording FILE` plays a recording")
     watch = _Watch(as_json)
     link = LibvirtConnector(uri, SourceOptions()).open(watch)
     deadline = None if timeout is None else time.monotonic() + timeout

@@ -233,7 +233,7 @@ def _data(attributes: Mapping[str, str], body: bytes, where: str) -> dict[str, A
     try:
         data = _parse(body, where, _ANY)
     except SchemaError:
-        if foreign and told is None:  # it never said that this is JSON
+        if foreign and (told is None or _other_format(body)):  # it never said that this is plain JSON
             return {}
         raise
     if isinstance(data, dict):
@@ -259,7 +259,7 @@ def _check_attributes(attributes: Mapping[str, str], where: str) -> None:
             raise SchemaError(f"{where}: attribute {name!r} is required")
     for name, value in attributes.items():
         if not _NAME.fullmatch(name) or name == "data":
-            raise SchemaError(f"{where}: {name[:40]!r} is no name for an attribute")
+            raise SchemaError(f"{where}: {name[:40]!r} is not an attribute name: a-z and 0-9")
         if _FORBIDDEN.search(value):
             raise SchemaError(f"{where}: attribute {name!r} holds a control character")
     time = attributes.get("time")

@@ -126,7 +126,7 @@ def encode(event: Event, stamp: Stamp) -> Encoded:
         sdk_event(encoded.attributes, body)
     except (CloudEventValidationError, ValueError) as error:
         raise InvalidEvent(
-            f"event {stamp.id} of type {event.TYPE} is no CloudEvent: {error}", encoded
+            f"event {stamp.id} of type {event.TYPE} is not a CloudEvent: {error}", encoded
         ) from error
     problems = schema.validate(dataschema, data)
     if problems:

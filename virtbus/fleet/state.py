@@ -6,6 +6,7 @@ import re
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 
 from virtbus.fleet.agent import Agent, Ended, Incident, Pace, Rate, Version
@@ -64,7 +65,7 @@ class HostHealth:
     backends: tuple[str, ...]  # the storage systems it has trouble with
     fresh: bool  # a heartbeat told everything that is open: what is not here is not
     early: bool = False  # too early to tell: nothing is put down to anybody yet
-    witnessed: bool = True  # what it is blamed for began while we listened
+    witnessed: bool = True  # what it is blamed for: see `Trouble`
 
     @property
     def answer(self) -> Answer:
@@ -107,6 +108,9 @@ class FleetView:
     incidents: int
     errors_per_minute: float
     suspect_ourselves: bool  # most agents are silent at once: rather our own connection
+    own: frozenset[str] = (
+        frozenset()
+    )  # open incidents of which it is witnessed that they are their hosts' own
 
     def host(self, name: str) -> HostHealth | None:
         """One host, by the name libvirt gives it."""
@@ -148,6 +152,9 @@ class Fleet:
     def __init__(self, rules: FleetRules | None = None) -> None:
         """An empty fleet."""
         self.rules = rules or FleetRules()
+        self.witnessed: AbstractSet[str] = (
+            frozenset()
+        )  # incidents that were their hosts' own before a restart
         self._agents: dict[str, Agent] = {}
         self._users: dict[str, set[str]] = defaultdict(set)
         self._backend_rates: dict[str, Rate] = {}
@@ -256,7 +263,7 @@ class Fleet:
                 version=version,
                 total=event.occurrences.total,
                 settled=settled,
-                recurs=known is not None and known.grows(event.occurrences.total),
+                recurs=id_ in self.witnessed or (known is not None and known.grows(event.occurrences.total)),
             ),
         )
 
@@ -315,7 +322,7 @@ class Fleet:
             version=version,
             total=item.total,
             settled=settled,
-            recurs=known is not None and known.grows(item.total),
+            recurs=item.id in self.witnessed or (known is not None and known.grows(item.total)),
         )
 
     def _after_boot(self, agent: Agent, onset: float) -> bool:
@@ -359,7 +366,16 @@ class Fleet:
             incidents=sum(len(agent.incidents) for agent in named),
             errors_per_minute=sum(one.errors_per_minute for one in hosts),
             suspect_ourselves=silent * 2 > len(states) and len(states) > 1,
+            own=frozenset(self._own(named, verdicts, now)),
         )
+
+    def _own(self, named: Iterable[Agent], verdicts: Verdicts, now: Now) -> Iterator[str]:
+        if self._too_early(now) is not None:
+            yield from self.witnessed  # not every agent was heard yet
+        for agent in named:
+            verdict = verdicts.hosts.get(agent.name or "")
+            witnessed = verdict is not None and verdict.own and verdict.witnessed
+            yield from (id_ for id_ in agent.incidents if witnessed or id_ in self.witnessed)
 
     def _health(self, agent: Agent, state: str, verdicts: Verdicts, now: Now) -> HostHealth:
         assert agent.name is not None
@@ -413,14 +429,10 @@ class Fleet:
         return states
 
     def _judge(self, named: Sequence[Agent], states: Mapping[str, str], now: Now) -> Verdicts:
-        troubles = list(self._evidence(named, now))
+        live = [one for one in named if one.pace is Pace.LIVE and states[one.id] == "observing"]
         return assess(
-            troubles,
-            observed={
-                one.name
-                for one in named
-                if one.name and states[one.id] == "observing" and one.pace is Pace.LIVE
-            },
+            list(self._evidence(named, now)),
+            observed={one.name for one in live if one.name},
             users=self._users,
             now=now.wall_ns / 1e9,
             rules=self.rules.verdict,

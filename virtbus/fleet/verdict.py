@@ -76,6 +76,7 @@ class Verdict:
     full: bool = False
     early: bool = False  # it may be told later
     witnessed: bool = True  # what a host is blamed for: see `Trouble`
+    own: bool = False  # nothing explains a host's trouble but the host; it may be too early to blame it
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,11 +308,12 @@ def _judge_host(
     why = _own_fault(began, system_of, rules)
     if why is None:
         return Verdict(doubt, "one storage system, and no other host to compare with on it")
+    witnessed = _own_fault([one for one in began if one.witnessed], system_of, rules) is not None
     since = min(one.onset for one in began)
     if now - since < rules.settle_seconds:
-        return Verdict(doubt, "too early to tell: other hosts may follow", early=True)
-    witnessed = _own_fault([one for one in began if one.witnessed], system_of, rules) is not None
-    return Verdict(Blame.HOST, why, witnessed=witnessed)
+        doubts = "too early to tell: other hosts may follow"
+        return Verdict(doubt, doubts, early=True, witnessed=witnessed, own=True)
+    return Verdict(Blame.HOST, why, witnessed=witnessed, own=True)
 
 
 def _own_fault(

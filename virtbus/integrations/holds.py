@@ -9,7 +9,7 @@ What stands there when a host that we hold is looked at, and what it means:
 |---|---|---|---|
 | there | there | held | nothing |
 | there | gone | another controller overwrote it | held again |
-| gone | the object is another one, or shows nothing of ours | it was registered anew | held again |
+| gone | the object is another one, or shows nothing of ours | it was registered again | held again |
 | gone | the same object | an operator took it away | left alone until the host was well once |
 | gone | no object | the host left the control plane | forgotten |
 """
@@ -46,7 +46,7 @@ class Finding(StrEnum):
 
     ADOPTED = "adopted"
     WIPED = "wiped"
-    REGISTERED_ANEW = "registered anew"
+    REGISTERED_ANEW = "registered again"
     REMOVED_BY_HAND = "removed by hand"
     TARGET_GONE = "target gone"
 

@@ -119,7 +119,7 @@ class Exec(_Hook):
 
         found = which(self._command[0])
         if found is None:
-            return [Check("exec", "failed", f"{self._command[0]} is no command", "mend react.exec.command")]
+            return [Check("exec", "failed", f"{self._command[0]} is not a command", "fix react.exec.command")]
         return [Check("exec", "ok", found)]
 
 
@@ -245,7 +245,7 @@ class Webhook(_Hook):
                     with self._context.wrap_socket(plain, server_hostname=self._host):
                         pass
         except OSError as error:
-            return [Check("webhook", "failed", f"{self._name}: {error}", "mend react.webhook.url", 69)]
+            return [Check("webhook", "failed", f"{self._name}: {error}", "fix react.webhook.url", 69)]
         return [Check("webhook", "ok", self._name)]
 
     def close(self) -> None:

@@ -93,6 +93,7 @@ class Reactor:
         self._listening_since: float | None = None
         self._heartbeat_at = self._begun = self._clock().monotonic
         self._shown = store.conditions()
+        self._witnessed = self.fleet.witnessed = store.witnessed()
         for row in store.rows().values():
             if row.state is HoldState.LEFT:
                 policy.leave_alone(row.host)
@@ -236,6 +237,7 @@ class Reactor:
             return
         view = self.fleet.view(now)
         REACT.fleet.show(view)
+        self._witness(view)
         if self._shows:
             self._show(view.hosts, now)
         if not self._integration.holds:
@@ -261,6 +263,12 @@ class Reactor:
         for row in rows.values():
             if row.state is HoldState.LEFT and row.host not in self._policy.left_alone:
                 self._store.put(replace(row, state=HoldState.FREE))  # well once: ours to decide again
+
+    def _witness(self, view: FleetView) -> None:
+        """After a restart nobody could say who else had a trouble when it began."""
+        if view.own != self._witnessed:
+            self._witnessed = view.own
+            self._store.witness(view.own)
 
     def _rename(self, row: Row, host: str, now: Now) -> Row:
         """The row under its host's other name; what is on its way goes on under that."""

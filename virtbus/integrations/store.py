@@ -8,6 +8,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Collection, Iterator, MutableMapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import astuple, fields, replace
 from pathlib import Path
@@ -58,6 +59,9 @@ CREATE TABLE IF NOT EXISTS owners (
 CREATE TABLE IF NOT EXISTS conditions (
   host TEXT PRIMARY KEY,
   condition TEXT NOT NULL
+);
+CREATE TABLE IF NOT EXISTS witnessed (
+  incident TEXT PRIMARY KEY
 );
 """
 
@@ -270,6 +274,17 @@ class ActionStore:
                 if entry is not None:
                     out.append(entry)
             return out
+
+    def witnessed(self) -> frozenset[str]:
+        """Incidents that were seen to be their hosts' own; see `virtbus.fleet.Fleet.witnessed`."""
+        with self._lock:
+            return frozenset(one for (one,) in self._db.execute("SELECT incident FROM witnessed"))
+
+    def witness(self, incidents: AbstractSet[str]) -> None:
+        """Remember these, and no others."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM witnessed")
+            db.executemany("INSERT INTO witnessed VALUES (?)", [(one,) for one in sorted(incidents)])
 
     def close(self) -> None:
         """Let go of the file and its lock."""

@@ -387,7 +387,8 @@ def _of_broker(error: AMQPError, where: str) -> BusUnavailable | BusDenied:
     text = str(getattr(error, "reply_text", "") or "").strip()
     if code == 403:
         return BusDenied(f"{where}: access refused ({text}): check user, password and permissions")
-    if code in (506, 530) and "limit" in text:  # of connections or channels, of a user, a host or the node
+    # Of connections or channels; of a user, a virtual host or the node.
+    if code in (506, 530) and re.search(r"\blimit (of )?\(\d", text):
         return BusUnavailable(f"{where}: {text}: raise the limit, or close what uses it up")
     if code == 530 and "channel_max" in f"{text} {error}":
         return BusUnavailable(f"{where}: {text or error}: raise channel_max")
@@ -398,7 +399,7 @@ def _of_broker(error: AMQPError, where: str) -> BusUnavailable | BusDenied:
             f"{where}: not found ({text}): it is declared again at the next connection where "
             "bus.declare allows it; else create it"
         )
-    if code == 406 and "user_id" in text:
+    if code == 406 and "user_id property" in text:
         return BusDenied(f"{where}: {text}: set bus.username to the name the broker gives this certificate")
     if "auth mechanism" in f"{text} {error}":
         return BusDenied(f"{where}: the broker does not offer the authentication of bus.auth")

@@ -110,7 +110,7 @@ class AmqpLetterStore:
 
     def store(self, item: Item, reason: str, smaller: int) -> str | None:
         """See LetterStore."""
-        doing, desk = f"putting aside in {self.name}", self._desk
+        doing, desk = f"dead-lettering to {self.name}", self._desk
         fresh = desk.link is None
         link = desk.open()
         if fresh and self._options.declare:
@@ -231,7 +231,7 @@ class AmqpDeadLetters:
         headers = letter.message.headers
         if CUT_HEADER in headers:
             raise RecordRefused(
-                f"{letter.position} was cut when it was put aside ({headers[CUT_HEADER]}): "
+                f"{letter.position} was cut when dead-lettered ({headers[CUT_HEADER]}): "
                 "it can't be sent back as it came"
             )
         kept = {
