@@ -16,6 +16,8 @@ from tests.chart.apiserver import ApiServer
 from tests.integrations.parts import eventually
 from tests.integrations.plane import POINTS, World, story_of_a_kill
 from tests.lab.lab import PAUSED_IOERROR, RUNNING, Lab
+from tests.sim import scripts
+from tests.sim.plane import Node, Plane, PlaneIntegration
 from virtbus.config import React, ReactKubernetes
 from virtbus.errors import ConfigError
 from virtbus.fleet import Blame, HostHealth
@@ -448,3 +450,28 @@ def test_a_real_guests_disk_fails_and_its_node_is_tainted_until_it_is_resumed(
     lines = (tmp_path / "react.log").read_text().splitlines()
     verbs = [line["verb"] for line in map(json.loads, lines) if line["event"] == "action"]
     assert [verb for verb in verbs if verb != "report"] == ["hold", "release"]
+
+
+def test_the_simulations_control_plane_is_like_a_real_server(kube_apiserver, kubernetes, node):
+    report = kubernetes.condition(a_health())
+    nothing = json.dumps({"metadata": {"annotations": {"virtbus.io/tainted": None}}, "spec": {"taints": []}})
+    said = scripts.control_plane(
+        kubernetes,
+        node,
+        wipe=lambda: kube_apiserver.kubectl("taint", "node", node, f"{TAINT}-"),
+        take_back=lambda: kube_apiserver.kubectl("patch", "node", node, "--type=merge", "-p", nothing),
+        condition=dict(report),
+    )
+
+    def to_the_model(virtual, process) -> list[str]:
+        plane = Plane(virtual.scheduler, {node: Node("a-uid")})
+        return scripts.control_plane(
+            PlaneIntegration(plane, lambda step: None, lambda key: None),
+            node,
+            wipe=lambda: plane.wipe(node),
+            take_back=lambda: plane.take_back(node),
+            condition={"status": "True", "message": ""},
+        )
+
+    with scripts.simulated(to_the_model) as model_said:
+        assert said == model_said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 from tests.sim.runtime import Process, Scheduler, Virtual
 from virtbus.errors import SourceUnavailable
@@ -31,8 +32,12 @@ from virtbus.sources.link import (
     Unsupported,
 )
 
+SHUTDOWN, SHUTDOWN_HOST, STOPPED_DESTROYED = 6, 2, 1  # virDomainEventType and details of a destroyed guest
 KEEPALIVE_SECONDS = 20.0  # then a client gives up a daemon that says nothing
-DISKS = {"virtio-disk0": ("vda", "/img/{}-a"), "virtio-disk1": ("vdb", "/img/{}-b")}
+DISKS = {"virtio-disk0": ("vda", "a"), "virtio-disk1": ("vdb", "b")}  # alias → target, end of its path
+ALIASES = tuple(DISKS)
+SECRET = "c4n4ry-s3cr3t"  # it stands where secrets stand in a domain's description, and may leave nowhere
+SYSTEMS = tuple(f"10.{60 + number}.0.7" for number in range(3))  # monitors of storage clusters
 
 
 @dataclass
@@ -44,11 +49,17 @@ class Quirks:
     qemu: str
     loses_unnamed: bool  # the event of a network disk without a name never comes (libvirt up to 9.0)
     late: float  # up to so many seconds an event may come behind its pause (QEMU 9.2 and later)
+    keeps_messages: bool  # the last reported error of each image (libvirt 11.1 and later)
+
+    def latest(self) -> float:
+        """One in ten comes behind a busy daemon, too."""
+        return 4 * self.late
 
 
-BOOKWORM = Quirks("bookworm", "9.0.0", "7.2.0", loses_unnamed=True, late=0.0)
-TRIXIE = Quirks("trixie", "11.3.0", "10.0.0", loses_unnamed=False, late=0.8)
-FORKY = Quirks("forky", "12.8.0", "11.1.0", loses_unnamed=False, late=0.3)
+BOOKWORM = Quirks("bookworm", "9.0.0", "7.2.0", loses_unnamed=True, late=0.0, keeps_messages=False)
+TRIXIE = Quirks("trixie", "11.3.0", "10.0.0", loses_unnamed=False, late=0.8, keeps_messages=True)
+FORKY = Quirks("forky", "12.8.0", "11.1.0", loses_unnamed=False, late=0.3, keeps_messages=True)
+RELEASES = {quirks.name: quirks for quirks in (BOOKWORM, TRIXIE, FORKY)}
 
 
 @dataclass(frozen=True)
@@ -60,25 +71,32 @@ class Error:
     alias: str
     at: float
     pauses: bool
+    named: bool  # the event said which device it was
+    kept: bool  # libvirt keeps a message of it that says when it was
 
 
 @dataclass
 class Guest:
-    """One domain; its second disk may be a network disk without a name."""
+    """One domain; its second disk may be a network disk without a name, or both may be on shared storage."""
 
     uuid: str
     name: str
     number: int
     unnamed: bool = False
+    systems: Mapping[str, int] = field(default_factory=dict)  # alias → which of SYSTEMS
     state: int = RUNNING
     reason: int = 1
     disk_errors: dict[str, int] = field(default_factory=dict)
+    messages: dict[tuple[str, int], str] = field(default_factory=dict)  # (target, image) → what libvirt keeps
     copying: bool = False  # a block job runs: events name no device
     hangs_until: float = 0.0
     here: bool = True
 
     def path(self, alias: str) -> str:
-        return "" if self.is_unnamed(alias) else DISKS[alias][1].format(self.number)
+        end = DISKS[alias][1]
+        if alias in self.systems:
+            return f"vms/{self.name}-{end}"
+        return "" if self.is_unnamed(alias) else f"/img/{self.name}-{end}"
 
     def is_unnamed(self, alias: str) -> bool:
         return self.unnamed and alias == "virtio-disk1"
@@ -87,17 +105,25 @@ class Guest:
     def xml(self) -> str:
         disks = ""
         for alias, (target, _) in DISKS.items():
-            source = f"<source file='{self.path(alias)}'/>"
-            kind = "file"
-            if self.is_unnamed(alias):
-                kind, source = "network", "<source protocol='nbd'><host name='s' port='1'/></source>"
+            kind, source = "file", f"<source file='{self.path(alias)}'/>"
+            if alias in self.systems:
+                address = SYSTEMS[self.systems[alias]]
+                kind = "network"
+                source = (
+                    f"<source protocol='rbd' name='{self.path(alias)}'>"
+                    f"<host name='{address}' port='6789'/></source>"
+                    f"<auth username='x'><secret type='ceph' usage='{SECRET}'/></auth>"
+                )
+            elif self.is_unnamed(alias):
+                kind = "network"
+                source = f"<source protocol='https' query='token={SECRET}'><host name='s' port='1'/></source>"
             disks += (
                 f"<disk type='{kind}' device='disk'>{source}<target dev='{target}' bus='virtio'/>"
                 f"<alias name='{alias}'/></disk>"
             )
         return (
             f"<domain id='{self.number}'><name>{self.name}</name><uuid>{self.uuid}</uuid>"
-            f"<devices>{disks}</devices></domain>"
+            f"<devices>{disks}<graphics type='vnc' passwd='{SECRET}'/></devices></domain>"
         )
 
 
@@ -114,6 +140,7 @@ class Daemon:
         self.hung_since: float | None = None
         self.failing_until = 0.0  # looks fail
         self.errors: list[Error] = []
+        self.away: dict[str, list[tuple[float, float]]] = {}  # uuid → when it was shut off
 
     # ---- what happens to it
 
@@ -145,9 +172,15 @@ class Daemon:
         lost = self.quirks.loses_unnamed and guest.is_unnamed(alias)
         if lost:  # libvirt reports nothing; what is promised is that a pause is told
             events = 1 if pause and guest.state == RUNNING else 0
+        kept = self.quirks.keeps_messages and not pause
+        if kept:
+            self._keep(guest, alias)
         for _ in range(events):
-            self.errors.append(Error(self.host, guest.uuid, alias, self.sched.now, pause))
-        late = self.sched.random.random() * self.quirks.late if self.sched.random.random() < 0.5 else 0.0
+            named = not guest.copying and not lost
+            self.errors.append(Error(self.host, guest.uuid, alias, self.sched.now, pause, named, kept))
+        late = self.quirks.latest() * self.sched.random.random() if self.sched.random.random() < 0.5 else 0.0
+        if self.sched.random.random() < 0.9:
+            late = min(late, self.quirks.late)
         if not pause:
             late = 0.0
         told = RawIoError(
@@ -176,14 +209,26 @@ class Daemon:
         if late:
             self.sched.spawn(lambda: (self.sched.sleep(late), tell())[0], self.sched.world)
 
+    def _keep(self, guest: Guest, alias: str) -> None:
+        """libvirt keeps one message an image: the top one's first, its backing's behind it."""
+        target = DISKS[alias][0]
+        at = datetime.fromtimestamp(self._wall() / 1e9, UTC)
+        image = self.sched.random.choice((1, 2))
+        guest.messages[target, image] = (
+            f"I/O error: disk='{target}', index='{image}', path='x', "
+            f"timestamp='{at:%Y-%m-%d %H:%M:%S.%f}+0000', message='Input/output error'"
+        )
+
     def resume(self, guest: Guest) -> None:
         if guest.state == PAUSED:
             guest.state, guest.reason = RUNNING, 5
             self.lifecycle(guest, RESUMED, 0)
 
     def leave(self, guest: Guest) -> None:
-        guest.here, guest.state, guest.disk_errors = False, RUNNING, {}
-        self.lifecycle(guest, STOPPED, 0)
+        guest.here, guest.state, guest.disk_errors, guest.messages = False, RUNNING, {}, {}
+        self.away.setdefault(guest.uuid, []).append((self.sched.now, self.sched.now))
+        self.lifecycle(guest, SHUTDOWN, SHUTDOWN_HOST)
+        self.lifecycle(guest, STOPPED, STOPPED_DESTROYED)
 
     def enter(self, guest: Guest) -> None:
         guest.here, guest.number = True, guest.number + 100
@@ -301,7 +346,7 @@ class ModelLink:
             name=self.daemon.host,
             hypervisor=Hypervisor("QEMU", quirks.qemu, quirks.libvirt),
             throttles=False,
-            keeps_messages=False,
+            keeps_messages=quirks.keeps_messages,
             local=True,
         )
 
@@ -330,7 +375,10 @@ class ModelLink:
         return dict(self._guest(uuid).disk_errors)
 
     def messages(self, uuid: str) -> Sequence[str]:
-        raise Unsupported("no messages here")
+        if not self.daemon.quirks.keeps_messages:
+            raise Unsupported("no messages here")
+        messages = self._guest(uuid).messages
+        return [messages[key] for key in sorted(messages)]
 
     def space(self, uuid: str, target: str) -> Space:
         self._guest(uuid)

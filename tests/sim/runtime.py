@@ -35,6 +35,7 @@ class HostClock:
 
     def __init__(self, skew: float = 0.0, booted: float = 10_000.0) -> None:
         self.skew, self.booted, self.suspended = skew, booted, 0.0
+        self.boots = 1
 
     def wall_ns(self, now: float) -> int:
         return START_NS + int((now + self.skew) * 1e9)
@@ -330,6 +331,10 @@ class Virtual:
             def start(self) -> None:
                 self._task = sched.spawn(self._run, self._process)
 
+            @property
+            def ident(self) -> int | None:
+                return None if self._task is None else id(self._task)
+
             def is_alive(self) -> bool:
                 return self._task is not None and not self._task.done
 
@@ -380,6 +385,10 @@ class Virtual:
         task = self.scheduler.current
         return (self.scheduler.world if task is None else task.process).clock
 
+    def boot_id(self) -> str:
+        """virtbus.seen.boot_id."""
+        return f"boot-{self._clock().boots}"
+
     def modules(self) -> dict[ModuleType, ModuleType]:
         """Real module → what virtbus sees instead."""
         sched = self.scheduler
@@ -419,10 +428,12 @@ def _module(real: ModuleType, **changed: object) -> ModuleType:
 @contextmanager
 def installed(scheduler: Scheduler) -> Iterator[Virtual]:
     """While inside, virtbus runs on this scheduler."""
+    from virtbus import seen
     from virtbus.envelope import encoding
 
     virtual = Virtual(scheduler)
     instead = virtual.modules()
+    real_boot_id = seen.boot_id
     undo: list[tuple[ModuleType, str, object]] = []
     for name, module in list(sys.modules.items()):
         if not name.startswith("virtbus.") or module is None:
@@ -433,6 +444,8 @@ def installed(scheduler: Scheduler) -> Iterator[Virtual]:
                 new = instead[value]
             elif value is real_threading.Event:
                 new = virtual.Event
+            elif value is real_boot_id:
+                new = virtual.boot_id
             if new is not None:
                 undo.append((module, key, value))
                 setattr(module, key, new)

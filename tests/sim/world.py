@@ -1,54 +1,31 @@
-"""One simulated cloud: hosts with agents, one broker, one consumer, and the faults that a seed thinks of."""
+"""One simulated cloud: hosts with agents, a broker, a consumer, reactors, a control plane; and its faults."""
 
 from __future__ import annotations
 
+import gc
 import io
 import re
 import shutil
-import sqlite3
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from tests.sim import oracle
+from tests.sim import disk, oracle
 from tests.sim.broker import Broker, ModelBus
-from tests.sim.hypervisor import BOOKWORM, DISKS, FORKY, TRIXIE, Daemon, Guest
+from tests.sim.hypervisor import ALIASES, DISKS, RELEASES, SECRET, Daemon, Guest
+from tests.sim.plan import Fault, Plan, Shape, draw
+from tests.sim.plane import Node, Plane
+from tests.sim.programs import Program, SimAgent, SimConsumer, SimReactor
 from tests.sim.runtime import HostClock, Process, Scheduler, Virtual, installed
 from virtbus import consumer as consumer_module
 from virtbus import telemetry
-from virtbus.agent.agent import Agent, AgentOptions
-from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.bus import BusOptions
-from virtbus.consumer import Consumer
-from virtbus.envelope import uuid7
-from virtbus.errors import SpoolFull
-from virtbus.model import Stamp
-from virtbus.sequences import MissingEvents
-from virtbus.sources import SourceOptions
-from virtbus.sources.observer import Observer
-from virtbus.spool import Spool, SpoolLimits, faults
+from virtbus.sources.link import PAUSED
+from virtbus.spool import faults as points
 
-FAULTY_SECONDS = 600.0  # how long things go wrong
-QUIET_SECONDS = 200.0  # and how long nothing does, before the books are closed
-LIMITS = IncidentLimits(quiet_seconds=60.0)
 ON_TMPFS = Path("/dev/shm")
-
-
-@dataclass
-class SimHost:
-    """A host and what is true of it."""
-
-    name: str
-    agent_id: str
-    clock: HostClock
-    daemon: Daemon
-    folder: Path
-    process: Process | None = None
-    agent: Agent | None = None
-    runs: int = 0
-    disk_full: bool = False
-    blind: list[tuple[float, float]] = field(default_factory=list)  # standstills and absences, for certain
 
 
 @dataclass
@@ -60,6 +37,7 @@ class Tally:
     faults: int = 0
     errors: int = 0
     events: int = 0
+    holds: int = 0
     turns: int = 0
     violations: list[str] = field(default_factory=list)
 
@@ -69,342 +47,252 @@ class Tally:
         self.faults += other.faults
         self.errors += other.errors
         self.events += other.events
+        self.holds += other.holds
         self.turns += other.turns
         self.violations += other.violations
 
     def line(self) -> str:
         return (
             f"seeds={self.seeds} simulated_hours={self.hours:.1f} faults={self.faults} errors={self.errors} "
-            f"events={self.events} violations={len(self.violations)}"
+            f"events={self.events} holds={self.holds} violations={len(self.violations)}"
         )
 
 
 class World:
-    """Play a seed; then `story` tells it and `tally.violations` says which promises were broken."""
+    """Play a plan; then `story` tells it and `tally.violations` says which promises were broken."""
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, plan: Plan | int) -> None:
+        self.plan = plan if isinstance(plan, Plan) else draw(plan)
         self.story: list[tuple[float, str, str]] = []
         self.tally = Tally(seeds=1)
-        self.truth = oracle.Truth()
-        self.hosts: list[SimHost] = []
+        self.truth = oracle.Truth(shape=self.plan.shape)
+        self.hosts: list[SimAgent] = []
+        self.reactors: list[SimReactor] = []
         self.ending = False
-        self.consumer_process: Process | None = None
-        self.consumer_runs = 0
+        self.next_bus: ModelBus | None = None  # what the next Consumer opens
 
     def run(self) -> Tally:
         """Play it through and ask the oracle."""
-        self.sched = Scheduler(self.seed)
-        self.random = self.sched.random
-        root = Path(tempfile.mkdtemp(prefix="virtbus-sim-", dir=ON_TMPFS if ON_TMPFS.is_dir() else None))
-        telemetry.configure(stream=io.StringIO())
+        plan = self.plan
+        self.sched = Scheduler(plan.seed)
+        self.root = Path(tempfile.mkdtemp(prefix="virtbus-sim-", dir=ON_TMPFS if ON_TMPFS.is_dir() else None))
+        log = io.StringIO()
+        telemetry.configure(stream=log)
         opener = consumer_module.open_bus
+        gc.collect()  # connections of an earlier world are closed by the rules of theirs
         try:
-            with installed(self.sched) as virtual:
-                faults.hook = self._at_point
+            with disk.watched() as self.journal, installed(self.sched) as virtual:
+                self.journal.failing = self._disk_code
+                points.hook = self._at_point
                 consumer_module.open_bus = self._open_bus  # type: ignore[assignment]
-                self._build(root, virtual)
-                self._plan()
-                self.sched.run(FAULTY_SECONDS)
+                self._build(virtual)
+                for fault in plan.faults:
+                    self._schedule(fault)
+                self.sched.run(plan.faulty_seconds)
                 self._heal()
-                self.sched.run(FAULTY_SECONDS + QUIET_SECONDS)
+                self.sched.run(plan.faulty_seconds + plan.quiet_seconds)
                 self._look()
         finally:
-            faults.hook = faults._nothing
+            points.hook = points._nothing
             consumer_module.open_bus = opener
-            shutil.rmtree(root, ignore_errors=True)
-        self.tally.violations = [f"seed {self.seed}: {each}" for each in oracle.judge(self.truth)]
+            shutil.rmtree(self.root, ignore_errors=True)
+        if SECRET in log.getvalue():
+            self.truth.problems.append("a secret of a domain's description is in the log")
+        self.tally.violations = [f"seed {plan.seed}: {each}" for each in oracle.judge(self.truth)]
         self.tally.errors = len(self.truth.errors)
         self.tally.events = len({arrival.record.id for arrival in self.truth.log})
+        self.tally.holds = len(self.plane.held)
         self.tally.hours = self.sched.now * len(self.hosts) / 3600
         self.tally.turns = self.sched.turns
         return self.tally
 
     # ---- the cast
 
-    def _build(self, root: Path, virtual: Virtual) -> None:
-        self.root = root
-        self.broker = Broker(self.sched, virtual)
-        self.truth.log = self.broker.log
-        for number in range(1, self.random.choice((1, 2)) + 1):
-            name = f"host-{number}"
-            quirks = self.random.choice((BOOKWORM, TRIXIE, FORKY))
-            daemon = Daemon(self.sched, virtual, name, quirks)
-            for index in range(1, 4):
+    def _build(self, virtual: Virtual) -> None:
+        plan = self.plan
+        self.broker = Broker(self.sched, virtual, plan.broker)
+        self.broker.group("g")
+        if plan.reactors:
+            self.broker.group("react-plane")
+        self.truth.log, self.truth.messages = self.broker.log, self.broker.messages
+        self.truth.stores_lost = plan.reactors > 1
+        self.broker.returned = self.truth.returned
+        self.plane = Plane(self.sched, standing=self._standing)
+        for number, host in enumerate(plan.hosts, 1):
+            quirks = RELEASES[host.release]
+            daemon = Daemon(self.sched, virtual, host.name, quirks)
+            fleet = plan.shape is Shape.FLEET
+            for index in range(1, 3 if fleet else 4):
                 uuid = f"{number:08d}-0000-4000-8000-{index:012d}"
-                daemon.guests[uuid] = Guest(uuid, f"guest-{number}{index}", index, unnamed=index == 3)
-            skew = self.random.choice((0.0, 0.0, self.random.uniform(-86400, 86400)))
-            folder = root / f"{name}-0"
-            agent_id = f"6f2c3a30-9f5e-4c3e-8a40-{number:012d}"
-            host = SimHost(name, agent_id, HostClock(skew), daemon, folder)
-            self.hosts.append(host)
-            self.tell(host.name, f"libvirt {quirks.libvirt} ({quirks.name}), wall clock {skew:+.0f} s")
-            self._start_agent(host)
-        self._start_consumer()
+                systems = (
+                    {ALIASES[0]: (number + index) % 3, ALIASES[1]: (number + index + 1) % 3} if fleet else {}
+                )
+                daemon.guests[uuid] = Guest(
+                    uuid, f"guest-{number}{index}", index, unnamed=index == 3, systems=systems
+                )
+            agent = SimAgent(self, host.name, number, HostClock(host.skew), daemon)
+            self.hosts.append(agent)
+            self.plane.nodes[host.name] = Node(f"uid-{number}")
+            self.tell(host.name, f"libvirt {quirks.libvirt} ({quirks.name}), wall clock {host.skew:+.0f} s")
+            agent.start()
+        self.consumer = SimConsumer(self, "consumer", HostClock())
+        self.consumer.start()
+        for number in range(1, plan.reactors + 1):
+            reactor = SimReactor(self, f"reactor-{number}", HostClock())
+            self.reactors.append(reactor)
+            reactor.start()
+
+    def _standing(self, host: str) -> list[str]:
+        (agent,) = [one for one in self.hosts if one.name == host]
+        return [guest.name for guest in agent.daemon.guests.values() if guest.state == PAUSED]
+
+    def _open_bus(self, url: str, options: BusOptions) -> ModelBus:
+        bus, self.next_bus = self.next_bus, None
+        assert bus is not None
+        return bus
 
     def tell(self, who: str, what: str) -> None:
         """A line of the story."""
         self.story.append((self.sched.now, who, what))
 
-    def page(self, guest: str | None = None) -> list[str]:
-        """The story, with what came of it; of one guest's disks alone."""
+    def page(self, guest: str | None = None, *, around: tuple[float, float] = (0.0, 1e9)) -> list[str]:
+        """The story, with what came of it; of one guest's disks alone, and of a part of the time."""
         lines = sorted([*self.story, *oracle.story(self.truth)], key=lambda line: line[0])
         other = re.compile(rf"guest-(?!{guest.removeprefix('guest-')}\b)" if guest else "^$")
-        return [f"{at:9.3f}  {who:<9} {what}" for at, who, what in lines if not other.search(what)]
-
-    # ---- agents
-
-    def _start_agent(self, host: SimHost) -> None:
-        host.process = process = Process(host.name, host.clock)
-        host.runs += 1
-        host.agent = None
-        since = self.sched.now
-        self.sched.spawn(lambda: self._run_agent(host, process, since), process)
-
-    def _run_agent(self, host: SimHost, process: Process, since: float) -> None:
-        sched = self.sched
-        while True:
-            try:
-                if host.disk_full and host.runs > 1:
-                    raise SpoolFull("no space left on device")
-                spool = Spool.open(
-                    host.folder, limits=SpoolLimits(max_bytes=64 << 20), agent_id=host.agent_id
-                )
-                break
-            except SpoolFull:
-                sched.sleep(2.0)
-        self._watch_spool(host, spool)
-        options = SourceOptions(since_ns=spool.opening.last_alive_ns)
-        agent = Agent(
-            source=Observer(host.daemon, options=options),
-            bus=ModelBus(self.broker, process, host.name),
-            spool=spool,
-            incidents=Incidents(LIMITS, new_id=lambda: uuid7(host.clock.wall_ns(sched.now))),
-            agent_id=host.agent_id,
-            options=AgentOptions(drain_seconds=2.0),
-        )
-        host.agent = agent
-        agent.start()
-        while not agent.wait(5.0):
-            continue
-        agent.join()
-        process.dead = True
-
-    def _watch_spool(self, host: SimHost, spool: Spool) -> None:
-        """What the oracle hears of commits, and where the disk fails."""
-        commit, stamp, begin = spool.commit, spool._scribe._stamp, spool._mirror.begin
-
-        def committed(*args: object) -> list[Stamp]:
-            stamps = commit(*args)  # type: ignore[arg-type]
-            self.truth.promise(host.name, spool.epoch, stamps)
-            return stamps
-
-        def stamped(draft: object) -> Stamp:
-            made = stamp(draft)  # type: ignore[arg-type]
-            self.truth.made[made.id] = (self.sched.now, host.clock.skew)
-            return made
-
-        def begun(db: sqlite3.Connection) -> None:
-            if host.disk_full:
-                error = sqlite3.OperationalError("database or disk is full")
-                error.sqlite_errorcode, error.sqlite_errorname = sqlite3.SQLITE_FULL, "SQLITE_FULL"
-                raise error
-            begin(db)
-
-        self.truth.epochs.setdefault(host.name, []).append(spool.epoch)
-        spool.commit = committed  # type: ignore[method-assign, assignment]
-        spool._scribe._stamp = stamped  # type: ignore[method-assign]
-        spool._mirror.begin = begun  # type: ignore[method-assign]
-
-    def _at_point(self, point: str) -> None:
-        """The spool reached a point of `virtbus.spool.faults`."""
-        task = self.sched.current
-        if task is None or self.sched.over or self.ending:
-            return
-        if self.random.random() < 0.004:
-            host = next((host for host in self.hosts if host.process is task.process), None)
-            if host is not None:
-                self.tell(host.name, f"SIGKILL of the agent at the spool's point {point}")
-                self._killed(host)
-                self.sched.block(None)
-
-    def _killed(self, host: SimHost) -> None:
-        assert host.process is not None
-        self.tally.faults += 1
-        host.process.killed = True
-        self.sched.kill(host.process)
-        after = self.random.choice((0.5, 3.0, 20.0))
-        host.blind = [(begin, min(end, self.sched.now)) for begin, end in host.blind]
-        host.blind.append((self.sched.now, self.sched.now + after))
-        new = self.root / f"{host.name}-{host.runs}"
-        _copy(host.folder, new)
-        host.folder = new
-
-        def again() -> None:
-            self.sched.sleep(after)
-            self.tell(host.name, "the agent starts again")
-            self._start_agent(host)
-
-        self.sched.spawn(again, self.sched.world)
-
-    # ---- the consumer
-
-    def _open_bus(self, url: str, options: BusOptions) -> ModelBus:
-        assert self.consumer_process is not None
-        return ModelBus(self.broker, self.consumer_process, "consumer")
-
-    def _start_consumer(self) -> None:
-        self.consumer_process = process = Process("consumer", HostClock())
-        folder = self.root / f"consumer-{self.consumer_runs}"
-        self.consumer_runs += 1
-        if not folder.exists():
-            folder.mkdir(mode=0o700)
-        self.sched.spawn(lambda: self._consume(folder, process), process)
-
-    def _consume(self, folder: Path, process: Process) -> None:
-        consumer = Consumer(
-            "embedded:",
-            group="g",
-            dedupe=folder / "seen.db",
-            prefetch=16,
-            check_gaps=True,
-            group_commit=self.random.random() < 0.3,
-            on_missing=self._missing,
-        )
-        while True:
-            delivery = consumer.receive(1.0)
-            if delivery is None:
-                continue
-            if not self.ending and self.random.random() < 0.03:
-                delivery.retry(self.random.random() * 3)
-                continue
-            self.truth.effect(delivery.id)
-            self._perhaps_kill_consumer("between an effect and its acknowledgement")
-            delivery.ack()
-            self.truth.settled.add(delivery.id)
-            self._perhaps_kill_consumer("after an acknowledgement")
-
-    def _missing(self, told: MissingEvents) -> None:
-        self.tell("consumer", f"is told that {told.first} to {told.last} of {told.epoch} are missing")
-        last = told.first if told.last is None else told.last
-        come = {
-            arrival.record.seq
-            for arrival in self.broker.log
-            if arrival.record.epoch == told.epoch and arrival.at < self.sched.now - oracle.READ_SECONDS
-        }
-        if come & {*range(told.first, last + 1)}:  # what comes later than `reorder_seconds` may be told
-            self.truth.missing_told.append(f"{told.epoch} {told.first} to {told.last}")
-
-    def _perhaps_kill_consumer(self, when: str) -> None:
-        if not self.ending and self.random.random() < 0.004:
-            self._kill_consumer(when)
-            self.sched.block(None)
-
-    def _kill_consumer(self, when: str = "") -> None:
-        assert self.consumer_process is not None
-        if self.consumer_process.dead:
-            return
-        self.tally.faults += 1
-        self.tell("consumer", f"SIGKILL {when}")
-        self.truth.consumer_killed()
-        self.sched.kill(self.consumer_process)
-        _copy(self.root / f"consumer-{self.consumer_runs - 1}", self.root / f"consumer-{self.consumer_runs}")
-
-        def again() -> None:
-            self.sched.sleep(self.random.random() * 20)
-            self._start_consumer()
-
-        self.sched.spawn(again, self.sched.world)
+        begin, end = around
+        return [
+            f"{at:9.3f}  {who:<9} {what}"
+            for at, who, what in lines
+            if not other.search(what) and begin <= at <= end
+        ]
 
     # ---- what goes wrong
 
-    def _plan(self) -> None:
-        for host in self.hosts:
-            self._repeat(host.name, 8.0, lambda host=host: self._trouble(host))
-            for mean, fault in (
-                (150.0, self._kill_agent),
-                (150.0, self._freeze),
-                (150.0, self._step_clock),
-                (120.0, self._libvirt),
-                (120.0, self._looks),
-                (150.0, self._change_guest),
-                (300.0, self._full_disk),
-                (400.0, self._restart_agent),
-            ):
-                if self.random.random() < 0.5:  # each seed has faults of its own
-                    self._repeat(host.name, mean, lambda host=host, fault=fault: fault(host))
-        if self.random.random() < 0.6:
-            self._repeat("broker", 90.0, self._broker)
-        if self.random.random() < 0.5:
-            self._repeat("consumer", 150.0, self._kill_consumer)
+    def _schedule(self, fault: Fault) -> None:
+        def happen() -> None:
+            self.sched.sleep(fault.at)
+            if not self.ending:
+                self._happen(fault)
 
-    def _repeat(self, who: str, mean: float, what: Callable[[], object]) -> None:
-        def loop() -> None:
-            while True:
-                self.sched.sleep(self.random.expovariate(1 / mean))
-                if self.sched.now > FAULTY_SECONDS - 60:
-                    return
-                what()
+        owner = next((host for host in self.hosts if host.name == fault.where), None)
+        # QEMU, an operator: a process that is never killed, with the clocks of its host.
+        self.sched.spawn(happen, Process(fault.where, HostClock() if owner is None else owner.clock))
 
-        self.sched.spawn(loop, self._on_host(who))
+    def _happen(self, fault: Fault) -> None:
+        how: dict[str, Any] = dict(fault.how)
+        if fault.what not in ("trouble", "kill", "kill_at", "power_cut", "power_cut_at", "terminate"):
+            self.tally.faults += 1
+        host = next((host for host in self.hosts if host.name == fault.where), None)
+        if host is not None:
+            getattr(self, f"_do_{fault.what}")(host, **how)
+        elif fault.where == "consumer":
+            self._kill_reader(
+                self.consumer, fault.what, keeps=True, **{k: v for k, v in how.items() if k != "keeps"}
+            )
+        elif fault.where == "reactor":
+            active = self.broker.group("react-plane").active
+            found = [
+                one for one in self.reactors if getattr(active, "_bus", None) and active._bus.host == one.name
+            ]  # type: ignore[attr-defined]
+            self._kill_reader((found or self.reactors)[0], fault.what, **how)
+        else:
+            getattr(self, f"_{fault.where}_{fault.what}")(**how)
 
-    def _on_host(self, who: str) -> Process:
-        """A process that is never killed, with the clocks of a host: QEMU, an operator."""
-        host = next((host for host in self.hosts if host.name == who), None)
-        return Process(who, HostClock() if host is None else host.clock)
+    def _kill_reader(
+        self, program: Program, what: str, after: float, keeps: bool, step: str = "", nth: int = 1
+    ) -> None:
+        if what == "kill":
+            program.kill(after, "", keeps=keeps)
+        else:
+            program.arm(step, nth, lambda: program.kill(after, f"at {step}", keeps=keeps))
 
-    def _trouble(self, host: SimHost) -> None:
+    # ---- of a host
+
+    def _do_trouble(
+        self, host: SimAgent, guest: int, disk: int, pause: bool, copying: bool, times: list[list[float]]
+    ) -> None:
         """A disk fails for a while; whoever watches resumes the guest."""
         daemon = host.daemon
-        guest = self.random.choice(list(daemon.guests.values()))
-        alias = self.random.choice(list(DISKS))
-        pause = self.random.random() < 0.7
-        if not guest.here:
+        one = list(daemon.guests.values())[guest]
+        alias = ALIASES[disk]
+        if not one.here:
             return
-        guest.copying = self.random.random() < 0.1
-        kind = "pauses" if pause else "reports"
-        self.tell(host.name, f"{guest.name} {alias} fails ({kind}{', block job' if guest.copying else ''})")
-        for _ in range(self.random.choice((1, 1, 2, 5))):
-            if not guest.here or guest.state != 1:
+        one.copying = copying
+        what = f"{'pauses' if pause else 'reports'}{', block job' if copying else ''}"
+        self.tell(host.name, f"{one.name} {alias} fails ({what})")
+        for events, stays, runs in times:
+            if not one.here or one.state != 1:
                 break
             before = len(daemon.errors)
-            daemon.error(guest, alias, pause=pause, events=self.random.choice((1, 1, 1, 3)))
-            self.tell(host.name, f"  {guest.name} {alias}: {len(daemon.errors) - before} errors")
-            self.sched.sleep(self.random.choice((0.05, 1.5, 4.0, 15.0)))
+            daemon.error(one, alias, pause=pause, events=int(events))
+            self.tell(host.name, f"  {one.name} {alias}: {len(daemon.errors) - before} errors")
+            self.sched.sleep(stays)
             if pause:
                 if daemon.quirks.late:
-                    self.sched.sleep(daemon.quirks.late)  # an event comes before its guest is resumed
-                daemon.resume(guest)
-                self.tell(host.name, f"  {guest.name} is resumed")
-                self.sched.sleep(self.random.choice((0.1, 2.0, 10.0)))
-        guest.copying = False
+                    self.sched.sleep(daemon.quirks.latest())  # an event comes before its guest is resumed
+                daemon.resume(one)
+                self.tell(host.name, f"  {one.name} is resumed")
+                self.sched.sleep(runs)
+        one.copying = False
 
-    def _kill_agent(self, host: SimHost) -> None:
-        if host.process is not None and not host.process.dead:
-            self.tell(host.name, "SIGKILL of the agent")
-            self._killed(host)
+    def _do_kill(self, host: SimAgent, after: float) -> None:
+        host.kill(after, "")
 
-    def _restart_agent(self, host: SimHost) -> None:
-        if host.agent is None or host.process is None or host.process.dead:
+    def _do_kill_at(self, host: SimAgent, point: str, nth: int, after: float) -> None:
+        host.arm(point, nth, lambda: host.kill(after, f"at the spool's point {point}"))
+
+    def _do_power_cut(self, host: SimAgent, after: float, keeps: str, at: str = "") -> None:
+        if not host.alive:
+            return
+        clock, now = host.clock, self.sched.now
+        host.kill(after, at, power=keeps)
+        clock.booted, clock.suspended, clock.boots = -now, 0.0, clock.boots + 1
+        here = [guest for guest in host.daemon.guests.values() if guest.here]
+        for guest in here:
+            host.daemon.leave(guest)
+
+        def boot() -> None:
+            self.sched.sleep(after / 2)
+            for guest in here:
+                if not guest.here:
+                    host.daemon.enter(guest)
+
+        self.sched.spawn(boot, Process(host.name, clock))
+
+    def _do_power_cut_at(self, host: SimAgent, point: str, nth: int, after: float, keeps: str) -> None:
+        host.arm(point, nth, lambda: self._do_power_cut(host, after, keeps, f"at the spool's point {point}"))
+
+    def _at_point(self, point: str) -> None:
+        """A spool reached a point of `virtbus.spool.faults`."""
+        task = self.sched.current
+        if task is None or self.sched.over:
+            return
+        for host in self.hosts:
+            if host.process is task.process:
+                host.reach(point)
+
+    def _disk_code(self, path: str) -> int:
+        return next((code for host in self.hosts if (code := host.disk_code(path))), 0)
+
+    def _do_terminate(self, host: SimAgent) -> None:
+        if host.agent is None or not host.alive:
             return
         self.tally.faults += 1
         self.tell(host.name, "SIGTERM of the agent")
         host.agent.stop()
         process = host.process
+        assert process is not None
         while not process.dead:
             self.sched.sleep(0.5)
         if not process.killed:
             self.tell(host.name, "the agent starts again")
-            self._start_agent(host)
+            host.start()
 
-    def _freeze(self, host: SimHost) -> None:
-        if host.process is None or host.process.dead:
-            return
-        self.tally.faults += 1
-        seconds = self.random.choice((2.0, 9.0, 40.0))
-        asleep = self.random.random() < 0.4
-        self.tell(host.name, f"{'the host sleeps' if asleep else 'SIGSTOP'} for {seconds:.0f} s")
+    def _do_freeze(self, host: SimAgent, seconds: float, asleep: bool) -> None:
         process = host.process
+        if process is None or process.dead:
+            return
+        self.tell(host.name, f"{'the host sleeps' if asleep else 'SIGSTOP'} for {seconds:.0f} s")
         process.stopped_until = self.sched.now + seconds
         if seconds > 20:
             host.blind.append((self.sched.now, self.sched.now + seconds))
@@ -415,77 +303,158 @@ class World:
             for link in [link for link in host.daemon.links if link.process is process]:
                 link.cut("End of file while reading data", 0.0)
 
-    def _step_clock(self, host: SimHost) -> None:
-        self.tally.faults += 1
-        step = self.random.choice((-7200.0, -30.0, 30.0, 7200.0))
+    def _do_step_clock(self, host: SimAgent, step: float) -> None:
         self.tell(host.name, f"the wall clock is set by {step:+.0f} s")
         host.clock.skew += step
 
-    def _libvirt(self, host: SimHost) -> None:
-        self.tally.faults += 1
-        seconds = self.random.choice((1.0, 5.0, 40.0))
-        if self.random.random() < 0.5:
-            self.tell(host.name, f"libvirtd restarts, away for {seconds:.0f} s")
-            host.daemon.restart(seconds)
-        else:
-            self.tell(host.name, f"libvirtd hangs for {seconds:.0f} s")
-            host.daemon.hang(seconds)
+    def _do_libvirt_restarts(self, host: SimAgent, seconds: float) -> None:
+        self.tell(host.name, f"libvirtd restarts, away for {seconds:.0f} s")
+        host.daemon.restart(seconds)
 
-    def _looks(self, host: SimHost) -> None:
-        self.tally.faults += 1
-        seconds = self.random.choice((5.0, 30.0))
-        if self.random.random() < 0.5:
-            self.tell(host.name, f"looks fail for {seconds:.0f} s")
-            host.daemon.failing_until = self.sched.now + seconds
-        else:
-            guest = self.random.choice(list(host.daemon.guests.values()))
-            self.tell(host.name, f"looks at {guest.name} hang for {seconds:.0f} s")
-            guest.hangs_until = self.sched.now + seconds
+    def _do_libvirt_hangs(self, host: SimAgent, seconds: float) -> None:
+        self.tell(host.name, f"libvirtd hangs for {seconds:.0f} s")
+        host.daemon.hang(seconds)
 
-    def _change_guest(self, host: SimHost) -> None:
-        guest = self.random.choice(list(host.daemon.guests.values()))
-        if guest.here:
-            self.tally.faults += 1
-            self.tell(host.name, f"{guest.name} is shut off, and comes back")
-            host.daemon.leave(guest)
-            self.sched.sleep(self.random.choice((1.0, 20.0)))
-            host.daemon.enter(guest)
+    def _do_looks_fail(self, host: SimAgent, seconds: float) -> None:
+        self.tell(host.name, f"looks fail for {seconds:.0f} s")
+        host.daemon.failing_until = self.sched.now + seconds
 
-    def _full_disk(self, host: SimHost) -> None:
-        self.tally.faults += 1
-        seconds = self.random.choice((3.0, 30.0))
-        self.tell(host.name, f"the spool's disk is full for {seconds:.0f} s")
-        host.disk_full = True
+    def _do_looks_hang(self, host: SimAgent, seconds: float, guest: int) -> None:
+        one = list(host.daemon.guests.values())[guest]
+        self.tell(host.name, f"looks at {one.name} hang for {seconds:.0f} s")
+        one.hangs_until = self.sched.now + seconds
+
+    def _do_guest_restarts(self, host: SimAgent, seconds: float, guest: int) -> None:
+        one = list(host.daemon.guests.values())[guest]
+        if one.here:
+            self.tell(host.name, f"{one.name} is shut off, and comes back in {seconds:.0f} s")
+            host.daemon.leave(one)
+            self.sched.sleep(seconds)
+            if not one.here:
+                host.daemon.enter(one)
+
+    def _do_disk(self, host: SimAgent, seconds: float, how: str) -> None:
+        self.tell(
+            host.name, f"the spool's disk {'is full' if how == 'full' else 'fails'} for {seconds:.0f} s"
+        )
+        host.disk = how
         self.sched.sleep(seconds)
-        host.disk_full = False
+        host.disk = None
 
-    def _broker(self) -> None:
-        self.tally.faults += 1
-        seconds = self.random.choice((1.0, 10.0, 40.0))
-        what = self.random.choice(("stop", "cut", "slow", "unroutable", "confirms"))
-        self.tell("broker", f"{what} ({seconds:.0f} s)")
-        if what == "stop":
-            self.broker.stop(seconds)
-            return
-        if what == "cut":
-            self.broker.cut()
-            return
-        self.broker.slow = 0.5 if what == "slow" else 0.0
-        self.broker.unroutable = what == "unroutable"
-        self.broker.loses_confirms = 0.3 if what == "confirms" else 0.0
+    # ---- of storage
+
+    def _storage_outage(self, system: int, hosts: list[str], seconds: float) -> None:
+        self.tell("storage", f"system {system} fails for {seconds:.0f} s on {', '.join(hosts)}")
+        for host in self.hosts:
+            if host.name in hosts:
+                self._lose(host, seconds, lambda guest, alias: guest.systems.get(alias) == system)
+
+    def _storage_host_fault(self, host: str, seconds: float) -> None:
+        (one,) = [each for each in self.hosts if each.name == host]
+        self.tell(host, f"loses all its storage for {seconds:.0f} s")
+        self.truth.at_fault.setdefault(host, []).append((self.sched.now, self.sched.now + seconds))
+        self._lose(one, seconds, lambda guest, alias: True)
+
+    def _lose(self, host: SimAgent, seconds: float, hit: Callable[[Guest, str], bool]) -> None:
+        """Each disk that is hit fails once within some seconds, and its guest stands until it is over."""
+
+        def guest_loses(guest: Guest) -> None:
+            began = self.sched.now
+            self.sched.sleep(self.sched.random.random() * 20)
+            for alias in DISKS:
+                if hit(guest, alias) and guest.here:
+                    host.daemon.error(guest, alias, pause=True)
+                    self.tell(host.name, f"  {guest.name} {alias}: 1 error")
+                    break
+            self.sched.sleep(began + seconds - self.sched.now)
+            host.daemon.resume(guest)
+
+        for guest in host.daemon.guests.values():
+            if any(hit(guest, alias) for alias in DISKS):
+                self.sched.spawn(lambda guest=guest: guest_loses(guest), Process(host.name, host.clock))  # type: ignore[misc]
+
+    # ---- of the broker
+
+    def _broker_stop(self, seconds: float) -> None:
+        self.tell("broker", f"is away for {seconds:.0f} s")
+        self.broker.stop(seconds)
+
+    def _broker_cut(self, seconds: float) -> None:
+        self.tell("broker", "every connection ends")
+        self.broker.cut()
+
+    def _broker_slow(self, seconds: float) -> None:
+        self._broker_for(seconds, "slow", 0.5)
+
+    def _broker_unroutable(self, seconds: float) -> None:
+        self._broker_for(seconds, "unroutable", True)
+
+    def _broker_confirms(self, seconds: float) -> None:
+        self._broker_for(seconds, "loses_confirms", 0.3)
+
+    def _broker_refuses_letters(self, seconds: float) -> None:
+        self._broker_for(seconds, "refuses_letters", True)
+
+    def _broker_for(self, seconds: float, what: str, value: float) -> None:
+        self.tell("broker", f"{what} for {seconds:.0f} s")
+        before = getattr(self.broker, what)
+        setattr(self.broker, what, value)
         self.sched.sleep(seconds)
-        self.broker.slow, self.broker.unroutable, self.broker.loses_confirms = 0.0, False, 0.0
+        setattr(self.broker, what, before)
+
+    def _broker_poison(self, seconds: float) -> None:
+        self.tell("broker", "somebody publishes what is not an event")
+        key = next(iter(self.hosts[0].daemon.guests))
+        self.truth.poison += 1
+        self.broker.put({"ce-type": "x"}, "text/plain", b"\xff\x00 not an event", key)
+
+    # ---- of the control plane
+
+    def _plane_stop(self, seconds: float, host: str) -> None:
+        self._plane_for(seconds, "up", False)
+
+    def _plane_slow(self, seconds: float, host: str) -> None:
+        self._plane_for(seconds, "slow", 3.0)
+
+    def _plane_refuses(self, seconds: float, host: str) -> None:
+        self._plane_for(seconds, "refuses", True)
+
+    def _plane_loses_answers(self, seconds: float, host: str) -> None:
+        self._plane_for(seconds, "loses_answers", True)
+
+    def _plane_for(self, seconds: float, what: str, value: float) -> None:
+        self.tell("plane", f"{what} = {value} for {seconds:.0f} s")
+        before = getattr(self.plane, what)
+        setattr(self.plane, what, value)
+        self.sched.sleep(seconds)
+        setattr(self.plane, what, before)
+
+    def _plane_wiped(self, seconds: float, host: str) -> None:
+        self.tell("plane", f"another controller wipes the taints of {host}")
+        self.plane.wipe(host)
+
+    def _plane_registered_anew(self, seconds: float, host: str) -> None:
+        self.tell("plane", f"{host} is registered anew")
+        self.plane.register_anew(host)
+
+    def _plane_taken_back(self, seconds: float, host: str) -> None:
+        self.tell("plane", f"an operator takes our hold of {host} away")
+        self.plane.take_back(host)
 
     # ---- the end
 
     def _heal(self) -> None:
         """Everything works again: from here on nothing may stay open."""
         self.ending = True
-        for host in self.hosts:
-            self.sched.spawn(lambda host=host: self._heal_host(host), self._on_host(host.name))
         self.tell("world", "everything works again")
+        broker, plane = self.broker, self.plane
+        broker.slow, broker.unroutable, broker.loses_confirms, broker.refuses_letters = 0.0, False, 0.0, False
+        plane.up, plane.slow, plane.refuses, plane.loses_answers = True, 0.0, False, False
+        for host in self.hosts:
+            host.disk = None
+            self.sched.spawn(lambda host=host: self._heal_host(host), Process(host.name, host.clock))  # type: ignore[misc]
 
-    def _heal_host(self, host: SimHost) -> None:
+    def _heal_host(self, host: SimAgent) -> None:
         self.sched.sleep(30.0)
         for guest in host.daemon.guests.values():
             host.daemon.resume(guest)
@@ -495,18 +464,14 @@ class World:
         truth = self.truth
         for host in self.hosts:
             truth.errors += host.daemon.errors
+            truth.away.update(host.daemon.away)
             truth.blind[host.name] = host.blind
-            if host.agent is None or host.process is None or host.process.dead:
+            if host.agent is None or not host.alive:
                 truth.problems.append(f"{host.name}: no agent runs in the end")
                 continue
             truth.pending[host.name] = host.agent.spool.stats().pending
             truth.open[host.name] = {one.id for one in host.agent.incidents.open_incidents()}
-        truth.queued = len(self.broker.queue)
-
-
-def _copy(old: Path, new: Path) -> None:
-    """What a SIGKILL leaves: the files as they are, without SQLite's shared memory."""
-    new.mkdir(mode=0o700, exist_ok=True)
-    for file in old.iterdir():
-        if not file.name.endswith("-shm"):
-            shutil.copy(file, new / file.name)
+        truth.queued = {name: len(group) for name, group in self.broker.groups.items()}
+        truth.letters = [(group, message.body, reason) for group, message, reason in self.broker.letters]
+        truth.plane = self.plane
+        truth.ended = self.sched.now

@@ -230,6 +230,20 @@ def test_a_disk_error_that_was_there_while_the_guest_ran_is_not_told() -> None:
     assert [burst.raw.alias for burst in findings(check, 6.0)] == ["virtio-disk1"]
 
 
+def test_a_disk_whose_event_came_behind_the_look_is_not_blamed_for_the_next_pause() -> None:
+    check = CrossCheck(GRACE)
+    check.event(raw(), 0.0)
+    suspend(check, 0.0)
+    look_at(check, IO_PAUSE, 0.1)
+    assert findings(check, 1.0) == []
+    check.event(raw("virtio-disk1", at=3.0), 3.0)  # a request that was on its way when the guest was paused
+    check.resumed(UUID)
+    check.event(raw(at=60.0), 60.0)
+    suspend(check, 60.0)
+    look_at(check, Look(PAUSED, PAUSED_IOERROR, {"vda": 1, "vdb": 1}), 60.1)
+    assert findings(check, 61.0) == []
+
+
 def test_the_same_disk_that_fails_again_without_an_event_is_told_again() -> None:
     check = CrossCheck(GRACE)
     for at in (0.0, 5.0):
@@ -403,6 +417,18 @@ def test_a_clock_set_back_since_the_last_event_hides_no_remembered_error() -> No
     check.event(raw(at=at + 3600.0, action=ACTION_REPORT), 1.0)  # an hour ahead, by the clock of then
     assert len(reconcile(check, remembered, at + 5.0, since=at - 5.0)) == 1
     assert reconcile(check, remembered, at + 6.0, since=at - 5.0) == []
+
+
+def test_the_message_of_another_image_from_before_the_clock_was_set_back_hides_none() -> None:
+    check = CrossCheck(GRACE)
+    check.slack_ns = 0
+    ahead, here = read_messages([line("vda", 50), line("vda", 30)])
+    assert ahead.at_ns is not None
+    assert here.at_ns is not None
+    check.event(raw(at=ahead.at_ns / S, action=ACTION_REPORT), 1.0)  # by the clock of then
+    at = here.at_ns / S
+    (found,) = reconcile(check, Look(RUNNING, 1, messages=(ahead, here)), at + 5.0, since=at - 5.0)
+    assert (found.first_ns, found.stamp_ns) == (here.at_ns, here.at_ns)
 
 
 def test_the_evidence_for_an_error_comes_with_the_look_that_is_whole() -> None:

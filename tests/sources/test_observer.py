@@ -229,6 +229,26 @@ def test_a_resume_during_the_first_look_is_not_overwritten_by_it() -> None:
     assert [(d.state, d.paused_by_io_error) for d in ready.domains] == [("running", False)]
 
 
+def test_what_a_guest_keeps_of_a_pause_that_no_look_saw_is_asked_for_when_it_runs_again() -> None:
+    host = SimulatedHost(1)
+    guest = next(iter(host.guests.values()))
+    with observed(host) as (observer, seen):
+        seen.wait(SourceReady)
+        until(
+            lambda: not observer.guests._lookups.busy()
+        )  # the first questions about a guest that runs are answered
+        host.hanging.add(guest.uuid)
+        guest.state, guest.reason, guest.disk_errors = PAUSED, PAUSED_IOERROR, {"vda": 1}
+        host.lifecycle(guest, SUSPENDED, SUSPENDED_IOERROR)
+        guest.state, guest.reason = RUNNING, 1
+        host.lifecycle(
+            guest, RESUMED
+        )  # before the look is answered, which asks no running guest for disk errors
+        until(lambda: observer.check._cases[guest.uuid].pauses == [])
+        host.release.set()
+        until(lambda: observer.check._cases[guest.uuid].stale == {"virtio-disk0": 1})
+
+
 def test_lifecycle_becomes_what_resolves_an_incident() -> None:
     host = SimulatedHost(3)
     one, two, three = host.guests.values()

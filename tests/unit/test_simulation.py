@@ -1,4 +1,4 @@
-"""A few seeds of the simulation, and those that found something once; `make sim` plays many."""
+"""A few plans of the simulation, and those that found something once; `make sim` plays many."""
 
 from __future__ import annotations
 
@@ -6,19 +6,29 @@ from pathlib import Path
 
 import pytest
 
+from tests.sim import disk, mutants
+from tests.sim.__main__ import page
+from tests.sim.plan import Plan, draw
 from tests.sim.world import World
 
-KEPT = Path(__file__).parents[1] / "sim" / "regressions" / "seeds.txt"
-SEEDS = [int(line.split()[0]) for line in KEPT.read_text().splitlines() if line and line[0] != "#"]
+KEPT = sorted((Path(__file__).parents[1] / "sim" / "regressions").glob("*.json"))
 
 
-@pytest.mark.parametrize("seed", sorted({1, 3, *SEEDS}))
+@pytest.mark.parametrize("seed", [1, 3, 40])
 def test_no_promise_is_broken(seed: int) -> None:
     world = World(seed)
     tally = world.run()
-    assert tally.violations == [], "\n".join(world.page())
+    assert tally.violations == [], "\n".join(page(world, tally))
     assert tally.errors > 0
     assert tally.events > 0
+
+
+@pytest.mark.parametrize("kept", KEPT, ids=lambda path: path.stem)
+def test_what_was_found_once_stays_found(kept: Path) -> None:
+    world = World(Plan.parse(kept.read_text(encoding="utf-8")))
+    tally = world.run()
+    assert tally.violations == [], "\n".join(page(world, tally))
+    assert tally.faults > 0
 
 
 def test_a_seed_repeats_exactly() -> None:
@@ -26,3 +36,37 @@ def test_a_seed_repeats_exactly() -> None:
     first.run()
     second.run()
     assert first.page() == second.page()
+
+
+def test_a_plan_is_kept_as_it_was_drawn() -> None:
+    plan = draw(8)
+    assert Plan.parse(plan.text()) == plan
+
+
+@pytest.mark.parametrize("name", mutants.MUTANTS)
+def test_a_mutant_still_finds_what_it_changes(name: str) -> None:
+    assert mutants.changed(name)
+
+
+def test_a_power_cut_loses_what_was_not_synced(tmp_path: Path) -> None:
+    import random
+    import sqlite3
+
+    for sync, left in (("FULL", 50), ("OFF", 0)):
+        path = tmp_path / f"{sync}.db"
+        with disk.watched() as journal:
+            database = sqlite3.connect(path, isolation_level=None)
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("CREATE TABLE t (a)")
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            database.execute(f"PRAGMA synchronous = {sync}")
+            for number in range(50):
+                database.execute("INSERT INTO t VALUES (?)", [number])
+            for name in (path.name, f"{path.name}-wal"):
+                content = journal.after_power_cut(tmp_path / name, "nothing", random.Random(1))
+                (tmp_path / f"after-{name}").write_bytes(content)
+            database.close()
+        (count,) = (
+            sqlite3.connect(tmp_path / f"after-{path.name}").execute("SELECT count(*) FROM t").fetchone()
+        )
+        assert count == left

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from virtbus.model import Device
 from virtbus.observations import Burst, RawIoError
@@ -13,6 +13,7 @@ from virtbus.sources.evidence import (
     Look,
     Message,
     disk_errors_by_alias,
+    disks_by_target,
     gather,
     newest_by_alias,
     newest_message,
@@ -97,6 +98,10 @@ class Case:
             burst_of(raw._replace(alias=alias), 0, Origin.EVENT, None, None, pause=False) for raw in raws[:1]
         ]
 
+    def keep_told(self) -> None:
+        """QEMU keeps what the events of this pause told of: a later one must not be blamed on it."""
+        self.stale = self.stale | _kept(self.events)
+
     def decide(self, pause: Pause, mono: float, devices: Mapping[str, Device]) -> list[Burst]:
         """What is told of a pause whose grace is over: devices no event told of, evidence for the others."""
         look, events = pause.look, pause.events
@@ -115,7 +120,7 @@ class Case:
         if look is not None and look.disk_errors is not None:
             self.stale, self.unsure = wrong, False
         else:  # QEMU keeps what the events told of, and a later pause must not be blamed on it
-            self.stale = self.stale | {alias: _kept_code(raw) for alias, raw in events.items() if alias}
+            self.stale = self.stale | _kept(events)
         found = []
         explained = bool(events or self.synthesised)
         for alias in missed:
@@ -184,7 +189,8 @@ class Case:
             if alias not in found:
                 at, device = message.at_ns or ns, devices.get(alias)
                 raw = raw_error(domain, alias=alias, code=None, action=action_by_policy(device), ns=at)
-                found[alias] = burst_of(raw, 1, Origin.RECONCILE, look, device, pause=False)
+                burst = burst_of(raw, 1, Origin.RECONCILE, look, device, pause=False)
+                found[alias] = replace(burst, message=message.text, stamp_ns=message.at_ns)
                 self.last_ns[alias] = at
         return [*named, *found.values()]
 
@@ -236,9 +242,13 @@ class Case:
         return [burst_of(raw, 0, Origin.EVENT, look, devices.get(alias), pause=True)]
 
 
-def _kept_code(raw: RawIoError) -> int:
-    """What virDomainGetDiskErrors says of a device after this error paused its guest."""
-    return DISK_ERROR_NO_SPACE if raw.reason == ENOSPC else DISK_ERROR_UNSPECIFIED
+def _kept(events: Mapping[str, RawIoError]) -> dict[str, int]:
+    """What virDomainGetDiskErrors says, by alias, after these errors paused their guest."""
+    return {
+        alias: DISK_ERROR_NO_SPACE if raw.reason == ENOSPC else DISK_ERROR_UNSPECIFIED
+        for alias, raw in events.items()
+        if alias
+    }
 
 
 def complete(look: Look | None) -> bool:
@@ -298,12 +308,18 @@ def newer_messages(
     """The messages that tell of an error which nobody told us of, by alias; the newest of each."""
     if since_ns is None or look.messages is None:
         return {}
+    # Each for itself: of a clock that was set back the newest stamp is not the newest error.
     newer: dict[str, Message] = {}
-    for alias, message in newest_by_alias(look, devices).items():
+    aliases = disks_by_target(devices)
+    for message in look.messages:
+        alias = aliases.get(message.target, "")
         if message.at_ns is None or message.at_ns <= since_ns:
             continue
-        known = None if case is None else case.last_ns.get(alias)
-        if known is None or not is_told(message.at_ns, known + slack_ns, ns + slack_ns):
+        last_ns = None if case is None else case.last_ns.get(alias)
+        if last_ns is not None and is_told(message.at_ns, last_ns + slack_ns, ns + slack_ns):
+            continue
+        known = newer.get(alias)
+        if known is None or known.at_ns is None or known.at_ns < message.at_ns:
             newer[alias] = message
     return newer
 

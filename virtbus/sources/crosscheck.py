@@ -169,6 +169,7 @@ class CrossCheck:
         for pause in case.pauses:
             pause.over = True
         case.credit = {}
+        case.keep_told()  # of a disk that failed behind the look, too
         case.events.clear()
         case.synthesised.clear()
         case.unseen.clear()

@@ -23,6 +23,7 @@ from virtbus.sources.link import (
     PAUSED_IOERROR,
     PAUSED_UNKNOWN,
     PAUSES,
+    RESUMED,
     RUNNING,
     STARTED,
     STATE_AFTER,
@@ -273,6 +274,8 @@ class Guests:
             fresh = self._cache.saw(uuid, note.name, note.number, STATE_AFTER[event])
             if fresh or event == STARTED:
                 self._lookups.request(uuid, Want.DESCRIPTION)
+            if event == RESUMED:  # what QEMU keeps of an unseen pause, the next one is not blamed for
+                self._lookups.request(uuid, Want.BASELINE)
             if event == SUSPENDED and note.detail in PAUSES:
                 with self._lock:
                     has_event = note.detail == SUSPENDED_IOERROR and self._check.is_told(uuid)

@@ -1,50 +1,56 @@
-"""`make sim-mutants`: apply one patch at a time to a copy of virtbus, and tell which seed finds it first."""
+"""`make sim-mutants`: put one fault back at a time, and tell which seed finds it first."""
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
+import argparse
+import multiprocessing
+import os
 import sys
-import tempfile
-from pathlib import Path
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
+from tests.sim import mutants
+from tests.sim.plan import Shape, draw
+from tests.sim.shrink import play
+
+
+def _made(name: str) -> None:
+    """In each process of the pool; whatever else went wrong in it is not our finding."""
+    mutants.apply(name)
+
+
+def _found(seed: int) -> tuple[int, str | None]:
+    violations = play(draw(seed)).violations
+    return seed, violations[0] if violations else None
+
+
+def _is_the_mutants(seed: int) -> bool:
+    """Whether the product as it is breaks nothing with this seed; played where nothing was put back."""
+    return not play(draw(seed)).violations
 
 
 def main() -> int:
-    """Arguments: how many seeds each (300), and names of patches (all). Returns 1 when one was not found."""
-    seeds = sys.argv[1] if len(sys.argv) > 1 else "300"
-    patches = [HERE / f"{name}.patch" for name in sys.argv[2:]] or sorted(HERE.glob("*.patch"))
+    """Returns 1 when one was not found."""
+    parser = argparse.ArgumentParser(prog="make sim-mutants")
+    parser.add_argument("names", nargs="*", help="all by default")
+    parser.add_argument("--seeds", type=int, default=2000)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    given = parser.parse_args()
     survived = 0
-    for patch in patches:
-        said = _try(patch, seeds)
-        survived += said is None
-        print(f"{patch.stem:<28} {said or f'NOT FOUND within {seeds} seeds'}", flush=True)
-    return 1 if survived else 0
-
-
-def _try(patch: Path, seeds: str) -> str | None:
-    with tempfile.TemporaryDirectory(prefix="virtbus-mutant-") as folder:
-        copy = Path(folder)
-        ignore = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / "virtbus", copy / "virtbus", ignore=ignore)
-        shutil.copytree(ROOT / "schemas", copy / "schemas", ignore=ignore)
-        (copy / "tests").mkdir()
-        (copy / "tests" / "__init__.py").touch()
-        shutil.copytree(HERE.parent, copy / "tests" / "sim", ignore=ignore)
-        subprocess.run(
-            ["patch", "--quiet", "-p1", "-i", str(patch)], cwd=copy, check=True, stdout=subprocess.DEVNULL
+    for name in given.names or mutants.MUTANTS:
+        seeds = [
+            seed
+            for seed in range(1, given.seeds + 1)
+            if not mutants.MUTANTS[name].fleet or draw(seed).shape is Shape.FLEET
+        ]
+        with multiprocessing.Pool(given.jobs, _made, (name,), maxtasksperchild=50) as pool:
+            played = ((seed, what) for seed, what in pool.imap(_found, seeds) if what)
+            found = next(((seed, what) for seed, what in played if _is_the_mutants(seed)), None)
+            pool.terminate()
+        survived += found is None
+        print(
+            f"{name:<36} {f'{found[1][:120]}' if found else f'NOT FOUND within {given.seeds} seeds'}",
+            flush=True,
         )
-        out = subprocess.run(
-            [sys.executable, "-m", "tests.sim", "--seeds", seeds, "--stop"],
-            cwd=copy,
-            capture_output=True,
-            text=True,
-        ).stdout
-        found = re.search(r"^BROKEN  (seed \d+: .*)$", out, re.MULTILINE)
-        return found[1][:110] if found else None
+    return 1 if survived else 0
 
 
 if __name__ == "__main__":

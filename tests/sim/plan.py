@@ -1,0 +1,274 @@
+"""What goes wrong in one simulated cloud, and when: drawn from a seed before it is played, so it shrinks.
+
+A plan is data. The same plan and seed are the same story; a plan with a fault less is another story in which
+the remaining faults still happen at their times.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+from virtbus.spool import faults as points
+
+
+class Shape(StrEnum):
+    """Which part of the system a plan leans on."""
+
+    HOST = "host"  # one or two hosts whose disks fail all the time; nobody may be held
+    FLEET = (
+        "fleet"  # some hosts, storage they share, outages and hosts at fault; the reactor holds and releases
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing that happens at `at` (true seconds); `how` are the arguments of the world's method `what`."""
+
+    at: float
+    where: str  # a host's name, "broker", "consumer", "reactor", "plane"
+    what: str
+    how: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class HostPlan:
+    """A host as it is at the beginning."""
+
+    name: str
+    release: str  # see hypervisor.RELEASES
+    skew: float  # seconds, of its wall clock
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All of one story that is not the interleaving of threads."""
+
+    seed: int
+    shape: Shape
+    broker: str  # "amqp" or "kafka"
+    hosts: tuple[HostPlan, ...]
+    faults: tuple[Fault, ...]
+    faulty_seconds: float  # how long things go wrong
+    quiet_seconds: float  # how long nothing does, before the books are closed
+    group_commit: bool = False
+    reactors: int = 1  # a second one stands by; none: only a consumer
+
+    def without(self, faults: frozenset[int]) -> Plan:
+        """The plan without some of its faults, by their number."""
+        return replace(self, faults=tuple(f for number, f in enumerate(self.faults) if number not in faults))
+
+    def text(self) -> str:
+        """As JSON, a fault a line."""
+        told = asdict(replace(self, faults=()))
+        lines = ",\n  ".join(json.dumps(asdict(fault)) for fault in self.faults)
+        return json.dumps(told)[:-1].replace('"faults": []', f'"faults": [\n  {lines}\n]') + "}\n"
+
+    @classmethod
+    def parse(cls, text: str) -> Plan:
+        """What `text` wrote."""
+        told = json.loads(text)
+        hosts = tuple(HostPlan(**host) for host in told.pop("hosts"))
+        faults = tuple(Fault(**fault) for fault in told.pop("faults"))
+        return cls(**{**told, "shape": Shape(told["shape"])}, hosts=hosts, faults=faults)
+
+
+RELEASE_NAMES = ("bookworm", "trixie", "forky")
+SPOOL_POINTS = (
+    "before_rescue", "during_open", "before_commit", "after_commit", "during_settle", "after_settle",
+    "during_compaction",
+)  # fmt: skip
+CONSUMER_STEPS = ("effect", "marks", "ack", "acked")
+REACTOR_STEPS = ("ack", "acked", "before_effect", "after_effect")
+assert points.__doc__ is not None
+assert all(point in points.__doc__ for point in SPOOL_POINTS)
+
+
+def draw(seed: int) -> Plan:
+    """The plan of a seed."""
+    dice = random.Random(f"plan {seed}")
+    fleet = seed % 8 == 0
+    count = dice.choice((4, 5)) if fleet else dice.choice((1, 1, 2))
+    hosts = tuple(
+        HostPlan(
+            f"host-{number}",
+            dice.choice(RELEASE_NAMES),
+            dice.choice((0.0, 0.0, dice.uniform(-86400, 86400))),
+        )
+        for number in range(1, count + 1)
+    )
+    broker = dice.choice(("amqp", "amqp", "kafka"))
+    # A second member of an exclusive group stands by on RabbitMQ; on Kafka it takes over at once.
+    most = 2 if broker == "amqp" else 1
+    plan = Plan(
+        seed=seed,
+        shape=Shape.FLEET if fleet else Shape.HOST,
+        broker=broker,
+        hosts=hosts,
+        faults=(),
+        faulty_seconds=1800.0 if fleet else 600.0,
+        quiet_seconds=700.0 if fleet else 200.0,
+        group_commit=dice.random() < 0.3,
+        reactors=dice.choice((1, most) if fleet else (0, 0, 1)),
+    )
+    faults = sorted(_faults(plan, dice), key=lambda fault: fault.at)
+    return replace(plan, faults=tuple(faults))
+
+
+def _faults(plan: Plan, dice: random.Random) -> Iterator[Fault]:
+    end = plan.faulty_seconds - 60.0
+    fleet = plan.shape is Shape.FLEET
+    rare = 4.0 if fleet else 1.0  # a fleet's own faults are seen better where less else happens
+    for host in plan.hosts:
+        if not fleet:
+            yield from _often(dice, host.name, end, 8.0, _trouble)
+        for mean, draw_one in (
+            (150.0, _kill),
+            (150.0, _power),
+            (200.0, _freeze),
+            (150.0, _clock),
+            (120.0, _libvirt),
+            (120.0, _looks),
+            (150.0, _guest),
+            (300.0, _disk),
+            (400.0, _terminate),
+        ):
+            if dice.random() < (0.25 if fleet else 0.5):  # each seed has faults of its own
+                yield from _often(dice, host.name, end, mean * rare, draw_one)
+    if fleet:
+        if dice.random() < 0.6:
+            yield from _often(dice, "storage", end - 240.0, 500.0, lambda r: _outage(r, plan))
+        yield from _often(dice, "storage", end - 240.0, 300.0, lambda r: _host_fault(r, plan))
+    if dice.random() < 0.6:
+        yield from _often(dice, "broker", end, 90.0 * rare, _broker)
+    if dice.random() < 0.5:
+        yield from _often(dice, "consumer", end, 120.0 * rare, _kill_reader(CONSUMER_STEPS))
+    if plan.reactors and dice.random() < 0.7:
+        yield from _often(dice, "reactor", end, 200.0 * (1.5 if fleet else 1.0), _kill_reader(REACTOR_STEPS))
+    if plan.reactors and dice.random() < 0.7:
+        yield from _often(dice, "plane", end, 200.0, lambda r: _plane(r, plan))
+
+
+def _often(dice: random.Random, where: str, end: float, mean: float, draw_one: Any) -> Iterator[Fault]:
+    at = dice.expovariate(1 / mean)
+    while at < end:
+        what, how, lasts = draw_one(dice)
+        yield Fault(round(at, 3), where, what, how)
+        at += lasts + dice.expovariate(1 / mean)
+
+
+Drawn = tuple[str, dict[str, Any], float]  # what, how, and for how long nothing of this kind follows
+
+
+def _trouble(dice: random.Random) -> Drawn:
+    """A disk fails for a while; whoever watches resumes the guest."""
+    pause = dice.random() < 0.7
+    times = [
+        [dice.choice((1, 1, 1, 3)), dice.choice((0.05, 1.5, 4.0, 15.0)), dice.choice((0.1, 2.0, 10.0))]
+        for _ in range(dice.choice((1, 1, 2, 5)))
+    ]
+    how = {
+        "guest": dice.randrange(3),
+        "disk": dice.randrange(2),
+        "pause": pause,
+        "copying": dice.random() < 0.1,
+        "times": times,  # errors, seconds until the resume, seconds until the next
+    }
+    return "trouble", how, sum(stays + runs for _, stays, runs in times)
+
+
+def _kill(dice: random.Random) -> Drawn:
+    after = dice.choice((0.5, 3.0, 20.0))
+    if dice.random() < 0.5:
+        return "kill", {"after": after}, after
+    return (
+        "kill_at",
+        {"point": dice.choice(SPOOL_POINTS), "nth": dice.choice((1, 1, 2, 5)), "after": after},
+        30.0,
+    )
+
+
+def _power(dice: random.Random) -> Drawn:
+    after = dice.choice((5.0, 30.0))
+    keeps = dice.choice(("nothing", "some", "torn"))
+    how = {"after": after, "keeps": keeps}
+    if dice.random() < 0.5:
+        return "power_cut", how, after
+    point = dice.choice(SPOOL_POINTS)
+    return "power_cut_at", {**how, "point": point, "nth": dice.choice((1, 2, 5))}, 30.0
+
+
+def _freeze(dice: random.Random) -> Drawn:
+    seconds = dice.choice((2.0, 9.0, 40.0))
+    return "freeze", {"seconds": seconds, "asleep": dice.random() < 0.4}, seconds
+
+
+def _clock(dice: random.Random) -> Drawn:
+    return "step_clock", {"step": dice.choice((-7200.0, -30.0, 30.0, 7200.0))}, 0.0
+
+
+def _libvirt(dice: random.Random) -> Drawn:
+    seconds = dice.choice((1.0, 5.0, 40.0))
+    return dice.choice(("libvirt_restarts", "libvirt_hangs")), {"seconds": seconds}, seconds
+
+
+def _looks(dice: random.Random) -> Drawn:
+    seconds = dice.choice((5.0, 30.0))
+    if dice.random() < 0.5:
+        return "looks_fail", {"seconds": seconds}, 0.0
+    return "looks_hang", {"seconds": seconds, "guest": dice.randrange(2)}, 0.0
+
+
+def _guest(dice: random.Random) -> Drawn:
+    seconds = dice.choice((1.0, 20.0))
+    return "guest_restarts", {"seconds": seconds, "guest": dice.randrange(2)}, seconds
+
+
+def _disk(dice: random.Random) -> Drawn:
+    seconds = dice.choice((3.0, 30.0))
+    return "disk", {"seconds": seconds, "how": dice.choice(("full", "full", "fails"))}, seconds
+
+
+def _terminate(dice: random.Random) -> Drawn:
+    return "terminate", {}, 30.0
+
+
+def _broker(dice: random.Random) -> Drawn:
+    seconds = dice.choice((1.0, 10.0, 40.0))
+    what = dice.choice(("stop", "cut", "slow", "unroutable", "confirms", "poison", "refuses_letters"))
+    return what, {"seconds": seconds}, seconds
+
+
+def _kill_reader(steps: tuple[str, ...]) -> Any:
+    def one(dice: random.Random) -> Drawn:
+        after = dice.random() * 20
+        if dice.random() < 0.3:
+            return "kill", {"after": after}, after
+        return "kill_at", {"step": dice.choice(steps), "nth": dice.choice((1, 1, 2, 5)), "after": after}, 30.0
+
+    def drawn(dice: random.Random) -> Drawn:
+        what, how, lasts = one(dice)
+        return what, {**how, "keeps": dice.random() < 0.8}, lasts
+
+    return drawn
+
+
+def _plane(dice: random.Random, plan: Plan) -> Drawn:
+    seconds = dice.choice((5.0, 60.0))
+    what = dice.choice(("stop", "slow", "refuses", "loses_answers", "wiped", "registered_anew", "taken_back"))
+    return what, {"seconds": seconds, "host": dice.choice(plan.hosts).name}, seconds
+
+
+def _outage(dice: random.Random, plan: Plan) -> Drawn:
+    lasts = dice.uniform(60.0, 240.0)
+    hit = [host.name for host in plan.hosts if dice.random() < 0.8]
+    return "outage", {"system": dice.randrange(3), "hosts": hit, "seconds": lasts}, lasts
+
+
+def _host_fault(dice: random.Random, plan: Plan) -> Drawn:
+    lasts = dice.uniform(120.0, 240.0)
+    return "host_fault", {"host": dice.choice(plan.hosts).name, "seconds": lasts}, lasts + 200.0
