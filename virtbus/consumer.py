@@ -35,7 +35,7 @@ from types import TracebackType
 from typing import Any
 
 from virtbus import envelope
-from virtbus.bus import Bus, BusOptions, Subscription, bus_name, checked_group, open_bus
+from virtbus.bus import Bus, BusOptions, Memory, Subscription, bus_name, checked_group, open_bus
 from virtbus.errors import (
     BusDenied,
     BusUnavailable,
@@ -477,24 +477,15 @@ class Consumer:
         self._backoff.wait(self._stop, error, limit=max(0.0, deadline - time.monotonic()))
 
 
-class _Memory:
-    """See virtbus.bus.Memory."""
+class _Memory(Memory):
+    """What is missing is told between two messages: the author's function may raise."""
 
     def __init__(self, notes: dict[str, str], on_missing: Callable[[MissingEvents], None]) -> None:
-        self._notes, self._on_missing = notes, on_missing
-        self.fresh: dict[str, str] = {}  # not on disk yet
+        self._on_missing = on_missing
         self._missing: deque[MissingEvents] = deque()
-        self.missing = self._missing.append
+        super().__init__(notes, self._missing.append)
 
     def tell(self) -> None:
         """Tell the author of what is missing."""
         while self._missing:
             self._on_missing(self._missing.popleft())
-
-    def recall(self, name: str) -> str | None:
-        """See virtbus.bus.Memory."""
-        return self._notes.get(name)
-
-    def keep(self, name: str, value: str) -> None:
-        """See virtbus.bus.Memory."""
-        self._notes[name] = self.fresh[name] = value

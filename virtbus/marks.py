@@ -14,12 +14,12 @@ import fcntl
 import os
 import sqlite3
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
-from virtbus.errors import ConfigError, DedupeUnavailable
+from virtbus.errors import ConfigError, DedupeUnavailable, translating
 
 Mark = tuple[str, str]
 """(source, id) of an event."""
@@ -119,7 +119,8 @@ class Marks:
         while len(self._recent) > min(self._rows, _RECENT):
             self._recent.popitem(last=False)
         if self._database is not None:
-            with self._translated(), _transaction(self._database):
+            with self._translated(), self._database:  # commits, or rolls back
+                self._database.execute("BEGIN IMMEDIATE")
                 count = self._write(self._database, marks, runs, notes or {})
             self._count = count
 
@@ -157,15 +158,15 @@ class Marks:
             )
             count -= over
         for source, epoch, state in runs:
+            run = (scope, source, epoch)
             if state is None:
-                gone = (scope, source, epoch)
-                database.execute("DELETE FROM run WHERE scope = ? AND source = ? AND epoch = ?", gone)
-            else:
-                database.execute(
-                    "INSERT INTO run (scope, source, epoch, state) VALUES (?, ?, ?, ?) "
-                    "ON CONFLICT (scope, source, epoch) DO UPDATE SET state = excluded.state",
-                    (scope, source, epoch, state),
-                )
+                database.execute("DELETE FROM run WHERE scope = ? AND source = ? AND epoch = ?", run)
+                continue
+            database.execute(
+                "INSERT INTO run (scope, source, epoch, state) VALUES (?, ?, ?, ?) "
+                "ON CONFLICT (scope, source, epoch) DO UPDATE SET state = excluded.state",
+                (*run, state),
+            )
         database.executemany(
             "INSERT OR REPLACE INTO note (scope, name, value) VALUES (?, ?, ?)",
             [(scope, name, value) for name, value in notes.items()],
@@ -178,27 +179,15 @@ class Marks:
         with self._translated():
             return self._database.execute(query, [self._scope]).fetchall()
 
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise DedupeUnavailable(
-                f"dedupe file {self._path} can't be used now: {error}; what is not in it is not acknowledged "
-                "yet: make room on its disk and let no other process use it, then call again"
-            ) from error
-
-
-@contextmanager
-def _transaction(database: sqlite3.Connection) -> Iterator[None]:
-    try:
-        database.execute("BEGIN IMMEDIATE")
-        yield
-        database.execute("COMMIT")
-    except BaseException:
-        if database.in_transaction:  # SQLite ends it by itself after some failures
-            database.execute("ROLLBACK")
-        raise
+    def _translated(self) -> AbstractContextManager[None]:
+        return translating(
+            {
+                sqlite3.Error: lambda error: DedupeUnavailable(
+                    f"dedupe file {self._path} can't be used now: {error}; what is not in it is not "
+                    "acknowledged yet: make room on its disk and let no other process use it, then call again"
+                )
+            }
+        )
 
 
 def _lock(path: Path) -> int:

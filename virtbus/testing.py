@@ -1,15 +1,15 @@
-"""Fakes and faults for tests of virtbus and of what is built on it; they ship with the package.
+"""Fakes for tests of virtbus and of what is built on it; they ship with the package.
 
 - events and records: `an_io_error()`, `a_resolved()`, `a_gap()`, `a_heartbeat()`, `a_record()`; every
   field of an event can be overridden by name, and all of them fit their schemas;
 - `FakeSource` plays observations, `FakeBus` is a broker in memory, `ListFeed` feeds a bus from a list;
-- `TcpFaultProxy` and `FakeAmqpPeer` are peers that misbehave on purpose (loopback only);
 - `no_waiting()` takes the waiting out of retries.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import heapq
 import itertools
 import queue
@@ -38,134 +38,122 @@ MOMENT = datetime(2026, 3, 14, 9, 26, 53, 589793, tzinfo=UTC)
 T = TypeVar("T")
 
 
-# ------------------------------------------------------------------------------------- events
+def _overridable(make: Callable[[], T]) -> Callable[..., T]:
+    """Every field of what is made can be overridden by name."""
+
+    @functools.wraps(make)
+    def made(**overrides: Any) -> T:
+        return dataclasses.replace(make(), **overrides) if overrides else make()  # type: ignore[type-var]
+
+    return made
 
 
-def _with(made: T, overrides: Mapping[str, Any]) -> T:
-    return dataclasses.replace(made, **overrides) if overrides else made  # type: ignore[type-var]
-
-
-def a_host(**overrides: Any) -> model.Host:
+@_overridable
+def a_host() -> model.Host:
     """The hypervisor's host "compute-1"."""
-    return _with(
-        model.Host(
-            name="compute-1",
-            uuid="3c8a1f0e-9a77-4a55-b2b3-0d3a4f1e2c01",
-            boot_id="b1a7c0de-5f1d-4f3e-8d6b-6f2d1e0c9a11",
-            hypervisor=model.Hypervisor("QEMU", "7.2.22", "9.0.0"),
-        ),
-        overrides,
+    return model.Host(
+        name="compute-1",
+        uuid="3c8a1f0e-9a77-4a55-b2b3-0d3a4f1e2c01",
+        boot_id="b1a7c0de-5f1d-4f3e-8d6b-6f2d1e0c9a11",
+        hypervisor=model.Hypervisor("QEMU", "7.2.22", "9.0.0"),
     )
 
 
-def a_domain(**overrides: Any) -> model.Domain:
+@_overridable
+def a_domain() -> model.Domain:
     """The guest "web-1", running."""
-    return _with(
-        model.Domain(uuid=DOMAIN_UUID, name="web-1", id=1, state=words.GuestState.RUNNING), overrides
-    )
+    return model.Domain(uuid=DOMAIN_UUID, name="web-1", id=1, state=words.GuestState.RUNNING)
 
 
-def a_device(**overrides: Any) -> model.Device:
+@_overridable
+def a_device() -> model.Device:
     """The disk vda on an NBD export."""
-    return _with(
-        model.Device(
-            alias="virtio-disk0",
-            target="vda",
-            bus="virtio",
-            kind="disk",
-            serial="vol-1",
-            source=model.DeviceSource(
-                type="network", protocol="nbd", path="disk0", hosts=("storage-1:10809",)
-            ),
-            policy=model.ErrorPolicy(write="stop", read="report"),
-        ),
-        overrides,
+    return model.Device(
+        alias="virtio-disk0",
+        target="vda",
+        bus="virtio",
+        kind="disk",
+        serial="vol-1",
+        source=model.DeviceSource(type="network", protocol="nbd", path="disk0", hosts=("storage-1:10809",)),
+        policy=model.ErrorPolicy(write="stop", read="report"),
     )
 
 
-def an_io_error(**overrides: Any) -> model.IoError:
+@_overridable
+def an_io_error() -> model.IoError:
     """An incident opens: a write failed and the guest was paused."""
-    return _with(
-        model.IoError(
-            host=a_host(),
-            domain=a_domain(state=words.GuestState.PAUSED),
-            device=a_device(),
-            error=model.ErrorFacts(
-                action=words.Action.PAUSE,
-                action_code=1,
-                reason=words.ENOSPC,
-                path="disk0",
-                message=None,
-                disk_error=words.DiskError.NO_SPACE,
-                occurred_at=MOMENT,
-            ),
-            occurrences=model.Occurrences(count=1, total=1, first=MOMENT, last=MOMENT),
-            incident=model.Incident(
-                id="019a05f9-4236-7000-8000-000000000001",
-                phase=words.Phase.OPENED,
-                opened_at=MOMENT,
-                pauses=1,
-            ),
-            origin=words.Origin.EVENT,
-            enriched=True,
+    return model.IoError(
+        host=a_host(),
+        domain=a_domain(state=words.GuestState.PAUSED),
+        device=a_device(),
+        error=model.ErrorFacts(
+            action=words.Action.PAUSE,
+            action_code=1,
+            reason=words.ENOSPC,
+            path="disk0",
+            message=None,
+            disk_error=words.DiskError.NO_SPACE,
+            occurred_at=MOMENT,
         ),
-        overrides,
+        occurrences=model.Occurrences(count=1, total=1, first=MOMENT, last=MOMENT),
+        incident=model.Incident(
+            id="019a05f9-4236-7000-8000-000000000001",
+            phase=words.Phase.OPENED,
+            opened_at=MOMENT,
+            pauses=1,
+        ),
+        origin=words.Origin.EVENT,
+        enriched=True,
     )
 
 
-def a_resolved(**overrides: Any) -> model.IoErrorResolved:
+@_overridable
+def a_resolved() -> model.IoErrorResolved:
     """The incident of `an_io_error` ends after 42 s: the guest was resumed."""
-    return _with(
-        model.IoErrorResolved(
-            host=a_host(),
-            domain=a_domain(),
-            device=a_device(),
-            occurrences=model.ResolvedOccurrences(total=1, first=MOMENT, last=MOMENT),
-            incident=model.Incident(
-                id="019a05f9-4236-7000-8000-000000000001",
-                phase=words.Phase.RESOLVED,
-                opened_at=MOMENT,
-                pauses=1,
-            ),
-            resolution=model.Resolution(words.ResolutionCause.RESUMED, MOMENT + timedelta(seconds=42), 42.0),
+    return model.IoErrorResolved(
+        host=a_host(),
+        domain=a_domain(),
+        device=a_device(),
+        occurrences=model.ResolvedOccurrences(total=1, first=MOMENT, last=MOMENT),
+        incident=model.Incident(
+            id="019a05f9-4236-7000-8000-000000000001",
+            phase=words.Phase.RESOLVED,
+            opened_at=MOMENT,
+            pauses=1,
         ),
-        overrides,
+        resolution=model.Resolution(words.ResolutionCause.RESUMED, MOMENT + timedelta(seconds=42), 42.0),
     )
 
 
-def a_gap(**overrides: Any) -> model.Gap:
+@_overridable
+def a_gap() -> model.Gap:
     """The agent was down for a minute."""
-    return _with(
-        model.Gap(
-            host=a_host(),
-            agent_id=AGENT_ID,
-            reason=words.GapReason.AGENT_DOWN,
-            detail=None,
-            started_at=MOMENT - timedelta(minutes=1),
-            ended_at=MOMENT,
-        ),
-        overrides,
+    return model.Gap(
+        host=a_host(),
+        agent_id=AGENT_ID,
+        reason=words.GapReason.AGENT_DOWN,
+        detail=None,
+        started_at=MOMENT - timedelta(minutes=1),
+        ended_at=MOMENT,
     )
 
 
-def a_heartbeat(**overrides: Any) -> model.Heartbeat:
+@_overridable
+def a_heartbeat() -> model.Heartbeat:
     """The agent lives, connected, with nothing open."""
-    return _with(
-        model.Heartbeat(
-            host=a_host(),
-            agent_id=AGENT_ID,
-            agent_version="0.1.0",
-            epoch=EPOCH,
-            started_at=MOMENT - timedelta(hours=1),
-            sent_at=MOMENT,
-            interval_seconds=60.0,
-            source=model.SourceHealth(words.SourceState.CONNECTED, MOMENT - timedelta(hours=1)),
-            backlog=model.Backlog(0, 0, None),
-            committed_sequence=7,
-            confirmed_sequence=7,
-            incidents=model.OpenIncidents(0),
-        ),
-        overrides,
+    return model.Heartbeat(
+        host=a_host(),
+        agent_id=AGENT_ID,
+        agent_version="0.1.0",
+        epoch=EPOCH,
+        started_at=MOMENT - timedelta(hours=1),
+        sent_at=MOMENT,
+        interval_seconds=60.0,
+        source=model.SourceHealth(words.SourceState.CONNECTED, MOMENT - timedelta(hours=1)),
+        backlog=model.Backlog(0, 0, None),
+        committed_sequence=7,
+        confirmed_sequence=7,
+        incidents=model.OpenIncidents(0),
     )
 
 
@@ -177,17 +165,15 @@ def a_raw_io_error(**overrides: Any) -> observations.RawIoError:
     return made._replace(**overrides)
 
 
-def a_stamp(**overrides: Any) -> model.Stamp:
+@_overridable
+def a_stamp() -> model.Stamp:
     """A new id; sequence 1 of the epoch EPOCH unless overridden."""
-    return _with(
-        model.Stamp(
-            id=envelope.uuid7(time.time_ns()),
-            agent_id=AGENT_ID,
-            epoch=EPOCH,
-            sequence=1,
-            recorded_ns=to_ns(MOMENT),
-        ),
-        overrides,
+    return model.Stamp(
+        id=envelope.uuid7(time.time_ns()),
+        agent_id=AGENT_ID,
+        epoch=EPOCH,
+        sequence=1,
+        recorded_ns=to_ns(MOMENT),
     )
 
 
@@ -211,9 +197,6 @@ def records(count: int, *, keys: int = 1) -> list[model.Record]:
         attributes = {**pattern.attributes, "id": stamp.id, "sequence": f"{row:012d}"}
         made.append(pattern._replace(row=row, seq=row, id=stamp.id, attributes=attributes))
     return made
-
-
-# ------------------------------------------------------------------------------------- a feed
 
 
 class ListFeed:
@@ -304,9 +287,6 @@ class ListFeed:
             if not outcomes or not isinstance(outcomes[-1], model.Confirmed):
                 time.sleep(0.02)
         return sum(isinstance(outcome, model.Confirmed) for _, outcome in self.outcomes)
-
-
-# ------------------------------------------------------------------------------------- a source
 
 
 class FakeSource:

@@ -10,8 +10,10 @@ import importlib
 import inspect
 import tomllib
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
+from types import SimpleNamespace
 
 import amqp
 import pytest
@@ -53,6 +55,15 @@ def test_the_connection_reads_its_methods_from_a_table_by_name() -> None:
     assert {"frame_writer", "on_blocked", "on_unblocked"} <= set(
         inspect.signature(amqp.Connection.__init__).parameters
     ), RELEASES
+
+
+def test_a_channel_keeps_its_consumers_until_the_broker_has_confirmed_their_end() -> None:
+    fake = SimpleNamespace(callbacks={"tag": None}, cancel_callbacks={}, no_ack_consumers=set())
+    fake._remove_tag = partial(channel.Channel._remove_tag, fake)
+    channel.Channel._on_basic_cancel_ok(fake, "tag")
+    assert fake.callbacks == {}, RELEASES
+    assert spec.Basic.Cancel == (60, 30), RELEASES
+    assert "callbacks" in inspect.getsource(channel.Channel.__init__), RELEASES
 
 
 def test_a_transport_is_found_by_its_alias() -> None:

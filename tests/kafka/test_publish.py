@@ -211,8 +211,8 @@ def test_after_a_refusal_batches_are_used_again(kafka_url: str, kafka_topic: str
         assert not len(feed)
         ListFeed([sized(100, 300)]).publish(bus)  # may still be one of those that go alone
         ListFeed([sized(101, 300)]).publish(bus)
-        assert bus._link is not None
-        assert bus._link.batching
+        assert bus._publisher is not None
+        assert bus._publisher.batching
 
 
 def test_a_full_local_queue_is_back_pressure_and_no_error(kafka_url: str, kafka_topic: str) -> None:

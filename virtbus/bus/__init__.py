@@ -6,18 +6,20 @@ Adapters (`amqp`, `kafka`, `embedded`) keep every word of it; tests/contract pro
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from datetime import datetime
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 from virtbus import plugins
 from virtbus.errors import ConfigError
-from virtbus.model import Check, Message, Outcome, Record
+from virtbus.model import Binding, Check, Message, Outcome, Record
 from virtbus.sequences import MissingEvents
+from virtbus.telemetry import emit
 
 ENTRY_POINT_GROUP = "virtbus.buses"
 
@@ -151,8 +153,29 @@ class DeadLetter:
     size_bytes: int  # of the body
     message: Message  # as it lies there
 
+    @classmethod
+    def of(cls, message: Message, *, name: str | None, reason: str, at: datetime | None) -> DeadLetter:
+        """The letter in a message; `name` and `reason` are for one without headers that say it."""
 
-class DeadLetters(Protocol):
+        def text(header: str) -> str | None:
+            value = message.headers.get(header)
+            value = value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+            return value if isinstance(value, str) else None
+
+        prefix = "ce_" if message.binding is Binding.KAFKA else "ce-"
+        return cls(
+            position=message.position,
+            id=text(f"{prefix}id") or name,
+            source=text(f"{prefix}source"),
+            type=text(f"{prefix}type"),
+            reason=text(REASON_HEADER) or reason,
+            at=at,
+            size_bytes=len(message.body),
+            message=message,
+        )
+
+
+class DeadLetters(ABC):
     """One look at a group's dead letters, oldest first. Not thread-safe; a context manager.
 
     A letter without a verdict stays where it is, also when the process is killed; looking changes nothing
@@ -160,41 +183,54 @@ class DeadLetters(Protocol):
     may be there twice after a kill in between (at least once), never lost.
     """
 
-    def __enter__(self) -> DeadLetters: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(self, *_: object) -> None:
-        """Let go; see `close`."""
+        self.close()
 
+    @abstractmethod
     def count(self) -> int:
         """How many letters wait; 0 where the group has no dead letters (yet)."""
 
+    @abstractmethod
     def read(self, limit: int | None = None) -> Iterator[DeadLetter]:
         """The oldest `limit` letters that this look has not given out yet; None: all that are there now."""
 
+    @abstractmethod
     def send_back(self, letter: DeadLetter) -> None:
         """Hand it to its group again, as it came (without our headers), to nobody else; then remove it.
 
         RecordRefused when it was cut (CUT_HEADER): it is not what came, and stays where it is.
         """
 
+    @abstractmethod
     def drop(self, letter: DeadLetter) -> None:
         """Remove it for good."""
 
+    @abstractmethod
     def close(self) -> None:
         """Let go; idempotent."""
 
 
-class Memory(Protocol):
+class Memory:
     """What a subscription remembers over a restart, and whom it tells of what is lost to the group."""
+
+    def __init__(
+        self, notes: dict[str, str] | None = None, on_missing: Callable[[MissingEvents], None] = emit
+    ) -> None:
+        """`notes` are those on disk."""
+        self._notes = notes if notes is not None else {}
+        self.fresh: dict[str, str] = {}  # not on disk yet
+        self.missing = on_missing  # events that the group will never get
 
     def recall(self, name: str) -> str | None:
         """The note of this name as it was last kept."""
+        return self._notes.get(name)
 
     def keep(self, name: str, value: str) -> None:
         """Note this; it is on disk with the next marks that are, and with `Consumer.close`."""
-
-    def missing(self, told: MissingEvents, /) -> None:
-        """Events that the group will never get."""
+        self._notes[name] = self.fresh[name] = value
 
 
 class Bus(Protocol):
@@ -242,18 +278,11 @@ class Bus(Protocol):
         """
 
 
-class BusFactory(Protocol):
-    """What an entry point of the group `virtbus.buses` names: called as `factory(url, options=…)`.
-
-    Raises ConfigError when the URL can't be used. It opens no connection.
-    """
-
-    def __call__(self, url: str, *, options: BusOptions) -> Bus:
-        """Make the bus of `url`."""
-
-
 def open_bus(url: str, options: BusOptions | None = None) -> Bus:
     """The bus of a URL, found by its scheme; connects to nothing yet.
+
+    The entry point of the group `virtbus.buses` that has the scheme's name is called as
+    `factory(url, options=…)`; it raises ConfigError when the URL can't be used, and opens no connection.
 
     Raises ConfigError that names the known schemes when nobody serves this one, or that says which
     part of the URL can't be used. The message never holds a password.
@@ -270,7 +299,7 @@ def open_bus(url: str, options: BusOptions | None = None) -> Bus:
             f'no bus serves "{scheme}:" URLs; known are {", ".join(plugins.names(ENTRY_POINT_GROUP))}. '
             f"Fix bus.url, or install the package whose entry point {ENTRY_POINT_GROUP} names this scheme"
         )
-    factory: BusFactory = plugins.load(point, f'"{scheme}:"')
+    factory: Callable[..., Bus] = plugins.load(point, f'"{scheme}:"')
     return factory(url, options=options if options is not None else BusOptions())
 
 

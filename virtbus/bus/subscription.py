@@ -71,7 +71,7 @@ class Line:
         self.out.add(item)
         return item.message
 
-    def settle(self, message: Message) -> Item | None:
+    def verdict(self, message: Message) -> Item | None:
         """The caller's verdict: the item, once, and only while its connection or partition is ours."""
         item = message.handle
         if item not in self.out:
@@ -139,21 +139,21 @@ class LineSubscription:
     def ack(self, message: Message) -> None:
         """See virtbus.bus.Subscription."""
         with self._lock:
-            item = self._line.settle(message)
+            item = self._line.verdict(message)
             if item is not None:
                 self._done(item)
 
     def retry(self, message: Message, after: float) -> None:
         """See virtbus.bus.Subscription. It stays unacknowledged here: nobody else gets it meanwhile."""
         with self._lock:
-            item = self._line.settle(message)
+            item = self._line.verdict(message)
             if item is not None:
                 self._line.retry(item, time.monotonic() + max(0.0, after))
 
     def dead_letter(self, message: Message, reason: str) -> None:
         """See virtbus.bus.Subscription."""
         with self._lock:
-            item = self._line.settle(message)
+            item = self._line.verdict(message)
             if item is None:
                 return
             reason = cut_text(reason, REASON_BYTES)

@@ -27,29 +27,11 @@ from virtbus.envelope.encoding import (
     to_amqp,
     to_kafka,
     uuid7,
-)
+)  # fmt: skip
 
 __all__ = [
-    "CONTENT_TYPE",
-    "MAX_DATA_BYTES",
-    "MAX_DECODE_BYTES",
-    "MAX_WIRE_BYTES",
-    "ROUTING_WORDS",
-    "STRUCTURED_CONTENT_TYPE",
-    "AmqpWire",
-    "Encoded",
-    "Envelope",
-    "InvalidEvent",
-    "KafkaWire",
-    "decode",
-    "decode_structured",
-    "encode",
-    "partition_key",
-    "record",
-    "routing_key",
-    "structured_json",
-    "to_amqp",
-    "to_event",
-    "to_kafka",
-    "uuid7",
-]
+    "CONTENT_TYPE", "MAX_DATA_BYTES", "MAX_DECODE_BYTES", "MAX_WIRE_BYTES", "ROUTING_WORDS",
+    "STRUCTURED_CONTENT_TYPE", "AmqpWire", "Encoded", "Envelope", "InvalidEvent", "KafkaWire", "decode",
+    "decode_structured", "encode", "partition_key", "record", "routing_key", "structured_json", "to_amqp",
+    "to_event", "to_kafka", "uuid7",
+]  # fmt: skip

@@ -39,9 +39,9 @@ from virtbus.bus import BusOptions, DeadLetters, Feed, Memory, Subscription, che
 from virtbus.bus.amqp.connection import (
     LINK_FAULTS,
     REFUSING_CODES,
+    BrokerLink,
     Dialer,
     Endpoint,
-    Link,
     Waker,
     lost,
     translated,
@@ -244,7 +244,7 @@ class AmqpBus:
 def _probe(endpoint: Endpoint, options: BusOptions, waker: Waker) -> Iterator[Check]:
     where = f"{endpoint.name}: exchange {options.exchange}"
     try:
-        link = Link(endpoint, options, waker)
+        link = BrokerLink(endpoint, options, waker)
     except (BusUnavailable, BusDenied) as error:
         yield Check("bus", "failed", str(error), exit_code=error.exit_code)
         yield Check("bus exchange", "skipped", f"{endpoint.name}: not connected")
@@ -305,7 +305,7 @@ def _verdict_on_one(fault: BaseException, error: VirtbusError) -> Outcome | None
 class _Publisher:
     """A channel in confirm mode and every record that is under way on it."""
 
-    def __init__(self, link: Link, options: BusOptions) -> None:
+    def __init__(self, link: BrokerLink, options: BusOptions) -> None:
         """Open the channel. Raises as LINK_FAULTS."""
         self.link = link
         link.on_blocked = self.set_blocked
@@ -321,8 +321,8 @@ class _Publisher:
         self._io = link.connection
         channel = link.channel()
         channel.confirm_select()
-        channel.events["basic_ack"].add(lambda tag, multiple: self._settle(tag, multiple, _CONFIRMED))
-        channel.events["basic_nack"].add(lambda tag, multiple: self._settle(tag, multiple, _NACKED))
+        channel.events["basic_ack"].add(lambda tag, multiple: self._on_confirm(tag, multiple, _CONFIRMED))
+        channel.events["basic_nack"].add(lambda tag, multiple: self._on_confirm(tag, multiple, _NACKED))
         channel.events["basic_return"].add(self._on_return)
         exchange = kombu.Exchange(options.exchange, type="topic")  # durable, messages are persistent
         self._producer = kombu.Producer(channel, exchange, auto_declare=False)
@@ -399,7 +399,7 @@ class _Publisher:
         _, sent_at = next(iter(self.flying.values()))
         return max(sent_at, self._unblocked_at) + self._options.confirm_timeout
 
-    def _settle(self, tag: int, multiple: bool, outcome: Outcome) -> None:
+    def _on_confirm(self, tag: int, multiple: bool, outcome: Outcome) -> None:
         flying = self.flying
         if multiple:
             tags = []

@@ -107,7 +107,7 @@ class Waker:
         os.close(self.fd)
 
 
-class Link:
+class BrokerLink:
     """An open connection to one broker. One thread at a time."""
 
     def __init__(self, endpoint: Endpoint, options: BusOptions, waker: Waker) -> None:
@@ -263,12 +263,12 @@ class Dialer:
         except BusDenied as error:
             raise ConfigError(str(error)) from error
 
-    def dial(self, waker: Waker, told: Callable[[str], TelemetryEvent] | None = BusConnected) -> Link:
+    def dial(self, waker: Waker, told: Callable[[str], TelemetryEvent] | None = BusConnected) -> BrokerLink:
         """A link to some broker, reported as `told`. Raises BusUnavailable; BusDenied when all refuse us."""
         failures: list[BusUnavailable | BusDenied] = []
         for _ in self.endpoints:
             try:
-                link = Link(self.endpoints[self._next], self.options, waker)
+                link = BrokerLink(self.endpoints[self._next], self.options, waker)
             except (BusUnavailable, BusDenied) as error:
                 failures.append(error)
                 self.skip()
@@ -283,7 +283,7 @@ class Dialer:
 
     @contextmanager
     def setting_up(
-        self, link: Link, doing: str, told: Callable[[str, Exception], TelemetryEvent] = BusLost
+        self, link: BrokerLink, doing: str, told: Callable[[str, Exception], TelemetryEvent] = BusLost
     ) -> Iterator[None]:
         """Translate what fails in the block; then the link is thrown away, and the next broker is tried."""
         try:
@@ -299,7 +299,9 @@ class Dialer:
         self._next = (self._next + 1) % len(self.endpoints)
 
 
-def lost(link: Link, error: Exception, told: Callable[[str, Exception], TelemetryEvent] = BusLost) -> None:
+def lost(
+    link: BrokerLink, error: Exception, told: Callable[[str, Exception], TelemetryEvent] = BusLost
+) -> None:
     """Throw `link` away and report it as `told`."""
     link.discard()
     emit(told(link.name, error))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -13,11 +14,12 @@ from amqp import spec
 from amqp.exceptions import AMQPError
 from amqp.serialization import dumps
 
-from virtbus.bus import CUT_HEADER, REASON_HEADER, BusOptions, DeadLetter
-from virtbus.bus.amqp.connection import LINK_FAULTS, REFUSING_CODES, Dialer, Link, Waker, translated
+from virtbus.bus import CUT_HEADER, REASON_HEADER, BusOptions, DeadLetter, DeadLetters
+from virtbus.bus.amqp.connection import LINK_FAULTS, REFUSING_CODES, BrokerLink, Dialer, Waker, translated
+from virtbus.bus.amqp.wire import received
 from virtbus.bus.subscription import REASON_BYTES, Item, cut_text
 from virtbus.errors import BusDenied, BusUnavailable, RecordRefused, VirtbusError
-from virtbus.model import Binding, Message
+from virtbus.model import Message
 from virtbus.telemetry import Trouble, emit
 
 USER_HEADER = "x-virtbus-user-id"
@@ -36,13 +38,13 @@ class _Desk:
     """A connection that stores one message at a time, so that confirms can't be mixed up."""
 
     def __init__(self, dialer: Dialer, options: BusOptions) -> None:
-        self.link: Link | None = None
+        self.link: BrokerLink | None = None
         self.closed = False
         self._options, self._dialer, self._waker = options, dialer, Waker()
         self._channel: Any = None
         self._settled: list[str] = []
 
-    def open(self) -> Link:
+    def open(self) -> BrokerLink:
         """The connection. Raises BusUnavailable, BusDenied."""
         if self.link is None:
             self.link, self._channel = self._dialer.dial(self._waker, told=None), None
@@ -178,7 +180,7 @@ def _size(headers: Mapping[str, Any]) -> int:
 # ------------------------------------------------------------------------------------- an operator's look
 
 
-class AmqpDeadLetters:
+class AmqpDeadLetters(DeadLetters):
     """See virtbus.bus.DeadLetters. What it has read is out of others' sight until it lets go."""
 
     def __init__(self, dialer: Dialer, options: BusOptions, group: str) -> None:
@@ -188,14 +190,8 @@ class AmqpDeadLetters:
         self._desk.open()
         self._open: list[DeadLetter] = []
 
-    def __enter__(self) -> AmqpDeadLetters:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     @contextmanager
-    def _asking(self, doing: str) -> Iterator[Link]:
+    def _asking(self, doing: str) -> Iterator[BrokerLink]:
         """The connection that has given out the letters; when it is lost the look is over."""
         link, where = self._desk.link, f"dead letters of {self._group}"
         if link is None:
@@ -271,37 +267,15 @@ class AmqpDeadLetters:
 
 
 def _dead_letter(raw: Any, queue: str) -> DeadLetter:
-    headers = raw.properties.get("application_headers") or {}
-    body = raw.body.encode() if isinstance(raw.body, str) else bytes(raw.body)
-    death = (headers.get("x-death") or [{}])[0]
-    count = headers.get("x-delivery-count")
-    message = Message(
-        binding=Binding.AMQP,
-        headers=headers,
-        content_type=raw.properties.get("content_type"),
-        body=body,
-        key=None,
-        redelivered=bool(raw.delivery_info.get("redelivered")),
-        # Our own letters have none; where there is one the broker put it aside, with the sender's headers.
-        user_id=raw.properties.get("user_id") or headers.get(USER_HEADER),
-        position=f"{queue}#{raw.delivery_info['delivery_tag']}",
-        handle=raw,
-        attempts=count + 1 if isinstance(count, int) else None,
-    )
-
-    def text(name: str) -> str | None:
-        value = headers.get(name)
-        return value if isinstance(value, str) else None
-
-    return DeadLetter(
-        position=message.position,
-        id=text("ce-id") or raw.properties.get("message_id"),
-        source=text("ce-source"),
-        type=text("ce-type"),
-        reason=text(REASON_HEADER) or str(death.get("reason", "")),
-        at=_time(headers.get(AT_HEADER, death.get("time"))),
-        size_bytes=len(body),
-        message=message,
+    message = received(raw, queue, handle=raw)
+    death = (message.headers.get("x-death") or [{}])[0]  # type: ignore[index]
+    if message.user_id is None and isinstance(user := message.headers.get(USER_HEADER), str):
+        message = replace(message, user_id=user)  # our own letters have it there
+    return DeadLetter.of(
+        message,
+        name=raw.properties.get("message_id"),
+        reason=str(death.get("reason", "")),
+        at=_time(message.headers.get(AT_HEADER, death.get("time"))),
     )
 
 

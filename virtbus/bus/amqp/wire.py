@@ -24,6 +24,8 @@ from amqp.exceptions import AMQPError, FrameSyntaxError, UnexpectedFrame, error_
 from amqp.method_framing import frame_writer
 from kombu.transport import pyamqp
 
+from virtbus.model import Binding, Message
+
 _CHUNK = 65536
 _FRAME_HEADER = struct.Struct(">BHI")
 _FRAME_END = 0xCE
@@ -286,3 +288,23 @@ def _buffered_writer(connection: WireConnection, transport: Any) -> Callable[...
     connection.start_io(transport.sock)
     writer: Callable[..., None] = frame_writer(connection, SimpleNamespace(write=connection.write))
     return writer
+
+
+def received(raw: Any, queue: str, *, key: str | None = None, handle: object) -> Message:
+    """A message as py-amqp received it."""
+    properties, info = raw.properties, raw.delivery_info
+    redelivered = bool(info["redelivered"])
+    headers = properties.get("application_headers") or {}
+    counted = headers.get("x-delivery-count", None if redelivered else 0)
+    return Message(
+        binding=Binding.AMQP,
+        headers=headers,
+        content_type=properties.get("content_type"),
+        body=raw.body.encode() if isinstance(raw.body, str) else bytes(raw.body),
+        key=key,
+        redelivered=redelivered,
+        user_id=properties.get("user_id"),
+        position=f"{queue}#{info['delivery_tag']}",
+        handle=handle,
+        attempts=counted + 1 if isinstance(counted, int) else None,
+    )

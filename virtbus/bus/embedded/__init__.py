@@ -24,7 +24,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 from virtbus import envelope
-from virtbus.bus import REASON_HEADER, BusOptions, DeadLetter, Feed, Memory, checked_group
+from virtbus.bus import REASON_HEADER, BusOptions, DeadLetter, DeadLetters, Feed, Memory, checked_group
 from virtbus.bus.embedded.log import LOOK_AHEAD, Log, Member, Stored
 from virtbus.bus.subscription import Item, LineSubscription
 from virtbus.bus.url import read_url
@@ -235,18 +235,15 @@ class EmbeddedSubscription(LineSubscription):
             member.leave()
 
 
-class EmbeddedDeadLetters:
+class EmbeddedDeadLetters(DeadLetters):
     """See virtbus.bus.DeadLetters."""
 
     def __init__(self, log: Log, group: str) -> None:
         self._log, self._group, self._last = log, group, 0
-        self.close = log.close
 
-    def __enter__(self) -> EmbeddedDeadLetters:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def close(self) -> None:
+        """See virtbus.bus.DeadLetters."""
+        self._log.close()
 
     def count(self) -> int:
         """See virtbus.bus.DeadLetters."""
@@ -256,16 +253,7 @@ class EmbeddedDeadLetters:
         """See virtbus.bus.DeadLetters."""
         for stored in self._log.dead_letters(self._group, self._last, -1 if limit is None else limit):
             self._last = stored.pos
-            yield DeadLetter(
-                position=str(stored.pos),
-                id=stored.headers.get("ce-id"),
-                source=stored.headers.get("ce-source"),
-                type=stored.headers.get("ce-type"),
-                reason=stored.reason or "",
-                at=None,
-                size_bytes=len(stored.body),
-                message=_message(stored, stored.pos),
-            )
+            yield DeadLetter.of(_message(stored, stored.pos), name=None, reason="", at=None)
 
     def send_back(self, letter: DeadLetter) -> None:
         """See virtbus.bus.DeadLetters."""

@@ -120,35 +120,30 @@ class Transport(_VirtualTransport):
     recoverable_channel_errors = (BufferError,)
 
 
-class _Link:
+class _Publisher:
     """One producer's life: what is in flight, what was reported. Thrown away after anything unclear."""
 
     def __init__(self, settings: KafkaSettings, *, batching: bool) -> None:
         """Prove that the brokers answer, accept us and have the topic. Raises BusUnavailable, BusDenied."""
-        options = settings.options
-        self.watch = Watch()
-        self.batching = batching
-        self._topic = options.topic
-        self._structured = options.structured
-        self._max_bytes = options.max_record_bytes
-        Admin(settings).ensure(options.topic, declare=options.declare)
+        self.watch, self.batching, self._options = Watch(), batching, settings.options
+        Admin(settings).ensure(self._options.topic, declare=self._options.declare)
         self._connection = _Connection(
             transport=TRANSPORT,
             transport_options={"settings": settings, "watch": self.watch, "batching": batching},
         )
         self._channel = self._connection.channel()
-        self._producer: Any = kombu.Producer(self._channel, kombu.Exchange(self._topic), auto_declare=False)
+        exchange = kombu.Exchange(self._options.topic)
+        self._producer: Any = kombu.Producer(self._channel, exchange, auto_declare=False)
         self.flying: dict[str, tuple[Record, float]] = {}  # by key: at most one unconfirmed record a key
         self._reports: list[tuple[Record, Any]] = []
-        self.progress = time.monotonic()
+        self._progress = time.monotonic()
 
-    def send(self, record: Record, stopped: Callable[[], Exception | None]) -> Outcome | None:
+    def send(self, record: Record, stopped: Callable[[], VirtbusError | None]) -> Outcome | None:
         """Hand a record to the client; an outcome when there is one at once, or `stopped` has one."""
-        if len(record.body) > self._max_bytes:
-            size, limit = len(record.body), self._max_bytes
+        size, limit = len(record.body), self._options.max_record_bytes
+        if size > limit:
             return Refused(RecordRefused(f"{size} bytes: the largest record allowed is {limit} bytes"))
-        wire = to_kafka(record.attributes, record.body, structured=self._structured)
-        reported = partial(self._reported, record)
+        wire = to_kafka(record.attributes, record.body, structured=self._options.structured)
         while True:
             try:
                 self._producer.publish(
@@ -156,13 +151,13 @@ class _Link:
                     routing_key=wire.key,
                     headers=wire.headers,
                     content_type="application/octet-stream",  # a header of the record says what it is
-                    on_delivery=reported,
+                    on_delivery=partial(self._reported, record),
                 )
                 break
             except BufferError:
                 # The local queue is full: back-pressure, not an error. It can't last: its records time out.
                 if not self.flying and not self._reports:
-                    told = f"{len(record.body)} bytes are more than the client may hold"
+                    told = f"{size} bytes are more than the client may hold"
                     return Deferred(BusDenied(f"{told}: raise bus.kafka.options queue.buffering.max.kbytes"))
                 self.serve(_POLL_SECONDS)
                 fault = stopped()
@@ -173,7 +168,7 @@ class _Link:
                 return Refused(translated) if isinstance(translated, RecordRefused) else Deferred(translated)
         now = time.monotonic()
         if not self.flying:
-            self.progress = now
+            self._progress = now
         self.flying[record.key] = record, now
         return None
 
@@ -190,36 +185,31 @@ class _Link:
     def take_reports(self) -> list[tuple[Record, Any]]:
         """The records whose delivery report came, each with None or its KafkaError; in flight no more."""
         reports, self._reports = self._reports, []
-        if not reports:
-            return reports
-        self.progress = now = time.monotonic()
-        flying = self.flying
-        sent = [(flying.pop(record.key)[1], error) for record, error in reports]
-        waits = [now - since for since, error in sent if error is None]
-        if waits:
-            for wait in waits:
-                METRICS.confirm_seconds.observe(wait)
-            self.watch.forget()
+        if reports:
+            self._progress = now = time.monotonic()
+        for record, error in reports:
+            _, since = self.flying.pop(record.key)
+            if error is None:
+                METRICS.confirm_seconds.observe(now - since)
+                self.watch.forget()
         return reports
 
-    def fault(self, patience: float, grace: float) -> VirtbusError | None:
-        """Why this link can't go on, if so: fatal, refused for `grace` seconds, or silent for `patience`."""
+    def fault(self, patience: float = 0.0, grace: float = 0.0) -> VirtbusError | None:
+        """Why this can't go on, if so: fatal, refused for `grace` seconds, or silent for `patience`."""
         watch = self.watch
         if watch.fatal is not None:
             return translate(watch.fatal, "publishing")
-        if not self.flying:
-            return None
-        silent = time.monotonic() - self.progress
-        if watch.denied is not None and silent > grace:
+        silent = time.monotonic() - self._progress
+        if self.flying and watch.denied is not None and silent > grace:
             return translate(watch.denied, "publishing")
-        if silent > patience:
-            return BusUnavailable(
-                f"nothing confirmed for {silent:.0f} s: {watch.last or 'no broker answers'}"
-            )
+        if self.flying and silent > patience:
+            last = watch.last or "no broker answers"
+            return BusUnavailable(f"nothing confirmed for {silent:.0f} s: {last}")
         return None
 
     def discard(self) -> None:
         """Throw the producer away; late reports go nowhere."""
+        self.flying.clear()
         self._connection.release()
 
 
@@ -235,7 +225,7 @@ class KafkaBus:
         self._settings = check(url, options)
         self._options = options
         self._lock = threading.Lock()
-        self._link: _Link | None = None
+        self._publisher: _Publisher | None = None
         self._publishing: int | None = None  # the thread that runs `publish` now
         self._idle = threading.Event()
         self._idle.set()
@@ -247,73 +237,135 @@ class KafkaBus:
         """Without credentials."""
         return f"KafkaBus({self._settings.display})"
 
-    # ------------------------------------------------------------------------------------- publishing
-
     def publish(self, feed: Feed) -> Iterator[tuple[Record, Outcome]]:
         """See virtbus.bus.Bus."""
-        link = self._connected()
+        publisher = self._idle_publisher() or self._connect()
         self._publishing = threading.get_ident()
         self._idle.clear()
         try:
-            yield from self._publish(link, feed)
+            yield from self._publish(publisher, feed)
         finally:
             self._publishing = None
             self._idle.set()
-            if link.flying:  # the caller let go in the middle
-                self._drop(link, "publishing was broken off")
+            if publisher.flying:  # the caller let go in the middle
+                self._drop(publisher, "publishing was broken off")
 
-    def _publish(self, link: _Link, feed: Feed) -> Iterator[tuple[Record, Outcome]]:
-        options = self._options
-        window = options.window
+    def tick(self) -> None:
+        """See virtbus.bus.Bus."""
+        if self._publishing is None:
+            self._idle_publisher()
+
+    def close(self) -> None:
+        """See virtbus.bus.Bus. A running `publish` takes nothing more and has five seconds for what is in
+        flight; its last outcomes name, as `Deferred`, what the broker did not confirm by then.
+        """
+        with self._lock:
+            if self._closed_at is not None:
+                return
+            self._closed_at = time.monotonic()
+        if self._publishing is not None and self._publishing != threading.get_ident():
+            self._idle.wait(CLOSE_SECONDS + 2.0)
+        publisher = self._publisher
+        # Called from inside the caller's own loop over `publish`, that loop ends it.
+        if publisher is not None and self._publishing is None:
+            self._drop(publisher, None)
+
+    def _closing(self) -> VirtbusError | None:
+        if self._closed_at is None or time.monotonic() - self._closed_at < CLOSE_SECONDS:
+            return None
+        return BusUnavailable("the bus was closed before the broker confirmed")
+
+    def _idle_publisher(self) -> _Publisher | None:
+        """The publisher that stands, served; None when there is none, or it was just found dead."""
+        publisher = self._publisher
+        if publisher is not None:
+            publisher.serve(0.0)
+            fault = publisher.fault()
+            if fault is not None:
+                self._drop(publisher, fault)
+        return self._publisher
+
+    def _connect(self) -> _Publisher:
+        display, publisher = self._settings.display, None
+        if self._closed_at is None:
+            try:
+                publisher = _Publisher(self._settings, batching=self._suspects <= 0)
+            except (BusUnavailable, BusDenied) as error:
+                emit(BusLost(display, error))
+                raise
+            emit(BusConnected(display))
+            if self._settings.insecure:
+                emit(InsecureTransport(display))
+        with self._lock:
+            if publisher is not None and self._closed_at is None:
+                self._publisher = publisher
+                return publisher
+        if publisher is not None:  # closed meanwhile
+            publisher.discard()
+        raise BusUnavailable("the bus was closed")
+
+    def _drop(self, publisher: _Publisher, why: Exception | str | None) -> None:
+        with self._lock:
+            if self._publisher is publisher:
+                self._publisher = None
+        publisher.discard()
+        if why is not None:
+            emit(BusLost(self._settings.display, why))
+
+    def _publish(self, publisher: _Publisher, feed: Feed) -> Iterator[tuple[Record, Outcome]]:
+        options, batching = self._options, publisher.batching
         patience = options.confirm_timeout + 5.0  # librdkafka's own time-out comes first
 
         def stopped() -> VirtbusError | None:
-            return link.fault(patience, options.connect_timeout) or self._closing()
+            return publisher.fault(patience, options.connect_timeout) or self._closing()
 
         while True:
-            room = window - len(link.flying)
-            if self._is_closed() or (not link.batching and self._suspects <= 0):
+            room = options.window - len(publisher.flying)
+            if self._closed_at is not None or (not batching and self._suspects <= 0):
                 room = 0
             records: Sequence[Record] = ()
             # Not for each single place that gets free: a look into the spool costs more than a record.
-            if room > 0 and (not link.flying or room * 4 >= window):
-                records = feed.take(room, link.flying.keys())
+            if room > 0 and (not publisher.flying or room * 4 >= options.window):
+                records = feed.take(room, publisher.flying.keys())
             fault: Exception | None = None
             for record in records:
-                outcome = Deferred(fault) if fault is not None else link.send(record, stopped)
+                outcome = Deferred(fault) if fault is not None else publisher.send(record, stopped)
                 if isinstance(outcome, Deferred):
                     fault = fault or outcome.error
                 if outcome is not None:
                     yield record, outcome
-            if not link.flying and fault is None:
+            if not publisher.flying and fault is None:
                 if records:
                     continue
-                if not link.batching:
+                if not batching:
                     self._suspects = 0
-                    self._drop(link, None)
+                    self._drop(publisher, None)
                 return
-            link.serve(0.0 if records else _POLL_SECONDS)
-            reports = link.take_reports()
+            publisher.serve(0.0 if records else _POLL_SECONDS)
+            reports = publisher.take_reports()
             if any(error is not None for _, error in reports):
-                link.serve(0.0)  # a fatal error's cause comes after the reports of what it purged
+                publisher.serve(0.0)  # a fatal error's cause comes after the reports of what it purged
             fault = stopped() or fault
             for record, error in reports:
-                if error is None and link.batching:
-                    yield record, _CONFIRMED
-                    continue
-                outcome, reason = self._judge(link, record, error, fault)
+                outcome, reason = self._judge(record, error, fault, alone=not batching)
                 fault = fault or reason
                 yield record, outcome
             if fault is not None:
-                yield from self._give_up(link, fault)
+                publisher.serve(0.0)  # what was confirmed meanwhile is confirmed
+                reports = publisher.take_reports()
+                left = [record for record, _ in publisher.flying.values()]
+                self._drop(publisher, fault)
+                for record, error in reports:
+                    yield record, self._judge(record, error, fault, alone=not batching)[0]
+                for record in left:
+                    yield record, Deferred(fault)
                 return
 
     def _judge(
-        self, link: _Link, record: Record, error: Any, fault: Exception | None
+        self, record: Record, error: Any, fault: Exception | None, *, alone: bool
     ) -> tuple[Outcome, Exception | None]:
         """What a delivery report means: the record's outcome, and why the producer must go, if it must."""
-        if not link.batching:
-            self._suspects -= 1
+        self._suspects -= alone
         if error is None:
             return _CONFIRMED, None
         if fault is not None and is_purged(error):
@@ -323,7 +375,7 @@ class KafkaBus:
             if fault is None and error.code() == KafkaError._MSG_TIMED_OUT:
                 translated = self._explained(translated)
             return Deferred(translated), translated
-        if not link.batching:
+        if alone:
             return Refused(translated), None
         unclear = BusUnavailable(f"{translated}: its batch was refused as a whole; each is sent alone now")
         self._suspects = self._options.window  # the bad one is among the first of those that come again
@@ -343,94 +395,7 @@ class KafkaBus:
             return BusUnavailable(f'{error}: topic "{topic}" does not exist any more; {then}')
         return BusUnavailable(f"{error}: {check.remedy}") if check.status == "failed" else error
 
-    def _is_closed(self) -> bool:
-        return self._closed_at is not None
-
-    def _closing(self) -> VirtbusError | None:
-        closed_at = self._closed_at
-        if closed_at is None or time.monotonic() - closed_at < CLOSE_SECONDS:
-            return None
-        return BusUnavailable("the bus was closed before the broker confirmed")
-
-    def _give_up(self, link: _Link, fault: Exception) -> Iterator[tuple[Record, Outcome]]:
-        """Throw the producer away; the outcomes of what was unconfirmed."""
-        link.serve(0.0)  # what was confirmed meanwhile is confirmed
-        reports = link.take_reports()
-        left = [record for record, _ in link.flying.values()]
-        link.flying.clear()
-        self._drop(link, fault)
-        for record, error in reports:
-            yield record, self._judge(link, record, error, fault)[0]
-        for record in left:
-            yield record, Deferred(fault)
-
-    def _connected(self) -> _Link:
-        with self._lock:
-            if self._is_closed():
-                raise BusUnavailable("the bus was closed")
-            link = self._link
-        if link is not None:
-            link.serve(0.0)
-            fault = link.fault(0.0, 0.0)
-            if fault is None:
-                return link
-            self._drop(link, fault)
-        link = self._connect()
-        with self._lock:
-            if not self._is_closed():
-                self._link = link
-                return link
-        link.discard()
-        raise BusUnavailable("the bus was closed")
-
-    def _connect(self) -> _Link:
-        display = self._settings.display
-        try:
-            link = _Link(self._settings, batching=self._suspects <= 0)
-        except (BusUnavailable, BusDenied) as error:
-            emit(BusLost(display, error))
-            raise
-        emit(BusConnected(display))
-        if self._settings.insecure:
-            emit(InsecureTransport(display))
-        return link
-
-    def _drop(self, link: _Link, why: Exception | str | None) -> None:
-        with self._lock:
-            if self._link is link:
-                self._link = None
-        link.flying.clear()
-        link.discard()
-        if why is not None:
-            emit(BusLost(self._settings.display, why))
-
-    def tick(self) -> None:
-        """See virtbus.bus.Bus."""
-        with self._lock:
-            link = None if self._publishing is not None else self._link
-        if link is not None:
-            link.serve(0.0)
-            fault = link.fault(0.0, 0.0)
-            if fault is not None:
-                self._drop(link, fault)
-
-    def close(self) -> None:
-        """See virtbus.bus.Bus. A running `publish` takes nothing more and has five seconds for what is in
-        flight; its last outcomes name, as `Deferred`, what the broker did not confirm by then.
-        """
-        with self._lock:
-            if self._closed_at is not None:
-                return
-            self._closed_at = time.monotonic()
-        if self._publishing is not None and self._publishing != threading.get_ident():
-            self._idle.wait(CLOSE_SECONDS + 2.0)
-        with self._lock:
-            link = self._link
-        # Called from inside the caller's own loop over `publish`, that loop ends it.
-        if link is not None and self._publishing is None:
-            self._drop(link, None)
-
-    # -------------------------------------------------------------------------------------- consuming
+    # -- the rest of the contract
 
     def consume(
         self, group: str | None, *, prefetch: int = 100, exclusive: bool = False, memory: Memory | None = None
@@ -448,8 +413,6 @@ class KafkaBus:
         from virtbus.bus.kafka.letters import KafkaDeadLetters
 
         return KafkaDeadLetters(self._settings, checked_group(group) or group)
-
-    # ---------------------------------------------------------------------------------------- probing
 
     def probe(self) -> Sequence[Check]:
         """See virtbus.bus.Bus."""
@@ -483,7 +446,7 @@ class KafkaBus:
         return [transport, Check("bus.reach", "ok", f"{settings.display} answers and accepts us"), check]
 
     def _topic_check(self, admin: Admin, found: Any) -> Check:
-        topic = self._settings.options.topic
+        topic, insync = self._options.topic, None
         replicas = min((len(partition.replicas) for partition in found.partitions), default=0)
         facts: dict[str, object] = {"partitions": len(found.partitions), "replicas": replicas}
         try:
@@ -496,18 +459,18 @@ class KafkaBus:
             facts["max_message_bytes"] = int(entries["max.message.bytes"].value)
         except VirtbusError as error:  # DescribeConfigs is a right of its own that publishing does not need
             facts["settings"] = oneline(error)
-            insync = None
         summary = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items())
         leaderless = [each.id for each in found.partitions if each.leader is None]
         short = [each.id for each in found.partitions if insync is not None and len(each.isr) < insync]
-        remedy, status = None, "ok"
+        told, remedy, status = "", None, "ok"
         if leaderless:
-            status, remedy = "failed", f"partitions {leaderless} have no leader: bring their brokers back"
+            told = f"partitions {leaderless} have no leader"
         elif short:
             told = f"partitions {short} have fewer replicas in sync than min.insync.replicas = {insync}"
-            status, remedy = "failed", f"{told}: bring their brokers back"
         elif replicas < 2 or (insync is not None and insync < 2):
             status = "warning"
             remedy = "one broker's disk can lose confirmed events: replication 3 and min.insync.replicas 2"
-        exit_code = BusUnavailable.exit_code if status == "failed" else 0
+        if told:
+            status, remedy = "failed", f"{told}: bring their brokers back"
+        exit_code = BusUnavailable.exit_code if told else 0
         return Check("bus.topic", status, f'topic "{topic}": {summary}', remedy, exit_code, facts)

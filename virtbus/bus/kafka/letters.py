@@ -25,7 +25,7 @@ from confluent_kafka import (
     TopicPartition,
 )
 
-from virtbus.bus import CUT_HEADER, REASON_HEADER, DeadLetter
+from virtbus.bus import CUT_HEADER, REASON_HEADER, DeadLetter, DeadLetters
 from virtbus.bus.kafka.client import Admin, Headers, Watch, headers_of, make, message_of, translate
 from virtbus.bus.kafka.settings import KafkaSettings
 from virtbus.bus.subscription import SMALLEST, Item, cut_text
@@ -178,7 +178,7 @@ class _Found:
         return dict(self.headers).get(name)
 
 
-class KafkaDeadLetters:
+class KafkaDeadLetters(DeadLetters):
     """See virtbus.bus.DeadLetters. A look walks through the whole topic, for it holds all groups' letters."""
 
     def __init__(self, settings: KafkaSettings, group: str) -> None:
@@ -188,12 +188,6 @@ class KafkaDeadLetters:
         self._desk = _Desk(settings)
         self._settled = False  # whether this look has settled a letter
         self._given: set[tuple[int, int]] = set()
-
-    def __enter__(self) -> KafkaDeadLetters:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def count(self) -> int:
         """See virtbus.bus.DeadLetters."""
@@ -308,20 +302,7 @@ def _found(letter: DeadLetter) -> _Found:
 
 
 def _letter(found: _Found) -> DeadLetter:
-    message = message_of(found.record, found.headers, handle=found)
-
-    def text(name: str) -> str | None:
-        value = message.headers.get(name)
-        return value.decode("utf-8", "replace") if isinstance(value, bytes) else None
-
     kind, stamp = found.record.timestamp()
-    return DeadLetter(
-        position=message.position,
-        id=text("ce_id"),
-        source=text("ce_source"),
-        type=text("ce_type"),
-        reason=text(REASON_HEADER) or "",
-        at=None if kind == TIMESTAMP_NOT_AVAILABLE else datetime.fromtimestamp(stamp / 1000, UTC),
-        size_bytes=len(message.body),
-        message=message,
-    )
+    at = None if kind == TIMESTAMP_NOT_AVAILABLE else datetime.fromtimestamp(stamp / 1000, UTC)
+    message = message_of(found.record, found.headers, handle=found)
+    return DeadLetter.of(message, name=None, reason="", at=at)

@@ -11,7 +11,7 @@ import json
 import re
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ class KafkaSettings:
         options = self.options
         timeout_ms = max(1, int(options.confirm_timeout * 1000))
         max_bytes = min(max(options.max_record_bytes + 65536, 1000), 1_000_000_000)
-        config: dict[str, Any] = {
+        config = {
             "enable.idempotence": True,
             "acks": "all",
             # As Java's default partitioner, so that producers in any language agree on a key's partition.
@@ -157,18 +157,14 @@ class KafkaSettings:
             "queue.buffering.max.kbytes": max(1024, min(2097151, options.window * 64), max_bytes // 1024 + 1),
             "message.max.bytes": max_bytes,
             # The window is handed over in one go: waiting long for more only adds latency.
-            "linger.ms": 5,
+            "linger.ms": 5 if timeout_ms >= 5 else 0,
             "retry.backoff.ms": 50,
             "retry.backoff.max.ms": 500,
             "message.timeout.ms": timeout_ms,
             "request.timeout.ms": max(1000, min(10_000, timeout_ms // 2)),
+            **self.client(watch),
         }
-        if config["linger.ms"] > timeout_ms:
-            config["linger.ms"] = 0
-        config |= self.client(watch)
-        if not batching:
-            config["batch.num.messages"] = 1
-        return config
+        return config if batching else config | {"batch.num.messages": 1}
 
     def consumer(self, watch: Watch, group_id: str, prefetch: int) -> dict[str, Any]:
         """The options of a consumer whose stored offsets are committed in the background."""
@@ -191,12 +187,15 @@ class KafkaSettings:
             "enable.auto.offset.store": False,
         }
 
-    # ------------------------------------------------------------------------------------ OAuth
-
     def _token(self, watch: Watch) -> tuple[str, float]:
         """What librdkafka takes: (token, expiry in Unix seconds). Raises BusUnavailable with the reason."""
+        options = self.options
         try:
-            text = self._token_text()
+            if options.oauth_token_command:
+                text = _told_by(options.oauth_token_command)
+            else:
+                assert options.oauth_token_file is not None
+                text = options.oauth_token_file.read_text(encoding="utf-8")
             return _token_and_expiry(text, time.time())
         except subprocess.TimeoutExpired as error:  # its text holds the whole command, secrets and all
             watch.last = f"{error.cmd[0]} ran longer than {_TOKEN_COMMAND_SECONDS:g} s"
@@ -205,26 +204,23 @@ class KafkaSettings:
             watch.last = oneline(error)
             raise BusUnavailable(f"no OAuth token: {watch.last}") from error
 
-    def _token_text(self) -> str:
-        options = self.options
-        if options.oauth_token_command:
-            done = subprocess.run(
-                list(options.oauth_token_command),
-                capture_output=True,
-                text=True,
-                timeout=_TOKEN_COMMAND_SECONDS,
-                check=False,
-                stdin=subprocess.DEVNULL,
-            )
-            if done.returncode != 0:
-                said = done.stderr.strip().splitlines()
-                raise ValueError(
-                    f"bus.kafka.oauth_token_command {options.oauth_token_command[0]} ended with "
-                    f"{done.returncode}: {said[-1] if said else 'nothing on stderr'}"
-                )
-            return done.stdout
-        assert options.oauth_token_file is not None
-        return options.oauth_token_file.read_text(encoding="utf-8")
+
+def _told_by(command: Sequence[str]) -> str:
+    """A token command's output. Raises ValueError with the last line of its errors."""
+    done = subprocess.run(
+        list(command),
+        capture_output=True,
+        text=True,
+        timeout=_TOKEN_COMMAND_SECONDS,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or ["nothing on stderr"]
+        raise ValueError(
+            f"bus.kafka.oauth_token_command {command[0]} ended with {done.returncode}: {said[-1]}"
+        )
+    return done.stdout
 
 
 def _token_and_expiry(text: str, now: float) -> tuple[str, float]:
@@ -258,18 +254,15 @@ def check(url: str, options: BusOptions) -> KafkaSettings:
     problems += [f"bus.url: {problem}" for problem in parts.problems]
     if not parts.hosts and not parts.problems:
         problems.append(f"bus.url: no host: write {parts.scheme}://host[:port][,host[:port]…]")
-    servers = [
-        f"[{name}]:{port or DEFAULT_PORT}" if ":" in name else f"{name}:{port or DEFAULT_PORT}"
-        for name, port in parts.hosts
-    ]
     problems += _topic_problems(options.topic)
     username = options.username or parts.username or None
     mechanism, mechanism_problems = _mechanism(options, username, has_password=parts.password is not None)
-    problems += mechanism_problems
-    problems += _file_problems(options, tls)
-    problems += _option_problems(options)
+    problems += [*mechanism_problems, *_file_problems(options, tls), *_option_problems(options)]
     settings = KafkaSettings(
-        servers=tuple(servers),
+        servers=tuple(
+            f"[{name}]:{port or DEFAULT_PORT}" if ":" in name else f"{name}:{port or DEFAULT_PORT}"
+            for name, port in parts.hosts
+        ),
         tls=tls,
         mechanism=mechanism,
         username=username,
@@ -299,10 +292,7 @@ def _topic_problems(topic: str) -> Iterator[str]:
     elif not _TOPIC.match(topic):
         yield f'bus.topic: Kafka refuses "{topic}": take ASCII letters, digits, ".", "_" and "-"'
     if len(topic) > _TOPIC_LENGTH:
-        yield (
-            f"bus.topic: {len(topic)} characters: at most {_TOPIC_LENGTH} "
-            f'(Kafka\'s 249 less "{DEAD_LETTER_SUFFIX}")'
-        )
+        yield f'bus.topic: {len(topic)} characters: at most {_TOPIC_LENGTH} (Kafka\'s 249 less ".dead")'
 
 
 def _mechanism(
@@ -360,9 +350,7 @@ def _option_problems(options: BusOptions) -> Iterator[str]:
         if name in _OWNED:
             yield f"bus.kafka.options: {name} can't be set: {_OWNED[name]}"
             continue
-        shown = (
-            redaction.HIDDEN if redaction.is_secret(name) else repr(value)
-        )  # of a secret's misspelt name, too
+        shown = redaction.HIDDEN if redaction.is_secret(name) else repr(value)  # a misspelt secret's, too
         try:
             Producer({"log_level": 0, name: value})
         except KafkaException as error:

@@ -38,7 +38,6 @@ from virtbus.bus.kafka.settings import KafkaSettings
 from virtbus.bus.subscription import Item, LineSubscription
 from virtbus.errors import BusDenied, BusUnavailable, GroupTakenOver
 from virtbus.model import Message
-from virtbus.sequences import MissingEvents
 from virtbus.telemetry import Notice, Trouble, emit
 
 _NO_LEADER_YET = frozenset({KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE})
@@ -69,22 +68,6 @@ class _Origin:
     headers: Headers
 
 
-class _OwnMemory:
-    """See virtbus.bus.Memory: for a subscription without a consumer's file."""
-
-    def __init__(self) -> None:
-        self._notes: dict[str, str] = {}
-
-    def recall(self, name: str) -> str | None:
-        return self._notes.get(name)
-
-    def keep(self, name: str, value: str) -> None:
-        self._notes[name] = value
-
-    def missing(self, told: MissingEvents, /) -> None:
-        emit(told)
-
-
 class KafkaSubscription(LineSubscription):
     """See virtbus.bus.Subscription. Rebalance-safe: a partition that is taken away takes its messages along.
 
@@ -108,7 +91,7 @@ class KafkaSubscription(LineSubscription):
         self._tracks: dict[int, Track] = {}  # by assigned partition
         self._paused: bool | None = None  # None: some partitions may be, and others not
         self._polled = True  # since something that waited here was handed out
-        self._losses = Losses(self._topic, memory or _OwnMemory())
+        self._losses = Losses(self._topic, memory or Memory())
         self._look = TopicLook(settings, self._topic, _LOOK_SECONDS)
         self._asked: list[tuple[Track, int | None]] = []  # how far each was read when the look began
         self._watch = Watch()
