@@ -291,6 +291,13 @@ class ReactKubernetes(_Section, frozen=True):
     taint: Annotated[str, Meta(min_length=1, description="Key of the NoSchedule taint")] = (
         "virtbus.io/storage-unhealthy"
     )
+    events: Annotated[
+        Literal["node", "vmi"],
+        Meta(
+            description="Where Kubernetes Events are written: on nodes; vmi: also on the "
+            "VirtualMachineInstance of a guest in trouble (KubeVirt)"
+        ),
+    ] = "node"
 
 
 class ReactMasakari(_Section, frozen=True):

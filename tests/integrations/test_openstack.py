@@ -266,6 +266,16 @@ def test_novas_own_handler_loads_the_weigher_and_prefers_well_hosts(planes, tmp_
     assert found["loaded"] == [], "nova-scheduler must not load what it has no need of"
 
 
+def test_a_host_of_the_same_short_name_in_another_domain_weighs_nothing(planes, tmp_path):
+    file = tmp_path / "fleet.json"
+    trouble = {"blame": "host", "guests": 4}
+    file.write_text(json.dumps({"hosts": {"a.a.org": trouble, "b.a.org": trouble, "b.b.org": trouble}}))
+    (order,) = weigh("a.b.org,b,c", file)["orders"]
+    assert len({weight for _, weight in order}) == 1
+    (order,) = weigh("a,c", file)["orders"]
+    assert [host for host, _ in order] == ["c", "a"]
+
+
 def test_a_missing_broken_or_old_file_weighs_nothing(planes, tmp_path):
     files = [tmp_path / "missing"]
     for content in ("{", "[]", '{"hosts": 3}', '{"hosts": {"a": 1}}'):

@@ -1,7 +1,7 @@
 """Kubernetes: a node condition, a NoSchedule taint, an Event on the node. Nothing is evicted.
 
-For clusters whose nodes run guests beside the pods (OpenStack-Helm, say). RBAC: nodes get, list, patch;
-nodes/status patch; events create.
+For clusters whose nodes run guests beside the pods (OpenStack-Helm) or in them (KubeVirt, whose guests can
+have Events of their own: vmi.py). RBAC: nodes get, list, patch; nodes/status patch; events create.
 
 What we hold stands on the node: the annotation `virtbus.io/tainted` names the key of the taint that we
 set (whatever the settings say by now), `virtbus.io/hold` tells for whom, why and since when. Who wants a node
@@ -26,9 +26,12 @@ from kubernetes.client.exceptions import ApiException
 from kubernetes.config.config_exception import ConfigException
 
 from virtbus.config import React
+from virtbus.consumer import Delivery
 from virtbus.errors import ConfigError
 from virtbus.fleet import Blame, HostHealth
+from virtbus.integrations import vmi
 from virtbus.integrations.base import (
+    EVENT,
     HOLD,
     REPORT,
     Action,
@@ -99,6 +102,7 @@ class Kubernetes(Integration):
         """Raises ConfigError when there is no cluster to be found."""
         told = settings.kubernetes
         self._hosts, self._taint = settings.hosts, told.taint
+        self._vmis, self._drills = told.events == "vmi", settings.drills
         self._names: dict[str, str] = {}  # host: node
         self._listed: list[_Node] = []
         self._listed_at = float("-inf")
@@ -128,8 +132,14 @@ class Kubernetes(Integration):
             return {"status": "True", "reason": "NoTrouble", "message": "no guest has an open I/O error"}
         return {"status": "False", "reason": _REASONS[host.blame], "message": host.why[:1024]}
 
+    def wants(self, delivery: Delivery) -> Action | None:
+        """See virtbus.integrations.Integration."""
+        return vmi.wanted(delivery, drills=self._drills) if self._vmis else None
+
     def execute(self, action: Action) -> str:
         """See virtbus.integrations.Integration."""
+        if action.verb == EVENT:
+            return vmi.put(self._api, action.body, _TIMEOUT)
         node = action.body.get("target") or self._find(action.target)
         if action.verb == REPORT:
             return self._report(node, action)
@@ -346,33 +356,35 @@ class Kubernetes(Integration):
 
     def probe(self) -> Sequence[Check]:
         """See virtbus.integrations.Integration."""
-        wanted = (("get", "nodes", ""), ("list", "nodes", ""), ("patch", "nodes", ""),
-                  ("patch", "nodes", "status"), ("create", "events", ""))  # fmt: skip
-        refused = []
+        wanted = [("get", "nodes", None), ("list", "nodes", None), ("patch", "nodes", None),
+                  ("patch", "nodes/status", None), ("create", "events", "default")]  # fmt: skip
+        everywhere = [("create", "events", None), ("patch", "events", None)] if self._vmis else []
         try:
-            for verb, resource, subresource in wanted:
-                review = client.V1SelfSubjectAccessReview(
-                    spec=client.V1SelfSubjectAccessReviewSpec(
-                        resource_attributes=client.V1ResourceAttributes(
-                            verb=verb,
-                            resource=resource,
-                            subresource=subresource or None,
-                            namespace="default" if resource == "events" else None,
-                        )
-                    )
-                )
-                answer: Any = client.AuthorizationV1Api(self._client).create_self_subject_access_review(
-                    review, _request_timeout=_TIMEOUT
-                )
-                if not answer.status.allowed:
-                    refused.append(f"{verb} {resource}{'/' + subresource if subresource else ''}")
+            refused = [f"{one[0]} {one[1]}" for one in wanted if not self._may(*one)]
+            narrow = not all(self._may(*one) for one in everywhere)
         except (ApiException, urllib3.exceptions.HTTPError) as error:
             told = str(_translated(error, "asking", "the API server"))
             return [Check("kubernetes", "failed", told, "check the kubeconfig and the network", 69)]
         if refused:
             missing = ", ".join(refused)
             return [Check("kubernetes", "failed", f"not allowed: {missing}", "grant it to our account", 77)]
+        if narrow:
+            told = "reached; Events on VMIs may not be written in every namespace"
+            return [Check("kubernetes", "warning", told, "grant create and patch of events where guests are")]
         return [Check("kubernetes", "ok", "reached, and everything that is needed is allowed")]
+
+    def _may(self, verb: str, resource: str, namespace: str | None) -> bool:
+        """Whether our account may; without a namespace: in all of them."""
+        name, _, below = resource.partition("/")
+        asked = client.V1ResourceAttributes(
+            verb=verb, resource=name, subresource=below or None, namespace=namespace
+        )
+        review = client.V1SelfSubjectAccessReview(
+            spec=client.V1SelfSubjectAccessReviewSpec(resource_attributes=asked)
+        )
+        api: Any = client.AuthorizationV1Api(self._client)
+        answer = api.create_self_subject_access_review(review, _request_timeout=_TIMEOUT)
+        return bool(answer.status.allowed)
 
     def close(self) -> None:
         """See virtbus.integrations.Integration."""

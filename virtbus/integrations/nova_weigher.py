@@ -53,8 +53,11 @@ class HealthWeigher(weights.BaseHostWeigher):  # type: ignore[misc] # Nova carri
         health = self._health()
         told = health.get(host_state.host) or health.get(host_state.nodename) or {}
         if not told:
-            short = str(host_state.host).partition(".")[0]
-            told = next((one for name, one in health.items() if name.partition(".")[0] == short), {})
+            # One of them without its domain: `x.a.org` and `x.b.org` are two hosts.
+            host = str(host_state.host)
+            short = host.partition(".")[0]
+            alike = [one for name, one in health.items() if name == short or name.partition(".")[0] == host]
+            told = alike[0] if len(alike) == 1 else {}
         trouble = _BLAME.get(str(told.get("blame")), 0.0)
         # A silent host is no host in trouble; whether it is up Nova knows better.
         guests = told.get("guests", 0)
