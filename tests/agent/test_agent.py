@@ -49,10 +49,11 @@ class House:
         script: Any = (),
         decide: Any = None,
         limits: IncidentLimits | None = None,
+        source: Any = None,
         **options: Any,
     ) -> None:
         limits = limits or IncidentLimits()
-        self.source = FakeSource(script)
+        self.source = source or FakeSource(script)
         self.bus = FakeBus(decide) if decide else FakeBus()
         self.folder = folder
         self.spool = Spool.open(folder, limits=SpoolLimits(), agent_id=AGENT)

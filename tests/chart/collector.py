@@ -32,7 +32,7 @@ def build() -> None:
     CACHE.mkdir(parents=True, exist_ok=True)
     draft = BINARY.with_suffix(".new")
     done = subprocess.run(
-        ["go", "build", "-mod=readonly", "-trimpath", "-ldflags", "-s -w", "-o", str(draft), "."],
+        ["go", "build", "-mod=readonly", "-ldflags", "-s -w", "-o", str(draft), "."],
         cwd=MODULE, capture_output=True, text=True, timeout=3600,
     )  # fmt: skip
     if done.returncode:

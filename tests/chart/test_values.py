@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,15 @@ def test_the_schema_refers_to_nothing_outside_itself() -> None:
 
 def test_a_parent_chart_may_set_global_values() -> None:
     assert helm.render(helm.MINIMAL, sets=("global.imageRegistry=example",))
+
+
+def test_every_test_that_the_list_of_promises_names_is_there() -> None:
+    folder = Path(__file__).parent
+    named = re.findall(r"`([\w/.]+\.py)::(test_\w+)`", (folder / "README.md").read_text(encoding="utf-8"))
+    assert len(named) > 30
+    missing = [
+        f"{file}::{name}"
+        for file, name in named
+        if f"def {name}(" not in (folder / file).resolve().read_text(encoding="utf-8")
+    ]
+    assert missing == []

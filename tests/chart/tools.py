@@ -57,6 +57,7 @@ DEBIAN = {
     "promtool": ("prometheus", "usr/bin/promtool"),
     "prometheus": ("prometheus", "usr/bin/prometheus"),
     "etcd": ("etcd-server", "usr/bin/etcd"),
+    "docker-registry": ("docker-registry", "usr/bin/docker-registry"),
 }
 
 

@@ -254,8 +254,13 @@ class Observer:
         self._since = Moment.of(now, silent + MARGIN_SECONDS)
         emit(SourceCutOff(self._connector.uri, closed.why))
         lost_ns = now.wall_ns - int(closed.silent_seconds * 1e9)
-        domains = frozenset(entry.uuid for entry in self.cache.active()) if self._many else None
-        self._sink(SourceLost(lost_ns, closed.why, session.connection, closed.reason, domains))
+        domains, why = None, closed.why
+        if self._many:  # the gap is of these guests alone, and says whose socket it was
+            domains, why = (
+                frozenset(entry.uuid for entry in self.cache.active()),
+                f"{self._connector.uri}: {why}",
+            )
+        self._sink(SourceLost(lost_ns, why, session.connection, closed.reason, domains))
         self._backoff.reset()
         return self._away(closed.why)
 
