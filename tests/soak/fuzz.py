@@ -24,7 +24,7 @@ from amqp.serialization import loads
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from virtbus import config, envelope, schema
+from virtbus import envelope, loading, schema
 from virtbus.agent.control import ControlSocket, Drill
 from virtbus.agent.http import HttpServer
 from virtbus.agent.incidents import IncidentLimits, Incidents
@@ -164,7 +164,7 @@ def fuzz_configuration(
         for content in (text, damaged(text, damage), raw):
             Path(file.name).write_bytes(content)
             with suppress(ConfigError, InputMissing):  # InputMissing: not UTF-8
-                config.effective(config.load(file=Path(file.name), environment=environment).config)
+                loading.effective(loading.load(file=Path(file.name), environment=environment).config)
 
 
 # ---------------------------------------------------------------------------------- control socket
