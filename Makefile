@@ -70,7 +70,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/virtbus schema check schemas
+	$(BIN)/python schemas/check.py
 	$(BIN)/python .packaging/release.py check
 	$(PYTEST) -q tests/unit/test_english.py
 	$(BIN)/zizmor --quiet --offline .github
@@ -121,7 +121,7 @@ faults: setup
 chart: setup
 	@tests/install-packages image
 	@for part in apiserver collector; do $(BIN)/python -m tests.chart.$$part || test "$$VIRTBUS_CI" != 1; done
-	$(PYTEST) $(PYTEST_ARGS) -o python_files='test_*.py with_*.py' tests/chart tests/integrations/with_kubernetes.py
+	$(PYTEST) $(PYTEST_ARGS) -o python_files='test_*.py with_*.py' tests/chart tests/integrations
 
 # What `make dist` left in dist/: packages installed, run with real guests, upgraded, removed, in two Debian releases;
 # wheel, chart and images published to an index and a registry on loopback. The first time it makes root file systems

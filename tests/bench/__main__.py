@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from tests.bench import consume, effect, growth, host, intake, kafka, publish, report
+from tests.bench import consume, effect, growth, host, intake, kafka, kubevirt, publish, report
 from tests.bench.measure import Row, below_floor
 
 Family = Callable[[int, bool], Sequence[Row]]
@@ -27,6 +27,9 @@ FAMILIES: dict[str, Family] = {
     "idle": lambda rounds, quick: host.idle_rows(rounds, seconds=20 if quick else host.IDLE_SECONDS),
     "latency": lambda rounds, quick: host.latency_rows(rounds, errors=20 if quick else 100),
     "effect": lambda rounds, quick: effect.rows(rounds, errors=20 if quick else 100),
+    "kubevirt": lambda rounds, quick: kubevirt.rows(
+        rounds, counts=kubevirt.COUNTS[: 2 if quick else 3], seconds=10 if quick else kubevirt.SECONDS
+    ),
     "storm": lambda rounds, quick: host.storm_rows(rounds, 10 if quick else host.STORM_SECONDS),
 }
 

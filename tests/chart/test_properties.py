@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.chart import helm
-from tests.chart.helm import CI_VALUES, Object
+from tests.chart.helm import CHART, CI_VALUES, Object
 
 every_ci_file = pytest.mark.parametrize(
     "values", CI_VALUES, ids=lambda path: path.stem.removesuffix("-values")
@@ -23,8 +23,17 @@ def _containers(spec: Object) -> list[tuple[bool, Object]]:
     ]
 
 
+KUBEVIRT = CHART / "ci" / "kubevirt-values.yaml"
+
+
+def _sees_pods(where: str, values: Path) -> bool:
+    """Whether this pod reaches the sockets of KubeVirt's pods, which root alone may."""
+    return values == KUBEVIRT and not where.startswith("Deployment/")
+
+
 @every_ci_file
-def test_no_container_has_a_privilege_but_the_init_containers_chown(values: Path) -> None:
+def test_no_container_has_a_privilege_but_the_documented_ones(values: Path) -> None:
+    """The init container's CHOWN, and, to reach the sockets of KubeVirt's pods, DAC_OVERRIDE."""
     specs = helm.pod_specs(helm.render(values))
     assert specs
     for where, spec in specs:
@@ -41,7 +50,7 @@ def test_no_container_has_a_privilege_but_the_init_containers_chown(values: Path
                 assert added == ["CHOWN"]
                 assert [mount["name"] for mount in container["volumeMounts"]] == ["spool"]
             else:
-                assert added == []
+                assert added == (["DAC_OVERRIDE"] if _sees_pods(where, values) else []), where
                 assert "runAsUser" not in context
                 assert "runAsNonRoot" not in context
 
@@ -51,8 +60,9 @@ def test_no_pod_shares_the_hosts_namespaces_or_runs_as_root(values: Path) -> Non
     for where, spec in helm.pod_specs(helm.render(values)):
         assert (spec["hostNetwork"], spec["hostPID"], spec["hostIPC"]) == (False, False, False), where
         context = spec["securityContext"]
-        assert context["runAsNonRoot"] is True
-        assert context["runAsUser"] >= 1000
+        root = _sees_pods(where, values)
+        assert context["runAsNonRoot"] is not root
+        assert context["runAsUser"] == 0 if root else context["runAsUser"] >= 1000
         assert context["seccompProfile"] == {"type": "RuntimeDefault"}
         assert spec["enableServiceLinks"] is False
 
@@ -75,6 +85,53 @@ def test_no_host_path_is_writable_but_the_spool(values: Path) -> None:
             for mount in container.get("volumeMounts", []):
                 if mount["name"] in host and not mount.get("readOnly"):
                     assert mount["name"] == "spool", where
+
+
+def test_the_pods_of_a_node_are_mounted_read_only_and_follow_the_host() -> None:
+    pods = [spec for where, spec in helm.pod_specs(helm.render(KUBEVIRT)) if _sees_pods(where, KUBEVIRT)]
+    assert len(pods) == 2  # the agents' and the doctor's
+    for spec in pods:
+        volumes = {item["name"]: item["hostPath"] for item in spec["volumes"] if "hostPath" in item}
+        assert volumes["pods"] == {"path": "/var/lib/kubelet/pods", "type": "Directory"}
+        assert "libvirt" not in volumes
+        (container,) = spec["containers"]
+        (mount,) = (one for one in container["volumeMounts"] if one["name"] == "pods")
+        assert (mount["readOnly"], mount["mountPropagation"]) == (True, "HostToContainer")
+        assert mount["mountPath"] == "/var/lib/kubelet/pods"
+        node = {
+            "name": "VIRTBUS_LIBVIRT__DISCOVER__HOST",
+            "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}},
+        }
+        assert node in container["env"]
+
+
+def test_kubevirt_and_the_hosts_own_libvirt_are_both_observed_only_when_both_are_asked_for() -> None:
+    for sets, expected in (
+        ((), {"libvirt"}),
+        (("kubevirt.enabled=true",), {"pods"}),
+        (("kubevirt.enabled=true", "kubevirt.withLibvirt=true"), {"pods", "libvirt"}),
+    ):
+        spec = helm.one(helm.render(helm.MINIMAL, sets=sets), "DaemonSet")["spec"]["template"]["spec"]
+        mounted = {mount["name"] for mount in spec["containers"][0]["volumeMounts"]}
+        assert mounted & {"pods", "libvirt"} == expected
+        assert {volume["name"] for volume in spec["volumes"]} & {"pods", "libvirt"} == expected
+
+
+def test_events_on_vmis_take_two_rights_that_nobody_has_who_did_not_ask_for_them() -> None:
+    react = ("react.enabled=true", "react.with=kubernetes")
+    asked = "config.react.kubernetes.events="
+    for sets, rules in (
+        ((), []),
+        ((*react, asked + "node"), []),
+        ((*react, asked + "vmi", "react.kubernetesRbac=false"), []),
+        (
+            (*react, asked + "vmi"),
+            [{"apiGroups": [""], "resources": ["events"], "verbs": ["create", "patch"]}],
+        ),
+    ):
+        found = helm.render(helm.MINIMAL, sets=sets)
+        roles = [item for item in found if item["kind"] == "ClusterRole"]
+        assert [rule for role in roles for rule in role["rules"] if "events" in rule["resources"]] == rules
 
 
 @every_ci_file

@@ -21,7 +21,7 @@ every_helm = pytest.mark.parametrize("major", HELMS, ids=lambda major: f"helm{ma
 # What a namespace with audit=restricted is told of an agent's pod, and nothing else.
 DOCUMENTED_VIOLATIONS = {
     "restricted volume types",  # hostPath: libvirt's sockets, the spool, the machine id
-    "unrestricted capabilities",  # the init container's CHOWN
+    "unrestricted capabilities",  # the init container's CHOWN; with kubevirt.enabled DAC_OVERRIDE
     "runAsNonRoot != true",  # the init container is root
     "runAsUser=0",
     "seLinuxOptions",  # only with the value of that name

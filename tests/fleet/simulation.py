@@ -156,7 +156,8 @@ class Simulation:
             return
         for guest in range(self.random.randint(1, 3)):
             if self._up(host, at):
-                host.machine.fails(at, 10 + guest, SYSTEMS[system])
+                # Guests of their own for each system: an incident never changes what it is about.
+                host.machine.fails(at, 10 * (system + 1) + guest, SYSTEMS[system])
         self._add(at + lasts, "recover", (host,), 0.0)
 
     def _do_hit0(self, at: float, hosts: tuple[Host, ...], lasts: float) -> None:

@@ -128,7 +128,7 @@ def test_a_service_that_was_deleted_for_good_is_forgotten(nova, nova_api, tmp_pa
     world.run(60)
     nova_api.delete("compute-3")
     world.run(30)
-    assert world.store.held() == {}
+    assert not any(row.ours for row in world.store.rows().values())
     nova_api.register("compute-3")
     world.run(90)
     assert nova_api.services()["compute-3"][0] == "disabled", "it is there again, and still bad"
@@ -264,6 +264,16 @@ def test_novas_own_handler_loads_the_weigher_and_prefers_well_hosts(planes, tmp_
     assert [host for host, _ in order[2:]] == ["d", "c", "a"]
     assert {host for host, _ in order[:2]} == {"b.example.org", "unknown"}
     assert found["loaded"] == [], "nova-scheduler must not load what it has no need of"
+
+
+def test_a_host_of_the_same_short_name_in_another_domain_weighs_nothing(planes, tmp_path):
+    file = tmp_path / "fleet.json"
+    trouble = {"blame": "host", "guests": 4}
+    file.write_text(json.dumps({"hosts": {"a.a.org": trouble, "b.a.org": trouble, "b.b.org": trouble}}))
+    (order,) = weigh("a.b.org,b,c", file)["orders"]
+    assert len({weight for _, weight in order}) == 1
+    (order,) = weigh("a,c", file)["orders"]
+    assert [host for host, _ in order] == ["c", "a"]
 
 
 def test_a_missing_broken_or_old_file_weighs_nothing(planes, tmp_path):

@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import need
-from tests.lab import chroot
 from tests.lab.kubevirt import Node, Pod, connectable
 from tests.lab.lab import PAUSED_IOERROR, RUNNING, missing
 from tests.sources.simulated import Seen
-from virtbus.model import RawIoError, SourceLost, SourceReady
+from virtbus.observations import RawIoError, SourceLost, SourceReady
 from virtbus.sources import SourceOptions
 from virtbus.sources.libvirt import LibvirtSource
 
@@ -25,7 +24,7 @@ pytestmark = [pytest.mark.lab, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 @pytest.fixture
 def node() -> Iterator[Node]:
-    need([*missing(inside=False), *chroot.missing()])
+    need(missing(inside=False))
     with Node() as made:
         yield made
 
@@ -33,7 +32,7 @@ def node() -> Iterator[Node]:
 @contextmanager
 def observed(pod: Pod) -> Iterator[tuple[LibvirtSource, Seen]]:
     """A source on the pod's socket, as a process of the node finds it."""
-    with connectable(pod.volume) as name:
+    with connectable(pod.socket_on_node) as name:
         source = LibvirtSource(f"qemu:///session?socket={name}", options=SourceOptions(grace_seconds=0.5))
         seen, stop = Seen(), threading.Event()
         thread = threading.Thread(target=source.run, args=(seen, stop))
@@ -103,10 +102,11 @@ def test_a_pod_that_ends_leaves_nothing_on_the_node(node: Node) -> None:
 def test_the_socket_lies_where_kubevirt_puts_it_and_its_name_is_too_long_for_an_address(node: Node) -> None:
     pod = node.pod("shop", "web")
     where = pod.socket_on_node.relative_to(node.pods)
-    assert where == Path(pod.uid, "volumes/kubernetes.io~empty-dir/libvirt-runtime/virtqemud-sock")
+    name = f"{node.daemon.stem}-sock"
+    assert where == Path(pod.uid, "volumes/kubernetes.io~empty-dir/libvirt-runtime", name)
     assert pod.socket_on_node.is_socket()
-    assert len(str(Path("/var/lib/kubelet/pods") / where)) == 121
+    assert len(str(Path("/var/lib/kubelet/pods") / where.with_name("virtqemud-sock"))) == 121
     with closing(socket.socket(socket.AF_UNIX)) as client, pytest.raises(OSError, match="path too long"):
         client.connect(str(pod.socket_on_node))
-    with closing(socket.socket(socket.AF_UNIX)) as client, connectable(pod.volume) as name:
+    with closing(socket.socket(socket.AF_UNIX)) as client, connectable(pod.socket_on_node) as name:
         client.connect(name)

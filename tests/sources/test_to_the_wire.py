@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.sources.simulated import Seen, SimulatedHost
 from virtbus import envelope, schema
 from virtbus.agent.incidents import IncidentLimits, Incidents
-from virtbus.model import Clock, Event, IoError, Observation, Stamp
+from virtbus.model import Clock, Event, IoError, Stamp
+from virtbus.observations import Observation
 from virtbus.retry import no_waiting
 from virtbus.sources import SourceOptions
 from virtbus.sources.link import ACTION_REPORT
@@ -114,3 +116,57 @@ def test_a_name_in_any_script_arrives_as_it_is(wire: Wire, name: str) -> None:
         threading.Event().wait(0.01)
     (body,) = wire.bodies()
     assert body["domain"]["name"] == name  # type: ignore[index]
+
+
+KUBEVIRT = Path(__file__).parents[1] / "data" / "guests" / "kubevirt.xml"
+
+
+@pytest.mark.parametrize(
+    ("volume", "kind", "source", "path"),
+    [
+        ("containerdisk", "disk", "file",
+         "/var/run/kubevirt-ephemeral-disks/disk-data/containerdisk/disk.qcow2"),
+        ("rootdisk", "disk", "file", "/var/run/kubevirt-private/vmi-disks/rootdisk/disk.img"),
+        ("database", "disk", "block", "/dev/database"),
+        ("hotplugged-file", "disk", "file", "/var/run/kubevirt/hotplug-disks/hotplugged-file.img"),
+        ("hotplugged-block", "lun", "block", "/var/run/kubevirt/hotplug-disks/hotplugged-block"),
+    ],
+)  # fmt: skip
+def test_each_kind_of_kubevirts_volumes_arrives_with_its_vmi(
+    wire: Wire, volume: str, kind: str, source: str, path: str
+) -> None:
+    guest = start(wire, xml=KUBEVIRT.read_text())
+    guest.name = "shop_web-1.blue"  # type: ignore[attr-defined]
+    wire.host.io_error(guest, f"ua-{volume}", path=path)  # type: ignore[arg-type]
+    (body,) = wire.bodies()
+    domain, device = body["domain"], body["device"]
+    assert isinstance(domain, dict)
+    assert isinstance(device, dict)
+    owner = {name: value for name, value in domain["owner"].items() if value is not None}
+    assert owner == {
+        "platform": "kubevirt", "id": "9a1f7c52-6b6e-4c3e-9b0e-1f2a3b4c5d6e", "name": "web-1.blue",
+        "project_id": "shop", "project_name": "shop",
+    }  # fmt: skip
+    assert (device["kind"], device["source"]["type"], device["source"]["path"]) == (kind, source, path)
+    assert device["source"]["volume"] == volume
+    assert device["policy"]["write"] == "stop"
+
+
+def test_a_volume_that_is_plugged_while_the_guest_runs_is_named_when_it_fails(wire: Wire) -> None:
+    whole = KUBEVIRT.read_text()
+    first = whole.index("<disk", whole.index("ua-database"))
+    without = whole[:first] + whole[whole.index("</disk>", first) + len("</disk>") :]
+    assert "hotplugged-file" not in without
+    guest = start(wire, xml=without)
+    guest.xml = whole  # type: ignore[attr-defined]
+    for handler in wire.host.handlers():
+        handler.changed(guest.uuid)  # type: ignore[attr-defined] # libvirt's DEVICE_ADDED
+    entry = wire.observer.cache.get
+    for _ in range(500):
+        if "ua-hotplugged-file" in (found := entry(guest.uuid)).devices:  # type: ignore[attr-defined, union-attr]
+            break
+        threading.Event().wait(0.01)
+    assert "ua-hotplugged-file" in found.devices  # type: ignore[union-attr]
+    wire.host.io_error(guest, "ua-hotplugged-file", path="")  # type: ignore[arg-type]
+    (body,) = wire.bodies()
+    assert body["device"]["source"]["volume"] == "hotplugged-file"  # type: ignore[index]
