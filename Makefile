@@ -70,7 +70,7 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/virtbus schema check schemas
+	$(BIN)/python schemas/check.py
 	$(BIN)/python .packaging/release.py check
 	$(PYTEST) -q tests/unit/test_english.py
 	$(BIN)/zizmor --quiet --offline .github

@@ -441,7 +441,7 @@ def extras(opt: Path) -> None:
         ).stdout
 
     (out / "virtbus.service").write_text(
-        say("import sys; from virtbus.commands.unit import unit; unit(sys.stdout, user='virtbus', command='/usr/bin/virtbus', "
+        say("import sys; from virtbus.commands.host import unit; unit(sys.stdout, user='virtbus', command='/usr/bin/virtbus', "
             "drain_seconds=10, packaged=True)"),
         encoding="utf-8",
     )  # fmt: skip

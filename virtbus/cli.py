@@ -26,38 +26,37 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 # Each command: its module in `virtbus.commands` and its name there, and the first line of its help.
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "run": ("run:command", "Run the agent in the foreground."),
-    "consume": ("consume:command", "Print events as they come: one CloudEvent in structured JSON a line."),
-    "dead": ("dead:command", "Dead letters of a consumer group: count, list, send back, drop."),
+    "consume": (
+        "consume:consume_command",
+        "Print events as they come: one CloudEvent in structured JSON a line.",
+    ),
+    "dead": ("consume:dead", "A consumer group's dead letters: count, list, send back, drop."),
     "watch": ("watch:command", "Print libvirt's events on the terminal: no broker, no spool."),
     "demo": (
         "demo:command",
         "Replay recorded real I/O errors through the whole pipeline, on the embedded bus.",
     ),
-    "status": ("status:command", "Ask the running agent what it is doing and what it holds."),
-    "tap": ("status:tap_command", "Look at what passes through the running agent, one JSON line an item."),
+    "status": ("ask:status_command", "Ask the running agent what it is doing and what it holds."),
+    "tap": ("ask:tap_command", "Look at what passes through the running agent, one JSON line an item."),
     "emit": (
-        "emit:command",
+        "ask:emit_command",
         "Run an alert drill: an event that says `replay`, through the running agent to the broker.",
     ),
     "agent-id": (
-        "agent_id:command",
+        "host:agent_id_command",
         "Print the agent's id, which its routing keys and broker permissions name.",
     ),
     "doctor": ("doctor:command", "Look at every part: what is wrong, on what, and what to do."),
     "fleet": ("fleet:command", "Show which hosts and storage systems are in trouble, and whose fault it is."),
     "react": ("react:command", "Tell control planes: run integrations until a signal, each for itself."),
-    "bench": (
-        "bench:command",
-        "Measure a bus from this host: events confirmed a second, and how long a confirm takes.",
-    ),
     "config": ("settings:command", "Show and check the settings."),
     "validate": (
-        "validate:command",
+        "schema:validate_command",
         "Check events against their schemas: structured CloudEvents, one document or JSON lines.",
     ),
-    "schema": ("schema:command", "Show, check and hand out the events' JSON schemas."),
+    "schema": ("schema:command", "Show and hand out the events' JSON schemas."),
     "spool": ("spool:command", "Look into the spool, and let an operator decide what becomes of an event."),
-    "print": ("unit:command", "Print files for the host that virtbus runs on."),
+    "print": ("host:print_group", "Print files for the host that virtbus runs on."),
 }
 
 

@@ -49,7 +49,7 @@ from virtbus.marks import Mark, Marks
 from virtbus.model import Event, Message
 from virtbus.retry import Backoff
 from virtbus.sequences import MissingEvents, SequenceCheck
-from virtbus.telemetry import BusCutOff, Metrics, TelemetryEvent, emit
+from virtbus.telemetry import BusCutOff, TelemetryEvent, emit
 
 __all__ = ["Consumer", "Delivery", "MissingEvents"]
 
@@ -63,21 +63,15 @@ _YEAR = 366 * 86400.0
 _RETRIED = 10_000  # events remembered that had `retry` as their verdict
 
 
-class PoisonMessage(TelemetryEvent, level="warning", message="not an event; goes to the dead letters"):
-    """A message that is not an event goes to the dead letters."""
+class PoisonMessage(TelemetryEvent, level="warning", counts=("dead_letters:=poison",)):
+    """not an event; goes to the dead letters"""
 
     position: str
     reason: str
 
-    def measure(self, metrics: Metrics) -> None:
-        """Count it."""
-        metrics.dead_letters.labels("poison").inc()
 
-
-class ConsumerRefused(
-    TelemetryEvent, level="error", message="the broker refuses this consumer; trying again", every=30
-):
-    """The broker refuses this consumer; it is tried again, as a password may be on its way."""
+class ConsumerRefused(TelemetryEvent, level="error", every=30):
+    """the broker refuses this consumer; trying again"""
 
     error: Exception | str
 

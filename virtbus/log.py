@@ -40,14 +40,16 @@ def _as_json(time: str, level: str, message: str, values: Mapping[str, object]) 
 
 
 def _as_text(time: str, level: str, message: str, values: Mapping[str, object]) -> str:
-    told = " ".join(f"{name}={printable(str(value))}" for name, value in values.items())
-    return f"{time} [{level:<7}] {printable(message):<{_MESSAGE_WIDTH}} {told}".rstrip()
+    items = " ".join(f"{name}={printable(str(value))}" for name, value in values.items())
+    return f"{time} [{level:<7}] {printable(message):<{_MESSAGE_WIDTH}} {items}".rstrip()
 
 
 def _in_colour(time: str, level: str, message: str, values: Mapping[str, object]) -> str:
-    told = " ".join(f"\x1b[36m{name}{_END}={printable(str(value))}" for name, value in values.items())
+    items = " ".join(f"\x1b[36m{name}{_END}={printable(str(value))}" for name, value in values.items())
     name = f"{_COLOURS[level]}{level:<7}{_END}"
-    return f"\x1b[2m{time}{_END} [{name}] \x1b[1m{printable(message):<{_MESSAGE_WIDTH}}{_END} {told}".rstrip()
+    return (
+        f"\x1b[2m{time}{_END} [{name}] \x1b[1m{printable(message):<{_MESSAGE_WIDTH}}{_END} {items}".rstrip()
+    )
 
 
 class Line(NamedTuple):

@@ -1,4 +1,4 @@
-"""The bundled JSON schemas: which there are, whether data fits one, and whether a change of one is allowed.
+"""The bundled JSON schemas: which there are, and whether data fits one.
 
 A schema is named by its urn, `urn:virtbus:schema:<type>:<major>.<minor>`; no network is needed to resolve
 it. The files stand in `schemas/` of a checkout and in `virtbus/_schemas` of an installed package.
@@ -6,7 +6,6 @@ it. The files stand in `schemas/` of a checkout and in `virtbus/_schemas` of an 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -30,7 +29,7 @@ _MAX_PROBLEMS = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class SchemaFile:
     """One schema of the index. `type` is the event's type, or "envelope"."""
 
     id: str
@@ -71,15 +70,16 @@ def location() -> Path:
 
 
 @cache
-def entries() -> tuple[Entry, ...]:
+def entries() -> tuple[SchemaFile, ...]:
     """All bundled schemas, sorted by type and version."""
-    return _read_index(location())
+    return read_index(location())
 
 
-def _read_index(folder: Path) -> tuple[Entry, ...]:
+def read_index(folder: Path) -> tuple[SchemaFile, ...]:
+    """The schemas that a folder's index.json lists. Raises InputMissing, SchemaError."""
     try:
         listed = json.loads(folder.joinpath("index.json").read_bytes())
-        return tuple(sorted((Entry(**item) for item in listed), key=lambda e: (e.type, e.order)))
+        return tuple(sorted((SchemaFile(**item) for item in listed), key=lambda e: (e.type, e.order)))
     except OSError as error:
         raise InputMissing(f"no schema index at {folder}/index.json: {error.strerror or error}") from error
     except (ValueError, TypeError) as error:
@@ -93,7 +93,7 @@ def parse_urn(dataschema: str) -> tuple[str, int, int] | None:
 
 
 @cache
-def latest(type_: str) -> Entry:
+def latest(type_: str) -> SchemaFile:
     """The newest bundled schema of an event type; raises SchemaError when the type is unknown."""
     found = [entry for entry in entries() if entry.type == type_]
     if not found:
@@ -102,7 +102,7 @@ def latest(type_: str) -> Entry:
     return found[-1]
 
 
-def resolve(dataschema_or_type: str) -> Entry:
+def resolve(dataschema_or_type: str) -> SchemaFile:
     """The schema to check against, by urn or by event type.
 
     A minor version later than all we know is checked by the newest we know of its major: every later minor
@@ -186,13 +186,14 @@ def _problems(error: ValidationError) -> list[Problem]:
             if all(
                 inner.kind.name != "type" or inner.instance_path != error.instance_path for inner in branch
             ):
-                return [problem for inner in branch for problem in _problems(inner)]
+                return [one for inner in branch for one in _problems(inner)]
         types = [t for branch in branches for inner in branch for t in inner.kind.as_dict().get("types", ())]
-        return [_problem(error)._replace(expected=" or ".join(types))]
-    return [_problem(error)]
+        return [problem(error)._replace(expected=" or ".join(types))]
+    return [problem(error)]
 
 
-def _problem(error: ValidationError) -> Problem:
+def problem(error: ValidationError) -> Problem:
+    """One error of jsonschema-rs as a place, what was expected there and what was found."""
     kind = error.kind
     facts: dict[str, Any] = kind.as_dict()
     keyword = str(error.schema_path[-1]) if error.schema_path else ""
@@ -206,7 +207,7 @@ def _problem(error: ValidationError) -> Problem:
         return Problem(
             pointer([*path, missing]), "a value (null when unknown)", "nothing", f"{missing!r} is required"
         )
-    return Problem(pointer(path), _expected(keyword, facts), found, _clip_text(error.message, 400))
+    return Problem(pointer(path), _expected(keyword, facts), found, clip_text(error.message, 400))
 
 
 def _expected(keyword: str, facts: Mapping[str, Any]) -> str:
@@ -234,182 +235,12 @@ def clip(value: object) -> str:
         shown = json.dumps(value, ensure_ascii=True)
     except (ValueError, TypeError, RecursionError):
         shown = ascii(value)
-    return _clip_text(shown, _FOUND_CHARS)
+    return clip_text(shown, _FOUND_CHARS)
 
 
-def _clip_text(shown: str, limit: int) -> str:
+def clip_text(shown: str, limit: int) -> str:
+    """Text of at most `limit` characters."""
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
-
-
-# --------------------------------------------------------------------------------- the compatibility gate
-
-# What a new minor version may say differently about something that is already there.
-_FREE = {"examples", "x-known-values", "$comment"}
-_MAPS = {"properties", "$defs"}
-
-
-def incompatibilities(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Why `new` can't be a later minor version of `old`: one line a reason, empty when it can.
-
-    Forward-transitive: whatever fits `new` fits `old`, so that a consumer of any older minor reads it. All a
-    new minor may do is add properties and definitions, require more, add examples and add known words to an
-    open enum. Everything else about what exists (type, enum, bounds, title, description, unit) stays.
-    """
-    reasons: list[str] = []
-    _compare(old, new, "", reasons, top=True)
-    return reasons
-
-
-def _compare(
-    old: Mapping[str, Any], new: Mapping[str, Any], where: str, reasons: list[str], *, top: bool = False
-) -> None:
-    at = where or "/"
-    for key in sorted(old.keys() | new.keys()):
-        if key in _FREE and key != "x-known-values":
-            continue
-        if top and key == "$id":
-            continue
-        if key in _MAPS:
-            before, after = old.get(key, {}), new.get(key, {})
-            for name in sorted(before):
-                if name not in after:
-                    reasons.append(f"{at}: {key} {name!r} was removed")
-                else:
-                    _compare(before[name], after[name], f"{where}/{key}/{name}", reasons)
-            if key == "properties":
-                others = old.get("additionalProperties", True)
-                reasons.extend(
-                    f"{at}: {name!r} was added where older readers do not take it"
-                    for name in sorted(after.keys() - before)
-                    if not _admits(others, after[name])
-                )
-        elif key == "required":
-            gone = set(old.get(key, ())) - set(new.get(key, ()))
-            reasons.extend(f"{at}: {name!r} is no longer required" for name in sorted(gone))
-        elif key == "x-known-values":
-            gone = set(old.get(key, ())) - set(new.get(key, ()))
-            reasons.extend(f"{at}: the known word {word!r} was removed" for word in sorted(gone))
-            if (key in old) != (key in new):
-                reasons.append(f"{at}: an open enum was {'closed or dropped' if key in old else 'made'}")
-        elif key == "items" and isinstance(old.get(key), dict) and isinstance(new.get(key), dict):
-            _compare(old[key], new[key], f"{where}/items", reasons)
-        elif key == "anyOf" and _same_length(old.get(key), new.get(key)):
-            for index, (before, after) in enumerate(zip(old[key], new[key], strict=True)):
-                _compare(before, after, f"{where}/anyOf/{index}", reasons)
-        elif old.get(key, _ABSENT) != new.get(key, _ABSENT):
-            reasons.append(f"{at}: {key} changed from {_shown(old, key)} to {_shown(new, key)}")
-
-
-def _admits(others: object, added: Mapping[str, Any]) -> bool:
-    """Whether a schema of unknown properties (additionalProperties) takes all of a new property's types."""
-    if not isinstance(others, dict):
-        return others is True
-    return "type" in added and _types(added) <= _types(others)
-
-
-def _types(node: Mapping[str, Any]) -> set[str]:
-    types = node.get("type", ())
-    return {types} if isinstance(types, str) else set(types)
-
-
-_ABSENT = object()
-
-
-def _same_length(a: object, b: object) -> bool:
-    return isinstance(a, list) and isinstance(b, list) and len(a) == len(b)
-
-
-def _shown(schema: Mapping[str, Any], key: str) -> str:
-    return clip(schema[key]) if key in schema else "nothing"
-
-
-def check(folder: Path, *, released: Path | None = None) -> list[str]:
-    """All that is wrong with a folder of schemas, one line each; empty when it may be released.
-
-    Looks at: the index against the files and their hashes, `$id` and place of each, valid JSON Schema
-    2020-12, examples that fit, an unbroken row of minors, and forward-transitive compatibility of each minor
-    with every older one. With `released` (the folder of an earlier release) every released file of it must
-    be here, byte for byte. Raises InputMissing or SchemaError when a folder has no readable index.
-    """
-    import jsonschema_rs
-
-    wrong: list[str] = []
-    listed = _read_index(folder)
-    on_disk = {
-        path.relative_to(folder).as_posix() for path in folder.glob("*/*.json") if path.name != "index.json"
-    }
-    wrong.extend(f"{name}: not in index.json" for name in sorted(on_disk - {e.file for e in listed}))
-    loaded: dict[str, dict[str, Any]] = {}
-    for entry in listed:
-        try:
-            raw = folder.joinpath(entry.file).read_bytes()
-            document = json.loads(raw)
-        except OSError as error:
-            wrong.append(f"{entry.file}: in index.json, but can't be read: {error.strerror or error}")
-            continue
-        except ValueError as error:
-            wrong.append(f"{entry.file}: not JSON: {error}")
-            continue
-        if hashlib.sha256(raw).hexdigest() != entry.sha256:
-            hint = (
-                "a released file never changes: make a new minor" if entry.status == "released" else "stale"
-            )
-            wrong.append(f"{entry.file}: not the file whose sha256 is in index.json ({hint})")
-        if (entry.file, entry.id) != (
-            f"{entry.type}/{entry.version}.json",
-            f"{PREFIX}{entry.type}:{entry.version}",
-        ):
-            wrong.append(f"{entry.file}: type, version, file and id do not agree in index.json")
-        if not isinstance(document, dict) or document.get("$id") != entry.id:
-            wrong.append(f"{entry.file}: $id is not {entry.id}")
-            continue
-        try:
-            jsonschema_rs.meta.validate(document)
-            validator = jsonschema_rs.Draft202012Validator(document)
-        except ValueError as error:
-            wrong.append(f"{entry.file}: not a valid JSON Schema: {_clip_text(str(error), 300)}")
-            continue
-        examples = document.get("examples") or []
-        if not examples:
-            wrong.append(f"{entry.file}: no examples")
-        for number, example in enumerate(examples):
-            wrong.extend(
-                f"{entry.file}: example {number}: {_problem(error)}"
-                for error in validator.iter_errors(example)
-            )
-        loaded[entry.id] = document
-    wrong.extend(_check_rows(listed, loaded))
-    if released is not None:
-        wrong.extend(_check_released(folder, released))
-    return wrong
-
-
-def _check_rows(listed: tuple[Entry, ...], loaded: Mapping[str, dict[str, Any]]) -> list[str]:
-    wrong: list[str] = []
-    for position, entry in enumerate(listed):
-        older = [e for e in listed[:position] if e.type == entry.type and e.order[0] == entry.order[0]]
-        if entry.order[1] != len(older):
-            wrong.append(f"{entry.file}: minor versions must follow each other from 0")
-        for before in older:
-            if before.id in loaded and entry.id in loaded:
-                wrong.extend(
-                    f"{entry.file}: breaks readers of {before.version}: {reason}"
-                    for reason in incompatibilities(loaded[before.id], loaded[entry.id])
-                )
-    return wrong
-
-
-def _check_released(folder: Path, released: Path) -> list[str]:
-    wrong: list[str] = []
-    for entry in _read_index(released):
-        if entry.status != "released":
-            continue
-        here, there = folder / entry.file, released / entry.file
-        if not here.is_file():
-            wrong.append(f"{entry.file}: was released, and is gone")
-        elif here.read_bytes() != there.read_bytes():
-            wrong.append(f"{entry.file}: was released, and was changed: make a new minor")
-    return wrong
 
 
 def export(target: Path) -> list[Path]:

@@ -34,8 +34,10 @@ class Cause(StrEnum):
     REPLACED = "replaced"  # the topic or the whole cluster is another one than the group read before
 
 
-class MissingEvents(TelemetryEvent, level="error", message="events are missing"):
-    """Events `first` to `last` did not come and will not.
+class MissingEvents(TelemetryEvent, level="error"):
+    """events are missing
+
+    Events `first` to `last` did not come and will not.
 
     With the cause "unexplained" they are sequence numbers of an agent (`source`) in one `epoch`. Otherwise
     they are Kafka offsets: `source` is "topic[partition]" and `epoch` the id of the topic they were in, ""

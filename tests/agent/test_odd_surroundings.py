@@ -43,14 +43,18 @@ def through_a_shell(words: str, **environment: str) -> subprocess.CompletedProce
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_reader_that_has_had_enough_is_no_failure(running: AgentProcess, unbuffered: str) -> None:
-    for command in ("config schema", "schema reference", f"status --watch --control-socket {running.socket}"):
+    for command in (
+        "config schema",
+        "schema show io.virtbus.domain.io_error.v1",
+        f"status --watch --control-socket {running.socket}",
+    ):
         done = through_a_shell(f"virtbus {command} | head -c 10", PYTHONUNBUFFERED=unbuffered)
         assert (done.returncode, done.stderr) == (0, "")
         assert len(done.stdout) == 10
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("command", ["config schema", "config show", "schema asyncapi", "--help"])
+@pytest.mark.parametrize("command", ["config schema", "config show", "config sample", "--help"])
 def test_output_that_finds_no_room_is_one_clear_line(command: str, unbuffered: str) -> None:
     done = through_a_shell(f"virtbus {command} > /dev/full", PYTHONUNBUFFERED=unbuffered)
     assert done.returncode == 74
@@ -132,12 +136,6 @@ def test_a_recording_that_is_none_is_named_by_demo(tmp_path: Path) -> None:
 
 def test_watch_says_who_plays_a_recording() -> None:
     assert "virtbus demo --recording" in complaint("watch", "--libvirt", "replay:/x", code=78)
-
-
-def test_a_page_that_is_missing_or_no_text_is_named(tmp_path: Path) -> None:
-    (tmp_path / "page").write_bytes(b"\xff")
-    assert "not UTF-8 text" in complaint("schema", "reference", str(tmp_path / "page"), code=66)
-    assert "No such file" in complaint("schema", "reference", str(tmp_path / "none"), code=66)
 
 
 def test_a_missing_word_is_one_line() -> None:

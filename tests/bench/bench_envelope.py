@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tests import golden
 from virtbus import envelope
-from virtbus.commands import validate
+from virtbus.commands.schema import validate
 from virtbus.model import Binding, Message
 
 ROUNDS, CALLS, LINES = 15, 400, 10_000
@@ -52,9 +52,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "events.jsonl"
         file.write_bytes(line * LINES)
-        validate.run([str(file)], io.StringIO())
+        validate([str(file)], io.StringIO())
         start = time.process_time()
-        validate.run([str(file)], io.StringIO())
+        validate([str(file)], io.StringIO())
         say(f"virtbus validate: {LINES / (time.process_time() - start):,.0f} lines a second of CPU time\n")
 
 

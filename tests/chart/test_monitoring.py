@@ -26,7 +26,7 @@ from tests.chart.prometheus import DASHBOARD, Prometheus, fill, panels
 from tests.conftest import need
 from tests.lab.lab import Lab
 from tests.ports import free_ports
-from virtbus.integrations.told import REACT
+from virtbus.integrations.telemetry import REACT
 
 ALERTS = CHART / "files" / "alerts.yaml"
 UNIT_TESTS = Path(__file__).parent / "alerts.test.yaml"

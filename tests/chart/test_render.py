@@ -15,7 +15,7 @@ import pytest
 from tests.chart import helm
 from tests.chart.helm import CHART, CI_VALUES
 from tests.chart.tools import HELMS
-from virtbus import config
+from virtbus import loading
 
 GOLDEN = Path(__file__).parent / "golden"
 # The oldest release that Chart.yaml allows, to the newest whose schemas are at hand.
@@ -128,7 +128,7 @@ def test_the_rendered_settings_are_good_settings(values: Path, tmp_path: Path) -
     rendered = helm.one(helm.render(values), "ConfigMap", _fullname(values))["data"]["virtbus.toml"]
     file = tmp_path / "virtbus.toml"
     file.write_text(rendered, encoding="utf-8")
-    loaded = config.load(file=file, environment={}).config
+    loaded = loading.load(file=file, environment={}).config
     assert loaded.bus.url_file == "/run/secrets/virtbus/bus/url"
     asked = yaml.safe_load(values.read_text(encoding="utf-8")).get("config", {})
     asked.pop("react", None)  # not the agents' business

@@ -13,7 +13,7 @@ import sys
 import time
 
 from tests.faults.seen_kit import Stage, drained, end, report, seconds_of
-from virtbus.commands.unit import WATCHDOG_SECONDS
+from virtbus.commands.host import WATCHDOG_SECONDS
 
 MOST_MIB, MOST_SECONDS = 200, 10.0
 

@@ -17,7 +17,7 @@ from virtbus.errors import BusUnavailable
 from virtbus.fleet import Fleet, Publishers
 from virtbus.integrations.base import EVENT, Action
 from virtbus.integrations.store import ActionStore
-from virtbus.integrations.told import REACT, EventPutAside
+from virtbus.integrations.telemetry import REACT, EventPutAside
 from virtbus.integrations.worker import MOST_SURPRISES
 from virtbus.retry import no_waiting
 from virtbus.telemetry import METRICS

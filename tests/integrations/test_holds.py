@@ -10,7 +10,7 @@ from tests.integrations.plane import POINTS, RULES, Killed, World, story_of_a_ki
 from virtbus.integrations.base import HOLD, RELEASE, REPORT, ActionRefused, Found, Hold, TargetUnavailable
 from virtbus.integrations.holds import Finding, HoldState, Row, reconcile
 from virtbus.integrations.store import ActionStore
-from virtbus.integrations.told import ReleaseRefused
+from virtbus.integrations.telemetry import ReleaseRefused
 from virtbus.retry import no_waiting
 
 HOSTS = ("h1", "h2", "h3")

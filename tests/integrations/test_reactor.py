@@ -27,8 +27,8 @@ from virtbus.integrations.base import (
     open_integration,
 )
 from virtbus.integrations.policy import HoldRules
-from virtbus.integrations.reactor import ActionGivenUp, Audited, Disbelieved, Withheld
 from virtbus.integrations.store import ActionStore
+from virtbus.integrations.telemetry import ActionGivenUp, Audited, Disbelieved, Withheld
 from virtbus.testing import a_record, an_io_error, no_waiting
 
 

@@ -14,7 +14,7 @@ from tests.integrations.parts import errors, eventually, publish, running
 from virtbus.config import React, ReactWebhook
 from virtbus.errors import ConfigError
 from virtbus.integrations.base import EVENT, Action, ActionRefused, TargetUnavailable, open_integration
-from virtbus.integrations.reactor import ActionFailed
+from virtbus.integrations.telemetry import ActionFailed
 from virtbus.testing import a_record, no_waiting
 
 

@@ -356,7 +356,7 @@ def test_what_a_node_writes_into_its_own_mark_holds_no_other_host_and_ends_nothi
     world = World(tmp_path, nodes, plane=kubernetes)
     world.bad = {other}
     world.run(30)
-    assert {host for host, row in world.store.held().items() if row.target == evil} == {evil}
+    assert {host for host, row in world.store.rows().items() if row.ours and row.target == evil} == {evil}
     world.bad = set()
     world.run(400)
     assert held(server, nodes) == set()

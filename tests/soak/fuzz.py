@@ -24,24 +24,15 @@ from amqp.serialization import loads
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from virtbus import config, envelope, schema
+from virtbus import envelope, loading, schema
 from virtbus.agent.control import ControlSocket, Drill
 from virtbus.agent.http import HttpServer
 from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.agent.tap import Taps
 from virtbus.bus.amqp.wire import WireConnection, _with_readable_key
 from virtbus.errors import ConfigError, InputMissing, SchemaError
-from virtbus.model import (
-    Binding,
-    DeviceRemoved,
-    DomainResumed,
-    DomainState,
-    Host,
-    Message,
-    Now,
-    RawIoError,
-    SourceReady,
-)
+from virtbus.model import Binding, Host, Message, Now
+from virtbus.observations import DeviceRemoved, DomainResumed, DomainState, RawIoError, SourceReady
 from virtbus.sources import domain_xml
 from virtbus.telemetry import METRICS
 from virtbus.testing import a_gap, a_heartbeat, a_resolved, a_stamp, an_io_error
@@ -173,7 +164,7 @@ def fuzz_configuration(
         for content in (text, damaged(text, damage), raw):
             Path(file.name).write_bytes(content)
             with suppress(ConfigError, InputMissing):  # InputMissing: not UTF-8
-                config.effective(config.load(file=Path(file.name), environment=environment).config)
+                loading.effective(loading.load(file=Path(file.name), environment=environment).config)
 
 
 # ---------------------------------------------------------------------------------- control socket

@@ -5,7 +5,7 @@ import json
 import jsonschema_rs
 import pytest
 
-from virtbus import config
+from virtbus import config, loading
 from virtbus.errors import ConfigError, InputMissing
 
 
@@ -21,7 +21,7 @@ def settings_file(tmp_path):
 
 def problems_of(**given):
     with pytest.raises(ConfigError) as caught:
-        config.load(**{"environment": {}, **given})
+        loading.load(**{"environment": {}, **given})
     return str(caught.value).splitlines()
 
 
@@ -29,7 +29,7 @@ def test_a_flag_wins_over_the_environment_that_over_the_file_and_that_over_the_d
     path = settings_file(
         'state_dir = "/file"\n[bus]\nwindow = 5\nexchange = "file"\n[log]\nlevel = "debug"\n'
     )
-    loaded = config.load(
+    loaded = loading.load(
         file=path,
         environment={"VIRTBUS_BUS__WINDOW": "6", "VIRTBUS_STATE_DIR": "/environment"},
         flags={"state_dir": "/flag", "bus.url": None},
@@ -78,12 +78,12 @@ def test_a_listen_address_that_is_none_is_refused(listen):
 
 @pytest.mark.parametrize("listen", ["", "127.0.0.1:9466", "[::1]:9466", "localhost:1"])
 def test_good_listen_addresses_are_taken(listen):
-    assert config.load(environment={}, flags={"http.listen": listen}).config.http.listen == listen
+    assert loading.load(environment={}, flags={"http.listen": listen}).config.http.listen == listen
 
 
 def test_a_file_that_is_named_must_exist(tmp_path):
     with pytest.raises(InputMissing, match="does not exist"):
-        config.load(file=tmp_path / "none.toml", environment={})
+        loading.load(file=tmp_path / "none.toml", environment={})
 
 
 def test_text_that_is_not_toml_is_one_clear_line(settings_file):
@@ -97,20 +97,20 @@ def test_what_kubernetes_puts_into_every_pod_is_no_setting():
         "VIRTBUS_METRICS_SERVICE_PORT_HTTP": "1",
         "VIRTBUS_PORT_9466_TCP_ADDR": "x",
     }
-    config.load(environment=environment)
+    loading.load(environment=environment)
     assert problems_of(environment={"VIRTBUS_STATE_DRI": "/x"})
 
 
 def test_without_a_bus_url_the_message_says_how_to_name_one():
-    loaded = config.load(environment={})
+    loaded = loading.load(environment={})
     with pytest.raises(ConfigError, match="--bus amqp://"):
-        config.bus_url(loaded.config)
+        loading.bus_url(loaded.config)
 
 
 def test_the_bus_url_can_come_from_a_mounted_secret(tmp_path):
     (tmp_path / "url").write_text("amqp://u:p@h//\n")
-    loaded = config.load(environment={"VIRTBUS_BUS__URL_FILE": str(tmp_path / "url")})
-    assert config.bus_url(loaded.config) == "amqp://u:p@h//"
+    loaded = loading.load(environment={"VIRTBUS_BUS__URL_FILE": str(tmp_path / "url")})
+    assert loading.bus_url(loaded.config) == "amqp://u:p@h//"
 
 
 def test_a_secret_file_that_is_missing_is_named_without_its_content(tmp_path):
@@ -121,13 +121,13 @@ def test_a_secret_file_that_is_missing_is_named_without_its_content(tmp_path):
 def test_the_defaults_fit_their_own_schema():
     schema = config.json_schema()
     jsonschema_rs.meta.validate(schema)
-    assert config.effective(config.load(environment={}).config)["bus"]["exchange"] == "virtbus.events"
+    assert loading.effective(loading.load(environment={}).config)["bus"]["exchange"] == "virtbus.events"
 
 
 def test_effective_settings_hide_secrets_in_free_options(tmp_path):
     options = {"sasl.password": "secret", "ssl.key.password": "secret2", "linger.ms": "5"}
     flags = {"bus.url": "kafka://h", "bus.kafka.options": options}
-    shown = json.dumps(config.effective(config.load(environment={}, flags=flags).config))
+    shown = json.dumps(loading.effective(loading.load(environment={}, flags=flags).config))
     assert "secret" not in shown
     assert '"linger.ms": "5"' in shown
 
@@ -135,7 +135,7 @@ def test_effective_settings_hide_secrets_in_free_options(tmp_path):
 def exposed(file, mode, text):
     file.write_text(text)
     file.chmod(mode)
-    return config.exposed_secrets(config.load(file=file, environment={}))
+    return loading.exposed_secrets(loading.load(file=file, environment={}))
 
 
 def test_a_secret_that_every_user_can_read_is_named_with_its_place_and_the_remedy(tmp_path):
@@ -157,15 +157,15 @@ def test_a_secret_that_every_user_can_read_is_named_with_its_place_and_the_remed
 
 
 def test_a_secret_in_a_flag_shows_in_ps_and_is_named():
-    loaded = config.load(environment={}, flags={"bus.url": "amqp://u:secret@h"})
-    assert config.exposed_secrets(loaded) == [
+    loaded = loading.load(environment={}, flags={"bus.url": "amqp://u:secret@h"})
+    assert loading.exposed_secrets(loaded) == [
         "bus.url: a secret in a flag shows in ps: put it into a file (bus.url_file, say)"
     ]
-    assert config.exposed_secrets(config.load(environment={}, flags={"bus.url": "amqp://u@h"})) == []
+    assert loading.exposed_secrets(loading.load(environment={}, flags={"bus.url": "amqp://u@h"})) == []
 
 
 def test_what_a_hook_inherits_is_no_setting():
-    config.load(environment={"VIRTBUS_EVENT_TYPE": "x", "VIRTBUS_EVENT_ID": "1"})
+    loading.load(environment={"VIRTBUS_EVENT_TYPE": "x", "VIRTBUS_EVENT_ID": "1"})
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_what_a_hook_inherits_is_no_setting():
         ("[incidents]\nquiet_seconds = inf", ":2: incidents.quiet_seconds"),
         ("[incidents]\nquiet_seconds = nan", ":2: incidents.quiet_seconds"),
         ("[spool]\nmax_bytes = 1000000000000000000000000", ":2: spool.max_bytes"),
-        ("[libvirt]\nkeepalive_interval_seconds = 4000000000", ":2: libvirt.keepalive_interval_seconds"),
+        ("[bus]\nheartbeat_seconds = 4000000000", ":2: bus.heartbeat_seconds"),
         (f"[bus]\nexchange = '{'ü' * 200}'", ":2: bus.exchange is longer than 255 bytes"),
         ('[bus]\ntopic = "a\\u0000b"', ":2: bus.topic holds a NUL character"),
     ],
@@ -216,7 +216,7 @@ def test_a_value_of_the_environment_is_one_value():
 def test_a_byte_order_mark_is_read(tmp_path):
     path = tmp_path / "virtbus.toml"
     path.write_bytes(b"\xef\xbb\xbf[bus]\nwindow = 7\n")
-    assert config.load(file=path, environment={}).config.bus.window == 7
+    assert loading.load(file=path, environment={}).config.bus.window == 7
 
 
 @pytest.mark.parametrize("text", ["", "\n", " \n"])

@@ -6,12 +6,13 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from docs import generate
 from virtbus import schema
-from virtbus.commands import contract
 from virtbus.envelope import ROUTING_WORDS
 from virtbus.errors import SchemaError
 
@@ -23,27 +24,19 @@ def virtbus(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=DOCS.parent, timeout=60)
 
 
-def test_the_asyncapi_document_is_fresh() -> None:
-    fresh = virtbus("schema", "asyncapi").stdout
-    hint = "run `virtbus schema asyncapi > docs/asyncapi.json`"
-    assert (DOCS / "asyncapi.json").read_text(encoding="utf-8") == fresh, hint
-
-
-def test_the_tables_of_the_events_page_are_fresh() -> None:
-    page = (DOCS / "events.md").read_text(encoding="utf-8")
-    assert contract.renewed(page) == page, "run `virtbus schema reference docs/events.md`"
+@pytest.mark.parametrize("name", ["asyncapi.json", "events.md", "configuration.md"])
+def test_what_is_generated_is_fresh(name: str) -> None:
+    text = (DOCS / name).read_text(encoding="utf-8")
+    assert generate.documents()[name] == text, "run `python docs/generate.py`"
 
 
 def test_the_events_page_shows_every_generated_block() -> None:
     page = (DOCS / "events.md").read_text(encoding="utf-8")
-    assert [name for name in contract.blocks() if f"<!-- generated: {name} -->" not in page] == []
+    assert [name for name in generate.blocks() if f"<!-- generated: {name} -->" not in page] == []
 
 
-def test_a_stale_table_is_renewed_and_the_text_around_it_kept(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("before\n<!-- generated: types -->\nstale\n<!-- end -->\nafter\n")
-    assert virtbus("schema", "reference", str(page)).returncode == 0
-    renewed = page.read_text()
+def test_a_stale_table_is_renewed_and_the_text_around_it_kept() -> None:
+    renewed = generate.renewed("before\n<!-- generated: types -->\nstale\n<!-- end -->\nafter\n")
     assert renewed.startswith("before\n")
     assert renewed.endswith("after\n")
     assert "stale" not in renewed
@@ -52,17 +45,17 @@ def test_a_stale_table_is_renewed_and_the_text_around_it_kept(tmp_path: Path) ->
 
 def test_a_marker_of_no_block_is_an_error() -> None:
     with pytest.raises(SchemaError, match="no generated block 'nonsense'"):
-        contract.renewed("<!-- generated: nonsense -->\n<!-- end -->")
+        generate.renewed("<!-- generated: nonsense -->\n<!-- end -->")
 
 
 def test_every_event_type_is_a_message_of_both_channels() -> None:
-    document = contract.asyncapi_document()
+    document = generate.asyncapi_document()
     for channel in ("amqp", "kafka"):
         assert set(document["channels"][channel]["messages"]) == {*ROUTING_WORDS.values(), "structured"}
 
 
 def test_every_reference_of_the_asyncapi_document_leads_somewhere() -> None:
-    document = contract.asyncapi_document()
+    document = generate.asyncapi_document()
     text = json.dumps(document)
     for reference in set(re.findall(r'"\$ref": "#/([^"]+)"', text)):
         node = document
@@ -91,17 +84,30 @@ def test_schema_show_of_what_is_not_there_ends_with_65() -> None:
     assert "no schema" in told.stderr
 
 
-def test_schema_export_and_check_work_together(tmp_path: Path) -> None:
+def gate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "schemas/check.py", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=DOCS.parent, timeout=60)
+
+
+def test_an_export_passes_the_gate_until_a_file_changes(tmp_path: Path) -> None:
     assert virtbus("schema", "export", str(tmp_path)).returncode == 0
-    assert virtbus("schema", "check", str(tmp_path), "--released", str(tmp_path)).returncode == 0
+    assert gate(str(tmp_path), "--released", str(tmp_path)).returncode == 0
     (tmp_path / "envelope" / "1.0.json").write_text("{}")
-    told = virtbus("schema", "check", str(tmp_path))
+    told = gate(str(tmp_path))
     assert told.returncode == 65
     assert "envelope/1.0.json" in told.stdout
 
 
-def test_schema_check_of_no_folder_ends_with_66() -> None:
-    assert virtbus("schema", "check", "/nowhere").returncode == 66
+def test_the_gate_of_no_folder_ends_with_66() -> None:
+    assert gate("/nowhere").returncode == 66
+
+
+def test_the_package_carries_every_schema() -> None:
+    """A new type is named in pyproject.toml, for the gate beside the schemas stays out of the package."""
+    told = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    included = told["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    wanted = ["schemas/index.json", *(f"schemas/{entry.type}" for entry in schema.entries())]
+    assert included == {name: f"virtbus/_{name}" for name in wanted}
 
 
 def test_validate_ends_with_the_documented_codes(tmp_path: Path) -> None:

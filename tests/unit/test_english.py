@@ -48,7 +48,7 @@ def found(text: str) -> list[str]:
 
 
 def messages(module: Path) -> Iterator[tuple[int, str]]:
-    """(line, text) of every string in a module that is not a docstring."""
+    """(line, text) of every string in a module that is not a docstring; a line of the log is its class's."""
     tree = ast.parse(module.read_text(encoding="utf-8"))
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     docstrings = {
@@ -56,6 +56,9 @@ def messages(module: Path) -> Iterator[tuple[int, str]]:
         for node in ast.walk(tree)
         if isinstance(node, documented) and node.body and isinstance(node.body[0], ast.Expr)
     }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and any("Event" in ast.unparse(base) for base in node.bases):
+            yield node.lineno, (ast.get_docstring(node) or "").partition("\n")[0]
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
             yield node.lineno, node.value

@@ -11,7 +11,7 @@ from tests.conftest import need
 NOBODY = 65534
 HOLD = """
 import ctypes, os, sys
-from virtbus.commands.wiring import keep_memory_private
+from virtbus.commands.common import keep_memory_private
 os.setgroups([]), os.setresgid({user}, {user}, {user}), os.setresuid({user}, {user}, {user})
 ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)  # as exec leaves it: a change of uid alone takes it away
 {call}

@@ -18,6 +18,7 @@ from typing import Any
 import jsonschema_rs
 import pytest
 
+from schemas.check import check, incompatibilities
 from virtbus import schema
 from virtbus.envelope import ROUTING_WORDS
 from virtbus.errors import InputMissing, SchemaError
@@ -49,11 +50,11 @@ def test_every_released_schema_is_pinned_here() -> None:
 
 
 def test_the_bundled_schemas_pass_their_own_gate() -> None:
-    assert schema.check(schema.location()) == []
+    assert check(schema.location()) == []
 
 
 @pytest.mark.parametrize("entry", schema.entries(), ids=lambda entry: entry.id)
-def test_every_schema_has_examples_that_fit_it(entry: schema.Entry) -> None:
+def test_every_schema_has_examples_that_fit_it(entry: schema.SchemaFile) -> None:
     examples = schema.load(entry.id)["examples"]
     assert examples
     for example in examples:
@@ -61,7 +62,7 @@ def test_every_schema_has_examples_that_fit_it(entry: schema.Entry) -> None:
 
 
 @pytest.mark.parametrize("entry", schema.entries(), ids=lambda entry: entry.id)
-def test_every_property_has_a_title_a_description_and_an_example(entry: schema.Entry) -> None:
+def test_every_property_has_a_title_a_description_and_an_example(entry: schema.SchemaFile) -> None:
     document = schema.load(entry.id)
     for path, node in properties(document):
         assert node.get("title"), path
@@ -71,7 +72,7 @@ def test_every_property_has_a_title_a_description_and_an_example(entry: schema.E
 
 
 @pytest.mark.parametrize("entry", schema.entries(), ids=lambda entry: entry.id)
-def test_every_example_of_a_property_fits_the_property(entry: schema.Entry) -> None:
+def test_every_example_of_a_property_fits_the_property(entry: schema.SchemaFile) -> None:
     document = schema.load(entry.id)
     for path, node in properties(document):
         validator = jsonschema_rs.Draft202012Validator({**node, "$defs": document.get("$defs", {})})
@@ -80,7 +81,7 @@ def test_every_example_of_a_property_fits_the_property(entry: schema.Entry) -> N
 
 
 @pytest.mark.parametrize("entry", schema.entries(), ids=lambda entry: entry.id)
-def test_durations_and_sizes_tell_their_unit_in_name_and_description(entry: schema.Entry) -> None:
+def test_durations_and_sizes_tell_their_unit_in_name_and_description(entry: schema.SchemaFile) -> None:
     for path, node in properties(schema.load(entry.id)):
         name = path.rpartition(".")[2]
         for suffix, word in (("_seconds", "seconds"), ("_bytes", "bytes"), ("_per_minute", "a minute")):
@@ -89,7 +90,7 @@ def test_durations_and_sizes_tell_their_unit_in_name_and_description(entry: sche
 
 
 @pytest.mark.parametrize("entry", schema.entries(), ids=lambda entry: entry.id)
-def test_unknown_fields_are_allowed_everywhere(entry: schema.Entry) -> None:
+def test_unknown_fields_are_allowed_everywhere(entry: schema.SchemaFile) -> None:
     document = schema.load(entry.id)
     example = copy.deepcopy(document["examples"][0])
 
@@ -232,7 +233,7 @@ def mutate(change: Callable[[dict[str, Any]], object]) -> list[str]:
     old = schema.load(schema.latest(IO_ERROR).id)
     new = copy.deepcopy(old)
     change(new)
-    return schema.incompatibilities(old, new)
+    return incompatibilities(old, new)
 
 
 def domain(new: dict[str, Any]) -> dict[str, Any]:
@@ -289,7 +290,7 @@ def test_a_minor_version_is_allowed_when(change: Callable[[dict[str, Any]], obje
 
 def test_a_field_added_to_a_closed_object_is_refused() -> None:
     old = {"type": "object", "properties": {}, "additionalProperties": False}
-    assert schema.incompatibilities(old, {**old, "properties": {"a": {"type": "string"}}})
+    assert incompatibilities(old, {**old, "properties": {"a": {"type": "string"}}})
 
 
 def test_an_attribute_added_to_the_envelope_must_be_one_that_older_readers_take() -> None:
@@ -297,8 +298,8 @@ def test_an_attribute_added_to_the_envelope_must_be_one_that_older_readers_take(
     text, list_ = copy.deepcopy(old), copy.deepcopy(old)
     text["properties"]["traceparent"] = {"type": "string"}
     list_["properties"]["tags"] = {"type": "array"}
-    assert schema.incompatibilities(old, text) == []
-    assert schema.incompatibilities(old, list_)
+    assert incompatibilities(old, text) == []
+    assert incompatibilities(old, list_)
 
 
 @pytest.fixture
@@ -340,7 +341,7 @@ def test_a_compatible_minor_passes_the_gate(copied: Path) -> None:
     document = schema.load(schema.latest(IO_ERROR).id)
     document["properties"]["extra"] = {"type": "string"}
     add_minor(copied, document)
-    assert schema.check(copied) == []
+    assert check(copied) == []
 
 
 def test_a_minor_is_checked_against_every_older_one_not_only_the_last(copied: Path) -> None:
@@ -349,7 +350,7 @@ def test_a_minor_is_checked_against_every_older_one_not_only_the_last(copied: Pa
     add_minor(copied, document, "1.1")
     document["properties"]["extra"] = {"type": "integer"}
     add_minor(copied, document, "1.2")
-    (reason,) = schema.check(copied)
+    (reason,) = check(copied)
     assert "breaks readers of 1.1" in reason
 
 
@@ -357,34 +358,32 @@ def test_a_breaking_minor_is_stopped_by_the_gate(copied: Path) -> None:
     document = schema.load(schema.latest(IO_ERROR).id)
     document["properties"]["origin"]["type"] = ["string", "null"]
     add_minor(copied, document)
-    assert any(
-        "breaks readers of 1.0" in reason and "type changed" in reason for reason in schema.check(copied)
-    )
+    assert any("breaks readers of 1.0" in reason and "type changed" in reason for reason in check(copied))
 
 
 def test_a_skipped_minor_is_stopped(copied: Path) -> None:
     add_minor(copied, schema.load(schema.latest(IO_ERROR).id), "1.3")
-    assert any("follow each other" in reason for reason in schema.check(copied))
+    assert any("follow each other" in reason for reason in check(copied))
 
 
 def test_an_example_that_does_not_fit_is_stopped(copied: Path) -> None:
     document = schema.load(schema.latest(IO_ERROR).id)
     document["examples"].append({})
     add_minor(copied, document)
-    assert any("example 2: /origin" in reason for reason in schema.check(copied))
+    assert any("example 2: /origin" in reason for reason in check(copied))
 
 
 def test_an_invalid_schema_is_stopped(copied: Path) -> None:
     document = schema.load(schema.latest(IO_ERROR).id)
     document["properties"]["extra"] = {"type": "nonsense", "description": "x"}
     add_minor(copied, document)
-    assert any("not a valid JSON Schema" in reason for reason in schema.check(copied))
+    assert any("not a valid JSON Schema" in reason for reason in check(copied))
 
 
 def test_a_changed_released_file_is_stopped(copied: Path) -> None:
     file = copied / IO_ERROR / "1.0.json"
     file.write_bytes(file.read_bytes() + b"\n")
-    assert any("a released file never changes" in reason for reason in schema.check(copied))
+    assert any("a released file never changes" in reason for reason in check(copied))
 
 
 def test_a_released_file_that_changed_together_with_the_index_is_stopped(
@@ -397,31 +396,31 @@ def test_a_released_file_that_changed_together_with_the_index_is_stopped(
         if item["type"] == IO_ERROR:
             item["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
     (copied / "index.json").write_text(json.dumps(index))
-    assert schema.check(copied) == []
+    assert check(copied) == []
     released = as_released(tmp_path / "released")
-    assert any("was changed" in line for line in schema.check(copied, released=released))
+    assert any("was changed" in line for line in check(copied, released=released))
 
 
 def test_a_released_file_that_is_gone_is_stopped(copied: Path, tmp_path: Path) -> None:
     (copied / IO_ERROR / "1.0.json").unlink()
-    assert any("can't be read" in line for line in schema.check(copied))
+    assert any("can't be read" in line for line in check(copied))
     released = as_released(tmp_path / "released")
-    assert any("is gone" in line for line in schema.check(copied, released=released))
+    assert any("is gone" in line for line in check(copied, released=released))
 
 
 def test_a_file_that_is_not_in_the_index_is_stopped(copied: Path) -> None:
     (copied / IO_ERROR / "1.1.json").write_text("{}")
-    assert any("not in index.json" in line for line in schema.check(copied))
+    assert any("not in index.json" in line for line in check(copied))
 
 
 def test_an_exported_copy_is_the_same_and_passes_the_gate(tmp_path: Path) -> None:
     schema.export(tmp_path)
-    assert schema.check(tmp_path, released=schema.location()) == []
+    assert check(tmp_path, released=schema.location()) == []
 
 
 def test_a_folder_without_an_index_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputMissing, match=str(tmp_path)):
-        schema.check(tmp_path)
+        check(tmp_path)
 
 
 def test_every_routing_word_has_a_schema() -> None:

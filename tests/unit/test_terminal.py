@@ -9,11 +9,10 @@ from contextlib import closing
 import pytest
 
 from virtbus import cli
-from virtbus.commands import consume, doctor, fleet, status
+from virtbus.commands import ask, consume, doctor, fleet
 from virtbus.commands import spool as spool_command
 from virtbus.errors import ConfigError
-from virtbus.fleet import Blame
-from virtbus.fleet.state import BackendHealth, FleetView
+from virtbus.fleet import BackendHealth, Blame, FleetView
 from virtbus.model import Check
 
 EVIL = "db\x1b[2J\x9b1A\u202egnp.exe\rok\nINFO forged"
@@ -31,12 +30,12 @@ def test_status_shows_a_brokers_words_tamely():
                   "committed_sequence": 0, "confirmed_sequence": 0},
         "incidents": {"open": 0}, "not_ready": [EVIL],
     }  # fmt: skip
-    assert "gnp.exe" in status._table(answer)
-    assert is_tame(status._table(answer))
+    assert "gnp.exe" in ask.table(answer)
+    assert is_tame(ask.table(answer))
 
 
 def test_doctor_shows_them_tamely():
-    text = doctor._lines(Check("bus", "failed", EVIL, EVIL), terminal=False, colour=False)
+    text = doctor.lines(Check("bus", "failed", EVIL, EVIL), terminal=False, colour=False)
     assert "gnp.exe" in text
     assert is_tame(text)
 
@@ -59,7 +58,7 @@ def test_the_fleets_table_shows_hosts_and_reasons_tamely(rows):
 
 def test_events_on_a_terminal_are_the_same_json_without_control_characters():
     line = json.dumps({"name": EVIL + "größe \U000e0001"}, ensure_ascii=False)
-    shown = consume._escaped(line)
+    shown = consume.escaped(line)
     assert shown.isprintable()
     assert "größe" in shown
     assert json.loads(shown) == json.loads(line)
@@ -78,7 +77,7 @@ def test_the_fleets_file_is_never_written_through_a_link(tmp_path, monkeypatch):
 
 
 def test_the_spools_list_shows_a_dead_letters_reason_tamely(tmp_path, monkeypatch):
-    entry = spool_command.Entry(
+    entry = spool_command.Listed(
         position=1, id="i", epoch="e", sequence=1, key=EVIL, kind="opened", count=1, bytes=1,
         committed_at="now", age_seconds=1.0, attempts=0, state="dead", why="refused", error=EVIL,
     )  # fmt: skip

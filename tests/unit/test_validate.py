@@ -12,7 +12,7 @@ import pytest
 
 from tests import golden
 from virtbus import envelope
-from virtbus.commands import validate
+from virtbus.commands.schema import validate
 from virtbus.errors import SchemaError
 
 LINE = envelope.structured_json(*envelope.encode(golden.FULL, golden.stamp(1)))
@@ -24,7 +24,7 @@ def event(**changes: Any) -> dict[str, Any]:
 
 def run(*files: str, stdin: bytes = b"", **options: Any) -> tuple[int, str]:
     out = io.StringIO()
-    code = validate.run(files, out, stdin=io.BytesIO(stdin), **options)
+    code = validate(files, out, stdin=io.BytesIO(stdin), **options)
     return code, out.getvalue()
 
 
@@ -57,7 +57,7 @@ def test_all_errors_of_an_event_are_told_at_once() -> None:
 def test_json_format_gives_an_object_an_invalid_event_and_a_summary() -> None:
     out = io.StringIO()
     stdin = LINE + b"\n" + json.dumps(event(id="")).encode()
-    assert validate.run(["-"], out, fmt="json", stdin=io.BytesIO(stdin)) == 65
+    assert validate(["-"], out, fmt="json", stdin=io.BytesIO(stdin)) == 65
     invalid, summary = map(json.loads, out.getvalue().splitlines())
     assert (invalid["file"], invalid["line"]) == ("-", 2)
     assert invalid["problems"][0]["pointer"] == "/id"
@@ -148,7 +148,7 @@ def test_a_line_without_end_is_refused_in_bounded_memory() -> None:
             return size
 
     tracemalloc.start()
-    code = validate.run(["-"], io.StringIO(), stdin=io.BufferedReader(Endless()))
+    code = validate(["-"], io.StringIO(), stdin=io.BufferedReader(Endless()))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert code == 65
@@ -172,7 +172,7 @@ def test_memory_stays_flat_over_many_events() -> None:
                 return size
 
         tracemalloc.start()
-        assert validate.run(["-"], io.StringIO(), stdin=io.BufferedReader(Lines())) == 0
+        assert validate(["-"], io.StringIO(), stdin=io.BufferedReader(Lines())) == 0
         highest = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return highest

@@ -7,28 +7,32 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import fields
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import click
 
-from virtbus.commands import wiring
-from virtbus.commands.options import (
+from virtbus.commands.common import (
     Seconds,
-    bus,
+    bus_options,
     common,
+    cut,
     load,
+    on_bus,
+    progress,
     setting,
     state_dir,
+    wrapped,
 )
 from virtbus.commands.react import fleet_rules, serving
-from virtbus.commands.terminal import cut, progress, wrapped
-from virtbus.config import Loaded, bus_url
 from virtbus.consumer import Consumer, Delivery
 from virtbus.errors import ConfigError
-from virtbus.fleet import Blame, Fleet, FleetView, HostHealth, Publishers
-from virtbus.integrations.told import REACT, Disbelieved, EventPutAside
+from virtbus.fleet import BackendHealth, Blame, Fleet, FleetView, HostHealth, Publishers
+from virtbus.integrations.telemetry import REACT, Disbelieved, EventPutAside
+from virtbus.loading import bus_url
 from virtbus.log import takes_escapes
 from virtbus.model import Clock, Heartbeat, Now
 from virtbus.telemetry import emit
@@ -40,25 +44,33 @@ _STUCK_SECONDS = 60.0  # a file that is not written for so long: the writer hang
 ROUND_SECONDS = 65.0  # one round of heartbeats, and a little
 
 
-def run(
-    loaded: Loaded,
-    *,
-    once: bool,
-    as_json: bool,
-    write: Path | None,
-    listen: float | None,
-    out: TextIO,
-    notices: TextIO,
-) -> int:
-    """Show the fleet until an interrupt; with `once` after listening for `listen` seconds (one round)."""
-    config = loaded.config
-    fleet, clock = Fleet(fleet_rules(config)), Clock()
-    publishers = Publishers(config.react.publishers)
+@click.command("fleet")
+@common
+@on_bus
+@state_dir
+@click.option("--once", is_flag=True, help="Listen for one round of heartbeats, print, and end.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON, a line each second.")
+@click.option("--write", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="Keep FILE up to date instead, as JSON: for a scheduler on this machine.")  # fmt: skip
+@click.option("--listen", type=Seconds(0), metavar="S", help="End after S seconds.")
+@setting("react.fleet_listen", "--http-listen", metavar="HOST:PORT",
+         help="With --write: address of /metrics, /livez, /readyz (react.fleet_listen).")  # fmt: skip
+def command(once: bool, as_json: bool, write: Path | None, listen: float | None, **options: Any) -> None:
+    """Show which hosts and storage systems are in trouble, and whose fault it is.
+
+    It knows a host once it has heard its agent: complete after one round of heartbeats (60 s).
+
+    \b
+    Example: virtbus fleet --bus amqp://guest:guest@127.0.0.1// --once --json
+    """
+    loaded = load(options)
+    config, clock = loaded.config, Clock()
+    fleet, publishers = Fleet(fleet_rules(config)), Publishers(config.react.publishers)
     seconds = listen if listen is not None else (ROUND_SECONDS if once else None)
     end = None if seconds is None else time.monotonic() + seconds
-    live = not once and not as_json and write is None and takes_escapes(out)
-    drawn = heard = time.monotonic() - _REDRAW_SECONDS
+    live = not once and not as_json and write is None and takes_escapes(sys.stdout)
     begun, shown = time.monotonic(), 0  # seconds
+    drawn = heard = begun - _REDRAW_SECONDS
     REACT.heard.labels("fleet").set_function(lambda: time.monotonic() - heard)
     with (
         serving(
@@ -69,9 +81,9 @@ def run(
             not_ready=lambda: [] if write is not None and write.exists() else ["nothing is written yet"],
         ),
         Consumer(
-            bus_url(config), group=None, options=wiring.bus_options(config), prefetch=1000, patient=False
+            bus_url(config), group=None, options=bus_options(config), prefetch=1000, patient=False
         ) as consumer,
-        progress(round(seconds) if once and seconds else 0, "listening", notices) as bar,
+        progress(round(seconds) if once and seconds else 0, "listening", sys.stderr) as bar,
     ):
         while end is None or time.monotonic() < end:
             delivery = consumer.receive(0.2)
@@ -86,11 +98,9 @@ def run(
             elif time.monotonic() - drawn >= (_WRITE_SECONDS if write else _REDRAW_SECONDS):
                 drawn = time.monotonic()
                 view = fleet.view(clock())
-                REACT.fleet.show(view)
-                _show(view, as_json=as_json, write=write, live=live, out=out)
-    view = fleet.view(clock())
-    _show(view, as_json=as_json, write=write, live=live, out=out)
-    return 0
+                REACT.show_fleet(view)
+                _show(view, as_json=as_json, write=write, live=live)
+    _show(fleet.view(clock()), as_json=as_json, write=write, live=live)
 
 
 def _take(delivery: Delivery, fleet: Fleet, publishers: Publishers, now: Now) -> bool:
@@ -111,16 +121,16 @@ def _take(delivery: Delivery, fleet: Fleet, publishers: Publishers, now: Now) ->
     return isinstance(event, Heartbeat)
 
 
-def _show(view: FleetView, *, as_json: bool, write: Path | None, live: bool, out: TextIO) -> None:
+def _show(view: FleetView, *, as_json: bool, write: Path | None, live: bool) -> None:
     if write is not None:
         _write(write, json.dumps(as_data(view), sort_keys=True))
     elif as_json:
-        out.write(json.dumps(as_data(view), sort_keys=True) + "\n")
+        sys.stdout.write(json.dumps(as_data(view), sort_keys=True) + "\n")
     else:
         size = shutil.get_terminal_size()
         text = "\n".join(table(view, rows=size.lines - 1 if live else None, columns=size.columns))
-        out.write(("\x1b[H\x1b[2J" if live else "") + text + "\n")
-    out.flush()
+        sys.stdout.write(("\x1b[H\x1b[2J" if live else "") + text + "\n")
+    sys.stdout.flush()
 
 
 def _write(path: Path, text: str) -> None:
@@ -139,47 +149,26 @@ def as_data(view: FleetView) -> dict[str, Any]:
     """The view as plain data: a stable contract with whoever reads the file or the output."""
     return {
         "written_at": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
-        "hosts": {host.name: _host_data(host) for host in view.hosts},
-        "backends": [
-            {
-                "name": one.name,
-                "kind": one.kind,
-                "blame": one.blame.value,
-                "why": one.why,
-                "full": one.full,
-                "since": _time(one.since),
-                "hosts": list(one.hosts),
-                "guests": one.guests,
-                "incidents": one.incidents,
-                "errors_per_minute": round(one.errors_per_minute, 3),
-                "parts": list(one.parts),
-            }
-            for one in view.backends
-        ],
-        "incidents": view.incidents,
-        "silent": view.silent,
-        "errors_per_minute": round(view.errors_per_minute, 3),
-        "suspect_ourselves": view.suspect_ourselves,
+        "hosts": {host.name: _plain(host, without=("name", "early", "witnessed")) for host in view.hosts},
+        "backends": [_plain(one) for one in view.backends],
+        **_plain(view, without=("hosts", "backends", "own")),
     }
 
 
-def _host_data(host: HostHealth) -> dict[str, Any]:
+def _plain(one: FleetView | HostHealth | BackendHealth, *, without: Sequence[str] = ()) -> dict[str, Any]:
     return {
-        "agent_id": host.agent_id,
-        "state": host.state,
-        "heard_seconds": round(host.heard_seconds, 1),
-        "blame": host.blame.value,
-        "why": host.why,
-        "full": host.full,
-        "since": None if host.since is None else _time(host.since),
-        "incidents": host.incidents,
-        "guests": host.guests,
-        "paused": host.paused,
-        "flapping": host.flapping,
-        "errors_per_minute": round(host.errors_per_minute, 3),
-        "backends": list(host.backends),
-        "fresh": host.fresh,
+        item.name: _json(item.name, getattr(one, item.name))
+        for item in fields(one)
+        if item.name not in without
     }
+
+
+def _json(name: str, value: Any) -> Any:
+    if isinstance(value, Blame):
+        return value.value
+    if isinstance(value, float):
+        return _time(value) if name == "since" else round(value, 3)
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _time(seconds: float) -> str:
@@ -232,46 +221,3 @@ def _with_why(line: str, why: str, wide: bool) -> list[str]:
 
 def _fitting(text: str) -> list[str]:
     return wrapped(cut(text, len(text)), indent=4).splitlines()
-
-
-# ------------------------------------------------------------------------------- the command line
-
-
-@click.command("fleet")
-@common
-@bus
-@state_dir
-@click.option("--once", is_flag=True, help="Listen for one round of heartbeats, print, and end.")
-@click.option("--json", "as_json", is_flag=True, help="As JSON, a line each second.")
-@click.option(
-    "--write",
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Keep FILE up to date instead, as JSON: for a scheduler on this machine.",
-)
-@click.option("--listen", type=Seconds(0), metavar="S", help="End after S seconds.")
-@setting(
-    "react.fleet_listen",
-    "--http-listen",
-    metavar="HOST:PORT",
-    help="With --write: address of /metrics, /livez, /readyz (react.fleet_listen).",
-)
-def command(once: bool, as_json: bool, write: Path | None, listen: float | None, **options: Any) -> None:
-    """Show which hosts and storage systems are in trouble, and whose fault it is.
-
-    It knows a host once it has heard its agent: complete after one round of heartbeats (60 s).
-
-    \b
-    Example: virtbus fleet --bus amqp://guest:guest@127.0.0.1// --once --json
-    """
-    sys.exit(
-        run(
-            load(options),
-            once=once,
-            as_json=as_json,
-            write=write,
-            listen=listen,
-            out=sys.stdout,
-            notices=sys.stderr,
-        )
-    )

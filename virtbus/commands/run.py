@@ -17,31 +17,36 @@ from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
 from virtbus import redaction, telemetry
 from virtbus.agent.agent import Agent, AgentOptions
 from virtbus.agent.control import ControlSocket
 from virtbus.agent.http import HttpServer
 from virtbus.agent.identity import load_agent_id, tie_to_host, was_tied
-from virtbus.agent.incidents import Incidents
+from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.agent.systemd import Systemd
 from virtbus.bus.certificates import watch_files
-from virtbus.commands import wiring
-from virtbus.commands.options import (
-    bus,
+from virtbus.commands.common import (
     common,
+    control,
+    keep_memory_private,
     libvirt,
     load,
+    on_bus,
+    open_bus,
+    open_source,
     read,
     setting,
     state_dir,
 )
-from virtbus.config import Config, Loaded, bus_url, differences, exposed_secrets
+from virtbus.config import Config
 from virtbus.envelope import uuid7
 from virtbus.errors import AgentBroken, ConfigError, RestartNeeded, VirtbusError
+from virtbus.loading import Loaded, bus_url, differences, exposed_secrets
 from virtbus.model import Clock
 from virtbus.sources.sockets import has_socket, socket_folder, was_removed
-from virtbus.spool import Spool, prepare_state_dir
+from virtbus.spool import Spool, SpoolLimits, prepare_state_dir
 from virtbus.telemetry import (
     METRICS,
     ConfigRefused,
@@ -65,28 +70,32 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
     """
     config = loaded.config
     os.umask(0o077)
-    wiring.keep_memory_private()
+    keep_memory_private()
     if os.geteuid() == 0:
         emit(RunningAsRoot())
     for secret in exposed_secrets(loaded):
         emit(SecretExposed(secret))
     clock = Clock()
     with ExitStack() as stack:
-        bus = wiring.open_bus(config)
+        bus = open_bus(config)
         stack.callback(bus.close)
         state_dir = Path(config.state_dir)
         prepare_state_dir(state_dir)
         agent_id, previous = load_agent_id(state_dir)
-        spool = Spool.open(state_dir, limits=wiring.spool_limits(config), agent_id=agent_id, clock=clock)
+        limits = SpoolLimits(max_bytes=config.spool.max_bytes, max_age_seconds=config.spool.max_age_seconds)
+        spool = Spool.open(state_dir, limits=limits, agent_id=agent_id, clock=clock)
         stack.callback(spool.close)
-        source = wiring.open_source(config, since_ns=spool.opening.last_alive_ns)
+        source = open_source(config, since_ns=spool.opening.last_alive_ns)
         METRICS.spool_max_bytes.set(config.spool.max_bytes)
         watch_files(config.bus.tls.cert_file, config.bus.tls.ca_file)
         agent = Agent(
             source=source,
             bus=bus,
             spool=spool,
-            incidents=Incidents(wiring.incident_limits(config), new_id=lambda: uuid7(clock().wall_ns)),
+            incidents=Incidents(
+                IncidentLimits(**msgspec.structs.asdict(config.incidents)),
+                new_id=lambda: uuid7(clock().wall_ns),
+            ),
             agent_id=agent_id,
             previous_agent_id=previous,
             options=AgentOptions(
@@ -150,7 +159,7 @@ def _supervise(agent: Agent, config: Config, again: Callable[[], Loaded] | None,
     current = config
     # Ready: the spool is open and the threads run. libvirt and the broker may come later: /readyz knows.
     systemd.tell(READY=1, STATUS="started")
-    told = fed = time.monotonic()
+    said = fed = time.monotonic()
     while not agent.wait(0.0):
         for number in signals.wait(min(1.0, systemd.watchdog_seconds or 1.0)):
             if number != signal.SIGHUP:
@@ -164,8 +173,8 @@ def _supervise(agent: Agent, config: Config, again: Callable[[], Loaded] | None,
             fed = now
             if not agent.dead_threads():  # what /livez says; a hung disk or broker is no reason to be killed
                 systemd.tell(WATCHDOG=1)
-        if now - told >= STATUS_SECONDS:
-            told = now
+        if now - said >= STATUS_SECONDS:
+            said = now
             if agent.not_ready() and (folder := socket_folder(config.libvirt.uri)) and was_removed(folder):
                 agent.fail(
                     RestartNeeded(
@@ -202,9 +211,7 @@ def _reload(agent: Agent, started: Config, current: Config, again: Callable[[], 
         return current
     telemetry.configure(level=new.log.level, fmt=new.log.format)
     agent.options = replace(
-        agent.options,
-        drain_seconds=new.drain_seconds,
-        heartbeat_seconds=new.heartbeat.interval_seconds,
+        agent.options, drain_seconds=new.drain_seconds, heartbeat_seconds=new.heartbeat.interval_seconds
     )
     emit(
         ConfigReloaded(
@@ -254,16 +261,13 @@ class _Signals:
         return self._reader.recv(64) if readable else b""
 
 
-# ------------------------------------------------------------------------------- the command line
-
-
 @click.command("run")
 @common
 @libvirt
-@bus
+@on_bus
 @state_dir
 @setting("http.listen", "--http-listen", metavar="HOST:PORT", help="/metrics, /livez, /readyz; '' is off.")
-@setting("control.socket", "--control-socket", metavar="PATH", help="For status and tap; '' is off.")
+@control
 @setting("log.format", "--log-format", type=click.Choice(["auto", "text", "json"]), help="Log format.")
 def command(**options: Any) -> None:
     """Run the agent in the foreground.

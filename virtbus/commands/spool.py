@@ -8,32 +8,24 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 import click
 
-from virtbus.commands.options import (
-    common,
-    load,
-    patience,
-    state_dir,
-)
-from virtbus.commands.terminal import cut, progress, rows, wrapped
+from virtbus.commands.common import as_json, common, cut, load, progress, rows, state_dir, timeout, wrapped
 from virtbus.errors import AgentUnavailable, InputMissing, SpoolBusy, SpoolCorrupt
 from virtbus.model import to_datetime
-from virtbus.spool import files
-from virtbus.spool import requests as wishes
+from virtbus.spool import files, requests
 
-_LIST = "position, id, epoch, seq, key, class, count, bytes, created_ns, attempts"
 _LONG = 2000  # less is done within a moment
 _POLL_SECONDS = 0.2
-_CLASSES = ("updated", "resolved", "opened", "gap")
+_KINDS = ("updated", "resolved", "opened", "gap")
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class Listed:
     """One event in the spool as `list` shows it; `why` and `error` only for a dead letter."""
 
     position: int
@@ -65,17 +57,16 @@ def _reading(state_dir: Path) -> Iterator[sqlite3.Connection]:
         raise InputMissing(f"there is no spool in {state_dir}; name its folder with --state-dir") from None
     except PermissionError as error:
         raise InputMissing(f"{path} can't be read: {error.strerror}; run as the agent's user") from error
-    except sqlite3.Error as error:
+    except (sqlite3.Error, files.Damaged) as error:
         # SQLITE_ERROR: a table is missing; our own words are right.
-        if files.is_damage(error) or files.code_of(error) == sqlite3.SQLITE_ERROR:
-            raise _damaged(path, error) from error
+        if (
+            isinstance(error, files.Damaged)
+            or files.is_damage(error)
+            or files.code_of(error) == sqlite3.SQLITE_ERROR
+        ):
+            then = "the agent's next start sets it aside and rescues it"
+            raise SpoolCorrupt(f"{path} is damaged ({error}); {then}") from error
         raise InputMissing(f"{path} can't be read: {error}; run as the agent's user") from error
-    except files.Damaged as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> SpoolCorrupt:
-    return SpoolCorrupt(f"{path} is damaged ({error}); the agent's next start sets it aside and rescues it")
 
 
 def _holder(state_dir: Path) -> str | None:
@@ -88,42 +79,32 @@ def _holder(state_dir: Path) -> str | None:
     return None
 
 
-def _entries(db: sqlite3.Connection, *, dead: bool, limit: int | None) -> list[Entry]:
-    table, more = ("dead", ", why, error") if dead else ("events", ", NULL, NULL")
-    sql = f"SELECT {_LIST}{more} FROM {table} ORDER BY position LIMIT ?"  # noqa: S608 - our own names
-    now = time.time_ns()
-    return [
-        Entry(
-            position=row[0],
-            id=row[1],
-            epoch=row[2],
-            sequence=row[3],
-            key=row[4],
-            kind=_CLASSES[row[5]] if row[5] in range(4) else str(row[5]),
-            count=row[6],
-            bytes=row[7],
-            committed_at=to_datetime(row[8]).isoformat(),
-            age_seconds=round(max(0.0, (now - row[8]) / 1e9), 1),
-            attempts=row[9],
-            state="dead" if dead else "pending",
-            why=row[10],
-            error=row[11],
-        )
-        for row in db.execute(sql, (-1 if limit is None else limit,))
-    ]
+def _entries(db: sqlite3.Connection, *, dead: bool, limit: int) -> list[Listed]:
+    columns = "position, id, epoch, seq, key, class, count, bytes, created_ns, attempts"
+    columns += ", why, error FROM dead" if dead else ", NULL, NULL FROM events"
+    sql = f"SELECT {columns} ORDER BY position LIMIT ?"
+    now, state, out = time.time_ns(), "dead" if dead else "pending", []
+    for *head, number, count, size, created, attempts, why, error in db.execute(sql, [limit]):
+        age, at = round(max(0.0, (now - created) / 1e9), 1), to_datetime(created).isoformat()
+        kind = _KINDS[number] if number in range(len(_KINDS)) else str(number)
+        out.append(Listed(*(*head, kind, count, size, at, age, attempts, state, why, error)))
+    return out
+
+
+def _one(db: sqlite3.Connection, sql: str) -> tuple[Any, ...]:
+    found: tuple[Any, ...] = db.execute(sql).fetchone()
+    return found
 
 
 def status(state_dir: Path, out: TextIO, *, as_json: bool = False) -> None:
     """How much waits and since when, who holds the spool, and which runs are not settled yet."""
-    with _reading(state_dir) as db:
-        pending, size, oldest = db.execute(
-            "SELECT count(*), total(bytes), min(created_ns) FROM events"
-        ).fetchone()
-        dead, dead_size = db.execute("SELECT count(*), total(bytes) FROM dead").fetchone()
-        (unnamed,) = db.execute("SELECT total(last - first + 1) FROM losses").fetchone()
-        (asked,) = db.execute("SELECT count(*) FROM requests").fetchone()
-        runs = db.execute("SELECT epoch, last, alive_ns FROM runs ORDER BY run").fetchall()
     path = state_dir / files.DATABASE
+    with _reading(state_dir) as db:
+        pending, size, oldest = _one(db, "SELECT count(*), total(bytes), min(created_ns) FROM events")
+        dead, dead_size = _one(db, "SELECT count(*), total(bytes) FROM dead")
+        (unnamed,) = _one(db, "SELECT total(last - first + 1) FROM losses")
+        (asked,) = _one(db, "SELECT count(*) FROM requests")
+        runs = db.execute("SELECT epoch, last, alive_ns FROM runs ORDER BY run").fetchall()
     aside = sorted(each.name for each in state_dir.glob(f"{files.DATABASE}.damaged-*Z"))
     data: dict[str, Any] = {
         "path": str(path),
@@ -146,34 +127,31 @@ def status(state_dir: Path, out: TextIO, *, as_json: bool = False) -> None:
         out.write(json.dumps(data, indent=2) + "\n")
         return
     since = "" if oldest is None else f", the oldest for {data['oldest_seconds']:.0f} s"
-    told = [
-        ("spool", f"{data['path']} ({data['file_bytes']} bytes on the disk)"),
+    shown = [
+        ("spool", f"{path} ({data['file_bytes']} bytes on the disk)"),
         ("held by", data["held_by"] or "nobody"),
         ("waiting", f"{pending} events, {data['bytes']} bytes{since}"),
         ("dead", f"{dead} events, {data['dead_bytes']} bytes"),
     ]
-    if data["unnamed"]:
-        told.append(("lost", f"{data['unnamed']} events, to be named in the agent's next gap event"))
+    if unnamed:
+        shown.append(("lost", f"{data['unnamed']} events, to be named in the agent's next gap event"))
     if asked:
-        told.append(("asked", f"{asked} wishes, to be granted by the agent"))
-    told += [("set aside", str(state_dir / name)) for name in aside]
-    out.write(rows(told))
+        shown.append(("requests", f"{asked}, to be carried out by the agent"))
+    out.write(rows([*shown, *(("set aside", str(state_dir / name)) for name in aside)]))
 
 
 def list_events(
-    state_dir: Path, out: TextIO, *, dead: bool = False, limit: int | None = 100, as_json: bool = False
+    state_dir: Path, out: TextIO, *, dead: bool = False, limit: int = 100, as_json: bool = False
 ) -> None:
     """The events that wait (or the dead letters), the oldest first; as JSON one object a line."""
     with _reading(state_dir) as db:
         entries = _entries(db, dead=dead, limit=limit)
-        table = "dead" if dead else "events"
-        (total,) = db.execute(f"SELECT count(*) FROM {table}").fetchone()  # noqa: S608 - our own names
+        (total,) = db.execute(f"SELECT count(*) FROM {_table(dead)}").fetchone()  # noqa: S608 - our own names
     if as_json:
-        for entry in entries:
-            out.write(json.dumps({name: getattr(entry, name) for name in Entry.__slots__}) + "\n")
+        out.writelines(json.dumps(asdict(entry)) + "\n" for entry in entries)
         return
     if not entries:
-        out.write("no dead letters\n" if dead else "nothing waits\n")
+        out.write(_nothing(dead))
         return
     out.write(f"{'#':>7} {'kind':8} {'count':>7} {'age':>10} {'tries':>5}  key\n")
     for entry in entries:
@@ -185,6 +163,14 @@ def list_events(
             out.write(wrapped(f"{'':8}{entry.why}: {entry.error}", indent=10))
     if total > len(entries):
         out.write(f"… and {total - len(entries)} more (--limit)\n")
+
+
+def _table(dead: bool) -> str:
+    return "dead" if dead else "events"
+
+
+def _nothing(dead: bool) -> str:
+    return "no dead letters\n" if dead else "nothing waits\n"
 
 
 def show(state_dir: Path, which: str, out: TextIO) -> None:
@@ -213,23 +199,18 @@ def _find(db: sqlite3.Connection, table: str, which: Iterable[str]) -> list[int]
     ]
 
 
-def retry(
-    state_dir: Path, which: Sequence[str], out: TextIO, *, notices: TextIO = sys.stderr, patience: float = 0.0
-) -> None:
+def retry(state_dir: Path, which: Sequence[str], out: TextIO, *, patience: float = 0.0) -> None:
     """Send refused dead letters again, with their ids; all of them when none is named.
 
     Invalid and damaged ones stay: nobody could read them. Beside an agent it waits until that has done it;
     raises AgentUnavailable when nothing is done for `patience` seconds (0 does not wait).
     """
     with _reading(state_dir) as db:
-        if which:
-            chosen = _find(db, "dead", which)
-        else:
-            chosen = [row for (row,) in db.execute("SELECT position FROM dead WHERE why='refused'")]
+        chosen = _find(db, "dead", which) if which else _all(db, "dead WHERE why='refused'")
     if not chosen and not which:
         out.write("no dead letter was refused: nothing to send again\n")
         return
-    _wish(state_dir, wishes.RETRY, chosen, out, "to be sent again", notices, patience)
+    _request(state_dir, requests.RETRY, chosen, out, "to be sent again", patience)
 
 
 def drop(
@@ -239,7 +220,6 @@ def drop(
     *,
     dead: bool = False,
     confirm: Callable[[str], bool],
-    notices: TextIO = sys.stderr,
     patience: float = 0.0,
 ) -> None:
     """Give up events that wait, or dead letters; each event is named in a gap event (operator_dropped).
@@ -247,48 +227,42 @@ def drop(
     `which` are ids or numbers of `list`; none means all. `confirm` is asked once, with the whole question.
     `patience` as for `retry`.
     """
-    table = "dead" if dead else "events"
     with _reading(state_dir) as db:
-        if which:
-            chosen = _find(db, table, which)
-        else:
-            chosen = [row for (row,) in db.execute(f"SELECT position FROM {table}")]  # noqa: S608 - our own names
+        chosen = _find(db, _table(dead), which) if which else _all(db, _table(dead))
     if not chosen and not which:
-        out.write("no dead letters\n" if dead else "nothing waits\n")
+        out.write(_nothing(dead))
         return
-    if chosen:
-        what = "dead letters" if dead else "waiting events"
-        if not confirm(f"Drop {len(chosen)} {what} of {state_dir} for good?"):
-            out.write("nothing was dropped\n")
-            return
-    _wish(state_dir, wishes.DROP, chosen, out, "to be dropped", notices, patience)
+    what = "dead letters" if dead else "waiting events"
+    if chosen and not confirm(f"Drop {len(chosen)} {what} of {state_dir} for good?"):
+        out.write("nothing was dropped\n")
+        return
+    _request(state_dir, requests.DROP, chosen, out, "to be dropped", patience)
 
 
-def _wish(
-    state_dir: Path,
-    action: str,
-    chosen: Sequence[int],
-    out: TextIO,
-    what: str,
-    notices: TextIO,
-    patience: float,
+def _all(db: sqlite3.Connection, where: str) -> list[int]:
+    return [row for (row,) in db.execute(f"SELECT position FROM {where}")]  # noqa: S608 - our own names
+
+
+def _request(
+    state_dir: Path, action: str, chosen: Sequence[int], out: TextIO, what: str, patience: float
 ) -> None:
+    """Write the operator's request; carry it out here, or leave it to the agent that runs and wait for it."""
     if not chosen:
         raise InputMissing("no such event in the spool; `virtbus spool list` and `list --dead` show them")
     path = state_dir / files.DATABASE
     try:
         lock = files.Lock(state_dir)
     except SpoolBusy:
-        lock = None  # the agent runs: it grants the wish itself
+        lock = None  # the agent runs: it carries the request out itself
     try:
         with closing(files.connect(path)) as db:
-            last = wishes.wish(db, action, chosen)
+            last = requests.submit(db, action, chosen)
             if lock is not None:
-                with progress(len(chosen) if len(chosen) > _LONG else 0, action, notices) as bar:
-                    for count in wishes.grant_all(db, time.time_ns()):
+                with progress(len(chosen) if len(chosen) > _LONG else 0, action, sys.stderr) as bar:
+                    for count in requests.grant_all(db):
                         bar.update(count)
             elif patience:
-                _await(db, last, len(chosen), action, notices, patience)
+                _await(db, last, len(chosen), action, patience)
     except sqlite3.Error as error:
         files.raise_translated(error, path)
     finally:
@@ -298,12 +272,10 @@ def _wish(
     out.write(f"{len(chosen)} events {what}: {when}\n")
 
 
-def _await(
-    db: sqlite3.Connection, last: int, count: int, action: str, notices: TextIO, patience: float
-) -> None:
-    """Wait until the agent has granted every wish up to number `last`. Raises AgentUnavailable."""
+def _await(db: sqlite3.Connection, last: int, count: int, action: str, patience: float) -> None:
+    """Wait until the agent has carried out every request up to number `last`. Raises AgentUnavailable."""
     left, since = count, time.monotonic()
-    with progress(count, action, notices) as bar:
+    with progress(count, action, sys.stderr) as bar:
         while left:
             time.sleep(_POLL_SECONDS)
             (now,) = db.execute("SELECT count(*) FROM requests WHERE number<=?", (last,)).fetchone()
@@ -317,7 +289,14 @@ def _await(
                 )
 
 
-# ------------------------------------------------------------------------------- the command line
+# ------------------------------------------------------------------------------------- the command line
+
+_patience = timeout(0, 30.0, "How long an agent may do nothing of it; 0: do not wait.")
+_events = click.argument("events", nargs=-1, metavar="[ID|NUMBER]…")
+
+
+def _folder(options: dict[str, Any]) -> Path:
+    return Path(load(options).config.state_dir)
 
 
 @click.group("spool")
@@ -334,14 +313,14 @@ def command() -> None:
 @command.command("status")
 @common
 @state_dir
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@as_json
 def status_command(as_json: bool, **options: Any) -> None:
     """How much waits and since when, who holds the spool, what was set aside.
 
     \b
     Example: virtbus spool status --json
     """
-    status(Path(load(options).config.state_dir), sys.stdout, as_json=as_json)
+    status(_folder(options), sys.stdout, as_json=as_json)
 
 
 @command.command("list")
@@ -349,15 +328,14 @@ def status_command(as_json: bool, **options: Any) -> None:
 @state_dir
 @click.option("--dead", is_flag=True, help="The dead letters instead of what waits.")
 @click.option("--limit", type=click.IntRange(1), default=100, show_default=True, help="At most so many.")
-@click.option("--json", "as_json", is_flag=True, help="JSON lines.")
+@as_json
 def list_command(dead: bool, limit: int, as_json: bool, **options: Any) -> None:
     """List what waits, the oldest first.
 
     \b
     Example: virtbus spool list --dead
     """
-    folder = Path(load(options).config.state_dir)
-    list_events(folder, sys.stdout, dead=dead, limit=limit, as_json=as_json)
+    list_events(_folder(options), sys.stdout, dead=dead, limit=limit, as_json=as_json)
 
 
 @command.command("show")
@@ -370,31 +348,31 @@ def show_command(event: str, **options: Any) -> None:
     \b
     Example: virtbus spool show 17
     """
-    show(Path(load(options).config.state_dir), event, sys.stdout)
+    show(_folder(options), event, sys.stdout)
 
 
 @command.command("retry")
 @common
 @state_dir
-@click.argument("events", nargs=-1, metavar="[ID|NUMBER]…")
-@patience
-def retry_command(events: tuple[str, ...], patience: float, **options: Any) -> None:
+@_events
+@_patience
+def retry_command(events: tuple[str, ...], timeout: float, **options: Any) -> None:
     """Send refused dead letters again, with the same ids; all of them when none is named.
 
     \b
     Example: virtbus spool retry 17 18
     """
-    retry(Path(load(options).config.state_dir), events, sys.stdout, notices=sys.stderr, patience=patience)
+    retry(_folder(options), events, sys.stdout, patience=timeout)
 
 
 @command.command("drop")
 @common
 @state_dir
-@click.argument("events", nargs=-1, metavar="[ID|NUMBER]…")
+@_events
 @click.option("--dead", is_flag=True, help="Dead letters instead of what waits.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
-@patience
-def drop_command(events: tuple[str, ...], dead: bool, yes: bool, patience: float, **options: Any) -> None:
+@_patience
+def drop_command(events: tuple[str, ...], dead: bool, yes: bool, timeout: float, **options: Any) -> None:
     """Give events up; each is named in a gap event. All of them when none is named.
 
     \b
@@ -404,12 +382,4 @@ def drop_command(events: tuple[str, ...], dead: bool, yes: bool, patience: float
     def confirm(question: str) -> bool:
         return yes or click.confirm(question, err=True)
 
-    drop(
-        Path(load(options).config.state_dir),
-        events,
-        sys.stdout,
-        dead=dead,
-        confirm=confirm,
-        notices=sys.stderr,
-        patience=patience,
-    )
+    drop(_folder(options), events, sys.stdout, dead=dead, confirm=confirm, patience=timeout)

@@ -10,15 +10,11 @@ from typing import Any, TextIO
 
 import click
 
-from virtbus.commands.options import (
-    Seconds,
-    common,
-    libvirt,
-    load,
-)
+from virtbus.commands.common import Seconds, common, libvirt, load
 from virtbus.errors import ConfigError, SourceUnavailable, VirtbusError
 from virtbus.log import printable
-from virtbus.model import Description, Domain, Host, RawIoError
+from virtbus.model import Domain, Host
+from virtbus.observations import Description, RawIoError
 from virtbus.sources import SourceOptions, domain_xml, recording
 from virtbus.sources.descriptions import Cache
 from virtbus.sources.libvirt import LibvirtConnector
@@ -55,10 +51,10 @@ def run(uri: str, *, as_json: bool, out: TextIO, timeout: float | None = None) -
                 line = watch.lines.get(timeout=1.0 if left is None else min(1.0, left))
             except queue.Empty:
                 continue
-            if isinstance(line, _Ended):
-                raise SourceUnavailable(f"{uri}: {line.why}")
-            if isinstance(line, _Started):
-                watch.describe(link, line.uuid, line.name, "running")
+            if isinstance(line, SourceUnavailable):
+                raise SourceUnavailable(f"{uri}: {line}")
+            if isinstance(line, tuple):
+                watch.describe(link, *line, "running")
                 continue
             out.write(line + "\n")
             out.flush()
@@ -68,21 +64,12 @@ def run(uri: str, *, as_json: bool, out: TextIO, timeout: float | None = None) -
         link.close()
 
 
-class _Ended:
-    def __init__(self, why: str) -> None:
-        self.why = why
-
-
-class _Started:
-    def __init__(self, uuid: str, name: str) -> None:
-        self.uuid, self.name = uuid, name
-
-
 class _Watch(Handler):
     """Turns callbacks into lines, for the thread that writes them."""
 
     def __init__(self, as_json: bool) -> None:
-        self.lines: queue.SimpleQueue[str | _Ended | _Started] = queue.SimpleQueue()
+        # A line, a guest that was started (uuid, name), or the end.
+        self.lines: queue.SimpleQueue[str | tuple[str, str] | SourceUnavailable] = queue.SimpleQueue()
         self._as_json = as_json
         self._known = Cache()
 
@@ -120,7 +107,7 @@ class _Watch(Handler):
         why = f" ({words[detail] if detail < len(words) else detail})" if words else ""
         what = _EVENTS[event] if event < len(_EVENTS) else f"lifecycle event {event}"
         if event == STARTED:
-            self.lines.put(_Started(uuid, name))
+            self.lines.put((uuid, name))
         self.say(
             recording.lifecycle_line(uuid, name, number, event=event, detail=detail, ns=ns),
             f"{_at(ns)} {printable(name)} {what}{why}",
@@ -135,7 +122,7 @@ class _Watch(Handler):
         )
 
     def changed(self, uuid: str) -> None:
-        """Nothing to print."""
+        """Not shown."""
 
     def job_failed(self, uuid: str, disk: str) -> None:
         """Not shown."""
@@ -147,14 +134,11 @@ class _Watch(Handler):
 
     def closed(self, why: str, silent_seconds: float) -> None:
         """See Handler."""
-        self.lines.put(_Ended(why))
+        self.lines.put(SourceUnavailable(why))
 
 
 def _at(ns: int) -> str:
     return datetime.fromtimestamp(ns // 1000 / 1e6, UTC).isoformat(timespec="milliseconds")
-
-
-# ------------------------------------------------------------------------------- the command line
 
 
 @click.command("watch")

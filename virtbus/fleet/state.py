@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
 
-from virtbus.fleet.agent import Agent, Ended, Incident, Pace, Rate, Version
-from virtbus.fleet.storage import Backend, StorageRules, backend_of
-from virtbus.fleet.verdict import Answer, Blame, Trouble, Verdict, VerdictRules, Verdicts, assess
+from virtbus.fleet.agent import Agent, Ended, Incident, Rate, Version
+from virtbus.fleet.storage import Backend, backend_of
+from virtbus.fleet.view import FleetRules, FleetView, judge
 from virtbus.model import (
     Device,
     Event,
@@ -30,101 +28,8 @@ from virtbus.words import ENOSPC, Action, DiskError, EvidenceCheck, EvidenceVerd
 _SEQUENCE = re.compile("[0-9]{1,18}")
 
 
-@dataclass(frozen=True, slots=True)
-class FleetRules:
-    """How events are read; times in seconds."""
-
-    storage: StorageRules = field(default_factory=StorageRules)
-    verdict: VerdictRules = field(default_factory=VerdictRules)
-    silent_intervals: float = 3.0  # heartbeats that may be missed
-    round_seconds: float = 60.0  # a round of heartbeats, for an agent that did not tell its interval
-    remember_seconds: float = 900.0  # how long an incident that ended is evidence
-    after_boot_seconds: float = 1800.0  # how long a reboot is a likely cause
-    rate_seconds: float = 300.0  # the time constant of rates
-    forget_seconds: float = 86_400.0  # a host that was silent so long is no part of the fleet
-    drills: bool = False  # count replayed errors as if they were live
-
-
-@dataclass(frozen=True, slots=True)
-class HostHealth:
-    """One host as the fleet sees it now."""
-
-    name: str
-    agent_id: str
-    state: str  # "observing", "blind" (cut off from its hypervisor) or "silent" (no heartbeats of its agent)
-    heard_seconds: float  # since its last sign of life
-    blame: Blame
-    why: str
-    full: bool  # all its trouble is for want of space
-    since: float | None  # Unix seconds: when its oldest open incident began
-    incidents: int  # open ones
-    guests: int  # with open incidents
-    paused: int  # of them, stopped by the hypervisor
-    flapping: int  # incidents in a pause/resume loop
-    errors_per_minute: float
-    backends: tuple[str, ...]  # the storage systems it has trouble with
-    fresh: bool  # a heartbeat told everything that is open: what is not here is not
-    early: bool = False  # too early to tell: nothing is put down to anybody yet
-    witnessed: bool = True  # what it is blamed for: see `Trouble`
-
-    @property
-    def answer(self) -> Answer:
-        """Is it bad, is it well, or can't that be told: only the first is a reason to act, only the second
-        to undo. Well is a host's own fresh word that nothing of it is in trouble. Of trouble that began
-        before we listened it is not known who else had it then: the last guests to be resumed after an
-        outage look like their host's fault.
-        """
-        if self.state != "observing" or self.early:
-            return Answer.CANT_TELL
-        if self.blame is Blame.HOST:
-            return Answer.BAD if self.witnessed else Answer.CANT_TELL
-        return Answer.WELL if self.fresh and not self.incidents else Answer.CANT_TELL
-
-
-@dataclass(frozen=True, slots=True)
-class BackendHealth:
-    """One storage system in trouble."""
-
-    name: str
-    kind: str
-    blame: Blame  # BACKEND or UNDETERMINED
-    why: str
-    full: bool
-    since: float  # Unix seconds
-    hosts: tuple[str, ...]
-    guests: int
-    incidents: int
-    errors_per_minute: float
-    parts: tuple[str, ...]  # pools, exports, folders in trouble
-
-
-@dataclass(frozen=True, slots=True)
-class FleetView:
-    """The whole fleet at one moment; hosts and backends by name."""
-
-    hosts: tuple[HostHealth, ...]
-    backends: tuple[BackendHealth, ...]
-    silent: int
-    incidents: int
-    errors_per_minute: float
-    suspect_ourselves: bool  # most agents are silent at once: rather our own connection
-    own: frozenset[str] = (
-        frozenset()
-    )  # open incidents of which it is witnessed that they are their hosts' own
-
-    def host(self, name: str) -> HostHealth | None:
-        """One host, by the name libvirt gives it."""
-        return next((one for one in self.hosts if one.name == name), None)
-
-
 # What looks at the space itself; the others repeat the errno that the hypervisor was given.
 _SPACE_CHECKS = frozenset({EvidenceCheck.BLOCK_INFO, EvidenceCheck.FILE_SYSTEM})
-
-
-def _has_near(moments: Sequence[float], moment: float, within: float) -> bool:
-    """Whether one of the sorted `moments` is at most `within` away."""
-    at = bisect_left(moments, moment - within)
-    return at < len(moments) and moments[at] <= moment + within
 
 
 def _space_was_short(evidence: Iterable[Evidence]) -> bool:
@@ -152,9 +57,7 @@ class Fleet:
     def __init__(self, rules: FleetRules | None = None) -> None:
         """An empty fleet."""
         self.rules = rules or FleetRules()
-        self.witnessed: AbstractSet[str] = (
-            frozenset()
-        )  # incidents that were their hosts' own before a restart
+        self.witnessed: AbstractSet[str] = frozenset()  # incidents that were their hosts' own before a start
         self._agents: dict[str, Agent] = {}
         self._users: dict[str, set[str]] = defaultdict(set)
         self._backend_rates: dict[str, Rate] = {}
@@ -350,69 +253,21 @@ class Fleet:
 
     def view(self, now: Now) -> FleetView:
         """Everything, judged now."""
-        self._forget(now)
-        states = self._states(now)
-        named = [agent for agent in self._agents.values() if agent.name is not None]
-        verdicts = self._judge(named, states, now)
-        hosts = [
-            self._health(agent, states[agent.id], verdicts, now) for agent in named if agent.name is not None
-        ]
-        hosts.sort(key=lambda one: one.name)
-        silent = sum(state == "silent" for state in states.values())
-        return FleetView(
-            hosts=tuple(hosts),
-            backends=tuple(self._backends(named, verdicts, now)),
-            silent=silent,
-            incidents=sum(len(agent.incidents) for agent in named),
-            errors_per_minute=sum(one.errors_per_minute for one in hosts),
-            suspect_ourselves=silent * 2 > len(states) and len(states) > 1,
-            own=frozenset(self._own(named, verdicts, now)),
-        )
-
-    def _own(self, named: Iterable[Agent], verdicts: Verdicts, now: Now) -> Iterator[str]:
-        if self._too_early(now) is not None:
-            yield from self.witnessed  # not every agent was heard yet
-        for agent in named:
-            verdict = verdicts.hosts.get(agent.name or "")
-            witnessed = verdict is not None and verdict.own and verdict.witnessed
-            yield from (id_ for id_ in agent.incidents if witnessed or id_ in self.witnessed)
-
-    def _health(self, agent: Agent, state: str, verdicts: Verdicts, now: Now) -> HostHealth:
-        assert agent.name is not None
-        heard = now.monotonic - agent.heard
-        rate = agent.rate.per_minute(now.monotonic, self.rules.rate_seconds)
-        fresh = agent.fresh
-        open_ = agent.incidents.values()
-        if not open_:
-            return HostHealth(
-                agent.name, agent.id, state, heard, Blame.NONE, "", False, None, 0, 0, 0, 0, rate, (), fresh,
-                early=agent.pace is not Pace.LIVE,
-            )  # fmt: skip
-        verdict = verdicts.hosts[agent.name]
-        return HostHealth(
-            name=agent.name,
-            agent_id=agent.id,
-            state=state,
-            heard_seconds=heard,
-            blame=verdict.blame,
-            why=verdict.why,
-            full=all(one.full for one in open_),
-            since=min(one.onset for one in open_),
-            incidents=len(open_),
-            guests=len({one.domain for one in open_}),
-            paused=len({one.domain for one in open_ if one.paused}),
-            flapping=sum(one.flapping for one in open_),
-            errors_per_minute=rate,
-            backends=tuple(sorted({verdicts.system_of[one.backend] for one in open_})),
-            fresh=fresh,
-            early=verdict.early or agent.pace is not Pace.LIVE,
-            witnessed=verdict.witnessed,
-        )
-
-    def _forget(self, now: Now) -> None:
         horizon = now.monotonic - self.rules.forget_seconds
         for agent in [one for one in self._agents.values() if one.heard < horizon]:
             del self._agents[agent.id]
+        states = self._states(now)
+        return judge(
+            list(self._agents.values()),
+            states,
+            users=self._users,
+            rates=self._backend_rates,
+            rules=self.rules,
+            since=self._since_wall,
+            too_early=self._too_early(now),
+            witnessed=self.witnessed,
+            now=now,
+        )
 
     def _states(self, now: Now) -> dict[str, str]:
         """Each agent's state, once the silent ones are gone whose name another agent speaks for."""
@@ -428,17 +283,6 @@ class Fleet:
                 del states[agent.id]
         return states
 
-    def _judge(self, named: Sequence[Agent], states: Mapping[str, str], now: Now) -> Verdicts:
-        live = [one for one in named if one.pace is Pace.LIVE and states[one.id] == "observing"]
-        return assess(
-            list(self._evidence(named, now)),
-            observed={one.name for one in live if one.name},
-            users=self._users,
-            now=now.wall_ns / 1e9,
-            rules=self.rules.verdict,
-            blame_nobody=self._too_early(now),
-        )
-
     def _too_early(self, now: Now) -> str | None:
         """Until one round of heartbeats has been heard, who has no trouble is not known."""
         intervals = sorted(one.interval or self.rules.round_seconds for one in self._agents.values())
@@ -447,52 +291,3 @@ class Fleet:
         if self._since is None or now.monotonic - self._since < round_:
             return f"listening for less than a round of heartbeats ({round_:.0f} s)"
         return None
-
-    def _evidence(self, named: Sequence[Agent], now: Now) -> Iterator[Trouble]:
-        """What is open, what ended lately, and what began together with what is still open."""
-        horizon = now.monotonic - self.rules.remember_seconds
-        onsets = sorted(one.onset for agent in named for one in agent.incidents.values())
-        within = self.rules.verdict.onset_seconds
-        since = self._listened_since(named)
-        for agent in named:
-            assert agent.name is not None
-            for incident in agent.incidents.values():
-                yield incident.trouble(agent.name, is_open=True, listened_since=since)
-            for ended in agent.ended.values():
-                was = ended.incident
-                if was is not None and (ended.at >= horizon or _has_near(onsets, was.onset, within)):
-                    yield was.trouble(agent.name, is_open=False, listened_since=since)
-
-    def _listened_since(self, named: Iterable[Agent]) -> float:
-        """Since when (Unix seconds) everything was heard, what waited in the queue for us too: the median of
-        what the agents' first heartbeats tell, for no agent's clock may tell it for all.
-        """
-        heard = sorted(one.listened_since for one in named if one.listened_since is not None)
-        return min(self._since_wall, heard[len(heard) // 2]) if heard else self._since_wall
-
-    def _backends(self, named: Iterable[Agent], verdicts: Verdicts, now: Now) -> Iterator[BackendHealth]:
-        found: dict[str, list[tuple[str, Incident]]] = defaultdict(list)
-        for agent in named:
-            assert agent.name is not None
-            for incident in agent.incidents.values():
-                found[verdicts.system_of[incident.backend]].append((agent.name, incident))
-        for name in sorted(found):
-            verdict: Verdict = verdicts.systems[name]
-            incidents = [incident for _, incident in found[name]]
-            keys = {incident.backend.names[0] for incident in incidents}
-            rates = [self._backend_rates[key] for key in keys if key in self._backend_rates]
-            yield BackendHealth(
-                name=name,
-                kind="/".join(sorted({incident.backend.kind for incident in incidents})),
-                blame=verdict.blame,
-                why=verdict.why,
-                full=verdict.full,
-                since=min(incident.onset for incident in incidents),
-                hosts=tuple(sorted({host for host, _ in found[name]})),
-                guests=len({incident.domain for incident in incidents}),
-                incidents=len(incidents),
-                errors_per_minute=sum(
-                    rate.per_minute(now.monotonic, self.rules.rate_seconds) for rate in rates
-                ),
-                parts=tuple(sorted({incident.backend.part for incident in incidents})),
-            )

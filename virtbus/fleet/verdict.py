@@ -47,7 +47,7 @@ class VerdictRules:
 
     onset_seconds: float = 180.0  # troubles that began within this of each other may have one cause
     settle_seconds: float = 60.0  # nobody is blamed before the trouble has lasted so long
-    min_guests: int = 2  # guests in trouble before anything is blamed
+    min_witnesses: int = 2  # guests in trouble before anything is blamed
     min_observers: int = 2  # other hosts that are being observed, before one is blamed
     racks: Mapping[str, str] = field(default_factory=dict)  # host → what shares its power or switch
 
@@ -196,7 +196,7 @@ def _from_several(troubles: Sequence[Trouble], rules: VerdictRules) -> bool:
     first_host: dict[str, str] = {}
     for trouble in sorted(troubles, key=lambda one: one.onset):
         first_host.setdefault(trouble.guest, trouble.host)
-    return len(first_host) >= rules.min_guests and len(set(first_host.values())) >= 2
+    return len(first_host) >= rules.min_witnesses and len(set(first_host.values())) >= 2
 
 
 def _entangled(
@@ -232,7 +232,7 @@ def _judge_system(
     if len(full) == len(found):
         if any(one.backend.thin for one in full):
             return Verdict(doubt, "no space on thin volumes: theirs, or the pool's", full=True)
-        if len({one.guest for one in full}) < rules.min_guests:
+        if len({one.guest for one in full}) < rules.min_witnesses:
             return Verdict(doubt, "no space for one guest: its own limit, or the pool's", full=True)
         if all(one.unconfirmed for one in full) and not _from_several(full, rules):
             return Verdict(doubt, "no space for guests of one host, and no look confirms it", full=True)
@@ -298,7 +298,7 @@ def _judge_host(
         return Verdict(doubt, "no space left, and it can't be told where", all(one.full for one in rest))
     began = _largest_onset(faults, rules.onset_seconds)
     guests = {one.guest for one in began}
-    if len(guests) < rules.min_guests:
+    if len(guests) < rules.min_witnesses:
         return Verdict(doubt, "one guest is in trouble: its own disk, or more to come")
     others = observed - {host}
     if len(others) < rules.min_observers:
@@ -321,7 +321,7 @@ def _own_fault(
 ) -> str | None:
     """Why these troubles can have no cause but their host; None when they can."""
     guests = {one.guest for one in troubles}
-    if len(guests) < rules.min_guests:
+    if len(guests) < rules.min_witnesses:
         return None
     groups = _unrelated(
         [one.backend for one in troubles if one.backend.sharing is not Sharing.UNKNOWN], system_of
@@ -329,7 +329,7 @@ def _own_fault(
     if groups >= 2:
         return f"{len(guests)} guests lost {groups} unrelated storage systems, no other host did"
     local = {one.guest for one in troubles if one.backend.sharing is Sharing.LOCAL}
-    if len(local) >= rules.min_guests:
+    if len(local) >= rules.min_witnesses:
         return f"{len(local)} guests are in trouble with the host's own storage"
     return None
 

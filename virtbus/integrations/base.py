@@ -163,6 +163,26 @@ def open_integration(name: str, settings: React) -> Integration:
         raise plugins.missing(error, what) from error
 
 
+def short(name: str) -> str:
+    """A host's name without its domain."""
+    return name.partition(".")[0]
+
+
+def target_of(host: str, names: Mapping[str, Collection[str]]) -> str | None:
+    """The control plane's name of a host, by libvirt's name or its short form; None: it is not told.
+
+    `names` has each target's other names; one that two of them bear tells nothing.
+    """
+    for wanted in dict.fromkeys((host, short(host))):
+        if wanted in names:
+            return wanted
+        matches = [name for name, others in names.items() if wanted in others]
+        if len(matches) == 1:
+            return matches[0]
+    longer = [name for name in names if short(name) == host]  # it bears the name with its domain
+    return longer[0] if len(longer) == 1 else None
+
+
 def seconds_of(text: object) -> float | None:
     """Unix seconds of what `utc` wrote; None for anything else."""
     try:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from virtbus.fleet import FleetView
-from virtbus.integrations.base import Found, Hold
+from virtbus.integrations.base import Found, Hold, short
 
 _MOST_TIMES = 1000
 GONE_SECONDS = 86_400.0  # a held host that nobody has spoken for since then is no part of the fleet
@@ -163,11 +163,6 @@ def _again(row: Row) -> Row:
 
 
 # ---- names
-
-
-def short(name: str) -> str:
-    """A host's name without its domain."""
-    return name.partition(".")[0]
 
 
 def renamed(rows: Iterable[Row], view: FleetView) -> Iterator[tuple[Row, str]]:

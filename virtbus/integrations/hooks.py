@@ -14,7 +14,7 @@ import ssl
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 from urllib.parse import quote, urlsplit
 
@@ -31,12 +31,9 @@ from virtbus.words import Origin
 _TOLD_BYTES = 500  # of a command's or server's answer, in messages
 
 
-@dataclass(frozen=True, slots=True)
-class PlaintextWebhook(TelemetryEvent):
-    """Events and a token leave this machine in plaintext."""
+class PlaintextWebhook(TelemetryEvent, level="warning"):
+    """PLAINTEXT to the webhook: events and token can be read on the way; use https://"""
 
-    LEVEL: ClassVar[str] = "warning"
-    MESSAGE: ClassVar[str] = "PLAINTEXT to the webhook: events and token can be read on the way; use https://"
     url: str
 
 
@@ -81,7 +78,7 @@ class Exec(_Hook):
         self._command, self._timeout = list(settings.exec.command), settings.exec.timeout_seconds
 
     def execute(self, action: Action) -> str:
-        """See virtbus.integrations.Integration."""
+        """See Integration."""
         attributes: Mapping[str, str] = action.body["attributes"]
         event = envelope.structured_json(attributes, action.body["data"].encode())
         environment = {
@@ -106,15 +103,15 @@ class Exec(_Hook):
             raise TargetUnavailable(f"{self._command[0]} ran longer than {self._timeout:g} s") from error
         finally:
             _end_group(process)
-        told = output.decode("utf-8", "replace").strip()[-_TOLD_BYTES:]
+        said = output.decode("utf-8", "replace").strip()[-_TOLD_BYTES:]
         if process.returncode == ActionRefused.exit_code:
-            raise ActionRefused(f"{self._command[0]} refused the event: {told}")
+            raise ActionRefused(f"{self._command[0]} refused the event: {said}")
         if process.returncode != 0:
-            raise TargetUnavailable(f"{self._command[0]} ended with {process.returncode}: {told}")
-        return told or "exit 0"
+            raise TargetUnavailable(f"{self._command[0]} ended with {process.returncode}: {said}")
+        return said or "exit 0"
 
     def probe(self) -> Sequence[Check]:
-        """See virtbus.integrations.Integration."""
+        """See Integration."""
         from shutil import which
 
         found = which(self._command[0])
@@ -172,10 +169,17 @@ class Webhook(_Hook):
                 raise ConfigError(f"react.webhook.ca_file {self._settings.ca_file}: {error}") from error
         elif not is_loopback(self._host):
             emit(PlaintextWebhook(self._name))
-        self._connection: http.client.HTTPConnection | None = None
+        made = (
+            partial(http.client.HTTPSConnection, context=self._context)
+            if self._tls
+            else http.client.HTTPConnection
+        )
+        self._connection: http.client.HTTPConnection = made(
+            self._host, self._port, timeout=self._settings.timeout_seconds
+        )
 
     def execute(self, action: Action) -> str:
-        """See virtbus.integrations.Integration."""
+        """See Integration."""
         attributes: Mapping[str, str] = action.body["attributes"]
         data: bytes = action.body["data"].encode()
         if self._settings.content_mode == "structured":
@@ -187,13 +191,13 @@ class Webhook(_Hook):
         if self._settings.token_file is not None:
             headers["Authorization"] = f"Bearer {self._token(self._settings.token_file)}"
         try:
-            status, reason, told = self._post(data, headers)
+            status, reason, said = self._post(data, headers)
         except (OSError, http.client.HTTPException) as error:
             self.close()
             raise TargetUnavailable(f"{self._name}: {error or type(error).__name__}") from error
         if 200 <= status < 300:
             return f"{status} {reason}"
-        text = f"{self._name} answered {status} {reason}: {told}"
+        text = f"{self._name} answered {status} {reason}: {said}"
         if status in _REFUSED_STATUS:
             raise ActionRefused(text)
         if 300 <= status < 400:
@@ -207,36 +211,24 @@ class Webhook(_Hook):
             raise TargetUnavailable(str(error)) from error
 
     def _post(self, data: bytes, headers: Mapping[str, str]) -> tuple[int, str, str]:
-        kept = self._connection is not None
-        while True:
-            connection = self._connection or self._connect()
+        connection = self._connection
+        for kept in (connection.sock is not None, False):
             try:
-                connection.request("POST", self._path, data, dict(headers))
+                connection.request("POST", self._path, data, dict(headers))  # connects when it is closed
                 answer = connection.getresponse()
-                told = answer.read(_TOLD_BYTES).decode("utf-8", "replace").strip()
+                said = answer.read(_TOLD_BYTES).decode("utf-8", "replace").strip()
                 if not answer.isclosed():  # it says more than anybody reads, perhaps without an end
-                    self.close()
+                    connection.close()
+                return answer.status, answer.reason, said
             except (ConnectionError, http.client.RemoteDisconnected):
-                self.close()
+                connection.close()
                 if not kept:
                     raise
-                kept = False  # the server had closed the idle connection: once more on a new one
-                continue
-            return answer.status, answer.reason, told
-
-    def _connect(self) -> http.client.HTTPConnection:
-        timeout = self._settings.timeout_seconds
-        if self._context is not None:
-            made: http.client.HTTPConnection = http.client.HTTPSConnection(
-                self._host, self._port, timeout=timeout, context=self._context
-            )
-        else:
-            made = http.client.HTTPConnection(self._host, self._port, timeout=timeout)
-        self._connection = made
-        return made
+                # The server had closed the idle connection: once more on a new one.
+        raise AssertionError("a second failure is raised")
 
     def probe(self) -> Sequence[Check]:
-        """See virtbus.integrations.Integration. Connects (and checks TLS), sends nothing."""
+        """See Integration. Connects (and checks TLS), sends nothing."""
         try:
             with socket.create_connection(
                 (self._host, self._port or (443 if self._tls else 80)), self._settings.timeout_seconds
@@ -249,10 +241,8 @@ class Webhook(_Hook):
         return [Check("webhook", "ok", self._name)]
 
     def close(self) -> None:
-        """See virtbus.integrations.Integration."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        """See Integration."""
+        self._connection.close()
 
 
 def _header(value: str) -> str:

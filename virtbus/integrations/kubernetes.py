@@ -16,6 +16,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, ClassVar, TypeVar
@@ -27,7 +28,7 @@ from kubernetes.config.config_exception import ConfigException
 
 from virtbus.config import React
 from virtbus.consumer import Delivery
-from virtbus.errors import ConfigError
+from virtbus.errors import ConfigError, VirtbusError
 from virtbus.fleet import Blame, HostHealth
 from virtbus.integrations import vmi
 from virtbus.integrations.base import (
@@ -44,6 +45,7 @@ from virtbus.integrations.base import (
     TargetMissing,
     TargetUnavailable,
     seconds_of,
+    target_of,
     utc,
 )
 from virtbus.model import Check
@@ -60,13 +62,15 @@ _LABEL_VALUE = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _MERGE = "application/merge-patch+json"
 _STRATEGIC = "application/strategic-merge-patch+json"
 
-_REASONS = {
-    Blame.HOST: "HostAtFault",
-    Blame.BACKEND: "BackendAtFault",
-    Blame.UNDETERMINED: "Undetermined",
-}
+_REASONS = {Blame.HOST: "HostAtFault", Blame.BACKEND: "BackendAtFault", Blame.UNDETERMINED: "Undetermined"}
 
 T = TypeVar("T")
+
+
+class _Conflict(TargetUnavailable):
+    """Somebody else changed the object meanwhile, or it is there already."""
+
+
 Taints = list[dict[str, Any]]
 
 
@@ -100,20 +104,20 @@ class Kubernetes(Integration):
 
     def __init__(self, settings: React) -> None:
         """Raises ConfigError when there is no cluster to be found."""
-        told = settings.kubernetes
-        self._hosts, self._taint = settings.hosts, told.taint
-        self._vmis, self._drills = told.events == "vmi", settings.drills
+        own = settings.kubernetes
+        self._hosts, self._taint = settings.hosts, own.taint
+        self._vmis, self._drills = own.events == "vmi", settings.drills
         self._names: dict[str, str] = {}  # host: node
         self._listed: list[_Node] = []
         self._listed_at = float("-inf")
         try:
-            if told.kubeconfig is None and told.context is None:
+            if own.kubeconfig is None and own.context is None:
                 load: Any = config.load_config
                 load()
                 made = client.ApiClient()
             else:
                 new: Any = config.new_client_from_config
-                made = new(config_file=told.kubeconfig, context=told.context)
+                made = new(config_file=own.kubeconfig, context=own.context)
         except (ConfigException, OSError) as error:
             raise ConfigError(
                 f"no Kubernetes cluster: {error}; set react.kubernetes.kubeconfig, or run in a pod with a "
@@ -124,20 +128,20 @@ class Kubernetes(Integration):
         self._api: Any = client.CoreV1Api(made)
 
     def condition(self, host: HostHealth) -> Mapping[str, str] | None:
-        """See virtbus.integrations.Integration."""
+        """See Integration."""
         if host.state != "observing":
-            told = "its agent is not heard" if host.state == "silent" else "its agent does not see libvirt"
-            return {"status": "Unknown", "reason": f"Agent{host.state.capitalize()}", "message": told}
+            message = "its agent is not heard" if host.state == "silent" else "its agent does not see libvirt"
+            return {"status": "Unknown", "reason": f"Agent{host.state.capitalize()}", "message": message}
         if host.blame is Blame.NONE:
             return {"status": "True", "reason": "NoTrouble", "message": "no guest has an open I/O error"}
         return {"status": "False", "reason": _REASONS[host.blame], "message": host.why[:1024]}
 
     def wants(self, delivery: Delivery) -> Action | None:
-        """See virtbus.integrations.Integration."""
+        """See Integration."""
         return vmi.wanted(delivery, drills=self._drills) if self._vmis else None
 
     def execute(self, action: Action) -> str:
-        """See virtbus.integrations.Integration."""
+        """See Integration."""
         if action.verb == EVENT:
             return vmi.put(self._api, action.body, _TIMEOUT)
         node = action.body.get("target") or self._find(action.target)
@@ -153,27 +157,22 @@ class Kubernetes(Integration):
     # ---- the three things
 
     def _report(self, node: str, action: Action) -> str:
-        told = dict(action.body)
-        before = self._call("reading", node, lambda: self._api.read_node(node, _request_timeout=_TIMEOUT))
+        condition = dict(action.body)
+        before = self._call("reading", node, self._api.read_node, node)
         known = next((one for one in before.status.conditions or () if one.type == CONDITION), None)
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        entry = {"type": CONDITION, "lastHeartbeatTime": now, **told}
-        changed = known is None or known.status != told["status"]
+        entry = {"type": CONDITION, "lastHeartbeatTime": now, **condition}
+        changed = known is None or known.status != condition["status"]
         if changed:
             entry["lastTransitionTime"] = now
         # Conditions merge by their type: nobody else's are touched.
         body = {"status": {"conditions": [entry]}}
-        self._call(
-            "writing the condition of",
-            node,
-            lambda: self._api.patch_node_status(
-                node, body, _content_type=_STRATEGIC, _request_timeout=_TIMEOUT
-            ),
-        )
-        if changed and (known is not None or told["status"] != "True"):
-            kind = "Normal" if told["status"] == "True" else "Warning"
-            self._event(node, action, kind, f"Virtbus{told['reason']}", told["message"])
-        return f"{CONDITION}={told['status']} ({told['reason']})"
+        write = self._api.patch_node_status
+        self._call("writing the condition of", node, write, node, body, _content_type=_STRATEGIC)
+        if changed and (known is not None or condition["status"] != "True"):
+            kind = "Normal" if condition["status"] == "True" else "Warning"
+            self._event(node, action, kind, f"Virtbus{condition['reason']}", condition["message"])
+        return f"{CONDITION}={condition['status']} ({condition['reason']})"
 
     def _hold(self, node: str, action: Action) -> str:
         value = action.why.partition(":")[0]
@@ -220,13 +219,9 @@ class Kubernetes(Integration):
                 },
                 "spec": {"taints": changed[0]},
             }
-            try:
-                self._api.patch_node(node, body, _content_type=_MERGE, _request_timeout=_TIMEOUT)
-            except (ApiException, urllib3.exceptions.HTTPError) as error:
-                if isinstance(error, ApiException) and error.status == 409:
-                    continue
-                raise _translated(error, "tainting", node) from error
-            return True
+            with suppress(_Conflict):
+                self._call("tainting", node, self._api.patch_node, node, body, _content_type=_MERGE)
+                return True
         raise TargetUnavailable(f"node {node} changed {_CONFLICTS} times while we were at it")
 
     def _event(self, node: str, action: Action, kind: str, reason: str, message: str) -> None:
@@ -249,15 +244,16 @@ class Kubernetes(Integration):
             reporting_instance=COMPONENT,
         )
         try:
-            self._api.create_namespaced_event("default", body, _request_timeout=_TIMEOUT)
-        except (ApiException, urllib3.exceptions.HTTPError) as error:
-            if not (isinstance(error, ApiException) and error.status == 409):
-                emit(Trouble("Kubernetes Event", _translated(error, "writing an Event on", node)))
+            self._call("writing an Event on", node, self._api.create_namespaced_event, "default", body)
+        except _Conflict:
+            pass  # it is there already
+        except VirtbusError as error:
+            emit(Trouble("Kubernetes Event", error))
 
     # ---- what is held
 
     def look(self, hosts: Mapping[str, str | None], *, everything: bool) -> Found:
-        """See virtbus.integrations.Integration."""
+        """See Integration."""
         if everything:
             self._list()
         nodes: dict[str, _Node] = {}
@@ -280,16 +276,16 @@ class Kubernetes(Integration):
 
     def _mark(self, node: _Node) -> Hold:
         try:
-            told = json.loads(node.annotations.get(DETAILS) or "{}")
-            host = str(told.get("host"))
+            details = json.loads(node.annotations.get(DETAILS) or "{}")
+            host = str(details.get("host"))
             # A node may write its own annotations: what it says of another host counts for nothing.
             return Hold(
                 host=host if self._hosts.get(host, self._named(host)) == node.name else self._host(node.name),
                 target=node.name,
-                why=str(told.get("why", ""))[:1024],
-                since=seconds_of(told.get("since")),
-                times=int(told.get("times", 1)),
-                by=str(told.get("by", ""))[:256],
+                why=str(details.get("why", ""))[:1024],
+                since=seconds_of(details.get("since")),
+                times=int(details.get("times", 1)),
+                by=str(details.get("by", ""))[:256],
                 uid=node.uid,
                 intact=node.has(node.ours),
             )
@@ -301,17 +297,12 @@ class Kubernetes(Integration):
         return next((host for host, name in self._hosts.items() if name == node), node)
 
     def _read(self, node: str) -> _Node:
-        return self._call("reading", node, lambda: _facts(_plain(
-            self._api.read_node(node, _preload_content=False, _request_timeout=_TIMEOUT)
-        )))  # fmt: skip
+        return _facts(self._call("reading", node, self._api.read_node, node, _preload_content=False))
 
     def _list(self) -> None:
         """All nodes, as plain JSON: the client's own objects would cost a second of CPU for a thousand."""
-        self._listed = self._call("listing", "*", lambda: [
-            _facts(one) for one in _plain(
-                self._api.list_node(_preload_content=False, _request_timeout=_TIMEOUT)
-            ).get("items", ())
-        ])  # fmt: skip
+        found = self._call("listing", "*", self._api.list_node, _preload_content=False)
+        self._listed = [_facts(one) for one in json.loads(found.data).get("items", ())]
         self._listed_at = time.monotonic()
         self._names.clear()
 
@@ -319,9 +310,9 @@ class Kubernetes(Integration):
 
     def _find(self, host: str) -> str:
         """The node of a host: as told, by its name, its short name, or the Hostname it gives itself."""
-        told = self._hosts.get(host)
-        if told is not None:
-            return told
+        named = self._hosts.get(host)
+        if named is not None:
+            return named
         known = self._names.get(host)
         if known is None:
             known = self._named(host)
@@ -334,43 +325,36 @@ class Kubernetes(Integration):
         return known
 
     def _named(self, host: str) -> str | None:
-        for wanted in dict.fromkeys((host, host.partition(".")[0])):
-            if any(wanted == node.name for node in self._listed):
-                return wanted
-            matches = {node.name for node in self._listed if wanted in node.hostnames}
-            if len(matches) == 1:
-                return matches.pop()
-        if "." not in host:  # the node bears the name with its domain
-            longer = {node.name for node in self._listed if node.name.partition(".")[0] == host}
-            if len(longer) == 1:
-                return longer.pop()
-        return None
+        return target_of(host, {node.name: node.hostnames for node in self._listed})
 
-    def _call(self, doing: str, node: str, call: Callable[[], T]) -> T:
+    def _call(self, doing: str, node: str, call: Callable[..., Any], *words: Any, **more: Any) -> Any:
+        """Do one request. Raises what `_translated` makes of its error."""
         try:
-            return call()
+            answer = call(*words, **more, _request_timeout=_TIMEOUT)
         except (ApiException, urllib3.exceptions.HTTPError) as error:
             if isinstance(error, ApiException) and error.status == 404:
                 self._names = {host: name for host, name in self._names.items() if name != node}
             raise _translated(error, doing, node) from error
+        return answer
 
     def probe(self) -> Sequence[Check]:
-        """See virtbus.integrations.Integration."""
+        """See Integration."""
         wanted = [("get", "nodes", None), ("list", "nodes", None), ("patch", "nodes", None),
                   ("patch", "nodes/status", None), ("create", "events", "default")]  # fmt: skip
         everywhere = [("create", "events", None), ("patch", "events", None)] if self._vmis else []
         try:
             refused = [f"{one[0]} {one[1]}" for one in wanted if not self._may(*one)]
             narrow = not all(self._may(*one) for one in everywhere)
-        except (ApiException, urllib3.exceptions.HTTPError) as error:
-            told = str(_translated(error, "asking", "the API server"))
-            return [Check("kubernetes", "failed", told, "check the kubeconfig and the network", 69)]
+        except VirtbusError as error:
+            return [Check("kubernetes", "failed", str(error), "check the kubeconfig and the network", 69)]
         if refused:
             missing = ", ".join(refused)
             return [Check("kubernetes", "failed", f"not allowed: {missing}", "grant it to our account", 77)]
         if narrow:
-            told = "reached; Events on VMIs may not be written in every namespace"
-            return [Check("kubernetes", "warning", told, "grant create and patch of events where guests are")]
+            summary = "reached; Events on VMIs may not be written in every namespace"
+            return [
+                Check("kubernetes", "warning", summary, "grant create and patch of events where guests are")
+            ]
         return [Check("kubernetes", "ok", "reached, and everything that is needed is allowed")]
 
     def _may(self, verb: str, resource: str, namespace: str | None) -> bool:
@@ -379,15 +363,13 @@ class Kubernetes(Integration):
         asked = client.V1ResourceAttributes(
             verb=verb, resource=name, subresource=below or None, namespace=namespace
         )
-        review = client.V1SelfSubjectAccessReview(
-            spec=client.V1SelfSubjectAccessReviewSpec(resource_attributes=asked)
-        )
-        api: Any = client.AuthorizationV1Api(self._client)
-        answer = api.create_self_subject_access_review(review, _request_timeout=_TIMEOUT)
+        spec = client.V1SelfSubjectAccessReviewSpec(resource_attributes=asked)
+        ask = client.AuthorizationV1Api(self._client).create_self_subject_access_review
+        answer = self._call("asking", "*", ask, client.V1SelfSubjectAccessReview(spec=spec))
         return bool(answer.status.allowed)
 
     def close(self) -> None:
-        """See virtbus.integrations.Integration."""
+        """See Integration."""
         self._client.close()
 
 
@@ -396,6 +378,8 @@ def _translated(error: Exception, doing: str, node: str) -> TargetUnavailable | 
     if not isinstance(error, ApiException):
         return TargetUnavailable(f"{text}{error}")
     text += f"{error.status} {error.reason}"
+    if error.status == 409:
+        return _Conflict(text)
     if error.status == 404:
         return TargetMissing(f"{text}: there is no such node")
     if error.status in (400, 422):
@@ -403,12 +387,9 @@ def _translated(error: Exception, doing: str, node: str) -> TargetUnavailable | 
     return TargetDenied(text) if error.status in (401, 403) else TargetUnavailable(text)
 
 
-def _plain(answer: Any) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(answer.data)
-    return found
-
-
-def _facts(node: Mapping[str, Any]) -> _Node:
+def _facts(answer: Any) -> _Node:
+    """A node of a list, or the answer that holds one."""
+    node = answer if isinstance(answer, dict) else json.loads(answer.data)
     metadata, status = node["metadata"], node.get("status", {})
     return _Node(
         name=metadata["name"],
@@ -428,9 +409,9 @@ def _without(taints: Taints, key: str | None) -> Taints:
 
 
 def _details(action: Action) -> str:
-    told = {"host": action.target, "why": action.why[:1024], **{
+    details = {"host": action.target, "why": action.why[:1024], **{
         name: action.body[name] for name in ("times", "by") if action.body.get(name)
     }}  # fmt: skip
     if action.body.get("since") is not None:
-        told["since"] = utc(action.body["since"])
-    return json.dumps(told)
+        details["since"] = utc(action.body["since"])
+    return json.dumps(details)

@@ -51,16 +51,16 @@ class HealthWeigher(weights.BaseHostWeigher):  # type: ignore[misc] # Nova carri
 
     def _weigh_object(self, host_state: Any, weight_properties: Any) -> float:
         health = self._health()
-        told = health.get(host_state.host) or health.get(host_state.nodename) or {}
-        if not told:
+        found = health.get(host_state.host) or health.get(host_state.nodename) or {}
+        if not found:
             # One of them without its domain: `x.a.org` and `x.b.org` are two hosts.
             host = str(host_state.host)
             short = host.partition(".")[0]
             alike = [one for name, one in health.items() if name == short or name.partition(".")[0] == host]
-            told = alike[0] if len(alike) == 1 else {}
-        trouble = _BLAME.get(str(told.get("blame")), 0.0)
+            found = alike[0] if len(alike) == 1 else {}
+        trouble = _BLAME.get(str(found.get("blame")), 0.0)
         # A silent host is no host in trouble; whether it is up Nova knows better.
-        guests = told.get("guests", 0)
+        guests = found.get("guests", 0)
         return -trouble - (0.01 * min(guests, 50) if trouble and isinstance(guests, int) else 0.0)
 
     def _health(self) -> Mapping[str, Mapping[str, Any]]:

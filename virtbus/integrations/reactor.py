@@ -17,33 +17,14 @@ from virtbus.consumer import Consumer, Delivery
 from virtbus.envelope import uuid7
 from virtbus.errors import BusUnavailable
 from virtbus.fleet import Fleet, FleetView, HostHealth, Publishers
-from virtbus.fleet.believing import believed
 from virtbus.integrations.base import REPORT, Action, Integration
 from virtbus.integrations.holds import HoldState, Row, orphaned, renamed
 from virtbus.integrations.policy import Decision, Held, HoldPolicy
 from virtbus.integrations.store import ActionStore
-from virtbus.integrations.told import (
-    REACT,
-    ActionFailed,
-    ActionGivenUp,
-    Audited,
-    Disbelieved,
-    EventPutAside,
-    Withheld,
-)
+from virtbus.integrations.telemetry import REACT, Disbelieved, EventPutAside, Withheld
 from virtbus.integrations.worker import Worker
 from virtbus.model import Clock, Heartbeat, Now
 from virtbus.telemetry import TelemetryEvent, Trouble, emit
-
-__all__ = [
-    "ActionFailed",
-    "ActionGivenUp",
-    "Audited",
-    "Disbelieved",
-    "Reactor",
-    "Withheld",
-    "believed",
-]
 
 _BATCH = 64
 _BATCH_SECONDS = 0.05
@@ -206,27 +187,22 @@ class Reactor:
     def _store_batch(self, now: Now) -> None:
         """Effect first, ack after: what the events call for is on disk before they are acknowledged."""
         batch, self._batch = self._batch, []
-        wall = now.wall_ns / 1e9
+        if self._stored(batch, now) is not None:  # one can't be stored (a text that is not UTF-8, say)
+            for one in batch:
+                if (error := self._stored([one], now)) is not None:
+                    self._unusable(one[0], error)
+
+    def _stored(self, batch: Sequence[tuple[Delivery, Action | None]], now: Now) -> Exception | None:
+        """Store what a batch calls for and acknowledge it; the error of what can't be stored."""
+        actions = [action for _, action in batch if action is not None]
         try:
-            actions = [action for _, action in batch if action is not None]
-            stored = self._store.add(actions, wall) if actions else []
-        except _UNSTORABLE:
-            self._store_singly(batch, wall)
-            return
+            stored = self._store.add(actions, now.wall_ns / 1e9) if actions else []
+        except _UNSTORABLE as error:
+            return error
         self._worker.put(stored)
         for delivery, _ in batch:
             delivery.ack()
-
-    def _store_singly(self, batch: Sequence[tuple[Delivery, Action | None]], wall: float) -> None:
-        """One of them can't be stored (a text that is no UTF-8, say): it is put aside alone."""
-        for delivery, action in batch:
-            try:
-                stored = [] if action is None else self._store.add([action], wall)
-            except _UNSTORABLE as error:
-                self._unusable(delivery, error)
-                continue
-            self._worker.put(stored)
-            delivery.ack()
+        return None
 
     # ---- hosts
 
@@ -236,7 +212,7 @@ class Reactor:
         if not self._acts_on_hosts():
             return
         view = self.fleet.view(now)
-        REACT.fleet.show(view)
+        REACT.show_fleet(view)
         self._witness(view)
         if self._shows:
             self._show(view.hosts, now)

@@ -12,7 +12,6 @@ from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import astuple, fields, replace
 from pathlib import Path
-from typing import Any
 
 from virtbus.errors import ConfigError
 from virtbus.integrations import holds
@@ -22,7 +21,7 @@ from virtbus.integrations.holds import Change, HoldState, Row
 KEPT_ROWS = 200_000  # finished actions: what comes again is recognised by them, and the audit can be read
 HOLD_TOPIC = "hold"
 
-Entry = tuple[int, Action]  # a stored action and its number
+Stored = tuple[int, Action]  # a stored action and its number
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS actions (
@@ -124,22 +123,20 @@ class ActionStore:
 
     # ---- actions
 
-    def add(self, actions: Sequence[Action], wall: float) -> list[Entry]:
+    def add(self, actions: Sequence[Action], wall: float) -> list[Stored]:
         """Store them in one transaction; the new ones with their numbers."""
         with self._transaction() as db:
-            return [entry for action in actions if (entry := _insert(db, action, wall)) is not None]
+            return [stored for action in actions if (stored := _insert(db, action, wall)) is not None]
 
     def waiting(self) -> list[tuple[int, Action, int]]:
         """Number, action and attempts of all that is still to be done, oldest first."""
+        columns = "number, attempts, key, target, verb, why, body, topic"
         with self._lock:
-            rows = self._db.execute(
-                "SELECT number, key, target, verb, why, body, topic, attempts FROM actions"
-                " WHERE state = 'waiting' ORDER BY number"
-            ).fetchall()
-        return [
-            (number, Action(key, target, verb, why, json.loads(body), topic), attempts)
-            for number, key, target, verb, why, body, topic, attempts in rows
-        ]
+            rows = self._db.execute(f"SELECT {columns} FROM actions WHERE state = 'waiting' ORDER BY number")  # noqa: S608
+            return [
+                (number, Action(key, target, verb, why, json.loads(body), topic), attempts)
+                for number, attempts, key, target, verb, why, body, topic in rows
+            ]
 
     def is_waiting(self, number: int) -> bool:
         """False once it was replaced by a newer one."""
@@ -173,12 +170,13 @@ class ActionStore:
                 "UPDATE actions SET state = ?, result = ?, ended_at = ? WHERE number = ?",
                 [state, holds.storable(result), wall, number],
             )
-            row = None if host is None else _row(db, host)
-            if row is not None and row.state is was and becomes is not None:
-                released = (
-                    wall if becomes is HoldState.FREE and was is HoldState.RELEASING else row.released_at
+            if host is not None:
+                free = becomes is HoldState.FREE and was is HoldState.RELEASING
+                db.execute(
+                    "UPDATE holds SET state = ?, released_at = coalesce(?, released_at)"
+                    " WHERE host = ? AND state = ?",
+                    [becomes, wall if free else None, host, was],
                 )
-                _put(db, replace(row, state=becomes, released_at=released))
             self._finished += 1
             if self._finished > KEPT_ROWS:
                 cut = KEPT_ROWS // 10
@@ -196,21 +194,16 @@ class ActionStore:
         with self._lock:
             return _rows(self._db)
 
-    def held(self) -> dict[str, Row]:
-        """The hosts that we hold, or are about to, or whose release has not succeeded yet."""
-        return {host: row for host, row in self.rows().items() if row.ours}
-
-    def decide(self, row: Row, action: Action, wall: float) -> Entry | None:
+    def decide(self, row: Row, action: Action, wall: float) -> Stored | None:
         """Remember a decision and store its action, in one transaction."""
         with self._transaction() as db:
             _put(db, row)
             return _insert(db, action, wall)
 
-    def put(self, *rows: Row) -> None:
-        """Write rows as they are."""
+    def put(self, row: Row) -> None:
+        """Write a row as it is."""
         with self._transaction() as db:
-            for row in rows:
-                _put(db, row)
+            _put(db, row)
 
     def rename(self, row: Row, host: str) -> None:
         """The same hold under another name of its host; what was on its way under the old one is not done."""
@@ -264,16 +257,11 @@ class ActionStore:
         with self._lock:
             return dict(self._db.execute("SELECT host, condition FROM conditions").fetchall())
 
-    def show(self, entries: Sequence[tuple[str, str, Action]], wall: float) -> list[Entry]:
+    def show(self, entries: Sequence[tuple[str, str, Action]], wall: float) -> list[Stored]:
         """Host, condition and the action that shows it; in one transaction."""
         with self._transaction() as db:
-            out = []
-            for host, condition, action in entries:
-                db.execute("INSERT OR REPLACE INTO conditions VALUES (?, ?)", [host, condition])
-                entry = _insert(db, action, wall)
-                if entry is not None:
-                    out.append(entry)
-            return out
+            db.executemany("INSERT OR REPLACE INTO conditions VALUES (?, ?)", [one[:2] for one in entries])
+            return [stored for *_, action in entries if (stored := _insert(db, action, wall)) is not None]
 
     def witnessed(self) -> frozenset[str]:
         """Incidents that were seen to be their hosts' own; see `virtbus.fleet.Fleet.witnessed`."""
@@ -310,24 +298,14 @@ class _Owners(dict[str, str]):
 
 
 def _rows(db: sqlite3.Connection) -> dict[str, Row]:
-    return {values[0]: _made(values) for values in db.execute(_SELECT)}
-
-
-def _row(db: sqlite3.Connection, host: str) -> Row | None:
-    values = db.execute(f"{_SELECT} WHERE host = ?", [host]).fetchone()
-    return None if values is None else _made(values)
-
-
-def _made(values: Sequence[Any]) -> Row:
-    host, state, *others = values
-    return Row(host, HoldState(state), *others)
+    return {host: Row(host, HoldState(state), *others) for host, state, *others in db.execute(_SELECT)}
 
 
 def _put(db: sqlite3.Connection, row: Row) -> None:
     db.execute(_PUT, astuple(row))
 
 
-def _insert(db: sqlite3.Connection, action: Action, wall: float) -> tuple[int, Action] | None:
+def _insert(db: sqlite3.Connection, action: Action, wall: float) -> Stored | None:
     if action.topic:
         db.execute(
             "UPDATE actions SET state = 'replaced', ended_at = ? WHERE state = 'waiting' AND target = ?"

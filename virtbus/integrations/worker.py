@@ -21,8 +21,8 @@ from virtbus.integrations.base import (
     TargetMissing,
 )
 from virtbus.integrations.holds import Change, Finding, HoldState, Row
-from virtbus.integrations.store import HOLD_TOPIC, ActionStore, Entry
-from virtbus.integrations.told import (
+from virtbus.integrations.store import HOLD_TOPIC, ActionStore, Stored
+from virtbus.integrations.telemetry import (
     ActionFailed,
     ActionGivenUp,
     Audited,
@@ -194,7 +194,7 @@ class Worker:
             with self._changed:
                 self._changed.notify_all()
 
-    def put(self, entries: Sequence[Entry]) -> None:
+    def put(self, entries: Sequence[Stored]) -> None:
         """Execute what was stored."""
         for number, action in entries:
             self._append(number, action, 0)
@@ -272,11 +272,11 @@ class Worker:
             return None
         self._store.tried(number)
         try:
-            told = self._integration.execute(action)
+            result = self._integration.execute(action)
         except Exception as error:  # noqa: BLE001 - whatever a client library raises, the action stays stored
             return self._failed(number, action, attempts + 1, error)
-        self._settle(number, action, Result.DONE, told)
-        self._audit(action, Result.DONE, told, attempts + 1)
+        self._settle(number, action, Result.DONE, result)
+        self._audit(action, Result.DONE, result, attempts + 1)
         return None
 
     def _failed(self, number: int, action: Action, attempts: int, error: Exception) -> float | None:
@@ -300,16 +300,16 @@ class Worker:
             _line(action), Backoff(f"react {name}", ceiling=RETRY_CEILING_SECONDS)
         )
         wait = backoff.next_wait()
-        told = round(wait, 3)
+        seconds = round(wait, 3)
         if refused:
-            self._tell(ReleaseRefused(name, action.target, action.why, attempts, told, error))
+            self._tell(ReleaseRefused(name, action.target, action.why, attempts, seconds, error))
         elif missing:
             self._tell(TargetAwaited(name, action.target, error))
         else:
-            self._tell(ActionFailed(name, action.verb, action.target, attempts, told, action.key, error))
+            self._tell(ActionFailed(name, action.verb, action.target, attempts, seconds, action.key, error))
         return wait
 
-    def _settle(self, number: int, action: Action, result: Result, told: str) -> None:
+    def _settle(self, number: int, action: Action, result: Result, text: str) -> None:
         """Bookkeeping: the action and what it means for the hold, in one transaction."""
         state = "done" if result in (Result.DONE, Result.MISSING) else "refused"
         wall = self._clock().wall_ns / 1e9
@@ -320,14 +320,14 @@ class Worker:
             if becomes is HoldState.LEFT:
                 self._leave_alone(action.target)
             self._store.finish(
-                number, state, told, wall, host=action.target, was=HoldState.HOLDING, becomes=becomes
+                number, state, text, wall, host=action.target, was=HoldState.HOLDING, becomes=becomes
             )
         elif action.verb == RELEASE:
             self._store.finish(
-                number, state, told, wall, host=action.target, was=HoldState.RELEASING, becomes=HoldState.FREE
+                number, state, text, wall, host=action.target, was=HoldState.RELEASING, becomes=HoldState.FREE
             )
         else:
-            self._store.finish(number, state, told, wall)
+            self._store.finish(number, state, text, wall)
 
     def _audit(self, action: Action, outcome: Result, result: str | None, attempts: int) -> None:
         name = self._integration.name

@@ -57,26 +57,16 @@ _CLOSE_SECONDS = 5.0  # for dead letters that are under way
 _REMEMBERED = 10_000  # retries that are resumed after a reconnection
 
 
-class MessageTooLarge(
-    TelemetryEvent,
-    level="warning",
-    message="a message is too large for an event; rejected into the dead letters",
-    every=10,
-):
-    """A message that is larger than any event was rejected; the broker has dead-lettered it."""
+class MessageTooLarge(TelemetryEvent, level="warning", every=10):
+    """a message is too large for an event; rejected into the dead letters"""
 
     queue: str
     size_bytes: int
     publisher: str | None
 
 
-class GroupRepaired(
-    TelemetryEvent,
-    level="error",
-    message="the group was cut off from its exchange and is bound again; events in between did not reach it: "
-    "see the gap check, or wait for a round of heartbeats",
-):
-    """Somebody deleted what the group stands on; it was declared and bound again."""
+class GroupRepaired(TelemetryEvent, level="error"):
+    """the group was cut off from its exchange and is bound again; events in between did not reach it"""
 
     queue: str
     what: str

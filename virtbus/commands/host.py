@@ -1,8 +1,10 @@
-"""`virtbus print unit`: a hardened systemd unit for hosts without Kubernetes."""
+"""`virtbus print unit` and `virtbus agent-id`: what a host needs before the agent's first start."""
 
 from __future__ import annotations
 
 import math
+import os
+import pwd
 import re
 import shutil
 import sys
@@ -11,11 +13,9 @@ from typing import Any, TextIO
 
 import click
 
-from virtbus.commands.options import (
-    common,
-    load,
-)
-from virtbus.errors import ConfigError
+from virtbus.agent.identity import is_of_another_machine, load_agent_id, read_agent_id
+from virtbus.commands.common import common, load, state_dir
+from virtbus.errors import ConfigError, InputMissing, SpoolFull
 
 WATCHDOG_SECONDS = 5  # libvirtd 9.0 bears a listener that is frozen for so long at 4,000 errors a second
 
@@ -115,21 +115,13 @@ def unit(
     if not re.fullmatch(r"/[^\s%\"'\\$]*", path):
         raise ConfigError(f"{path!r} is not a plain absolute path; name the program with --command")
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]{0,30}", user):  # systemd.exec(5), User=
-        raise ConfigError(f"{user!r} is not the name of a user; name one with --user")
-    stop = math.ceil(drain_seconds) + 20
-    credential = "" if packaged else _CREDENTIAL
+        raise ConfigError(f"{user!r} is not a user name; name one with --user")
     if not packaged:
         out.write(_BY_HAND.format(user=user))
-    out.write(
-        _UNIT.format(
-            user=user,
-            command=path,
-            drain=drain_seconds,
-            stop=stop,
-            credential=credential,
-            watchdog=WATCHDOG_SECONDS,
-        )
-    )
+    out.write(_UNIT.format(
+        user=user, command=path, drain=drain_seconds, stop=math.ceil(drain_seconds) + 20,
+        credential="" if packaged else _CREDENTIAL, watchdog=WATCHDOG_SECONDS,
+    ))  # fmt: skip
 
 
 def _this_program() -> str:
@@ -139,11 +131,8 @@ def _this_program() -> str:
     return shutil.which("virtbus") or "/usr/bin/virtbus"
 
 
-# ------------------------------------------------------------------------------- the command line
-
-
 @click.group("print")
-def command() -> None:
+def print_group() -> None:
     """Print files for the host that virtbus runs on.
 
     \b
@@ -151,7 +140,7 @@ def command() -> None:
     """
 
 
-@command.command("unit")
+@print_group.command("unit")
 @common
 @click.option("--user", default="virtbus", show_default=True, help="The user it runs as.")
 @click.option("--command", "program", metavar="PATH", help="The program [default: this one].")
@@ -161,5 +150,53 @@ def unit_command(user: str, program: str | None, **options: Any) -> None:
     \b
     Example: virtbus print unit > /etc/systemd/system/virtbus.service
     """
-    drain = load(options).config.drain_seconds
-    unit(sys.stdout, user=user, command=program, drain_seconds=drain)
+    unit(sys.stdout, user=user, command=program, drain_seconds=load(options).config.drain_seconds)
+
+
+@click.command("agent-id")
+@common
+@state_dir
+@click.option("--create", is_flag=True, help="Make the id, and its folder, where there is none yet.")
+@click.option("--user", default="virtbus", show_default=True,
+              help="Owner of a folder that root makes with --create.")  # fmt: skip
+def agent_id_command(create: bool, user: str, **options: Any) -> None:
+    """Print the agent's id, which its routing keys and broker permissions name.
+
+    With --create it is there before the agent's first start, so that its permissions can be, too.
+
+    \b
+    Example: virtbus agent-id --create
+    """
+    folder = Path(load(options).config.state_dir)
+    if create and is_of_another_machine(folder):
+        raise ConfigError(
+            f"{folder}/agent-id was made on another machine (a cloned disk?), so the agent will not use it; "
+            f"start the agent, which tells so in a gap event, or delete {folder} if nothing in it is needed"
+        )
+    found = read_agent_id(folder) or (_create(folder, user) if create else None)
+    if found is None:
+        raise InputMissing(f"{folder}/agent-id holds no id, or can't be read; make one with --create")
+    click.echo(found)
+
+
+def _create(folder: Path, user: str) -> str:
+    """A new id in `folder`, which belongs to `user` when root makes it."""
+    os.umask(0o077)
+    try:
+        if not folder.exists():
+            folder.mkdir(mode=0o700, parents=True)
+            if os.geteuid() == 0:
+                account = pwd.getpwnam(user)
+                os.chown(folder, account.pw_uid, account.pw_gid)
+        found, _ = load_agent_id(folder)
+        if os.geteuid() == 0:
+            owner = folder.stat()
+            os.chown(folder / "agent-id", owner.st_uid, owner.st_gid, follow_symlinks=False)
+    except KeyError:
+        folder.rmdir()
+        raise ConfigError(f"there is no user {user!r}; name the agent's user with --user") from None
+    except OSError as error:
+        raise SpoolFull(
+            f"{folder} can't be written: {error.strerror}; run it as root, or as the agent's user"
+        ) from error
+    return found

@@ -1,46 +1,55 @@
-"""What follows from the schemas: the AsyncAPI 3 document and the field tables of docs/events.md.
+"""Write what the documents take from the code: `python docs/generate.py [--check]`.
 
-Nothing of it is a second truth: all of it is made from the schemas, and a test says when a copy is stale.
+asyncapi.json and the tables of events.md come from the schemas, configuration.md from the settings' model.
+With `--check` nothing is written; it ends with 1 when a document is stale.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from virtbus import schema
 from virtbus.bus import BusOptions
+from virtbus.commands.settings import settings, toml
 from virtbus.envelope import CONTENT_TYPE, ROUTING_WORDS, STRUCTURED_CONTENT_TYPE
-from virtbus.errors import InputMissing, SchemaError
+from virtbus.errors import SchemaError
 
+DOCS = Path(__file__).resolve().parent
 _MARKER = re.compile(r"<!-- generated: (?P<name>[\w.]+) -->\n.*?<!-- end -->", re.DOTALL)
 # AsyncAPI's schema object is draft-07: it has no $defs, and these keywords mean something else there.
 _LEFT_OUT = {"$schema", "$id", "$defs", "examples"}
 
 
-def asyncapi(out: TextIO) -> None:
-    """Print the AsyncAPI document."""
-    out.write(json.dumps(asyncapi_document(), indent=2, ensure_ascii=False) + "\n")
+def main() -> int:
+    """Write each document that is stale, or with --check name it; the exit code."""
+    stale = 0
+    for name, text in documents().items():
+        path = DOCS / name
+        if path.read_text(encoding="utf-8") == text:
+            continue
+        stale = 1
+        print(
+            f"{path.name} is stale: run `python docs/generate.py`"
+            if "--check" in sys.argv
+            else f"{path.name} written"
+        )
+        if "--check" not in sys.argv:
+            path.write_text(text, encoding="utf-8")
+    return stale if "--check" in sys.argv else 0
 
 
-def reference(out: TextIO, *, page: Path | None = None) -> None:
-    """Print every generated block, or renew the blocks of a page between its markers."""
-    if page is None:
-        for name, block in blocks().items():
-            out.write(f"<!-- generated: {name} -->\n{block}<!-- end -->\n\n")
-        return
-    try:
-        before = page.read_text(encoding="utf-8")
-        after = renewed(before)
-        if after != before:
-            page.write_text(after, encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise InputMissing(f"can't renew {page}: {why}; name the page to renew") from error
-    out.write(f"{page} {'was fresh' if after == before else 'renewed'}\n")
+def documents() -> dict[str, str]:
+    """The text of each document, by its name in this folder."""
+    return {
+        "asyncapi.json": json.dumps(asyncapi_document(), indent=2, ensure_ascii=False) + "\n",
+        "events.md": renewed((DOCS / "events.md").read_text(encoding="utf-8")),
+        "configuration.md": "\n".join(configuration()) + "\n",
+    }
 
 
 # --------------------------------------------------------------------------------------------- AsyncAPI
@@ -82,10 +91,7 @@ def asyncapi_document() -> dict[str, Any]:
                 "title": "AMQP 0-9-1 topic exchange",
                 "description": f"Exchange {names.exchange}; the address is the routing key.",
                 "parameters": {
-                    "word": {
-                        "description": "What the event is.",
-                        "enum": list(ROUTING_WORDS.values()),
-                    },
+                    "word": {"description": "What the event is.", "enum": list(ROUTING_WORDS.values())},
                     "agent": {"description": "The agent's id, a UUID."},
                     "domain": {"description": "The domain's UUID; - for gap and heartbeat."},
                 },
@@ -295,3 +301,41 @@ _OPEN = "; the words of this version are listed in x-known-values."
 
 def _cell(text: str) -> str:
     return re.sub(r"<([^>]*)>", r"`<\1>`", text.replace("|", "\\|").replace(_OPEN, "."))
+
+
+# ------------------------------------------------------------------------------------- docs/configuration.md
+
+
+def configuration() -> Iterator[str]:
+    """The page docs/configuration.md: a table a section, a row a setting."""
+    yield "# Configuration reference"
+    yield ""
+    yield "Written by `docs/generate.py`; do not edit. A flag wins over the environment, that over"
+    yield "the file `/etc/virtbus/virtbus.toml`, that over the default. `virtbus config sample` prints all"
+    yield "of this as a commented file, `virtbus config show` what is in force and where each value comes"
+    yield "from, and `virtbus config check` every problem with its place. In the environment `bus.url` is"
+    yield "`VIRTBUS_BUS__URL`: two underscores for each dot."
+    section = None
+    for each in settings():
+        if each.section != section:
+            section = each.section
+            yield ""
+            yield f"## {f'[{section}]' if section else 'Top level'}"
+            yield ""
+            if section:
+                yield f"{each.purpose.rstrip('.')}."
+                yield ""
+            yield "| setting | takes | default | |"
+            yield "|---|---|---|---|"
+        takes = each.type + (f", {each.bounds}" if each.bounds else "")
+        default = "" if each.default is None else f"`{toml(each.default)}`"
+        says = each.says if each.example is None else f"{each.says}; for example `{toml(each.example)}`"
+        yield f"| `{each.name}` | {_bar(takes)} | {_bar(default)} | {_bar(says)} |"
+
+
+def _bar(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
