@@ -7,7 +7,8 @@ from xml.etree import ElementTree
 
 from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.envelope import uuid7
-from virtbus.model import Description, Domain, DomainResumed, Event, Host, Now, RawIoError, Record
+from virtbus.model import Domain, Event, Host, Now, Record
+from virtbus.observations import Description, DomainResumed, RawIoError
 from virtbus.sources import domain_xml
 from virtbus.testing import a_host, a_record
 from virtbus.words import GuestState

@@ -22,7 +22,7 @@ from datetime import UTC, datetime, timedelta
 from threading import Event as StopEvent
 from typing import Any, TypeVar
 
-from virtbus import envelope, model, words
+from virtbus import envelope, model, observations, words
 from virtbus.bus import DeadLetters, Feed, Memory
 from virtbus.bus.subscription import Item, LineSubscription
 from virtbus.errors import BusUnavailable
@@ -157,9 +157,11 @@ def a_heartbeat() -> model.Heartbeat:
     )
 
 
-def a_raw_io_error(**overrides: Any) -> model.RawIoError:
+def a_raw_io_error(**overrides: Any) -> observations.RawIoError:
     """Libvirt's callback as the source hands it over."""
-    made = model.RawIoError(DOMAIN_UUID, "web-1", 1, "disk0", "virtio-disk0", 1, words.ENOSPC, to_ns(MOMENT))
+    made = observations.RawIoError(
+        DOMAIN_UUID, "web-1", 1, "disk0", "virtio-disk0", 1, words.ENOSPC, to_ns(MOMENT)
+    )
     return made._replace(**overrides)
 
 
@@ -295,26 +297,26 @@ class FakeSource:
 
     def __init__(
         self,
-        script: Iterable[model.Observation] = (),
+        script: Iterable[observations.Observation] = (),
         *,
         host: model.Host | None = None,
-        descriptions: Mapping[str, model.Description] | None = None,
+        descriptions: Mapping[str, observations.Description] | None = None,
     ) -> None:
         """`descriptions` by domain UUID are what `describe` knows."""
         self.host = host or a_host()
         self.descriptions = dict(descriptions or {})
         self._script = list(script)
-        self._more: queue.SimpleQueue[model.Observation] = queue.SimpleQueue()
+        self._more: queue.SimpleQueue[observations.Observation] = queue.SimpleQueue()
         self.running = threading.Event()
 
-    def play(self, *observations: model.Observation) -> None:
+    def play(self, *observations: observations.Observation) -> None:
         """Observe these too; from any thread."""
         for observation in observations:
             self._more.put(observation)
 
     def run(self, sink: Sink, stop: StopEvent) -> None:
         """See virtbus.sources.Source."""
-        if not self._script or not isinstance(self._script[0], model.SourceReady):
+        if not self._script or not isinstance(self._script[0], observations.SourceReady):
             sink(self.snapshot())
         for observation in self._script:
             sink(observation)
@@ -325,13 +327,13 @@ class FakeSource:
             except queue.Empty:
                 continue
 
-    def describe(self, domain_uuid: str) -> model.Description | None:
+    def describe(self, domain_uuid: str) -> observations.Description | None:
         """See virtbus.sources.Source."""
         return self.descriptions.get(domain_uuid)
 
-    def snapshot(self) -> model.SourceReady:
+    def snapshot(self) -> observations.SourceReady:
         """See virtbus.sources.Source."""
-        return model.SourceReady(host=self.host, at_ns=time.time_ns(), domains=())
+        return observations.SourceReady(host=self.host, at_ns=time.time_ns(), domains=())
 
     def probe(self) -> Sequence[model.Check]:
         """See virtbus.sources.Source."""

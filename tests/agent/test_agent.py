@@ -22,17 +22,8 @@ from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.agent.queue import IntakeQueue
 from virtbus.envelope import uuid7
 from virtbus.errors import BusUnavailable, SourceDenied, SpoolFull
-from virtbus.model import (
-    Confirmed,
-    Deferred,
-    DomainGone,
-    IoError,
-    Refused,
-    SourceLost,
-    SourceReady,
-    Unroutable,
-    to_ns,
-)
+from virtbus.model import Confirmed, Deferred, IoError, Refused, Unroutable, to_ns
+from virtbus.observations import DomainGone, SourceLost, SourceReady
 from virtbus.spool import Spool, SpoolLimits
 from virtbus.telemetry import METRICS
 from virtbus.testing import FakeBus, FakeSource, a_host, a_raw_io_error, no_waiting
@@ -232,11 +223,11 @@ def test_a_disk_that_fails_shows_before_the_first_error_needs_it(house, monkeypa
     monkeypatch.setattr("virtbus.spool.committing.ALIVE_SECONDS", 0.1)
     broken = threading.Event()
 
-    def grant(self, wall_ns):
+    def grant(self):
         if broken.is_set():
             raise sqlite3.OperationalError("disk I/O error")
 
-    monkeypatch.setattr("virtbus.spool.committing.IntakeSide._grant_wishes", grant)
+    monkeypatch.setattr("virtbus.spool.committing.Committer._grant", grant)
     one = house()
     one.wait("gap")
     wait_until(lambda: one.agent.not_ready() == [])

@@ -16,14 +16,13 @@ from tests.sources.simulated import SimulatedHost
 from tests.sources.test_observer import OPTIONS
 from virtbus.agent.agent import Agent, AgentOptions
 from virtbus.agent.incidents import IncidentLimits, Incidents
-from virtbus.agent.publisher import _SpoolFeed
+from virtbus.agent.publisher import Publisher
 from virtbus.errors import RestartNeeded, SpoolFull
-from virtbus.model import (
+from virtbus.model import Host, Now
+from virtbus.observations import (
     CallbackLost,
     DomainState,
-    Host,
     HostKnown,
-    Now,
     SourceGone,
     SourceLost,
     SourceReady,
@@ -155,8 +154,8 @@ class Observed:
 
 @pytest.fixture
 def observed(tmp_path, monkeypatch):
-    monkeypatch.setattr("virtbus.sources.witness.PROVE_SECONDS", 0.05)
-    monkeypatch.setattr("virtbus.sources.witness.QUIET_SECONDS", 0.05)
+    monkeypatch.setattr("virtbus.sources.crew.PROVE_SECONDS", 0.05)
+    monkeypatch.setattr("virtbus.sources.crew.QUIET_SECONDS", 0.05)
     one = Observed(tmp_path / "state")
     one.agent.start()
     one.wait("gap")
@@ -494,9 +493,13 @@ def test_a_proof_of_another_connection_speaks_for_that_one_alone(tmp_path):
 
 def test_a_reload_of_the_heartbeats_interval_counts_from_now():
     interval = [3600.0]
-    feed = _SpoolFeed(None, None, None, lambda: interval[0])
+    publisher = Publisher(
+        spool=None, bus=None, taps=None, heartbeat=None, heartbeat_seconds=lambda: interval[0],
+        drain_seconds=None, abort=None, bus_name="bus",
+    )  # fmt: skip
+    publisher.heartbeat_in()
     interval[0] = 60.0
-    assert feed.heartbeat_in() <= 60.0
+    assert publisher.heartbeat_in() <= 60.0
 
 
 def test_an_old_proof_does_not_bring_back_a_connection_that_has_ended(house):

@@ -17,7 +17,7 @@ from virtbus import telemetry
 from virtbus.agent.agent import Agent, AgentOptions
 from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.envelope import uuid7
-from virtbus.model import RawIoError
+from virtbus.observations import RawIoError
 from virtbus.sources import Sink
 from virtbus.spool import Spool, SpoolLimits
 from virtbus.testing import AGENT_ID, FakeBus, FakeSource

@@ -76,13 +76,13 @@ def injected(url: str, folder: Path, *, seconds: float = 9.0) -> bool:
         options=AgentOptions(heartbeat_seconds=1.0),
         clock=clock,
     )
-    heartbeat = agent.condition.heartbeat
+    heartbeat = agent.heartbeat
 
     def beat() -> Any:
         beats.append(time.monotonic())
         return heartbeat()
 
-    agent.condition.heartbeat = beat  # type: ignore[method-assign]
+    agent.heartbeat = beat  # type: ignore[method-assign]
     agent.start()
     while not agent.intake.opened.is_set():
         time.sleep(0.01)

@@ -16,7 +16,7 @@ from virtbus.agent.agent import Agent, AgentOptions
 from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.envelope import uuid7
 from virtbus.errors import BusUnavailable
-from virtbus.model import DomainState, RawIoError, SourceReady
+from virtbus.observations import DomainState, RawIoError, SourceReady
 from virtbus.sources import Sink
 from virtbus.spool import Spool, SpoolLimits
 from virtbus.testing import AGENT_ID, FakeBus, FakeSource

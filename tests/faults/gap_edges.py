@@ -25,7 +25,8 @@ from virtbus.agent.agent import Agent, AgentOptions
 from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.bus import BusOptions, open_bus
 from virtbus.envelope import uuid7
-from virtbus.model import Check, Clock, Description, RawIoError, SourceReady, SourceSeen
+from virtbus.model import Check, Clock
+from virtbus.observations import Description, RawIoError, SourceReady, SourceSeen
 from virtbus.sources import Sink
 from virtbus.spool import Spool, SpoolLimits
 from virtbus.telemetry import configure

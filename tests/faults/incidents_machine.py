@@ -14,20 +14,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from virtbus.agent.incidents import IncidentLimits, Incidents
-from virtbus.model import (
+from virtbus.model import Device, Domain, Evidence, Host, IoError, IoErrorResolved, Now
+from virtbus.observations import (
     Burst,
     Description,
-    Device,
     DeviceRemoved,
-    Domain,
     DomainGone,
     DomainResumed,
     DomainState,
-    Evidence,
-    Host,
-    IoError,
-    IoErrorResolved,
-    Now,
     RawIoError,
     SourceLost,
     SourceReady,

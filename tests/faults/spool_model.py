@@ -20,8 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from tests.faults.spool_kit import Book, HandClock, crash, gap, invalid, io_error, open_spool, resolved
 from virtbus import telemetry
 from virtbus.model import Confirmed, Deferred, Record, Refused, Unroutable
-from virtbus.spool import SpoolLimits
-from virtbus.spool import requests as wishes
+from virtbus.spool import SpoolLimits, requests
 from virtbus.words import Phase
 
 DOMAINS = st.integers(0, 4)
@@ -149,11 +148,11 @@ class SpoolMachine(RuleBasedStateMachine):
         self.folder = self.root / str(self.starts)
         self._open()
 
-    @rule(action=st.sampled_from([wishes.RETRY, wishes.DROP]), table=st.sampled_from(["events", "dead"]))
+    @rule(action=st.sampled_from([requests.RETRY, requests.DROP]), table=st.sampled_from(["events", "dead"]))
     def an_operator_wishes(self, action: str, table: str) -> None:
         db = sqlite3.connect(self.folder / "spool.db", isolation_level=None)
         rows = [row for (row,) in db.execute(f"SELECT position FROM {table} ORDER BY position LIMIT 3")]
-        wishes.wish(db, action, rows)
+        requests.submit(db, action, rows)
         db.close()
 
     @invariant()

@@ -10,7 +10,7 @@
 `node.pods` is what an agent looks into, /var/lib/kubelet/pods of a real node: below it each pod's socket is
 `<pod uid>/volumes/kubernetes.io~empty-dir/libvirt-runtime/virtqemud-sock`. All daemons run in session mode
 under one uid, as for guests that don't run as root. Where virtqemud can't be built, this machine's libvirtd
-stands in, in session mode, and says so; VIRTBUS_KUBEVIRT_DAEMON=libvirtd asks for that.
+stands in, in session mode, and says so; LAB_KUBEVIRT_DAEMON=libvirtd asks for that.
 
 That path is longer than the 107 bytes that a Unix socket's address holds, on a real node too (121 bytes): the
 daemon binds it by a short name of its pod's own mount namespace, and whoever connects from outside needs a
@@ -39,8 +39,8 @@ STAND_IN = Daemon("libvirtd", "libvirt", user=SESSION_USER)
 
 def daemon() -> tuple[Path | None, Daemon]:
     """The root folder and the daemon of a node: virtqemud, or what stands in for it."""
-    why = "VIRTBUS_KUBEVIRT_DAEMON asks for it"
-    if os.environ.get("VIRTBUS_KUBEVIRT_DAEMON") != STAND_IN.name:
+    why = "LAB_KUBEVIRT_DAEMON asks for it"
+    if os.environ.get("LAB_KUBEVIRT_DAEMON") != STAND_IN.name:
         lacks = chroot.missing()
         try:
             if not lacks:

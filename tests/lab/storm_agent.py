@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from virtbus.agent.writer import Writer
+from virtbus.agent.intake import Writer
 from virtbus.cli import main
 from virtbus.telemetry import METRICS
 

@@ -15,7 +15,7 @@ from tests.conftest import need
 from tests.lab.kubevirt import Node, Pod, connectable
 from tests.lab.lab import PAUSED_IOERROR, RUNNING, missing
 from tests.sources.simulated import Seen
-from virtbus.model import RawIoError, SourceLost, SourceReady
+from virtbus.observations import RawIoError, SourceLost, SourceReady
 from virtbus.sources import SourceOptions
 from virtbus.sources.libvirt import LibvirtSource
 

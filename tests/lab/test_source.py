@@ -28,7 +28,7 @@ from tests.lab.lab import (
     wait_until,
 )
 from tests.sources.simulated import Seen
-from virtbus.model import (
+from virtbus.observations import (
     Burst,
     Description,
     DeviceRemoved,

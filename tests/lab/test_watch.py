@@ -12,7 +12,7 @@ from tests.lab.lab import PAUSED_IOERROR, Lab, wait_until
 from tests.sources.simulated import Seen
 from virtbus.commands import watch
 from virtbus.errors import SourceUnavailable
-from virtbus.model import Burst
+from virtbus.observations import Burst
 from virtbus.sources.replay import FULL_SPEED, ReplaySource
 
 

@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 
 from tests.sim.runtime import Process, Scheduler, Virtual
 from virtbus.errors import SourceUnavailable
-from virtbus.model import Hypervisor, RawIoError
+from virtbus.model import Hypervisor
+from virtbus.observations import RawIoError
 from virtbus.sources.link import (
     ACTION_PAUSE,
     ACTION_REPORT,

@@ -23,7 +23,8 @@ from virtbus.integrations.base import (
     NotOurs,
     TargetMissing,
 )
-from virtbus.model import Confirmed, Deferred, Message, RawIoError, Record
+from virtbus.model import Confirmed, Deferred, Message, Record
+from virtbus.observations import RawIoError
 from virtbus.sources.link import PAUSED, Connector, NoSuchDomain
 from virtbus.testing import ListFeed, a_domain, a_record, an_io_error
 

@@ -31,17 +31,8 @@ from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.agent.tap import Taps
 from virtbus.bus.amqp.wire import WireConnection, _with_readable_key
 from virtbus.errors import ConfigError, InputMissing, SchemaError
-from virtbus.model import (
-    Binding,
-    DeviceRemoved,
-    DomainResumed,
-    DomainState,
-    Host,
-    Message,
-    Now,
-    RawIoError,
-    SourceReady,
-)
+from virtbus.model import Binding, Host, Message, Now
+from virtbus.observations import DeviceRemoved, DomainResumed, DomainState, RawIoError, SourceReady
 from virtbus.sources import domain_xml
 from virtbus.telemetry import METRICS
 from virtbus.testing import a_gap, a_heartbeat, a_resolved, a_stamp, an_io_error

@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from virtbus.errors import SourceUnavailable
-from virtbus.model import Hypervisor, Observation, RawIoError
+from virtbus.model import Hypervisor
+from virtbus.observations import Observation, RawIoError
 from virtbus.sources.link import (
     ACTION_PAUSE,
     PAUSED,

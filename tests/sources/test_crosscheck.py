@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from virtbus.model import Burst, Device, DeviceSource, ErrorPolicy, Evidence, RawIoError
+from virtbus.model import Device, DeviceSource, ErrorPolicy, Evidence
+from virtbus.observations import Burst, RawIoError
 from virtbus.sources.crosscheck import ACTION_UNKNOWN, CrossCheck, Verdict
 from virtbus.sources.evidence import FreeSpace, Look, gather, read_messages
 from virtbus.sources.link import (

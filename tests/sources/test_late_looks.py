@@ -10,7 +10,8 @@ import pytest
 from tests.sources.simulated import Guest, Seen, SimulatedHost
 from tests.sources.test_observer import OPTIONS, is_finding, observed, until
 from virtbus.agent.incidents import IncidentLimits, Incidents
-from virtbus.model import Burst, Clock, Event, HostKnown, IoError, IoErrorResolved, Observation, SourceReady
+from virtbus.model import Clock, Event, IoError, IoErrorResolved
+from virtbus.observations import Burst, HostKnown, Observation, SourceReady
 from virtbus.retry import no_waiting
 from virtbus.sources.link import ACTION_REPORT, PAUSED, PAUSED_IOERROR, RESUMED, RUNNING
 from virtbus.sources.observer import Observer
@@ -20,8 +21,8 @@ FOR_EVER = float("inf")
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("virtbus.sources.questions.FIRST_WAIT", 0.05)
-    monkeypatch.setattr("virtbus.sources.questions.LONGEST_WAIT", 0.1)
+    monkeypatch.setattr("virtbus.sources.lookups.FIRST_WAIT", 0.05)
+    monkeypatch.setattr("virtbus.sources.lookups.LONGEST_WAIT", 0.1)
 
 
 def paused_guest(host: SimulatedHost) -> Guest:

@@ -10,11 +10,10 @@ import pytest
 
 from tests.sources.simulated import Seen
 from virtbus.errors import ConfigError, SourceUnavailable
-from virtbus.model import SourceReady
+from virtbus.observations import SourceReady
 from virtbus.sources import SourceOptions
-from virtbus.sources.libvirt import LibvirtConnector, LibvirtSource, is_local
+from virtbus.sources.libvirt import LibvirtConnector, LibvirtSource, checks_of, is_local
 from virtbus.sources.link import HostFacts
-from virtbus.sources.probing import checks_of
 
 
 def test_the_test_driver_is_seen_with_its_one_domain() -> None:

@@ -8,8 +8,8 @@ import pytest
 
 from tests.faultkit import wait_until
 from tests.sources.simulated import SimulatedHost
-from virtbus.sources.lookups import Lookups
-from virtbus.sources.questions import Want
+from virtbus.sources.crew import Crew
+from virtbus.sources.lookups import Lookups, Want
 
 
 def test_a_question_stays_open_while_no_worker_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,7 +19,7 @@ def test_a_question_stays_open_while_no_worker_can_be_started(monkeypatch: pytes
         asked.append(uuid)
         return Want.NOTHING
 
-    lookups = Lookups(SimulatedHost(1), job, in_flight=1, deadline=10.0)
+    lookups = Lookups(SimulatedHost(1), job, Crew(), in_flight=1, deadline=10.0)
     lookups.resume()
     start = threading.Thread.start
 

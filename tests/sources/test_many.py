@@ -15,7 +15,15 @@ from tests.sources.simulated import DEADLINE, Guest, Seen, SimulatedHost
 from tests.sources.test_observer import OPTIONS, until
 from virtbus.config import Discover
 from virtbus.errors import SourceUnavailable
-from virtbus.model import DomainGone, Observation, RawIoError, SourceGone, SourceLost, SourceReady, Surveyed
+from virtbus.observations import (
+    DomainGone,
+    Observation,
+    RawIoError,
+    SourceGone,
+    SourceLost,
+    SourceReady,
+    Surveyed,
+)
 from virtbus.retry import no_waiting
 from virtbus.sources.many import KUBEVIRT, ManySource, SocketConnector, look
 
@@ -198,7 +206,7 @@ def test_questions_that_hang_on_some_connections_are_still_answered_on_the_other
     sockets: Sockets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("virtbus.sources.many.QUIET_SECONDS", 0.05)
-    monkeypatch.setattr("virtbus.sources.witness.PROVE_SECONDS", 0.05)
+    monkeypatch.setattr("virtbus.sources.crew.PROVE_SECONDS", 0.05)
     hosts = [sockets.add(f"hangs{number}") for number in range(12)]
     for host in hosts:
         host.answers.clear()

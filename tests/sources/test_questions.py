@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from virtbus.sources.questions import FIRST_WAIT, LONGEST_WAIT, Asked, Questions, Want
+from virtbus.sources.lookups import FIRST_WAIT, LONGEST_WAIT, Asked, Questions, Want
 
 BOTH = Want.DESCRIPTION | Want.TROUBLE
 

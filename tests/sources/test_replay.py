@@ -13,20 +13,14 @@ import pytest
 
 from tests.sources.simulated import Seen
 from virtbus.errors import ConfigError, InputMissing, SchemaError
-from virtbus.model import (
+from virtbus.model import Device, DeviceSource, Domain, ErrorPolicy, Host, Hypervisor, Owner
+from virtbus.observations import (
     Burst,
     Description,
-    Device,
     DeviceRemoved,
-    DeviceSource,
-    Domain,
     DomainGone,
     DomainHalted,
     DomainResumed,
-    ErrorPolicy,
-    Host,
-    Hypervisor,
-    Owner,
     RawIoError,
     SourceReady,
 )

@@ -25,7 +25,7 @@ from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.commands import watch
 from virtbus.envelope.canonical import plain
 from virtbus.errors import SourceUnavailable
-from virtbus.model import RawIoError
+from virtbus.observations import RawIoError
 from virtbus.sources import SourceOptions
 from virtbus.sources.link import ACTION_REPORT, STARTED, SUSPENDED, SUSPENDED_IOERROR
 from virtbus.sources.observer import Observer

@@ -12,7 +12,8 @@ import pytest
 from tests.sources.simulated import Seen, SimulatedHost
 from virtbus import envelope, schema
 from virtbus.agent.incidents import IncidentLimits, Incidents
-from virtbus.model import Clock, Event, IoError, Observation, Stamp
+from virtbus.model import Clock, Event, IoError, Stamp
+from virtbus.observations import Observation
 from virtbus.retry import no_waiting
 from virtbus.sources import SourceOptions
 from virtbus.sources.link import ACTION_REPORT

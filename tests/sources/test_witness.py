@@ -8,15 +8,15 @@ import pytest
 
 from tests.faultkit import wait_until
 from virtbus.errors import SourceUnavailable
-from virtbus.model import Clock, Observation, SourceSeen
-from virtbus.sources.crew import Crew
+from virtbus.model import Clock
+from virtbus.observations import Observation, SourceSeen
+from virtbus.sources.crew import Crew, Witness
 from virtbus.sources.session import Session, Shared
-from virtbus.sources.witness import Witness
 
 
 @pytest.mark.parametrize("failure", [SourceUnavailable("timed out"), MemoryError("no memory")])
 def test_a_question_that_failed_is_asked_again(monkeypatch: pytest.MonkeyPatch, failure: Exception) -> None:
-    monkeypatch.setattr("virtbus.sources.witness.PROVE_SECONDS", 0.01)
+    monkeypatch.setattr("virtbus.sources.crew.PROVE_SECONDS", 0.01)
     clock = Clock()
     told: list[Observation] = []
     woken = threading.Event()

@@ -16,7 +16,7 @@ from virtbus.agent.control import ControlSocket, ask
 from virtbus.agent.http import MAX_HTTP_PEERS, HttpServer
 from virtbus.agent.tap import TAP_BUFFER, Taps
 from virtbus.errors import AgentDenied, AgentUnavailable, ConfigError
-from virtbus.model import RawIoError
+from virtbus.observations import RawIoError
 from virtbus.telemetry import METRICS
 
 

@@ -7,29 +7,31 @@ import pytest
 
 from virtbus.agent.incidents import UNKNOWN_HOST, WHOLE_HOST, IncidentLimits, Incidents
 from virtbus.model import (
-    Burst,
-    CallbackLost,
-    Description,
     Device,
-    DeviceRemoved,
     DeviceSource,
     Domain,
-    DomainGone,
-    DomainHalted,
-    DomainResumed,
-    DomainState,
     Evidence,
     Host,
-    HostKnown,
     IoError,
     IoErrorResolved,
     Now,
     Owner,
+    to_datetime,
+)
+from virtbus.observations import (
+    Burst,
+    CallbackLost,
+    Description,
+    DeviceRemoved,
+    DomainGone,
+    DomainHalted,
+    DomainResumed,
+    DomainState,
+    HostKnown,
     RawIoError,
     SourceLost,
     SourceReady,
     SourceSeen,
-    to_datetime,
 )
 from virtbus.words import Action, Origin, Phase, Platform, Scope
 

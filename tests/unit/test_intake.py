@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from virtbus.agent.queue import BATCH_LIMIT, IntakeQueue, aggregate, callbacks_in
-from virtbus.model import (
+from virtbus.model import Now
+from virtbus.observations import (
     Burst,
     CallbackLost,
     DomainGone,
     DomainResumed,
     HostKnown,
-    Now,
     RawIoError,
     SourceLost,
     SourceReady,

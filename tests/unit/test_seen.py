@@ -2,7 +2,8 @@
 
 import pytest
 
-from virtbus.model import Now, SourceLost, SourceReady, SourceSeen
+from virtbus.model import Now
+from virtbus.observations import SourceLost, SourceReady, SourceSeen
 from virtbus.seen import ANSWER_SECONDS, MARGIN_SECONDS, Moment, SeenThrough, earliest
 from virtbus.testing import a_host
 from virtbus.words import GapReason

@@ -34,8 +34,7 @@ from tests.faults.spool_kit import (
 )
 from virtbus.errors import ConfigError, RecordRefused, SpoolBusy, SpoolCorrupt, SpoolFull
 from virtbus.model import Confirmed, Deferred, IoError, Refused, SequenceRange, Unroutable, to_datetime
-from virtbus.spool import SpoolLimits, contents, faults, files, settling
-from virtbus.spool import requests as wishes
+from virtbus.spool import SpoolLimits, faults, files, opening, requests, rescue, settling
 from virtbus.telemetry import METRICS
 from virtbus.words import Origin, Phase
 
@@ -283,7 +282,7 @@ def test_the_confirmed_sequence_is_the_end_of_the_unbroken_front(spool):
 def test_settling_waits_in_memory_while_a_commit_hangs_and_taking_does_not_wait(spool):
     spool.commit([io_error(1), io_error(2)])
     one, two = spool.take(10, NOBODY)
-    with spool._state.writing:  # as a commit whose fsync hangs: to wait for it would be for ever
+    with spool._mirror.writing:  # as a commit whose fsync hangs: to wait for it would be for ever
         spool.settle([(one, Confirmed())])
         assert spool.stats().unsettled == 1
         assert spool.take(10, NOBODY) == []
@@ -316,7 +315,7 @@ def test_closing_does_not_wait_for_a_commit_that_hangs_and_keeps_the_lock(folder
     after = open_spool(folder)
     found = records(after)
     after.close()
-    spool._intake._writer.close()
+    spool._committer._file.db.close()
     assert [(each.epoch, each.seq) for each in found] == [(spool.epoch, 1), (spool.epoch, 2)]
 
 
@@ -324,7 +323,7 @@ def test_nothing_more_is_taken_while_too_much_is_unsettled(spool, monkeypatch):
     monkeypatch.setattr(settling, "MAX_UNSETTLED", 2)
     spool.commit([io_error(number) for number in range(3)])
     taken = spool.take(2, NOBODY)
-    with spool._state.writing:
+    with spool._mirror.writing:
         spool.settle([(record, Confirmed()) for record in taken])
         assert spool.take(10, NOBODY) == []
     assert len(spool.take(10, NOBODY)) == 1
@@ -386,7 +385,7 @@ def test_a_loss_that_the_callers_own_gap_event_names_is_not_named_twice(spool):
     spool.commit([io_error(1)])
     (record,) = spool.take(10, NOBODY)
     spool.settle([(record, Refused(ValueError("no")))])
-    (loss,) = spool.take_losses()
+    (loss,) = spool._mirror.losses.values()
     spool.commit([gap("dead_letter", missing=loss.ranges, occurrences=loss.occurrences)])
     assert len(gaps_of(records(spool))) == 1
     assert spool.stats().unnamed == 0
@@ -688,7 +687,7 @@ def test_a_refusal_in_words_that_are_no_unicode_is_settled(spool):
 def test_a_fault_while_reading_gives_back_what_was_chosen(spool, monkeypatch):
     spool.commit([io_error(1), io_error(2)])
     with monkeypatch.context() as patch:
-        patch.setattr("virtbus.spool.settling.select_events", Mock(side_effect=MemoryError))
+        patch.setattr("virtbus.spool.files.read_events", Mock(side_effect=MemoryError))
         with pytest.raises(MemoryError):
             spool.take(10, NOBODY)
     assert spool.stats().in_flight == 0
@@ -754,7 +753,7 @@ def test_an_event_that_rots_does_not_give_way_under_a_wrong_number(folder, clock
 def test_an_operators_drop_leaves_an_event_that_rotted_to_be_named_as_damaged(spool, clock):
     spool.commit([gap(), io_error(1)])
     rot(spool, "seq = 1")
-    wish(spool, wishes.DROP)
+    wish(spool, requests.DROP)
     clock.pass_time(11)
     assert spool.alive(clock.wall_ns)
     found = records(spool)
@@ -828,12 +827,11 @@ def test_a_rescue_that_was_killed_is_finished_by_the_next_start(folder, tmp_path
     data = bytearray(spool.path.read_bytes())
     data[data.index(b'"name":"guest-4"') + 9] ^= 1
     spool.path.write_bytes(data)
-    from virtbus.spool import contents
 
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(contents, "_set_aside", killed)
+    monkeypatch.setattr(rescue, "_set_aside", killed)
     with pytest.raises(KeyboardInterrupt):
         open_spool(folder, clock=clock)
     monkeypatch.undo()
@@ -860,7 +858,7 @@ def test_an_unknown_major_version_is_refused_and_left_alone(folder, clock):
     open_spool(folder, clock=clock).close()
     db = sqlite3.connect(folder / "spool.db", isolation_level=None)
     db.execute("PRAGMA journal_mode=DELETE").fetchall()
-    db.execute(files.insert_sql("meta"), files.sealed("meta", ("version", "2000", b"")))
+    files.put(db, "meta", "version", "2000")
     db.execute("PRAGMA user_version=2000")
     db.close()
     before = (folder / "spool.db").read_bytes()
@@ -925,14 +923,14 @@ def test_a_migration_that_was_killed_is_done_by_the_next_start(folder, clock, mo
 def wish(spool, action, table="events"):
     db = sqlite3.connect(spool.path, isolation_level=None)
     rows = [row for (row,) in db.execute(f"SELECT position FROM {table}")]
-    wishes.wish(db, action, rows)
+    requests.submit(db, action, rows)
     db.close()
 
 
 def test_what_an_operator_drops_is_named(spool, clock):
     spool.commit([io_error(1, count=4), io_error(2)])
     (out,) = spool.take(1, NOBODY)
-    wish(spool, wishes.DROP)
+    wish(spool, requests.DROP)
     clock.pass_time(11)
     spool.alive(clock.wall_ns)
     spool.commit(())
@@ -946,7 +944,7 @@ def test_a_refused_event_can_be_sent_again_with_the_same_id(spool, clock):
     spool.commit([io_error(1)])
     (record,) = spool.take(1, NOBODY)
     spool.settle([(record, Refused(ValueError("not yet")))])
-    wish(spool, wishes.RETRY, "dead")
+    wish(spool, requests.RETRY, "dead")
     clock.pass_time(11)
     spool.alive(clock.wall_ns)
     again = [each for each in records(spool) if each.key == domain_uuid(1)]
@@ -974,8 +972,8 @@ def dead_letter_of_a_settled_run(folder, clock):
 def retry_all(folder, limit=-1):
     with closing(sqlite3.connect(folder / "spool.db", isolation_level=None)) as db:
         rows = db.execute("SELECT position FROM dead ORDER BY position LIMIT ?", (limit,)).fetchall()
-        wishes.wish(db, wishes.RETRY, [row for (row,) in rows])
-        assert sum(wishes.grant_all(db, START_NS)) == len(rows)
+        requests.submit(db, requests.RETRY, [row for (row,) in rows])
+        assert sum(requests.grant_all(db)) == len(rows)
 
 
 def test_a_dead_letter_of_a_run_long_settled_is_sent_again_over_restarts(folder, clock):
@@ -1004,28 +1002,9 @@ def test_a_run_is_forgotten_when_its_last_dead_letter_is_gone(folder, clock):
         assert epoch not in {row[0] for row in db.execute("SELECT epoch FROM runs")}
 
 
-def test_a_dead_letter_whose_run_was_forgotten_is_sent_again_and_nothing_called_missing(folder, clock):
-    stamps = dead_letter_of_a_settled_run(folder, clock)
-    with closing(sqlite3.connect(folder / "spool.db")) as db:  # as an early release left it
-        db.execute("DELETE FROM accounts WHERE slot >> 32 = (SELECT run FROM runs WHERE epoch = ?)",
-                   (stamps[0].epoch,))  # fmt: skip
-        db.execute("DELETE FROM runs WHERE epoch = ?", (stamps[0].epoch,))
-        db.commit()
-    again = []
-    for _ in range(2):
-        retry_all(folder, limit=1)
-        spool = open_spool(folder, clock=clock)
-        assert (spool.opening.damage, spool.opening.missing) == (None, ())
-        assert spool.opening.previous.epoch != stamps[0].epoch
-        again += [each.id for each in records(spool) if each.epoch == stamps[0].epoch]
-        spool.commit([gap()])
-        spool.close()
-    assert again == [stamps[2].id, stamps[5].id]
-
-
 def test_an_invalid_event_is_never_sent_even_when_asked(spool, clock):
     spool.commit([invalid()])
-    wish(spool, wishes.RETRY, "dead")
+    wish(spool, requests.RETRY, "dead")
     clock.pass_time(11)
     spool.alive(clock.wall_ns)
     assert len(gaps_of(found := records(spool))) == len(found) == 1
@@ -1033,7 +1012,7 @@ def test_an_invalid_event_is_never_sent_even_when_asked(spool, clock):
 
 def wish_on_disk(folder, action, *positions):
     with closing(sqlite3.connect(folder / "spool.db", isolation_level=None)) as db:
-        wishes.wish(db, action, positions)
+        requests.submit(db, action, positions)
 
 
 def test_a_dropped_gap_event_leaves_its_counts_and_its_interval_to_the_one_that_names_it(folder, clock):
@@ -1041,9 +1020,9 @@ def test_a_dropped_gap_event_leaves_its_counts_and_its_interval_to_the_one_that_
     dropped = replace(gap(), missing_occurrences=500, started_at=to_datetime(START_NS - 60 * 10**9))
     (stamp,) = spool.commit([dropped])
     spool.close()
-    wish_on_disk(folder, wishes.DROP, 1)
+    wish_on_disk(folder, requests.DROP, 1)
     with closing(sqlite3.connect(folder / "spool.db", isolation_level=None)) as db:
-        assert list(wishes.grant_all(db, START_NS)) == [1]
+        assert list(requests.grant_all(db)) == [1]
     clock.pass_time(5)
     spool = open_spool(folder, clock=clock)
     spool.commit(())
@@ -1060,7 +1039,7 @@ def test_a_wish_means_the_event_that_lay_there_and_not_what_takes_its_place_afte
 ):
     spool = open_spool(folder, clock=clock)
     spool.commit([io_error(1)])
-    wish_on_disk(folder, wishes.DROP, 1)
+    wish_on_disk(folder, requests.DROP, 1)
     records(spool)  # it is confirmed meanwhile
     after = crash(folder, tmp_path / "after")
     spool.close()
@@ -1153,22 +1132,24 @@ def test_a_run_that_began_later_ends_the_writing_of_an_earlier_one_whatever_the_
     second.close()
 
 
-def test_a_start_reads_again_what_was_committed_while_it_read(folder, clock, monkeypatch):
+def test_a_start_reads_what_an_earlier_agent_committed_and_shuts_it_out_meanwhile(folder, clock, monkeypatch):
     first = open_spool(folder, clock=clock)
     stamps = first.commit([io_error(1)])
-    load, late = contents.load, []
+    load, refused = opening.load, []
 
-    def commits_meanwhile(connection):
-        found = load(connection)
-        if not late:  # a commit that had begun before the lock was removed
-            late.extend(first.commit([io_error(2)]))
-            unlink_lock(folder)
-        return found
+    def commits_meanwhile(*words):
+        with pytest.raises(SpoolFull) as error:  # by one whose lock file was removed
+            first.commit([io_error(2)])
+        refused.append(str(error.value))
+        return load(*words)
 
-    monkeypatch.setattr(contents, "load", commits_meanwhile)
+    monkeypatch.setattr(opening, "load", commits_meanwhile)
     monkeypatch.setattr(files, "Lock", NoLock)
     second = open_spool(folder, clock=clock)
-    assert {record.id for record in records(second)} == {stamp.id for stamp in (*stamps, *late)}
+    assert "another program holds a lock on it" in refused[0]
+    assert [record.id for record in records(second)] == [stamp.id for stamp in stamps]
+    with pytest.raises(SpoolFull, match="another agent has begun to write here"):
+        first.commit([io_error(2)])
     second.close()
 
 

@@ -10,12 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from virtbus.model import SequenceRange
+from virtbus.model import PreviousRun, SequenceRange
 from virtbus.spool import files
-from virtbus.spool.contents import Births, GapFacts
 from virtbus.spool.draft import disk_bytes
-from virtbus.spool.index import Index
-from virtbus.spool.ledger import CHUNK, Account, count_events, mark, merge_ranges, spans, subtract_ranges
+from virtbus.spool.index import Births, Index
+from virtbus.spool.missing import (
+    CHUNK,
+    Account,
+    Missing,
+    count_events,
+    mark,
+    merge_ranges,
+    subtract_ranges,
+)
+from virtbus.words import GapReason
 
 SETS = st.sets(st.integers(1, 60))
 NOBODY = frozenset()
@@ -77,13 +85,6 @@ def test_spans_of_any_size_settle_just_their_numbers(chosen):
     assert account.finished == {n for n in range(2) if n < account.below}
 
 
-@given(SETS)
-def test_spans_are_runs_of_successive_numbers(chosen):
-    found = list(spans(chosen))
-    assert [n for first, last in found for n in range(first, last + 1)] == sorted(chosen)
-    assert all(left[1] + 1 < right[0] for left, right in pairwise(found))
-
-
 def test_an_account_keeps_no_bitmap_of_what_is_settled_to_the_end():
     account = Account(1, "e", 0, 0, last=10 * CHUNK + 5)
     account.settle(CHUNK + 1, 3 * CHUNK)
@@ -98,7 +99,7 @@ def test_an_account_keeps_no_bitmap_of_what_is_settled_to_the_end():
 def test_rows_and_names_are_no_holes():
     account = Account(1, "e", 0, 0, last=10)
     account.settle(1, 3)
-    present: dict[int, bytearray] = {}
+    present: dict[int, int] = {}
     assert mark(present, 5, 6)
     assert not mark(present, 6, 7)
     assert account.holes(present) == (SequenceRange("e", 4, 4), SequenceRange("e", 8, 10))
@@ -196,19 +197,19 @@ def test_births_are_bounded_and_never_make_a_row_older():
 
 @given(
     st.builds(
-        GapFacts,
+        Missing,
         st.lists(st.builds(SequenceRange, st.text(max_size=5), st.integers(1, 9), st.integers(1, 9))).map(
             tuple
         ),
-        st.integers(0, 9),
+        st.just(GapReason.SPOOL_FULL),
         st.integers(0, 9),
         st.none() | st.integers(0, 9),
-        st.integers(0, 9),
-        st.none() | st.tuples(st.text(max_size=5), st.integers(0, 9)),
+        found=st.integers(0, 9),
+        previous=st.none() | st.builds(PreviousRun, st.text(max_size=5), st.integers(0, 9)),
     )
 )
 def test_what_a_gap_event_names_is_read_as_it_was_written(facts):
-    assert GapFacts.parse(facts.dump()) == facts
+    assert Missing.parse(facts.dump()) == facts
 
 
 VALUES = st.none() | st.integers(-(2**62), 2**62) | st.text(max_size=8) | st.binary(max_size=8)

@@ -10,19 +10,8 @@ import pytest
 from tests.faultkit import TcpFaultProxy, wait_until
 from virtbus import envelope
 from virtbus.errors import BusUnavailable
-from virtbus.model import (
-    Binding,
-    Confirmed,
-    Deferred,
-    DomainResumed,
-    Event,
-    Message,
-    Observation,
-    Record,
-    Refused,
-    SourceReady,
-    Unroutable,
-)
+from virtbus.model import Binding, Confirmed, Deferred, Event, Message, Record, Refused, Unroutable
+from virtbus.observations import DomainResumed, Observation, SourceReady
 from virtbus.testing import (
     FakeBus,
     FakeSource,

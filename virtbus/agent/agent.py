@@ -1,6 +1,6 @@
 """The agent: three threads with a queue and a database between them.
 
-    source thread     libvirt's callbacks → Intake queue (folds when long)
+    source thread     libvirt's callbacks → queue (folds when long)
     intake thread     queue → incidents → ONE spool transaction        <== the durability point
     publisher thread  spool → bus → outcomes → spool
 
@@ -14,37 +14,33 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from virtbus import __version__
-from virtbus.agent.condition import Condition
+from virtbus import __version__, envelope
 from virtbus.agent.control import Drill
+from virtbus.agent.identity import Speaker
 from virtbus.agent.incidents import Incidents
 from virtbus.agent.intake import Intake
 from virtbus.agent.publisher import Publisher
 from virtbus.agent.queue import IntakeQueue
-from virtbus.agent.speaker import Speaker
 from virtbus.agent.tap import Taps
 from virtbus.bus import Bus
 from virtbus.errors import AgentBroken, VirtbusError
 from virtbus.model import (
-    Burst,
+    Backlog,
     Clock,
-    DomainGone,
+    Heartbeat,
     Host,
     Now,
-    RawIoError,
-    SourceLost,
+    OpenIncidents,
+    Record,
+    SourceHealth,
+    Stamp,
+    to_datetime,
 )
+from virtbus.observations import Burst, DomainGone, RawIoError, SourceLost
 from virtbus.retry import Backoff
 from virtbus.sources import Source
 from virtbus.spool import Spool
-from virtbus.telemetry import (
-    AgentStarted,
-    AgentStopped,
-    DrillAsked,
-    ThreadDied,
-    Trouble,
-    emit,
-)
+from virtbus.telemetry import METRICS, AgentStarted, AgentStopped, DrillAsked, ThreadDied, Trouble, emit
 from virtbus.words import Origin, ResolutionCause
 
 
@@ -71,17 +67,20 @@ class Agent:
         options: AgentOptions = AgentOptions(),
         previous_agent_id: str | None = None,
         clock: Callable[[], Now] | None = None,
-        taps: Taps | None = None,
         bus_name: str = "bus",
         identify: Callable[[Host], str | None] = lambda host: None,
     ) -> None:
-        """`identify` takes the host that libvirt names → a new agent id when the present one is another's."""
+        """`identify` takes the host that libvirt names → a new agent id when the present one is another's.
+
+        A reload may replace `options`.
+        """
         self.source, self.bus, self.spool, self.incidents = source, bus, spool, incidents
         self.options = options
-        self.taps = taps or Taps()
+        self.taps = Taps()
         self.queue = IntakeQueue()
         self.speaker = Speaker(agent_id, spool, previous_id=previous_agent_id, identify=identify)
         self._clock = clock or Clock()
+        self._bus_name = bus_name
         self._stop = threading.Event()  # stop observing
         self._abort = threading.Event()  # stop at once
         self._threads: dict[str, threading.Thread] = {}
@@ -99,20 +98,11 @@ class Agent:
             abort=self._abort,
             fail=self.fail,
         )
-        self.condition = Condition(
-            spool=spool,
-            incidents=incidents,
-            intake=self.intake,
-            speaker=self.speaker,
-            clock=self._clock,
-            heartbeat_seconds=lambda: self.options.heartbeat_seconds,
-            bus_name=bus_name,
-        )
         self.publisher = Publisher(
             spool=spool,
             bus=bus,
             taps=self.taps,
-            heartbeat=lambda: self.condition.heartbeat(),  # noqa: PLW0108 - looked up late: tests replace it
+            heartbeat=lambda: self.heartbeat(),  # noqa: PLW0108 - looked up late: tests replace it
             heartbeat_seconds=lambda: self.options.heartbeat_seconds,
             drain_seconds=lambda: self.options.drain_seconds,
             abort=self._abort,
@@ -131,15 +121,15 @@ class Agent:
         """Restore the open incidents and start the threads."""
         started = round(self.intake.started.wall_ns / 1e9, 3)
         emit(AgentStarted(__version__, self.agent_id, self.spool.epoch, started))
-        self.condition.bind_gauges()
+        self._bind_gauges()
         self.intake.restore()
-        for name, target in (
+        for name, work in (
             ("source", self._observe),
             ("intake", self._take_in),
             ("publisher", self._publish),
         ):
             thread = threading.Thread(
-                target=self._work, args=(name, target), name=f"virtbus-{name}", daemon=True
+                target=self._work, args=(name, work), name=f"virtbus-{name}", daemon=True
             )
             self._threads[name] = thread
             thread.start()
@@ -166,19 +156,17 @@ class Agent:
         Raises the error that ended the agent, if one did (SourceDenied).
         """
         deadline = self._clock().monotonic + self.options.drain_seconds + 5.0
-        for name in ("source", "intake", "publisher"):
-            thread = self._threads.get(name)
+        for name, thread in self._threads.items():
             # libvirt may be frozen inside a call; the source's thread must not hold up the drain.
             limit = 2.0 if name == "source" else max(0.1, deadline - self._clock().monotonic)
-            while thread is not None and thread.is_alive() and limit > 0:
+            while thread.is_alive() and limit > 0:
                 if self._abort.is_set():
                     limit = min(limit, 1.0)  # long enough to leave the spool in order
                 thread.join(0.1)
                 limit -= 0.1
         self.bus.close()
-        publisher = self._threads.get("publisher")
-        if publisher is not None:
-            publisher.join(2.0)  # closing the bus ends what it was waiting for
+        if "publisher" in self._threads:
+            self._threads["publisher"].join(2.0)  # closing the bus ends what it was waiting for
         left = self.spool.stats().pending
         self.spool.close()
         emit(AgentStopped(left_in_spool=left))
@@ -190,20 +178,20 @@ class Agent:
         self._failure = self._failure or error
         self.stop()
 
-    def _work(self, name: str, target: Callable[[], None]) -> None:
+    # ---- the threads
+
+    def _work(self, name: str, work: Callable[[], None]) -> None:
         """A thread's work. What ends it otherwise than by `stop` ends the agent, with its reason."""
         try:
-            target()
+            work()
         except VirtbusError as error:
             self.fail(error)
         except BaseException as error:  # noqa: BLE001 - whatever it is, nobody would do this thread's work
             emit(ThreadDied(name, f"{type(error).__name__}: {error}"))
             self.fail(AgentBroken(f"the agent's {name} thread ended: {type(error).__name__}: {error}"))
 
-    # ---- the threads
-
     def _observe(self) -> None:
-        """Observe until the stop. A source that breaks is begun again, and its absence is a gap."""
+        """Observe until the stop. A source that breaks is started again, and its absence is a gap."""
         backoff = Backoff("source")
         while not self._stop.is_set():
             why: Exception | str = "the source ended"
@@ -231,7 +219,50 @@ class Agent:
         self.intake.opened.wait()
         self.publisher.run()
 
-    # ---- what it is like
+    def drill(self, asked: Drill) -> None:
+        """Take an error that did not happen, or the end of one, for an alert drill; origin `replay`."""
+        at = self._clock().wall_ns
+        uuid = asked.domain_uuid
+        emit(DrillAsked(asked.domain_name, uuid, asked.action, asked.count))
+        if asked.resolve:
+            self.queue.put(DomainGone(uuid, at, ResolutionCause.DOMAIN_STOPPED))
+            return
+        raw = RawIoError(uuid, asked.domain_name, None, "", asked.alias, asked.action_code, asked.reason, at)
+        self.queue.put(Burst(raw, asked.count, at, at, Origin.REPLAY, message="alert drill"))
+
+    # ---- how it is; any thread
+
+    def heartbeat(self) -> Record:
+        """A heartbeat as a record that is never spooled."""
+        now, stats = self._clock(), self.spool.stats()
+        event = Heartbeat(
+            host=self.speaker.host,
+            agent_id=self.agent_id,
+            agent_version=__version__,
+            epoch=self.spool.epoch,
+            started_at=to_datetime(self.intake.started.wall_ns),
+            sent_at=to_datetime(now.wall_ns),
+            interval_seconds=self.options.heartbeat_seconds,
+            source=SourceHealth(self.intake.sight.state, to_datetime(self.intake.sight.changed_ns)),
+            backlog=Backlog(stats.pending, stats.bytes, stats.oldest_seconds),
+            committed_sequence=stats.committed_sequence,
+            confirmed_sequence=stats.confirmed_sequence,
+            incidents=OpenIncidents(self.incidents.open_count, self.incidents.open_incidents(limit=100)),
+        )
+        stamp = Stamp(envelope.uuid7(now.wall_ns), self.agent_id, self.spool.epoch, None, now.wall_ns)
+        return envelope.record(envelope.encode(event, stamp), stamp)
+
+    def _bind_gauges(self) -> None:
+        """Gauges that are read when they are scraped."""
+        stats, incidents = self.spool.stats, self.incidents
+        METRICS.spool_oldest_unpublished_seconds.set_function(lambda: stats().oldest_seconds or 0.0)
+        METRICS.spool_bytes.set_function(lambda: stats().bytes)
+        METRICS.spool_events.labels("pending").set_function(lambda: stats().pending)
+        METRICS.spool_events.labels("dead").set_function(lambda: stats().dead)
+        live = METRICS.incidents_open.labels("live")
+        live.set_function(lambda: incidents.open_count - incidents.open_drills)
+        METRICS.incidents_open.labels(Origin.REPLAY.value).set_function(lambda: incidents.open_drills)
+        METRICS.spool_writable.set_function(lambda: 0.0 if self.intake.writer.troubles() else 1.0)
 
     def dead_threads(self) -> list[str]:
         """Names of threads that ended although nobody asked them to: what /livez fails for."""
@@ -241,34 +272,43 @@ class Agent:
 
     def not_ready(self) -> list[str]:
         """Why the agent does not observe or keep events now; empty when it does. The broker is no reason."""
-        return self.condition.not_ready()
+        return self.intake.sight.troubles(self._clock()) + self.intake.writer.troubles()
 
     def summary(self) -> str:
         """One line for a service manager."""
-        return self.condition.summary(self.publisher.error)
+        troubles = self.not_ready() + ([] if self.publisher.error is None else ["broker away"])
+        pending, incidents = self.spool.stats().pending, self.incidents.open_count
+        line = f"{self.intake.sight.state}; {pending} events wait; {incidents} incidents open"
+        return "; ".join([line, *troubles])
 
     def status(self) -> Mapping[str, object]:
         """A snapshot for `virtbus status`, as plain JSON data."""
-        threads = {name: thread.is_alive() for name, thread in self._threads.items()}
-        return self.condition.status(self.publisher.error, threads)
-
-    def drill(self, asked: Drill) -> None:
-        """Take an error that did not happen, or the end of one, for an alert drill; origin `replay`."""
-        now = self._clock()
-        emit(DrillAsked(asked.domain_name, asked.domain_uuid, asked.action, asked.count))
-        if asked.resolve:
-            self.queue.put(DomainGone(asked.domain_uuid, now.wall_ns, ResolutionCause.DOMAIN_STOPPED))
-            return
-        raw = RawIoError(
-            domain_uuid=asked.domain_uuid,
-            domain_name=asked.domain_name,
-            domain_id=None,
-            path="",
-            alias=asked.alias,
-            action_code=asked.action_code,
-            reason=asked.reason,
-            observed_at=now.wall_ns,
-        )
-        self.queue.put(
-            Burst(raw, asked.count, now.wall_ns, now.wall_ns, Origin.REPLAY, message="alert drill")
-        )
+        stats, sight = self.spool.stats(), self.intake.sight
+        return {
+            "version": __version__,
+            "agent_id": self.agent_id,
+            "epoch": self.spool.epoch,
+            "started_at": to_datetime(self.intake.started.wall_ns).isoformat(),
+            "host": self.speaker.host.name if self.speaker.host else None,
+            "source": {
+                "state": sight.state,
+                "since": to_datetime(sight.changed_ns).isoformat(),
+                "queued": len(self.queue),
+                "connections": {name: seen.connected for name, seen in list(sight.connections.items())},
+            },
+            "bus": {"url": self._bus_name, "error": self.publisher.error},
+            "spool": {
+                "path": str(self.spool.path),
+                "pending": stats.pending,
+                "bytes": stats.bytes,
+                "oldest_seconds": stats.oldest_seconds,
+                "parked_keys": stats.parked_keys,
+                "dead": stats.dead,
+                "committed_sequence": stats.committed_sequence,
+                "confirmed_sequence": stats.confirmed_sequence,
+                "error": self.intake.writer.error,
+            },
+            "incidents": {"open": self.incidents.open_count},
+            "threads": {name: thread.is_alive() for name, thread in self._threads.items()},
+            "not_ready": self.not_ready(),
+        }

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from virtbus.agent.tap import MAX_READERS, TAP_STAGES, Taps, plain
 from virtbus.errors import AgentDenied, AgentUnavailable, ConfigError
@@ -24,46 +24,40 @@ from virtbus.telemetry import PeerRefused, Trouble, emit
 MAX_REQUEST_BYTES = 4096
 
 
+_CODES = {"none": 0, "pause": 1, "report": 2}  # as libvirt numbers them
+_NAMESPACE = uuid.UUID("6f0d6c3e-8a4e-4d57-9c0e-6f5d1c1b7a10")
+
+
 @dataclass(frozen=True, slots=True)
 class Drill:
     """An error that did not happen, for an alert drill; `resolve` ends it."""
 
-    domain_name: str
-    alias: str
-    action: str
-    reason: str
-    count: int
-    resolve: bool
-
-    _CODES: ClassVar[Mapping[str, int]] = {"none": 0, "pause": 1, "report": 2}
-    _NAMESPACE: ClassVar[uuid.UUID] = uuid.UUID("6f0d6c3e-8a4e-4d57-9c0e-6f5d1c1b7a10")
+    domain_name: str = "virtbus-drill"
+    alias: str = "drill-disk0"
+    action: str = "report"
+    reason: str = "drill"
+    count: int = 1
+    resolve: bool = False
 
     @property
     def domain_uuid(self) -> str:
         """Made of the name: no guest of a hypervisor has it, and a second drill finds the first one."""
-        return str(uuid.uuid5(self._NAMESPACE, self.domain_name))
+        return str(uuid.uuid5(_NAMESPACE, self.domain_name))
 
     @property
     def action_code(self) -> int:
         """As libvirt numbers it."""
-        return self._CODES[self.action]
+        return _CODES[self.action]
 
     @classmethod
     def parse(cls, request: Mapping[str, Any]) -> Drill:
         """What a peer asked for; raises ConfigError."""
-        drill = cls(
-            domain_name=request.get("domain_name", "virtbus-drill"),
-            alias=request.get("alias", "drill-disk0"),
-            action=request.get("action", "report"),
-            reason=request.get("reason", "drill"),
-            count=request.get("count", 1),
-            resolve=request.get("resolve", False),
-        )
+        drill = cls(**{name: request[name] for name in cls.__slots__ if name in request})
         texts = (drill.domain_name, drill.alias, drill.reason)
         if not all(isinstance(text, str) and len(text) <= 200 and text.isprintable() for text in texts):
             raise ConfigError("domain_name, alias and reason are texts of at most 200 printable characters")
-        if not drill.domain_name or str(drill.action) not in cls._CODES:
-            raise ConfigError(f"domain_name is not empty; action is one of {', '.join(cls._CODES)}")
+        if not drill.domain_name or str(drill.action) not in _CODES:
+            raise ConfigError(f"domain_name is not empty; action is one of {', '.join(_CODES)}")
         if type(drill.count) is not int or not 1 <= drill.count <= 1000 or type(drill.resolve) is not bool:
             raise ConfigError("count is a whole number from 1 to 1000; resolve is true or false")
         return drill
@@ -83,28 +77,27 @@ class ControlSocket:
         """Bind the socket; raises ConfigError when it can't be made."""
         self._path, self._status, self._taps, self._drill = path, status, taps, drill
         self._stop = threading.Event()
-        if _is_answered(path):
-            raise ConfigError(
-                f"control.socket = {path}: another agent answers there; "
-                "choose another path with --control-socket, or '' for none"
-            )
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            # Before the umask, which would make a folder that not even its owner may enter.
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
-            if path.is_socket():
-                path.unlink()  # left by a killed agent
-            old_umask = os.umask(0o177)
+        problem: str | None = "another agent answers there" if _is_answered(path) else None
+        if problem is None:
             try:
-                self._socket.bind(str(path))
-            finally:
-                os.umask(old_umask)
-        except OSError as error:
+                # Before the umask, which would make a folder that not even its owner may enter.
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+                if path.is_socket():
+                    path.unlink()  # left by a killed agent
+                old_umask = os.umask(0o177)
+                try:
+                    self._socket.bind(str(path))
+                finally:
+                    os.umask(old_umask)
+            except OSError as error:
+                problem = error.strerror or str(error)
+        if problem is not None:
             self._socket.close()
             raise ConfigError(
-                f"control.socket = {path}: {error.strerror or error}; "
+                f"control.socket = {path}: {problem}; "
                 "choose another path with --control-socket, or '' for none"
-            ) from error
+            )
         self._socket.listen(MAX_READERS)
         self._made = _identity(path)
         self._thread = threading.Thread(target=self._accept, name="virtbus-control", daemon=True)
@@ -140,14 +133,14 @@ class ControlSocket:
                 emit(Trouble("control socket", error))
 
     def _serve(self, peer: socket.socket) -> None:
-        with peer, suppress(OSError):  # a peer that went away is no news
+        with peer, suppress(OSError):  # a peer that went away is not news
             peer.settimeout(5.0)
             try:
                 self._answer(peer)
             except ConfigError as error:
-                peer.sendall(json.dumps({"error": str(error)}).encode() + b"\n")
+                _say(peer, {"error": str(error)})
             except ValueError:
-                peer.sendall(b'{"error": "send one JSON object on one line"}\n')
+                _say(peer, {"error": "send one JSON object on one line"})
             except OSError:
                 raise
             except Exception as error:  # noqa: BLE001 - a bug costs an answer
@@ -157,42 +150,38 @@ class ControlSocket:
         uid = _peer_uid(peer)
         if uid not in (0, os.geteuid()):
             emit(PeerRefused(uid))
-            peer.sendall(b'{"error": "only the agent\'s own user and root may ask"}\n')
+            _say(peer, {"error": "only the agent's own user and root may ask"})
             peer.recv(MAX_REQUEST_BYTES)  # closing on what is unread would reset the answer away
             return
         request = _read_request(peer)
-        if request.get("command") == "status":
-            peer.sendall(json.dumps(plain(self._status())).encode() + b"\n")
-        elif request.get("command") == "tap":
+        command = request.get("command")
+        if command == "status":
+            _say(peer, self._status())
+        elif command == "tap":
             self._tap(peer, request)
-        elif request.get("command") == "drill" and self._drill is not None:
+        elif command == "drill" and self._drill is not None:
             drill = Drill.parse(request)
             self._drill(drill)
-            peer.sendall(json.dumps(plain(drill)).encode() + b"\n")
+            _say(peer, drill)
         else:
-            peer.sendall(b'{"error": "unknown command; known: status, tap, drill"}\n')
+            raise ConfigError("unknown command; known: status, tap, drill")
 
     def _tap(self, peer: socket.socket, request: Mapping[str, Any]) -> None:
         stage, domain = request.get("stage"), request.get("domain")
         if stage is not None and stage not in TAP_STAGES:
-            peer.sendall(
-                json.dumps({"error": f"unknown stage; known: {', '.join(TAP_STAGES)}"}).encode() + b"\n"
-            )
-            return
-        try:
-            reader = self._taps.open(stage, None if domain is None else str(domain))
-        except ConfigError as error:
-            peer.sendall(json.dumps({"error": str(error)}).encode() + b"\n")
-            return
+            raise ConfigError(f"unknown stage; known: {', '.join(TAP_STAGES)}")
+        reader = self._taps.open(stage, None if domain is None else str(domain))
         try:
             peer.sendall(b"\n")  # from here on nothing is missed
             while not self._stop.is_set():
-                lines = reader.take(1.0)
-                peer.sendall(
-                    ("\n".join(lines) + "\n").encode() if lines else b"\n"
-                )  # an empty line: still here
+                # An empty line: still here.
+                peer.sendall(("\n".join(reader.take(1.0)) + "\n").encode())
         finally:
             self._taps.close(reader)
+
+
+def _say(peer: socket.socket, answer: object) -> None:
+    peer.sendall(json.dumps(plain(answer)).encode() + b"\n")
 
 
 def _is_answered(path: Path) -> bool:
@@ -234,7 +223,7 @@ def _read_request(peer: socket.socket) -> dict[str, Any]:
     except RecursionError as error:  # thousands of opening brackets
         raise ValueError("nested too deeply") from error
     if not isinstance(request, dict):
-        raise ValueError("not an object")  # noqa: TRY004 - as for text that is no JSON
+        raise ValueError("not an object")  # noqa: TRY004 - as for text that is not JSON
     return request
 
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 import msgspec
 
 from virtbus.model import (
-    Burst,
     Device,
     Domain,
     ErrorFacts,
@@ -25,6 +24,7 @@ from virtbus.model import (
     ResolvedOccurrences,
     to_datetime,
 )
+from virtbus.observations import Burst
 from virtbus.words import Action, DiskError, GuestState, Origin, Phase, Scope
 
 FORMAT = 1  # of the states; another one is not read
@@ -162,6 +162,11 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
         """Whether its errors are of origin `replay`."""
         return self.key.startswith(DRILL)
 
+    @property
+    def newest_ns(self) -> int:
+        """Its last error, by whichever clock says later (ns)."""
+        return max(self.last_ns, self.stamp_ns or 0)
+
     def add(self, burst: Burst, facts: Facts) -> None:
         """Count a burst into what is pending, each origin by itself."""
         first, last = min(burst.first_ns, burst.last_ns), max(burst.first_ns, burst.last_ns)
@@ -292,7 +297,7 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
         return _encode(self)
 
     def thaw(self, now: Now) -> None:
-        """Carry the times of another process into this one; a wall clock that went back is no time."""
+        """Carry the times of another process into this one; a wall clock that went back counts as no time."""
         elapsed = max(0, now.wall_ns - self.saved_ns) / 1e9
         shift = now.monotonic - elapsed - self.saved_at
         self.opened_at += shift

@@ -10,20 +10,15 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from virtbus.agent.identity import Speaker
 from virtbus.agent.incidents import Incidents
 from virtbus.agent.queue import IntakeQueue, aggregate, callbacks_in
-from virtbus.agent.sight import Sight
-from virtbus.agent.speaker import Speaker
 from virtbus.agent.tap import Taps
-from virtbus.agent.writer import Writer
-from virtbus.errors import VirtbusError
-from virtbus.model import (
+from virtbus.errors import SpoolFull, VirtbusError
+from virtbus.model import Event, Gap, Host, IoError, IoErrorResolved, Now, Stamp, to_datetime
+from virtbus.observations import (
     Burst,
-    Event,
-    Host,
     HostKnown,
-    IoError,
-    Now,
     Observation,
     RawIoError,
     SourceGone,
@@ -31,20 +26,135 @@ from virtbus.model import (
     SourceReady,
     SourceSeen,
     Surveyed,
-    to_datetime,
 )
-from virtbus.seen import Blind, Moment, stalled_words
+from virtbus.retry import Backoff
+from virtbus.seen import Blind, Moment, Sight, stalled_words
 from virtbus.sources import Source
 from virtbus.spool import Spool
-from virtbus.telemetry import METRICS, Trouble, emit
-from virtbus.words import GapReason, Origin
+from virtbus.telemetry import METRICS, SpoolUnwritable, SpoolWritable, Trouble, emit
+from virtbus.words import GapReason, Origin, Phase
 
 SOURCE_GRACE_SECONDS = 5.0  # how long the first event of a start waits for the first snapshot
 ALIVE_SECONDS = 5.0  # between two signs of life in the spool (the promise is 10 s)
 # How long a storm is let gather after errors that were only counted: so, many share one sync of the disk, and
 # news among them waits no longer than this.
 GATHER_SECONDS = 0.02
+HANGING_SECONDS = 10.0  # a write that takes longer is not merely slow
 UNREAD_SECONDS = 10.0  # between two gap events about callbacks that nobody could read
+
+
+class Writer:
+    """The intake's hand on the disk: each batch in one transaction, and the sign of life behind it.
+
+    Any thread may ask for its `troubles`.
+    """
+
+    def __init__(
+        self,
+        spool: Spool,
+        incidents: Incidents,
+        speaker: Speaker,
+        taps: Taps,
+        clock: Callable[[], Now],
+        stop: threading.Event,
+        abort: threading.Event,
+    ) -> None:
+        """`stop` and `abort` bound how long a broken disk is waited for."""
+        self._spool, self._incidents, self._speaker, self._taps = spool, incidents, speaker, taps
+        self._clock, self._stop, self._abort = clock, stop, abort
+        self.error: str | None = None  # why the last write failed
+        self.busy_since: float | None = None  # monotonic; since when a write has been under way
+        self._sign_refused: Now | None = None
+        self._pending: list[Event] = []
+        self._pending_states: dict[str, bytes | None] = {}
+
+    @property
+    def holds(self) -> bool:
+        """Whether there is something that could not be committed."""
+        return bool(self._pending or self._pending_states)
+
+    def commit(self, events: list[Event]) -> None:
+        """One transaction with the events and the incident states; tries for ever, folding meanwhile.
+
+        The batch that failed is kept as it is; what comes after it stays in the queue, which folds: so
+        memory is bounded and no count is lost. When the disk is back a gap event says how long it was.
+        """
+        self._pending += events
+        self._pending_states.update(self._incidents.changes())
+        if not self._pending and not self._pending_states and not self._spool.stats().unnamed:
+            return  # what is lost and unnamed is named by the spool itself, with any commit
+        backoff = Backoff("commit", ceiling=2.0)
+        failed: Now | None = None
+        begun = self.busy_since = self._clock().monotonic
+        while True:
+            batch = self._pending if failed is None else [*self._pending, self._unwritable_gap(failed)]
+            try:
+                stamps = self._spool.commit(batch, self._pending_states)
+            except SpoolFull as error:
+                failed = failed or self._clock()
+                self.error = str(error)
+                emit(SpoolUnwritable(str(self._spool.path), error))
+                if self._abort.is_set() or (self._stop.is_set() and self._clock().monotonic > begun + 2.0):
+                    return  # ending with a broken disk: this batch lies inside the next start's gap
+                backoff.wait(self._abort, error)
+                continue
+            if failed is not None:
+                self._writable_again(failed)
+            self._pending, self._pending_states = [], {}
+            self.error = self.busy_since = None
+            self._committed(batch, stamps)
+            return
+
+    def _unwritable_gap(self, failed: Now) -> Gap:
+        now = self._clock()
+        return self._speaker.gap(
+            GapReason.SPOOL_UNWRITABLE,
+            f"the spool could not be written for {now.monotonic - failed.monotonic:.0f} s; "
+            "errors were counted in memory",
+            started_at=to_datetime(Moment.of(failed).wall(now)),
+            ended_at=to_datetime(now.wall_ns),
+        )
+
+    def _committed(self, events: Sequence[Event], stamps: Sequence[Stamp]) -> None:
+        for event in events:
+            if isinstance(event, IoError):
+                METRICS.events.labels("io_error", event.origin.value, event.incident.phase.value).inc()
+                METRICS.occurrences.labels(event.origin.value).inc(event.occurrences.count)
+            elif isinstance(event, IoErrorResolved):
+                METRICS.events.labels("resolved", "", Phase.RESOLVED.value).inc()
+            elif isinstance(event, Gap):
+                METRICS.events.labels("gap", "", "").inc()
+                METRICS.gaps.labels(event.reason).inc()
+        if self._taps.active:
+            for event, stamp in zip(events, stamps, strict=False):
+                self._taps.offer("incident", event, stamp)
+
+    def sign_of_life(self, now: Now, through: Moment) -> None:
+        """Tell the spool up to when all is seen; thus a bad disk shows on an idle host too."""
+        self.busy_since = self._clock().monotonic
+        taken = self._spool.alive(through.wall(now))
+        self.busy_since = None
+        since = self._sign_refused
+        if not taken:
+            self._sign_refused = since or now
+            self.error = str(self._spool.refusal)
+            emit(SpoolUnwritable(str(self._spool.path), self.error))
+        elif since is not None:
+            self._sign_refused = self.error = None
+            self._writable_again(since)
+
+    def _writable_again(self, failed: Now) -> None:
+        seconds = self._clock().monotonic - failed.monotonic
+        emit(SpoolWritable(str(self._spool.path), round(seconds, 1)))
+
+    def troubles(self) -> list[str]:
+        """Why nothing can be kept now, a line each."""
+        reasons = [] if self.error is None else [f"spool: {self.error}"]
+        now = self._clock().monotonic
+        seconds = now - (self.busy_since or now)
+        if seconds > HANGING_SECONDS:
+            reasons.append(f"spool: a write has been hanging for {seconds:.0f} s")
+        return reasons
 
 
 class Intake:
@@ -111,21 +221,20 @@ class Intake:
         held: list[Observation] = []
         ready: SourceReady | Surveyed | None = None
         whole = False
-        before = self._clock()
-        deadline = before.monotonic + SOURCE_GRACE_SECONDS
-        while not whole and not self._stop.is_set() and before.monotonic < deadline:
-            for item in self.queue.drain(max(0.0, min(0.5, deadline - before.monotonic))):
+        now = self._clock()
+        deadline = now.monotonic + SOURCE_GRACE_SECONDS
+        while not whole and not self._stop.is_set() and now.monotonic < deadline:
+            for item in self.queue.drain(max(0.0, min(0.5, deadline - now.monotonic))):
                 if isinstance(item, SourceReady | Surveyed) and not whole:
                     ready, whole = item, isinstance(item, Surveyed) or item.whole
                 held.append(item)
-            before = self._clock()
-        now = self._clock()
-        opening = self._spool.opening
+            now = self._clock()
+        # Until the source is up nothing is observed: from now on that is a gap of its own.
+        unreached = Blind(
+            Moment.of(now), "libvirt was not reachable at the agent's start", GapReason.SOURCE_LOST
+        )
         if ready is None:
-            # Until the source is up nothing is observed: from now on that is a gap of its own.
-            self.sight.unreached = Blind(
-                Moment.of(now), "libvirt was not reachable at the agent's start", GapReason.SOURCE_LOST
-            )
+            self.sight.unreached = unreached
         else:
             hosts = [item.host for item in held if isinstance(item, HostKnown)]
             self._speaker.begin_on([ready.host, *hosts][-1])
@@ -133,18 +242,14 @@ class Intake:
         if ready is not None:
             # A further connection that comes up later was not seen since this one did.
             why = "a further connection came up later than the first"
-            self.sight.unreached = Blind(Moment.stamped(ready.at_ns, now), why, GapReason.SOURCE_LOST)
-        ended_at = to_datetime(ready.at_ns if ready else now.wall_ns)
+            self.sight.unreached = unreached._replace(since=Moment.stamped(ready.at_ns, now), why=why)
+        opening = self._spool.opening
         since = None if opening.last_alive_ns is None else to_datetime(self.sight.since.wall(now))
-        gap = partial(self._speaker.gap, started_at=since, ended_at=ended_at)
-        gaps: list[Event] = [
-            gap(
-                GapReason.AGENT_DOWN,
-                previous=opening.previous,
-                missing=() if opening.damage else opening.missing,
-                found=_found(events),
-            )
-        ]
+        until = to_datetime(ready.at_ns if ready else now.wall_ns)
+        gap = partial(self._speaker.gap, started_at=since, ended_at=until)
+        missing = () if opening.damage else opening.missing
+        down = gap(GapReason.AGENT_DOWN, previous=opening.previous, missing=missing, found=_found(events))
+        gaps: list[Event] = [down]
         if opening.damage:
             gaps.append(gap(GapReason.SPOOL_DAMAGED, opening.damage, missing=opening.missing))
         if self._unreadable:
@@ -163,7 +268,10 @@ class Intake:
         now = self._clock()
         if self.queue.emptied:
             self.sight.drained(before)
-        events = self._stalled(before, now, timeout)
+        stood, blind = self.sight.blinded(before, now, timeout)
+        # A source that proves what it saw notices a standstill by itself; for any other one it is told here.
+        why = stalled_words(stood)
+        events = [self._gap(GapReason.AGENT_STANDSTILL, why, since, now.wall_ns, now) for since in blind]
         events += self._events_of(observations, now)
         events += self._incidents.tick(now, self._source.describe)
         events += self._missed(now)
@@ -175,37 +283,54 @@ class Intake:
 
     # ---- what a batch becomes
 
-    def _prepared(self, observations: list[Observation]) -> list[Observation]:
+    def _gap(
+        self,
+        reason: GapReason,
+        why: str,
+        since: Moment,
+        until_ns: int,
+        now: Now,
+        *,
+        errors: int = 0,
+        found: int = 0,
+    ) -> Event:
+        started_at, ended_at = to_datetime(since.wall(now)), to_datetime(until_ns)
+        return self._speaker.gap(
+            reason, why, started_at=started_at, ended_at=ended_at, missing_occurrences=errors, found=found
+        )
+
+    def _events_of(self, observations: list[Observation], now: Now) -> list[Event]:
+        """What a batch becomes, in its order; keeps track of whether the source observes."""
         METRICS.callbacks.inc(sum(callbacks_in(item) for item in observations))
         if self._taps.active:
             for item in observations:
                 self._taps.offer("raw", item)
-        return aggregate(observations) if self._fold else observations
-
-    def _events_of(self, observations: list[Observation], now: Now) -> list[Event]:
-        """What a batch becomes, in its order; keeps track of whether the source observes."""
         events: list[Event] = []
-        for item in self._prepared(observations):
-            if isinstance(item, HostKnown):
-                self._speaker.is_on(item.host)
-                if self.opened.is_set():
-                    events += self._copied(item.host, now)
+        for item in aggregate(observations) if self._fold else observations:
             if isinstance(item, SourceGone):
-                events += self._ended(item, now)
+                blind = self.sight.gone(item)
+                if blind is not None:
+                    # Guests whose end it did not tell may have had errors until then.
+                    events.append(self._gap(blind.reason, blind.why, blind.since, item.at_ns, now))
                 continue
             if isinstance(item, Surveyed):
                 self.sight.surveyed(item)
-                self._speaker.is_on(self._speaker.host or item.host)
-                if self.opened.is_set():
-                    events += self._copied(item.host, now)
+            ended: Blind | None = None
             if isinstance(item, SourceReady | SourceLost | SourceSeen):
-                blind = self.sight.take(item, now)
+                ended = self.sight.take(item, now)
                 if isinstance(item, SourceSeen):
                     continue
-                if isinstance(item, SourceReady):
-                    events += self._came_back(item, blind, now)
-                    continue
-            events += self._apply(item, now)
+            if isinstance(item, HostKnown | Surveyed | SourceReady):
+                known = self._speaker.host if isinstance(item, Surveyed) else None
+                self._speaker.is_on(known or item.host)
+            found = self._apply(item, now)
+            if ended is not None and isinstance(item, SourceReady):  # before what was found in it
+                count = _found(found)
+                gap = self._gap(ended.reason, ended.why, ended.since, item.at_ns, now, found=count)
+                found.insert(0, gap)
+            events += found
+            if isinstance(item, HostKnown | Surveyed | SourceReady) and self.opened.is_set():
+                events += self._copied(item.host, now)
         return events
 
     def _apply(self, item: Observation, now: Now) -> list[Event]:
@@ -215,92 +340,36 @@ class Intake:
         except Exception as error:  # noqa: BLE001 - one poisoned observation must not stop the others
             emit(Trouble("incidents", error))
             METRICS.dropped.inc(callbacks_in(item) or 1)
-            return [
-                self._speaker.gap(
-                    GapReason.OBSERVATIONS_DROPPED,
-                    f"an observation could not be handled: {type(error).__name__}",
-                    started_at=to_datetime(self.sight.through.wall(now)),
-                    ended_at=to_datetime(now.wall_ns),
-                    missing_occurrences=callbacks_in(item),
-                )
-            ]
+            why = f"an observation could not be handled: {type(error).__name__}"
+            return [self._dropped(why, callbacks_in(item), now)]
 
-    def _came_back(self, ready: SourceReady, blind: Blind | None, now: Now) -> list[Event]:
-        """The source is up again: what was found, after the gap that says what may be missing."""
-        self._speaker.is_on(ready.host)
-        self._incidents.host = ready.host
-        events = self._apply(ready, now)
-        if self.opened.is_set():
-            events += self._copied(ready.host, now)
-        if blind is None:
-            return events
-        gap = self._speaker.gap(
-            blind.reason,
-            blind.why,
-            started_at=to_datetime(blind.since.wall(now)),
-            ended_at=to_datetime(ready.at_ns),
-            found=_found(events),
+    def _dropped(self, why: str, errors: int, now: Now) -> Event:
+        return self._gap(
+            GapReason.OBSERVATIONS_DROPPED, why, self.sight.through, now.wall_ns, now, errors=errors
         )
-        return [gap, *events]
-
-    def _ended(self, gone: SourceGone, now: Now) -> list[Event]:
-        """A connection ended for good. Guests whose end it did not tell may have had errors until then."""
-        blind = self.sight.gone(gone)
-        if blind is None:
-            return []
-        return [
-            self._speaker.gap(
-                blind.reason,
-                blind.why,
-                started_at=to_datetime(blind.since.wall(now)),
-                ended_at=to_datetime(gone.at_ns),
-            )
-        ]
 
     def _copied(self, host: Host, now: Now) -> list[Event]:
-        """Libvirt came late and says that our id is another host's: told, and begun again under a new one."""
+        """Libvirt came late and says that our id is another host's: told, and the agent ends."""
         error = self._speaker.is_anothers(host)
         if error is None:
             return []
         self._fail(error)
         return [self._speaker.gap(GapReason.IDENTITY_CHANGED, str(error), ended_at=to_datetime(now.wall_ns))]
 
-    def _stalled(self, before: Now, now: Now, timeout: float) -> list[Event]:
-        """The process stood still (stopped, suspended, swapped out).
-
-        A source that proves what it saw notices by itself and reconnects; for any other one this is told.
-        """
-        stood, blind = self.sight.blinded(before, now, timeout)
-        return [
-            self._speaker.gap(
-                GapReason.AGENT_STANDSTILL,
-                stalled_words(stood),
-                started_at=to_datetime(since.wall(now)),
-                ended_at=to_datetime(now.wall_ns),
-            )
-            for since in blind
-        ]
-
     def _missed(self, now: Now) -> list[Event]:
         """What the queue could not keep, and callbacks that nobody could read: each a gap."""
-        gap = partial(
-            self._speaker.gap,
-            GapReason.OBSERVATIONS_DROPPED,
-            started_at=to_datetime(self.sight.through.wall(now)),
-            ended_at=to_datetime(now.wall_ns),
-        )
         events: list[Event] = []
         errors, others = self.queue.take_dropped()
         if errors or others:
             METRICS.dropped.inc(errors + others)
             why = f"the disk was too slow to keep {errors} errors and {others} other observations"
-            events.append(gap(why, missing_occurrences=errors))
+            events.append(self._dropped(why, errors, now))
         if now.monotonic >= self._unread_at or self._stop.is_set():
             unread, why = self.queue.take_unread()
             if unread:
                 self._unread_at = now.monotonic + UNREAD_SECONDS
                 METRICS.dropped.inc(unread)
-                events.append(gap(f"{why} ({unread} times)", missing_occurrences=unread))
+                events.append(self._dropped(f"{why} ({unread} times)", unread, now))
         return events
 
     def seen_through(self) -> Moment:

@@ -12,21 +12,16 @@ from virtbus import redaction
 from virtbus.agent.tap import Taps
 from virtbus.bus import Bus
 from virtbus.errors import BusDenied, BusUnavailable, SpoolCorrupt, SpoolFull
-from virtbus.model import Confirmed, Deferred, Nacked, Outcome, Parked, Record, Refused, Unroutable
+from virtbus.model import Confirmed, Deferred, Outcome, Parked, Record, Refused
 from virtbus.retry import Attempt, retrying, start_over
 from virtbus.spool import Spool
 from virtbus.telemetry import METRICS, BusLost, EventParked, SpoolUnwritable, Trouble, emit
 
-# Looked up once: a label costs more than counting does, and this is done for each event of a backlog.
-_COUNTED = {
-    kind: METRICS.outcomes.labels(kind.__name__.lower())
-    for kind in (Confirmed, Deferred, Unroutable, Nacked, Refused)
-}
-_AT_ONCE = 128  # records read at a time: what they hold stays in the processor's cache until they are sent
+_AT_ONCE = 128  # records read at a time: the first are on their way while the next are read
 
 
 class Publisher:
-    """The publisher thread's work.
+    """The publisher thread's work, and the spool as a bus's feed.
 
     Guarantees:
     1. what was taken from the spool is settled, or given back to be sent again, whatever the bus raises;
@@ -48,12 +43,15 @@ class Publisher:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """The two `…_seconds` are asked each time: a reload may change them."""
-        self._spool, self._bus, self._bus_name = spool, bus, bus_name
+        self._spool, self._bus, self._taps, self._bus_name = spool, bus, taps, bus_name
+        self._heartbeat, self._heartbeat_seconds = heartbeat, heartbeat_seconds
         self._drain_seconds = drain_seconds
-        self._feed = _SpoolFeed(spool, taps, heartbeat, heartbeat_seconds, clock)
         self._abort, self._clock = abort, clock
         self.draining = threading.Event()  # nothing more will be committed
-        self._end: float | None = None  # of the drain, monotonic
+        self._drain_end: float | None = None  # monotonic
+        self._outcomes: list[tuple[Record, Outcome]] = []  # to be settled
+        self._beat_every = -1.0
+        self._next_beat = 0.0
         self.error: str | None = None  # what keeps us from the broker now
 
     def run(self) -> None:
@@ -79,36 +77,36 @@ class Publisher:
 
     def _sleep(self, seconds: float) -> None:
         """Between attempts; the beginning of a drain, and its end, end it."""
-        if self._end is None:
+        if self._drain_end is None:
             self.draining.wait(seconds)
         else:
-            self._abort.wait(max(0.0, min(seconds, self._end - self._clock())))
+            self._abort.wait(max(0.0, min(seconds, self._drain_end - self._clock())))
 
     def _is_over(self) -> bool:
         if self._abort.is_set():
             return True
         if not self.draining.is_set():
             return False
-        if self._end is None:
-            self._end = self._clock() + self._drain_seconds()
-        return self._clock() >= self._end or self._spool.stats().pending == 0
+        if self._drain_end is None:
+            self._drain_end = self._clock() + self._drain_seconds()
+        return self._clock() >= self._drain_end or self._spool.stats().pending == 0
 
     def _once(self, attempt: Attempt) -> None:
         """Publish all that can be taken, or wait up to a second for something.
 
         Raises what kept events from the broker.
         """
-        wait = min(1.0, self._feed.heartbeat_in())
+        wait = min(1.0, self.heartbeat_in())
         # While draining, a set `draining` must not end the wait at once: keys may be parked.
-        asleep_until = self._abort if self._end is not None else self.draining
+        asleep_until = self._abort if self._drain_end is not None else self.draining
         if wait > 0 and not self._spool.wait(wait, asleep_until):
             self._bus.tick()
-            if self._feed.heartbeat_in() > 0:
+            if self.heartbeat_in() > 0:
                 return
         deferred: Exception | None = None
         try:
-            for record, outcome in self._bus.publish(self._feed):
-                self._feed.done(record, outcome)
+            for record, outcome in self._bus.publish(self):
+                self._done(record, outcome)
                 if isinstance(outcome, Confirmed):
                     if self.error is not None:
                         start_over(attempt)
@@ -121,85 +119,57 @@ class Publisher:
             emit(BusLost(self._bus_name, error))
             raise
         finally:
-            self._feed.give_back()
+            try:
+                self._settle()
+            finally:
+                self._spool.give_back(BusUnavailable("publishing ended before the broker answered"))
         if deferred is not None:
             raise deferred
 
-
-class _SpoolFeed:
-    """The spool as a bus's feed: settles outcomes in groups, and slips the heartbeat in when it is due."""
-
-    def __init__(
-        self,
-        spool: Spool,
-        taps: Taps,
-        heartbeat: Callable[[], Record],
-        interval: Callable[[], float],
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._spool, self._taps, self._heartbeat, self._interval = spool, taps, heartbeat, interval
-        self._clock = clock
-        self._outcomes: list[tuple[Record, Outcome]] = []
-        self._confirmed = 0  # outcomes that are not counted in the metrics yet
-        # A random phase: a thousand agents that start together must not beat together.
-        self._every = interval()
-        self._next_beat = self._clock() + random.uniform(0, self._every)  # noqa: S311 - no secret
+    # ---- the feed
 
     def heartbeat_in(self) -> float:
         """Seconds until the next heartbeat is due. An interval that a reload changed counts from now."""
-        every, now = self._interval(), self._clock()
-        if every != self._every:
-            self._every, self._next_beat = every, now + random.uniform(0, every)  # noqa: S311 - no secret
+        every, now = self._heartbeat_seconds(), self._clock()
+        if every != self._beat_every:
+            # A random phase: a thousand agents that start together must not beat together.
+            self._beat_every = every
+            self._next_beat = now + random.uniform(0, every)  # noqa: S311 - no secret
         return max(0.0, self._next_beat - now) if every else 3600.0
 
     def take(self, limit: int, busy: AbstractSet[str]) -> Sequence[Record]:
-        """See virtbus.bus.Feed."""
+        """The spool's records for the bus, and the heartbeat when it is due; see virtbus.bus.Feed."""
         # What was sent and is not settled comes twice after a kill: it must fit into the bus's window.
         if len(self._outcomes) * 2 > limit:
-            self.settle()
+            self._settle()
         limit -= len(self._outcomes)
         if self.heartbeat_in() <= 0:
-            self._next_beat = self._clock() + self._interval()
+            self._next_beat = self._clock() + self._beat_every
             beat = self._heartbeat()
             if beat.key not in busy:
                 return [beat]
         limit = min(limit, _AT_ONCE)
         records = self._spool.take(limit, busy)
         if not records and self._outcomes:
-            self.settle()  # frees the next record of each confirmed key
+            self._settle()  # frees the next record of each confirmed key
             records = self._spool.take(limit, busy)
         return records
 
-    def done(self, record: Record, outcome: Outcome) -> None:
-        """Remember an outcome; it is settled, and counted, with others."""
-        if record.row:
-            self._outcomes.append((record, outcome))
-        if isinstance(outcome, Confirmed):
-            self._confirmed += 1
-            if not self._taps.active or not record.row:
-                return
-        else:
-            _COUNTED[type(outcome)].inc()
-            if not record.row:
-                return
-            if isinstance(outcome, Parked):
-                emit(EventParked(record.id, record.key, outcome.reason))
-            self.settle()  # the spool must know at once that this key waits
+    def _done(self, record: Record, outcome: Outcome) -> None:
+        """Count an outcome; confirms are settled in groups, all else at once."""
+        METRICS.outcomes.labels(type(outcome).__name__.lower()).inc()
+        if not record.row:
+            return
+        self._outcomes.append((record, outcome))
+        if isinstance(outcome, Parked):
+            emit(EventParked(record.id, record.key, outcome.reason))
+        if not isinstance(outcome, Confirmed):
+            self._settle()  # the spool must know at once that this key waits
         if self._taps.active and isinstance(outcome, Confirmed | Refused):
             self._taps.offer("published", record)
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Settle what has come together."""
-        if self._confirmed:
-            _COUNTED[Confirmed].inc(self._confirmed)
-            self._confirmed = 0
         if self._outcomes:
             outcomes, self._outcomes = self._outcomes, []
             self._spool.settle(outcomes)
-
-    def give_back(self) -> None:
-        """Settle all: what the bus left without an outcome will be sent again."""
-        try:
-            self.settle()
-        finally:
-            self._spool.give_back(BusUnavailable("publishing ended before the broker answered"))

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import replace
 
-from virtbus.model import (
+from virtbus.observations import (
     Burst,
     CallbackLost,
     DeviceRemoved,
@@ -62,77 +62,73 @@ class IntakeQueue:
 
     def put(self, observation: Observation) -> None:
         """Take one observation; the sink of a source."""
-        if isinstance(observation, CallbackLost):
-            with self._lock:
-                self._unread = (self._unread[0] + 1, observation.why)
-        elif len(self._items) < self._limit and not self._folded:
-            self._items.append(observation)
-        else:
-            self._put_folded(observation)
-        if not self._ready.is_set():
-            self._ready.set()
-
-    def _put_folded(self, observation: Observation) -> None:
         with self._lock:
-            if isinstance(observation, SourceSeen):
+            if isinstance(observation, CallbackLost):
+                self._unread = (self._unread[0] + 1, observation.why)
+            elif len(self._items) < self._limit and not self._folded:
+                self._items.append(observation)
+            elif isinstance(observation, RawIoError):
+                self._put_error(observation)
+            elif isinstance(observation, SourceSeen):
                 # Behind all that is folded, which leaves in one batch with it: it needs no barrier.
                 self._put_last((SourceSeen, observation.connection), observation)
-                return
-            if not isinstance(observation, RawIoError):
-                if len(self._items) + len(self._folded) >= self._limit + self._fold_limit:
-                    self._put_crowded(observation)
-                    return
+            elif len(self) < self._limit + self._fold_limit:
                 # A barrier: what was folded before it must be told before it.
                 self._unfold()
                 self._items.append(observation)
-                return
-            key = _same_error(observation)
-            if key not in self._folded and len(self._folded) >= self._fold_limit:
-                observation = observation._replace(path="", alias="")
-                key = _same_error(observation)
-            burst, at = self._folded.get(key), observation.observed_at
-            if isinstance(burst, Burst):
-                if next(reversed(self._folded)) != key:  # so it never looks empty to `put`
-                    del self._folded[key]  # goes to the end, behind the last words that came since
-                self._folded[key] = Burst(burst.raw, burst.count + 1, burst.first_ns, at)
-            elif self._has_room():
-                self._folded[key] = Burst(observation, 1, at, at)
             else:
-                self._dropped_errors += 1
-                return
+                self._put_crowded(observation)
+        if not self._ready.is_set():
+            self._ready.set()
+
+    def _put_error(self, raw: RawIoError) -> None:
+        key = _same_error(raw)
+        if key not in self._folded and len(self._folded) >= self._fold_limit:
+            raw = raw._replace(path="", alias="")
+            key = _same_error(raw)
+        burst, at = self._folded.get(key), raw.observed_at
+        if isinstance(burst, Burst):  # it goes to the end, behind the last words that came since
+            self._put_last(key, Burst(burst.raw, burst.count + 1, burst.first_ns, at))
+        elif self._has_room():
+            self._folded[key] = Burst(raw, 1, at, at)
+        else:
+            self._dropped_errors += 1
+            return
         METRICS.folded.inc()
 
     def _has_room(self) -> bool:
         """For one more thing that nothing of its kind can be folded into."""
-        kept = len(self._items) + len(self._folded)
-        return len(self._folded) < 2 * self._fold_limit and kept < self._limit + 3 * self._fold_limit - _SELF
+        limit = self._limit + 3 * self._fold_limit - _SELF
+        return len(self._folded) < 2 * self._fold_limit and len(self) < limit
 
     def _put_last(self, key: tuple[object, ...], observation: Observation) -> None:
-        self._folded[key] = observation  # first, so that it never looks empty to `put`
-        if next(reversed(self._folded)) != key:
-            self._folded[key] = self._folded.pop(key)
+        self._folded.pop(key, None)
+        self._folded[key] = observation
 
     def _put_crowded(self, observation: Observation) -> None:
         """Keep the last word about a domain, device or connection: memory before order, and it is told."""
+        kind: tuple[object, ...] = (type(observation),)
         if isinstance(observation, SourceReady | SourceLost):
-            key: tuple[object, ...] = (type(observation), observation.connection)
+            key = (*kind, observation.connection)
             self._put_last(key, self._joined(self._folded.get(key), observation))
             return
         if isinstance(observation, HostKnown):
-            self._put_last((HostKnown,), observation)
+            self._put_last(kind, observation)
             return
-        if isinstance(observation, SourceGone | Surveyed) and self._has_room():
-            self._put_last((type(observation), getattr(observation, "connection", None)), observation)
+        if isinstance(observation, SourceGone | Surveyed):
+            key = (*kind, getattr(observation, "connection", None))
+        elif isinstance(observation, DomainResumed | DomainHalted | DomainGone | DeviceRemoved):
+            key = (*kind, observation.domain_uuid, getattr(observation, "alias", None))
+        else:
+            self._dropped_errors += callbacks_in(observation)
+            self._dropped_others += not callbacks_in(observation)
             return
-        if isinstance(observation, DomainResumed | DomainHalted | DomainGone | DeviceRemoved):
-            key = (type(observation), observation.domain_uuid, getattr(observation, "alias", None))
-            replaced = key in self._folded
-            if replaced or self._has_room():
-                self._put_last(key, observation)
-                self._dropped_others += replaced
-                return
-        self._dropped_errors += callbacks_in(observation)
-        self._dropped_others += not callbacks_in(observation)
+        known = key in self._folded
+        if known or self._has_room():
+            self._put_last(key, observation)
+            self._dropped_others += known  # the one before it
+        else:
+            self._dropped_others += 1
 
     def _joined(self, before: Observation | None, now: SourceReady | SourceLost) -> Observation:
         """Two losses are one since the first; two returns are the last one with the findings of both."""
@@ -146,24 +142,23 @@ class IntakeQueue:
 
     def drain(self, timeout: float) -> list[Observation]:
         """Wait up to `timeout` seconds, then take at most BATCH_LIMIT observations, oldest first."""
-        if not self._items and not self._folded:
+        if not len(self):
             self._ready.wait(timeout)
-        self._ready.clear()
-        items = self._items
         with self._lock:
-            self.emptied = len(items) <= BATCH_LIMIT
-            if self.emptied and self._folded:
+            self._ready.clear()
+            self.emptied = len(self._items) <= BATCH_LIMIT
+            if self.emptied:
                 self._unfold()
-            count = len(items) if self.emptied else BATCH_LIMIT  # `put` may append meanwhile
-        taken = [items.popleft() for _ in range(count)]
-        if items or self._folded:
-            self._ready.set()
+            count = len(self._items) if self.emptied else BATCH_LIMIT
+            taken = [self._items.popleft() for _ in range(count)]
+            if len(self):
+                self._ready.set()
         return taken
 
     def _unfold(self) -> None:
-        """Queue what was folded, proofs last. The lock is held; `_folded` never looks empty too early."""
+        """Queue what was folded, proofs last. The lock is held."""
         self._items.extend(sorted(self._folded.values(), key=lambda each: isinstance(each, SourceSeen)))
-        self._folded = {}
+        self._folded.clear()
 
     def wake(self) -> None:
         """Let a waiting `drain` return."""
@@ -198,32 +193,21 @@ def _same_error(raw: RawIoError) -> tuple[object, ...]:
 def aggregate(observations: Iterable[Observation]) -> list[Observation]:
     """Equal raw errors become one Burst, ordered by their last time; anything else is a barrier between."""
     out: list[Observation] = []
-    groups: dict[tuple[object, ...], list[object]] = {}  # key → [raw, count, last_ns]
+    groups: dict[tuple[object, ...], list[RawIoError]] = {}
 
     def flush() -> None:
-        bursts = [
-            Burst(raw, count, raw.observed_at, last)  # type: ignore[attr-defined, arg-type]
-            for raw, count, last in groups.values()
-        ]
+        bursts = [Burst(g[0], len(g), g[0].observed_at, g[-1].observed_at) for g in groups.values()]
         bursts.sort(key=lambda burst: burst.last_ns)
         out.extend(bursts)
         groups.clear()
 
     for item in observations:
         if isinstance(item, RawIoError):
-            key = _same_error(item)
-            group = groups.get(key)
-            if group is None:
-                groups[key] = [item, 1, item.observed_at]
-            else:
-                group[1] += 1  # type: ignore[operator]
-                group[2] = item.observed_at
+            groups.setdefault(_same_error(item), []).append(item)
         else:
-            if groups:
-                flush()
+            flush()
             out.append(item)
-    if groups:
-        flush()
+    flush()
     return out
 
 

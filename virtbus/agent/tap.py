@@ -86,23 +86,20 @@ class _TapReader:
 
 
 def _domains(item: object) -> Sequence[str]:
+    """What a reader may call the domain of an item: UUID, name or partition key."""
     domain = getattr(item, "domain", None)
     if domain is not None:
         return (domain.uuid, domain.name)
     raw = getattr(item, "raw", item)
-    return tuple(
-        str(value)
-        for name in ("domain_uuid", "domain_name", "key")
-        if (value := getattr(raw, name, None)) is not None
-    )
+    return tuple(str(getattr(raw, name, "")) for name in ("domain_uuid", "domain_name", "key"))
 
 
 def plain(value: object) -> Any:
     """Dataclasses, enums and times as JSON data."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {name: plain(item) for name, item in asdict(value).items()}
+        return plain(asdict(value))
     if hasattr(value, "_asdict"):
-        return {name: plain(item) for name, item in value._asdict().items()}
+        return plain(value._asdict())
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, datetime):

@@ -256,10 +256,10 @@ def _request(
         lock = None  # the agent runs: it carries the request out itself
     try:
         with closing(files.connect(path)) as db:
-            last = requests.wish(db, action, chosen)
+            last = requests.submit(db, action, chosen)
             if lock is not None:
                 with progress(len(chosen) if len(chosen) > _LONG else 0, action, sys.stderr) as bar:
-                    for count in requests.grant_all(db, time.time_ns()):
+                    for count in requests.grant_all(db):
                         bar.update(count)
             elif patience:
                 _await(db, last, len(chosen), action, patience)

@@ -13,7 +13,8 @@ import click
 from virtbus.commands.common import Seconds, common, libvirt, load
 from virtbus.errors import ConfigError, SourceUnavailable, VirtbusError
 from virtbus.log import printable
-from virtbus.model import Description, Domain, Host, RawIoError
+from virtbus.model import Domain, Host
+from virtbus.observations import Description, RawIoError
 from virtbus.sources import SourceOptions, domain_xml, recording
 from virtbus.sources.descriptions import Cache
 from virtbus.sources.libvirt import LibvirtConnector

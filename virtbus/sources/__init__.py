@@ -8,7 +8,8 @@ from threading import Event as StopEvent
 from typing import Protocol, TypeAlias
 
 from virtbus.config import OwnerRule
-from virtbus.model import Check, Description, Host, Observation, SourceReady
+from virtbus.model import Check, Host
+from virtbus.observations import Description, Observation, SourceReady
 
 Sink: TypeAlias = Callable[[Observation], None]
 """Takes an observation in about a microsecond, from any thread, without blocking or raising."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from virtbus.model import Burst, Device, RawIoError
+from virtbus.model import Device
+from virtbus.observations import Burst, RawIoError
 from virtbus.seen import is_told
 from virtbus.sources.evidence import (
     Look,
@@ -14,6 +15,7 @@ from virtbus.sources.evidence import (
     disk_errors_by_alias,
     disks_by_target,
     gather,
+    newest_by_alias,
     newest_message,
 )
 from virtbus.sources.link import (
@@ -36,7 +38,7 @@ class Pause:
     began: float
     due: float
     certain: bool  # libvirt said that it is by an I/O error
-    told: dict[str, RawIoError]  # the events of this pause, by alias
+    events: dict[str, RawIoError]  # the events of this pause, by alias
     over: bool = False
     look: Look | None = None
     wrong: dict[str, int] = field(default_factory=dict)  # what the look found: alias → disk error
@@ -67,7 +69,7 @@ class Case:
     doubted_at: float | None = None  # an event told of a pause, and no pause came yet
     ask_at: float = 0.0  # when a look is to tell
     # Since the last resume: alias ("": not known) → its event, or its finding.
-    told: dict[str, RawIoError] = field(default_factory=dict)
+    events: dict[str, RawIoError] = field(default_factory=dict)
     synthesised: dict[str, Finding] = field(default_factory=dict)
     unseen: set[str] = field(default_factory=set)  # aliases told of before any look at their pause
     # Also before it:
@@ -79,17 +81,17 @@ class Case:
 
     def identified(self, alias: str) -> list[Burst]:
         """The device behind the events that came without its name: what was told of it, without a count."""
-        raws = [found.pop("") for found in (self.reports, self.told) if "" in found]
+        raws = [found.pop("") for found in (self.reports, self.events) if "" in found]
         if finding := self.synthesised.pop("", None):
             raws.append(finding.raw)
         for raw in raws:
-            kept = self.told if raw.action_code == ACTION_PAUSE else self.reports
+            kept = self.events if raw.action_code == ACTION_PAUSE else self.reports
             kept[alias] = raw._replace(alias=alias)
         for names in (self.unseen, self.wanting):
             if "" in names:
                 names.discard("")
                 names.add(alias)
-        for each in (*(pause.told for pause in self.pauses), self.credit):
+        for each in (*(pause.events for pause in self.pauses), self.credit):
             if "" in each:
                 each[alias] = each.pop("")._replace(alias=alias)
         return [
@@ -98,29 +100,29 @@ class Case:
 
     def keep_told(self) -> None:
         """QEMU keeps what the events of this pause told of: a later one must not be blamed on it."""
-        self.stale = self.stale | _kept(self.told)
+        self.stale = self.stale | _kept(self.events)
 
     def decide(self, pause: Pause, mono: float, devices: Mapping[str, Device]) -> list[Burst]:
         """What is told of a pause whose grace is over: devices no event told of, evidence for the others."""
-        look, told = pause.look, pause.told
+        look, events = pause.look, pause.events
         wrong = pause.wrong
         fresh = [alias for alias, code in wrong.items() if self.stale.get(alias) != code]
         by_error = look is not None and look.paused_by_io_error
-        if "" in told and by_error and (alias := suspect(self, wrong, told.keys(), devices)):
-            told[alias] = told.pop("")._replace(alias=alias)
+        if "" in events and by_error and (alias := suspect(self, wrong, events.keys(), devices)):
+            events[alias] = events.pop("")._replace(alias=alias)
             if not pause.over:
-                self.told[alias] = self.told.pop("", told[alias])._replace(alias=alias)
+                self.events[alias] = self.events.pop("", events[alias])._replace(alias=alias)
         missed: list[str] = []
         if pause.certain or (by_error and fresh):
-            known = told.keys() | self.synthesised.keys()
+            known = events.keys() | self.synthesised.keys()
             missed = missed_devices(self, wrong if by_error else {}, known, devices)
         unsure = self.unsure
         if look is not None and look.disk_errors is not None:
             self.stale, self.unsure = wrong, False
         else:  # QEMU keeps what the events told of, and a later pause must not be blamed on it
-            self.stale = self.stale | _kept(told)
+            self.stale = self.stale | _kept(events)
         found = []
-        explained = bool(told or self.synthesised)
+        explained = bool(events or self.synthesised)
         for alias in missed:
             origin = Origin.RECONCILE if unsure and explained else Origin.LIFECYCLE
             found.append(self.found(alias, pause.ns, look, devices, wrong.get(alias), origin))
@@ -130,10 +132,10 @@ class Case:
         if look is not None:
             found += [
                 burst_of(raw, 0, Origin.EVENT, look, devices.get(alias), pause=True)
-                for alias, raw in told.items()
+                for alias, raw in events.items()
             ]
         if not complete(look) and not pause.over:
-            self.unseen |= {*told, *missed}
+            self.unseen |= {*events, *missed}
         return found
 
     def found(
@@ -156,13 +158,49 @@ class Case:
         self.last_ns[alias] = ns
         return burst_of(raw, 1, origin, look, devices.get(alias), pause=True)
 
+    def reconcile(
+        self, look: Look, newer: Mapping[str, Message], devices: Mapping[str, Device], *, mono: float, ns: int
+    ) -> list[Burst]:
+        """What the look after a (re)connect found and no event told of; see CrossCheck."""
+        found: dict[str, Burst] = {}
+        named: list[Burst] = []
+        domain = (self.uuid, self.name, self.number)
+        if look.paused_by_io_error:
+            self.paused = True
+            wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
+            suspects = wrong or dict.fromkeys(newer, DISK_ERROR_UNSPECIFIED)
+            named = self.name_nameless(suspects, look, devices)
+            known = self.events.keys() | self.synthesised.keys()
+            missed = missed_devices(self, suspects, known, devices)
+            fresh = [alias for alias in missed if alias not in known or alias in newer]
+            fresh += [alias for alias in newer if alias in suspects and alias not in fresh]
+            self.stale, self.unsure = wrong, self.unsure and look.disk_errors is None
+            stamps = newest_by_alias(look, devices)
+            for alias in fresh:
+                kept = stamps.get(alias)
+                at = ns if kept is None or kept.at_ns is None else kept.at_ns
+                found[alias] = self.found(alias, at, look, devices, wrong.get(alias), Origin.RECONCILE)
+                self.synthesised[alias] = Finding(mono, found[alias].raw)
+            if fresh:
+                # Its pause may still be on its way to us, unless it is the one that waits for its event.
+                self.found_ahead = all(pause.over for pause in self.pauses)
+                self.pauses = [pause for pause in self.pauses if pause.over]
+        for alias, message in newer.items():
+            if alias not in found:
+                at, device = message.at_ns or ns, devices.get(alias)
+                raw = raw_error(domain, alias=alias, code=None, action=action_by_policy(device), ns=at)
+                burst = burst_of(raw, 1, Origin.RECONCILE, look, device, pause=False)
+                found[alias] = replace(burst, message=message.text, stamp_ns=message.at_ns)
+                self.last_ns[alias] = at
+        return [*named, *found.values()]
+
     def look_back(self, look: Look, devices: Mapping[str, Device]) -> list[Burst]:
         """What a look says about a pause that was told before it: names, evidence, further devices."""
-        if not self.unseen and "" not in self.told and "" not in self.synthesised:
+        if not self.unseen and "" not in self.events and "" not in self.synthesised:
             return []
         wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
         found = self.name_nameless(wrong, look, devices)
-        known = self.told.keys() | self.synthesised.keys()
+        known = self.events.keys() | self.synthesised.keys()
         named = {burst.raw.alias for burst in found}
         found += [
             burst_of(raw_of(self, alias), 0, Origin.EVENT, look, devices.get(alias), pause=True)
@@ -184,16 +222,16 @@ class Case:
         self, wrong: Mapping[str, int], look: Look, devices: Mapping[str, Device]
     ) -> list[Burst]:
         """Name what was told of this pause without a device, if the look can; a burst of no count."""
-        told = self.told.keys() | self.synthesised.keys()
-        if "" not in told:
+        known = self.events.keys() | self.synthesised.keys()
+        if "" not in known:
             return []
-        alias = suspect(self, wrong, told, devices)
+        alias = suspect(self, wrong, known, devices)
         if not alias:
             return []
         raw = raw_of(self, "")._replace(alias=alias)
-        if "" in self.told:
-            self.told[alias] = raw
-            del self.told[""]
+        if "" in self.events:
+            self.events[alias] = raw
+            del self.events[""]
         finding = self.synthesised.pop("", None)
         if finding is not None:
             if not raw.reason and wrong.get(alias) == DISK_ERROR_NO_SPACE:
@@ -204,11 +242,11 @@ class Case:
         return [burst_of(raw, 0, Origin.EVENT, look, devices.get(alias), pause=True)]
 
 
-def _kept(told: Mapping[str, RawIoError]) -> dict[str, int]:
+def _kept(events: Mapping[str, RawIoError]) -> dict[str, int]:
     """What virDomainGetDiskErrors says, by alias, after these errors paused their guest."""
     return {
         alias: DISK_ERROR_NO_SPACE if raw.reason == ENOSPC else DISK_ERROR_UNSPECIFIED
-        for alias, raw in told.items()
+        for alias, raw in events.items()
         if alias
     }
 
@@ -220,20 +258,20 @@ def complete(look: Look | None) -> bool:
 
 def raw_of(case: Case, alias: str) -> RawIoError:
     """What was told of a device in this pause."""
-    return case.told[alias] if alias in case.told else case.synthesised[alias].raw
+    return case.events[alias] if alias in case.events else case.synthesised[alias].raw
 
 
 def suspect(
-    case: Case, wrong: Mapping[str, int], told: AbstractSet[str], devices: Mapping[str, Device]
+    case: Case, wrong: Mapping[str, int], known: AbstractSet[str], devices: Mapping[str, Device]
 ) -> str:
     """The device of an error that came without its name; "" when that can't be told."""
-    return missed_devices(case, wrong, told - {""}, devices, nameless=True)[0]
+    return missed_devices(case, wrong, known - {""}, devices, nameless=True)[0]
 
 
 def missed_devices(
     case: Case,
     wrong: Mapping[str, int],
-    told: AbstractSet[str],
+    known: AbstractSet[str],
     devices: Mapping[str, Device],
     *,
     nameless: bool = False,
@@ -242,10 +280,10 @@ def missed_devices(
 
     `nameless`: something was told without a name, so there is one more than those in `told`.
     """
-    fresh = [alias for alias, code in wrong.items() if alias not in told and case.stale.get(alias) != code]
-    if fresh or (told and not nameless):
+    fresh = [alias for alias, code in wrong.items() if alias not in known and case.stale.get(alias) != code]
+    if fresh or (known and not nameless):
         return fresh
-    wrong = {alias: code for alias, code in wrong.items() if alias not in told}
+    wrong = {alias: code for alias, code in wrong.items() if alias not in known}
     # One that failed before failed again: the only one, or the only one whose events libvirt loses.
     for suspects in (list(wrong), [alias for alias in wrong if _is_unnamed(devices.get(alias))]):
         if len(suspects) == 1:
@@ -277,8 +315,8 @@ def newer_messages(
         alias = aliases.get(message.target, "")
         if message.at_ns is None or message.at_ns <= since_ns:
             continue
-        told = None if case is None else case.last_ns.get(alias)
-        if told is not None and is_told(message.at_ns, told + slack_ns, ns + slack_ns):
+        last_ns = None if case is None else case.last_ns.get(alias)
+        if last_ns is not None and is_told(message.at_ns, last_ns + slack_ns, ns + slack_ns):
             continue
         known = newer.get(alias)
         if known is None or known.at_ns is None or known.at_ns < message.at_ns:

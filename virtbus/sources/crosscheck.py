@@ -21,24 +21,38 @@ A disk error that virDomainGetDiskErrors gives may be an old one: QEMU keeps it 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 
-from virtbus.model import Burst, Device, Evidence, RawIoError
+from virtbus.model import Device, Evidence, Now
+from virtbus.observations import Burst, DomainGone, DomainHalted, DomainResumed, Observation, RawIoError
 from virtbus.sources.cases import (
     ACTION_UNKNOWN,
     Case,
     Finding,
     Pause,
-    action_by_policy,
     burst_of,
     complete,
-    missed_devices,
     newer_messages,
     raw_error,
 )
-from virtbus.sources.evidence import Look, disk_errors_by_alias, newest_by_alias
-from virtbus.sources.link import ACTION_PAUSE, DISK_ERROR_UNSPECIFIED, PAUSED, RUNNING
+from virtbus.sources.evidence import Look, disk_errors_by_alias
+from virtbus.sources.link import (
+    ACTION_PAUSE,
+    CRASHED_EVENT,
+    PAUSED,
+    PAUSES,
+    PMSUSPENDED_EVENT,
+    RESUMED,
+    RUNNING,
+    STARTED,
+    STATE_AFTER,
+    STOPPED,
+    SUSPENDED,
+    SUSPENDED_IOERROR,
+    left_by,
+    runs_again,
+)
 from virtbus.words import ENOSPC, EvidenceCheck, EvidenceVerdict, Origin
 
 __all__ = ["ACTION_UNKNOWN", "CrossCheck", "Decision", "Verdict"]
@@ -93,22 +107,42 @@ class CrossCheck:
             case.looked_for[alias] = mono
             case.wanting.add(alias)
             return Verdict.TELL_AND_LOOK
-        case.told[alias] = raw
+        case.events[alias] = raw
         # "" is a finding that could not name its device; an event without a name is of any finding.
-        for told in (alias, "") if alias else tuple(case.synthesised):
-            finding = case.synthesised.pop(told, None)
+        for name in (alias, "") if alias else tuple(case.synthesised):
+            finding = case.synthesised.pop(name, None)
             if finding is not None and mono - finding.at <= LATE_SECONDS:
-                if not alias and told:
-                    case.told[told] = case.told.pop(alias)._replace(alias=told)
+                if not alias and name:
+                    case.events[name] = case.events.pop(alias)._replace(alias=name)
                 return Verdict.KNOWN
         if case.pauses and not case.pauses[-1].over:
-            case.pauses[-1].told[alias] = raw
+            case.pauses[-1].events[alias] = raw
         else:
             case.credit[alias] = raw
             case.credit_at = mono
             if not case.paused:
                 case.doubted_at, case.ask_at = mono, mono + self._grace
         return Verdict.TELL
+
+    def lifecycle(
+        self, uuid: str, name: str, number: int | None, event: int, detail: int, now: Now
+    ) -> list[Observation]:
+        """A lifecycle callback → what it tells: that the guest runs, stands still, or is gone."""
+        said: list[Observation] = []
+        if runs_again(event, detail):
+            self.resumed(uuid)
+        elif event == SUSPENDED and detail in PAUSES:
+            by_io_error = detail == SUSPENDED_IOERROR
+            self.suspended(uuid, name, number, by_io_error=by_io_error, mono=now.monotonic, ns=now.wall_ns)
+        elif event in (STOPPED, STARTED):
+            said += self.gone(uuid)
+        if event in (RESUMED, STARTED):
+            said.append(DomainResumed(uuid, now.wall_ns))
+        elif event in (SUSPENDED, PMSUSPENDED_EVENT, CRASHED_EVENT):
+            said.append(DomainHalted(uuid, now.wall_ns, STATE_AFTER[event]))
+        elif event == STOPPED:
+            said.append(DomainGone(uuid, now.wall_ns, left_by(detail)))
+        return said
 
     def suspended(
         self, uuid: str, name: str, number: int | None, *, by_io_error: bool, mono: float, ns: int
@@ -121,8 +155,8 @@ class CrossCheck:
             case.found_ahead = False
             case.credit = {}
             return
-        told = case.credit if mono - case.credit_at <= self._grace else {}
-        case.pauses.append(Pause(ns, mono, mono + self._grace, by_io_error, told))
+        events = case.credit if mono - case.credit_at <= self._grace else {}
+        case.pauses.append(Pause(ns, mono, mono + self._grace, by_io_error, events))
         case.credit = {}
 
     def resumed(self, uuid: str) -> None:
@@ -136,7 +170,7 @@ class CrossCheck:
             pause.over = True
         case.credit = {}
         case.keep_told()  # of a disk that failed behind the look, too
-        case.told.clear()
+        case.events.clear()
         case.synthesised.clear()
         case.unseen.clear()
 
@@ -190,7 +224,7 @@ class CrossCheck:
     def has_nameless(self, uuid: str) -> bool:
         """Whether something was told of the domain without the name of its device."""
         case = self._cases.get(uuid)
-        return case is not None and any("" in each for each in (case.reports, case.told, case.synthesised))
+        return case is not None and any("" in each for each in (case.reports, case.events, case.synthesised))
 
     def baseline(self, uuid: str, name: str, number: int | None, wrong: Mapping[str, int]) -> None:
         """The disk errors (by alias) of a guest that runs: left over from before."""
@@ -250,14 +284,14 @@ class CrossCheck:
     def is_told(self, uuid: str) -> bool:
         """Whether an event told of the error that the domain is paused by; a look can only add to that."""
         case = self._cases.get(uuid)
-        return case is not None and bool(case.pauses) and bool(case.pauses[-1].told)
+        return case is not None and bool(case.pauses) and bool(case.pauses[-1].events)
 
     def out_of_space(self, uuid: str) -> frozenset[str]:
         """The aliases whose last error was told with reason "enospc"."""
         case = self._cases.get(uuid)
         if case is None:
             return frozenset()
-        last = {**case.reports, **case.told}
+        last = {**case.reports, **case.events}
         return frozenset(alias for alias, raw in last.items() if raw.reason == ENOSPC)
 
     def known(self, raw: RawIoError) -> Burst:
@@ -280,7 +314,7 @@ class CrossCheck:
         `alias` is its only disk, or "": then the look that comes later names it, without a count.
         """
         case = self._case(uuid, name, number)
-        if case.told or case.synthesised or any(not pause.over for pause in case.pauses):
+        if case.events or case.synthesised or any(not pause.over for pause in case.pauses):
             return []
         case.paused = case.found_ahead = True
         raw = raw_error((uuid, name, number), alias=alias, code=None, action=ACTION_PAUSE, ns=ns)
@@ -310,49 +344,9 @@ class CrossCheck:
         if case is not None and case.paused and look.state != PAUSED:
             self.resumed(uuid)  # and nobody told us
         newer = newer_messages(look, since_ns, case, devices, self.slack_ns, ns)
-        found: dict[str, Burst] = {}
-        named: list[Burst] = []
-        if look.paused_by_io_error:
-            case = self._case(uuid, name, number)
-            case.paused = True
-            wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
-            suspects = wrong or dict.fromkeys(newer, DISK_ERROR_UNSPECIFIED)
-            named = case.name_nameless(suspects, look, devices)
-            told = case.told.keys() | case.synthesised.keys()
-            fresh = [
-                alias
-                for alias in missed_devices(case, suspects, told, devices)
-                if alias not in told or alias in newer
-            ]
-            fresh += [alias for alias in newer if alias in suspects and alias not in fresh]
-            case.stale, case.unsure = wrong, case.unsure and look.disk_errors is None
-            stamps = newest_by_alias(look, devices)
-            for alias in fresh:
-                kept = stamps.get(alias)
-                at = ns if kept is None or kept.at_ns is None else kept.at_ns
-                raw = raw_error(
-                    (uuid, name, number), alias=alias, code=wrong.get(alias), action=ACTION_PAUSE, ns=at
-                )
-                found[alias] = burst_of(raw, 1, Origin.RECONCILE, look, devices.get(alias), pause=True)
-                case.synthesised[alias] = Finding(mono, raw)
-                case.last_ns[alias] = at
-            if fresh:
-                # Its pause may still be on its way to us, unless it is the one that waits for its event.
-                waits = [pause for pause in case.pauses if not pause.over]
-                case.found_ahead = not waits
-                case.pauses = [pause for pause in case.pauses if pause.over]
-        for alias, message in newer.items():
-            if alias in found:
-                continue
-            at = message.at_ns or ns
-            device = devices.get(alias)
-            raw = raw_error(
-                (uuid, name, number), alias=alias, code=None, action=action_by_policy(device), ns=at
-            )
-            burst = burst_of(raw, 1, Origin.RECONCILE, look, device, pause=False)
-            found[alias] = replace(burst, message=message.text, stamp_ns=message.at_ns)
-            self._case(uuid, name, number).last_ns[alias] = at
-        return [*named, *found.values()]
+        if not look.paused_by_io_error and not newer:
+            return []
+        return self._case(uuid, name, number).reconcile(look, newer, devices, mono=mono, ns=ns)
 
     def keep_only(self, uuids: frozenset[str]) -> list[Burst]:
         """Forget the domains that are not there any more; what was undecided of them is told.

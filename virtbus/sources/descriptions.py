@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from virtbus import redaction
-from virtbus.model import Description, Device, DeviceSource, Domain, RawIoError
+from virtbus.model import Device, DeviceSource, Domain
+from virtbus.observations import Description, RawIoError
 from virtbus.sources.domain_xml import DomainXml
 from virtbus.words import GuestState
 

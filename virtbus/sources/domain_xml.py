@@ -24,16 +24,10 @@ MAX_BYTES = 4 << 20  # libvirt's own limit of a string on the wire (REMOTE_STRIN
 MAX_DEPTH = 512  # a backing chain nests one level an image, and libvirt allows 200 images
 MAX_ELEMENTS = 100_000
 
-COMMANDLINE = (
-    "{http://libvirt.org/schemas/domain/qemu/1.0}commandline"  # may hold disks libvirt does not know
-)
-_KEPT = (
-    "name",
-    "uuid",
-    "metadata",
-    "devices",
-    COMMANDLINE.removeprefix("{"),
-)  # all that is read of a <domain>
+# It may hold disks that libvirt does not know.
+COMMANDLINE = "{http://libvirt.org/schemas/domain/qemu/1.0}commandline"
+# All that is read of a <domain>.
+_KEPT = ("name", "uuid", "metadata", "devices", COMMANDLINE.removeprefix("{"))
 
 NOVA = "http://openstack.org/xmlns/libvirt/nova/"  # followed by the version
 KUBEVIRT = "http://kubevirt.io"
@@ -81,7 +75,7 @@ def parse(
 ) -> DomainXml:
     """The XML of one domain, as virDomainGetXMLDesc gives it.
 
-    Raises SchemaError when it is too large, holds a DTD, is not well-formed, or is no domain's.
+    Raises SchemaError when it is too large, holds a DTD, is not well-formed, or is not a domain's.
     """
     root = _tree(xml, max_bytes)
     if root.tag != "domain":
@@ -178,29 +172,21 @@ def _tree(xml: str | bytes, max_bytes: int, kept: Sequence[str] = _KEPT) -> Elem
 
 
 def _device(element: Element) -> Device | None:
-    alias = element.find("alias")
-    target = element.find("target")
+    alias, target, driver = (element.find(tag) for tag in ("alias", "target", "driver"))
     if alias is None or not alias.get("name"):
         return None
+    at = {} if target is None else target.attrib
+    device = Device(alias.get("name"), at.get("dev"), at.get("bus"), element.tag)
     if element.tag != "disk":
-        return Device(
-            alias=alias.get("name"),
-            target=None if target is None else target.get("dev"),
-            bus=None if target is None else target.get("bus"),
-            kind=element.tag,
-            source=_plain_source(element),
-        )
-    driver = element.find("driver")
+        return replace(device, source=_plain_source(element))
     policy = None
     if driver is not None:
         write, read = driver.get("error_policy"), driver.get("rerror_policy")
         if read is None and write != "enospace":  # which is not valid for reads: these keep QEMU's default
             read = write
         policy = ErrorPolicy(write, read) if write or read else None
-    return Device(
-        alias=alias.get("name"),
-        target=None if target is None else target.get("dev"),
-        bus=None if target is None else target.get("bus"),
+    return replace(
+        device,
         kind=element.get("device", "disk"),
         serial=_text(element.findtext("serial")),
         source=_disk_source(element, None if driver is None else driver.get("type")),
@@ -279,13 +265,14 @@ def _data_file(source: Element) -> str | None:
     return None if store is None or inner is None else _path(store.get("type", "unknown"), inner)
 
 
+_NAMES = ("file", "dev", "dir", "name", "path")
+
+
 def _names(disk: Element) -> Iterator[str]:
     """What libvirt may call a disk's images in an error's event; they never leave this process."""
     for image in (disk, *_chain(disk), *disk.iterfind("mirror")):
         for source in (*image.iterfind("source"), *image.iterfind("source/dataStore/source")):
-            yield from (
-                source.get(key, "") for key in ("file", "dev", "dir", "name", "path") if source.get(key)
-            )
+            yield from (source.attrib[key] for key in _NAMES if source.get(key))
 
 
 def _number(text: str | None) -> int | None:
@@ -338,15 +325,9 @@ def _owner(root: Element, uuid: str | None, name: str | None, rules: Sequence[Ow
     for rule in rules:
         for namespace, element in found:
             if namespace == rule.namespace:
-                return Owner(
-                    platform=Platform(rule.platform),
-                    id=_at(element, rule.id),
-                    name=_at(element, rule.name),
-                    project_id=_at(element, rule.project_id),
-                    project_name=_at(element, rule.project_name),
-                    user_id=_at(element, rule.user_id),
-                    user_name=_at(element, rule.user_name),
-                )
+                names = ("id", "name", "project_id", "project_name", "user_id", "user_name")
+                texts = {name: _at(element, getattr(rule, name)) for name in names}
+                return Owner(Platform(rule.platform), **texts)
     for namespace, element in found:
         if namespace.startswith(NOVA):
             return Owner(

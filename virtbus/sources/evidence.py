@@ -133,79 +133,61 @@ def gather(
     target = None if device is None else device.target
     code = None if look is None or target is None else (look.disk_errors or {}).get(target)
     claims_no_space = reason == ENOSPC or code == DISK_ERROR_NO_SPACE
-    by_pause = Says.INCONCLUSIVE if claims_no_space else Says.CONFIRMS
+    by_pause = _confirms(not claims_no_space)
     if lifecycle:
         out.append(Evidence(Looked.LIFECYCLE, by_pause, "the guest was suspended by an I/O error"))
     if look is None:
-        return (
-            *out,
-            Evidence(Looked.STATE, Says.UNAVAILABLE, "the look-up did not end in time"),
-        )
+        return (*out, Evidence(Looked.STATE, Says.UNAVAILABLE, "the look-up did not end in time"))
     if pause:
         verdict = by_pause if look.paused_by_io_error else Says.INCONCLUSIVE
-        out.append(
-            Evidence(Looked.STATE, verdict, f"{STATES.get(look.state, look.state)}, reason {look.reason}")
-        )
+        words = f"{STATES.get(look.state, look.state)}, reason {look.reason}"
+        out.append(Evidence(Looked.STATE, verdict, words))
     if look.disk_errors is None:
         if look.state == PAUSED:
             out.append(Evidence(Looked.DISK_ERRORS, Says.UNAVAILABLE))
     elif target is not None:
-        name = None if code is None else DISK_ERRORS.get(code, f"code {code}")
+        name = "none" if code is None else DISK_ERRORS.get(code, f"code {code}")
         agrees = code == DISK_ERROR_NO_SPACE if claims_no_space else code is not None
-        verdict = Says.CONFIRMS if agrees else Says.INCONCLUSIVE
-        out.append(Evidence(Looked.DISK_ERRORS, verdict, f"{target}: {name or 'none'}"))
+        out.append(Evidence(Looked.DISK_ERRORS, _confirms(agrees), f"{target}: {name}"))
     if look.messages is not None and target is not None:
         kept = newest_message(look.messages, target)
-        out.append(
-            Evidence(
-                Looked.MESSAGES, Says.CONFIRMS if kept else Says.INCONCLUSIVE, kept.text if kept else None
-            )
-        )
+        out.append(Evidence(Looked.MESSAGES, _confirms(kept is not None), kept.text if kept else None))
     if claims_no_space and target is not None:
         out += _space_evidence(look, device, target)
     return tuple(out)
 
 
+def _confirms(agrees: bool) -> Says:
+    """What is seen here can confirm an error, and never contradict it."""
+    return Says.CONFIRMS if agrees else Says.INCONCLUSIVE
+
+
 def _space_evidence(look: Look, device: Device | None, target: str) -> list[Evidence]:
-    """Is there really no space? What is seen here can confirm it, and never contradict it.
+    """Is there really no space?
 
     A file system may lack metadata blocks, quota or space in the pool below it while its blocks are free.
     """
-    out = []
-    space = look.spaces.get(target)
+    space, free = look.spaces.get(target), look.free.get(target)
     source = None if device is None else device.source
-    if space is None:
-        out.append(Evidence(Looked.BLOCK_INFO, Says.UNAVAILABLE))
-    else:
-        verdict, found = Says.INCONCLUSIVE, "says nothing about the space below"
+    block = Evidence(Looked.BLOCK_INFO, Says.UNAVAILABLE)
+    if space is not None:
+        short, found = False, "says nothing about the space below"
         # Of a raw image the highest byte written says nothing: writing again needs no more space.
         if source is not None and source.type == "block" and source.format not in (None, "raw"):
             left = space.physical - space.allocation
             if space.physical:
-                verdict = Says.CONFIRMS if left < FULL_BELOW_BYTES else Says.INCONCLUSIVE
+                short = left < FULL_BELOW_BYTES
                 found = f"{left} bytes of the block device were never written"
         elif source is not None and source.type == "file" and space.capacity <= space.allocation:
             found = "the image is wholly allocated"
-        out.append(
-            Evidence(
-                Looked.BLOCK_INFO,
-                verdict,
-                found,
-                capacity_bytes=min(space.capacity, MAX_COUNT),
-                allocation_bytes=min(space.allocation, MAX_COUNT),
-                physical_bytes=min(space.physical, MAX_COUNT),
-            )
+        block = Evidence(
+            Looked.BLOCK_INFO, _confirms(short), found, *(min(size, MAX_COUNT) for size in space)
         )
-    free = look.free.get(target)
     if free is None:
-        out.append(
-            Evidence(
-                Looked.FILE_SYSTEM,
-                Says.UNAVAILABLE,
-                "the image's file system is not visible here",
-            )
-        )
+        words, verdict = "the image's file system is not visible here", Says.UNAVAILABLE
     else:
-        verdict = Says.CONFIRMS if free.free_bytes < FULL_BELOW_BYTES else Says.INCONCLUSIVE
-        out.append(Evidence(Looked.FILE_SYSTEM, verdict, f"{free.free_bytes} bytes free at {free.path}"))
-    return out
+        words, verdict = (
+            f"{free.free_bytes} bytes free at {free.path}",
+            _confirms(free.free_bytes < FULL_BELOW_BYTES),
+        )
+    return [block, Evidence(Looked.FILE_SYSTEM, verdict, words)]

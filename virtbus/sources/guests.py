@@ -1,6 +1,6 @@
 """What is asked about one hypervisor's guests, and told of them; all of it on the source thread.
 
-Callbacks leave notes (session.py), and so do answers (asking.py); which error is told, and by whom, is
+Callbacks leave notes (session.py), and so do answers (lookups.py); which error is told, and by whom, is
 decided in crosscheck.py.
 """
 
@@ -11,29 +11,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from virtbus.errors import SourceUnavailable
-from virtbus.model import (
-    Burst,
-    Device,
-    DomainGone,
-    DomainResumed,
-    DomainState,
-    Host,
-    HostKnown,
-    SourceReady,
-)
+from virtbus.model import Device, Host
+from virtbus.observations import Burst, DomainGone, DomainResumed, DomainState, HostKnown, SourceReady
 from virtbus.seen import Moment, boot_id
 from virtbus.sources import Sink, SourceOptions
-from virtbus.sources.asking import HOST, Asker
-from virtbus.sources.connecting import Opened
+from virtbus.sources.crew import Crew, Opened
 from virtbus.sources.crosscheck import STAMP_SLACK_NS
 from virtbus.sources.evidence import Look, disk_errors_by_alias
 from virtbus.sources.link import (
     PAUSED,
     PAUSED_IOERROR,
     PAUSED_UNKNOWN,
+    PAUSES,
     RESUMED,
     RUNNING,
     STARTED,
+    STATE_AFTER,
     STATES,
     STOPPED,
     SUSPENDED,
@@ -41,11 +34,8 @@ from virtbus.sources.link import (
     Connector,
     HostFacts,
 )
-from virtbus.sources.lookups import Lookups
-from virtbus.sources.questions import Want
+from virtbus.sources.lookups import HOST, Asker, Lookups, Want
 from virtbus.sources.session import (
-    PAUSES,
-    STATE_AFTER,
     Baseline,
     Changed,
     Closed,
@@ -81,7 +71,7 @@ class FirstLook:
 class Guests:
     """The guests of one hypervisor, over all its connections."""
 
-    def __init__(self, shared: Shared, connector: Connector, options: SourceOptions) -> None:
+    def __init__(self, shared: Shared, connector: Connector, crew: Crew, options: SourceOptions) -> None:
         self._clock, self._lock, self._check = shared.clock, shared.lock, shared.check
         self._cache = shared.cache
         self._options = options
@@ -90,10 +80,11 @@ class Guests:
         self._lookups = Lookups(
             connector,
             self._asker.ask,
+            crew,
             in_flight=options.lookups_in_flight,
             deadline=options.lookup_deadline_seconds,
             clock=lambda: self._clock().monotonic,
-            idle=options.idle_seconds,
+            idle=math.inf if options.idle_seconds is None else options.idle_seconds,
         )
         # Domains whose next look is to say what was missed since when (wall ns; None: not by old messages).
         self.reconciling: dict[str, int | None] = {}
@@ -287,9 +278,9 @@ class Guests:
                 self._lookups.request(uuid, Want.BASELINE)
             if event == SUSPENDED and note.detail in PAUSES:
                 with self._lock:
-                    told = note.detail == SUSPENDED_IOERROR and self._check.is_told(uuid)
+                    has_event = note.detail == SUSPENDED_IOERROR and self._check.is_told(uuid)
                 # Without an event only a look while the guest is paused tells that it was a disk, and which.
-                self._look_at(uuid, at_once=self._first is not None or not told)
+                self._look_at(uuid, at_once=self._first is not None or not has_event)
 
     def _on_look(self, session: Session, note: Looked) -> None:
         uuid, look = note.uuid, note.look

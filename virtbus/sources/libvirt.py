@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
@@ -20,11 +21,11 @@ import libvirt
 
 from virtbus import redaction
 from virtbus.errors import ConfigError, SourceDenied, SourceUnavailable, VirtbusError
-from virtbus.model import Check, Description, Hypervisor, RawIoError, SourceReady
-from virtbus.sources import Sink, SourceOptions
+from virtbus.model import Check, Hypervisor
+from virtbus.observations import RawIoError
+from virtbus.sources import SourceOptions
 from virtbus.sources.link import DomainAt, Handler, HostFacts, NobodyListens, NoSuchDomain, Space, Unsupported
 from virtbus.sources.observer import Observer
-from virtbus.sources.probing import checks_of, unreachable
 from virtbus.telemetry import CallbackUndecodable, EventUnsupported, LibvirtSaid, Trouble, emit
 
 THROTTLES_FROM = (9, 2, 0)  # QEMU merges BLOCK_IO_ERROR events of a device, one a second
@@ -67,7 +68,7 @@ class _EventLoop:
                 # Before this libvirt prints every error to standard error as well.
                 libvirt.registerErrorHandler(_complain, None)
                 libvirt.virEventRegisterDefaultImpl()
-                _LostCallbacks.install(cls)
+                _notice_lost_callbacks()
             cls._thread = threading.Thread(target=cls._run, name="virtbus-libvirt", daemon=True)
             cls._thread.start()
 
@@ -105,29 +106,25 @@ def _complain(_context: object, error: Sequence[Any]) -> None:
     emit(LibvirtSaid(str(error[2])))
 
 
-class _LostCallbacks:
-    """libvirt-python prints what a callback raises, and what it could not even decode, and goes on.
+def _notice_lost_callbacks() -> None:
+    """Stand before the hook that is there: libvirt-python prints what a callback raises, and goes on.
 
     Text that is not UTF-8 (a path in an image's header, say) raises before any callback of ours is called:
     the only trace is `sys.excepthook` on the loop's thread. It is the sign to look at every domain.
     """
+    before = sys.excepthook
 
-    @staticmethod
-    def install(loop: type[_EventLoop]) -> None:
-        """Stand before the hook that is there."""
-        before = sys.excepthook
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not _EventLoop.is_loop():
+            before(kind, error, trace)
+        elif isinstance(error, UnicodeDecodeError):
+            emit(CallbackUndecodable(error))  # and a gap: somebody's error may have been in it
+            for handler in list(_EventLoop.handlers):
+                handler.undecodable()
+        else:
+            emit(Trouble("a libvirt callback", f"{kind.__name__}: {error}"))
 
-        def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-            if not loop.is_loop():
-                before(kind, error, trace)
-            elif isinstance(error, UnicodeDecodeError):
-                emit(CallbackUndecodable(error))  # and a gap: somebody's error may have been in it
-                for handler in list(loop.handlers):
-                    handler.undecodable()
-            else:
-                emit(Trouble("a libvirt callback", f"{kind.__name__}: {error}"))
-
-        sys.excepthook = hook
+    sys.excepthook = hook
 
 
 # ------------------------------------------------------------------------------------------ a link
@@ -145,49 +142,40 @@ def _translated(error: libvirt.libvirtError, what: str) -> VirtbusError:
         return SourceDenied(
             f"{what}: {text}; give this uid and gid an account on the host, or run as one that has (65534)"
         )
-    if code == libvirt.VIR_ERR_SYSTEM_ERROR and error.get_int1() == errno.ECONNREFUSED:
+    number = error.get_int1() if code == libvirt.VIR_ERR_SYSTEM_ERROR else 0
+    if number == errno.ECONNREFUSED:
         return NobodyListens(f"{what}: {text}")
-    denied = code in _DENIED or (
-        code == libvirt.VIR_ERR_SYSTEM_ERROR and error.get_int1() in (errno.EACCES, errno.EPERM)
-    )
-    if denied:
+    if code in _DENIED or number in (errno.EACCES, errno.EPERM):
         return SourceDenied(
             f"{what}: {text}; the read-only socket and its group, or the daemon's access rules, must admit us"
         )
     return SourceUnavailable(f"{what}: {text}")
 
 
-class _Call:
+@contextmanager
+def _calling(what: str) -> Iterator[None]:
     """Translates libvirt's exceptions, and text that is not UTF-8, once, at the edge."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, libvirt.libvirtError):
-            raise _translated(error, self._what) from error
-        if isinstance(error, UnicodeDecodeError | SystemError):
-            raise SourceUnavailable(f"{self._what}: the answer is not UTF-8 text") from error
+    try:
+        yield
+    except libvirt.libvirtError as error:
+        raise _translated(error, what) from error
+    except (UnicodeDecodeError, SystemError) as error:
+        raise SourceUnavailable(f"{what}: the answer is not UTF-8 text") from error
 
 
 class LibvirtLink:
     """One read-only connection. See `virtbus.sources.link.Link`."""
 
-    def __init__(self, connection: Any, uri: str, closing: Callable[[], None]) -> None:
+    def __init__(self, connection: Any, uri: str) -> None:
         self._connection = connection
         self._local = is_local(uri)
         self._uri = redaction.uri(uri)
-        self._closing = closing
+        self.registered: list[int] = []  # each holds the connection, and is dropped at close
 
     def facts(self) -> HostFacts:
         """See Link."""
         connection = self._connection
-        with _Call(self._uri):
+        with _calling(self._uri):
             kind = connection.getType()
             version = _version(connection.getVersion())
             libvirt_version = _version(connection.getLibVersion())
@@ -202,13 +190,13 @@ class LibvirtLink:
 
     def capabilities(self) -> str:
         """See Link."""
-        with _Call(f"{self._uri}: capabilities"):
+        with _calling(f"{self._uri}: capabilities"):
             text: str = self._connection.getCapabilities()
             return text
 
     def domains(self) -> Sequence[DomainAt]:
         """See Link."""
-        with _Call(f"{self._uri}: list of domains"):
+        with _calling(f"{self._uri}: list of domains"):
             flags = libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE
             try:
                 found = self._connection.getAllDomainStats(libvirt.VIR_DOMAIN_STATS_STATE, flags)
@@ -216,14 +204,12 @@ class LibvirtLink:
                 if error.get_error_code() not in (libvirt.VIR_ERR_NO_SUPPORT, libvirt.VIR_ERR_INVALID_ARG):
                     raise
             else:
-                return [
-                    _at(domain, stats.get("state.state", 0), stats.get("state.reason", 0))
-                    for domain, stats in found
-                ]
+                places = ("state.state", "state.reason")
+                return [DomainAt(*_named(dom), *(stats.get(at, 0) for at in places)) for dom, stats in found]
             out = []
             for domain in self._connection.listAllDomains(libvirt.VIR_CONNECT_LIST_DOMAINS_ACTIVE):
                 try:
-                    out.append(_at(domain, *domain.state()))
+                    out.append(DomainAt(*_named(domain), *domain.state()))
                 except libvirt.libvirtError as error:
                     if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
                         raise
@@ -231,19 +217,19 @@ class LibvirtLink:
 
     def state(self, uuid: str) -> tuple[int, int]:
         """See Link."""
-        with _Call(f"domain {uuid}: state"):
+        with _calling(f"domain {uuid}: state"):
             state, reason = self._domain(uuid).state()
             return int(state), int(reason)
 
     def xml(self, uuid: str) -> str:
         """See Link."""
-        with _Call(f"domain {uuid}: XML"):
+        with _calling(f"domain {uuid}: XML"):
             text: str = self._domain(uuid).XMLDesc(0)
             return text
 
     def disk_errors(self, uuid: str) -> Mapping[str, int]:
         """See Link."""
-        with _Call(f"domain {uuid}: disk errors"):
+        with _calling(f"domain {uuid}: disk errors"):
             found: Mapping[str, int] | None = self._domain(uuid).diskErrors()
         if found is None:  # libvirt-python gives None, and no exception, when the call failed
             raise SourceUnavailable(f"domain {uuid}: disk errors can't be had")
@@ -251,7 +237,7 @@ class LibvirtLink:
 
     def messages(self, uuid: str) -> Sequence[str]:
         """See Link."""
-        with _Call(f"domain {uuid}: messages"):
+        with _calling(f"domain {uuid}: messages"):
             domain = self._domain(uuid)
             if not hasattr(domain, "messages"):
                 raise Unsupported("this libvirt-python has no messages()")
@@ -261,7 +247,7 @@ class LibvirtLink:
 
     def space(self, uuid: str, target: str) -> Space:
         """See Link."""
-        with _Call(f"domain {uuid}: space of {target}"):
+        with _calling(f"domain {uuid}: space of {target}"):
             return Space(*self._domain(uuid).blockInfo(target))
 
     def probe_events(self) -> Mapping[str, str | None]:
@@ -279,7 +265,7 @@ class LibvirtLink:
 
     def heard(self, then: Callable[[], None]) -> None:
         """See Link."""
-        with _Call(f"{self._uri}: the connection of the events"):
+        with _calling(f"{self._uri}: the connection of the events"):
             self._connection.getLibVersion()  # goes to the daemon each time, and to no guest
             _EventLoop.call(then)
 
@@ -295,7 +281,11 @@ class LibvirtLink:
         threading.Thread(target=self._close, name="virtbus-close", daemon=True).start()
 
     def _close(self) -> None:
-        self._closing()
+        for number in self.registered:
+            with suppress(libvirt.libvirtError):
+                self._connection.domainEventDeregisterAny(number)
+        with suppress(libvirt.libvirtError):
+            self._connection.unregisterCloseCallback()
         try:
             self._connection.close()
         except libvirt.libvirtError as error:
@@ -305,9 +295,10 @@ class LibvirtLink:
         return self._connection.lookupByUUIDString(uuid)
 
 
-def _at(domain: Any, state: int, reason: int) -> DomainAt:
+def _named(domain: Any) -> tuple[str, str, int | None]:
+    """UUID, name and number of the domain object at hand; the daemon is not asked."""
     number = domain.ID()
-    return DomainAt(domain.UUIDString(), domain.name(), number if number >= 0 else None, state, reason)
+    return domain.UUIDString(), domain.name(), number if number >= 0 else None
 
 
 def _version(number: int) -> tuple[int, int, int]:
@@ -348,21 +339,7 @@ class LibvirtConnector:
             if error.get_error_code() in _MISUSED:
                 raise ConfigError(f"libvirt.uri {self.uri}: {error.get_error_message()}") from error
             raise _translated(error, self.uri) from error
-        registered: list[int] = []
-
-        def closing() -> None:
-            # Each registration holds the connection: without this nothing is ever freed.
-            for number in registered:
-                try:
-                    connection.domainEventDeregisterAny(number)
-                except libvirt.libvirtError:
-                    continue
-            try:
-                connection.unregisterCloseCallback()
-            except libvirt.libvirtError:
-                return
-
-        link = LibvirtLink(connection, self._address, closing)
+        link = LibvirtLink(connection, self._address)
         try:
             connection.setKeepAlive(self._interval, self._count)
         except libvirt.libvirtError as error:
@@ -373,7 +350,7 @@ class LibvirtConnector:
         _EventLoop.handlers.add(handler)
         try:
             self._watch_closing(connection, handler)
-            self._register(connection, handler, registered)
+            self._register(connection, handler, link.registered)
         except libvirt.libvirtError as error:
             link.close()
             raise _translated(error, f"{self.uri}: event registration") from error
@@ -430,30 +407,16 @@ _EVENTS: tuple[tuple[tuple[str, ...], str], ...] = (
 
 
 def _callbacks(handler: Handler) -> Mapping[str, Callable[..., None]]:
-    """The callbacks by the names that `_EVENTS` uses. All run on libvirt's thread.
-
-    name(), UUIDString() and ID() read the domain object at hand; they do not ask the daemon.
-    """
+    """The callbacks by the names that `_EVENTS` uses. All run on libvirt's thread."""
 
     def lifecycle(_c: Any, dom: Any, event: int, detail: int, _o: object) -> None:
-        number = dom.ID()
-        handler.lifecycle(dom.UUIDString(), dom.name(), number if number >= 0 else None, event, detail)
+        handler.lifecycle(*_named(dom), event, detail)
 
     def io_error(_c: Any, dom: Any, path: str, alias: str, action: int, *rest: Any) -> None:
         # IO_ERROR_REASON gives (reason, opaque), the older IO_ERROR only (opaque).
         reason = rest[0] if len(rest) > 1 else ""
-        number = dom.ID()
         handler.io_error(
-            RawIoError(
-                dom.UUIDString(),
-                dom.name(),
-                number if number >= 0 else None,
-                path or "",
-                alias or "",
-                action,
-                reason or "",
-                time.time_ns(),
-            )
+            RawIoError(*_named(dom), path or "", alias or "", action, reason or "", time.time_ns())
         )
 
     def removed(_c: Any, dom: Any, alias: str, _o: object) -> None:
@@ -474,40 +437,63 @@ def _callbacks(handler: Handler) -> Mapping[str, Callable[..., None]]:
 # --------------------------------------------------------------------------------------- the source
 
 
-class LibvirtSource:
+class LibvirtSource(Observer):
     """Observes the hypervisor of one libvirt URI, read-only; see `virtbus.sources.Source`."""
 
     def __init__(self, uri: str, *, options: SourceOptions | None = None) -> None:
         """Connect to nothing yet."""
-        self.uri = redaction.uri(uri)
         options = options or SourceOptions()
-        self._connector = LibvirtConnector(uri, options)
-        self._observer = Observer(self._connector, options=options)
-
-    def run(self, sink: Sink, stop: threading.Event) -> None:
-        """See Source. Raises ConfigError too, for a URI that no libvirt driver takes."""
-        self._observer.run(sink, stop)
-
-    def describe(self, domain_uuid: str) -> Description | None:
-        """See Source."""
-        return self._observer.describe(domain_uuid)
-
-    def snapshot(self) -> SourceReady:
-        """See Source. Raises SourceUnavailable, SourceDenied, ConfigError."""
-        return self._observer.snapshot()
+        self._libvirt = LibvirtConnector(uri, options)
+        super().__init__(self._libvirt, options=options)
 
     def probe(self) -> Sequence[Check]:
         """See Source: connection, versions, and each event's registration, with what it means."""
         try:
-            link = self._connector.open(None)
+            link = self._libvirt.open(None)
         except VirtbusError as error:
             return [unreachable(error)]
         try:
-            facts = link.facts()
-            domains = link.domains()
-            events = link.probe_events()
+            return checks_of(self._libvirt.uri, link.facts(), len(link.domains()), link.probe_events())
         except VirtbusError as error:
             return [Check("libvirt", "failed", str(error), "see the daemon's own log", error.exit_code)]
         finally:
             link.close()
-        return checks_of(self.uri, facts, len(domains), events)
+
+
+def unreachable(error: VirtbusError) -> Check:
+    """No connection could be made."""
+    remedy = "start libvirtd or virtqemud, and see that its socket is reachable from here"
+    if isinstance(error, SourceDenied):
+        remedy = "let this user open libvirt's read-only socket (unix_sock_ro_perms)"
+    elif isinstance(error, ConfigError):
+        remedy = "fix libvirt.uri, e.g. qemu:///system"
+    return Check("libvirt", "failed", str(error), remedy, error.exit_code)
+
+
+def checks_of(uri: str, facts: HostFacts, domains: int, events: Mapping[str, str | None]) -> Sequence[Check]:
+    """A connection was made; `events` are their names and libvirt's refusals (None: it can be registered)."""
+    kind, version = facts.hypervisor.kind, facts.hypervisor.version
+    libvirt_version = facts.hypervisor.libvirt_version
+    details = {
+        "uri": uri,
+        "hypervisor": kind,
+        "hypervisor_version": version,
+        "libvirt_version": libvirt_version,
+        "domains": domains,
+        "throttles": facts.throttles,
+    }
+    words = f"{facts.name}: {kind} {version} behind libvirt {libvirt_version}, {domains} domain(s) active"
+    checks = [Check("libvirt", "ok", words, details=details)]
+    missing = ", ".join(f"{name} ({refusal})" for name, refusal in events.items() if refusal is not None)
+    if not missing:
+        checks.append(Check("libvirt events", "ok", f"{len(events)} kinds of events can be registered"))
+    else:
+        # Without IO_ERROR_REASON there is still IO_ERROR; without LIFECYCLE nothing is.
+        status, code = ("failed", SourceUnavailable.exit_code) if events.get("LIFECYCLE") else ("warning", 0)
+        remedy = "what depends on them is found later, by looking; a newer libvirt offers them"
+        checks.append(Check("libvirt events", status, f"not offered: {missing}", remedy, code))
+    if facts.throttles:
+        words = f"{kind} {version} merges a device's errors, one event a second: counts are lower bounds"
+        remedy = "nothing to fix: read occurrences.lower_bound, and docs/libvirt.md"
+        checks.append(Check("error counts", "warning", words, remedy))
+    return checks

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from virtbus.errors import SourceUnavailable
-from virtbus.model import Hypervisor, RawIoError
+from virtbus.model import Hypervisor
+from virtbus.observations import RawIoError
 from virtbus.words import DiskError, GuestState, ResolutionCause
 
 # virDomainState
@@ -34,8 +35,24 @@ PMSUSPENDED_EVENT, CRASHED_EVENT = 7, 8
 STARTED_WAKEUP = 4
 # virDomainEventSuspendedDetailType
 SUSPENDED_PAUSED, SUSPENDED_IOERROR = 0, 2
+PAUSES = (SUSPENDED_IOERROR, SUSPENDED_PAUSED)
 # virDomainEventStoppedDetailType
 STOPPED_MIGRATED = 3
+# virDomainEventType → virDomainState's word
+STATE_AFTER = {
+    STARTED: GuestState.RUNNING,
+    SUSPENDED: GuestState.PAUSED,
+    RESUMED: GuestState.RUNNING,
+    STOPPED: GuestState.SHUT_OFF,
+    6: GuestState.SHUTTING_DOWN,
+    PMSUSPENDED_EVENT: GuestState.PM_SUSPENDED,
+    CRASHED_EVENT: GuestState.CRASHED,
+}
+
+
+def runs_again(event: int, detail: int) -> bool:
+    """Whether a lifecycle event says that a guest goes on where it stood."""
+    return event == RESUMED or (event == STARTED and detail == STARTED_WAKEUP)
 
 
 def left_by(detail: object) -> ResolutionCause:

@@ -1,4 +1,4 @@
-"""Looks at domains on connections of their own, so that a guest that hangs never blinds the agent.
+"""Asks about domains on connections of its own, so that a guest that hangs never blinds the agent.
 
 A call into libvirt can't be cancelled, and a guest whose QEMU hangs holds it for ever. Guarantees:
 
@@ -7,20 +7,143 @@ A call into libvirt can't be cancelled, and a guest whose QEMU hangs holds it fo
 3. a connection whose places are all taken by calls that hang is replaced, at most once: no more than
    twice `in_flight` of the daemon's workers are ever held by us, also when every guest hangs;
 4. a domain that hangs is not asked again before its call has come back;
-5. what was not answered is asked again, until it is (questions.py).
+5. a question is closed by its answer, or because its subject is gone or the hypervisor is away; never by a
+   failure, a timeout or an answer that belongs to an earlier connection;
+6. what was answered in vain is asked again after a wait that doubles from FIRST_WAIT to LONGEST_WAIT seconds.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Flag, auto
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
-from virtbus.errors import VirtbusError
-from virtbus.sources.link import Connector, Link
-from virtbus.sources.questions import Asked, Questions, Want
-from virtbus.telemetry import LookupFinished, LookupsReplaced, Trouble, emit
+from virtbus.config import OwnerRule
+from virtbus.errors import SchemaError, SourceUnavailable, VirtbusError
+from virtbus.sources import domain_xml
+from virtbus.sources.crew import Crew
+from virtbus.sources.evidence import FreeSpace, Look, disks_by_target, read_messages
+from virtbus.sources.link import (
+    DISK_ERROR_NO_SPACE,
+    PAUSED,
+    Connector,
+    HostFacts,
+    Link,
+    NoSuchDomain,
+    Space,
+    Unsupported,
+)
+from virtbus.sources.session import Baseline, Described, HostAnswered, Looked, Session, Shared
+from virtbus.telemetry import DomainUnreadable, LookupFinished, LookupsReplaced, Trouble, emit
+
+HOST = ""  # the look-up key of what is no domain's
+FIRST_WAIT = 1.0
+LONGEST_WAIT = 60.0
+
+
+class Want(Flag):
+    """What is asked about a domain."""
+
+    NOTHING = 0
+    DESCRIPTION = auto()
+    TROUBLE = auto()
+    BASELINE = auto()  # the disk errors that a running guest has left over
+    HOST = auto()  # asked under the key "", which is no domain's
+
+
+class Asked(NamedTuple):
+    """Questions that were taken to be asked now."""
+
+    subject: str
+    want: Want
+    era: int  # of the hypervisor's connection
+
+
+@dataclass(slots=True)
+class _Failed:
+    """Questions that were answered in vain, and when they are due again."""
+
+    want: Want
+    due: float
+    attempts: int
+
+
+class Questions:
+    """The questions that are open, one entry a subject. Pure and not thread-safe; times are monotonic."""
+
+    def __init__(self) -> None:
+        self._due: dict[str, Want] = {}  # to be asked now, oldest first
+        self._asked: dict[str, int] = {}  # being asked → failures in a row before
+        self._failed: dict[str, _Failed] = {}
+        self._next = math.inf  # not later than the first of `_failed` is due
+        self._era = 0
+
+    def __len__(self) -> int:
+        return len(self._due.keys() | self._asked.keys() | self._failed.keys())
+
+    def open(self, subject: str, want: Want) -> None:
+        """Ask; what waits after a failure is asked at once, too: something new has happened."""
+        failed = self._failed.get(subject)
+        if failed is not None:
+            want |= failed.want
+            failed.want = Want.NOTHING  # its count of failures goes on
+        self._due[subject] = self._due.get(subject, Want.NOTHING) | want
+
+    def forget(self, subject: str) -> None:
+        """Its subject is gone."""
+        for table in (self._due, self._asked, self._failed):
+            table.pop(subject, None)
+
+    def clear(self) -> None:
+        """The hypervisor is away: the next connection asks its own questions."""
+        self._due, self._asked, self._failed = {}, {}, {}
+        self._next = math.inf
+        self._era += 1
+
+    def ready(self, now: float, busy: Container[str]) -> str | None:
+        """The subject to ask next: one that is not being asked already."""
+        if now >= self._next:
+            for subject, failed in self._failed.items():
+                if failed.due <= now and failed.want:
+                    self.open(subject, Want.NOTHING)
+            waits = [failed.due for failed in self._failed.values() if failed.want]
+            self._next = min(waits, default=math.inf)
+        return next((subject for subject in self._due if subject not in busy), None)
+
+    def take(self, now: float, busy: Container[str]) -> Asked | None:
+        """The questions to ask next, all of one subject."""
+        subject = self.ready(now, busy)
+        if subject is None:
+            return None
+        failed = self._failed.pop(subject, None)
+        self._asked[subject] = 0 if failed is None else failed.attempts
+        return Asked(subject, self._due.pop(subject), self._era)
+
+    def answered(self, asked: Asked, unanswered: Want, now: float) -> None:
+        """What became of it: `unanswered` is asked again, later."""
+        attempts = self._asked.pop(asked.subject, None) if asked.era == self._era else None
+        if attempts is None or not unanswered:
+            return
+        due = now + min(FIRST_WAIT * 2**attempts, LONGEST_WAIT)
+        self._failed[asked.subject] = _Failed(unanswered, due, min(attempts + 1, 16))
+        self._next = min(self._next, due)
+
+    def again(self, asked: Asked) -> None:
+        """Ask it at once: the connection was to blame, not the subject."""
+        if asked.era == self._era and self._asked.pop(asked.subject, None) is not None:
+            self.open(asked.subject, asked.want)
+
+    def next_due(self) -> float | None:
+        """When a question that waits becomes due, or None; may be early, never late."""
+        return None if self._next == math.inf else self._next
+
 
 Job = Callable[[Link, str, Want], Want]
 """Asks what is wanted of one domain on a link and delivers it; returns what could not be answered."""
@@ -28,43 +151,38 @@ Job = Callable[[Link, str, Want], Want]
 
 @dataclass(slots=True, eq=False)
 class _Connection:
-    """One connection's worth of workers."""
+    """One connection of the look-ups; opened by the first of them."""
 
     link: Link | None = None
     # Looked up late: the simulation brings locks of its own.
     opening: threading.Lock = field(default_factory=lambda: threading.Lock())  # noqa: PLW0108
     running: dict[str, float] = field(default_factory=dict)  # uuid → when its call began
-    workers: int = 0
-    idle: int = 0
+    used_at: float = math.inf  # when its last call came back
 
 
 class Lookups:
-    """The pool. Thread-safe; workers are made when needed and kept."""
+    """Asks what is open, on a crew's threads. Thread-safe."""
 
     def __init__(
         self,
         connector: Connector,
         job: Job,
+        crew: Crew,
         *,
         in_flight: int,
         deadline: float,
         clock: Callable[[], float] = time.monotonic,
-        idle: float | None = None,
+        idle: float = math.inf,
     ) -> None:
-        """After `idle` seconds without a question threads end and the connection is closed (None: never)."""
-        self._idle_seconds = idle
-        self._connector = connector
-        self._job = job
-        self._limit = in_flight
-        self._deadline = deadline
-        self._clock = clock
-        self._lock = threading.Condition()
+        """After `idle` seconds without a question the connection is closed."""
+        self._connector, self._job, self._crew = connector, job, crew
+        self._limit, self._deadline, self._idle, self._clock = in_flight, deadline, idle, clock
+        self._lock = threading.Lock()
         self._questions = Questions()
         self._current = _Connection()
         self._abandoned: list[_Connection] = []
         self._late: set[str] = set()
         self._paused = True
-        self._starved = False  # a worker could not be started
 
     def request(self, uuid: str, want: Want) -> None:
         """Ask; wants of one domain are put together. Never blocks for longer than a lock."""
@@ -78,7 +196,7 @@ class Lookups:
             self._questions.forget(uuid)
 
     def pause(self) -> None:
-        """The hypervisor is away: drop its connection, questions and idle threads; what hangs is left."""
+        """The hypervisor is away: drop its connection and the questions; calls that hang are left to fail."""
         with self._lock:
             self._paused = True
             self._questions.clear()
@@ -93,45 +211,39 @@ class Lookups:
     def busy(self) -> bool:
         """Whether anything is due that can be asked, or is being asked within its deadline."""
         with self._lock:
-            now = self._clock()
-            if any(now - began < self._deadline for began in self._current.running.values()):
+            now, running = self._clock(), self._current.running
+            if any(now - began < self._deadline for began in running.values()):
                 return True
-            return len(self._current.running) < self._limit and self._next() is not None
+            return (
+                len(running) < self._limit and self._questions.ready(now, self._busy_subjects()) is not None
+            )
 
     def check(self) -> float | None:
         """Note calls beyond their deadline, replace a saturated connection, ask again what is due.
 
         Returns when to check again (monotonic), or None.
         """
-        running = self._current.running
-        due = self._questions.next_due()
-        if not running and due is None and not self._starved:
+        running, rest_at = self._current.running, self._current.used_at + self._idle
+        if not running and self._questions.next_due() is None and rest_at == math.inf:
             return None  # without the lock: the observer asks after each note
         with self._lock:
+            self._crew.check()
             now = self._clock()
-            for uuid, began in running.items():
-                if now - began >= self._deadline and uuid not in self._late:
-                    self._late.add(uuid)
-                    emit(LookupFinished("late", uuid))
-            hanging = sum(1 for began in running.values() if now - began >= self._deadline)
-            replaced = hanging >= self._limit and not any(old.running for old in self._abandoned)
-            if replaced:
+            hanging = {uuid for uuid, began in running.items() if now - began >= self._deadline}
+            for uuid in hanging - self._late:
+                emit(LookupFinished("late", uuid))
+            self._late |= hanging
+            if len(hanging) >= self._limit and not any(old.running for old in self._abandoned):
                 self._abandon()
-                emit(LookupsReplaced(hanging))
-            if replaced or self._starved or (due is not None and due <= now):
-                self._starved = False
-                self._dispatch()
-                due = self._questions.next_due()
-            moments = [b + self._deadline for b in running.values() if now - b < self._deadline]
-            return min(moments if due is None or self._paused else [*moments, due], default=None)
-
-    @property
-    def hanging(self) -> int:
-        """How many calls are beyond their deadline, on all connections."""
-        with self._lock:
-            now = self._clock()
-            every = [self._current, *self._abandoned]
-            return sum(1 for c in every for began in c.running.values() if now - began >= self._deadline)
+                emit(LookupsReplaced(len(hanging)))
+            elif not running and now >= rest_at:
+                self._abandon()
+            self._dispatch()
+            due = None if self._paused else self._questions.next_due()
+            moments = [began + self._deadline for uuid, began in running.items() if uuid not in hanging]
+            moments += [] if due is None else [due]
+            moments += [rest_at] if now < rest_at < math.inf else []
+            return min(moments, default=None)
 
     # ---- inside; the lock is held
 
@@ -141,69 +253,38 @@ class Lookups:
             self._abandoned.append(old)
         elif old.link is not None:
             old.link.close()
-        self._lock.notify_all()
 
     def _busy_subjects(self) -> set[str]:
         return {uuid for each in (self._current, *self._abandoned) for uuid in each.running}
 
-    def _next(self) -> str | None:
-        return self._questions.ready(self._clock(), self._busy_subjects())
-
     def _dispatch(self) -> None:
-        if self._paused or self._next() is None:
-            return
-        connection = self._current
-        if connection.idle:
-            self._lock.notify_all()
-        elif connection.workers < self._limit:
-            worker = threading.Thread(target=self._work, args=(connection,), name="virtbus-look", daemon=True)
-            try:
-                worker.start()
-            except RuntimeError as error:  # no more threads: the question stays open
-                self._starved = True
-                emit(Trouble("look-up", error))
-            else:
-                connection.workers += 1
+        connection, now = self._current, self._clock()
+        while not self._paused and len(connection.running) < self._limit:
+            asked = self._questions.take(now, self._busy_subjects())
+            if asked is None:
+                return
+            connection.running[asked.subject] = now
+            self._crew.run(partial(self._work, connection, asked))
 
-    def _work(self, connection: _Connection) -> None:
-        while True:
-            with self._lock:
-                while True:
-                    if connection is not self._current:
-                        return
-                    now = self._clock()
-                    asked = None if self._paused else self._questions.take(now, self._busy_subjects())
-                    if asked is not None:
-                        break
-                    connection.idle += 1
-                    asked_again = self._lock.wait(self._idle_seconds)
-                    connection.idle -= 1
-                    if not asked_again and self._next() is None:
-                        self._rest(connection)
-                        return
-                connection.running[asked.subject] = now
-                self._dispatch()  # more may wait than one worker serves
-            unanswered = asked.want
-            try:
+    def _work(self, connection: _Connection, asked: Asked) -> None:
+        unanswered = asked.want
+        try:
+            if connection is self._current:
+                connection.running[asked.subject] = self._clock()
                 unanswered = self._job(self._link(connection), asked.subject, asked.want)
-            except VirtbusError as error:
-                emit(LookupFinished("failed", asked.subject, error))
-            except Exception as error:  # noqa: BLE001 - a worker must not die of one strange domain
-                emit(Trouble("look-up", error))
-            finally:
-                self._finished(connection, asked, unanswered)
-
-    def _rest(self, connection: _Connection) -> None:
-        """An idle worker ends; the last one closes the connection, and the next question opens another."""
-        connection.workers -= 1
-        if not connection.workers and connection is self._current:
-            self._abandon()
+        except VirtbusError as error:
+            emit(LookupFinished("failed", asked.subject, error))
+        except Exception as error:  # noqa: BLE001 - one strange domain must not cost the others their answers
+            emit(Trouble("look-up", error))
+        finally:
+            self._finished(connection, asked, unanswered)
 
     def _finished(self, connection: _Connection, asked: Asked, unanswered: Want) -> None:
         with self._lock:
             connection.running.pop(asked.subject, None)
             self._late.discard(asked.subject)
             link, now = connection.link, self._clock()
+            connection.used_at = now
             if connection is not self._current:
                 self._questions.answered(asked, unanswered, now)
                 if not connection.running and connection in self._abandoned:
@@ -224,3 +305,137 @@ class Lookups:
             if connection.link is None:
                 connection.link = self._connector.open(None)
             return connection.link
+
+
+class Asker:
+    """What to ask, and where the answers go: the cache, and the present session's notes."""
+
+    def __init__(self, shared: Shared, owner_rules: Sequence[OwnerRule]) -> None:
+        self.session: Session | None = None
+        self.host_uuid: str | None = None
+        self.local = False  # paths in domain XML are paths of this machine
+        self.messages_offered = False
+        self._shared = shared
+        self._owner_rules = owner_rules
+
+    def begin(self, session: Session, facts: HostFacts) -> None:
+        """From now on answers belong to this session."""
+        self.session = session
+        self.local = facts.local
+        self.messages_offered = facts.keeps_messages
+
+    def ask(self, link: Link, uuid: str, want: Want) -> Want:
+        """One look-up: what is wanted of a domain goes to the cache and to the session's notes.
+
+        Returns what could not be answered and is worth asking again: one question's failure costs no other.
+        """
+        session = self.session  # an answer belongs to the session that asked
+        unanswered = Want.NOTHING
+        for each in Want:
+            if each not in want:
+                continue
+            try:
+                answered = self._answer(link, uuid, each, session)
+            except NoSuchDomain:
+                return Want.NOTHING  # its end is on its way to us
+            except SchemaError as error:
+                emit(DomainUnreadable(uuid or "the host", error))
+                continue
+            except SourceUnavailable as error:
+                emit(LookupFinished("failed", uuid, error))
+                answered = False
+            unanswered |= Want.NOTHING if answered else each
+        return unanswered
+
+    def _answer(self, link: Link, uuid: str, want: Want, session: Session | None) -> bool:
+        if want is Want.HOST:
+            self.host_uuid = domain_xml.host_uuid(link.capabilities())
+            if session is not None:
+                session.notes.put(HostAnswered())
+        elif want is Want.DESCRIPTION:
+            self._read(link, uuid)
+            if session is not None:
+                session.notes.put(Described(uuid))
+        elif session is None:
+            return True
+        elif want is Want.TROUBLE:
+            look = self._look(link, uuid)
+            session.notes.put(Looked(uuid, look))
+            return look.complete
+        elif want is Want.BASELINE:
+            session.notes.put(Baseline(uuid, link.disk_errors(uuid)))
+        return True
+
+    def _read(self, link: Link, uuid: str) -> None:
+        try:
+            xml = domain_xml.parse(link.xml(uuid), owner_rules=self._owner_rules)
+        except SchemaError as error:
+            self._shared.cache.read(uuid, None)
+            emit(DomainUnreadable(uuid, error))
+        else:
+            self._shared.cache.read(uuid, xml)
+
+    def _look(self, link: Link, uuid: str) -> Look:
+        asked_at = self._shared.clock().monotonic
+        state, reason = link.state(uuid)
+        look = Look(state, reason, asked_at=asked_at)
+        if self.messages_offered:
+            try:
+                look = replace(look, messages=read_messages(link.messages(uuid)))
+            except Unsupported:
+                self.messages_offered = False
+            except NoSuchDomain:
+                raise
+            except SourceUnavailable as error:
+                look = replace(look, complete=False)
+                emit(LookupFinished("failed", uuid, error))
+        if state == PAUSED:
+            # Only of a paused guest: of one that runs it tells of what is over.
+            try:
+                look = replace(look, disk_errors=link.disk_errors(uuid))
+            except NoSuchDomain:
+                raise
+            except SourceUnavailable as error:
+                look = replace(look, complete=isinstance(error, Unsupported))
+                emit(LookupFinished("failed", uuid, error))
+        return self._with_space(link, uuid, look)
+
+    def _with_space(self, link: Link, uuid: str, look: Look) -> Look:
+        """For devices that report no space: what their images and file systems have."""
+        entry = self._shared.cache.get(uuid)
+        devices = {} if entry is None else entry.devices
+        with self._shared.lock:
+            aliases = self._shared.check.out_of_space(uuid)
+        disks = disks_by_target(devices)
+        targets = {target for target, alias in disks.items() if alias in aliases}
+        targets |= {t for t, code in (look.disk_errors or {}).items() if code == DISK_ERROR_NO_SPACE}
+        spaces: dict[str, Space] = {}
+        free: dict[str, FreeSpace] = {}
+        for target in targets:
+            try:
+                spaces[target] = link.space(uuid, target)
+            except SourceUnavailable:
+                continue
+            source = devices[disks[target]].source if target in disks else None
+            if source is not None and source.type == "file" and self.local:
+                left = _free_space(source.path or "", spaces[target])
+                if left is not None:
+                    free[target] = left
+        return replace(look, spaces=spaces, free=free)
+
+
+def _free_space(path: str, space: Space) -> FreeSpace | None:
+    """What the file system of an image has left, if the path means the same file here as for the guest.
+
+    In a container the same path may be another file, or none.
+    """
+    if not path.startswith("/"):
+        return None
+    try:
+        image = Path(path).stat()
+        if space.physical not in (image.st_size, image.st_blocks * 512):
+            return None
+        found = os.statvfs(path)
+    except OSError:
+        return None
+    return FreeSpace(found.f_bavail * found.f_frsize, path)

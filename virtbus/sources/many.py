@@ -21,15 +21,15 @@ from pathlib import Path
 
 from virtbus.config import Discover
 from virtbus.errors import SourceUnavailable, VirtbusError
-from virtbus.model import Check, Clock, Description, Host, Hypervisor, Now, SourceReady, Surveyed
+from virtbus.model import Check, Clock, Host, Hypervisor, Now
+from virtbus.observations import Description, SourceReady, Surveyed
 from virtbus.retry import Backoff
 from virtbus.seen import boot_id
 from virtbus.sources import Sink, SourceOptions
-from virtbus.sources.crew import Crew
+from virtbus.sources.crew import Crew, Pulse
 from virtbus.sources.libvirt import LibvirtConnector
 from virtbus.sources.link import Connector, Handler, Link, NobodyListens
 from virtbus.sources.observer import POLL_SECONDS, Observer
-from virtbus.sources.witness import Pulse
 from virtbus.telemetry import Trouble, emit
 
 LOOK_SECONDS = 30.0  # between two looks for sockets of which inotify said nothing

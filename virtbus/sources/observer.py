@@ -1,7 +1,7 @@
 """Observes one hypervisor through a `Link`: connects for ever, notices losses, hands notes to guests.py.
 
 Threads: libvirt's own calls the session's callbacks (session.py); the source thread calls `Observer.step`;
-look-ups run on threads and a connection of their own (lookups.py, asking.py), and whatever else may never
+look-ups run on threads and a connection of their own (lookups.py), and whatever else may never
 return on the crew's (crew.py).
 """
 
@@ -13,16 +13,15 @@ from contextlib import suppress
 from threading import Event as StopEvent
 
 from virtbus.errors import ConfigError, SourceDenied, SourceUnavailable
-from virtbus.model import Clock, Description, Now, Observation, SourceGone, SourceLost, SourceReady
+from virtbus.model import Clock, Now
+from virtbus.observations import Description, Observation, SourceGone, SourceLost, SourceReady
 from virtbus.retry import Backoff
 from virtbus.seen import MARGIN_SECONDS, Moment
 from virtbus.sources import Sink, SourceOptions
-from virtbus.sources.connecting import Opened, Opener, Opening
-from virtbus.sources.crew import Crew
+from virtbus.sources.crew import Crew, Opened, Opener, Opening, Pulse, Witness
 from virtbus.sources.guests import Guests
 from virtbus.sources.link import Connector, Link
 from virtbus.sources.session import Closed, Session, Shared
-from virtbus.sources.witness import Pulse, Witness
 from virtbus.telemetry import SourceCutOff, SourceRegistered, Trouble, emit
 
 RECONNECT_CEILING_SECONDS = 2.0  # callbacks are back within 5 s after the daemon is
@@ -56,7 +55,7 @@ class Observer:
         self._many = options.host is not None  # one among others on its host
         self._crew = crew or Crew(clock=lambda: self.clock().monotonic)
         self._opener = Opener(connector, self._crew, 1 if self._many else None)
-        self.guests = Guests(shared, connector, options)
+        self.guests = Guests(shared, connector, self._crew, options)
         self._backoff = Backoff("libvirt", ceiling=RECONNECT_CEILING_SECONDS)
         self._retry = retry
         since_ns = options.since_ns

@@ -21,17 +21,8 @@ from typing import Any
 import msgspec
 
 from virtbus.errors import SchemaError
-from virtbus.model import (
-    Description,
-    Device,
-    DeviceSource,
-    Domain,
-    ErrorPolicy,
-    Host,
-    Hypervisor,
-    Owner,
-    RawIoError,
-)
+from virtbus.model import Device, DeviceSource, Domain, ErrorPolicy, Host, Hypervisor, Owner
+from virtbus.observations import Description, RawIoError
 from virtbus.words import GuestState
 
 _NAMESPACE = uuid.UUID("6fa459ea-ee8a-3ca4-894e-db77e160355e")  # for recordings without UUIDs

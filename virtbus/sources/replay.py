@@ -17,16 +17,13 @@ from urllib.parse import parse_qs, unquote
 
 from virtbus import redaction
 from virtbus.errors import ConfigError, InputMissing, SchemaError
-from virtbus.model import (
+from virtbus.model import Check, Clock, Host, Now
+from virtbus.observations import (
     Burst,
-    Check,
-    Clock,
     Description,
     DeviceRemoved,
     DomainResumed,
     DomainState,
-    Host,
-    Now,
     Observation,
     RawIoError,
     SourceReady,
@@ -34,8 +31,7 @@ from virtbus.model import (
 from virtbus.sources import Sink, SourceOptions, recording
 from virtbus.sources.crosscheck import CrossCheck, Verdict
 from virtbus.sources.evidence import Look, read_messages
-from virtbus.sources.link import RESUMED, STARTED, STOPPED, SUSPENDED, SUSPENDED_IOERROR
-from virtbus.sources.session import PAUSES, meaning
+from virtbus.sources.link import PAUSES, SUSPENDED
 from virtbus.telemetry import Notice, emit
 from virtbus.words import Origin
 
@@ -55,7 +51,7 @@ class ReplaySource:
     ) -> None:
         """A `replay:` URI, a file, or lines. `speed` 1.0 is the original, FULL_SPEED waits for nothing.
 
-        Raises InputMissing when the file can't be read, ConfigError for a `speed` that is no number.
+        Raises InputMissing when the file can't be read, ConfigError for a `speed` that is not a number.
         """
         self._lines: Sequence[str] | None = None
         self._name = "recording"
@@ -159,28 +155,20 @@ class ReplaySource:
                 str(record.get("reason") or ""),
                 ns,
             )
-            told = check.event(raw, at) is Verdict.KNOWN
-            return [Burst(raw, 0 if told else 1, ns, ns, Origin.REPLAY)]
+            counted = check.event(raw, at) is not Verdict.KNOWN
+            return [Burst(raw, int(counted), ns, ns, Origin.REPLAY)]
         if kind == "DEVICE_REMOVED":
             alias = str(record.get("devAlias") or "")
             check.removed(uuid, alias)
             return [DeviceRemoved(uuid, alias, ns)]
         if kind != "LIFECYCLE":
             return []
-        event, detail = record.get("event"), record.get("detail")
-        said = meaning(uuid, _integer(event), _integer(detail), ns)
-        out: list[Observation] = []
-        if event == RESUMED:
-            check.resumed(uuid)
-        elif event == SUSPENDED and detail in PAUSES:
-            check.suspended(uuid, name, number, by_io_error=detail == SUSPENDED_IOERROR, mono=at, ns=ns)
-            look = self._looks.get(uuid)
-            if look is not None:
-                known = self._descriptions.get(uuid)
-                check.looked(uuid, replace(look, asked_at=at), known.devices if known else {})
-        elif event in (STARTED, STOPPED):
-            out += [_replayed(burst, ns) for burst in check.gone(uuid)]
-        return out if said is None else [*out, said]
+        event, detail = _integer(record.get("event")), _integer(record.get("detail"))
+        found = check.lifecycle(uuid, name, number, event, detail, Now(ns, at))
+        look, known = self._looks.get(uuid), self._descriptions.get(uuid)
+        if event == SUSPENDED and detail in PAUSES and look is not None:
+            check.looked(uuid, replace(look, asked_at=at), known.devices if known else {})
+        return [_replayed(each, ns) if isinstance(each, Burst) else each for each in found]
 
     def _decided(self, check: CrossCheck, due: float) -> list[Observation]:
         ns = self._clock().wall_ns

@@ -11,13 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from virtbus.model import (
+from virtbus.model import Now
+from virtbus.observations import (
     CallbackLost,
     DeviceRemoved,
-    DomainGone,
-    DomainHalted,
-    DomainResumed,
-    Now,
     Observation,
     RawIoError,
     SourceSeen,
@@ -26,43 +23,8 @@ from virtbus.sources import Sink
 from virtbus.sources.crosscheck import CrossCheck, Verdict
 from virtbus.sources.descriptions import Cache
 from virtbus.sources.evidence import Look
-from virtbus.sources.link import (
-    CRASHED_EVENT,
-    PMSUSPENDED_EVENT,
-    RESUMED,
-    STARTED,
-    STARTED_WAKEUP,
-    STOPPED,
-    SUSPENDED,
-    SUSPENDED_IOERROR,
-    SUSPENDED_PAUSED,
-    left_by,
-)
-from virtbus.words import GapReason, GuestState
-
-# virDomainEventType → virDomainState's word
-STATE_AFTER = {
-    STARTED: GuestState.RUNNING,
-    SUSPENDED: GuestState.PAUSED,
-    RESUMED: GuestState.RUNNING,
-    STOPPED: GuestState.SHUT_OFF,
-    6: GuestState.SHUTTING_DOWN,
-    PMSUSPENDED_EVENT: GuestState.PM_SUSPENDED,
-    CRASHED_EVENT: GuestState.CRASHED,
-}
-PAUSES = (SUSPENDED_IOERROR, SUSPENDED_PAUSED)
-
-
-def meaning(uuid: str, event: int, detail: int, ns: int) -> Observation | None:
-    """What a lifecycle callback says about its domain: that it runs, stands still, or is gone."""
-    if event in (RESUMED, STARTED):
-        return DomainResumed(uuid, ns)
-    if event in (SUSPENDED, PMSUSPENDED_EVENT, CRASHED_EVENT):
-        return DomainHalted(uuid, ns, STATE_AFTER[event])
-    if event == STOPPED:
-        return DomainGone(uuid, ns, left_by(detail))
-    return None
-
+from virtbus.sources.link import STATE_AFTER, STOPPED, runs_again
+from virtbus.words import GapReason
 
 # ------------------------------------------------------------------------ notes for the source thread
 
@@ -240,29 +202,13 @@ class Session:
         """Tell what resolves, remember what pauses; see Handler."""
         self.hear()
         now = self._shared.clock()
-        check = self._shared.check
-        said = meaning(uuid, event, detail, now.wall_ns)
         with self._shared.lock:
             if not self.live:
                 return
             self.resumed_at.pop(uuid, None)
-            if event == RESUMED or (event == STARTED and detail == STARTED_WAKEUP):
+            if runs_again(event, detail):
                 self.resumed_at[uuid] = now.monotonic
-                check.resumed(uuid)
-            elif event == SUSPENDED and detail in PAUSES:
-                check.suspended(
-                    uuid,
-                    name,
-                    number,
-                    by_io_error=detail == SUSPENDED_IOERROR,
-                    mono=now.monotonic,
-                    ns=now.wall_ns,
-                )
-            elif event in (STOPPED, STARTED):
-                for burst in check.gone(uuid):
-                    self._sink(burst)
-            if said is not None:
-                self._sink(said)
+            self.tell(self._shared.check.lifecycle(uuid, name, number, event, detail, now))
             if self.since_listing is not None and event in STATE_AFTER:
                 self.since_listing[uuid] = (name, STATE_AFTER[event]) if event != STOPPED else None
         self.notes.put(Lifecycle(uuid, name, number, event, detail))

@@ -16,8 +16,8 @@ def socket_folder(uri: str) -> Path | None:
     driver, _, transport = parts.scheme.partition("+")
     if parts.netloc or transport not in ("", "unix") or driver == "test" or parts.path != "/system":
         return None
-    told = parse_qs(parts.query).get("socket")
-    return Path(told[0]).parent if told else _DEFAULT
+    named = parse_qs(parts.query).get("socket")
+    return Path(named[0]).parent if named else _DEFAULT
 
 
 def has_socket(folder: Path) -> bool:

@@ -1,9 +1,7 @@
 """The spool's file: its schema and versions, its checksums, its lock, and how SQLite is opened.
 
-What a row holds is covered by a checksum of ours, because a flipped bit can pass SQLite's own check.
-It is SHA-256 cut to 16 bytes, over the values as MessagePack: from the standard library, 1.6 µs for an
-event of 1.9 KB on processors that have instructions for it (BLAKE2b: 2.5), and wide enough that no damage
-ever passes by chance, which a 32-bit CRC over millions of rows can't promise.
+A checksum of ours covers what a row holds, because a flipped bit can pass SQLite's own check: SHA-256 cut to
+16 bytes over the values as MessagePack, which tells types and lengths apart. No damage passes it by chance.
 """
 
 from __future__ import annotations
@@ -14,14 +12,13 @@ import fcntl
 import os
 import re
 import sqlite3
-import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from hashlib import sha256
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
@@ -36,23 +33,20 @@ LOCK = "lock"
 MAJOR = 1
 APPLICATION_ID = 0x76627573  # "vbus", for file(1)
 
+_EVENT_COLUMNS = """position INTEGER PRIMARY KEY, epoch TEXT NOT NULL, seq INTEGER NOT NULL,
+        id TEXT NOT NULL, key TEXT NOT NULL, class INTEGER NOT NULL, count INTEGER NOT NULL,
+        bytes INTEGER NOT NULL, created_ns INTEGER NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
+        checksum BLOB NOT NULL, names TEXT, attributes TEXT NOT NULL, body BLOB NOT NULL"""
 # One step a minor version: MIGRATIONS[n] leads to version MAJOR.n. The first is the whole schema.
 MIGRATIONS: tuple[str, ...] = (
-    """
+    f"""
     CREATE TABLE meta (name TEXT PRIMARY KEY NOT NULL, value TEXT NOT NULL, checksum BLOB NOT NULL)
         WITHOUT ROWID;
     CREATE TABLE runs (run INTEGER PRIMARY KEY, epoch TEXT NOT NULL, started_ns INTEGER NOT NULL,
         alive_ns INTEGER NOT NULL, last INTEGER NOT NULL, below INTEGER NOT NULL, checksum BLOB NOT NULL);
     CREATE TABLE accounts (slot INTEGER PRIMARY KEY, settled BLOB NOT NULL, checksum BLOB NOT NULL);
-    CREATE TABLE events (position INTEGER PRIMARY KEY, epoch TEXT NOT NULL, seq INTEGER NOT NULL,
-        id TEXT NOT NULL, key TEXT NOT NULL, class INTEGER NOT NULL, count INTEGER NOT NULL,
-        bytes INTEGER NOT NULL, created_ns INTEGER NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
-        checksum BLOB NOT NULL, names TEXT, attributes TEXT NOT NULL, body BLOB NOT NULL);
-    CREATE TABLE dead (position INTEGER PRIMARY KEY, epoch TEXT NOT NULL, seq INTEGER NOT NULL,
-        id TEXT NOT NULL, key TEXT NOT NULL, class INTEGER NOT NULL, count INTEGER NOT NULL,
-        bytes INTEGER NOT NULL, created_ns INTEGER NOT NULL, attempts INTEGER NOT NULL DEFAULT 0,
-        checksum BLOB NOT NULL, names TEXT, attributes TEXT NOT NULL, body BLOB NOT NULL,
-        why TEXT NOT NULL, error TEXT NOT NULL, died_ns INTEGER NOT NULL);
+    CREATE TABLE events ({_EVENT_COLUMNS});
+    CREATE TABLE dead ({_EVENT_COLUMNS}, why TEXT NOT NULL, error TEXT NOT NULL, died_ns INTEGER NOT NULL);
     CREATE TABLE losses (number INTEGER PRIMARY KEY, epoch TEXT NOT NULL, first INTEGER NOT NULL,
         last INTEGER NOT NULL, reason TEXT NOT NULL, occurrences INTEGER NOT NULL,
         started_ns INTEGER, detail TEXT, checksum BLOB NOT NULL);
@@ -63,94 +57,87 @@ MIGRATIONS: tuple[str, ...] = (
     """,
 )
 
-# The columns this release needs; a later minor version may have more.
-EVENT = (
-    "position",
-    "epoch",
-    "seq",
-    "id",
-    "key",
-    "class",
-    "count",
-    "bytes",
-    "created_ns",
-    "attempts",
-    "checksum",
-    "names",
-    "attributes",
-    "body",
-)
+# The columns this release needs; a later minor version may have more. The first one is the key.
 COLUMNS: dict[str, tuple[str, ...]] = {
-    "meta": ("name", "value", "checksum"),
-    "runs": ("run", "epoch", "started_ns", "alive_ns", "last", "below", "checksum"),
-    "accounts": ("slot", "settled", "checksum"),
-    "events": EVENT,
-    "dead": (*EVENT, "why", "error", "died_ns"),
-    "losses": (
-        "number",
-        "epoch",
-        "first",
-        "last",
-        "reason",
-        "occurrences",
-        "started_ns",
-        "detail",
-        "checksum",
-    ),
-    "states": ("name", "value", "checksum"),
-    "requests": ("number", "action", "position", "epoch", "seq"),
+    table: tuple(column.split()[0] for column in columns.split(","))
+    for table, columns in re.findall(r"CREATE TABLE (\w+) \(([^;]*)\)", MIGRATIONS[0])
 }
-UNCHECKED = frozenset({"requests"})  # an operator's wishes: nothing of it is published
-
+EVENT = COLUMNS["events"]
+INSERT = {
+    table: f"INSERT OR REPLACE INTO {table} ({','.join(columns)}) VALUES ({','.join('?' * len(columns))})"  # noqa: S608 - our own names
+    for table, columns in COLUMNS.items()
+}
 # Columns a checksum leaves out: `position` is only where a row lies, `attempts` only counts tries, and
 # why, error and died_ns are for people.
 _NOT_SEALED = frozenset({"position", "number", "attempts", "checksum", "why", "error", "died_ns"})
-CHECKSUM_AT: dict[str, int] = {
-    table: columns.index("checksum") for table, columns in COLUMNS.items() if table not in UNCHECKED
-}
-# Of a whole row, those of its values that its checksum covers.
 _sealed_of: dict[str, itemgetter[Any]] = {
-    table: itemgetter(*(at for at, name in enumerate(COLUMNS[table]) if name not in _NOT_SEALED))
-    for table in CHECKSUM_AT
+    table: itemgetter(*(at for at, name in enumerate(columns) if name not in _NOT_SEALED))
+    for table, columns in COLUMNS.items()
+    if "checksum" in columns
 }
-
 SqlValue = int | str | bytes | None
-
-
-# MessagePack tells types and lengths apart, so that no two rows of different values look alike to it.
 _pack = msgspec.msgpack.Encoder().encode
 
 
-def seal(values: Sequence[SqlValue]) -> bytes:
-    """The checksum of a row's sealed values; a value's type and length are part of it.
+class EventRow(NamedTuple):
+    """A row of table events; of table dead the first columns."""
 
-    Raises ValueError for text that is no Unicode (what `decode_text` makes of damage).
+    position: int
+    epoch: str
+    seq: int
+    id: str
+    key: str  # the partition key
+    rank: int  # its class: lower is evicted earlier
+    occurrences: int  # errors that it alone accounts for
+    size: int  # bytes on the disk
+    created_ns: int
+    attempts: int
+    checksum: bytes
+    names: str | None  # of a gap event: `missing.Missing`
+    attributes: str
+    body: bytes
+
+
+def seal(values: Sequence[SqlValue]) -> bytes:
+    """The checksum of values; their types and lengths are part of it.
+
+    Raises ValueError for text that is not Unicode (what `decode_text` makes of damage).
     """
     return sha256(_pack(values)).digest()[:16]
 
 
-def sealed(table: str, values: Sequence[SqlValue]) -> tuple[SqlValue, ...]:
-    """`values` of all columns (the checksum's place holds anything) with the checksum put in."""
-    at = CHECKSUM_AT[table]
-    checksum = seal(_sealed_of[table](values))
-    return (*values[:at], checksum, *values[at + 1 :])
+def checksum(table: str, values: Sequence[SqlValue]) -> bytes:
+    """The checksum of a row; where it is the last column it may be left out of `values`."""
+    return seal(_sealed_of[table](values))
+
+
+def put(db: sqlite3.Connection, table: str, *values: SqlValue) -> None:
+    """Write a row (all columns but the checksum, which is the last one), or replace it."""
+    db.execute(INSERT[table], (*values, checksum(table, values)))
 
 
 def is_whole(table: str, values: Sequence[SqlValue]) -> bool:
     """Whether a row that was read is the row that was written."""
-    if table in UNCHECKED:
-        return True
     try:
-        return values[CHECKSUM_AT[table]] == seal(_sealed_of[table](values))
+        return values[COLUMNS[table].index("checksum")] == checksum(table, values)
     except ValueError:
-        return False
+        return table not in _sealed_of
 
 
-def insert_sql(table: str) -> str:
-    """INSERT OR REPLACE of all columns that this release knows."""
-    columns = COLUMNS[table]
-    marks = ",".join("?" * len(columns))
-    return f"INSERT OR REPLACE INTO {table} ({','.join(columns)}) VALUES ({marks})"  # noqa: S608 - our names
+def select(table: str, tail: str = "") -> str:
+    """SELECT of all columns that this release knows."""
+    return f"SELECT {','.join(COLUMNS[table])} FROM {table} {tail}"  # noqa: S608 - our own names
+
+
+def read_events(db: sqlite3.Connection, positions: Sequence[int]) -> list[EventRow]:
+    """Rows of table events, ascending; whole or not."""
+    sql = select("events", f"WHERE position IN ({','.join('?' * len(positions))}) ORDER BY position")
+    return [EventRow(*row) for row in db.execute(sql, positions)]
+
+
+def whole_events(db: sqlite3.Connection, positions: Sequence[int]) -> list[EventRow]:
+    """Those that are what was written; the others are found when they are taken."""
+    return [row for row in read_events(db, positions) if is_whole("events", row)]
 
 
 # ------------------------------------------------------------------------------- folder and lock
@@ -164,24 +151,21 @@ def prepare_state_dir(state_dir: Path) -> None:
         raise ConfigError(
             f"state_dir {state_dir} can't be made: {error.strerror}; make it, or set --state-dir"
         ) from error
-    if not os.access(state_dir, os.R_OK | os.W_OK | os.X_OK) and not _is_read_only(state_dir):
+    read_only = os.statvfs(state_dir).f_flag & os.ST_RDONLY  # told later, by who writes
+    if not os.access(state_dir, os.R_OK | os.W_OK | os.X_OK) and not read_only:
         raise ConfigError(
             f"state_dir {state_dir} can't be written by uid {os.geteuid()}; "
             "change its owner, or set --state-dir"
         )
 
 
-def _is_read_only(path: Path) -> bool:
-    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
-
-
 @dataclass(frozen=True, slots=True)
 class Holder:
     """What the lock file says: who holds or held the spool, and the last epoch that committed something."""
 
-    pid: int | None
-    command: str | None
-    epoch: str | None
+    pid: int | None = None
+    command: str | None = None
+    epoch: str | None = None
 
 
 class Lock:
@@ -196,23 +180,23 @@ class Lock:
             raise SpoolFull(
                 f"{self.path} can't be opened: {error.strerror}; check rights and space"
             ) from error
+        self.before = read_holder(state_dir)
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            holder = read_holder(state_dir)
             os.close(self._fd)
+            holder = self.before
             who = "another process" if holder.pid is None else f"process {holder.pid} ({holder.command})"
             raise SpoolBusy(
                 f"the spool in {state_dir} is in use by {who}; stop it first, or set another --state-dir "
                 "(in the chart: spool.hostPath)"
             ) from error
-        self.before = read_holder(state_dir)
         self._files: tuple[tuple[int, int], tuple[int, int]] | None = None
 
     def check(self, database: Path) -> None:
         """Raise NotOurs when the folder is not the one that was locked: moved, removed or replaced.
 
-        Whoever writes on all the same has a second writer beside it: the lock's name leads elsewhere.
+        Whoever goes on writing has a second writer beside it: the lock's name leads elsewhere.
         """
         if self._files is None:
             self._files = (_identity(self._fd), _identity(database))
@@ -256,32 +240,35 @@ def read_holder(state_dir: Path) -> Holder:
     try:
         lines = (state_dir / LOCK).read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
-        return Holder(None, None, None)
-    lines += [""] * 3
-    pid = int(lines[0]) if lines[0].isdigit() else None
-    epoch = lines[1] if re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", lines[1]) else None
-    return Holder(pid, lines[2] or None, epoch)
+        return Holder()
+    pid, epoch, command = [*lines, "", "", ""][:3]
+    is_uuid = re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", epoch)
+    return Holder(int(pid) if pid.isdigit() else None, command or None, epoch if is_uuid else None)
 
 
-# --------------------------------------------------------------------------------- SQLite
+# --------------------------------------------------------------------------------- errors
 
 
 class Damaged(Exception):
     """The file can't be trusted as it is; the text says what was seen."""
 
 
+class NotOurs(sqlite3.OperationalError):
+    """The folder or the file is not the one that this process holds, or it holds it no longer alone."""
+
+
+# Whatever a damaged file can make SQLite or a conversion of its values raise.
+UNREADABLE = (sqlite3.Error, ValueError, TypeError, OverflowError, MemoryError)
+
+
 def code_of(error: sqlite3.Error) -> int:
     """SQLite's primary result code of an exception; 1 (SQLITE_ERROR) when it has none."""
-    return getattr(error, "sqlite_errorcode", None) or sqlite3.SQLITE_ERROR
+    return (getattr(error, "sqlite_errorcode", None) or sqlite3.SQLITE_ERROR) & 0xFF
 
 
 def is_damage(error: sqlite3.Error) -> bool:
     """Whether the error says that the content, not the disk or the moment, is bad."""
-    return code_of(error) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-
-
-class NotOurs(sqlite3.OperationalError):
-    """The folder or the file is not the one that this process holds, or it holds it no longer alone."""
+    return code_of(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 
 
 def translate(error: sqlite3.Error, path: Path) -> VirtbusError:
@@ -300,7 +287,7 @@ def translate(error: sqlite3.Error, path: Path) -> VirtbusError:
         sqlite3.SQLITE_IOERR: "the disk reports errors: check it",
         sqlite3.SQLITE_CANTOPEN: "the file can't be opened: check that the folder is there, and its rights",
         sqlite3.SQLITE_BUSY: "another program holds a lock on it",
-    }.get(code_of(error) & 0xFF, "check the disk")
+    }.get(code_of(error), "check the disk")
     return SpoolFull(f"{path} can't be written ({name}: {error}); {hint}")
 
 
@@ -309,16 +296,12 @@ def raise_translated(error: sqlite3.Error, path: Path) -> NoReturn:
     raise translate(error, path) from error
 
 
-def connect(path: Path, *, sync: str = "FULL", busy_seconds: float = 2.0) -> sqlite3.Connection:
+# --------------------------------------------------------------------------------- SQLite
+
+
+def connect(path: Path, *, sync: str = "FULL") -> sqlite3.Connection:
     """Open an existing database for reading and writing, in autocommit (transactions are spelled out)."""
-    connection = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode=rw",
-        uri=True,
-        timeout=busy_seconds,
-        isolation_level=None,
-        check_same_thread=False,
-        cached_statements=64,
-    )
+    connection = _open(path, "rw")
     try:
         for pragma in (
             f"synchronous={sync}",
@@ -326,8 +309,6 @@ def connect(path: Path, *, sync: str = "FULL", busy_seconds: float = 2.0) -> sql
             "wal_autocheckpoint=1000",
             f"journal_size_limit={8 << 20}",
             "secure_delete=OFF",  # no zeros over what was confirmed: they would be written twice
-            "trusted_schema=OFF",
-            "cell_size_check=ON",
             "temp_store=MEMORY",
             "cache_size=-2048",
         ):
@@ -338,21 +319,52 @@ def connect(path: Path, *, sync: str = "FULL", busy_seconds: float = 2.0) -> sql
     return connection
 
 
-@lru_cache(maxsize=8)
-def _lock_beside(path: Path) -> str:
-    """The lock file's path: making one takes longer than opening it, three times an event."""
-    return str(path.with_name(LOCK))
+def connect_to_read(path: Path) -> sqlite3.Connection:
+    """Open a database that may be damaged, or another process's: nothing is written, not even at close."""
+    return _open(path, "ro")
+
+
+def _open(path: Path, mode: str) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        f"{path.absolute().as_uri()}?mode={mode}",
+        uri=True,
+        timeout=2.0,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+    connection.text_factory = decode_text
+    for pragma in ("trusted_schema=OFF", "cell_size_check=ON"):
+        connection.execute(f"PRAGMA {pragma}").fetchall()
+    return connection
+
+
+def decode_text(raw: bytes) -> str:
+    """Text of a file that may be damaged: never fails, and never passes for what was written."""
+    return raw.decode("utf-8", "surrogateescape")
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """A writing transaction: all of it is in the file afterwards, or on any error nothing."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
 
 
 def check_writable(path: Path) -> None:
     """Raise what SQLite raises for a read-only file, before SQLite is asked to do anything with it.
 
     It maps the log's index (-shm) into memory, and a write to a mapped page of a file system that has
-    turned read-only (ext4's errors=remount-ro, say) is no error but a SIGBUS, which ends the process. The
+    turned read-only (ext4's errors=remount-ro, say) is not an error but a SIGBUS, which ends the process. The
     lock file is opened, never the database: closing any descriptor of that drops SQLite's own locks.
     """
     try:
-        os.close(os.open(_lock_beside(path), os.O_WRONLY | os.O_CLOEXEC))
+        os.close(os.open(path.with_name(LOCK), os.O_WRONLY | os.O_CLOEXEC))
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EPERM, errno.EACCES):
             return
@@ -362,17 +374,7 @@ def check_writable(path: Path) -> None:
         raise refusal from error
 
 
-def check_alone(connection: sqlite3.Connection, run: int) -> None:
-    """Inside a writing transaction: raise NotOurs when a later run has begun in this file.
-
-    Its process has read the file already: what we wrote now would be overwritten or never be seen.
-    """
-    (last,) = connection.execute("SELECT max(run) FROM runs").fetchone()
-    if last is not None and last > run:
-        raise NotOurs("another agent has begun to write here")
-
-
-def let_go(connection: sqlite3.Connection, path: Path) -> None:
+def close(connection: sqlite3.Connection, path: Path) -> None:
     """Close a connection; on a disk that has turned read-only leave it to the end of the process.
 
     The last one to close folds the log into the file, which there ends as `check_writable` tells; so would
@@ -386,59 +388,52 @@ def let_go(connection: sqlite3.Connection, path: Path) -> None:
     connection.close()
 
 
-def connect_to_read(path: Path) -> sqlite3.Connection:
-    """Open a database that may be damaged, or another process's: nothing is written, not even at close."""
-    connection = sqlite3.connect(
-        f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=2.0, isolation_level=None
-    )
-    connection.text_factory = decode_text
-    for pragma in ("trusted_schema=OFF", "cell_size_check=ON"):
-        connection.execute(f"PRAGMA {pragma}").fetchall()
-    return connection
+@contextmanager
+def new_database(path: Path) -> Iterator[sqlite3.Connection]:
+    """A new database (0600) with this release's schema; on the disk, whole, once the block has ended.
 
-
-def decode_text(raw: bytes) -> str:
-    """Text of a file that may be damaged: never fails, and never passes for what was written."""
-    return raw.decode("utf-8", "surrogateescape")
-
-
-def create(path: Path) -> sqlite3.Connection:
-    """A new empty database at `path`, which must not exist (0600), with the schema of this release."""
+    Replaces what is left of an earlier try, and leaves nothing where the block raises.
+    """
+    for leftover in (path, *siblings(path)):
+        leftover.unlink(missing_ok=True)
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    connection = sqlite3.connect(path, isolation_level=None)
     try:
-        connection.execute("PRAGMA page_size=4096")
-        connection.execute("PRAGMA auto_vacuum=INCREMENTAL")
-        connection.execute("PRAGMA journal_mode=MEMORY").fetchall()  # nobody sees the file before it is whole
-        connection.execute("PRAGMA synchronous=OFF")
+        # No journal on the disk and no sync: nobody sees the file before it is whole.
+        for pragma in ("page_size=4096", "auto_vacuum=INCREMENTAL", "journal_mode=MEMORY", "synchronous=OFF"):
+            connection.execute(f"PRAGMA {pragma}").fetchall()
         connection.execute("BEGIN")
         connection.execute(f"PRAGMA application_id={APPLICATION_ID}")
         for minor in range(len(MIGRATIONS)):
-            apply_step(connection, minor)
+            _apply_step(connection, minor)
+        yield connection
         connection.execute("COMMIT")
+        connection.execute("PRAGMA journal_mode=WAL").fetchall()
+        connection.close()
     except BaseException:
         connection.close()
+        path.unlink(missing_ok=True)
         raise
-    return connection
+    for leftover in siblings(path):
+        leftover.unlink(missing_ok=True)
+    sync_file(path)
 
 
-def apply_step(connection: sqlite3.Connection, minor: int) -> None:
+def _apply_step(connection: sqlite3.Connection, minor: int) -> None:
     """Run one migration inside the caller's transaction; the version is also kept under a checksum."""
     for statement in MIGRATIONS[minor].split(";"):
         if statement.strip():
             connection.execute(statement)
     version = MAJOR * 1000 + minor
-    connection.execute(insert_sql("meta"), sealed("meta", ("version", str(version), b"")))
+    put(connection, "meta", "version", str(version))
     connection.execute(f"PRAGMA user_version={version}")
 
 
-def finish(connection: sqlite3.Connection, path: Path) -> None:
-    """Close a database made by `create` and put it on the disk, whole."""
-    connection.execute("PRAGMA journal_mode=WAL").fetchall()
-    connection.close()
-    for leftover in siblings(path):
-        leftover.unlink(missing_ok=True)
-    sync_file(path)
+def migrate(connection: sqlite3.Connection, minor: int) -> None:
+    """Bring an older file up to this release, one transaction a step; a newer one stays as it is."""
+    for step in range(minor + 1, len(MIGRATIONS)):
+        with transaction(connection):
+            _apply_step(connection, step)
 
 
 def siblings(path: Path) -> tuple[Path, Path]:
@@ -464,7 +459,7 @@ def check_version(connection: sqlite3.Connection, path: Path) -> int:
     """
     (application,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
-    row = connection.execute("SELECT name, value, checksum FROM meta WHERE name='version'").fetchone()
+    row = connection.execute(select("meta", "WHERE name='version'")).fetchone()
     if row is None or not is_whole("meta", row) or row[1] != str(version) or application != APPLICATION_ID:
         raise Damaged(f"the version of the file is not what was written ({version})")
     major, minor = divmod(version, 1000)
@@ -474,32 +469,3 @@ def check_version(connection: sqlite3.Connection, path: Path) -> int:
             "wrote it, or move the file away (its events are then not sent)"
         )
     return int(minor)
-
-
-def migrate(connection: sqlite3.Connection, minor: int) -> None:
-    """Bring an older file up to this release, one transaction a step; a newer one stays as it is."""
-    for step in range(minor + 1, len(MIGRATIONS)):
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            apply_step(connection, step)
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
-
-
-def check_schema(connection: sqlite3.Connection) -> None:
-    """Raise Damaged when a table or a column that this release needs is not there."""
-    for table, columns in COLUMNS.items():
-        found = {row[1] for row in connection.execute(f"PRAGMA table_info({table})")}
-        if not found.issuperset(columns):
-            raise Damaged(f"table {table} lacks {', '.join(sorted(set(columns) - found))}")
-
-
-def is_regular(path: Path) -> bool:
-    """Whether the path is a plain file (not a folder, a socket or nothing)."""
-    try:
-        return stat.S_ISREG(path.stat().st_mode)
-    except FileNotFoundError:
-        return False

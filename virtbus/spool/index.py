@@ -7,6 +7,7 @@ and with a million, with one key and with thousands. Pure; the caller holds the 
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from heapq import heapify, heappop, heappush
@@ -15,16 +16,12 @@ FIRST_PARK_SECONDS = 1.0
 LONGEST_PARK_SECONDS = 60.0
 
 _PAGE = 4096  # rows a page of codes
-_CLASS = 0x0F  # a row's class + 1; 0: no such row
-_HELD = 0x40  # being given up or rewritten by a commit
+# A row's code is its class + 1 (0: no such row) and these flags:
+_HELD = 0x40  # a commit evicts or rewrites it
 _TAKEN = 0x80  # with the publisher
 
-
-# A lane's state. Plain numbers, because each look at a member of an Enum costs as much as a call.
-_QUEUED = 1  # its first row can be taken
-_GIVEN = 2  # its first row is with the publisher
-_PARKED = 3  # its first row came back as unroutable or nacked
-_BLOCKED = 4  # its first row is in a commit's hands
+# A lane's state: its first row is to be taken, with the publisher, to wait (unroutable or nacked), or held.
+_QUEUED, _TAKEN_OUT, _PARKED, _BLOCKED = range(4)
 
 
 class _Lane:
@@ -46,7 +43,7 @@ class Index:
 
     def __init__(self) -> None:
         self._lanes: dict[str, _Lane] = {}
-        self._codes: dict[int, bytearray] = {}  # page → class and flags of each of its rows, ascending
+        self._codes: dict[int, bytearray] = {}  # page → the codes of its rows, ascending
         self._alive: dict[int, int] = {}  # page → rows that are there
         self._ready: list[tuple[int, str]] = []
         self._parked: list[tuple[float, str]] = []
@@ -57,73 +54,27 @@ class Index:
     # ---- rows come and go
 
     def add(self, row: int, key: str, rank: int) -> None:
-        """A row was committed; positions only grow. `rank` is its class, lower gives way earlier."""
+        """A row was committed; positions only grow. `rank` is its class."""
         page, at = divmod(row, _PAGE)
-        codes = self._codes.get(page)
-        if codes is None:
-            codes = self._codes[page] = bytearray(_PAGE)
-            self._alive[page] = 0
-        codes[at] = rank + 1
+        if page not in self._codes:
+            self._codes[page], self._alive[page] = bytearray(_PAGE), 0
+        self._codes[page][at] = rank + 1
         self._alive[page] += 1
         self.pending += 1
-        lane = self._lanes.get(key)
-        if lane is None:
-            lane = self._lanes[key] = _Lane()
+        lane = self._lanes.setdefault(key, _Lane())
         lane.rows.append(row)
         if lane.state == _QUEUED and lane.entry < 0:
             self._queue(key, lane)
 
-    def _queue(self, key: str, lane: _Lane) -> None:
-        """Put the lane's first row where `take` finds it, or forget a lane without rows."""
-        self._queue_at(self._first(lane), key, lane)
-
-    def _queue_at(self, row: int | None, key: str, lane: _Lane) -> None:
-        if row is None:
-            if lane.state != _GIVEN:
-                del self._lanes[key]
-            return
-        lane.state = _QUEUED
-        lane.entry = row
-        heappush(self._ready, (row, key))
-        if len(self._ready) > 4 * len(self._lanes) + 4096:
-            # Stale entries pile up when rows give way and nobody takes any.
-            self._ready = [item for item in self._ready if self._stands(*item)]
-            heapify(self._ready)
-
-    def _stands(self, row: int, key: str) -> bool:
-        lane = self._lanes.get(key)
-        return lane is not None and lane.state == _QUEUED and lane.entry == row
-
-    def _first(self, lane: _Lane) -> int | None:
-        rows, head, pages = lane.rows, lane.head, self._codes
-        while head < len(rows):
-            row = rows[head]
-            codes = pages.get(row // _PAGE)
-            if codes is not None and codes[row % _PAGE]:
-                break
-            head += 1
-        if head > 64 and head * 2 > len(rows):
-            del rows[:head]
-            head = 0
-        lane.head = head
-        return rows[head] if head < len(rows) else None
-
-    def code(self, row: int) -> int:
-        """0 when the row is not there."""
-        codes = self._codes.get(row // _PAGE)
-        return codes[row % _PAGE] if codes is not None else 0
-
     def remove(self, row: int, key: str) -> None:
-        """The row is gone: confirmed, a dead letter, or given up."""
-        page, at = divmod(row, _PAGE)
-        codes = self._codes.get(page)
-        code = codes[at] if codes is not None else 0
-        if codes is None or not code:
+        """The row is gone: confirmed, dead-lettered, evicted or dropped."""
+        code = self._code(row)
+        if not code:
             return
-        if code & _TAKEN:
-            self.taken -= 1
-        codes[at] = 0
+        page = row // _PAGE
+        self.taken -= bool(code & _TAKEN)
         self.pending -= 1
+        self._codes[page][row % _PAGE] = 0
         self._alive[page] -= 1
         if not self._alive[page]:
             del self._codes[page], self._alive[page]
@@ -131,47 +82,71 @@ class Index:
         if lane is None:
             return
         first = self._first(lane)
-        if lane.state != _QUEUED and (first is None or first != lane.entry):
-            if lane.state == _PARKED:
-                self.parked_keys -= 1
-            lane.state = _QUEUED
-            self._queue_at(first, key, lane)
-        elif lane.state == _QUEUED and first is None:
-            del self._lanes[key]
+        if first is None or (lane.state != _QUEUED and first != lane.entry):
+            self.parked_keys -= lane.state == _PARKED
+            self._queue(key, lane)
 
     def sort(self, key: str, order: dict[int, tuple[int, int]]) -> None:
         """Put a lane into the order of (run, sequence): a damaged file may have told another one."""
         lane = self._lanes[key]
         lane.rows = array("q", sorted(lane.rows[lane.head :], key=lambda row: order[row]))
         lane.head = 0
-        lane.state = _QUEUED
         self._queue(key, lane)
+
+    def _code(self, row: int) -> int:
+        codes = self._codes.get(row // _PAGE)
+        return codes[row % _PAGE] if codes is not None else 0
+
+    def _first(self, lane: _Lane) -> int | None:
+        rows, head = lane.rows, lane.head
+        while head < len(rows) and not self._code(rows[head]):
+            head += 1
+        if head > 64 and head * 2 > len(rows):
+            del rows[:head]
+            head = 0
+        lane.head = head
+        return rows[head] if head < len(rows) else None
+
+    def _queue(self, key: str, lane: _Lane) -> None:
+        """Put the lane's first row where `take` finds it, or forget a lane without rows."""
+        row = self._first(lane)
+        if row is None:
+            del self._lanes[key]
+            return
+        lane.state, lane.entry = _QUEUED, row
+        heappush(self._ready, (row, key))
+        if len(self._ready) > 4 * len(self._lanes) + 4096:
+            # Stale entries pile up when rows are evicted and nobody takes any.
+            self._ready = [(row, key) for row, key in self._ready if self._ready_lane(row, key)]
+            heapify(self._ready)
+
+    def _ready_lane(self, row: int, key: str) -> _Lane | None:
+        """The lane that an entry of the heap stands for; None for a stale one."""
+        lane = self._lanes.get(key)
+        return lane if lane is not None and lane.entry == row and lane.state == _QUEUED else None
 
     # ---- the publisher's side
 
     def take(self, limit: int, busy: AbstractSet[str], now: float) -> list[tuple[int, str]]:
         """Up to `limit` (row, key), the oldest first, one a key, none of a key that waits or is in `busy`."""
         self._unpark(now)
-        lanes, pages = self._lanes, self._codes
         out: list[tuple[int, str]] = []
         skipped: list[tuple[int, str]] = []
         while self._ready and len(out) < limit:
-            entry = heappop(self._ready)
-            row, key = entry
-            lane = lanes.get(key)
-            if lane is None or lane.entry != row or lane.state != _QUEUED:
-                continue  # stale
-            codes = pages.get(row // _PAGE)
-            code = codes[row % _PAGE] if codes is not None else 0
-            if codes is None or not code:
+            row, key = entry = heappop(self._ready)
+            lane = self._ready_lane(row, key)
+            if lane is None:
+                continue
+            code = self._code(row)
+            if not code:
                 self._queue(key, lane)
             elif code & _HELD:
                 lane.state = _BLOCKED
             elif key in busy:
                 skipped.append(entry)
             else:
-                codes[row % _PAGE] = code | _TAKEN
-                lane.state = _GIVEN
+                self._codes[row // _PAGE][row % _PAGE] = code | _TAKEN
+                lane.state = _TAKEN_OUT
                 self.taken += 1
                 out.append(entry)
         for entry in skipped:
@@ -185,7 +160,7 @@ class Index:
             self._queue(key, lane)
 
     def park(self, row: int, key: str, now: float) -> None:
-        """Nobody wants the row now: its key waits, twice as long as the last time."""
+        """Nobody takes the row now: its key waits, twice as long as the last time."""
         lane = self._untake(row, key)
         if lane is None:
             return
@@ -197,11 +172,10 @@ class Index:
 
     def _untake(self, row: int, key: str) -> _Lane | None:
         lane = self._lanes.get(key)
-        if lane is None or lane.state != _GIVEN or lane.entry != row:
+        if lane is None or lane.state != _TAKEN_OUT or lane.entry != row:
             return None
-        self._codes[row // _PAGE][row % _PAGE] &= ~_TAKEN & 0xFF
+        self._codes[row // _PAGE][row % _PAGE] ^= _TAKEN
         self.taken -= 1
-        lane.state = _QUEUED
         return lane
 
     def confirm(self, row: int, key: str) -> None:
@@ -239,8 +213,8 @@ class Index:
                 at = codes.find(rank + 1, at + 1)
 
     def hold(self, row: int) -> bool:
-        """Keep the publisher off a row while a commit gives it up or rewrites it; False when it is taken."""
-        code = self.code(row)
+        """Keep the publisher off a row while a commit evicts or rewrites it; False when it is taken."""
+        code = self._code(row)
         if not code or code & (_TAKEN | _HELD):
             return False
         self._codes[row // _PAGE][row % _PAGE] |= _HELD
@@ -248,8 +222,8 @@ class Index:
 
     def release(self, row: int, key: str) -> None:
         """The commit leaves the row as it is."""
-        if self.code(row) & _HELD:
-            self._codes[row // _PAGE][row % _PAGE] &= ~_HELD & 0xFF
+        if self._code(row) & _HELD:
+            self._codes[row // _PAGE][row % _PAGE] ^= _HELD
             lane = self._lanes.get(key)
             if lane is not None and lane.state == _BLOCKED:
                 self._queue(key, lane)
@@ -259,3 +233,34 @@ class Index:
         for page, codes in self._codes.items():
             return page * _PAGE + len(codes) - len(codes.lstrip(b"\0"))
         return None
+
+
+class Births:
+    """When rows were committed, on the monotonic clock, in buckets: a clock that jumps ages nothing."""
+
+    KEPT = 4096
+
+    def __init__(self) -> None:
+        self._last: list[int] = []  # the last position of each bucket
+        self._born: list[float] = []
+
+    def add(self, position: int, born: float) -> None:
+        """Positions grow; a bucket is a second wide, wider when there are many."""
+        if self._born and born - self._born[-1] < 1.0:
+            self._last[-1] = position
+            return
+        self._last.append(position)
+        self._born.append(born)
+        if len(self._last) > self.KEPT:
+            # Each bucket keeps its younger half's time: nothing is called older than it is.
+            self._last, self._born = self._last[1::2], self._born[1::2]
+
+    def of(self, position: int) -> float | None:
+        """The time of a row's bucket: the row is at least that old."""
+        at = bisect_left(self._last, position)
+        return self._born[at] if at < len(self._born) else None
+
+    def forget(self, before: int) -> None:
+        """Drop buckets of rows below a position."""
+        at = bisect_left(self._last, before)
+        del self._last[:at], self._born[:at]

@@ -1,21 +1,20 @@
-"""What the two sides of the spool share: one file, one memory, and the locks between them."""
+"""What the spool's two threads share: one file, the memory that mirrors it, and the locks between them."""
 
 from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from virtbus.model import Clock
 from virtbus.spool import files
-from virtbus.spool.contents import Births
-from virtbus.spool.opening import Start
+from virtbus.spool.files import EventRow, NotOurs
+from virtbus.spool.index import Births, Index
+from virtbus.spool.missing import Account, Missing, put_loss
 from virtbus.telemetry import Trouble, emit
-
-_READ_SIZES = (1, 8, 64, 256)  # rows a SELECT, so that few statements are cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,42 +25,55 @@ class SpoolLimits:
     max_age_seconds: float | None = None
 
 
-class SharedState:
-    """The file, the memory that mirrors it, and two locks, taken in this order: `writing`, `memory`."""
+class Mirror:
+    """The one owner of what is counted: pending rows, bytes, dead letters, losses and accounts.
 
-    def __init__(self, path: Path, limits: SpoolLimits, clock: Clock, start: Start, lock: files.Lock) -> None:
-        """Of a run that has begun."""
-        self.path = path
-        self.lock = lock
-        self.limits = limits
-        self.clock = clock
+    Two locks, taken in this order: `writing`, `memory`.
+    """
+
+    def __init__(self, path: Path, lock: files.Lock, limits: SpoolLimits, clock: Clock) -> None:
+        """Empty; `opening` fills it from the file."""
+        self.path, self.lock, self.limits, self.clock = path, lock, limits, clock
         # Orders writing transactions; held while the disk syncs.
         self.writing = threading.Lock()
         # Guards everything below; held for microseconds only.
         self.memory = threading.Lock()
         self.changed = threading.Condition(self.memory)
-        found = start.found
-        self.account = start.account
-        self.accounts = found.accounts
-        self.index = found.index
+        self.account = Account(0, "", 0, 0)  # this run's
+        self.accounts: dict[str, Account] = {}  # by epoch
+        self.index = Index()
         self.births = Births()
-        now = clock()
-        for position, created_ns in found.births:
-            age = max(0.0, (now.wall_ns - created_ns) / 1e9)
-            self.births.add(position, now.monotonic - age)
-        self.bytes, self.dead, self.dead_bytes = found.bytes, found.dead, found.dead_bytes
-        self.next_position = found.next_position
-        self.losses = list(found.losses)
-        self.reader_stale = False  # after a failure what the publisher holds may be another file
+        self.bytes = self.dead = self.dead_bytes = 0
+        self.next_position = 1
+        self.losses: dict[int, Missing] = {}  # what no gap event names yet, by its row in the file
+        self.connections: list[Connection] = []
         self.closed = False
 
-    def connect(self, sync: str) -> sqlite3.Connection:
-        """A connection for one side; `sync` is PRAGMA synchronous."""
-        connection = files.connect(self.path, sync=sync)
-        connection.text_factory = files.decode_text
-        pages = max(2 * self.limits.max_bytes // 4096, 1024)
-        connection.execute(f"PRAGMA max_page_count={pages}").fetchall()
-        return connection
+    def add(self, row: EventRow, born: float) -> None:
+        """A row is in the file. The caller holds `memory`, as for all that follows."""
+        self.index.add(row.position, row.key, row.rank)
+        self.births.add(row.position, born)
+        self.bytes += row.size
+        self.next_position = max(self.next_position, row.position + 1)
+
+    def remove(self, rows: Iterable[EventRow]) -> None:
+        """Rows are in the file no longer."""
+        for row in rows:
+            self.index.remove(row.position, row.key)
+            self.bytes -= row.size
+
+    def bury(self, size: int, count: int = 1) -> None:
+        """Dead letters came, or (a count below 0) went."""
+        self.dead += count
+        self.dead_bytes += size
+
+    def add_losses(self, losses: Iterable[Missing], db: sqlite3.Connection) -> dict[int, Missing]:
+        """Write losses, a range each, into the caller's transaction; what to add to `losses` after it."""
+        number = max(self.losses, default=0)
+        added = {number + at: loss for at, loss in enumerate(losses, 1)}
+        for number, loss in added.items():
+            put_loss(db, number, loss)
+        return added
 
     def check(self) -> None:
         """Raise what SQLite would raise when the file can't be written, or is not ours any more."""
@@ -72,50 +84,75 @@ class SharedState:
         """Begin a writing transaction. Raises NotOurs: then nobody may commit it."""
         db.execute("BEGIN IMMEDIATE")
         self.lock.check(self.path)
-        files.check_alone(db, self.account.run)
+        (last,) = db.execute("SELECT max(run) FROM runs").fetchone()
+        if last is not None and last > self.account.run:
+            # Its process has read the file: what we wrote now would be overwritten or never be seen.
+            raise NotOurs("another agent has begun to write here")
 
-    def next_loss(self) -> int:
-        """The number of the next loss; the caller holds `writing`."""
-        return max((loss.number for loss in self.losses), default=0) + 1
 
-    def suspect(self) -> None:
-        """Leave word for the next start that SQLite found damage, which its check may not find again."""
+class Connection:
+    """One thread's connection to the file: transactions of ours alone, and a new one after a failure."""
+
+    def __init__(self, mirror: Mirror, sync: str) -> None:
+        """`sync` is PRAGMA synchronous."""
+        self._mirror, self._sync = mirror, sync
+        self.error: BaseException | None = None  # since which it can't be trusted
+        self.db = self._connect()
+        mirror.connections.append(self)
+
+    def _connect(self) -> sqlite3.Connection:
+        db = files.connect(self._mirror.path, sync=self._sync)
+        pages = max(2 * self._mirror.limits.max_bytes // 4096, 1024)
+        db.execute(f"PRAGMA max_page_count={pages}").fetchall()
+        return db
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """A writing transaction: on any error nothing of it stays. The caller holds `writing`."""
         try:
-            self.path.with_name(self.path.name + ".suspect").touch()
-        except OSError as error:
-            emit(Trouble("marking the spool as damaged", error))
-
-
-def select_events(db: sqlite3.Connection, columns: str, rows: Sequence[int]) -> list[Any]:
-    """Rows of table events by position, ascending, with few different statements."""
-    ours = db.text_factory
-    db.text_factory = str  # SQLite's own, a fifth faster; it raises for text that damage made no UTF-8
-    try:
-        return _select_events(db, columns, rows)
-    except sqlite3.OperationalError as error:
-        if hasattr(error, "sqlite_errorcode"):
+            self._mirror.begin(self.db)
+            yield self.db
+            self.db.execute("COMMIT")
+        except BaseException as error:
+            failed = isinstance(error, sqlite3.Error) and not isinstance(error, NotOurs)
+            try:
+                if self.db.in_transaction:
+                    files.check_writable(self._mirror.path)
+                    self.db.execute("ROLLBACK")
+            except sqlite3.Error:
+                failed = True  # and closing it rolls back
+            if failed:
+                self.failed(error)
             raise
-        db.text_factory = ours
-        return _select_events(db, columns, rows)
-    finally:
-        db.text_factory = ours
 
+    def failed(self, error: BaseException) -> None:
+        """Reconnect before it is used again. Of damage, which a check may not find again, leave word."""
+        self.error = error
+        if isinstance(error, sqlite3.Error) and files.is_damage(error):
+            try:
+                self._mirror.path.with_name(self._mirror.path.name + ".suspect").touch()
+            except OSError as refusal:
+                emit(Trouble("marking the spool as damaged", refusal))
 
-def _select_events(db: sqlite3.Connection, columns: str, rows: Sequence[int]) -> list[Any]:
-    found: list[Any] = []
-    at = 0
-    while at < len(rows):
-        size = next((each for each in _READ_SIZES if each >= len(rows) - at), _READ_SIZES[-1])
-        part = list(rows[at : at + size])
-        at += len(part)
-        part += part[-1:] * (size - len(part))
-        marks = ",".join("?" * size)
-        sql = f"SELECT {columns} FROM events WHERE position IN ({marks}) ORDER BY position"  # noqa: S608
-        found += db.execute(sql, part).fetchall()
-    return found
+    def refresh(self) -> BaseException | None:
+        """Before each use: raise what SQLite would raise; reconnect after a failure, and return that one."""
+        self._mirror.check()
+        error, self.error = self.error, None
+        if error is not None:
+            try:
+                self.db.close()
+            except sqlite3.Error as trouble:
+                emit(Trouble("closing the spool after a failure", trouble))
+            try:
+                self.db = self._connect()
+            except BaseException:
+                self.error = error
+                raise
+        return error
 
-
-def whole_events(db: sqlite3.Connection, rows: Sequence[int]) -> list[Any]:
-    """Rows of table events, all columns; without those that are not what was written: `take` finds them."""
-    columns = ",".join(files.EVENT)
-    return [row for row in select_events(db, columns, rows) if files.is_whole("events", row)]
+    def close(self) -> None:
+        """Let go of the file."""
+        try:
+            files.close(self.db, self._mirror.path)
+        except sqlite3.Error:
+            return  # left to the end of the process

@@ -1,26 +1,30 @@
-"""Starting on a spool's file: check it, rescue it when it is damaged, and begin a new run in it."""
+"""Starting on a spool's file: read and check it, rescue it when it is damaged, and begin a new run in it.
+
+Nothing is trusted: SQLite's own check, our version, every row's checksum, and the accounts must agree.
+"""
 
 from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from virtbus import envelope
-from virtbus.errors import SpoolBusy, SpoolFull
+from virtbus.errors import SpoolFull
 from virtbus.model import Clock, Now, PreviousRun, SequenceRange
 from virtbus.seen import Moment, boot_id
-from virtbus.spool import contents, faults, files
-from virtbus.spool.contents import Contents, Loss, run_row
-from virtbus.spool.files import Damaged, insert_sql, sealed
-from virtbus.spool.ledger import Account, count_events, merge_ranges
+from virtbus.spool import faults, files
+from virtbus.spool.files import COLUMNS, Damaged, EventRow
+from virtbus.spool.mirror import Mirror, SpoolLimits
+from virtbus.spool.missing import CHUNK, FULL, Account, Missing, count_events, mark, merge_ranges, put_run
+from virtbus.spool.rescue import finish_rescue, rescue
 from virtbus.telemetry import SpoolSetAside, emit
 from virtbus.words import GapReason
 
-_TRIES = 5
 _NOT_DAMAGE = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY)  # what else fails at the start is damage
 
 
@@ -40,29 +44,22 @@ class Opening:
     fresh: bool  # there never was a spool in this folder
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
-    """A run that has begun: what the file holds, the run's own account, and what was found."""
+@dataclass(slots=True)
+class _Found:
+    """What was read beside what the mirror keeps."""
 
-    found: Contents
-    account: Account
-    opening: Opening
-    minor: int
-
-
-def start(path: Path, lock: files.Lock, clock: Clock) -> Start:
-    """Begin a run on the file of `lock`'s folder, or on a new one; a damaged one is set aside and rescued."""
-    for _ in range(_TRIES):
-        try:
-            return _start(path, lock, clock)
-        except _Changed:
-            continue  # by one whose lock file was removed: it sees our lock now, and stops writing
-    raise SpoolBusy(f"{path} is being written by another process; stop it first")
+    present: set[str] = field(default_factory=set)  # epochs with rows here: waiting events, dead letters
+    holes: list[SequenceRange] = field(default_factory=list)
+    clock: dict[str, Any] = field(default_factory=dict)  # in which the last run's times are told
+    note: dict[str, Any] = field(default_factory=dict)  # what an earlier start found and nobody told yet
 
 
-def _start(path: Path, lock: files.Lock, clock: Clock) -> Start:
-    now = clock()
-    contents.finish_rescue(path)
+def start(path: Path, lock: files.Lock, limits: SpoolLimits, clock: Clock) -> tuple[Mirror, Opening, int]:
+    """Begin a run on the file of `lock`'s folder, or on a new one; a damaged one is set aside and rescued.
+
+    → (the mirror of the file, what was found, the file's minor version).
+    """
+    finish_rescue(path)
     fresh = False
     note: dict[str, Any] = {}
     if not path.exists():
@@ -70,32 +67,158 @@ def _start(path: Path, lock: files.Lock, clock: Clock) -> Start:
         if not fresh:
             note = {"damage": f"{path.name} is gone, and a run has been here before"}
         draft = path.with_name(path.name + ".new")
-        for leftover in (draft, *files.siblings(draft)):
-            leftover.unlink(missing_ok=True)
-        files.finish(files.create(draft), draft)
+        with files.new_database(draft):
+            pass
         draft.rename(path)
         files.sync_file(path.parent)
     suspect = path.with_name(path.name + ".suspect")
+    mirror = Mirror(path, lock, limits, clock)
     try:
         if suspect.exists():
             raise Damaged("SQLite found damage while the spool was in use")
-        seen = _examine(path)
-    except Damaged as damage:
-        _check_writable(path)
-        faults.reach("before_rescue")
-        rescue = contents.rescue(path, now.wall_ns, str(damage))
-        suspect.unlink(missing_ok=True)
-        try:
-            seen = _examine(path)
-        except Damaged as again:
-            # Not to start would lose more than what is set aside here.
-            why = f"{damage}; and what was rescued: {again}"
-            rescue = contents.rescue(path, now.wall_ns + 1000, why, copy=False)
-            seen = _examine(path)
-        emit(SpoolSetAside(str(path), str(rescue.set_aside), rescue.rescued, str(damage)))
-    note = {**note, **seen.found.opening}
-    with closing(seen.reader):
-        return _begin(path, lock, clock, seen, note, fresh=fresh)
+        return _begin(mirror, note, fresh=fresh)
+    except Damaged as error:
+        damage = error
+    _check_writable(path)
+    faults.reach("before_rescue")
+    wall_ns = clock().wall_ns
+    rescued = rescue(path, wall_ns, str(damage))
+    suspect.unlink(missing_ok=True)
+    try:
+        return _begin(Mirror(path, lock, limits, clock), note, fresh=fresh)
+    except Damaged as again:
+        # Not to start would lose more than what is set aside here.
+        why = f"{damage}; and what was rescued: {again}"
+        rescued = rescue(path, wall_ns + 1000, why, copy=False)
+        return _begin(Mirror(path, lock, limits, clock), note, fresh=fresh)
+    finally:
+        emit(SpoolSetAside(str(path), str(rescued.set_aside), rescued.rescued, str(damage)))
+
+
+def _check_writable(path: Path) -> None:
+    """A rescue is for damaged content: on a disk that takes nothing everything looks damaged."""
+    probe = path.with_name(path.name + ".probe")
+    try:
+        probe.write_bytes(b"\0" * 4096)
+        files.sync_file(probe)
+        probe.unlink()
+    except OSError as error:
+        probe.unlink(missing_ok=True)
+        raise SpoolFull(f"{path.parent} can't be written: {error.strerror}; check the disk") from error
+
+
+def _begin(mirror: Mirror, note: dict[str, Any], *, fresh: bool) -> tuple[Mirror, Opening, int]:
+    """Read the file, and write the new run and what has to be named because of what was found.
+
+    In one transaction, which shuts out a process whose lock file was removed: it sees our lock afterwards.
+    Raises Damaged; SpoolCorrupt when the file is from the future.
+    """
+    path = mirror.path
+    reading = True
+    try:
+        if not path.is_file() or path.stat().st_size == 0:
+            raise Damaged("the file is empty")
+        with closing(files.connect_to_read(path)) as reader:
+            minor = files.check_version(reader, path)
+        with closing(files.connect(path)) as db:
+            files.migrate(db, minor)
+            with files.transaction(db):
+                found = load(db, mirror)
+                reading = False
+                opening = _begin_run(db, mirror, found, {**note, **found.note}, fresh=fresh)
+                faults.reach("during_open")
+    except files.UNREADABLE as error:
+        if not reading or (isinstance(error, sqlite3.Error) and files.code_of(error) in _NOT_DAMAGE):
+            raise
+        raise Damaged(f"{type(error).__name__}: {error}") from error
+    mirror.lock.sign(None)
+    return mirror, opening, max(minor, len(files.MIGRATIONS) - 1)
+
+
+# ------------------------------------------------------------------------------------ reading
+
+
+def load(db: sqlite3.Connection, mirror: Mirror) -> _Found:
+    """Read and check everything into an empty mirror. Raises Damaged, or one of UNREADABLE."""
+    problems = [row[0] for row in db.execute("PRAGMA quick_check(1)")]
+    if problems != ["ok"]:
+        raise Damaged(f"SQLite's check says: {problems[0] if problems else 'nothing'}")
+    if db.execute("PRAGMA auto_vacuum").fetchone() != (2,):
+        raise Damaged("the file's header is not what was written")
+    for table, columns in COLUMNS.items():
+        lacking = set(columns) - {row[1] for row in db.execute(f"PRAGMA table_info({table})")}
+        if lacking:
+            raise Damaged(f"table {table} lacks {', '.join(sorted(lacking))}")
+    found = _Found()
+    notes = {name: value for name, value, _ in _whole_rows(db, "meta")}
+    found.note, found.clock = (json.loads(notes.get(name, "{}")) for name in ("opening", "clock"))
+    runs = {row[0]: Account(*row[:6]) for row in _whole_rows(db, "runs")}
+    mirror.accounts = {account.epoch: account for account in runs.values()}
+    for slot, settled, _ in _whole_rows(db, "accounts"):
+        account = runs.get(slot >> 32)
+        if account is None or len(settled) != CHUNK // 8:
+            raise Damaged("a bitmap belongs to no run")
+        bitmap = int.from_bytes(settled, "little")
+        account.bitmaps[slot & 0xFFFF_FFFF] = FULL if bitmap == FULL else bitmap
+    present: dict[str, dict[int, int]] = {epoch: {} for epoch in mirror.accounts}
+    found.present = _load_events(db, mirror, present)
+    for number, epoch, first, last, reason, *counts, _ in _whole_rows(db, "losses"):
+        mirror.losses[number] = Missing((SequenceRange(epoch, first, last),), GapReason(reason), *counts)
+        mark(present.setdefault(epoch, {}), first, last)
+    mirror.dead, size, position = db.execute(
+        "SELECT count(*), total(bytes), coalesce(max(position), 0) FROM dead"
+    ).fetchone()
+    mirror.dead_bytes = int(size)
+    mirror.next_position = max(mirror.next_position, position + 1)
+    found.present |= {epoch for (epoch,) in db.execute("SELECT DISTINCT epoch FROM dead")}
+    list(_whole_rows(db, "states"))
+    found.holes = [hole for epoch, run in mirror.accounts.items() for hole in run.holes(present[epoch])]
+    return found
+
+
+def _whole_rows(db: sqlite3.Connection, table: str) -> Iterator[Any]:
+    for row in db.execute(files.select(table, f"ORDER BY {COLUMNS[table][0]}")):
+        if not files.is_whole(table, row):
+            raise Damaged(f"a row of table {table} ({row[0]!r}) is not what was written")
+        yield row
+
+
+def _load_events(db: sqlite3.Connection, mirror: Mirror, present: dict[str, dict[int, int]]) -> set[str]:
+    """Take the rows of table events into the mirror, mark what they answer for; the epochs they are of."""
+    newest: dict[str, tuple[int, int]] = {}  # key → (run, seq) of its last row
+    unsorted: set[str] = set()
+    named: list[SequenceRange] = []
+    epochs: set[str] = set()
+    now = mirror.clock()
+    for row in map(EventRow._make, _whole_rows(db, "events")):
+        if not isinstance(row.attempts, int):
+            raise Damaged(
+                f"the number of attempts of event {row.seq} of run {row.epoch} is not what was written"
+            )
+        account = mirror.accounts.get(row.epoch)
+        if account is None or row.seq > account.last:
+            # The run's row is older than its events, or gone: they tell what it would have said.
+            raise Damaged(f"run {row.epoch} has an event {row.seq} that its record does not know")
+        if not mark(present[row.epoch], row.seq, row.seq):
+            raise Damaged(f"event {row.seq} of run {row.epoch} is there twice")
+        place = (account.run, row.seq)
+        if place < newest.get(row.key, (0, 0)):
+            unsorted.add(row.key)
+        newest[row.key] = place
+        epochs.add(row.epoch)
+        mirror.add(row, now.monotonic - max(0.0, (now.wall_ns - row.created_ns) / 1e9))
+        if row.names is not None:
+            named += Missing.parse(row.names).ranges
+    for item in named:
+        if item.epoch in present:
+            mark(present[item.epoch], item.first, min(item.last, mirror.accounts[item.epoch].last))
+    for key in unsorted:
+        rows = db.execute("SELECT position, epoch, seq FROM events WHERE key=?", (key,))
+        mirror.index.sort(key, {at: (mirror.accounts[epoch].run, seq) for at, epoch, seq in rows})
+    return epochs
+
+
+# ------------------------------------------------------------------------------------ the new run
 
 
 def _in_this_clock(alive_ns: int, clock: dict[str, Any], now: Now) -> int | None:
@@ -115,143 +238,57 @@ def _in_this_clock(alive_ns: int, clock: dict[str, Any], now: Now) -> int | None
     return min(alive_ns, Moment.of(now).booted_ns)
 
 
-@dataclass(frozen=True, slots=True)
-class _Examined:
-    """What the file holds, and the connection that read it and knows when another one has changed it."""
-
-    found: Contents
-    minor: int
-    reader: sqlite3.Connection
-    version: int
-
-    def is_stale(self) -> bool:
-        return _version_of(self.reader) != self.version
+def put_clock(db: sqlite3.Connection, booted_ns: int) -> None:
+    """Say in which clock `alive_ns` is told: this boot's, and when that began."""
+    files.put(db, "meta", "clock", json.dumps({"boot": boot_id(), "booted_ns": booted_ns}))
 
 
-class _Changed(Exception):
-    """Another process committed between the reading of the file and the beginning of our run."""
-
-
-def _examine(path: Path) -> _Examined:
-    """Check version and content. Raises Damaged; SpoolCorrupt when the file is from the future."""
-    if not files.is_regular(path) or path.stat().st_size == 0:
-        raise Damaged("the file is empty")
-    try:
-        with closing(files.connect_to_read(path)) as connection:
-            minor = files.check_version(connection, path)
-        if minor < len(files.MIGRATIONS) - 1:
-            with closing(files.connect(path)) as connection:
-                files.migrate(connection, minor)
-            minor = len(files.MIGRATIONS) - 1
-        reader = files.connect_to_read(path)
-        try:
-            files.check_schema(reader)
-            version = _version_of(reader)
-            return _Examined(contents.load(reader), minor, reader, version)
-        except BaseException:
-            reader.close()
-            raise
-    except contents.UNREADABLE as error:
-        if isinstance(error, sqlite3.Error) and files.code_of(error) & 0xFF in _NOT_DAMAGE:
-            raise
-        raise Damaged(f"{type(error).__name__}: {error}") from error
-
-
-def _version_of(reader: sqlite3.Connection) -> int:
-    """A number that differs once another connection has changed the file since the last call."""
-    (version,) = reader.execute("PRAGMA data_version").fetchone()
-    return int(version)
-
-
-def _check_writable(path: Path) -> None:
-    """A rescue is for damaged content: on a disk that takes nothing everything looks damaged."""
-    probe = path.with_name(path.name + ".probe")
-    try:
-        probe.write_bytes(b"\0" * 4096)
-        files.sync_file(probe)
-        probe.unlink()
-    except OSError as error:
-        probe.unlink(missing_ok=True)
-        raise SpoolFull(f"{path.parent} can't be written: {error.strerror}; check the disk") from error
-
-
-def _begin(
-    path: Path,
-    lock: files.Lock,
-    clock: Clock,
-    seen: _Examined,
-    note: dict[str, Any],
-    *,
-    fresh: bool,
-) -> Start:
-    """Write the new run, and what has to be named because of what was found. Raises _Changed."""
-    now, found = clock(), seen.found
-    known = sorted(found.accounts.values(), key=lambda each: each.run)
-    told = [each for each in known if each.last > 0]
+def _begin_run(
+    db: sqlite3.Connection, mirror: Mirror, found: _Found, note: dict[str, Any], *, fresh: bool
+) -> Opening:
+    now = mirror.clock()
+    known = sorted(mirror.accounts.values(), key=lambda each: each.run)
+    used = [each for each in known if each.last > 0]
     damage: str | None = note.get("damage")
-    previous = PreviousRun(told[-1].epoch, told[-1].last) if told else None
-    last_alive_ns = _in_this_clock(told[-1].alive_ns, found.clock, now) if told else None
-    before = lock.before.epoch
-    if before is not None and (before not in found.accounts or not found.accounts[before].last):
+    previous = PreviousRun(used[-1].epoch, used[-1].last) if used else None
+    last_alive_ns = _in_this_clock(used[-1].alive_ns, found.clock, now) if used else None
+    before = mirror.lock.before.epoch
+    if before is not None and (before not in mirror.accounts or not mirror.accounts[before].last):
         # The file went back to before that run began: SQLite dropped its log, or it was replaced.
         damage = damage or f"the file does not know of the last run ({before}): what it committed is lost"
         previous = PreviousRun(before, 0)
     if found.holes:
         damage = damage or f"{count_events(found.holes)} events that were committed are not in the file"
-    account = Account(
+    mirror.account = account = Account(
         run=known[-1].run + 1 if known else 1,
-        epoch=envelope.uuid7(now.wall_ns, above=[*found.accounts, *([] if before is None else [before])]),
+        epoch=envelope.uuid7(now.wall_ns, above=[*mirror.accounts, *([] if before is None else [before])]),
         started_ns=now.wall_ns,
         alive_ns=now.wall_ns if last_alive_ns is None else last_alive_ns,  # nothing is seen yet
     )
-    # A dead letter may be sent again, and its event needs the record of its run then.
-    stale = [
-        each
-        for each in known
-        if each.epoch not in found.present and (each.last == 0 or (each.complete and each is not told[-1]))
-    ]
-    connection = files.connect(path)
-    try:
-        connection.execute("BEGIN IMMEDIATE")
-        if seen.is_stale():
-            raise _Changed
-        if last_alive_ns is not None and last_alive_ns != told[-1].alive_ns:
-            told[-1].alive_ns = last_alive_ns
-            connection.execute(insert_sql("runs"), run_row(told[-1]))
-        number = max((item.number for item in found.losses), default=0)
-        for item in found.holes:
-            number += 1
-            loss = Loss(number, (item,), GapReason.SPOOL_DAMAGED, 0, None, damage)
-            connection.execute(insert_sql("losses"), contents.loss_row(loss))
-            found.losses.append(loss)
-        for each in stale:
-            connection.execute("DELETE FROM runs WHERE run=?", (each.run,))
-            connection.execute(
-                "DELETE FROM accounts WHERE slot>=? AND slot<?", (each.run << 32, (each.run + 1) << 32)
-            )
-            del found.accounts[each.epoch]
-        connection.execute(insert_sql("runs"), run_row(account))
-        connection.execute(insert_sql("meta"), contents.clock_row(Moment.of(now).booted_ns))
-        if damage:
-            text = json.dumps({**note, "damage": damage})
-            connection.execute(insert_sql("meta"), sealed("meta", ("opening", text, b"")))
-        faults.reach("during_open")
-        connection.execute("COMMIT")
-    finally:
-        connection.close()
-    lock.sign(None)
-    found.accounts[account.epoch] = account
-    aside = note.get("set_aside")
-    missing = [
-        item for loss in found.losses if loss.reason == GapReason.SPOOL_DAMAGED for item in loss.ranges
-    ]
-    opening = Opening(
+    if last_alive_ns is not None and last_alive_ns != used[-1].alive_ns:
+        used[-1].alive_ns = last_alive_ns
+        put_run(db, used[-1])
+    holes = [Missing((item,), GapReason.SPOOL_DAMAGED, detail=damage) for item in found.holes]
+    mirror.losses |= mirror.add_losses(holes, db)
+    for run in known:
+        # A dead letter may be sent again, and its event needs the record of its run then.
+        settled = run.last == 0 or (run.complete and run is not used[-1])
+        if settled and run.epoch not in found.present:
+            db.execute("DELETE FROM runs WHERE run=?", (run.run,))
+            db.execute("DELETE FROM accounts WHERE slot>=? AND slot<?", (run.run << 32, run.run + 1 << 32))
+            del mirror.accounts[run.epoch]
+    mirror.accounts[account.epoch] = account
+    put_run(db, account)
+    put_clock(db, Moment.of(now).booted_ns)
+    if damage:
+        files.put(db, "meta", "opening", json.dumps({**note, "damage": damage}))
+    missing = [each.ranges[0] for each in mirror.losses.values() if each.reason == GapReason.SPOOL_DAMAGED]
+    return Opening(
         previous=previous,
         last_alive_ns=last_alive_ns,
         damage=damage,
-        set_aside=Path(aside) if aside else None,
+        set_aside=Path(note["set_aside"]) if note.get("set_aside") else None,
         rescued=note.get("rescued", 0),
         missing=merge_ranges(missing),
         fresh=fresh,
     )
-    return Start(found, account, opening, seen.minor)

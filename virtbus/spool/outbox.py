@@ -22,13 +22,11 @@ from pathlib import Path
 from virtbus.errors import SpoolFull
 from virtbus.model import Clock, Event, Host, Outcome, Record, Stamp
 from virtbus.spool import files, opening
-from virtbus.spool.committing import IntakeSide
-from virtbus.spool.contents import Loss
+from virtbus.spool.committing import Committer
 from virtbus.spool.draft import Scribe
-from virtbus.spool.ledger import count_events
-from virtbus.spool.mirror import SharedState, SpoolLimits
-from virtbus.spool.opening import Start
-from virtbus.spool.settling import PublisherSide
+from virtbus.spool.mirror import SpoolLimits
+from virtbus.spool.missing import count_events
+from virtbus.spool.settling import Settler
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +52,7 @@ class Spool:
     It guarantees:
     1. what `commit` returned for is on the disk, incident states and events together, or nothing is;
     2. each event keeps its id, epoch and sequence for ever, and no other event gets them;
-    3. what leaves without the broker's confirmation (given way, refused, damaged, dropped) is named in a
+    3. what leaves without the broker's confirmation (evicted, refused, damaged, dropped) is named in a
        gap event, and that event is named again if it gets lost itself;
     4. a row that is not what was written is never taken.
 
@@ -62,18 +60,18 @@ class Spool:
     """
 
     def __init__(
-        self, path: Path, lock: files.Lock, start: Start, state: SharedState, scribe: Scribe
+        self, state_dir: Path, limits: SpoolLimits, agent_id: str, clock: Clock, lock: files.Lock
     ) -> None:
         """Use `Spool.open`."""
-        self.path = path
-        self.epoch = scribe.epoch
-        self.opening = start.opening
-        self.format = f"{files.MAJOR}.{start.minor}"
+        self.path = state_dir / files.DATABASE
         self._lock_file = lock
-        self._scribe = scribe
-        self._state = state
-        self._intake = IntakeSide(state, scribe)
-        self._publisher = PublisherSide(state)
+        self._mirror, self.opening, minor = opening.start(self.path, lock, limits, clock)
+        lock.check(self.path)
+        self.epoch = self._mirror.account.epoch
+        self.format = f"{files.MAJOR}.{minor}"
+        self._scribe = Scribe(self.epoch, agent_id)
+        self._committer = Committer(self._mirror, self._scribe)
+        self._settler = Settler(self._mirror)
 
     @classmethod
     def open(
@@ -84,23 +82,17 @@ class Spool:
         Raises ConfigError (the folder can't be used), SpoolBusy (another process, named), SpoolFull (the
         disk does not take it now: try again), SpoolCorrupt (a file of an unknown major version).
         """
-        clock = clock or Clock()
         files.prepare_state_dir(state_dir)
-        path = state_dir / files.DATABASE
         lock = files.Lock(state_dir)
+        path = state_dir / files.DATABASE
         try:
-            start = opening.start(path, lock, clock)
-            lock.check(path)
-            state = SharedState(path, limits, clock, start, lock)
-            return cls(path, lock, start, state, Scribe(start.account.epoch, agent_id))
-        except sqlite3.Error as error:
+            return cls(state_dir, limits, agent_id, clock or Clock(), lock)
+        except BaseException as error:
             lock.close()
-            raise files.translate(error, path) from error
-        except OSError as error:
-            lock.close()
-            raise SpoolFull(f"{path} can't be made: {error.strerror}; check space and rights") from error
-        except BaseException:
-            lock.close()
+            if isinstance(error, sqlite3.Error):
+                raise files.translate(error, path) from error
+            if isinstance(error, OSError):
+                raise SpoolFull(f"{path} can't be made: {error.strerror}; check space and rights") from error
             raise
 
     @property
@@ -124,69 +116,62 @@ class Spool:
     def commit(
         self, events: Sequence[Event], states: Mapping[str, bytes | None] | None = None
     ) -> list[Stamp]:
-        """See IntakeSide.commit."""
-        return self._intake.commit(events, states)
+        """See Committer.commit."""
+        return self._committer.commit(events, states)
 
     def alive(self, wall_ns: int) -> bool:
-        """See IntakeSide.alive."""
-        return self._intake.alive(wall_ns)
+        """See Committer.alive."""
+        return self._committer.alive(wall_ns)
 
     @property
     def refusal(self) -> SpoolFull | None:
         """Why the disk did not take the last sign of life; None when it did."""
-        return self._intake.refusal
+        return self._committer.refusal
 
     def states(self) -> dict[str, bytes]:
         """The incident states as last committed."""
-        return self._intake.states()
+        return self._committer.states()
 
     def take(self, limit: int, busy: AbstractSet[str]) -> list[Record]:
-        """See PublisherSide.take and virtbus.bus.Feed."""
-        return self._publisher.take(limit, busy)
+        """See Settler.take and virtbus.bus.Feed."""
+        return self._settler.take(limit, busy)
 
     def settle(self, outcomes: Sequence[tuple[Record, Outcome]]) -> None:
-        """See PublisherSide.settle."""
-        self._publisher.settle(outcomes)
+        """See Settler.settle."""
+        self._settler.settle(outcomes)
 
     def give_back(self, error: Exception) -> None:
-        """See PublisherSide.give_back."""
-        self._publisher.give_back(error)
+        """See Settler.give_back."""
+        self._settler.give_back(error)
 
     def wait(self, timeout: float, stop: threading.Event) -> bool:
-        """See PublisherSide.wait."""
-        return self._publisher.wait(timeout, stop)
+        """See Settler.wait."""
+        return self._settler.wait(timeout, stop)
 
     def wake(self) -> None:
         """End a `wait` at once."""
-        with self._state.changed:
-            self._state.changed.notify_all()
-
-    def take_losses(self) -> list[Loss]:
-        """What no gap event names yet. Whoever commits a gap event with these ranges has named them; the
-        spool names by itself what is left, so calling this is only needed to choose the words.
-        """
-        with self._state.memory:
-            return list(self._state.losses)
+        with self._mirror.changed:
+            self._mirror.changed.notify_all()
 
     def stats(self) -> SpoolStats:
         """Numbers of this moment; any thread, no disk."""
-        state = self._state
-        now = state.clock().monotonic
-        with state.memory:
-            oldest = state.index.oldest_row()
-            born = None if oldest is None else state.births.of(oldest)
+        mirror = self._mirror
+        now = mirror.clock().monotonic
+        with mirror.memory:
+            oldest = mirror.index.oldest_row()
+            born = None if oldest is None else mirror.births.of(oldest)
             return SpoolStats(
-                pending=state.index.pending,
-                in_flight=state.index.taken,
-                parked_keys=state.index.parked_keys,
-                dead=state.dead,
-                bytes=state.bytes,
-                dead_bytes=state.dead_bytes,
+                pending=mirror.index.pending,
+                in_flight=mirror.index.taken,
+                parked_keys=mirror.index.parked_keys,
+                dead=mirror.dead,
+                bytes=mirror.bytes,
+                dead_bytes=mirror.dead_bytes,
                 oldest_seconds=None if oldest is None else max(0.0, now - (now if born is None else born)),
-                committed_sequence=state.account.last,
-                confirmed_sequence=state.account.settled_through,
-                unsettled=self._publisher.unsettled,
-                unnamed=sum(count_events(loss.ranges) for loss in state.losses),
+                committed_sequence=mirror.account.last,
+                confirmed_sequence=mirror.account.settled_through,
+                unsettled=self._settler.unsettled,
+                unnamed=sum(count_events(loss.ranges) for loss in mirror.losses.values()),
             )
 
     def close(self) -> None:
@@ -195,11 +180,11 @@ class Spool:
         Bounded also when they have not: while a commit hangs in the kernel the lock stays with this
         process, until it ends, for what hangs may still be written.
         """
-        with self._state.changed:
-            if self._state.closed:
+        with self._mirror.changed:
+            if self._mirror.closed:
                 return
-            self._state.closed = True
-            self._state.changed.notify_all()
-        self._publisher.close()
-        if self._intake.close():
+            self._mirror.closed = True
+            self._mirror.changed.notify_all()
+        self._settler.close()
+        if self._committer.close():
             self._lock_file.close()

@@ -12,52 +12,34 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import msgspec
 
 from virtbus import redaction
 from virtbus.errors import SpoolCorrupt
 from virtbus.model import Confirmed, Deferred, Nacked, Outcome, Parked, Record, Refused, SequenceRange
-from virtbus.spool import contents, faults, files
-from virtbus.spool.contents import GapFacts, Loss, run_row
-from virtbus.spool.files import insert_sql, sealed
-from virtbus.spool.ledger import mark, spans
-from virtbus.spool.mirror import SharedState, select_events
+from virtbus.spool import faults, files
+from virtbus.spool.files import EventRow
+from virtbus.spool.mirror import Connection, Mirror
+from virtbus.spool.missing import CHUNK, Missing, mark, put_run
 from virtbus.telemetry import EventDeadLettered, SpoolStumbled, Trouble, emit
 from virtbus.words import GapReason
 
 MAX_UNSETTLED = 1024  # confirmed in memory and not in the file: so many duplicates at worst after a kill
 SETTLE_PATIENCE_SECONDS = 0.25  # how long settling waits for a commit that hangs on the disk
+RETRY_SECONDS = 1.0  # between two tries while the disk refuses
 COMPACT_PENDING = 4096  # a longer backlog is sent first: it takes a twentieth longer while pages are moved
 COMPACT_PAGES = 256  # so many free pages, and half of the file, are given back to the file system
-
-
-class _Taken(NamedTuple):
-    """A row that is with the publisher."""
-
-    record: Record
-    size: int
-    occurrences: int
-    facts: GapFacts | None
-
-
-class _Dead(NamedTuple):
-    """A row whose record the broker refused."""
-
-    taken: _Taken
-    error: Exception
 
 
 @dataclass(slots=True)
 class _Unwritten:
     """What became of rows, settled in memory and not in the file yet."""
 
-    confirmed: list[int] = field(default_factory=list)  # positions
-    again: list[int] = field(default_factory=list)  # positions of what is sent again
-    refused: list[_Dead] = field(default_factory=list)
+    confirmed: list[EventRow] = field(default_factory=list)
+    again: list[EventRow] = field(default_factory=list)  # they are sent again
+    refused: list[tuple[EventRow, Exception]] = field(default_factory=list)
     damaged: list[tuple[int, str, str]] = field(default_factory=list)  # (position, key, error)
-    freed: int = 0  # bytes that leave table events with the confirmed and the refused
 
     @property
     def outcomes(self) -> int:
@@ -65,83 +47,104 @@ class _Unwritten:
         return len(self.confirmed) + len(self.again) + len(self.refused)
 
     def __bool__(self) -> bool:
-        return bool(self.confirmed or self.again or self.refused or self.damaged)
+        return bool(self.outcomes or self.damaged)
 
 
 def _words(error: Exception) -> str:
-    """An error's text for the file: a broker's words may hold what is no Unicode."""
+    """An error's text for the file: a broker's words may hold what is not Unicode."""
     return redaction.text(error).encode("utf-8", "replace").decode()
 
 
-class PublisherSide:
+class Settler:
     """Takes and settles. One thread uses it."""
 
-    def __init__(self, state: SharedState) -> None:
+    def __init__(self, mirror: Mirror) -> None:
         """Open the connection that settles."""
-        self._state = state
-        self._taken: dict[int, _Taken] = {}
+        self._mirror = mirror
+        self._taken: dict[int, EventRow] = {}  # by position, without bodies
         self._unwritten = _Unwritten()
-        self._compact_at = state.clock().monotonic
+        self._compact_at = mirror.clock().monotonic + 1.0
         self._settle_again_at = 0.0
         self._read_again_at = 0.0
-        self._reader = state.connect("NORMAL")
+        self._file = Connection(mirror, "NORMAL")
+
+    # ---- taking
 
     def take(self, limit: int, busy: AbstractSet[str]) -> list[Record]:
         """The oldest row of each key that is neither in `busy`, taken, nor parked; see virtbus.bus.Feed.
 
         Never waits for a commit. A row that is not what was written is set aside and named, not returned.
         """
-        now = self._state.clock().monotonic
+        now = self._mirror.clock().monotonic
         if self._unwritten:
-            self._settle_later(now, 0.0)
+            self._write(now, 0.0)
         if now < self._read_again_at:
             return []
-        with self._state.memory:
-            if self._state.closed or self.unsettled >= MAX_UNSETTLED:
+        with self._mirror.memory:
+            if self._mirror.closed or self.unsettled >= MAX_UNSETTLED:
                 return []
-            chosen = self._state.index.take(limit, busy, now)
+            chosen = self._mirror.index.take(limit, busy, now)
         if not chosen:
             return []
         try:
             records = self._read(chosen)
-            if self._unwritten.damaged:
-                self._settle_later(now, 0.0)
-            return records
         except BaseException as error:
-            with self._state.memory:
-                for row, key in chosen:
-                    self._taken.pop(row, None)
-                    self._state.index.give_back(row, key)
+            with self._mirror.memory:
+                for position, key in chosen:
+                    self._taken.pop(position, None)
+                    self._mirror.index.give_back(position, key)
             if not isinstance(error, sqlite3.Error):
                 raise
-            self._read_again_at = now + 1.0
-            self._state.reader_stale = True
-            if files.is_damage(error):
-                self._state.suspect()
-                raise files.translate(error, self._state.path) from error
-            emit(SpoolStumbled("reading what is next", error))
+            self._read_again_at = now + RETRY_SECONDS
+            self._stumbled("reading what is next", error)
             return []
+        if self._unwritten.damaged:
+            self._write(now, 0.0)
+        return records
 
-    def _read(self, chosen: list[tuple[int, str]]) -> list[Record]:
-        self._refresh_reader()
-        columns = ",".join(files.EVENT)
-        found = {row[0]: row for row in select_events(self._reader, columns, [row for row, _ in chosen])}
+    def _read(self, chosen: Sequence[tuple[int, str]]) -> list[Record]:
+        self._file.refresh()
+        found = {row.position: row for row in files.read_events(self._file.db, [row for row, _ in chosen])}
         records = []
         for position, key in chosen:
             row = found.get(position)
             try:
-                if row is None or row[4] != key or not files.is_whole("events", row):
+                if row is None or row.key != key or not files.is_whole("events", row):
                     raise ValueError("the row is not what was written")
-                _, epoch, seq, id_, _, _, count, size, created_ns, attempts, _, names, text, body = row
-                facts = GapFacts.parse(names) if names is not None else None
-                attributes = msgspec.json.decode(text)
-                record = Record(position, epoch, seq, id_, key, attributes, body, created_ns, attempts)
-                self._taken[position] = _Taken(record, size, count, facts)
-                records.append(record)
-            except contents.UNREADABLE as error:
+                attributes = msgspec.json.decode(row.attributes)
+                records.append(Record(*row[:5], attributes, row.body, row.created_ns, row.attempts))
+                self._taken[position] = row._replace(body=b"", attributes="")
+            except files.UNREADABLE as error:
                 self._unwritten.damaged.append((position, key, str(error)))
                 emit(EventDeadLettered(f"row {position}", "damaged", str(error)))
         return records
+
+    def _stumbled(self, doing: str, error: sqlite3.Error) -> None:
+        """The disk refused: what was asked is tried again. Raises SpoolCorrupt when the file is damaged."""
+        self._file.failed(error)
+        if files.is_damage(error):
+            raise files.translate(error, self._mirror.path) from error
+        emit(SpoolStumbled(doing, error))
+
+    def wait(self, timeout: float, stop: threading.Event) -> bool:
+        """Sleep until something can be taken, `timeout` seconds, or `stop`: who sets it calls `wake`."""
+        deadline = self._mirror.clock().monotonic + timeout
+        self._write(deadline - timeout, 0.0)  # what the disk refused before; and a time to tidy up
+        with self._mirror.changed:
+            while True:
+                now = self._mirror.clock().monotonic
+                due = self._mirror.index.next_due(now)
+                if due is not None:
+                    due = max(due, self._read_again_at - now)
+                    if due <= 0 and self.unsettled < MAX_UNSETTLED:
+                        return True
+                left = deadline - now
+                if left <= 0 or stop.is_set() or self._mirror.closed:
+                    return False
+                # Due, and yet nothing may be taken: settling, which the disk refused, is tried again soon.
+                self._mirror.changed.wait(max(0.001, left if due is None else min(left, due or 0.25)))
+
+    # ---- settling
 
     def settle(self, outcomes: Sequence[tuple[Record, Outcome]]) -> None:
         """What became of records that were taken, in one transaction.
@@ -151,261 +154,182 @@ class PublisherSide:
         that is refused is parked instead: it must not take with it what it names. What the disk does not
         take now is kept in memory and tried again; beyond MAX_UNSETTLED nothing more is taken.
         """
-        now = self._state.clock().monotonic
-        state, unwritten = self._state, self._unwritten
-        confirmed: dict[str, list[int]] = {}  # sequences by epoch
-        with state.memory:
-            for record, outcome in outcomes:
-                row = record.row
-                taken = self._taken.pop(row, None)
-                if taken is None:
-                    continue  # not from here, or settled before
-                if not isinstance(outcome, Confirmed):
-                    self._keep(taken, outcome, now)
-                    continue
-                state.index.confirm(row, record.key)
-                unwritten.confirmed.append(row)
-                unwritten.freed += taken.size
-                sequences = confirmed.get(record.epoch)
-                if sequences is None:
-                    sequences = confirmed[record.epoch] = []
-                sequences.append(record.seq)
-                if taken.facts is not None:
-                    for item in taken.facts.ranges:
-                        self._settle_account(item.epoch, item.first, item.last)
-            for epoch, sequences in confirmed.items():
-                for first, last in spans(sequences):
-                    self._settle_account(epoch, first, last)
-            state.changed.notify_all()
-        self._settle_later(now, SETTLE_PATIENCE_SECONDS)
+        # A record that is not from here, or was settled before, is none of ours.
+        rows = [(self._taken.pop(record.row, None), outcome) for record, outcome in outcomes]
+        self._settle([(row, outcome) for row, outcome in rows if row is not None])
 
     def give_back(self, error: Exception) -> None:
         """Settle what was taken and has no outcome as not confirmed, because of `error`."""
-        if self._taken:
-            self.settle([(taken.record, Deferred(error)) for taken in self._taken.values()])
+        rows, self._taken = self._taken, {}
+        if rows:
+            self._settle([(row, Deferred(error)) for row in rows.values()])
 
-    def _keep(self, taken: _Taken, outcome: Outcome, now: float) -> None:
-        """Settle in memory what the broker did not confirm; the caller holds `memory`."""
-        row, key, index, unwritten = taken.record.row, taken.record.key, self._state.index, self._unwritten
-        if isinstance(outcome, Refused) and taken.facts is not None:
-            emit(Trouble("a gap event was refused; parked", outcome.error, taken.record.id))
+    def _settle(self, rows: Sequence[tuple[EventRow, Outcome]]) -> None:
+        now = self._mirror.clock().monotonic
+        with self._mirror.changed:
+            for row, outcome in rows:
+                self._remember(row, outcome, now)
+            self._mirror.changed.notify_all()
+        self._write(now, SETTLE_PATIENCE_SECONDS)
+
+    def _remember(self, row: EventRow, outcome: Outcome, now: float) -> None:
+        """Settle a row in memory; the caller holds `memory`."""
+        index, unwritten = self._mirror.index, self._unwritten
+        if isinstance(outcome, Refused) and row.names is not None:
+            emit(Trouble("a gap event was refused; parked", outcome.error, row.id))
             outcome = Nacked("refused")
-        if isinstance(outcome, Refused):
-            index.remove(row, key)
-            unwritten.refused.append(_Dead(taken, outcome.error))
-            unwritten.freed += taken.size
-            return
-        if isinstance(outcome, Parked):
-            index.park(row, key, now)
+        if isinstance(outcome, Confirmed):
+            index.confirm(row.position, row.key)
+            unwritten.confirmed.append(row)
+            for item in _named_by(row):
+                if item.epoch in self._mirror.accounts:
+                    self._mirror.accounts[item.epoch].settle(item.first, item.last)
+        elif isinstance(outcome, Refused):
+            index.remove(row.position, row.key)
+            unwritten.refused.append((row, outcome.error))
         else:
-            index.give_back(row, key)
-        unwritten.again.append(row)
-
-    def _settle_account(self, epoch: str, first: int, last: int) -> None:
-        account = self._state.accounts.get(epoch)
-        if account is not None:
-            account.settle(first, last)
-
-    def _settle_later(self, now: float, patience: float) -> None:
-        """Write what was settled, unless the disk just refused or a commit hangs on it."""
-        if now < self._settle_again_at or not self._state.writing.acquire(timeout=patience):
-            return
-        try:
-            self._refresh_reader()
-            if self._settle_again_at:
-                self._free_log()
-            self._write_outcomes()
-            self._compact(now)
-            self._settle_again_at = 0.0
-        except sqlite3.Error as error:
-            self._roll_back()
-            self._state.reader_stale = True
-            self._settle_again_at = now + 1.0
-            if files.is_damage(error):
-                self._state.suspect()
-                raise files.translate(error, self._state.path) from error
-            emit(SpoolStumbled("settling what was sent", error))
-        except BaseException:
-            self._roll_back()
-            raise
-        finally:
-            self._state.writing.release()
-
-    def _roll_back(self) -> None:
-        """Leave no transaction open, for it would shut out every commit."""
-        try:
-            if self._reader.in_transaction:
-                files.check_writable(self._state.path)
-                self._reader.execute("ROLLBACK")
-        except sqlite3.Error:
-            self._state.reader_stale = True  # and closing it rolls back
-
-    def _free_log(self) -> None:
-        """On a full disk: fold the log into the file, so that deletions find room in the log again."""
-        try:
-            self._reader.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
-        except sqlite3.Error:
-            return
-
-    def _write_outcomes(self) -> None:
-        told = self._unwritten
-        if not told:
-            return
-        db = self._reader
-        wall_ns = self._state.clock().wall_ns
-        losses: list[Loss] = []
-        number = self._state.next_loss()
-        self._state.begin(db)
-        # A backlog leaves in the order in which it came: one statement for many rows.
-        db.executemany("DELETE FROM events WHERE position BETWEEN ? AND ?", spans(told.confirmed))
-        again = [(row,) for row in told.again]
-        db.executemany("UPDATE events SET attempts=attempts+1 WHERE position=?", again)
-        faults.reach("during_settle")
-        for taken, error in told.refused:
-            record = taken.record
-            mine = (SequenceRange(record.epoch, record.seq, record.seq),)
-            why = _words(error)[:200]
-            losses.append(
-                Loss(
-                    number + len(losses),
-                    mine,
-                    GapReason.DEAD_LETTER,
-                    taken.occurrences,
-                    record.created_ns,
-                    why,
-                )
-            )
-            self._bury(record.row, "refused", _words(error), wall_ns)
-        for position, _, problem in told.damaged:
-            self._bury(position, "damaged", problem, wall_ns)
-        if told.damaged:
-            # What they were is not to be trusted: the ledger tells which sequences are missing now.
-            detail = "rows of the spool were not what was written"
-            for item in self._holes(db, losses):
-                losses.append(Loss(number + len(losses), (item,), GapReason.SPOOL_DAMAGED, 0, None, detail))
-            (stored,) = db.execute("SELECT total(bytes) FROM events").fetchone()
-        for loss in losses:
-            db.execute(insert_sql("losses"), contents.loss_row(loss))
-        self._write_accounts(db)
-        db.execute("COMMIT")
-        with self._state.memory:
-            for account in self._state.accounts.values():
-                account.touched.clear()
-                account.finished.clear()
-            self._state.bytes = int(stored) if told.damaged else self._state.bytes - told.freed
-            self._state.dead += len(told.damaged) + len(told.refused)
-            self._state.dead_bytes += sum(dead.taken.size for dead in told.refused)
-            self._state.losses += losses
-            for position, key, _ in told.damaged:
-                self._state.index.remove(position, key)
-            self._state.changed.notify_all()
-        self._unwritten = _Unwritten()
-        for dead in told.refused:
-            emit(EventDeadLettered(dead.taken.record.id, "refused", dead.error))
-        faults.reach("after_settle")
-
-    def _bury(self, position: int, why: str, error: str, wall_ns: int) -> None:
-        """Move a row to the dead letters, as it is."""
-        columns = ",".join(files.EVENT)
-        self._reader.execute(
-            f"INSERT OR REPLACE INTO dead ({columns}, why, error, died_ns) "  # noqa: S608 - our own names
-            f"SELECT {columns}, ?, ?, ? FROM events WHERE position=?",
-            (why, error, wall_ns, position),
-        )
-        self._reader.execute("DELETE FROM events WHERE position=?", (position,))
-
-    def _holes(self, db: sqlite3.Connection, losses: Sequence[Loss]) -> list[SequenceRange]:
-        """Sequences that nothing accounts for any more; reads every row, so only after damage.
-
-        A row that is not what was written accounts for nothing: neither for itself nor for what it names.
-        """
-        present: dict[str, dict[int, bytearray]] = {epoch: {} for epoch in self._state.accounts}
-        for row in db.execute(contents.select_sql("events")):
-            if not files.is_whole("events", row):
-                continue
-            ranges = [SequenceRange(row[1], row[2], row[2])]
-            if row[11] is not None:
-                ranges += GapFacts.parse(row[11]).ranges
-            for item in ranges:
-                if item.epoch in present:
-                    mark(present[item.epoch], item.first, item.last)
-        with self._state.memory:
-            waiting = [*self._state.losses, *losses]
-        for loss in waiting:
-            for item in loss.ranges:
-                mark(present.setdefault(item.epoch, {}), item.first, item.last)
-        return [item for epoch, each in self._state.accounts.items() for item in each.holes(present[epoch])]
-
-    def _write_accounts(self, db: sqlite3.Connection) -> None:
-        """Bring the ledger in the file up to what is settled in memory."""
-        with self._state.memory:
-            for account in self._state.accounts.values():
-                if not account.touched and not account.finished:
-                    continue
-                base = account.run << 32
-                rows = [
-                    sealed("accounts", (base + chunk, bytes(account.bitmaps[chunk]), b""))
-                    for chunk in account.touched
-                ]
-                db.executemany(insert_sql("accounts"), rows)
-                if account.finished:
-                    done = [(base + chunk,) for chunk in account.finished]
-                    db.executemany("DELETE FROM accounts WHERE slot=?", done)
-                    db.execute(insert_sql("runs"), run_row(account))
-
-    def _compact(self, now: float) -> None:
-        """Give free pages back to the file system, a little at a time, when most of the file is free."""
-        if now - self._compact_at < 1.0 or self._state.index.pending > COMPACT_PENDING:
-            return
-        self._compact_at = now
-        db = self._reader
-        (free,) = db.execute("PRAGMA freelist_count").fetchone()
-        (pages,) = db.execute("PRAGMA page_count").fetchone()
-        if free < COMPACT_PAGES or free * 2 < pages:
-            return
-        # A script, because this PRAGMA frees a page a step and `execute` would take only one step of it.
-        db.executescript(f"BEGIN IMMEDIATE; PRAGMA incremental_vacuum({COMPACT_PAGES * 4})")
-        faults.reach("during_compaction")
-        db.execute("COMMIT")
-
-    def wait(self, timeout: float, stop: threading.Event) -> bool:
-        """Sleep until something can be taken, `timeout` seconds, or `stop`: who sets it calls `wake`."""
-        begun = self._state.clock().monotonic
-        self._settle_later(begun, 0.0)  # what the disk refused before; and a time to tidy up
-        deadline = begun + timeout
-        with self._state.changed:
-            while True:
-                now = self._state.clock().monotonic
-                due = self._state.index.next_due(now)
-                if due is not None:
-                    due = max(due, self._read_again_at - now)
-                    if due <= 0 and self.unsettled < MAX_UNSETTLED:
-                        return True
-                left = deadline - now
-                if left <= 0 or stop.is_set() or self._state.closed:
-                    return False
-                # Due, and yet nothing may be taken: settling, which the disk refused, is tried again soon.
-                self._state.changed.wait(max(0.001, left if due is None else min(left, due or 0.25)))
-
-    def _refresh_reader(self) -> None:
-        """Open the publisher's connection anew after a failure; its own thread, before it is used."""
-        self._state.check()
-        if self._state.reader_stale:
-            self._reader.close()
-            self._reader = self._state.connect("NORMAL")
-            self._state.reader_stale = False
+            unwritten.again.append(row)
+            if isinstance(outcome, Parked):
+                index.park(row.position, row.key, now)
+            else:
+                index.give_back(row.position, row.key)
 
     @property
     def unsettled(self) -> int:
         """Outcomes that the file does not know yet."""
         return self._unwritten.outcomes
 
+    # ---- the file
+
+    def _write(self, now: float, patience: float) -> None:
+        """Write what was settled, unless the disk just refused or a commit hangs on it."""
+        if now < self._settle_again_at or not self._mirror.writing.acquire(timeout=patience):
+            return
+        try:
+            self._file.refresh()
+            if self._settle_again_at:  # on a full disk deletions find room in the log once it is folded
+                with suppress(sqlite3.Error):
+                    self._file.db.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
+            if self._unwritten:
+                self._write_outcomes()
+            self._compact(now)
+            self._settle_again_at = 0.0
+        except sqlite3.Error as error:
+            self._settle_again_at = now + RETRY_SECONDS
+            self._stumbled("settling what was sent", error)
+        finally:
+            self._mirror.writing.release()
+
+    def _write_outcomes(self) -> None:
+        settled, mirror = self._unwritten, self._mirror
+        losses: list[Missing] = []
+        with self._file.transaction() as db:
+            db.executemany(
+                "DELETE FROM events WHERE position=?", [(row.position,) for row in settled.confirmed]
+            )
+            again = [(row.position,) for row in settled.again]
+            db.executemany("UPDATE events SET attempts=attempts+1 WHERE position=?", again)
+            faults.reach("during_settle")
+            for row, error in settled.refused:
+                why = _words(error)
+                losses.append(
+                    Missing(_of(row), GapReason.DEAD_LETTER, row.occurrences, row.created_ns, why[:200])
+                )
+                self._bury(db, row.position, "refused", why)
+            for position, _, problem in settled.damaged:
+                self._bury(db, position, "damaged", problem)
+            if settled.damaged:
+                # What they were is not to be trusted: the ledger tells which sequences are missing now.
+                detail = "rows of the spool were not what was written"
+                holes = self._holes(db, losses)
+                losses += [Missing((item,), GapReason.SPOOL_DAMAGED, detail=detail) for item in holes]
+                (stored,) = db.execute("SELECT total(bytes) FROM events").fetchone()
+            named = mirror.add_losses(losses, db)
+            self._write_accounts(db)
+        with mirror.changed:
+            for account in mirror.accounts.values():
+                account.touched.clear()
+                account.finished.clear()
+            dead = sum(row.size for row, _ in settled.refused)
+            freed = dead + sum(row.size for row in settled.confirmed)
+            mirror.bytes = int(stored) if settled.damaged else mirror.bytes - freed
+            mirror.bury(dead, len(settled.refused))
+            mirror.bury(0, len(settled.damaged))
+            mirror.losses |= named
+            for position, key, _ in settled.damaged:
+                mirror.index.remove(position, key)
+            mirror.changed.notify_all()
+        self._unwritten = _Unwritten()
+        for row, error in settled.refused:
+            emit(EventDeadLettered(row.id, "refused", error))
+        faults.reach("after_settle")
+
+    def _bury(self, db: sqlite3.Connection, position: int, why: str, error: str) -> None:
+        """Move a row to the dead letters, as it is."""
+        columns = ",".join(files.EVENT)
+        db.execute(
+            f"INSERT OR REPLACE INTO dead ({columns}, why, error, died_ns) "  # noqa: S608 - our own names
+            f"SELECT {columns}, ?, ?, ? FROM events WHERE position=?",
+            (why, error, self._mirror.clock().wall_ns, position),
+        )
+        db.execute("DELETE FROM events WHERE position=?", (position,))
+
+    def _holes(self, db: sqlite3.Connection, losses: Sequence[Missing]) -> list[SequenceRange]:
+        """Sequences that nothing accounts for any more; reads every row, so only after damage.
+
+        A row that is not what was written accounts for nothing: neither for itself nor for what it names.
+        """
+        present: dict[str, dict[int, int]] = {epoch: {} for epoch in self._mirror.accounts}
+        with self._mirror.memory:
+            waiting = [item for loss in (*self._mirror.losses.values(), *losses) for item in loss.ranges]
+        rows = (EventRow(*row) for row in db.execute(files.select("events")) if files.is_whole("events", row))
+        for item in (*waiting, *(item for row in rows for item in _named_by(row))):
+            if item.epoch in present:
+                mark(present[item.epoch], item.first, item.last)
+        return [item for epoch, each in self._mirror.accounts.items() for item in each.holes(present[epoch])]
+
+    def _write_accounts(self, db: sqlite3.Connection) -> None:
+        """Bring the ledger in the file up to what is settled in memory."""
+        with self._mirror.memory:
+            for account in self._mirror.accounts.values():
+                base = account.run << 32
+                for chunk in account.touched:
+                    files.put(
+                        db, "accounts", base + chunk, account.bitmaps[chunk].to_bytes(CHUNK // 8, "little")
+                    )
+                for chunk in account.finished:
+                    db.execute("DELETE FROM accounts WHERE slot=?", (base + chunk,))
+                if account.finished:
+                    put_run(db, account)
+
+    def _compact(self, now: float) -> None:
+        """Give free pages back to the file system, a little at a time, when most of the file is free."""
+        if now < self._compact_at or self._mirror.index.pending > COMPACT_PENDING:
+            return
+        self._compact_at = now + 1.0
+        (free,) = self._file.db.execute("PRAGMA freelist_count").fetchone()
+        (pages,) = self._file.db.execute("PRAGMA page_count").fetchone()
+        if free < COMPACT_PAGES or free * 2 < pages:
+            return
+        with self._file.transaction() as db:
+            for _ in range(min(free, COMPACT_PAGES * 4)):
+                db.execute("PRAGMA incremental_vacuum(1)")
+            faults.reach("during_compaction")
+
     def close(self) -> None:
         """Settle what is left, and let go of the file."""
         try:
             self._settle_again_at = 0.0
-            self._settle_later(self._state.clock().monotonic, 2.0)
+            self._write(self._mirror.clock().monotonic, 2.0)
         except SpoolCorrupt as error:
             emit(Trouble("closing the spool", error))
-        with suppress(sqlite3.Error):
-            files.let_go(self._reader, self._state.path)
+        self._file.close()
+
+
+def _of(row: EventRow) -> tuple[SequenceRange]:
+    return (SequenceRange(row.epoch, row.seq, row.seq),)
+
+
+def _named_by(row: EventRow) -> tuple[SequenceRange, ...]:
+    """The sequences that a row answers for: its own, and what it names."""
+    return _of(row) if row.names is None else (*_of(row), *Missing.parse(row.names).ranges)

@@ -39,7 +39,7 @@ def _one(about: str, where: str, old: str, new: str, *, fleet: bool = False) -> 
 MUTANTS = {
     "a_look_asked_once": _one(
         "a question to libvirt that failed is not asked again",
-        "virtbus.sources.questions:Questions.answered",
+        "virtbus.sources.lookups:Questions.answered",
         "attempts is None or not unanswered",
         "True",
     ),
@@ -57,7 +57,7 @@ MUTANTS = {
     ),
     "alive_at_the_commit": _one(
         "the sign of life is the commit's clock, not up to when everything is seen",
-        "virtbus.agent.writer:Writer.sign_of_life",
+        "virtbus.agent.intake:Writer.sign_of_life",
         "through.wall(now)",
         "now.wall_ns",
     ),
@@ -69,20 +69,20 @@ MUTANTS = {
     ),
     "epochs_by_the_clock": _one(
         "a run's epoch is made of the wall clock alone: a later run may get an earlier epoch",
-        "virtbus.spool.opening:_begin",
-        ", above=[*found.accounts, *([] if before is None else [before])]",
+        "virtbus.spool.opening:_begin_run",
+        ", above=[*mirror.accounts, *([] if before is None else [before])]",
         "",
     ),
     "old_disk_errors_forgotten": _one(
         "a disk error that QEMU kept from a pause nobody looked at is blamed for the next one",
         "virtbus.sources.cases:Case.decide",
-        "self.stale = self.stale | _kept(told)",
+        "self.stale = self.stale | _kept(events)",
         "self.stale = {}",
     ),
     "a_disk_behind_the_look_is_blamed": _one(
         "an error that came behind the look at its pause is blamed for the next pause too",
         "virtbus.sources.cases:Case.keep_told",
-        "self.stale = self.stale | _kept(self.told)",
+        "self.stale = self.stale | _kept(self.events)",
         "pass",
     ),
     "a_resume_without_us_is_not_believed": _one(
@@ -93,7 +93,7 @@ MUTANTS = {
     ),
     "a_standstill_is_not_noticed": _one(
         "the source does not notice that its process stood still",
-        "virtbus.sources.witness:Pulse.beat",
+        "virtbus.sources.crew:Pulse.beat",
         "STANDSTILL_SECONDS",
         "1e9",
     ),
@@ -111,7 +111,7 @@ MUTANTS = {
     ),
     "states_apart_from_events": _one(
         "incident states are committed in a transaction of their own, after the events",
-        "virtbus.agent.writer:Writer.commit",
+        "virtbus.agent.intake:Writer.commit",
         "stamps = self._spool.commit(batch, self._pending_states)",
         "stamps = self._spool.commit(batch, {}); self._spool.commit((), self._pending_states)",
     ),
@@ -123,15 +123,15 @@ MUTANTS = {
     ),
     "commits_not_synced": _one(
         "what is committed waits in the disk's cache",
-        "virtbus.spool.mirror:SharedState.connect",
-        "sync=sync",
+        "virtbus.spool.mirror:Connection._connect",
+        "sync=self._sync",
         'sync="OFF"',
     ),
     "unconfirmed_is_confirmed": _one(
         "what was unconfirmed when the connection ended counts as confirmed",
         "virtbus.agent.publisher:Publisher._once",
-        "self._feed.done(record, outcome)",
-        "self._feed.done(record, Confirmed() if isinstance(outcome, Deferred) else outcome)",
+        "self._done(record, outcome)",
+        "self._done(record, Confirmed() if isinstance(outcome, Deferred) else outcome)",
     ),
     "marks_never_written": _one(
         "acknowledgements are sent without marks on the disk",

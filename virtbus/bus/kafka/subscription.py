@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -142,17 +142,9 @@ class KafkaSubscription(LineSubscription):
             self._leave()
 
     def _leave(self) -> None:
-        """Close the client, in bounded time: it may wait for minutes for a broker that says nothing.
-
-        What it could not commit by then is delivered again, to somebody.
-        """
         consumer, self._consumer = self._consumer, None
         self._forget(list(self._tracks))
-        leaving = threading.Thread(target=consumer.close, name="virtbus-kafka-leave", daemon=True)
-        leaving.start()
-        leaving.join(_CLOSE_SECONDS)
-        if leaving.is_alive():
-            emit(Notice(f"left without the broker's answer within {_CLOSE_SECONDS:g} s"))
+        _close(consumer)
 
     def _confirm_topic(self) -> None:
         """Where it is still the same topic all that was read was its: the next start need not doubt that."""
@@ -317,24 +309,11 @@ class KafkaSubscription(LineSubscription):
         for track, position in self._asked:
             track.sure = position
         if self._group is None:
-            self._take_new_partitions()
+            for partition in _added(self._consumer, self._topic, self._tracks):
+                self._assign(partition)  # everything in it is from after we began
+                self._paused = None
         if idle and not self._paused:
             _look_for_losses(self._consumer, self._topic, tracks, self._losses)
-
-    def _take_new_partitions(self) -> None:
-        """Everything in a partition that was added since is from after we began."""
-        with suppress(KafkaException):  # the next look finds them
-            found = (
-                self._consumer.list_topics(self._topic, timeout=_ASK_SECONDS).topics[self._topic].partitions
-            )
-            new = [number for number in found if number not in self._tracks]
-            if new:
-                self._consumer.incremental_assign(
-                    [TopicPartition(self._topic, number, OFFSET_BEGINNING) for number in new]
-                )
-                self._paused = None
-            for partition in new:
-                self._assign(partition)
 
     def _raise_for(self, error: Any, over: bool) -> None:
         """Raise what the caller has to know; the client itself goes on trying."""
@@ -439,3 +418,27 @@ def _ends(consumer: Any, place: Any, timeout: float = _ASK_SECONDS) -> tuple[int
     except KafkaException:
         return None
     return found
+
+
+def _added(consumer: Any, topic: str, known: Container[int]) -> list[int]:
+    """The partitions of a topic beyond those that are known, assigned from their beginning."""
+    try:
+        found = consumer.list_topics(topic, timeout=_ASK_SECONDS).topics[topic].partitions
+        new = [number for number in found if number not in known]
+        if new:
+            consumer.incremental_assign([TopicPartition(topic, number, OFFSET_BEGINNING) for number in new])
+    except KafkaException:  # the next look finds them
+        return []
+    return new
+
+
+def _close(consumer: Any) -> None:
+    """Close a client, in bounded time: it may wait for minutes for a broker that says nothing.
+
+    What it could not commit by then is delivered again, to somebody.
+    """
+    leaving = threading.Thread(target=consumer.close, name="virtbus-kafka-leave", daemon=True)
+    leaving.start()
+    leaving.join(_CLOSE_SECONDS)
+    if leaving.is_alive():
+        emit(Notice(f"left without the broker's answer within {_CLOSE_SECONDS:g} s"))

@@ -1,0 +1,183 @@
+"""What a source observes, from a callback to a look around: facts that the agent turns into events.
+
+As in `model`: frozen, wall time in nanoseconds since the Unix epoch, durations in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+from virtbus.model import Device, Domain, Evidence, Host, Now
+from virtbus.words import DiskError, GapReason, GuestState, Origin, ResolutionCause
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What the cache knows of one domain: itself and its devices by alias."""
+
+    domain: Domain
+    devices: Mapping[str, Device]
+
+
+class RawIoError(NamedTuple):
+    """One call of libvirt's I/O-error callback, as it came (a tuple: made thousands of times a second)."""
+
+    domain_uuid: str
+    domain_name: str
+    domain_id: int | None
+    path: str
+    alias: str
+    action_code: int
+    reason: str
+    observed_at: int  # wall clock, ns
+
+
+@dataclass(frozen=True, slots=True)
+class Burst:
+    """Equal errors (all but the time) that were drained together: counts are exact, times are the edges."""
+
+    raw: RawIoError  # the first of them
+    count: int
+    first_ns: int
+    last_ns: int
+    origin: Origin = Origin.EVENT
+    message: str | None = None  # the hypervisor's text, for people
+    disk_error: DiskError | None = None
+    evidence: tuple[Evidence, ...] = ()
+    stamp_ns: int | None = None  # the hypervisor's own time of the last of them, where it kept one
+
+
+@dataclass(frozen=True, slots=True)
+class DomainResumed:
+    """The guest runs again."""
+
+    domain_uuid: str
+    at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class DomainHalted:
+    """The guest is there and does not run, for whatever reason: its devices' silence proves nothing."""
+
+    domain_uuid: str
+    at_ns: int
+    state: GuestState  # paused, suspended to memory, or crashed and preserved
+
+
+@dataclass(frozen=True, slots=True)
+class HostKnown:
+    """What was not known of the host when it was first looked at."""
+
+    host: Host
+    at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class DomainGone:
+    """The guest left this host."""
+
+    domain_uuid: str
+    at_ns: int
+    cause: ResolutionCause
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRemoved:
+    """A device was unplugged."""
+
+    domain_uuid: str
+    alias: str
+    at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class DomainState:
+    """One domain of a snapshot; a pause of unknown reason with a disk error is `paused_by_io_error` too."""
+
+    uuid: str
+    name: str
+    state: str
+    paused_by_io_error: bool
+    aliases: frozenset[str] | None = None  # the devices it has; None when its XML could not be read
+
+
+@dataclass(frozen=True, slots=True)
+class SourceReady:
+    """Callbacks are registered, and then everything was looked at once.
+
+    `findings` are errors that the look found and no event told of, as far as the source knows; the
+    incidents know more (they outlive a restart) and may already have them.
+    """
+
+    host: Host
+    at_ns: int
+    domains: tuple[DomainState, ...]
+    findings: tuple[Burst, ...] = ()
+    throttles: bool = False  # the hypervisor merges errors: counts are lower bounds
+    connection: str = ""  # of whose guests this speaks, where a source has several
+    proves: bool = False  # `SourceSeen` follows: without it nothing counts as seen
+    whole: bool = True  # these are all guests of the host; else the others' connections speak for them
+    appeared_ns: int | None = None  # when the connection's socket did: its guests may run since then
+
+
+@dataclass(frozen=True, slots=True)
+class SourceLost:
+    """The source can't observe since `at_ns` (its last sign of life)."""
+
+    at_ns: int
+    why: str
+    connection: str = ""
+    reason: GapReason = GapReason.SOURCE_LOST
+    domains: frozenset[str] | None = None  # the guests that are not seen; None: all of the host
+
+
+@dataclass(frozen=True, slots=True)
+class SourceGone:
+    """A connection ended for good, with its daemon; each of `domains` is told gone after this."""
+
+    at_ns: int
+    connection: str
+    domains: frozenset[str] = frozenset()  # guests whose end the daemon did not tell
+
+
+@dataclass(frozen=True, slots=True)
+class Surveyed:
+    """Every connection that was there at the start has been looked at: what none of them has is gone."""
+
+    at_ns: int
+    host: Host
+    domains: frozenset[str]
+
+
+class SourceSeen(NamedTuple):
+    """The connection answered: whatever it told before `asked` stands before this in the queue."""
+
+    asked: Now
+    connection: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CallbackLost:
+    """A callback came and could not be read: which guest it spoke of, and of what, nobody knows."""
+
+    at_ns: int
+    why: str
+
+
+Observation: TypeAlias = (
+    RawIoError
+    | Burst
+    | DomainResumed
+    | DomainHalted
+    | DomainGone
+    | DeviceRemoved
+    | HostKnown
+    | SourceReady
+    | SourceLost
+    | SourceGone
+    | SourceSeen
+    | Surveyed
+    | CallbackLost
+)
