@@ -13,10 +13,11 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.brokers.rabbitmq import SUITE, RabbitMQ
+from tests.brokers.rabbitmq import SUITE, BrokerError, RabbitMQ
 from tests.kafka.cluster import VERSION
 
 KAFKA_OLDEST, KAFKA_NEWEST = "3.5.2", "4.4.0"
@@ -39,11 +40,13 @@ class Release:
             return self.environment[VERSION]
         os.environ.update(self.environment)
         with tempfile.TemporaryDirectory(prefix="vbrun-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-            broker = RabbitMQ.shared(Path(folder) / "rabbitmq")
             try:
-                return broker.version()
+                with closing(RabbitMQ.shared(Path(folder) / "rabbitmq")) as broker:
+                    return broker.version()
+            except BrokerError as error:  # the tests have told of it
+                print(f"{self.name}: {error}", file=sys.stderr)
+                return "?"
             finally:
-                broker.close()
                 for name in self.environment:
                     del os.environ[name]
 
@@ -112,7 +115,10 @@ def main(names: list[str]) -> int:
         print(f"no release is called {', '.join(unknown)}; known are {known}", file=sys.stderr)
         return 2
     chosen = [each for each in RELEASES if not names or any(each.name.startswith(name) for name in names)]
-    results = [run(each) for each in chosen]
+    results: list[Result] = []
+    for each in chosen:
+        results.append(run(each))
+        print(results[-1].row(), flush=True)  # for a run that is ended before its table
     print(ROW.format("release", "version", "passed", "failed", "skipped", "seconds"))
     for result in results:
         print(result.row())

@@ -415,7 +415,7 @@ class RabbitMQ:
                 str(self.root), str(self.folder), *words]  # fmt: skip
 
     def _run(self, *words: str) -> str:
-        done = subprocess.run(words, capture_output=True, text=True, env=self._environment(), timeout=60)
+        done = subprocess.run(words, capture_output=True, text=True, env=self._environment(), timeout=240)
         if done.returncode:
             raise BrokerError(f"{' '.join(words)}: {done.stdout.strip()} {done.stderr.strip()}")
         return done.stdout
