@@ -176,8 +176,12 @@ class Nova(_OpenStack):
 
     def _services(self, host: str | None = None) -> list[Any]:
         asked = {} if host is None else {"host": host}
-        compute = self._cloud.compute
-        return call("listing compute services", lambda: list(compute.services(binary=self._binary, **asked)))
+        return call(
+            "listing compute services",
+            lambda: list(
+                self._cloud.compute.services(binary=self._binary, **asked)
+            ),  # logs in within the call
+        )
 
     def _service(self, host: str, found: Sequence[Any] | None = None) -> Any:
         """The host's service among `found`, or among all: as told, or by its name."""
@@ -263,6 +267,7 @@ class Masakari(_OpenStack):
         return f"notification {made.notification_uuid or made.id}"
 
     def _reached(self) -> str:
-        notifications = self._cloud.instance_ha.notifications
-        call("listing notifications", lambda: next(iter(notifications(limit=1)), None))
+        call(
+            "listing notifications", lambda: next(iter(self._cloud.instance_ha.notifications(limit=1)), None)
+        )
         return "reached"
