@@ -123,6 +123,7 @@ class IncidentsMachine(RuleBasedStateMachine):
         self.events, self.states, self.applied = [], {}, Counter()
         self.paused = {False: set(), True: set()}  # guests that an error has stopped: live, drill
         self.blind = False
+        self.sighted = set()  # guests that were seen running since the source was lost
         self.kills = 0
         self.scopes = Counter()  # of the incidents that were opened
         self.step = 0  # counts observations and ticks
@@ -185,8 +186,10 @@ class IncidentsMachine(RuleBasedStateMachine):
 
     def check_cause(self, event):
         if event.resolution.cause in ("quiet", "resumed"):
-            assert not self.blind, "nothing resolves while blind"
-            if event.incident.scope is not Scope.HOST:
+            whole_host = event.incident.scope is Scope.HOST
+            seen = not self.blind or (not whole_host and event.domain.uuid in self.sighted)
+            assert seen, "nothing resolves while its guest is not seen"
+            if not whole_host:
                 drill = self.is_drill(event.incident.id)
                 assert event.domain.uuid not in self.paused[drill], "never while its guest stands still"
 
@@ -246,6 +249,7 @@ class IncidentsMachine(RuleBasedStateMachine):
         self.wall_ns += 1
         for paused in self.paused.values():
             paused.discard(guest)
+        self.sighted.add(guest)
         self.take(self.incidents.apply(DomainResumed(guest, self.wall_ns), self.now, self.describe))
         self.wall_ns += 1
 
@@ -253,6 +257,7 @@ class IncidentsMachine(RuleBasedStateMachine):
     def a_guest_goes(self, guest, cause):
         for paused in self.paused.values():
             paused.discard(guest)
+        self.sighted.discard(guest)
         self.take(self.incidents.apply(DomainGone(guest, self.wall_ns, cause), self.now, self.describe))
         assert not any(one.domain_uuid == guest for one in self.incidents.open_incidents(limit=2000))
 
@@ -277,7 +282,7 @@ class IncidentsMachine(RuleBasedStateMachine):
 
     @rule()
     def the_source_is_lost(self):
-        self.blind = True
+        self.blind, self.sighted = True, set()
         self.take(self.incidents.apply(SourceLost(self.wall_ns, "cut"), self.now, self.describe))
 
     @rule(
@@ -411,7 +416,7 @@ class IncidentsMachine(RuleBasedStateMachine):
         self.kills += 1
         self.incidents = Incidents(self.limits, new_id=lambda: next(self.ids))
         assert self.incidents.restore(self.store, self.now) == ()
-        self.blind = True
+        self.blind, self.sighted = True, set()
         assert self.incidents.open_count == len(self.log.open)
 
     # ------------------------------------------------------------------------------------- invariants
