@@ -171,8 +171,11 @@ def short(name: str) -> str:
 def target_of(host: str, names: Mapping[str, Collection[str]]) -> str | None:
     """The control plane's name of a host, by libvirt's name or its short form; None: it is not told.
 
-    `names` has each target's other names; one that two of them bear tells nothing.
+    `names` has each target's other names; one that two of them bear tells nothing. `compute-1.a.org` and
+    `compute-1.b.org` are two hosts, whatever else they are called.
     """
+    if "." in host:
+        names = {name: others for name, others in names.items() if name == host or not _elsewhere(name, host)}
     for wanted in dict.fromkeys((host, short(host))):
         if wanted in names:
             return wanted
@@ -181,6 +184,11 @@ def target_of(host: str, names: Mapping[str, Collection[str]]) -> str | None:
             return matches[0]
     longer = [name for name in names if short(name) == host]  # it bears the name with its domain
     return longer[0] if len(longer) == 1 else None
+
+
+def _elsewhere(name: str, host: str) -> bool:
+    """Whether it is a host's name with another domain."""
+    return "." in name and short(name) == short(host)
 
 
 def seconds_of(text: object) -> float | None:

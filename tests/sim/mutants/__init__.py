@@ -149,14 +149,12 @@ MUTANTS = {
         "a reactor acknowledges events before what they call for is stored",
         (
             Edit(
-                "virtbus.integrations.reactor:Reactor._store_batch",
-                "        delivery.ack()\n",
-                "        pass\n",
+                "virtbus.integrations.reactor:Reactor._stored", "        delivery.ack()\n", "        pass\n"
             ),
             Edit(
-                "virtbus.integrations.reactor:Reactor._store_batch",
-                "batch, self._batch = self._batch, []",
-                "batch, self._batch = self._batch, []; [delivery.ack() for delivery, _ in batch]",
+                "virtbus.integrations.reactor:Reactor._stored",
+                "actions = [action for _, action in batch",
+                "[delivery.ack() for delivery, _ in batch]; actions = [action for _, action in batch",
             ),
         ),
     ),
