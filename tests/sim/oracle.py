@@ -277,16 +277,32 @@ def _every_message(
 ) -> Iterator[str]:
     """docs/events.md: an error in a gap that libvirt keeps a message of is found when the gap ends.
 
-    Only of guests of which less was counted than happened: an error in a gap may have been told by its event.
+    Only of guests of which less was counted than happened, and not of an error that its own event told: a gap
+    begins where what was seen is committed, which may be before the error.
     """
     later: dict[tuple[str, str], list[Error]] = defaultdict(list)
     for error in truth.errors:
         later[error.uuid, error.alias].append(error)
-    told: dict[tuple[str, str | None], list[float]] = defaultdict(list)
+    found: dict[tuple[str, str | None], list[float]] = defaultdict(list)
+    counted: dict[tuple[str, str | None], list[tuple[float, int]]] = defaultdict(list)  # when made, how many
     for event in events:
-        if event.type == IoError.TYPE and event.data["origin"] == Origin.RECONCILE:
+        if event.type == IoError.TYPE:
             key = (event.data["domain"]["uuid"], event.data["device"]["alias"])
-            told[key].append(truth.made[event.arrival.record.id][0])
+            at = truth.made[event.arrival.record.id][0]
+            if event.data["origin"] == Origin.RECONCILE:
+                found[key].append(at)
+            elif event.data["origin"] == Origin.EVENT:
+                counted[key].append((at, event.data["occurrences"]["count"]))
+    told: dict[tuple[str, str], list[float]] = {}
+    for (uuid, alias), errors in later.items():
+        told[uuid, alias] = found[uuid, alias]
+        before = float("-inf")
+        for at, count in sorted(counted[uuid, alias]):
+            if count >= sum(
+                before < error.at <= at for error in errors
+            ):  # all that happened since the last one
+                told[uuid, alias].append(at)
+            before = at
     for (uuid, alias), errors in later.items():
         for error, following in zip(errors, [*errors[1:], None], strict=True):
             if following is not None and following.at == error.at:
