@@ -53,10 +53,14 @@ class Moment(NamedTuple):
         """Nanoseconds since the boot: what moments are ordered by, whatever the wall clock did."""
         return self.wall_ns - self.booted_ns
 
+    def at(self, now: Now) -> Moment:
+        """The same moment as the wall clock as it is now would have said it; itself unless that was set."""
+        step = now.wall_ns - int(now.boot * 1e9) - self.booted_ns
+        return self if abs(step) < STEP_NS else Moment(self.wall_ns + step, self.booted_ns + step)
+
     def wall(self, now: Now) -> int:
         """The same moment in the wall clock as it is now, ns."""
-        step = now.wall_ns - int(now.boot * 1e9) - self.booted_ns
-        return self.wall_ns if abs(step) < STEP_NS else self.wall_ns + step
+        return self.at(now).wall_ns
 
 
 def is_told(at_ns: int, last_ns: int, now_ns: int) -> bool:

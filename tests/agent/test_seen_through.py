@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -270,6 +271,21 @@ def test_a_wall_clock_that_stepped_back_leaves_the_gaps_beginning_where_it_was(t
     last_seen = datetime.fromtimestamp(T / 1e9, UTC) + timedelta(seconds=1790)
     assert restarted(tmp_path / "s", clock, T + 2100 * 10**9, 2100.0) == last_seen
     assert restarted(tmp_path / "s", clock, T + 2200 * 10**9, 5.0) == last_seen  # after a boot
+
+
+def test_a_clock_set_back_while_nothing_new_is_seen_is_the_clock_of_the_sign_of_life(tmp_path):
+    """The source is lost, the clock is set back two hours, the power is cut: the gap begins at the loss."""
+    clock = Readings(T, 1000.0)
+    spool = open_spool(tmp_path / "s", clock=clock)
+    spool.commit([a_gap()])
+    spool.alive(T)
+    back = T - 7200 * 10**9
+    clock.now = Now(back + 3 * 10**9, 1003.0)
+    spool.alive(back)
+    shutil.copytree(tmp_path / "s", tmp_path / "cut")  # what a power cut finds
+    spool.close()
+    after = restarted(tmp_path / "cut", clock, back + 90 * 10**9, 5.0)
+    assert after == datetime.fromtimestamp(back / 1e9, UTC)
 
 
 def test_a_clock_set_back_a_year_between_two_runs_of_one_boot_leaves_the_time_that_passed(tmp_path):

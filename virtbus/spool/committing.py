@@ -134,7 +134,11 @@ class Committer:
         self._write_run(db, draft.seq)
 
     def _write_run(self, db: sqlite3.Connection, last: int) -> None:
-        """The run's record with what was seen, and the clock that its time is told in when that stepped."""
+        """The run's record with what was seen, told in the wall clock as it is now.
+
+        After a reboot a stamp of a clock that was set since could not be compared.
+        """
+        self._seen = self._seen.at(self._mirror.clock())
         put_run(db, self._mirror.account, last=last, alive_ns=self._seen.wall_ns)
         if abs(self._seen.booted_ns - self._booted_ns) >= STEP_NS:
             put_clock(db, self._seen.booted_ns)
@@ -182,6 +186,9 @@ class Committer:
         seen = Moment.stamped(wall_ns, reading)
         if not self._owing and seen.boot_ns > self._seen.boot_ns:
             self._seen = seen
+        in_this_clock = self._seen.at(reading)
+        if in_this_clock is not self._seen:  # the wall clock was set: a power cut from here on must find it
+            self._seen, self._sign_at = in_this_clock, now
         try:
             if self._mirror.losses and now >= self._name_at:
                 self._name_at = now + 1.0
