@@ -102,7 +102,7 @@ class Plane(Integration):
         return Found(
             [replace(one.mark, uid=one.uid, intact=one.effect) for one in seen.values() if one.mark],
             {host: self.targets[name].uid for host, name in known.items()},
-            [host for host, name in known.items() if self.targets[name].condition is None],
+            {host: (self.targets[name].condition or {}).get("status") for host, name in known.items()},
         )
 
     def _named(self, host: str) -> str:

@@ -170,6 +170,14 @@ def test_a_well_node_that_registered_anew_shows_its_condition_within_minutes(wor
     assert world.plane.targets["h2"].condition == {"status": "True", "message": ""}
 
 
+def test_a_condition_that_another_reactor_showed_is_corrected_within_minutes(world):
+    """It blamed the host and was killed; this one showed it well before, and finds nothing new to say."""
+    world.run(30)
+    world.plane.targets["h2"].condition = {"status": "False", "message": "by the reactor before"}
+    world.run(310)
+    assert world.plane.targets["h2"].condition == {"status": "True", "message": ""}
+
+
 @pytest.mark.parametrize("while_down", [False, True])
 def test_what_an_operator_took_back_is_left_alone_until_the_host_was_well(world, while_down):
     held_h1(world)
@@ -375,7 +383,7 @@ def a_mark(**more):
         (Found([a_mark()], {"h1": "u1"}), None, HoldState.HELD),
         (Found([a_mark(intact=False)], {"h1": "u1"}), Finding.WIPED, HoldState.HOLDING),
         (Found([], {"h1": "u2"}), Finding.REGISTERED_ANEW, HoldState.HOLDING),
-        (Found([], {"h1": "u1"}, ["h1"]), Finding.REGISTERED_ANEW, HoldState.HOLDING),
+        (Found([], {"h1": "u1"}, {"h1": None}), Finding.REGISTERED_ANEW, HoldState.HOLDING),
         (Found([], {"h1": "u1"}), Finding.REMOVED_BY_HAND, HoldState.LEFT),
         (Found([], {}), Finding.TARGET_GONE, HoldState.FREE),
     ],

@@ -143,5 +143,8 @@ class PlaneIntegration(Integration):
         return Found(
             [replace(one.mark, uid=one.uid, intact=one.tainted) for one in seen.values() if one.mark],
             {host: plane.nodes[name].uid for host, name in known.items()},
-            [host for host, name in known.items() if plane.nodes[name].condition is None],
+            {
+                host: None if (shown := plane.nodes[name].condition) is None else shown["status"]
+                for host, name in known.items()
+            },
         )

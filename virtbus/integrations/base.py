@@ -100,7 +100,12 @@ class Found:
 
     holds: Sequence[Hold]
     uids: Mapping[str, str]  # of the hosts that were asked for: those that exist, with their identity
-    bare: Collection[str] = ()  # of the hosts that were asked for: those that show no condition of ours
+    shown: Mapping[str, str | None] = field(default_factory=dict)  # host asked for → its condition's status
+
+    @property
+    def bare(self) -> Collection[str]:
+        """Hosts that show no condition of ours."""
+        return [host for host, status in self.shown.items() if status is None]
 
 
 class Integration:

@@ -83,7 +83,7 @@ class _Node:
     version: str
     annotations: Mapping[str, str]
     taints: Taints
-    shows: bool  # it has our condition
+    shows: str | None  # the status of our condition, if it has one
     hostnames: frozenset[str]
 
     @property
@@ -271,7 +271,7 @@ class Kubernetes(Integration):
         return Found(
             holds=[self._mark(node) for node in marked if node.ours is not None],
             uids={host: node.uid for host, node in by_host.items()},
-            bare=[host for host, node in by_host.items() if not node.shows],
+            shown={host: node.shows for host, node in by_host.items()},
         )
 
     def _mark(self, node: _Node) -> Hold:
@@ -397,7 +397,10 @@ def _facts(answer: Any) -> _Node:
         version=metadata.get("resourceVersion", ""),
         annotations=metadata.get("annotations") or {},
         taints=node.get("spec", {}).get("taints") or [],
-        shows=any(one.get("type") == CONDITION for one in status.get("conditions") or ()),
+        shows=next(
+            (one.get("status") for one in status.get("conditions") or () if one.get("type") == CONDITION),
+            None,
+        ),
         hostnames=frozenset(
             one.get("address", "") for one in status.get("addresses") or () if one.get("type") == "Hostname"
         ),

@@ -314,14 +314,14 @@ class Reactor:
 
     def _show(self, hosts: Sequence[HostHealth], now: Now) -> None:
         entries = []
-        bare, self._worker.bare = self._worker.bare, set()
+        stale, self._worker.stale = self._worker.stale, set()
         for host in hosts:
             condition = self._integration.condition(host)
             # What was shown before stands until there is more to say than that it is too early.
             if condition is None or (host.early and host.name in self._shown):
                 continue
             text = json.dumps(dict(condition), sort_keys=True)
-            if self._shown.get(host.name) == text and host.name not in bare:
+            if self._shown.get(host.name) == text and host.name not in stale:
                 continue
             self._shown[host.name] = text
             key = f"{REPORT}/{host.name}/{uuid7(now.wall_ns)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -149,7 +150,7 @@ class Worker:
         self.looks = LookSchedule()
         self._look_backoff = Backoff(f"react {integration.name}", ceiling=RETRY_CEILING_SECONDS)
         self.absent: dict[str, float] = {}  # host: when (monotonic) the control plane did not know it
-        self.bare: set[str] = set()  # hosts that don't show what was reported of them
+        self.stale: set[str] = set()  # hosts that don't show what we last reported of them, or nothing
         self.waiting = 0
         self.failure: Exception | None = None  # what ended the thread, if something did
 
@@ -357,7 +358,8 @@ class Worker:
             self.looks.possible = False
             return
         if found is not None:
-            self.bare |= set(found.bare)
+            stored = {host: json.loads(text).get("status") for host, text in self._store.conditions().items()}
+            self.stale |= {host for host, status in found.shown.items() if stored.get(host) != status}
             for change in self._store.reconcile(
                 found, asked=None if everything else asked, acting=acting, wall=now.wall_ns / 1e9
             ):
