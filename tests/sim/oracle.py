@@ -281,8 +281,10 @@ def _every_message(
     begins where what was seen is committed, which may be before the error.
     """
     later: dict[tuple[str, str], list[Error]] = defaultdict(list)
+    made: dict[str, list[Error]] = defaultdict(list)
     for error in truth.errors:
         later[error.uuid, error.alias].append(error)
+        made[error.uuid].append(error)
     found: dict[tuple[str, str | None], list[float]] = defaultdict(list)
     counted: dict[tuple[str, str | None], list[tuple[float, int]]] = defaultdict(list)  # when made, how many
     for event in events:
@@ -296,13 +298,13 @@ def _every_message(
     told: dict[tuple[str, str], list[float]] = {}
     for (uuid, alias), errors in later.items():
         told[uuid, alias] = found[uuid, alias]
-        before = float("-inf")
-        for at, count in sorted(counted[uuid, alias]):
-            if count >= sum(
-                before < error.at <= at for error in errors
-            ):  # all that happened since the last one
-                told[uuid, alias].append(at)
-            before = at
+        nameless = [error for error in made[uuid] if not error.named]
+        for counts, its in ((counted[uuid, alias], errors), (counted[uuid, None], nameless)):
+            before = float("-inf")
+            for at, count in sorted(counts):
+                if count >= sum(before < error.at <= at for error in its):  # all since the last one
+                    told[uuid, alias].append(at)
+                before = at
     for (uuid, alias), errors in later.items():
         for error, following in zip(errors, [*errors[1:], None], strict=True):
             if following is not None and following.at == error.at:
