@@ -27,7 +27,7 @@ ANSWER_SECONDS = 20.0  # a connection that did not answer for so long is not rea
 def boot_id() -> str | None:
     """The kernel's id of this boot (random(4)); None where it can't be read."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     except OSError:
         return None
 

@@ -271,7 +271,7 @@ def peer(path: Path, answer: bytes) -> Iterator[None]:
 
 @pytest.mark.parametrize("command", ["status", "tap", "emit"])
 @pytest.mark.parametrize(
-    ("answer", "why"), [(b"", "ended"), (b'{"stage', "broken off"), (b"hello\n", "broken off")]
+    ("answer", "why"), [(b"", "ended"), (b'{"stage', "cut off"), (b"hello\n", "cut off")]
 )
 def test_an_answer_that_is_none_is_one_clear_line(
     tmp_path: Path, command: str, answer: bytes, why: str

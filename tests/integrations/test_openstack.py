@@ -27,6 +27,7 @@ from virtbus.integrations.base import (
     Action,
     ActionRefused,
     NotOurs,
+    TargetMissing,
     TargetUnavailable,
     open_integration,
 )
@@ -97,7 +98,10 @@ def test_a_release_leaves_alone_what_an_operator_has_enabled_meanwhile(nova, nov
 def test_a_host_is_found_by_its_short_name(nova, nova_api):
     nova.execute(an_action(HOLD, "compute-2"))
     assert nova_api.services()["compute-2.example.org"][0] == "disabled"
-    nova.execute(an_action(RELEASE, "compute-2.other.domain"))
+    nova.execute(an_action(RELEASE, "compute-2"))
+    assert nova_api.services()["compute-2.example.org"][0] == "enabled"
+    with pytest.raises(TargetMissing, match=r"compute-2\.other\.domain"):  # another domain's host
+        nova.execute(an_action(HOLD, "compute-2.other.domain"))
     with pytest.raises(NotOurs, match=r"react\.hosts"):
         nova.execute(an_action(HOLD, "compute-9"))
 

@@ -78,7 +78,17 @@ def of(*programs: str) -> list[tuple[str, str]]:
 
 
 def test_every_command_in_the_documents_is_run_by_some_test_here():
-    known = {"make", "virtbus", INSTALLED, "rabbitmqctl", "kafka-acls.sh", *PIPS, *ELSEWHERE, *OF_THE_HOST}
+    known = {
+        "make",
+        "python",
+        "virtbus",
+        INSTALLED,
+        "rabbitmqctl",
+        "kafka-acls.sh",
+        *PIPS,
+        *ELSEWHERE,
+        *OF_THE_HOST,
+    }
     programs = {shlex.split(line, comments=True)[0] for _, line in ALL}
     assert "virtbus" in programs
     assert programs <= known, f"no test runs {programs - known}"
@@ -87,6 +97,14 @@ def test_every_command_in_the_documents_is_run_by_some_test_here():
 @pytest.mark.parametrize("found", of(*OF_THE_HOST, *sorted(ELSEWHERE)), ids=ids)
 def test_a_command_for_another_machine_is_understood_by_a_shell(found):
     assert subprocess.run(["bash", "-n", "-c", found[1]], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("found", of("python"), ids=ids)
+def test_a_script_of_a_checkout_does_what_the_documents_say(found):
+    _, *words = shlex.split(found[1], comments=True)
+    words = [str(ROOT / "schemas") if word == "OLD" else word for word in words]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("found", of("make"), ids=ids)
