@@ -73,7 +73,7 @@ def test_an_idle_agent_whose_disk_turns_read_only_is_not_ready_until_it_is_writa
         read_only_files(tmp_path) as disk,
         AgentProcess(disk.at, libvirt=SILENCE, bus=bus).ready() as agent,
     ):
-        # SQLite writes to mapped pages within a transaction, for which a disk that turned read-only has a SIGBUS.
+        # In a transaction SQLite writes to mapped pages; a disk that turned read-only answers with SIGBUS.
         agent.until(lambda: agent.metric("virtbus_spool_events") == 0, "idle", 60)
         time.sleep(1)
         agent.process.send_signal(signal.SIGSTOP)  # a kernel turns a whole disk at once, this file by file
