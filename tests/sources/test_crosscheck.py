@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from virtbus.model import Device, DeviceSource, ErrorPolicy, Evidence
+from virtbus.model import Device, DeviceSource, ErrorPolicy, Evidence, Now
 from virtbus.observations import Burst, RawIoError
 from virtbus.sources.crosscheck import ACTION_UNKNOWN, CrossCheck, Verdict
 from virtbus.sources.evidence import FreeSpace, Look, gather, read_messages
@@ -21,6 +21,7 @@ from virtbus.sources.link import (
     PAUSED_IOERROR,
     PAUSED_UNKNOWN,
     RUNNING,
+    STOPPED,
     Space,
 )
 from virtbus.words import Origin
@@ -287,6 +288,22 @@ def test_a_pause_that_ended_before_it_was_told_says_that_the_guest_runs() -> Non
     (decision,) = check.due(1.0, {UUID: DEVICES})
     assert [burst.count for burst in decision.bursts] == [1]
     assert decision.over
+
+
+@pytest.mark.parametrize(
+    ("number", "after", "verdict"), [(1, 0.5, Verdict.KNOWN), (2, 0.5, Verdict.TELL), (1, 60.0, Verdict.TELL)]
+)
+def test_an_event_that_comes_after_its_guest_left_is_not_told_twice(
+    number: int, after: float, verdict: Verdict
+) -> None:
+    check = CrossCheck(GRACE)
+    suspend(check, 0.0)
+    now = Now(100 * S, 0.2)
+    said = check.lifecycle(UUID, "db1", 1, STOPPED, 0, now)
+    assert [one.count for one in said if isinstance(one, Burst)] == [1]
+    late = raw(at=0.2 + after)._replace(domain_id=number)
+    assert check.event(late, 0.2 + after) is verdict
+    assert check.event(late, 0.3 + after) is Verdict.TELL, "it is one error's event, not more"
 
 
 def test_a_pause_of_a_guest_that_leaves_is_told_at_once() -> None:

@@ -20,7 +20,7 @@ A disk error that virDomainGetDiskErrors gives may be an old one: QEMU keeps it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -78,6 +78,31 @@ class Decision:
     over: bool  # the guest runs again by now
 
 
+class Departures:
+    """Pauses that were told before they were decided, because their guests left: an event may come late."""
+
+    def __init__(self) -> None:
+        self._left: dict[str, tuple[float, list[RawIoError]]] = {}
+
+    def note(self, uuid: str, found: Sequence[Burst], mono: float) -> None:
+        """What was told when the guest left."""
+        self._left = {one: left for one, left in self._left.items() if mono - left[0] <= LATE_SECONDS}
+        if found:
+            self._left[uuid] = mono, [burst.raw for burst in found]
+
+    def explain(self, raw: RawIoError, mono: float) -> bool:
+        """Whether this is the event of a pause that was told; it explains one event, not more."""
+        left_at, found = self._left.get(raw.domain_uuid, (mono, []))
+        if raw.action_code != ACTION_PAUSE or mono - left_at > LATE_SECONDS:
+            return False
+        for one in found:
+            # Of the same run: one that was started again may fail at once, and that is an error of its own.
+            if one.domain_id == raw.domain_id and one.alias in ("", raw.alias or one.alias):
+                found.remove(one)
+                return True
+        return False
+
+
 class CrossCheck:
     """The pairing of pauses and events, a case a domain; memory is bounded by the domains in trouble.
 
@@ -88,6 +113,7 @@ class CrossCheck:
         self._grace = grace_seconds
         self.slack_ns = STAMP_SLACK_NS  # 0 where the hypervisor's clock is ours
         self._cases: dict[str, Case] = {}
+        self._departures = Departures()
         self._unsure: set[str] = set()  # guests older than the connection whose disk errors were not had yet
 
     def __len__(self) -> int:
@@ -97,6 +123,8 @@ class CrossCheck:
 
     def event(self, raw: RawIoError, mono: float) -> Verdict:
         """An I/O-error event."""
+        if self._departures.explain(raw, mono):
+            return Verdict.KNOWN
         case = self._case(raw.domain_uuid, raw.domain_name, raw.domain_id)
         alias = raw.alias
         case.last_ns[alias] = raw.observed_at
@@ -135,7 +163,9 @@ class CrossCheck:
             by_io_error = detail == SUSPENDED_IOERROR
             self.suspended(uuid, name, number, by_io_error=by_io_error, mono=now.monotonic, ns=now.wall_ns)
         elif event in (STOPPED, STARTED):
-            said += self.gone(uuid)
+            found = self.gone(uuid)
+            self._departures.note(uuid, found, now.monotonic)
+            said += found
         if event in (RESUMED, STARTED):
             said.append(DomainResumed(uuid, now.wall_ns))
         elif event in (SUSPENDED, PMSUSPENDED_EVENT, CRASHED_EVENT):
