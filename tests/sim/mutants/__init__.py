@@ -46,8 +46,8 @@ MUTANTS = {
     "a_late_event_counts_again": _one(
         "an event that comes after its finding is counted again",
         "virtbus.sources.crosscheck:CrossCheck.event",
-        "return Verdict.KNOWN",
-        "return Verdict.TELL",
+        "finding is not None and mono - finding.at <= LATE_SECONDS",
+        "False",
     ),
     "a_loss_begins_when_noticed": _one(
         "the gap of a lost connection begins when the loss is noticed, not at the last proof",
