@@ -104,6 +104,34 @@ def test_an_event_that_cant_be_worked_on_is_put_aside_and_the_others_go_on(world
     assert METRICS.dead_letters.labels("failed")._value.get() == before + 1
 
 
+class Untold(Exception):
+    """An error that can't even be told."""
+
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+@pytest.mark.parametrize("error", [ValueError("half a \udcff character"), Untold()], ids=["text", "none"])
+@pytest.mark.parametrize("where", ["wants", "execute"])
+def test_an_error_whose_text_can_not_be_told_ends_nothing(world, where, error):
+    def fails(*arguments):
+        raise error
+
+    if where == "wants":
+        world.plane.wants = fails
+    else:
+        world.plane.fails = fails
+    with no_waiting():
+        world.run(200)
+    assert world.kills == 0
+    if where == "wants":
+        assert len(world.bus.dead) > 2
+        assert all(type(error).__name__ in reason and reason.encode() for _, reason in world.bus.dead)
+    else:
+        states = {state for (state,) in world.store._db.execute("SELECT state FROM actions")}
+        assert "refused" in states
+
+
 def test_a_dead_letter_that_the_broker_does_not_take_now_ends_nothing(world, monkeypatch):
     world.start()
     world.reactor._publishers = Publishers(["virtbus-{host}"])

@@ -337,6 +337,19 @@ def test_exec_gets_each_event_on_its_standard_input(url, tmp_path):
     assert {event["specversion"] for event in events} == {"1.0"}
 
 
+def test_an_event_of_others_is_handed_over_whatever_its_data_are(url, tmp_path):
+    out = tmp_path / "out"
+    settings = React(types=("thing",), exec=type(React().exec)(command=("/bin/sh", "-c", f"cat >> {out}")))
+    for id_, body in (("a", b"\x00\xff"), ("b", b"two\nlines"), ("c", b"")):
+        attributes = {"specversion": "1.0", "id": id_, "source": "/theirs", "type": "com.example.thing"}
+        attributes["datacontenttype"] = "text/plain"
+        publish(url, a_record()._replace(attributes=attributes, id=id_, body=body, key="k"))
+    with running(open_integration("exec", settings), url, tmp_path):
+        eventually(lambda: out.exists() and len(out.read_text().splitlines()) == 3, "three lines")
+    events = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [one.get("data", one.get("data_base64")) for one in events] == ["AP8=", "two\nlines", None]
+
+
 @pytest.mark.parametrize(
     ("code", "error"), [(65, ActionRefused), (1, TargetUnavailable), (75, TargetUnavailable)]
 )
