@@ -243,6 +243,9 @@ def test_an_address_that_was_set_and_is_taken_is_refused(tmp_path):
     ],
 )
 def test_the_commands_on_holds_say_what_they_lack(tmp_path, words, code, told):
+    (tmp_path / "react").mkdir()
+    for name in ("exec", "gone"):  # what holds no hosts, or is not installed any more, is passed over
+        (tmp_path / "react" / f"{name}.db").touch()
     done = subprocess.run(
         [sys.executable, "-m", "virtbus", "react", *words, "--state-dir", str(tmp_path)],
         capture_output=True, text=True, timeout=60, check=False,

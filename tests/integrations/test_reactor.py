@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import closing
 
 import amqp
 import pytest
@@ -231,6 +232,40 @@ def test_a_second_instance_on_the_same_state_is_refused(tmp_path):
         ActionStore(tmp_path / "x.db")
     first.close()
     ActionStore(tmp_path / "x.db").close()
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        "CREATE TABLE holds (host TEXT PRIMARY KEY, state TEXT)",
+        "another word",
+        "damage",
+        "a folder",
+        "no folder",
+    ],
+)
+def test_a_state_that_cant_be_read_is_one_clear_error_at_the_start(tmp_path, made):
+    file = tmp_path / "x.db"
+    if made.startswith("CREATE"):  # as an older release had it
+        with closing(sqlite3.connect(file)) as database:
+            database.execute(made)
+    elif made == "another word":
+        ActionStore(file).close()
+        with closing(sqlite3.connect(file, isolation_level=None)) as database:
+            database.execute(
+                "INSERT INTO holds (host, state, since, times, why, uid, agent, heard_at)"
+                " VALUES ('h', 'upgraded', 0, 1, '', '', '', 0)"
+            )
+    elif made == "damage":
+        file.write_bytes(b"no database" * 1000)
+    elif made == "a folder":
+        file.mkdir()
+    else:
+        (tmp_path / "file").touch()
+        file = tmp_path / "file" / "x.db"
+    for _ in range(2):  # and its lock is let go
+        with pytest.raises(ConfigError, match=r"x\.db can't be used: .*; move it away"):
+            ActionStore(file)
 
 
 def test_an_action_stored_before_a_kill_is_done_after_it(tmp_path):

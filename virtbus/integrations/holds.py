@@ -175,9 +175,7 @@ def not_ahead(row: Row, wall: float) -> Row:
     if max(row.since, row.heard_at, row.released_at or 0.0) <= wall:
         return row
     released = None if row.released_at is None else min(row.released_at, wall)
-    return replace(
-        row, since=min(row.since, wall), heard_at=min(row.heard_at, wall), released_at=released
-    )
+    return replace(row, since=min(row.since, wall), heard_at=min(row.heard_at, wall), released_at=released)
 
 
 # ---- names
