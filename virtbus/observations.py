@@ -101,6 +101,7 @@ class DomainState:
     state: str
     paused_by_io_error: bool
     aliases: frozenset[str] | None = None  # the devices it has; None when its XML could not be read
+    number: int | None = None  # libvirt's id of this run of it: another one was started anew
 
 
 @dataclass(frozen=True, slots=True)
