@@ -205,6 +205,7 @@ class Guests:
             proves=True,
             whole=not self._many,
             appeared_ns=appeared_ns,
+            booted_ns=self._ready_at.booted_ns,
         )
 
     def leave(self) -> None:
