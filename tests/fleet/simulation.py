@@ -47,8 +47,9 @@ class Found:
         """One line for people."""
         unheld = ",".join(f"{why}:{count}" for why, count in self.unheld.most_common())
         return (
-            f"fleets={self.fleets} faults={self.faults} held_faults={self.held_faults} unheld={unheld or 0} holds="
-            f"{self.holds} wrong={len(self.wrong)} kept={len(self.kept)} beyond_share={len(self.beyond)}"
+            f"fleets={self.fleets} faults={self.faults} held_faults={self.held_faults} unheld={unheld or 0} "
+            f"holds={self.holds} wrong={len(self.wrong)} kept={len(self.kept)} "
+            f"beyond_share={len(self.beyond)}"
         )
 
 
