@@ -330,7 +330,7 @@ def _every_standstill(truth: Truth, gaps: dict[str, list[Interval]]) -> Iterator
     """P3: an absence or a standstill is told from its beginning until its end."""
     for host, times in truth.blind.items():
         for begin, end in times:
-            if end > 700:
+            if end > truth.ended - 100:
                 continue
             at = begin + 0.01
             for gap in sorted(gaps[host], key=lambda gap: gap.start):

@@ -88,11 +88,16 @@ assert points.__doc__ is not None
 assert all(point in points.__doc__ for point in SPOOL_POINTS)
 
 
+HOST_SECONDS = (240.0, 600.0, 1200.0)
+FLEET_SECONDS = (1000.0, 1800.0, 3600.0)
+
+
 def draw(seed: int) -> Plan:
     """The plan of a seed."""
     dice = random.Random(f"plan {seed}")
     fleet = seed % 8 == 0
-    count = dice.choice((4, 5)) if fleet else dice.choice((1, 1, 2))
+    count = dice.choice((4, 4, 4, 5)) if fleet else dice.choice((1, 1, 2))
+    size = dice.choices((0, 1, 2), (70, 25, 5))[0]  # most are short and dense: they find as much in less time
     hosts = tuple(
         HostPlan(
             f"host-{number}",
@@ -110,8 +115,8 @@ def draw(seed: int) -> Plan:
         broker=broker,
         hosts=hosts,
         faults=(),
-        faulty_seconds=1800.0 if fleet else 600.0,
-        quiet_seconds=700.0 if fleet else 200.0,
+        faulty_seconds=(FLEET_SECONDS if fleet else HOST_SECONDS)[size],
+        quiet_seconds=500.0 if fleet else 200.0,
         group_commit=dice.random() < 0.3,
         reactors=dice.choice((1, most) if fleet else (0, 0, 1)),
     )
@@ -123,6 +128,8 @@ def _faults(plan: Plan, dice: random.Random) -> Iterator[Fault]:
     end = plan.faulty_seconds - 60.0
     fleet = plan.shape is Shape.FLEET
     rare = 4.0 if fleet else 1.0  # a fleet's own faults are seen better where less else happens
+    if plan.faulty_seconds == HOST_SECONDS[0]:
+        rare = 0.6
     for host in plan.hosts:
         if not fleet:
             yield from _often(dice, host.name, end, 8.0, _trouble)
@@ -141,8 +148,8 @@ def _faults(plan: Plan, dice: random.Random) -> Iterator[Fault]:
                 yield from _often(dice, host.name, end, mean * rare, draw_one)
     if fleet:
         if dice.random() < 0.6:
-            yield from _often(dice, "storage", end - 240.0, 500.0, lambda r: _outage(r, plan))
-        yield from _often(dice, "storage", end - 240.0, 300.0, lambda r: _host_fault(r, plan))
+            yield from _often(dice, "storage", end - 240.0, 400.0, lambda r: _outage(r, plan))
+        yield from _often(dice, "storage", end - 240.0, 200.0, lambda r: _host_fault(r, plan))
     if dice.random() < 0.6:
         yield from _often(dice, "broker", end, 90.0 * rare, _broker)
     if dice.random() < 0.5:

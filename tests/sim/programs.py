@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 LIMITS = IncidentLimits(quiet_seconds=60.0)
 RULES = HoldRules(raise_seconds=10.0, clear_seconds=20.0, max_share=0.34)
 HEARTBEAT_SECONDS = 30.0
+IDLE_SECONDS = 5.0  # how long the consumer waits at a time
+STEP_SECONDS = 2.0  # how long a reactor does, which judges its fleet as often
 
 
 class Program:
@@ -162,7 +164,7 @@ class SimAgent(Program):
         )
         self.agent = agent
         agent.start()
-        while not agent.wait(5.0):
+        while not agent.wait(30.0):
             continue
         agent.join()
         process.dead = True
@@ -219,7 +221,7 @@ class SimConsumer(Program):
         consumer._seen.write = written  # type: ignore[method-assign]
         acting = world.truth.acting
         while True:
-            delivery = consumer.receive(1.0)
+            delivery = consumer.receive(IDLE_SECONDS)
             if delivery is None:
                 continue
             if not world.ending and world.sched.random.random() < 0.03:
@@ -247,6 +249,13 @@ class SimConsumer(Program):
             world.truth.missing_told.append(f"{told.epoch} {told.first} to {told.last}")
 
 
+class SlowReactor(Reactor):
+    """It waits longer at a time: whatever comes wakes it, and a simulated one is not asked to stop."""
+
+    def step(self, timeout: float) -> None:
+        super().step(STEP_SECONDS if timeout else 0.0)
+
+
 class SimReactor(Program):
     """`virtbus react` with a model of a control plane."""
 
@@ -261,7 +270,7 @@ class SimReactor(Program):
         def acting(key: str) -> None:
             world.truth.handing = (self.name, key)
 
-        reactor = Reactor(
+        reactor = SlowReactor(
             PlaneIntegration(world.plane, self.reach, acting),
             consumer=consumer,
             store=store,
