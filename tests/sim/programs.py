@@ -155,7 +155,7 @@ class SimAgent(Program):
                 sched.sleep(2.0)
         self._watch(spool)
         agent = Agent(
-            source=Observer(self.daemon, options=SourceOptions(since_ns=spool.opening.last_alive_ns)),
+            source=Observer(self.daemon, options=SourceOptions(since_ns=spool.opening.stamps_since_ns)),
             bus=ModelBus(self.world.broker, process, self.name),
             spool=spool,
             incidents=Incidents(LIMITS, new_id=lambda: uuid7(self.clock.wall_ns(sched.now))),
@@ -190,7 +190,7 @@ class SimAgent(Program):
 
     def disk_code(self, path: str) -> int:
         """What a write to a file of ours meets."""
-        if self.disk is None or not path.startswith(f"{self.folder}/"):
+        if not path.startswith(f"{self.folder}/"):
             return 0
         return disk.FULL if self.disk == "full" else disk.FAILS
 

@@ -25,6 +25,7 @@ from virtbus import seen
 from virtbus.agent import publisher
 from virtbus.envelope import encoding
 from virtbus.model import Clock, Now
+from virtbus.spool import files
 
 START_NS = 1_767_225_600_000_000_000  # 2026-01-01, true time 0
 STEP_SECONDS = 20e-6  # what a turn of any thread takes
@@ -467,10 +468,14 @@ def installed(scheduler: Scheduler) -> Iterator[Virtual]:
         clock, at = virtual._clock(), scheduler.now
         return Now(clock.wall_ns(at), clock.monotonic(at), clock.suspended)
 
-    undo.append((publisher, "_IDLE_SECONDS", publisher._IDLE_SECONDS))
-    publisher._IDLE_SECONDS = 5.0  # a model's connection needs no looking after
-    undo.append((Clock, "__call__", Clock.__call__))
-    Clock.__call__ = now  # type: ignore[method-assign]
+    for owner, key, value in (
+        (Clock, "__call__", now),
+        (publisher, "_IDLE_SECONDS", 5.0),  # a model's connection needs no looking after
+        (files.Lock, "check", lambda *_: None),  # nobody removes a folder here, nor turns it read-only
+        (files, "check_writable", lambda _: None),
+    ):
+        undo.append((owner, key, getattr(owner, key)))
+        setattr(owner, key, value)
     state = real_random.getstate()
     real_random.seed(scheduler.random.random())  # tenacity's jitter
     try:

@@ -274,7 +274,7 @@ class World:
                 host.reach(point)
 
     def _disk_code(self, path: str) -> int:
-        return next((code for host in self.hosts if (code := host.disk_code(path))), 0)
+        return next((code for host in self.hosts if host.disk and (code := host.disk_code(path))), 0)
 
     def _do_terminate(self, host: SimAgent) -> None:
         if host.agent is None or not host.alive:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 
 from tests.sources.simulated import Guest, Seen, SimulatedHost
 from tests.sources.test_observer import OPTIONS, is_finding, observed, until
 from virtbus.agent.incidents import IncidentLimits, Incidents
-from virtbus.model import Clock, Event, IoError, IoErrorResolved
+from virtbus.model import Clock, Event, IoError, IoErrorResolved, to_ns
 from virtbus.observations import Burst, HostKnown, Observation, SourceReady
 from virtbus.retry import no_waiting
 from virtbus.sources.link import ACTION_REPORT, PAUSED, PAUSED_IOERROR, RESUMED, RUNNING
@@ -139,6 +142,25 @@ def test_what_was_told_is_not_told_again_by_late_looks_over_three_restarts_of_th
             until(lambda: not run.observer.guests.reconciling)
             told += sum(run.counts())
     assert told == 2
+
+
+def test_what_one_connection_could_not_ask_the_next_one_asks_from_the_same_moment_on() -> None:
+    host = SimulatedHost(1, keeps_messages=True)
+    (guest,) = host.guests.values()
+    now_ns = time.time_ns()
+    stamp = datetime.fromtimestamp(now_ns / 1e9 - 60, UTC)
+    text = f"{stamp:%Y-%m-%d %H:%M:%S.%f}+0000"
+    guest.messages = [f"I/O error: disk='vda', index='1', path='x', timestamp='{text}', message='m'"]
+    host.failures = {"messages": FOR_EVER}
+    with observed(host, replace(OPTIONS, since_ns=now_ns - 120 * 10**9)) as (_, seen):
+        seen.wait(SourceReady)
+        host.cut()
+        seen.wait(SourceReady, 2)
+        assert not any(is_finding(item) for item in seen.all)
+        host.failures = {}
+        (found,) = seen.wait(is_finding)
+        assert isinstance(found, Burst)
+        assert found.stamp_ns == to_ns(stamp)
 
 
 def host_knows(run: Run, guest: Guest) -> bool:

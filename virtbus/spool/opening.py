@@ -37,6 +37,7 @@ class Opening:
 
     previous: PreviousRun | None  # the last run that committed something, as far as the file knows
     last_alive_ns: int | None  # up to when it saw everything, in the wall clock as it is now
+    stamps_since_ns: int | None  # what was stamped since then, by the clock of then or of now, is not older
     damage: str | None  # what was wrong with the file
     set_aside: Path | None  # where the damaged file is now
     rescued: int  # events copied from it
@@ -252,6 +253,7 @@ def _begin_run(
     damage: str | None = note.get("damage")
     previous = PreviousRun(used[-1].epoch, used[-1].last) if used else None
     last_alive_ns = _in_this_clock(used[-1].alive_ns, found.clock, now) if used else None
+    stamps_since_ns = None if last_alive_ns is None else min(last_alive_ns, used[-1].alive_ns)
     before = mirror.lock.before.epoch
     if before is not None and (before not in mirror.accounts or not mirror.accounts[before].last):
         # The file went back to before that run began: SQLite dropped its log, or it was replaced.
@@ -286,6 +288,7 @@ def _begin_run(
     return Opening(
         previous=previous,
         last_alive_ns=last_alive_ns,
+        stamps_since_ns=stamps_since_ns,
         damage=damage,
         set_aside=Path(note["set_aside"]) if note.get("set_aside") else None,
         rescued=note.get("rescued", 0),
