@@ -473,6 +473,9 @@ class World:
                 continue
             truth.pending[host.name] = host.agent.spool.stats().pending
             truth.open[host.name] = {one.id for one in host.agent.incidents.open_incidents()}
+        truth.problems += [
+            f"{one.name} does not run in the end" for one in (self.consumer, *self.reactors) if not one.alive
+        ]
         truth.queued = {name: len(group) for name, group in self.broker.groups.items()}
         truth.letters = [(group, message.body, reason) for group, message, reason in self.broker.letters]
         truth.plane = self.plane
