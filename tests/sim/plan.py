@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 from virtbus.spool import faults as points
@@ -143,7 +144,15 @@ def _faults(plan: Plan, dice: random.Random) -> Iterator[Fault]:
             (150.0, _guest),
             (300.0, _disk),
             (400.0, _terminate),
+            (150.0, _unplug),
+            (200.0, _snapshot),
+            (150.0, _migrate),
         ):
+            others = [other.name for other in plan.hosts if other is not host]
+            if draw_one is _migrate:
+                if not others:
+                    continue
+                draw_one = partial(_migrate, others=others)
             if dice.random() < (0.25 if fleet else 0.5):  # each seed has faults of its own
                 yield from _often(dice, host.name, end, mean * rare, draw_one)
     if fleet:
@@ -179,7 +188,7 @@ def _trouble(dice: random.Random) -> Drawn:
         for _ in range(dice.choice((1, 1, 2, 5)))
     ]
     how = {
-        "guest": dice.randrange(3),
+        "guest": dice.randrange(4),
         "disk": dice.randrange(2),
         "pause": pause,
         "copying": dice.random() < 0.1,
@@ -232,7 +241,22 @@ def _looks(dice: random.Random) -> Drawn:
 
 def _guest(dice: random.Random) -> Drawn:
     seconds = dice.choice((1.0, 20.0))
-    return "guest_restarts", {"seconds": seconds, "guest": dice.randrange(2)}, seconds
+    how = {"seconds": seconds, "guest": dice.randrange(2), "renamed": dice.random() < 0.2}
+    return "guest_restarts", how, seconds
+
+
+def _unplug(dice: random.Random) -> Drawn:
+    seconds = dice.choice((0.5, 20.0))
+    return "unplug", {"seconds": seconds, "guest": dice.randrange(4), "disk": dice.randrange(2)}, seconds
+
+
+def _snapshot(dice: random.Random) -> Drawn:
+    return "snapshot", {"guest": dice.randrange(4), "disk": dice.randrange(2)}, 0.0
+
+
+def _migrate(dice: random.Random, others: list[str]) -> Drawn:
+    seconds = dice.choice((0.5, 5.0))
+    return "migrate", {"to": dice.choice(others), "seconds": seconds, "guest": dice.randrange(4)}, seconds
 
 
 def _disk(dice: random.Random) -> Drawn:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tests.sim import disk
 from tests.sim.broker import ModelBus
-from tests.sim.hypervisor import Daemon
+from tests.sim.hypervisor import Daemon, Guest
 from tests.sim.oracle import READ_SECONDS
 from tests.sim.plane import PlaneIntegration
 from tests.sim.runtime import HostClock, Process
@@ -135,6 +135,11 @@ class SimAgent(Program):
         self.agent: Agent | None = None
         self.disk: str | None = None  # "full" or "fails"
         self.blind: list[tuple[float, float]] = []
+
+    def guest(self, number: int) -> Guest:
+        """One that is or was here."""
+        known = list(self.daemon.guests.values())
+        return known[number % len(known)]
 
     def killed(self, after: float, keeps: bool) -> None:
         now = self.world.sched.now

@@ -251,7 +251,8 @@ class Intake:
             why = "a further connection came up later than the first"
             self.sight.unreached = unreached._replace(since=Moment.stamped(ready.at_ns, now), why=why)
         opening = self._spool.opening
-        since = None if opening.last_alive_ns is None else to_datetime(self.sight.since.wall(now))
+        known = opening.last_alive_ns is not None and opening.placed
+        since = to_datetime(self.sight.since.wall(now)) if known else None
         until = to_datetime(ready.at_ns if ready else now.wall_ns)
         gap = partial(self._speaker.gap, started_at=since, ended_at=until)
         missing = () if opening.damage else opening.missing
