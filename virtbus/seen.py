@@ -70,6 +70,12 @@ class Moment(NamedTuple):
         return min(self.wall_ns, self.wall(now))
 
 
+def moment_of(item: SourceReady | SourceLost | Surveyed, now: Now) -> Moment:
+    """When it was told, also where the wall clock was set between then and `now`."""
+    booted_ns = None if isinstance(item, Surveyed) else item.booted_ns
+    return Moment.stamped(item.at_ns, now) if booted_ns is None else Moment(item.at_ns, booted_ns)
+
+
 def is_told(at_ns: int, last_ns: int, now_ns: int) -> bool:
     """Whether an error of `at_ns` is not newer than the last one that was told, by stamps of the wall clock.
 
@@ -121,11 +127,11 @@ class SeenThrough:
                 self._answered = item.asked.boot
             return None
         if isinstance(item, SourceLost):
-            self.lost(Moment.stamped(item.at_ns, now), item.why, item.reason)
+            self.lost(moment_of(item, now), item.why, item.reason)
             return None
         ended, self.blind = self.blind, None
         self.connected, self.proves = True, item.proves
-        self._proven = Moment.stamped(item.at_ns, now)  # what lies before belongs to the gap that ends here
+        self._proven = moment_of(item, now)  # what lies before belongs to the gap that ends here
         self._answered = now.boot
         return ended
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from typing import Protocol
 
 from tests.sim.runtime import Process, Scheduler, Virtual
 from virtbus.errors import SourceUnavailable
-from virtbus.model import Hypervisor
+from virtbus.model import Hypervisor as Versions
 from virtbus.observations import RawIoError
 from virtbus.sources.link import (
     ACTION_PAUSE,
@@ -135,6 +136,35 @@ class Guest:
             f"<domain id='{self.number}'><name>{self.name}</name><uuid>{self.uuid}</uuid>"
             f"<devices>{disks}<graphics type='vnc' passwd='{SECRET}'/></devices></domain>"
         )
+
+
+class Hypervisor(Protocol):
+    """What guests run on, with one daemon or with many."""
+
+    guests: dict[str, Guest]
+    away: dict[str, list[tuple[float, float]]]  # uuid → when it was shut off
+    failing_until: float  # looks fail
+
+    @property
+    def quirks(self) -> Quirks: ...
+    @property
+    def works(self) -> bool: ...
+    @property
+    def links(self) -> Sequence[ModelLink]: ...
+    @property
+    def errors(self) -> Sequence[Error]: ...
+    def restart(self, seconds: float) -> None: ...
+    def hang(self, seconds: float) -> None: ...
+    def error(self, guest: Guest, alias: str, *, pause: bool, events: int = 1) -> None: ...
+    def resume(self, guest: Guest) -> None: ...
+    def leave(self, guest: Guest) -> None: ...
+    def enter(self, guest: Guest) -> None: ...
+    def rename(self, guest: Guest, name: str) -> None: ...
+    def unplug(self, guest: Guest, alias: str) -> None: ...
+    def plug(self, guest: Guest, alias: str) -> None: ...
+    def lifecycle(self, guest: Guest, event: int, detail: int) -> None: ...
+    def take(self, guest: Guest) -> None: ...
+    def give(self, guest: Guest, to: Hypervisor) -> Guest: ...
 
 
 class Daemon:
@@ -268,10 +298,14 @@ class Daemon:
         guest.unplugged.discard(alias)
         self._tell(lambda handler: handler.changed(guest.uuid))
 
-    def give(self, guest: Guest, to: Daemon) -> Guest:
+    def take(self, guest: Guest) -> None:
+        """A guest is there from now on."""
+        self.guests[guest.uuid] = guest
+
+    def give(self, guest: Guest, to: Hypervisor) -> Guest:
         """Migrate: whom an error had paused is paused there too, by a user; its new QEMU knows no error."""
         stands = guest.state == PAUSED
-        there = to.guests[guest.uuid] = replace(
+        there = replace(
             guest,
             number=len(to.guests) + 200,
             disk_errors={},
@@ -281,6 +315,7 @@ class Daemon:
             copying=False,
             hangs_until=0.0,
         )
+        to.take(there)
         to.lifecycle(there, STARTED, MIGRATED)
         if not stands:
             self.lifecycle(guest, SUSPENDED, MIGRATED)
@@ -404,7 +439,7 @@ class ModelLink:
         quirks = self.daemon.quirks
         return HostFacts(
             name=self.daemon.host,
-            hypervisor=Hypervisor("QEMU", quirks.qemu, quirks.libvirt),
+            hypervisor=Versions("QEMU", quirks.qemu, quirks.libvirt),
             throttles=False,
             keeps_messages=quirks.keeps_messages,
             local=True,

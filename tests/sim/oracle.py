@@ -68,6 +68,7 @@ class Truth:
     blind: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     skews: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # host → (since when, skew)
     boots: dict[str, list[float]] = field(default_factory=dict)  # host → when its power was cut
+    sockets: dict[str, str] = field(default_factory=dict)  # of nodes → whose
     pending: dict[str, int] = field(default_factory=dict)
     open: dict[str, set[str]] = field(default_factory=dict)
     acting: Acting = field(default_factory=Acting)
@@ -113,6 +114,7 @@ class Interval:
     start: float
     end: float
     reason: str
+    uuid: str | None = None  # it is of this guest alone, whose socket its detail names
 
 
 def judge(truth: Truth) -> list[str]:
@@ -159,6 +161,7 @@ def _gaps(truth: Truth, events: list[Event]) -> list[Interval]:
         made, skew = truth.made[event.arrival.record.id]
         if event.type == Gap.TYPE:
             host, start = event.arrival.host, event.data["started_at"]
+            detail = event.data["detail"] or ""
             skews = {skew}
             if any(before <= cut <= made for cut in truth.boots.get(host, ())):
                 times = truth.skews[host]
@@ -169,6 +172,7 @@ def _gaps(truth: Truth, events: list[Event]) -> list[Interval]:
                     float("-inf") if start is None else min(_true(start, each) for each in skews),
                     _true(event.data["ended_at"], skew),
                     event.data["reason"],
+                    next((whose for path, whose in truth.sockets.items() if path in detail), None),
                 )
             )
         before = made
@@ -270,7 +274,7 @@ def _every_error(truth: Truth, events: list[Event], gaps: dict[str, list[Interva
         made[error.host, error.uuid].append(error)
     for host, uuid in sorted({*made, *counted}):
         errors = made[host, uuid]
-        clear = [error for error in errors if not _lies_in(error.at, gaps[host])]
+        clear = [error for error in errors if not _lies_in(error, gaps[host])]
         count = counted[host, uuid]
         if count < len(clear):
             times = ", ".join(f"{error.at:.3f}" for error in clear[:12])
@@ -324,7 +328,9 @@ def _every_message(
         for error, following in zip(errors, [*errors[1:], None], strict=True):
             if following is not None and following.at == error.at:
                 continue
-            inside = [g for g in gaps[host] if g.start + 0.2 <= error.at <= g.end - 0.2]
+            inside = [
+                g for g in gaps[host] if g.start + 0.2 <= error.at <= g.end - 0.2 and g.uuid in (None, uuid)
+            ]
             until = truth.ended if following is None else following.at
             gone = any(a <= until and b >= error.at for a, b in truth.away.get(uuid, ()))
             told_all = (host, uuid) not in short
@@ -337,8 +343,10 @@ def _every_message(
                 )
 
 
-def _lies_in(at: float, gaps: list[Interval]) -> bool:
-    return any(gap.start - 0.1 <= at <= gap.end + 0.1 for gap in gaps)
+def _lies_in(error: Error, gaps: list[Interval]) -> bool:
+    return any(
+        gap.start - 0.1 <= error.at <= gap.end + 0.1 and gap.uuid in (None, error.uuid) for gap in gaps
+    )
 
 
 def _every_standstill(truth: Truth, gaps: dict[str, list[Interval]]) -> Iterator[str]:

@@ -43,6 +43,8 @@ class HostPlan:
     name: str
     release: str  # see hypervisor.RELEASES
     skew: float  # seconds, of its wall clock
+    guests: int = 3
+    sockets: bool = False  # each guest has a daemon of its own, as on a KubeVirt node
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ def draw(seed: int) -> Plan:
             f"host-{number}",
             dice.choice(RELEASE_NAMES),
             dice.choice((0.0, 0.0, dice.uniform(-86400, 86400))),
+            guests=2 if fleet else 3,
         )
         for number in range(1, count + 1)
     )
@@ -121,8 +124,22 @@ def draw(seed: int) -> Plan:
         group_commit=dice.random() < 0.3,
         reactors=dice.choice((1, most) if fleet else (0, 0, 1)),
     )
-    faults = sorted(_faults(plan, dice), key=lambda fault: fault.at)
-    return replace(plan, faults=tuple(faults))
+    faults = tuple(sorted(_faults(plan, dice), key=lambda fault: fault.at))
+    return replace(plan, faults=faults) if seed % 8 != 4 else _nodes(plan, faults)
+
+
+def _nodes(plan: Plan, faults: tuple[Fault, ...]) -> Plan:
+    """The same on KubeVirt nodes, with more guests."""
+    dice = random.Random(f"nodes {plan.seed}")
+    guests = dice.choice((3, 6, 6, 12))
+    return replace(
+        plan,
+        hosts=tuple(replace(host, guests=guests, sockets=True) for host in plan.hosts),
+        faults=tuple(
+            replace(one, how={**one.how, "guest": dice.randrange(guests)}) if "guest" in one.how else one
+            for one in faults
+        ),
+    )
 
 
 def _faults(plan: Plan, dice: random.Random) -> Iterator[Fault]:

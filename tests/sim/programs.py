@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 from tests.sim import disk
 from tests.sim.broker import ModelBus
 from tests.sim.hypervisor import Daemon, Guest
+from tests.sim.node import Node
 from tests.sim.oracle import READ_SECONDS
 from tests.sim.plane import PlaneIntegration
 from tests.sim.runtime import HostClock, Process
 from virtbus.agent.agent import Agent, AgentOptions
 from virtbus.agent.incidents import IncidentLimits, Incidents
+from virtbus.config import Discover
 from virtbus.consumer import Consumer
 from virtbus.envelope import uuid7
 from virtbus.errors import SpoolFull
@@ -25,7 +27,8 @@ from virtbus.integrations.reactor import Reactor
 from virtbus.integrations.store import ActionStore
 from virtbus.model import Clock, Stamp
 from virtbus.sequences import MissingEvents
-from virtbus.sources import SourceOptions
+from virtbus.sources import Source, SourceOptions
+from virtbus.sources.many import ManySource
 from virtbus.sources.observer import Observer
 from virtbus.spool import Spool, SpoolLimits
 
@@ -128,7 +131,7 @@ class Program:
 class SimAgent(Program):
     """An agent and its host."""
 
-    def __init__(self, world: World, name: str, number: int, clock: HostClock, daemon: Daemon) -> None:
+    def __init__(self, world: World, name: str, number: int, clock: HostClock, daemon: Daemon | Node) -> None:
         super().__init__(world, name, clock)
         self.daemon = daemon
         self.agent_id = f"6f2c3a30-9f5e-4c3e-8a40-{number:012d}"
@@ -160,7 +163,7 @@ class SimAgent(Program):
                 sched.sleep(2.0)
         self._watch(spool)
         agent = Agent(
-            source=Observer(self.daemon, options=SourceOptions(since_ns=spool.opening.stamps_since_ns)),
+            source=self._source(SourceOptions(since_ns=spool.opening.stamps_since_ns)),
             bus=ModelBus(self.world.broker, process, self.name),
             spool=spool,
             incidents=Incidents(LIMITS, new_id=lambda: uuid7(self.clock.wall_ns(sched.now))),
@@ -173,6 +176,13 @@ class SimAgent(Program):
             continue
         agent.join()
         process.dead = True
+
+    def _source(self, options: SourceOptions) -> Source:
+        daemon = self.daemon
+        if isinstance(daemon, Daemon):
+            return Observer(daemon, options=options)
+        settings = Discover(sockets=(daemon.pattern,), host=self.name)
+        return ManySource(settings, options=options, connector=daemon.connector)
 
     def _watch(self, spool: Spool) -> None:
         """What the oracle hears of commits."""

@@ -14,7 +14,7 @@ import sys
 import threading as real_threading
 import time as real_time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -441,8 +441,8 @@ def _module(real: ModuleType, **changed: object) -> ModuleType:
 
 
 @contextmanager
-def installed(scheduler: Scheduler) -> Iterator[Virtual]:
-    """While inside, virtbus runs on this scheduler."""
+def installed(scheduler: Scheduler, instead_of: Sequence[tuple[Any, str, object]] = ()) -> Iterator[Virtual]:
+    """While inside, virtbus runs on this scheduler; `instead_of` are further (module, name, value)."""
     virtual = Virtual(scheduler)
     instead = virtual.modules()
     real_boot_id = seen.boot_id
@@ -473,6 +473,7 @@ def installed(scheduler: Scheduler) -> Iterator[Virtual]:
         (publisher, "_IDLE_SECONDS", 5.0),  # a model's connection needs no looking after
         (files.Lock, "check", lambda *_: None),  # nobody removes a folder here, nor turns it read-only
         (files, "check_writable", lambda _: None),
+        *instead_of,
     ):
         undo.append((owner, key, getattr(owner, key)))
         setattr(owner, key, value)

@@ -12,16 +12,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.sim import disk, oracle
+from tests.sim import disk, node, oracle
 from tests.sim.broker import Broker, ModelBus
 from tests.sim.hypervisor import ALIASES, DISKS, RELEASES, SECRET, Daemon, Guest
+from tests.sim.node import NODES, Node
 from tests.sim.plan import Fault, Plan, Shape, draw
-from tests.sim.plane import Node, Plane
+from tests.sim.plane import Node as PlaneNode
+from tests.sim.plane import Plane
 from tests.sim.programs import Program, SimAgent, SimConsumer, SimReactor
 from tests.sim.runtime import HostClock, Process, Scheduler, Virtual, installed
 from virtbus import consumer as consumer_module
 from virtbus import telemetry
 from virtbus.bus import BusOptions
+from virtbus.sources import many
 from virtbus.sources.link import PAUSED, RUNNING
 from virtbus.spool import faults as points
 
@@ -82,7 +85,8 @@ class World:
         gc.collect()  # connections of an earlier world are closed by the rules of theirs
         gc.disable()  # a world of minutes makes few cycles, and none while it matters
         try:
-            with disk.watched() as self.journal, installed(self.sched) as virtual:
+            sockets = ((many, "look", node.look), (many, "Watch", node.Watch))
+            with disk.watched() as self.journal, installed(self.sched, sockets) as virtual:
                 self.journal.failing = self._disk_code
                 points.hook = self._at_point
                 consumer_module.open_bus = self._open_bus  # type: ignore[assignment]
@@ -95,6 +99,7 @@ class World:
                 self._look()
         finally:
             gc.enable()
+            NODES.clear()
             points.hook = points._nothing
             consumer_module.open_bus = opener
             shutil.rmtree(self.root, ignore_errors=True)
@@ -122,20 +127,23 @@ class World:
         self.plane = Plane(self.sched, standing=self._standing)
         for number, host in enumerate(plan.hosts, 1):
             quirks = RELEASES[host.release]
-            daemon = Daemon(self.sched, virtual, host.name, quirks)
+            clock = HostClock(host.skew)
+            daemon: Daemon | Node = (
+                Node(self.sched, virtual, host.name, quirks, self.root, clock)
+                if host.sockets
+                else Daemon(self.sched, virtual, host.name, quirks)
+            )
             fleet = plan.shape is Shape.FLEET
-            for index in range(1, 3 if fleet else 4):
+            for index in range(1, 1 + host.guests):
                 uuid = f"{number:08d}-0000-4000-8000-{index:012d}"
                 systems = (
                     {ALIASES[0]: (number + index) % 3, ALIASES[1]: (number + index + 1) % 3} if fleet else {}
                 )
-                daemon.guests[uuid] = Guest(
-                    uuid, f"guest-{number}{index}", index, unnamed=index == 3, systems=systems
-                )
-            agent = SimAgent(self, host.name, number, HostClock(host.skew), daemon)
+                daemon.take(Guest(uuid, f"guest-{number}{index}", index, unnamed=index == 3, systems=systems))
+            agent = SimAgent(self, host.name, number, clock, daemon)
             self.hosts.append(agent)
             self.truth.skews[host.name] = [(0.0, host.skew)]
-            self.plane.nodes[host.name] = Node(f"uid-{number}")
+            self.plane.nodes[host.name] = PlaneNode(f"uid-{number}")
             self.tell(host.name, f"libvirt {quirks.libvirt} ({quirks.name}), wall clock {host.skew:+.0f} s")
             agent.start()
         self.consumer = SimConsumer(self, "consumer", HostClock())
@@ -499,6 +507,8 @@ class World:
         truth = self.truth
         for host in self.hosts:
             truth.errors += host.daemon.errors
+            if isinstance(host.daemon, Node):
+                truth.sockets.update(host.daemon.owners)
             for uuid, times in host.daemon.away.items():
                 truth.away.setdefault(uuid, []).extend(times)
             truth.blind[host.name] = host.blind

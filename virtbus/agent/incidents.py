@@ -198,8 +198,8 @@ class Incidents:
     def _ready(self, ready: SourceReady) -> list[Event]:
         """Compare what is open with what was looked at, after a time of not seeing.
 
-        1. Incidents whose domain or device is gone end (why it went can't be known any more:
-           `domain_stopped`, `device_removed`).
+        1. Incidents whose domain or device is gone, or whose domain was started anew, end (why it went
+           can't be known any more: `domain_stopped`, `device_removed`).
         2. Findings that no incident tells of are errors; so is a pause by an error that nothing tells of.
         3. GuestWatch run or are paused as they were found.
         4. No incident counts as quiet before we have watched it again for the widest window.
@@ -209,11 +209,15 @@ class Incidents:
         self._book.throttles = ready.throttles or (not ready.whole and self._book.throttles)
         domains = {one.uuid: one for one in ready.domains if one.state != GuestState.SHUT_OFF}
         events: list[Event] = []
+        restarted: set[str] = set()
         for incident in list(self._book.open.values()):
             if incident.scope is Scope.HOST:
                 incident.paused &= domains.keys() if ready.whole else incident.paused
             elif domain := domains.get(uuid_in(incident.key)):
-                if domain.state in _RUNNING_STATES and incident.removed:
+                if None not in (incident.run, domain.number) and incident.run != domain.number:
+                    restarted.add(domain.uuid)
+                    events += self._teller.resolve(incident, ResolutionCause.DOMAIN_STOPPED, ready.at_ns)
+                elif domain.state in _RUNNING_STATES and incident.removed:
                     events += self._teller.resolve(incident, ResolutionCause.DEVICE_REMOVED, ready.at_ns)
                 elif (
                     incident.scope is Scope.DEVICE
@@ -224,8 +228,8 @@ class Incidents:
                     events += self._teller.removed(incident, ready.at_ns)
             elif ready.whole:  # else it is another connection's guest, or told gone by its own
                 events += self._teller.resolve(incident, ResolutionCause.DOMAIN_STOPPED, ready.at_ns)
+        self._book.forget(lambda uuid, _alias: uuid in restarted or (ready.whole and uuid not in domains))
         if ready.whole:
-            self._book.forget(lambda uuid, _alias: uuid not in domains)
             self._teller.wake = -math.inf  # what was unseen may be due
         self._watch.looked_at(set(domains), whole=ready.whole)
         for domain in domains.values():

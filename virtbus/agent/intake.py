@@ -30,7 +30,7 @@ from virtbus.observations import (
     Surveyed,
 )
 from virtbus.retry import Backoff
-from virtbus.seen import Blind, Moment, Sight, stalled_words
+from virtbus.seen import Blind, Moment, Sight, moment_of, stalled_words
 from virtbus.sources import Source
 from virtbus.spool import Spool
 from virtbus.telemetry import METRICS, SpoolUnwritable, SpoolWritable, Trouble, emit
@@ -206,10 +206,10 @@ class Intake:
         """Take in until the stop, or `abort`; what is committed by then may be published."""
         try:
             self._open_epoch()
-            while not (self._stop.is_set() and len(self.queue) == 0) and not self._abort.is_set():
+            while not (self._stop.is_set() and self.queue.is_told) and not self._abort.is_set():
                 if self._once(self._timeout()):
                     self._stop.wait(GATHER_SECONDS)
-            if self.stopped is not None and len(self.queue) == 0:
+            if self.stopped is not None and self.queue.is_told:
                 # From here on nobody looks. What an abort left in the queue was not seen.
                 self.sight.drained(self.stopped)
                 self._spool.alive(self.seen_through().wall(self._clock()))
@@ -249,11 +249,11 @@ class Intake:
         if ready is not None:
             # A further connection that comes up later was not seen since this one did.
             why = "a further connection came up later than the first"
-            self.sight.unreached = unreached._replace(since=Moment.stamped(ready.at_ns, now), why=why)
+            self.sight.unreached = unreached._replace(since=moment_of(ready, now), why=why)
         opening = self._spool.opening
         known = opening.last_alive_ns is not None and opening.placed
         since = to_datetime(self.sight.since.wall(now)) if known else None
-        until = to_datetime(ready.at_ns if ready else now.wall_ns)
+        until = to_datetime(now.wall_ns if ready is None else moment_of(ready, now).wall(now))
         gap = partial(self._speaker.gap, started_at=since, ended_at=until)
         missing = () if opening.damage else opening.missing
         down = gap(GapReason.AGENT_DOWN, previous=opening.previous, missing=missing, found=_found(events))
@@ -334,7 +334,8 @@ class Intake:
             found = self._apply(item, now)
             if ended is not None and isinstance(item, SourceReady):  # before what was found in it
                 count = _found(found)
-                gap = self._gap(ended.reason, ended.why, ended.since, item.at_ns, now, found=count)
+                until_ns = moment_of(item, now).wall(now)
+                gap = self._gap(ended.reason, ended.why, ended.since, until_ns, now, found=count)
                 found.insert(0, gap)
             events += found
             if isinstance(item, HostKnown | Surveyed | SourceReady) and self.opened.is_set():

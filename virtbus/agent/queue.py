@@ -133,7 +133,8 @@ class IntakeQueue:
     def _joined(self, before: Observation | None, now: SourceReady | SourceLost) -> Observation:
         """Two losses are one since the first; two returns are the last one with the findings of both."""
         if isinstance(before, SourceLost) and isinstance(now, SourceLost):
-            return replace(now, at_ns=min(before.at_ns, now.at_ns))
+            first = min(before, now, key=lambda each: each.at_ns)
+            return replace(now, at_ns=first.at_ns, booted_ns=first.booted_ns)
         if isinstance(before, SourceReady) and isinstance(now, SourceReady):
             findings = before.findings + now.findings
             self._dropped_errors += max(0, len(findings) - self._fold_limit)
@@ -181,6 +182,11 @@ class IntakeQueue:
         with self._lock:
             unread, self._unread = self._unread, (0, "")
         return unread
+
+    @property
+    def is_told(self) -> bool:
+        """Whether everything was taken, also the callbacks that nobody could read."""
+        return not (len(self) or self._unread[0])
 
     def __len__(self) -> int:
         return len(self._items) + len(self._folded)

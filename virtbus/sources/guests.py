@@ -86,8 +86,7 @@ class Guests:
             clock=lambda: self._clock().monotonic,
             idle=math.inf if options.idle_seconds is None else options.idle_seconds,
         )
-        # Domains whose next look is to say what was missed since when (None: not by old messages). An answer
-        # that is outstanding when the connection ends is still owed by the next one.
+        # Domains whose next look is to say what was missed since when (None: not by old messages).
         self.reconciling: dict[str, Moment | None] = {}
         self._troubled: dict[str, float] = {}  # uuid → when to look at it (monotonic)
         self._vanished: list[str] = []  # were there before the connection was lost, and are not
@@ -118,7 +117,7 @@ class Guests:
                     self._check.listed_running(domain.uuid)
         now = self._clock()
         self._first = FirstLook(now.monotonic + SNAPSHOT_SECONDS)
-        owed, self.reconciling, self._troubled = self.reconciling, {}, {}
+        unanswered, self.reconciling, self._troubled = self.reconciling, {}, {}
         # Guests in trouble first: they are what this is about.
         for paused in (True, False):
             for domain in opened.domains:
@@ -126,10 +125,11 @@ class Guests:
                     continue
                 self._cache.saw(domain.uuid, domain.name, domain.id, _state(domain.state))
                 want = Want.DESCRIPTION
-                if paused or (since is not None and facts.keeps_messages):
+                # What an earlier connection asked and was never told is still to be answered.
+                moments = [each for each in (since, unanswered.get(domain.uuid)) if each is not None]
+                if paused or (moments and facts.keeps_messages):
                     want |= Want.TROUBLE
-                    times = [each for each in (since, owed.get(domain.uuid)) if each is not None]
-                    self.reconciling[domain.uuid] = earliest(*times) if times else None
+                    self.reconciling[domain.uuid] = earliest(*moments) if moments else None
                 self._lookups.request(domain.uuid, want)
         if self._asker.host_uuid is None and not self._many:
             self._lookups.request(HOST, Want.HOST)
@@ -184,16 +184,17 @@ class Guests:
                 )
             by_error = by_error if look is None else look.paused_by_io_error
             aliases = self._cache.aliases(uuid)
-            states[uuid] = DomainState(uuid, domain.name, _state(domain.state), by_error, aliases)
+            state = _state(domain.state)
+            states[uuid] = DomainState(uuid, domain.name, state, by_error, aliases, domain.id)
         for uuid, said in since.items():
             old = states.pop(uuid, None)
             if said is None:
                 continue
-            name, state = said
+            name, number, state = said
             look = looks.get(uuid)
             still = state == GuestState.PAUSED and look is not None and look.paused_by_io_error
             aliases = self._cache.aliases(uuid) if old is None else old.aliases
-            states[uuid] = DomainState(uuid, name, state, still, aliases)
+            states[uuid] = DomainState(uuid, name, state, still, aliases, number)
         return SourceReady(
             host=self._host(opened.facts),
             at_ns=now.wall_ns,
@@ -204,6 +205,7 @@ class Guests:
             proves=True,
             whole=not self._many,
             appeared_ns=appeared_ns,
+            booted_ns=self._ready_at.booted_ns,
         )
 
     def leave(self) -> None:

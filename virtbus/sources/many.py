@@ -55,15 +55,21 @@ def patterns(settings: Discover) -> tuple[str, ...]:
 
 
 def look(patterns: Sequence[str], watch: Callable[[str], None] = lambda folder: None) -> dict[str, Identity]:
-    """The sockets that are there; `watch` is told each folder on the way before it is listed."""
+    """The sockets that are there; `watch` is told each folder on the way before it is listed.
+
+    One that several names lead to is there once, and of a daemon's two the read-only one: each error would be
+    counted twice.
+    """
     found: dict[str, Identity] = {}
+    known: set[tuple[int, int]] = set()
     for pattern in patterns:
         for path in _matches(pattern, watch):
             with suppress(OSError):
                 status = path.lstat()  # a link may lead anywhere: whoever runs a guest could lay one
-                if stat.S_ISSOCK(status.st_mode):
+                if stat.S_ISSOCK(status.st_mode) and (status.st_dev, status.st_ino) not in known:
+                    known.add((status.st_dev, status.st_ino))
                     found[str(path)] = (status.st_dev, status.st_ino, status.st_ctime_ns)
-    return found
+    return {path: identity for path, identity in found.items() if f"{path}-ro" not in found}
 
 
 def _matches(pattern: str, watch: Callable[[str], None]) -> list[Path]:
@@ -82,7 +88,8 @@ def _below(folder: Path, part: str) -> list[Path]:
     if not any(sign in part for sign in "*?["):
         return [folder / part]
     try:
-        return [folder / name for name in os.listdir(folder) if fnmatch.fnmatchcase(name, part)]  # noqa: PTH208
+        names = sorted(os.listdir(folder))  # noqa: PTH208
+        return [folder / name for name in names if fnmatch.fnmatchcase(name, part)]
     except OSError:  # gone since, or not ours to read
         return []
 

@@ -164,8 +164,8 @@ class Session:
         self.heard = False  # something, since the last question
         self.seen: Now | None = None  # when the last question was asked that the daemon answered
         self.notes = Notes(wake)
-        # What lifecycle callbacks said since the listing: (name, state), None when it left. Then None.
-        self.since_listing: dict[str, tuple[str, str] | None] | None = {}
+        # What lifecycle callbacks said since the listing: (name, number, state), None: it left. Then None.
+        self.since_listing: dict[str, tuple[str, int | None, str] | None] | None = {}
         self.resumed_at: dict[str, float] = {}  # guests whose last callback was a resume → when (monotonic)
         self.live = True
         self._shared = shared
@@ -210,7 +210,8 @@ class Session:
                 self.resumed_at[uuid] = now.monotonic
             self.tell(self._shared.check.lifecycle(uuid, name, number, event, detail, now))
             if self.since_listing is not None and event in STATE_AFTER:
-                self.since_listing[uuid] = (name, STATE_AFTER[event]) if event != STOPPED else None
+                said = (name, number, STATE_AFTER[event]) if event != STOPPED else None
+                self.since_listing[uuid] = said
         self.notes.put(Lifecycle(uuid, name, number, event, detail))
 
     def hear(self) -> None:
