@@ -240,16 +240,24 @@ def test_an_address_that_was_set_and_is_taken_is_refused(tmp_path):
         (["holds", "--with", "webhook", "--option", "webhook.url=http://127.0.0.1:1/"], 78, "holds no hosts"),
         (["release", "h1", "--with", "nova"], 78, "no OpenStack cloud"),
         (["holds", "--with", "nomad"], 78, "no integration is called"),
+        (["holds", "--with", "kubernetes"], 78, "no Kubernetes cluster"),
+        (
+            ["holds", "--with", "kubernetes", "--option", "kubernetes.kubeconfig=kube"],
+            78,
+            "no Kubernetes cluster",
+        ),
     ],
 )
 def test_the_commands_on_holds_say_what_they_lack(tmp_path, words, code, told):
+    (tmp_path / "kube").write_text("- no: kubeconfig\n")
     (tmp_path / "react").mkdir()
     for name in ("exec", "gone"):  # what holds no hosts, or is not installed any more, is passed over
         (tmp_path / "react" / f"{name}.db").touch()
     done = subprocess.run(
         [sys.executable, "-m", "virtbus", "react", *words, "--state-dir", str(tmp_path)],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path,
         env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
     )  # fmt: skip
     assert (done.returncode, told in done.stderr) == (code, True), done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout == ""

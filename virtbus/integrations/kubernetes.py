@@ -15,15 +15,15 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from io import StringIO
 from typing import Any, ClassVar, TypeVar
 
 import urllib3
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
-from kubernetes.config.config_exception import ConfigException
 
 from virtbus.config import React
 from virtbus.consumer import Delivery
@@ -112,14 +112,17 @@ class Kubernetes(Integration):
         try:
             if own.kubeconfig is None and own.context is None:
                 load: Any = config.load_config
-                load()
+                with redirect_stdout(StringIO()):  # it prints where it looks, among what our commands print
+                    load()
                 made = client.ApiClient()
             else:
                 new: Any = config.new_client_from_config
                 made = new(config_file=own.kubeconfig, context=own.context)
-        except (ConfigException, OSError) as error:
+        # OSError, YAMLError, TypeError, …: its own reader trusts the file to be one.
+        except Exception as error:
+            why = " ".join(str(error).split())
             raise ConfigError(
-                f"no Kubernetes cluster: {error}; set react.kubernetes.kubeconfig, or run in a pod with a "
+                f"no Kubernetes cluster: {why}; set react.kubernetes.kubeconfig, or run in a pod with a "
                 "service account"
             ) from error
         # Any: every field of the client's models is Optional to a type checker.
