@@ -40,8 +40,8 @@ STALE_SECONDS = 300.0  # … and it is tried again so rarely; a new daemon makes
 FIRST_SECONDS = 0.05
 RESTART_SECONDS = 30.0  # a daemon without a socket may be about to start again
 CEILING_SECONDS = 15.0
-# A question and a keepalive wake libvirt's loop for each of a hundred connections. A daemon that hangs is given up
-# after KEEPALIVE_SECONDS * (KEEPALIVE_COUNT + 1); the gap begins where it last answered.
+# Questions and keepalives wake libvirt's loop for each of a hundred connections. A daemon that hangs is
+# given up after KEEPALIVE_SECONDS * (KEEPALIVE_COUNT + 1); the gap begins where it last answered.
 QUIET_SECONDS, IDLE_SECONDS = 30.0, 2.0
 KEEPALIVE_SECONDS, KEEPALIVE_COUNT = 30, 2
 
