@@ -17,7 +17,7 @@ Guarantees:
    majors and types raw).
 
 It logs through Python's `logging` under `virtbus`, and prints nothing. One process and one thread at a time
-use a Consumer: after a fork the child makes its own.
+use a Consumer (the second is refused): after a fork the child makes its own.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from virtbus import envelope
 from virtbus.bus import Bus, BusOptions, Memory, Subscription, bus_name, checked_group, open_bus
@@ -49,9 +50,12 @@ from virtbus.marks import Mark, Marks
 from virtbus.model import Event, Message
 from virtbus.retry import Backoff
 from virtbus.sequences import MissingEvents, SequenceCheck
-from virtbus.telemetry import BusCutOff, TelemetryEvent, emit
+from virtbus.telemetry import BusCutOff, ConsumerRefused, PoisonMessage, emit
 
 __all__ = ["Consumer", "Delivery", "MissingEvents"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 DEDUPE_ROWS = 1_000_000
 FLUSH_ROWS = 64  # verdicts a dedupe transaction, with `group_commit`
@@ -63,26 +67,13 @@ _YEAR = 366 * 86400.0
 _RETRIED = 10_000  # events remembered that had `retry` as their verdict
 
 
-class PoisonMessage(TelemetryEvent, level="warning", counts=("dead_letters:=poison",)):
-    """not an event; goes to the dead letters"""
-
-    position: str
-    reason: str
-
-
-class ConsumerRefused(TelemetryEvent, level="error", every=30):
-    """the broker refuses this consumer; trying again"""
-
-    error: Exception | str
-
-
 @dataclass(slots=True)
 class Delivery:
     """One event and what is to become of it: end it with exactly one of `ack`, `retry`, `dead_letter`.
 
-    Each of them raises ConfigError for a second verdict, an argument that can't be used, or in a process that
-    is not the consumer's, and ConsumerClosed after its `close`; the delivery is then as it was. Nothing that
-    a broker does is raised: over a lost connection the event comes again.
+    Each of them raises ConfigError for a second verdict, an argument that can't be used, in a process that is
+    not the consumer's, or while another thread uses it, and ConsumerClosed after its `close`; the delivery is
+    then as it was. Nothing that a broker does is raised: over a lost connection the event comes again.
     """
 
     event: Event | None  # None: a type or major version that this release does not know; see `data`
@@ -180,6 +171,22 @@ class _Grip:
                 self.seen.close()
 
 
+def _one_thread(method: Callable[Concatenate[Consumer, P], T]) -> Callable[Concatenate[Consumer, P], T]:
+    """Two threads at once would acknowledge what is not on disk yet: the second one is refused."""
+
+    @wraps(method)
+    def alone(self: Consumer, /, *arguments: P.args, **named: P.kwargs) -> T:
+        self._check_usable()
+        if not self._busy.acquire(blocking=False):
+            raise ConfigError("another thread uses this Consumer now: one at a time, or a Consumer for each")
+        try:
+            return method(self, *arguments, **named)
+        finally:
+            self._busy.release()
+
+    return alone
+
+
 class Consumer:
     """Events from a bus, one `Delivery` after the other; reconnects for ever. Not thread-safe.
 
@@ -253,6 +260,7 @@ class Consumer:
         self._done: dict[Mark, list[Message]] = {}
         self._done_since = 0.0
         self._stop = threading.Event()
+        self._busy = threading.RLock()
         self._backoff, self._connected = Backoff("consume"), False
         self._patient, self._give_up_when_denied = patient, give_up_when_denied
 
@@ -273,15 +281,15 @@ class Consumer:
             if delivery is not None:
                 yield delivery
 
+    @_one_thread
     def receive(self, timeout: float) -> Delivery | None:
         """The next delivery, or None after `timeout` seconds or `stop`.
 
         Waits out a broker that is absent or refuses us. Raises GroupTakenOver when a newer exclusive member
         replaced this one, BusUnavailable and BusDenied as `patient` and `give_up_when_denied` ask,
-        ConsumerClosed after `close`, ConfigError in a forked child, and DedupeUnavailable when the dedupe
-        file can't be used now: nothing was lost, call again when it can.
+        ConsumerClosed after `close`, ConfigError in a forked child or while another thread uses this one, and
+        DedupeUnavailable when the dedupe file can't be used now: nothing was lost, call again when it can.
         """
-        self._check_usable()
         deadline = time.monotonic() + timeout
         while not self._stop.is_set():
             self._flush_if_due()
@@ -396,7 +404,6 @@ class Consumer:
         A copy from somebody else, or with other content, is not one: it is looked at again. Only the newest
         is sure to be the broker's, where a connection was lost in between.
         """
-        self._check_usable()
         if not delivery._open:
             raise ConfigError(f"event {delivery.id} has had its verdict; give each delivery exactly one")
         delivery._open = False
@@ -407,6 +414,7 @@ class Consumer:
             (same if alike else self._again).append(copy)
         return [first, *same]
 
+    @_one_thread
     def _settle(self, delivery: Delivery) -> None:
         copies = self._closed_by(delivery)
         mark = (delivery.source, delivery.id)
@@ -416,6 +424,7 @@ class Consumer:
         self._done[mark] = copies
         self._flush_if_due()
 
+    @_one_thread
     def _retry(self, delivery: Delivery, after: float) -> None:
         *older, newest = self._closed_by(delivery)
         self._retried[(delivery.source, delivery.id)] = None
@@ -426,6 +435,7 @@ class Consumer:
                 self._grip.subscription.ack(copy)
             self._grip.subscription.retry(newest, after)
 
+    @_one_thread
     def _dead_letter(self, delivery: Delivery, reason: str) -> None:
         *older, newest = self._closed_by(delivery)
         self._retried.pop((delivery.source, delivery.id), None)

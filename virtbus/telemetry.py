@@ -396,6 +396,19 @@ class ThreadDied(TelemetryEvent, level="error"):
     error: str
 
 
+class PoisonMessage(TelemetryEvent, level="warning", counts=("dead_letters:=poison",)):
+    """not an event; goes to the dead letters"""
+
+    position: str
+    reason: str
+
+
+class ConsumerRefused(TelemetryEvent, level="error", every=30):
+    """the broker refuses this consumer; trying again"""
+
+    error: Exception | str
+
+
 class LookupFinished(TelemetryEvent, level="debug", counts=("lookups:result",)):
     """domain looked up"""
 
