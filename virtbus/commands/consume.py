@@ -157,6 +157,8 @@ def _settle(
     with _letters(options, group) as letters:
         act = letters.send_back if back else letters.drop
         for letter in letters.read():
+            if not everything and not wanted:
+                break  # what is read is out of others' sight
             if not everything and letter.id not in wanted and letter.position not in wanted:
                 continue
             wanted -= {letter.id, letter.position}
