@@ -51,8 +51,8 @@ _LOOK_SECONDS = 20.0
 _OUSTED_SECONDS = 20.0
 _LETTERS_SECONDS = 5.0  # for dead letters that are under way at `close`
 _POLL_SECONDS = 0.5
-# Messages that wait here for a retry or for the dead letters: at most so many times `prefetch`.
-_HELD_FACTOR = 10
+# Messages that wait here for a retry or for the dead letters: at most so many times `prefetch`, or 50.
+_HELD_FACTOR, _HELD_AT_LEAST = 10, 50
 # Offsets kept in mind behind one that has no verdict for long: so much comes again after a kill.
 _SPAN = 100_000
 
@@ -210,7 +210,7 @@ class KafkaSubscription(LineSubscription):
 
     def _throttle(self) -> None:
         """Stop fetching while the caller has enough; polling goes on, so that the group keeps us."""
-        line, most = self._line, self._prefetch * _HELD_FACTOR
+        line, most = self._line, max(self._prefetch * _HELD_FACTOR, _HELD_AT_LEAST)
         spans = sum(track.span for track in self._tracks.values())
         full = len(line.out) >= self._prefetch or line.held + line.ready >= most or spans >= max(_SPAN, most)
         if full == self._paused or not self._tracks:
