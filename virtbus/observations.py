@@ -155,10 +155,15 @@ class Surveyed:
 
 
 class SourceSeen(NamedTuple):
-    """The connection answered: whatever it told before `asked` stands before this in the queue."""
+    """The connection answered: whatever it told before `asked` stands before this in the queue.
+
+    But for the pauses of the last `undecided` seconds before that, of which it is not yet known by whom they
+    are told.
+    """
 
     asked: Now
     connection: str = ""
+    undecided: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

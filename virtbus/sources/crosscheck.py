@@ -307,6 +307,10 @@ class CrossCheck:
             self._cases[uuid].ask_at = mono + LATE_SECONDS  # a look may fail
         return found
 
+    def undecided_since(self) -> float | None:
+        """When the oldest pause began that waits for a decision (monotonic), or None."""
+        return min((pause.began for case in self._cases.values() for pause in case.pauses), default=None)
+
     def undecided(self) -> list[str]:
         """The domains that wait for a decision."""
         return [uuid for uuid, case in self._cases.items() if case.pauses]

@@ -258,7 +258,9 @@ class Session:
         with self._shared.lock:
             if self.live:
                 self.seen = asked
-                self._sink(SourceSeen(asked, self.connection))
+                began = self._shared.check.undecided_since()
+                undecided = 0.0 if began is None else max(0.0, asked.monotonic - began)
+                self._sink(SourceSeen(asked, self.connection, undecided))
 
     def end(self) -> None:
         """Hear nothing any more."""
