@@ -47,6 +47,7 @@ class Burst:
     disk_error: DiskError | None = None
     evidence: tuple[Evidence, ...] = ()
     stamp_ns: int | None = None  # the hypervisor's own time of the last of them, where it kept one
+    rivals: frozenset[str] = frozenset()  # aliases that the same look found in error beside it
 
 
 @dataclass(frozen=True, slots=True)

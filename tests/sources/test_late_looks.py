@@ -174,6 +174,43 @@ def test_an_old_disk_error_that_is_kept_is_not_told_again_after_a_restart_in_ano
         assert sum(again.counts()) == 0
 
 
+@pytest.mark.parametrize("over", [False, True], ids=["incident open", "incident over"])
+@pytest.mark.parametrize("late", [False, True], ids=["first look", "late look"])
+def test_a_disk_that_failed_before_is_not_blamed_for_the_pause_that_another_one_explains_after_a_restart(
+    over: bool, late: bool
+) -> None:
+    host = SimulatedHost()
+    guest = host.add()
+    two = (
+        "<disk type='file' device='disk'><source file='/img/b'/><target dev='vdb' bus='virtio'/>"
+        "<alias name='virtio-disk1'/></disk></devices>"
+    )
+    guest.xml = guest.xml.replace("</devices>", two)
+    states: dict[str, bytes] = {}
+    with Run(host, states) as run:
+        host.io_error(guest)
+        host.suspend(guest)
+        guest.state, guest.reason = RUNNING, 1
+        host.lifecycle(guest, RESUMED)
+        until(lambda: sum(run.counts()) == 1)
+        if over:
+            now = Clock()()
+            run._incidents.tick(now._replace(monotonic=now.monotonic + 1000), run.observer.describe)
+    # The other one fails while nobody looks; QEMU keeps what it knew of the first.
+    guest.state, guest.reason, guest.disk_errors = PAUSED, PAUSED_IOERROR, {"vda": 1, "vdb": 1}
+    if late:
+        host.hanging = {guest.uuid}
+    with Run(host, states) as again:
+        if late:
+            again.take_in()
+            host.release.set()
+        until(lambda: not again.observer.guests.reconciling)
+        found = [event for event in again.take_in() if isinstance(event, IoError) and event.occurrences.count]
+    assert [event.occurrences.count for event in found] == [1]
+    # What is told before the look may be without a name, never with the wrong one.
+    assert found[0].device.alias in (("virtio-disk1", None) if late else ("virtio-disk1",))
+
+
 def restart(guest: Guest) -> None:
     """Destroyed and started again: libvirt numbers each run of a domain."""
     before, guest.number = guest.number, guest.number + 100

@@ -169,17 +169,25 @@ class Case:
             self.paused = True
             wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
             suspects = wrong or dict.fromkeys(newer, DISK_ERROR_UNSPECIFIED)
-            named = self.name_nameless(suspects, look, devices)
             known = self.events.keys() | self.synthesised.keys()
+            if self.unsure and len(suspects.keys() - known) > 1:
+                # Which is left over and which was told without a name whoever remembers an earlier run knows.
+                self.events.pop("", None)
+                self.synthesised.pop("", None)
+            else:
+                named = self.name_nameless(suspects, look, devices)
+                known = self.events.keys() | self.synthesised.keys()
             missed = missed_devices(self, suspects, known, devices)
             fresh = [alias for alias in missed if alias not in known or alias in newer]
             fresh += [alias for alias in newer if alias in suspects and alias not in fresh]
             self.stale, self.unsure = wrong, self.unsure and look.disk_errors is None
             stamps = newest_by_alias(look, devices)
+            rivals = frozenset(fresh)
             for alias in fresh:
                 kept = stamps.get(alias)
                 at = ns if kept is None or kept.at_ns is None else kept.at_ns
-                found[alias] = self.found(alias, at, look, devices, wrong.get(alias), Origin.RECONCILE)
+                burst = self.found(alias, at, look, devices, wrong.get(alias), Origin.RECONCILE)
+                found[alias] = replace(burst, rivals=rivals - {alias})
                 self.synthesised[alias] = Finding(mono, found[alias].raw)
             if fresh:
                 # Its pause may still be on its way to us, unless it is the one that waits for its event.
