@@ -62,6 +62,13 @@ class Moment(NamedTuple):
         """The same moment in the wall clock as it is now, ns."""
         return self.at(now).wall_ns
 
+    def earliest_stamp(self, now: Now) -> int:
+        """What another program that stamps by this host's wall clock has written since is not older, ns.
+
+        It may have done so before the clock was set or after it.
+        """
+        return min(self.wall_ns, self.wall(now))
+
 
 def moment_of(item: SourceReady | SourceLost | Surveyed, now: Now) -> Moment:
     """When it was told, also where the wall clock was set between then and `now`."""

@@ -108,6 +108,14 @@ def test_what_the_clock_wandered_changes_no_stamp():
     assert Moment.of(at(100)).wall(at(160, stepped=0.05)) == at(100).wall_ns
 
 
+@pytest.mark.parametrize("step", [-3600.0, 3600.0])
+def test_a_stamp_of_either_clock_is_not_older_than_its_moment(step):
+    moment, now = Moment.of(at(100)), at(160, stepped=step)
+    before_the_step, after_it = at(130), at(130, stepped=step)
+    assert moment.earliest_stamp(now) < min(before_the_step.wall_ns, after_it.wall_ns)
+    assert moment.earliest_stamp(now) in (at(100).wall_ns, at(100, stepped=step).wall_ns)
+
+
 def test_moments_are_ordered_by_the_boots_clock_whatever_the_wall_clock_did():
     first, second = Moment.of(at(100)), Moment.of(at(101, stepped=-3600))
     assert earliest(second, first) == first

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 
 from virtbus.agent.identity import Speaker
@@ -85,16 +87,18 @@ class Writer:
             return  # what is lost and unnamed is named by the spool itself, with any commit
         backoff = Backoff("commit", ceiling=2.0)
         failed: Now | None = None
-        begun = self.busy_since = self._clock().monotonic
+        begun = self._clock()
+        self.busy_since = begun.monotonic
         while True:
-            batch = self._pending if failed is None else [*self._pending, self._unwritable_gap(failed)]
+            batch = self._pending if failed is None else self._overdue(begun, failed)
             try:
                 stamps = self._spool.commit(batch, self._pending_states)
             except SpoolFull as error:
                 failed = failed or self._clock()
                 self.error = str(error)
                 emit(SpoolUnwritable(str(self._spool.path), error))
-                if self._abort.is_set() or (self._stop.is_set() and self._clock().monotonic > begun + 2.0):
+                waited = self._clock().monotonic - begun.monotonic
+                if self._abort.is_set() or (self._stop.is_set() and waited > 2.0):
                     return  # ending with a broken disk: this batch lies inside the next start's gap
                 backoff.wait(self._abort, error)
                 continue
@@ -105,15 +109,18 @@ class Writer:
             self._committed(batch, stamps)
             return
 
-    def _unwritable_gap(self, failed: Now) -> Gap:
+    def _overdue(self, begun: Now, failed: Now) -> list[Event]:
+        """What waits since `begun`, and the gap of the disk that refused, in the wall clock as it is now."""
         now = self._clock()
-        return self._speaker.gap(
+        step = timedelta(microseconds=(Moment.of(begun).wall(now) - begun.wall_ns) // 1000)
+        gap = self._speaker.gap(
             GapReason.SPOOL_UNWRITABLE,
             f"the spool could not be written for {now.monotonic - failed.monotonic:.0f} s; "
             "errors were counted in memory",
             started_at=to_datetime(Moment.of(failed).wall(now)),
             ended_at=to_datetime(now.wall_ns),
         )
+        return [*(_moved(event, step) if isinstance(event, Gap) else event for event in self._pending), gap]
 
     def _committed(self, events: Sequence[Event], stamps: Sequence[Stamp]) -> None:
         for event in events:
@@ -244,7 +251,8 @@ class Intake:
             why = "a further connection came up later than the first"
             self.sight.unreached = unreached._replace(since=moment_of(ready, now), why=why)
         opening = self._spool.opening
-        since = None if opening.last_alive_ns is None else to_datetime(self.sight.since.wall(now))
+        known = opening.last_alive_ns is not None and opening.placed
+        since = to_datetime(self.sight.since.wall(now)) if known else None
         until = to_datetime(now.wall_ns if ready is None else moment_of(ready, now).wall(now))
         gap = partial(self._speaker.gap, started_at=since, ended_at=until)
         missing = () if opening.damage else opening.missing
@@ -381,6 +389,12 @@ class Intake:
         if not (self.writer.holds or self.queue.unread):
             self.sight.committed()
         return self.sight.through
+
+
+def _moved(gap: Gap, step: timedelta) -> Gap:
+    """A gap that was not told yet, after the wall clock was set by `step`."""
+    started_at = None if gap.started_at is None else gap.started_at + step
+    return replace(gap, started_at=started_at, ended_at=gap.ended_at + step)
 
 
 def _found(events: Sequence[Event]) -> int:

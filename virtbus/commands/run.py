@@ -85,7 +85,7 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
         limits = SpoolLimits(max_bytes=config.spool.max_bytes, max_age_seconds=config.spool.max_age_seconds)
         spool = Spool.open(state_dir, limits=limits, agent_id=agent_id, clock=clock)
         stack.callback(spool.close)
-        source = open_source(config, since_ns=spool.opening.last_alive_ns)
+        source = open_source(config, since_ns=spool.opening.stamps_since_ns)
         METRICS.spool_max_bytes.set(config.spool.max_bytes)
         watch_files(config.bus.tls.cert_file, config.bus.tls.ca_file)
         agent = Agent(

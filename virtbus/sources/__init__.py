@@ -19,8 +19,8 @@ Sink: TypeAlias = Callable[[Observation], None]
 class SourceOptions:
     """How a hypervisor is observed; times in seconds.
 
-    `since_ns` is the wall time of the agent's last sign of life in an earlier run: errors that the
-    hypervisor remembers from after it are findings; None asks for none of them.
+    `since_ns`: what happened after the agent's last sign of life in an earlier run has no older stamp. Errors
+    that the hypervisor remembers from after it are findings; None asks for none of them.
     """
 
     lookup_deadline_seconds: float = 0.5  # then an event goes out without what was asked

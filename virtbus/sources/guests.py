@@ -296,9 +296,10 @@ class Guests:
                 return
             if uuid in self.reconciling:
                 since = self.reconciling[uuid]
+                since_ns = None if since is None else since.earliest_stamp(now)
                 found = self._check.reconcile(
                     uuid, entry.name, entry.number, look, entry.devices,
-                    since_ns=None if since is None else since.wall(now), mono=now.monotonic, ns=now.wall_ns,
+                    since_ns=since_ns, mono=now.monotonic, ns=now.wall_ns,
                 )  # fmt: skip
                 # The guest was resumed while it was looked at: what was found stands, and is over.
                 overtaken = session.resumed_at.get(uuid, -math.inf) >= look.asked_at

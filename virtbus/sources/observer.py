@@ -249,8 +249,10 @@ class Observer:
         session = self._session
         self.end()
         now = self.clock()
-        silent = max(closed.silent_seconds, 0.0 if session.seen is None else now.boot - session.seen.boot)
-        self._since = Moment.of(now, silent + MARGIN_SECONDS)
+        seen = session.seen or now
+        unheard = now.boot - seen.boot
+        # As the clock was then: it may have been set since, and the hypervisor's stamps are of either.
+        self._since = Moment.of(seen, max(0.0, closed.silent_seconds - unheard) + MARGIN_SECONDS)
         emit(SourceCutOff(self._connector.uri, closed.why))
         lost = Moment.of(now, closed.silent_seconds)
         domains, why = None, closed.why
