@@ -291,6 +291,19 @@ def test_what_was_to_be_found_since_a_moment_is_still_found_when_the_connection_
         until(lambda: run.counts() == [1])
 
 
+@pytest.mark.parametrize("xml", ["<domain/>", "<network/>", "<!DOCTYPE domain><domain/>", " "])
+def test_an_error_whose_device_no_description_has_is_told_once(xml: str) -> None:
+    host = SimulatedHost()
+    guest = host.add(xml=xml)
+    with Run(host, {}) as run:
+        host.io_error(guest)
+        host.suspend(guest)
+        until(lambda: run.observer.check.undecided() == [guest.uuid])
+        until(lambda: not run.observer.check.undecided())
+        assert sum(run.counts()) == 1
+        assert run.aliases() == {"virtio-disk0"}
+
+
 def test_errors_of_two_disks_are_two_also_when_the_description_comes_after_them() -> None:
     host = SimulatedHost(keeps_messages=True)
     guest = host.add()

@@ -288,6 +288,9 @@ def missed_devices(
 
     `nameless`: something was told without a name, so there is one more than those in `told`.
     """
+    if "" in wrong and any(alias not in devices for alias in known):
+        # A target that the description lacks is a told device's, which it lacks too (or it was not read yet).
+        wrong = {alias: code for alias, code in wrong.items() if alias}
     fresh = [alias for alias, code in wrong.items() if alias not in known and case.stale.get(alias) != code]
     if fresh or (known and not nameless):
         return fresh
