@@ -16,7 +16,16 @@ from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.model import Clock, Event, IoError, IoErrorResolved
 from virtbus.observations import Burst, HostKnown, Observation, SourceLost, SourceReady
 from virtbus.retry import no_waiting
-from virtbus.sources.link import ACTION_REPORT, PAUSED, PAUSED_IOERROR, RESUMED, RUNNING
+from virtbus.sources.link import (
+    ACTION_PAUSE,
+    ACTION_REPORT,
+    PAUSED,
+    PAUSED_IOERROR,
+    RESUMED,
+    RUNNING,
+    STOPPED,
+    STOPPED_MIGRATED,
+)
 from virtbus.sources.observer import Observer
 
 FOR_EVER = float("inf")
@@ -317,6 +326,24 @@ def test_errors_of_two_disks_are_two_also_when_the_description_comes_after_them(
     with Run(host, {}, since_ns=time.time_ns() - 20 * 10**9) as run:
         until(lambda: run.counts() == [1, 1])
         assert run.aliases() == {"virtio-disk0", "virtio-disk1"}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_error_that_is_told_after_its_guest_left_is_over_at_once(named: bool) -> None:
+    """A hypervisor that merges errors holds one back for a second; nothing more comes of that guest."""
+    host = SimulatedHost(1)
+    guest = next(iter(host.guests.values()))
+    with Run(host, {}) as run:
+        host.io_error(guest)
+        host.suspend(guest)
+        until(lambda: not run.observer.check.undecided())
+        del host.guests[guest.uuid]
+        host.lifecycle(guest, STOPPED, STOPPED_MIGRATED)
+        host.io_error(guest, *([] if named else ["", ACTION_PAUSE, "", ""]))
+        run.take_in()
+    ended = [event.resolution.cause for event in run.events if isinstance(event, IoErrorResolved)]
+    assert ended == ["migrated", "migrated"]
+    assert run.counts()[-1] == 1
 
 
 # ------------------------------------------------------------------------------------ other questions
