@@ -1,4 +1,4 @@
-"""Up to when everything that the source told is committed: the one notion that every gap begins with.
+"""Up to when everything that the source told is committed: where every gap about unobserved time starts.
 
 It moves on only with a proof that took the events' own path. The source asks the hypervisor something on the
 connection that brings the events; the answer stands behind all that was told before the question; a marker

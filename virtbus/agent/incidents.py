@@ -9,10 +9,10 @@ Guarantees, for any order of observations, clock jumps and restarts:
 4. One (domain, alias) has at most one open incident, and it ends in exactly one resolution.
 5. Memory is bounded by `IncidentLimits.max_open`.
 
-A burst of count 0 is what was found out about errors that were told already (evidence, a text, the device's
-name): it is told like an error of its incident, as an update of count 0, when it says anything new, but opens
-none and does not disturb the quiet. What a look finds (origin `reconcile`) and an incident of this or an
-earlier run tells of already is such a burst, whenever the look comes.
+A burst of count 0 carries facts found later about errors that were already reported (evidence, a text, the
+device's name). If they are new, they become an update of count 0; they open no incident and do not restart
+the quiet period. What a look finds (origin `reconcile`) and an incident of this or an earlier run already
+covers becomes such a burst, whenever the look comes.
 
 A guest that does not run, for whatever reason, proves nothing by its silence.
 
@@ -204,7 +204,7 @@ class Incidents:
         1. Incidents whose domain or device is gone, or whose domain was started anew, end (why it went
            can't be known any more: `domain_stopped`, `device_removed`).
         2. Findings that no incident tells of are errors; so is a pause by an error that nothing tells of.
-        3. GuestWatch run or are paused as they were found.
+        3. Guests run, or are paused, as the look found them.
         4. No incident counts as quiet before we have watched it again for the widest window.
         """
         self._book.host = ready.host
@@ -272,7 +272,7 @@ class Incidents:
         return events
 
     def _tells_of(self, finding: Burst) -> bool:
-        """Whether an incident of this or an earlier run told of a look's finding already.
+        """Whether an incident of this or an earlier run already covers a look's finding.
 
         An error's own time is that of the message which the hypervisor kept of it: what has one is known if
         its device had an error at that time or later. A standing pause without one is known if an incident of
@@ -324,7 +324,7 @@ class Incidents:
         return any(uuid in one.paused for one in concerned if drills or not one.drill)
 
     def _keep_paused(self, domain: DomainState, at_ns: int) -> list[Event]:
-        """A guest was found paused by an error, and no incident says so: one does, or is opened."""
+        """A guest was found paused by an error, and no incident says so: mark one that may, or open one."""
         known = (PAUSE_CODE, REPORT_CODE)
         incidents = [one for one in self._book.of(domain.uuid) if not one.drill]
         unclear = [one for one in incidents if one.facts.action_code not in known]

@@ -38,15 +38,15 @@ from virtbus.words import GapReason, Origin, Phase
 
 SOURCE_GRACE_SECONDS = 5.0  # how long the first event of a start waits for the first snapshot
 ALIVE_SECONDS = 5.0  # between two signs of life in the spool (the promise is 10 s)
-# How long a storm is let gather after errors that were only counted: so, many share one sync of the disk, and
-# news among them waits no longer than this.
+# In a storm: the wait after a batch that was only counted, so that many errors share one disk sync. News
+# among them is delayed by no more than this.
 GATHER_SECONDS = 0.02
 HANGING_SECONDS = 10.0  # a write that takes longer is not merely slow
 UNREAD_SECONDS = 10.0  # between two gap events about callbacks that nobody could read
 
 
 class Writer:
-    """The intake's hand on the disk: each batch in one transaction, and the sign of life behind it.
+    """Writes for the intake: each batch in one transaction, then the sign of life.
 
     Any thread may ask for its `troubles`.
     """
@@ -137,7 +137,7 @@ class Writer:
                 self._taps.offer("incident", event, stamp)
 
     def sign_of_life(self, now: Now, through: Moment) -> None:
-        """Tell the spool up to when all is seen; thus a bad disk shows on an idle host too."""
+        """Store up to when everything was seen; this also detects a bad disk on an idle host."""
         self.busy_since = self._clock().monotonic
         taken = self._spool.alive(through.wall(now))
         self.busy_since = None

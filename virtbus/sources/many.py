@@ -40,7 +40,10 @@ STALE_SECONDS = 300.0  # … and it is tried again so rarely; a new daemon makes
 FIRST_SECONDS = 0.05
 RESTART_SECONDS = 30.0  # a daemon without a socket may be about to start again
 CEILING_SECONDS = 15.0
-QUIET_SECONDS, KEEPALIVE_SECONDS, IDLE_SECONDS = 15.0, 15, 2.0
+# Questions and keepalives wake libvirt's loop for each of a hundred connections. A daemon that hangs is
+# given up after KEEPALIVE_SECONDS * (KEEPALIVE_COUNT + 1); the gap begins where it last answered.
+QUIET_SECONDS, IDLE_SECONDS = 30.0, 2.0
+KEEPALIVE_SECONDS, KEEPALIVE_COUNT = 30, 2
 
 KUBEVIRT = "/var/lib/kubelet/pods/*/volumes/kubernetes.io~empty-dir/libvirt-runtime/virtqemud-sock"
 PRESETS = {"kubevirt": (KUBEVIRT,)}
@@ -211,7 +214,8 @@ class ManySource:
         keepalive = max(KEEPALIVE_SECONDS, options.keepalive_interval_seconds)
         self._options = replace(
             options, host=host, quiet_seconds=QUIET_SECONDS, idle_seconds=IDLE_SECONDS,
-            keepalive_interval_seconds=keepalive, lookups_in_flight=min(2, options.lookups_in_flight),
+            keepalive_interval_seconds=keepalive, keepalive_count=KEEPALIVE_COUNT,
+            lookups_in_flight=min(2, options.lookups_in_flight),
         )  # fmt: skip
         self._host = host
         self._uri = uri
