@@ -507,6 +507,7 @@ class World:
         truth = self.truth
         for host in self.hosts:
             truth.errors += host.daemon.errors
+            truth.stood += host.daemon.stood
             if isinstance(host.daemon, Node):
                 truth.sockets.update(host.daemon.owners)
             for uuid, times in host.daemon.away.items():
