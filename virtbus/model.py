@@ -293,7 +293,7 @@ class Gap:
     agent_id: str
     reason: GapReason
     detail: str | None
-    started_at: datetime | None  # None: unknown
+    started_at: datetime | None  # of the interval: seen through, or the oldest lost event; None: unknown
     ended_at: datetime
     previous: PreviousRun | None = None
     missing: tuple[SequenceRange, ...] = ()
@@ -358,7 +358,7 @@ class Heartbeat:
     agent_id: str
     agent_version: str
     epoch: str
-    started_at: datetime
+    started_at: datetime  # of the agent's run
     sent_at: datetime
     interval_seconds: float
     source: SourceHealth

@@ -202,6 +202,33 @@ def test_one_that_says_nothing_blinds_nobody_and_holds_back_the_survey_alone(soc
         seen.wait(Surveyed)
 
 
+def test_a_socket_that_hangs_at_the_start_holds_the_survey_back_for_a_time_only(
+    sockets: Sockets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("virtbus.sources.many.SURVEY_SECONDS", 0.0)
+    silent, ending, well = sockets.add("silent"), sockets.add("ending"), sockets.add("well")
+    for host in (silent, ending):
+        host.frozen.set()
+
+    def leaves_out(*hosts: SimulatedHost) -> Callable[[Observation], bool]:
+        paths = {host.uri for host in hosts}
+        return lambda item: isinstance(item, Surveyed) and item.unreached == paths
+
+    with observed(sockets) as (source, seen):
+        (survey,) = seen.wait(leaves_out(silent, ending))
+        assert isinstance(survey, Surveyed)
+        assert survey.domains == {guest_of(well).uuid}
+        known = source.describe(guest_of(well).uuid)
+        assert known is not None
+        assert known.connection == well.uri
+        sockets.end("ending")  # whether its guest ended is told now
+        seen.wait(leaves_out(silent))
+        silent.frozen.clear()
+        (survey,) = seen.wait(leaves_out())
+        assert isinstance(survey, Surveyed)
+        assert survey.domains == {guest_of(well).uuid, guest_of(silent).uuid}
+
+
 def test_questions_that_hang_on_some_connections_are_still_answered_on_the_others(
     sockets: Sockets, monkeypatch: pytest.MonkeyPatch
 ) -> None:

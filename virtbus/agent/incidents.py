@@ -9,10 +9,10 @@ Guarantees, for any order of observations, clock jumps and restarts:
 4. One (domain, alias) has at most one open incident, and it ends in exactly one resolution.
 5. Memory is bounded by `IncidentLimits.max_open`.
 
-A burst of count 0 is what was found out about errors that were told already (evidence, a text, the device's
-name): it is told like an error of its incident, as an update of count 0, when it says anything new, but opens
-none and does not disturb the quiet. What a look finds (origin `reconcile`) and an incident of this or an
-earlier run tells of already is such a burst, whenever the look comes.
+A burst of count 0 carries facts found later about errors that were already reported (evidence, a text, the
+device's name). If they are new, they become an update of count 0; they open no incident and do not restart
+the quiet period. What a look finds (origin `reconcile`) and an incident of this or an earlier run already
+covers becomes such a burst, whenever the look comes.
 
 A guest that does not run, for whatever reason, proves nothing by its silence.
 
@@ -128,7 +128,7 @@ class Incidents:
             case DeviceRemoved():
                 return self._removed(observation)
             case SourceReady():
-                return self._ready(observation)
+                return self._connected(observation)
             case Surveyed():
                 return self._surveyed(observation)
             case SourceLost():
@@ -195,13 +195,13 @@ class Incidents:
 
     # ---- what a look found
 
-    def _ready(self, ready: SourceReady) -> list[Event]:
+    def _connected(self, ready: SourceReady) -> list[Event]:
         """Compare what is open with what was looked at, after a time of not seeing.
 
         1. Incidents whose domain or device is gone, or whose domain was started anew, end (why it went
            can't be known any more: `domain_stopped`, `device_removed`).
         2. Findings that no incident tells of are errors; so is a pause by an error that nothing tells of.
-        3. GuestWatch run or are paused as they were found.
+        3. Guests run, or are paused, as the look found them.
         4. No incident counts as quiet before we have watched it again for the widest window.
         """
         self._book.host = ready.host
@@ -254,22 +254,36 @@ class Incidents:
         return events
 
     def _surveyed(self, survey: Surveyed) -> list[Event]:
-        """Every connection was looked at: guests that none of them has are gone."""
+        """Every connection was looked at: guests that none of them has are gone.
+
+        A guest whose connection was not reached, or is not known while one was not, is unseen until a later
+        survey decides. That one speaks of such guests alone: all others' ends are reported as they come.
+        """
         self._book.host = self._book.host or survey.host
-        known = survey.domains | self._watch.sighted | self._watch.unsighted
+        watch = self._watch
+        known = survey.domains | watch.sighted | (watch.unsighted - watch.unreached)
+        asked = None if watch.blind or not watch.unreached else frozenset(watch.unreached)
+        waiting: set[str] = set()
         events: list[Event] = []
         for incident in list(self._book.open.values()):
             if incident.scope is Scope.HOST:
-                incident.paused &= known
-            elif uuid_in(incident.key) not in known and not incident.drill:
+                incident.paused &= incident.paused if survey.unreached else known
+                continue
+            uuid = uuid_in(incident.key)
+            if incident.drill or uuid in known or (asked is not None and uuid not in asked):
+                continue
+            if survey.unreached and (not incident.connection or incident.connection in survey.unreached):
+                waiting.add(uuid)
+            else:
                 events += self._teller.resolve(incident, ResolutionCause.DOMAIN_STOPPED, survey.at_ns)
-        self._book.forget(lambda uuid, _alias: uuid not in known)
-        self._watch.see_all()
+        if not survey.unreached:
+            self._book.forget(lambda uuid, _alias: uuid not in known)
+        watch.see_all(but=waiting)
         self._teller.wake = -math.inf  # what was unseen may be due
         return events
 
     def _tells_of(self, finding: Burst) -> bool:
-        """Whether an incident of this or an earlier run told of a look's finding already.
+        """Whether an incident of this or an earlier run already covers a look's finding.
 
         An error's own time is that of the message which the hypervisor kept of it: what has one is known if
         its device had an error at that time or later. A standing pause without one is known if an incident of
@@ -304,7 +318,7 @@ class Incidents:
         return any(uuid in one.paused for one in concerned if drills or not one.drill)
 
     def _keep_paused(self, domain: DomainState, at_ns: int) -> list[Event]:
-        """A guest was found paused by an error, and no incident says so: one does, or is opened."""
+        """A guest was found paused by an error, and no incident says so: mark one that may, or open one."""
         known = (PAUSE_CODE, REPORT_CODE)
         incidents = [one for one in self._book.of(domain.uuid) if not one.drill]
         unclear = [one for one in incidents if one.facts.action_code not in known]

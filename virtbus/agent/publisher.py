@@ -77,7 +77,7 @@ class Publisher:
             emit(Trouble("publisher thread", error))  # an unknown fault must not end publishing
 
     def _sleep(self, seconds: float) -> None:
-        """Between attempts; the beginning of a drain, and its end, end it."""
+        """Sleep between attempts; the start or the end of a drain cuts it short."""
         if self._drain_end is None:
             self.draining.wait(seconds)
         else:

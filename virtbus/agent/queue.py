@@ -28,7 +28,7 @@ from virtbus.words import Origin
 
 QUEUE_LIMIT = 10_000  # callbacks; beyond it they fold into counters
 FOLD_LIMIT = 10_000  # different (device, action, reason) counters; beyond it errors are counted as dropped
-_SELF = 4  # words of a connection about itself that always find room: seen, lost, ready, its host
+_SELF = 4  # observations about a connection itself, for which room is kept: seen, lost, ready, its host
 BATCH_LIMIT = 20_000  # observations a transaction
 
 
@@ -39,13 +39,14 @@ class IntakeQueue:
     1. `put` never blocks on anything but a lock held for microseconds, and never raises;
     2. above `limit` queued, errors fold into one counter a (device, action, reason), and with `fold_limit` of
        these into one a (domain, action, reason), whose device is unknown: counts stay exact;
-    3. an error never changes sides with a lifecycle observation that came after it; when there is no room
-       for each of those either, the last of its kind stays, and stands behind or before a domain's errors as
-       the last of these did: so the domain's state in the end is the true one;
-    4. a connection's losses and returns that find no room become one of each, which says what all said;
+    3. an error never moves behind a lifecycle observation that came after it; when there is no room for all
+       of those, only the last of each kind is kept, on its true side of the domain's errors, so the domain's
+       final state is right;
+    4. when there is no room, a connection's losses merge into one, and its returns into one with the findings
+       of all;
     5. what can't be kept even so is counted in `take_dropped`; no more than `limit` and three times
        `fold_limit` are kept together (each connection beyond the first may add three);
-    6. a `SourceSeen` leaves behind everything that was put before it.
+    6. a `SourceSeen` comes out after everything that was put before it.
     """
 
     def __init__(self, limit: int = QUEUE_LIMIT, fold_limit: int = FOLD_LIMIT) -> None:
@@ -54,7 +55,7 @@ class IntakeQueue:
         self._items: deque[Observation] = deque()
         self._folded: dict[tuple[object, ...], Observation] = {}
         self._lock = threading.Lock()
-        self._ready = threading.Event()
+        self._filled = threading.Event()
         self._dropped_errors = 0
         self._dropped_others = 0
         self._unread: tuple[int, str] = (0, "")
@@ -78,8 +79,8 @@ class IntakeQueue:
                 self._items.append(observation)
             else:
                 self._put_crowded(observation)
-        if not self._ready.is_set():
-            self._ready.set()
+        if not self._filled.is_set():
+            self._filled.set()
 
     def _put_error(self, raw: RawIoError) -> None:
         key = _same_error(raw)
@@ -106,7 +107,7 @@ class IntakeQueue:
         self._folded[key] = observation
 
     def _put_crowded(self, observation: Observation) -> None:
-        """Keep the last word about a domain, device or connection: memory before order, and it is told."""
+        """Keep only the last observation of a domain, device or connection; what is dropped is counted."""
         kind: tuple[object, ...] = (type(observation),)
         if isinstance(observation, SourceReady | SourceLost):
             key = (*kind, observation.connection)
@@ -144,16 +145,16 @@ class IntakeQueue:
     def drain(self, timeout: float) -> list[Observation]:
         """Wait up to `timeout` seconds, then take at most BATCH_LIMIT observations, oldest first."""
         if not len(self):
-            self._ready.wait(timeout)
+            self._filled.wait(timeout)
         with self._lock:
-            self._ready.clear()
+            self._filled.clear()
             self.emptied = len(self._items) <= BATCH_LIMIT
             if self.emptied:
                 self._unfold()
             count = len(self._items) if self.emptied else BATCH_LIMIT
             taken = [self._items.popleft() for _ in range(count)]
             if len(self):
-                self._ready.set()
+                self._filled.set()
         return taken
 
     def _unfold(self) -> None:
@@ -163,7 +164,7 @@ class IntakeQueue:
 
     def wake(self) -> None:
         """Let a waiting `drain` return."""
-        self._ready.set()
+        self._filled.set()
 
     def take_dropped(self) -> tuple[int, int]:
         """(errors, other observations) that were dropped since the last call."""

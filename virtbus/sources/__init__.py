@@ -23,7 +23,7 @@ class SourceOptions:
     that the hypervisor remembers from after it are findings; None asks for none of them.
     """
 
-    lookup_deadline_seconds: float = 0.5  # then an event goes out without what was asked
+    lookup_deadline_seconds: float = 0.5  # then a look-up is late; no event waits for it
     lookups_in_flight: int = 4
     keepalive_interval_seconds: int = 5
     keepalive_count: int = 3  # unanswered ones that end the connection

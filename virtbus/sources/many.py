@@ -34,13 +34,16 @@ from virtbus.telemetry import Trouble, emit
 
 LOOK_SECONDS = 30.0  # between two looks for sockets of which inotify said nothing
 LEAST_SECONDS = 0.2  # between two looks, however often inotify says something
-SURVEY_SECONDS = 30.0  # a socket of the start that is not reached by then can't be told about
+SURVEY_SECONDS = 30.0  # a survey of the guests waits no longer for sockets that were there at the start
 STALE_AFTER = 4  # refusals in a row: nobody will listen on this socket any more, its daemon is gone …
 STALE_SECONDS = 300.0  # … and it is tried again so rarely; a new daemon makes a new socket
 FIRST_SECONDS = 0.05
 RESTART_SECONDS = 30.0  # a daemon without a socket may be about to start again
 CEILING_SECONDS = 15.0
-QUIET_SECONDS, KEEPALIVE_SECONDS, IDLE_SECONDS = 15.0, 15, 2.0
+# Questions and keepalives wake libvirt's loop for each of a hundred connections. A daemon that hangs is
+# given up after KEEPALIVE_SECONDS * (KEEPALIVE_COUNT + 1); the gap begins where it last answered.
+QUIET_SECONDS, IDLE_SECONDS = 30.0, 2.0
+KEEPALIVE_SECONDS, KEEPALIVE_COUNT = 30, 2
 
 KUBEVIRT = "/var/lib/kubelet/pods/*/volumes/kubernetes.io~empty-dir/libvirt-runtime/virtqemud-sock"
 PRESETS = {"kubevirt": (KUBEVIRT,)}
@@ -211,26 +214,28 @@ class ManySource:
         keepalive = max(KEEPALIVE_SECONDS, options.keepalive_interval_seconds)
         self._options = replace(
             options, host=host, quiet_seconds=QUIET_SECONDS, idle_seconds=IDLE_SECONDS,
-            keepalive_interval_seconds=keepalive, lookups_in_flight=min(2, options.lookups_in_flight),
+            keepalive_interval_seconds=keepalive, keepalive_count=KEEPALIVE_COUNT,
+            lookups_in_flight=min(2, options.lookups_in_flight),
         )  # fmt: skip
         self._host = host
         self._uri = uri
         self._connector = connector or (lambda path: SocketConnector(path, settings.uri, self._options))
         self._crew = Crew(clock=lambda: self.clock().monotonic)
         self._members: dict[str, Member] = {}
-        self._ready: queue.SimpleQueue[Member | None] = queue.SimpleQueue()  # None: look for sockets
+        self._woken: queue.SimpleQueue[Member | None] = queue.SimpleQueue()  # None: look for sockets
         self._look_at = float("-inf")
         self._looked_at = float("-inf")
-        self._survey_until: float | None = None
+        self._survey_at = float("inf")  # when sockets that have not answered are left out of it
+        self._unreached: frozenset[str] | None = None  # that the last survey left out; None: there was none
 
     # ---- the Source contract
 
     def run(self, sink: Sink, stop: threading.Event) -> None:
         """See Source. A socket that refuses us is no reason to end: another one may not."""
-        watch = Watch(lambda: self._ready.put(None))
+        watch = Watch(lambda: self._woken.put(None))
         pulse = Pulse(self.clock())
         self._look_at = float("-inf")
-        self._survey_until = self.clock().monotonic + SURVEY_SECONDS
+        self._survey_at, self._unreached = self.clock().monotonic + SURVEY_SECONDS, None
         try:
             while not stop.is_set():
                 self._step(sink, watch)
@@ -249,10 +254,11 @@ class ManySource:
     def describe(self, domain_uuid: str) -> Description | None:
         """See Source."""
         found: Description | None = None
-        for member in list(self._members.values()):
+        for path, member in list(self._members.items()):
             entry = member.observer.cache.get(domain_uuid)
             if entry is not None:
                 found = member.observer.describe(domain_uuid)
+                found = found and replace(found, connection=path)
                 if found is not None and member.observer.connected:
                     return found
         return found
@@ -317,13 +323,13 @@ class ManySource:
         due = min([now + POLL_SECONDS, self._look_at, *(each.due for each in self._members.values())])
         wait = (due if crew is None else min(due, crew)) - now
         with suppress(queue.Empty):
-            item = self._ready.get(timeout=wait) if wait > 0 else self._ready.get_nowait()
+            item = self._woken.get(timeout=wait) if wait > 0 else self._woken.get_nowait()
             while True:
                 if item is None:
                     self._look_at = min(self._look_at, self._looked_at + LEAST_SECONDS)
                 else:
                     item.due = float("-inf")
-                item = self._ready.get_nowait()
+                item = self._woken.get_nowait()
 
     def _step(self, sink: Sink, watch: Watch) -> None:
         now = self.clock().monotonic
@@ -378,7 +384,7 @@ class ManySource:
         made: list[Member] = []
         observer = self._observer(path, lambda why: made[0].retry(why))  # noqa: PLW0108 - it is made below
         made.append(Member(observer, identity))
-        observer.begin(sink, lambda: self._ready.put(made[0]))
+        observer.begin(sink, lambda: self._woken.put(made[0]))
         return made[0]
 
     def _observer(self, path: str, retry: Callable[[Exception | str], float] | None) -> Observer:
@@ -398,12 +404,23 @@ class ManySource:
         member.observer.end()
 
     def _survey(self, sink: Sink) -> None:
-        """Once: what no connection has is gone. As long as one can't be asked nobody knows that."""
-        if self._survey_until is None or not all(each.settled for each in self._members.values()):
-            return
-        self._survey_until = None
+        """What no connection has is gone: told once the sockets of the start were looked at.
+
+        One that hangs is left out after SURVEY_SECONDS, or it would keep the incidents of all guests that
+        ended while nobody looked open. When it was looked at, or is gone, that is told again.
+        """
+        now = self.clock()
+        unreached = frozenset(path for path, each in self._members.items() if not each.settled)
+        if self._unreached is None:
+            if unreached and now.monotonic < self._survey_at:
+                return
+        else:
+            unreached &= self._unreached
+            if unreached == self._unreached:
+                return
+        self._unreached = unreached
         domains = [entry.uuid for each in self._members.values() for entry in each.observer.cache.active()]
-        sink(Surveyed(self.clock().wall_ns, self._host, frozenset(domains)))
+        sink(Surveyed(now.wall_ns, self._host, frozenset(domains), unreached))
 
 
 def node(settings: Discover) -> Host:
