@@ -349,7 +349,10 @@ def _every_message(
 
 
 def _every_pause(truth: Truth, events: list[Event], gaps: dict[str, list[Interval]]) -> Iterator[str]:
-    """docs/events.md: a guest that stands by an error when a gap ends is found, whoever saw its pause."""
+    """docs/events.md: a guest that stands by an error when a gap ends is found, whoever saw its pause.
+
+    Unless it stood when the gap began: that it was resumed meanwhile, and paused again, nobody can tell.
+    """
     told: dict[tuple[str, str], list[float]] = defaultdict(list)
     for event in events:
         if event.type == IoError.TYPE and event.data["occurrences"]["count"]:
@@ -361,6 +364,15 @@ def _every_pause(truth: Truth, events: list[Event], gaps: dict[str, list[Interva
         for gap in its:
             seen_until = min([other.start for other in its if other.end > gap.end + 0.5], default=math.inf)
             if stood.begin > gap.end or min(stood.end, seen_until, truth.ended) < gap.end + PAUSE_SECONDS:
+                continue
+            blind = gap.start - 1.0
+            for other in sorted(its, key=lambda each: -each.end):
+                if other.end >= blind:
+                    blind = min(blind, other.start - 1.0)
+            if any(
+                (one.host, one.uuid) == (stood.host, stood.uuid) and blind <= one.end <= stood.begin
+                for one in truth.stood
+            ):
                 continue
             if not any(stood.begin <= at <= gap.end + FOUND_SECONDS for at in told[stood.host, stood.uuid]):
                 yield (
