@@ -172,7 +172,7 @@ MUTANTS = {
     "marks_never_written": _one(
         "acknowledgements are sent without marks on the disk",
         "virtbus.marks:Marks.write",
-        "if self._database is not None:",
+        "if database is not None:",
         "if False:",
         needs=CONSUMER,
     ),
