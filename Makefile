@@ -84,9 +84,11 @@ check: setup
 $(ACTIONLINT):
 	GOBIN=$(CURDIR)/$(dir $@) go install github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
 
-# The documents as pages, below build/pages; a dead link or anchor is an error.
+# The documents as pages, below build/pages; a dead link or anchor is an error. Not --quiet: what that hides is not
+# counted as a warning either.
 pages: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs --quiet build --config-file .mkdocs.yml
+	@mkdir -p build && NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --config-file .mkdocs.yml >build/pages.log 2>&1 \
+	  || { cat build/pages.log >&2; exit 1; }
 
 # Without libvirt's headers the agent's own package can't be built, and these tests do without it.
 $(VENV)/.unit: pyproject.toml $(VENV)/bin/python

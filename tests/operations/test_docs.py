@@ -6,6 +6,7 @@ import ast
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -509,6 +510,33 @@ def test_every_anchor_of_a_link_is_a_heading_of_its_page():
             if "://" not in target and other.suffix == ".md" and anchor not in anchors(other):
                 broken.append(f"{page.name}: {target}#{anchor}")
     assert broken == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("faq.md", "[gone](gone.md)", "'gone.md'"),
+        ("faq.md", "[gone](install.md#no-such-heading)", "no-such-heading"),
+        ("not-in-the-navigation.md", "A page.", "not-in-the-navigation.md"),
+        ("", "", ""),
+    ],
+)
+def test_make_pages_fails_on_a_dead_link_a_dead_anchor_and_a_page_that_no_one_finds(
+    name: str, text: str, said: str, tmp_path: Path
+) -> None:
+    for each in (".mkdocs.yml", ".packaging", "docs", "README.md", "CHANGELOG.md"):
+        copy = shutil.copytree if (ROOT / each).is_dir() else shutil.copy
+        copy(ROOT / each, tmp_path / each)
+    if name:
+        with (tmp_path / "docs" / name).open("a") as page:
+            page.write(f"\n{text}\n")
+    bin = Path(sys.executable).parent
+    done = subprocess.run(
+        ["make", "--file", str(ROOT / "Makefile"), "--old-file=setup", "pages", f"BIN={bin}"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode == 0) is (not name), done.stdout + done.stderr
+    assert said in done.stderr
 
 
 def anchors(page: Path) -> set[str]:
