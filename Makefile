@@ -122,7 +122,7 @@ faults: setup
 # an hour. Without Go what needs them is skipped aloud, or fails with VIRTBUS_CI=1.
 chart: setup
 	@tests/install-packages image
-	@for part in apiserver collector; do $(BIN)/python -m tests.chart.$$part || test "$$VIRTBUS_CI" != 1; done
+	@for part in apiserver collector image; do $(BIN)/python -m tests.chart.$$part || test "$$VIRTBUS_CI" != 1; done
 	$(PYTEST) $(PYTEST_ARGS) -o python_files='test_*.py with_*.py' tests/chart tests/integrations
 
 # What `make dist` left in dist/: packages installed, run with real guests, upgraded, removed, in two Debian releases;
@@ -130,6 +130,8 @@ chart: setup
 # and images: a quarter of an hour.
 packages-test: setup
 	@tests/install-packages matrix packages image
+	@$(BIN)/python -m tests.lab.chroot bookworm trixie
+	@$(BIN)/python -m tests.chart.image
 	$(PYTEST) $(PYTEST_ARGS) -o python_files='with_*.py' tests/packages
 
 # A table with pass or short a row; 1 below a committed floor. BENCH_ARGS="--only idle --quick", say.

@@ -33,7 +33,7 @@ def build() -> None:
     draft = BINARY.with_suffix(".new")
     done = subprocess.run(
         ["go", "build", "-mod=readonly", "-ldflags", "-s -w", "-o", str(draft), "."],
-        cwd=MODULE, capture_output=True, text=True, timeout=3600,
+        cwd=MODULE, capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode:
         raise ToolMissing(f"the collector {VERSION}: go build: {done.stderr.strip()[-2000:]}")

@@ -148,7 +148,7 @@ def test_an_image_is_pushed_to_a_registry_and_to_a_layout(kind: str, registry: s
     need(image.missing())
     name = image.build(kind)
     for target in (f"oci:{tmp_path}/layout:{TAG}", f"docker://{registry}/{kind}:{__version__}"):
-        image.buildah("push", "--quiet", "--tls-verify=false", name, target, timeout=600)
+        image.buildah("push", "--quiet", "--tls-verify=false", name, target)
     index = json.loads((tmp_path / "layout/index.json").read_text())
     (entry,) = index["manifests"]
     algorithm, digest = entry["digest"].split(":")
