@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 ACTIONLINT := .cache/bin/actionlint
 
-.PHONY: dist packages-test pages help setup demo unit sim sim-mutants test check audit faults matrix brokers soak bench chart pictures \
+.PHONY: dist packages-test rehearse pages help setup demo unit sim sim-mutants test check audit faults matrix brokers soak bench chart pictures \
   sbom clean packages
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make sbom    a bill of materials of the installed package (CycloneDX)"
 	@echo "make dist    sdist, wheel, chart, .deb, .rpm, SBOM and checksums, below dist/"
 	@echo "make packages-test   the .deb and .rpm installed, run, upgraded and removed in fresh Debian roots"
+	@echo "make rehearse   the release workflow's steps on dist/, up to the upload, with an index and a registry on this machine"
 	@echo "make pages   the documents as HTML, below build/pages"
 	@echo "make clean   remove everything that was made here, .venv too"
 
@@ -133,6 +134,13 @@ packages-test: setup
 	@$(BIN)/python -m tests.lab.chroot bookworm trixie
 	@$(BIN)/python -m tests.chart.image
 	$(PYTEST) $(PYTEST_ARGS) -o python_files='with_*.py' tests/packages
+
+# The release workflow's steps on dist/, up to the upload: an index, a registry and a layout on this machine. It tells
+# what it did; what it can't do stands in docs/contributing.md.
+rehearse: setup
+	@tests/install-packages packages image
+	@$(BIN)/python -m tests.chart.image
+	$(PYTEST) -v $(PYTEST_ARGS) tests/packages/with_release.py
 
 # A table with pass or short a row; 1 below a committed floor. BENCH_ARGS="--only idle --quick", say.
 bench: setup
