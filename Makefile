@@ -126,14 +126,15 @@ chart: setup
 	@for part in apiserver collector image; do $(BIN)/python -m tests.chart.$$part || test "$$VIRTBUS_CI" != 1; done
 	$(PYTEST) $(PYTEST_ARGS) -o python_files='test_*.py with_*.py' tests/chart tests/integrations
 
-# What `make dist` left in dist/: packages installed, run with real guests, upgraded, removed, in two Debian releases;
-# wheel, chart and images published to an index and a registry on loopback. The first time it makes root file systems
-# and images: a quarter of an hour.
+# What `make dist` left in dist/: packages installed, run with real guests, upgraded from the code before (BEFORE names
+# another commit), removed, in two Debian releases; wheel, chart and images published to an index and a registry on
+# loopback; two builds compared. The first time it makes root file systems and images: half an hour.
 packages-test: setup
 	@tests/install-packages matrix packages image
 	@$(BIN)/python -m tests.lab.chroot bookworm trixie
 	@$(BIN)/python -m tests.chart.image
-	$(PYTEST) $(PYTEST_ARGS) -o python_files='with_*.py' tests/packages
+	before=$$($(BIN)/python -m tests.packages.before $(BEFORE)) && VIRTBUS_PACKAGE_BEFORE="$$before" \
+	  $(PYTEST) $(PYTEST_ARGS) -o python_files='with_*.py' tests/packages
 
 # The release workflow's steps on dist/, up to the upload: an index, a registry and a layout on this machine. It tells
 # what it did; what it can't do stands in docs/contributing.md.
