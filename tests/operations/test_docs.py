@@ -46,6 +46,12 @@ from virtbus.testing import ListFeed, records
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Whatever else is written for a reader: its links have to lead somewhere, too.
+LINKED = sorted(
+    page
+    for pattern in ("*.md", ".github/*.md", "charts/**/*.md", "docs/*.md", "schemas/*.md", "tests/**/*.md")
+    for page in ROOT.glob(pattern)
+)
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 BLOCK = re.compile(r"^```(console|sh|bash)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -492,10 +498,15 @@ def test_no_metric_has_a_label_that_grows_with_guests(running: AgentProcess) -> 
                       "event", "version"}  # fmt: skip
 
 
+def test_every_document_is_looked_at():
+    assert set(PAGES) < set(LINKED)
+    assert {"charts", "schemas", "tests", ".github"} <= {page.relative_to(ROOT).parts[0] for page in LINKED}
+
+
 def test_every_link_between_the_documents_leads_somewhere():
     """`make pages` looks at their anchors, too; here at what is not a page."""
     broken = []
-    for page in PAGES:
+    for page in LINKED:
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
             if "://" not in target and not (page.parent / target).exists():
                 broken.append(f"{page.name}: {target}")
@@ -504,7 +515,7 @@ def test_every_link_between_the_documents_leads_somewhere():
 
 def test_every_anchor_of_a_link_is_a_heading_of_its_page():
     broken = []
-    for page in PAGES:
+    for page in LINKED:
         for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text()):
             other = page.parent / target if target else page
             if "://" not in target and other.suffix == ".md" and anchor not in anchors(other):
