@@ -74,6 +74,24 @@ def test_every_image_that_a_release_is_built_in_or_with_is_pinned_by_its_digest(
     assert [name for name in named if not re.search(r":\S+@sha256:[0-9a-f]{64}$", name)] == []
 
 
+MANIFESTS = {"go.mod": "gomod", "package.json": "npm", "pom.xml": "maven", "Dockerfile": "docker"}
+
+
+def test_dependabot_looks_after_every_list_of_dependencies() -> None:
+    told = yaml.safe_load((ROOT / ".github" / "dependabot.yml").read_text(encoding="utf-8"))["updates"]
+    watched = {
+        (one["package-ecosystem"], folder)
+        for one in told for folder in one.get("directories", [one.get("directory")])
+    }  # fmt: skip
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    files = [Path(name) for name in listed.stdout.splitlines()]
+    there = {
+        (MANIFESTS[file.name], f"/{file.parent}".removesuffix("/.") or "/")
+        for file in files if file.name in MANIFESTS
+    }  # fmt: skip
+    assert watched == there | {("github-actions", "/"), ("pip", "/"), ("pip", "/.docker")}
+
+
 def test_the_build_sees_only_what_it_copies() -> None:
     allowed = {
         line.removeprefix("!")
