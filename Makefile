@@ -124,7 +124,7 @@ faults: setup
 chart: setup
 	@tests/install-packages image
 	@for part in apiserver collector image; do $(BIN)/python -m tests.chart.$$part || test "$$VIRTBUS_CI" != 1; done
-	$(PYTEST) $(PYTEST_ARGS) -o python_files='test_*.py with_*.py' tests/chart tests/integrations
+	$(PYTEST) $(PYTEST_ARGS) -o python_files='test_*.py with_*.py' tests/chart tests/integrations/with_*.py
 
 # What `make dist` left in dist/: packages installed, run with real guests, upgraded from the code before (BEFORE names
 # another commit), removed, in two Debian releases; wheel, chart and images published to an index and a registry on

@@ -56,7 +56,8 @@ def test_the_base_is_pinned_by_its_digest() -> None:
     assert re.search(r"^ARG BASE=\S+@sha256:[0-9a-f]{64}$", text, re.MULTILINE)
     assert re.findall(r"^FROM (\S+)", text, re.MULTILINE) == [
         "${BASE}",
-        "${BASE}",
+        "base",
+        "base",
         "runtime",
         "runtime",
         "${FOR}",

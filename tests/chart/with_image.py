@@ -159,6 +159,50 @@ def test_every_dependency_has_a_wheel_for_64_bit_arm_with_a_pinned_hash(kind: st
     assert [name for name in wheels if name.endswith("aarch64.whl")]
 
 
+class _Archive(ThreadingHTTPServer):
+    """Answers like snapshot.debian.org, out of today's archive; the paths that were asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        archive = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                archive.asked.append(self.path)
+                _, kind, _, rest = self.path.removeprefix("/archive").split("/", 3)
+                self.send_response(302)
+                self.send_header("Location", f"http://deb.debian.org/{kind}/{rest}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Nothing: the test looks at what was asked."""
+
+        super().__init__(("127.0.0.1", 0), Handler)
+
+
+def test_debians_packages_are_those_of_the_day_that_the_build_names(built: str) -> None:
+    day = "20260101T000000Z"
+    with ExitStack() as stack:
+        archive = stack.enter_context(_Archive())
+        threading.Thread(target=archive.serve_forever, daemon=True).start()
+        stack.callback(archive.shutdown)
+        name = "localhost/virtbus-base:of-a-day"
+        image.buildah(
+            "build", "--quiet", "--isolation", "chroot", "--pull-never", "--target", "base", "--tag", name,
+            "--build-arg", f"BASE={image.BASE}", "--build-arg", f"SNAPSHOT={day}",
+            "--build-arg", f"ARCHIVE=http://127.0.0.1:{archive.server_port}/archive", ".",
+        )  # fmt: skip
+        stack.callback(image.buildah, "rmi", name)
+        container = image.buildah("from", "--pull-never", name)
+        stack.callback(image.buildah, "rm", container)
+        image.buildah("run", "--isolation", "chroot", container, "apt-get", "update", "--error-on=any")
+    asked = [path.removeprefix("/archive/").split("/") for path in archive.asked]
+    assert {(kind, suite) for kind, at, _, suite, *_ in asked if at == day} == {
+        ("debian", "trixie"), ("debian", "trixie-updates"), ("debian-security", "trixie-security"),
+    }  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------ run as a pod
 
 

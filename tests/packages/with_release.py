@@ -222,4 +222,5 @@ def test_the_script_that_pushes_the_images_is_shell_and_says_the_digest(tmp_path
     asked = (tmp_path / "docker.log").read_text()
     assert re.search(r"run --privileged --rm docker.io/tonistiigi/binfmt:\S+@sha256:\w{64} ", asked)
     assert re.search(r"create .*image=docker.io/moby/buildkit:\S+@sha256:\w{64}", asked)
+    assert re.search(r" SNAPSHOT=20\d{6}T000000Z ", asked)
     assert f"FOR=react --tag ghcr.io/owner/virtbus-react:{__version__}" in asked
