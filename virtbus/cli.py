@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from importlib import import_module
@@ -65,6 +66,9 @@ def main(argv: list[str] | None = None) -> NoReturn:
     arguments = sys.argv[1:] if argv is None else argv
     debug = "--debug" in arguments or os.environ.get("VIRTBUS_DEBUG") == "1"
     _open_standard_streams()
+    if arguments[:1] == ["run"]:
+        # A reload that is asked for while the agent still starts: done when it can be, and not its end.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         code = _invoke(arguments)
         sys.stdout.flush()

@@ -117,7 +117,10 @@ class Delivery:
         return self.attributes.get("partitionkey")
 
     def ack(self) -> None:
-        """The effect is done: do not deliver it again. With a dedupe file its mark is on disk on return.
+        """The effect is done: do not deliver it again.
+
+        With a dedupe file its mark is on disk on return (with `group_commit` a moment later, and always
+        before the broker is told).
 
         Raises DedupeUnavailable when the mark can't be written now. The verdict stands: it is written, and
         the acknowledgement sent, by the next call of the consumer that finds the file usable.

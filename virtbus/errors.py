@@ -113,7 +113,10 @@ class _Disk(VirtbusError):
 
 
 class SpoolFull(_Disk):
-    """The spool's disk is full or does not write now: keep observing, try again."""
+    """The spool can't be written now (its disk is full, read-only or broken): keep observing, try again.
+
+    Not the gap reason `spool_full`, which is eviction at `spool.max_bytes`.
+    """
 
     retryable = True
 

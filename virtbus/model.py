@@ -293,7 +293,7 @@ class Gap:
     agent_id: str
     reason: GapReason
     detail: str | None
-    started_at: datetime | None  # None: unknown
+    started_at: datetime | None  # of the interval: seen through, or the oldest lost event; None: unknown
     ended_at: datetime
     previous: PreviousRun | None = None
     missing: tuple[SequenceRange, ...] = ()

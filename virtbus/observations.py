@@ -101,6 +101,7 @@ class DomainState:
     state: str
     paused_by_io_error: bool
     aliases: frozenset[str] | None = None  # the devices it has; None when its XML could not be read
+    number: int | None = None  # libvirt's id of this run of it: another one was started anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,7 @@ class SourceReady:
     proves: bool = False  # `SourceSeen` follows: without it nothing counts as seen
     whole: bool = True  # these are all guests of the host; else the others' connections speak for them
     appeared_ns: int | None = None  # when the connection's socket did: its guests may run since then
+    booted_ns: int | None = None  # what the clock of `at_ns` said at the boot (seen.Moment)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,7 @@ class SourceLost:
     connection: str = ""
     reason: GapReason = GapReason.SOURCE_LOST
     domains: frozenset[str] | None = None  # the guests that are not seen; None: all of the host
+    booted_ns: int | None = None  # as in SourceReady
 
 
 @dataclass(frozen=True, slots=True)

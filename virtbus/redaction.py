@@ -25,7 +25,8 @@ _HARMLESS = re.compile(
     "|known_hosts_verify|tls_priority|transport|exportname|max_bytes|speed"
 )
 _SECRET_WORDS = re.compile(
-    r"pass|secret|token|credential|jaas|cookie|oauthbearer\.config|(^|[._-])(sig|signature)($|[._-])"
+    r"pass|pwd|secret|token|credential|jaas|cookie|apikey|authorization|sessionid|oauthbearer\.config"
+    r"|(^|[._-])(sig|signature|sas)($|[._-])"
     r"|(^|[._-])key($|[._-])(?!file)",
     re.IGNORECASE,
 )
@@ -57,8 +58,8 @@ def _query(query: str) -> str:
 
 
 def _pair(word: str) -> str:
-    key, equals, _ = word.partition("=")
-    if not word or _HARMLESS.fullmatch(key):
+    key, equals, value = word.partition("=")
+    if not word or (_HARMLESS.fullmatch(key) and "://" not in value):
         return word
     return f"{key}={HIDDEN}" if equals else HIDDEN
 
@@ -68,7 +69,7 @@ def _pair(word: str) -> str:
 _URL = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]*://)(.*)", re.DOTALL)
 _USER_AND_PASSWORD = re.compile(r"[^/:?]*:(?![\w.-]+=).*@", re.DOTALL)
 _OPTIONS = re.compile(r"[:;&][\w.-]+=.*", re.DOTALL)  # of rbd:…:key=…, also without the "rbd:"
-_COMMA_OPTION = re.compile(r",([\w.-]+)=")
+_COMMA_OPTION = re.compile(r"(?:^|,)\s*([\w.-]+)=")
 
 
 def path(name: str, *, local: bool = False) -> str:
@@ -158,7 +159,9 @@ def _user(found: re.Match[str]) -> str:
     if colon:
         return f"{scheme}://{name}:{HIDDEN}@"
     # A token stands there for some servers; who logs in at a broker or hypervisor is no secret.
-    return f"{scheme}://{HIDDEN if scheme.lower() in ('http', 'https', 'ftp', 'ftps') else name}@"
+    # libiscsi parts user and password by "%".
+    hidden = scheme.lower() in ("http", "https", "ftp", "ftps") or "%" in name
+    return f"{scheme}://{HIDDEN if hidden else name}@"
 
 
 def _without_values(found: re.Match[str]) -> str:

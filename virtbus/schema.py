@@ -179,7 +179,7 @@ def pointer(path: list[str | int]) -> str:
 
 
 def _problems(error: ValidationError) -> list[Problem]:
-    """One error's problems: an object where an object or null may stand is told by its own faults."""
+    """The problems behind one error; for "object or null", those inside the object."""
     if error.kind.name == "anyOf":
         branches: list[list[ValidationError]] = error.kind.as_dict().get("context", [])
         for branch in branches:

@@ -1,4 +1,4 @@
-"""Up to when everything that the source told is committed: the one notion that every gap begins with.
+"""Up to when everything that the source told is committed: where every gap about unobserved time starts.
 
 It moves on only with a proof that took the events' own path. The source asks the hypervisor something on the
 connection that brings the events; the answer stands behind all that was told before the question; a marker
@@ -62,6 +62,19 @@ class Moment(NamedTuple):
         """The same moment in the wall clock as it is now, ns."""
         return self.at(now).wall_ns
 
+    def earliest_stamp(self, now: Now) -> int:
+        """What another program that stamps by this host's wall clock has written since is not older, ns.
+
+        It may have done so before the clock was set or after it.
+        """
+        return min(self.wall_ns, self.wall(now))
+
+
+def moment_of(item: SourceReady | SourceLost | Surveyed, now: Now) -> Moment:
+    """When it was told, also where the wall clock was set between then and `now`."""
+    booted_ns = None if isinstance(item, Surveyed) else item.booted_ns
+    return Moment.stamped(item.at_ns, now) if booted_ns is None else Moment(item.at_ns, booted_ns)
+
 
 def is_told(at_ns: int, last_ns: int, now_ns: int) -> bool:
     """Whether an error of `at_ns` is not newer than the last one that was told, by stamps of the wall clock.
@@ -114,11 +127,11 @@ class SeenThrough:
                 self._answered = item.asked.boot
             return None
         if isinstance(item, SourceLost):
-            self.lost(Moment.stamped(item.at_ns, now), item.why, item.reason)
+            self.lost(moment_of(item, now), item.why, item.reason)
             return None
         ended, self.blind = self.blind, None
         self.connected, self.proves = True, item.proves
-        self._proven = Moment.stamped(item.at_ns, now)  # what lies before belongs to the gap that ends here
+        self._proven = moment_of(item, now)  # what lies before belongs to the gap that ends here
         self._answered = now.boot
         return ended
 

@@ -441,7 +441,7 @@ def test_what_was_not_committed_is_not_seen_through_though_the_agent_ends(tmp_pa
     one.agent.join()
 
 
-def test_a_lost_callback_that_waits_to_be_told_is_not_seen_through(house):
+def test_a_lost_callback_that_waits_to_be_told_is_not_seen_through_and_told_at_the_end(house, monkeypatch):
     one = house([SourceReady(a_host(), time.time_ns(), (), proves=True)])
     one.wait("gap")
     one.agent.intake._unread_at = time.monotonic() + 3600.0
@@ -449,7 +449,15 @@ def test_a_lost_callback_that_waits_to_be_told_is_not_seen_through(house):
     one.source.play(CallbackLost(lost, "not UTF-8"), SourceSeen(later), a_raw_io_error(observed_at=lost))
     one.wait("io_error.v1")
     assert one.agent.intake.seen_through().wall_ns <= lost
-    one.end()
+    sign = one.agent.intake.writer.sign_of_life
+
+    def then_stops(*moments):  # the stop comes after the batch's gaps were made, with nothing queued
+        sign(*moments)
+        one.agent.stop()
+
+    monkeypatch.setattr(one.agent.intake.writer, "sign_of_life", then_stops)
+    one.agent.queue.wake()
+    one.agent.join()
     assert [each["data"]["missing_occurrences"] for each in one.delivered("gap")] == [0, 1]
 
 

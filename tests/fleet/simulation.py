@@ -8,11 +8,12 @@ what is held, as the real ones do; all else is lost when the reactor is killed, 
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from tests.fleet.machine import Machine, at_second, epoch_at, uuid_of
-from virtbus.fleet import Fleet, FleetView
+from virtbus.fleet import Blame, Fleet, FleetView
 from virtbus.integrations.holds import HoldState, Row, orphaned
 from virtbus.integrations.policy import Held, HoldPolicy, HoldRules
 from virtbus.integrations.reactor import LISTEN_SECONDS
@@ -37,15 +38,18 @@ class Found:
     holds: int = 0
     faults: int = 0
     held_faults: int = 0  # of these, faults that led to a hold
+    unheld: Counter[str] = field(default_factory=Counter)  # the others, by what last kept it from being held
     wrong: list[str] = field(default_factory=list)  # holds of hosts that were not at fault
     kept: list[str] = field(default_factory=list)  # holds that were never given back
     beyond: list[str] = field(default_factory=list)  # more than max_share at once
 
     def line(self) -> str:
         """One line for people."""
+        unheld = ",".join(f"{why}:{count}" for why, count in self.unheld.most_common())
         return (
-            f"fleets={self.fleets} faults={self.faults} held_faults={self.held_faults} holds={self.holds} "
-            f"wrong={len(self.wrong)} kept={len(self.kept)} beyond_share={len(self.beyond)}"
+            f"fleets={self.fleets} faults={self.faults} held_faults={self.held_faults} unheld={unheld or 0} "
+            f"holds={self.holds} wrong={len(self.wrong)} kept={len(self.kept)} "
+            f"beyond_share={len(self.beyond)}"
         )
 
 
@@ -70,6 +74,7 @@ class Host:
     blind_until: float = -1.0
     at_fault: list[tuple[float, float]] = field(default_factory=list)
     counted: list[tuple[float, float]] = field(default_factory=list)
+    unheld: dict[tuple[float, float], str] = field(default_factory=dict)  # why a fault is not held so far
     gone: bool = False
 
     def was_at_fault(self, at: float) -> bool:
@@ -141,6 +146,7 @@ class Simulation:
             return
         self.found.faults += 1
         host.at_fault.append((at, at + lasts))
+        host.unheld[host.at_fault[-1]] = "reactor_away"
         for guest, system in enumerate(SYSTEMS[: self.random.randint(2, 3)]):
             host.machine.fails(at, guest, system)
         self._add(at + lasts, "recover", (host,), 0.0)
@@ -274,6 +280,8 @@ class Simulation:
             if at > self.end and at - last_news > QUIET_AFTER and not self.held:
                 break
             at += STEP
+        for one in self.hosts:
+            self.found.unheld.update(why for fault, why in one.unheld.items() if fault not in one.counted)
         self.found.kept += [f"seed {self.seed}: {host} is held at the end" for host in self.held]
         return self.found
 
@@ -296,6 +304,7 @@ class Simulation:
                 self._hold(decision.host, at, decision.why, view)
             else:
                 self._release(decision.host, at)
+        self._why_unheld(view, at)
         names = {host.name for host in view.hosts}
         listened = at - self.listening_since >= LISTEN_SECONDS and not view.suspect_ourselves
         for row, _ in list(orphaned(self.held.values(), view, at, listened=listened)):
@@ -303,6 +312,26 @@ class Simulation:
         live = [host for host in view.hosts if host.name in self.held]
         if len(live) > max(1, int(self.rules.max_share * len(names))) and len(self.held) > 1:
             self._beyond(at, len(names))
+
+    def _why_unheld(self, view: FleetView, at: float) -> None:
+        for one in self.hosts:
+            if not one.at_fault or not one.at_fault[-1][0] <= at <= one.at_fault[-1][1]:
+                continue
+            name = one.machine.host.name
+            host = view.host(name)
+            if name in self.held:
+                why = "held_before"
+            elif host is None or host.state != "observing":
+                why = "unknown" if host is None else host.state
+            elif name in self.policy.withheld:
+                why = "limit"
+            elif host.early or not host.witnessed:
+                why = "early" if host.early else "not_witnessed"
+            elif not host.incidents:
+                why = "recovered"
+            else:
+                why = host.blame.value if host.blame is not Blame.HOST else "not_for_long"
+            one.unheld[one.at_fault[-1]] = why
 
     def _beyond(self, at: float, hosts: int) -> None:
         if self.added_at == at:  # a fleet may shrink below what is held; it may not be added to
@@ -343,6 +372,7 @@ def play(seeds: range, days: float = 2.0) -> Found:
         whole.holds += one.holds
         whole.faults += one.faults
         whole.held_faults += one.held_faults
+        whole.unheld += one.unheld
         whole.wrong += one.wrong
         whole.kept += one.kept
         whole.beyond += one.beyond

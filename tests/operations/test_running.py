@@ -9,12 +9,14 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import click.testing
 import pytest
 
 from tests.agent.process import AgentProcess, virtbus
 from tests.commandline import cli, commands_of
+from tests.faultkit import wait_until
 from tests.faults.disks import read_only_files
 from virtbus.agent.systemd import Systemd
 from virtbus.cli import COMMANDS as TABLE
@@ -61,6 +63,21 @@ def test_a_reload_with_bad_settings_changes_nothing(agent):
     assert "refused" in said["event"]
     assert "did you mean window?" in said["error"]
     assert agent.get("/readyz")[0] == 200
+
+
+def test_a_reload_that_is_asked_for_while_the_agent_starts_is_done_then_and_not_its_end(tmp_path):
+    """systemd takes death by SIGHUP for a clean end, and starts nothing again."""
+
+    def holds_back():
+        status = Path(f"/proc/{agent.process.pid}/status").read_text()
+        (blocked,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigBlk"))
+        return int(blocked, 16) & 1 << signal.SIGHUP - 1
+
+    with AgentProcess(tmp_path, libvirt=SILENCE, bus=f"embedded://{tmp_path}/bus.db") as agent:
+        wait_until(holds_back, what="the interpreter is up")
+        agent.process.send_signal(signal.SIGHUP)
+        agent.until(lambda: lines(agent, "settings"), "reloaded")
+        assert agent.ready().stop() == 0
 
 
 # -------------------------------------------------------------------------------------------- disk

@@ -72,8 +72,8 @@ def main() -> int:
         return tell(plan, given.guest)
     whole, began = Tally(), time.monotonic()
     seeds = range(given.first, given.first + given.seeds)
-    with multiprocessing.Pool(given.jobs, maxtasksperchild=50) as pool:
-        for done, tally in enumerate(pool.imap(play, seeds), 1):
+    with multiprocessing.Pool(given.jobs, maxtasksperchild=500) as pool:
+        for done, tally in enumerate(pool.imap(play, seeds, chunksize=4), 1):
             whole.add(tally)
             for violation in tally.violations:
                 print(f"BROKEN  {violation}", flush=True)

@@ -9,6 +9,7 @@ so do directory entries: a file that was made is there.
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import sqlite3
 from collections import defaultdict
@@ -16,7 +17,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 SECTOR = 512
 NAME = b"virtbus-sim"
@@ -40,22 +40,38 @@ class Journal:
     def __init__(self) -> None:
         self.writes: dict[str, list[Write]] = defaultdict(list)
         self.syncs = 0
+        self._open: dict[str, int] = {}  # descriptors that read what a write replaces
         self.failing: Callable[[str], int] = lambda path: _OK  # an error code for a write to it, or 0
 
     def wrote(self, path: str, offset: int, new: bytes) -> None:
         """Before it is written."""
-        with Path(path).open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(offset)
-            old = file.read(len(new))
+        file = self._file(path)
+        size = os.fstat(file).st_size
+        old = os.pread(file, len(new), offset) if offset < size else b""
         self.writes[path].append(Write(offset, old, new, size))
 
     def truncates(self, path: str, size: int) -> None:
         """Before it is cut."""
-        with Path(path).open("rb") as file:
-            before = file.seek(0, 2)
-            file.seek(size)
-            self.writes[path].append(Write(size, file.read(), b"", before))
+        file = self._file(path)
+        before = os.fstat(file).st_size
+        self.writes[path].append(Write(size, os.pread(file, max(0, before - size), size), b"", before))
+
+    def _file(self, path: str) -> int:
+        file = self._open.get(path)
+        if file is None:
+            file = self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return file
+
+    def opened(self, path: str) -> None:
+        """Another file may have that name now."""
+        file = self._open.pop(path, None)
+        if file is not None:
+            os.close(file)
+
+    def close(self) -> None:
+        """Let go of all files."""
+        for path in list(self._open):
+            self.opened(path)
 
     def synced(self, path: str) -> None:
         """All of it is on the disk."""
@@ -122,6 +138,15 @@ class _Methods(ctypes.Structure):
     ]
 
 
+class _Real:
+    """SQLite's own methods of one kind of file; an attribute of a structure is made at each use."""
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+        self._methods = methods = _Methods.from_address(address)
+        self.write, self.truncate, self.close = methods.xWrite, methods.xTruncate, methods.xClose
+
+
 class _Shim:
     """Registered once a process; `journal` is whose turn it is to note."""
 
@@ -134,12 +159,13 @@ class _Shim:
             )
         self._library = ctypes.CDLL(library)
         self._library.sqlite3_vfs_find.restype = ctypes.POINTER(_Vfs)
-        self._real = self._library.sqlite3_vfs_find(None)
+        self._default = self._library.sqlite3_vfs_find(None)
         self.journal: Journal | None = None
         self._paths: dict[int, str] = {}  # of open files, by address
         self._methods: dict[int, _Methods] = {}  # by the address of the real ones
-        self._real_methods: dict[int, Any] = {}  # by the address of the file
-        self._vfs = _Vfs.from_buffer_copy(self._real.contents)
+        self._reals: dict[int, _Real] = {}  # by their address
+        self._real: dict[int, _Real] = {}  # by the address of the file
+        self._vfs = _Vfs.from_buffer_copy(self._default.contents)
         self._vfs.zName = NAME
         self._vfs.xOpen = self._open_callback = _OPEN(self._open)
         self._callbacks = (
@@ -154,14 +180,14 @@ class _Shim:
 
     def unregister(self) -> None:
         """Files that are still open are SQLite's own again: they may be closed when Python is no more."""
-        for file, real in self._real_methods.items():
-            ctypes.cast(file, ctypes.POINTER(ctypes.c_void_p))[0] = ctypes.addressof(real)
-        self._real_methods.clear()
+        for file, real in self._real.items():
+            ctypes.cast(file, ctypes.POINTER(ctypes.c_void_p))[0] = real.address
+        self._real.clear()
         self._paths.clear()
-        self._library.sqlite3_vfs_register(self._real, 1)
+        self._library.sqlite3_vfs_register(self._default, 1)
 
     def _open(self, vfs: int, name: int | None, file: int, flags: int, out: int | None) -> int:
-        code: int = self._real.contents.xOpen(vfs, name, file, flags, out)
+        code: int = self._default.contents.xOpen(vfs, name, file, flags, out)
         if code == _OK and name is not None and flags & (_WAL | _MAIN | _JOURNAL):
             at = ctypes.cast(file, ctypes.POINTER(ctypes.c_void_p))
             address = at[0]
@@ -169,8 +195,13 @@ class _Shim:
             if ours is None:
                 ours = self._methods[address] = _Methods.from_buffer_copy(_Methods.from_address(address))
                 ours.xWrite, ours.xTruncate, ours.xSync, ours.xClose = self._callbacks
-            self._real_methods[file] = _Methods.from_address(address)
-            self._paths[file] = ctypes.string_at(name).decode()
+            real = self._reals.get(address)
+            if real is None:
+                real = self._reals[address] = _Real(address)
+            self._real[file] = real
+            path = self._paths[file] = ctypes.string_at(name).decode()
+            if self.journal is not None:
+                self.journal.opened(path)
             at[0] = ctypes.addressof(ours)
         return code
 
@@ -181,13 +212,13 @@ class _Shim:
             if code:
                 return code
             self.journal.wrote(path, offset, ctypes.string_at(data, size))
-        done: int = self._real_methods[file].xWrite(file, data, size, offset)
+        done: int = self._real[file].write(file, data, size, offset)
         return done
 
     def _truncate(self, file: int, size: int) -> int:
         if self.journal is not None:
             self.journal.truncates(self._paths[file], size)
-        done: int = self._real_methods[file].xTruncate(file, size)
+        done: int = self._real[file].truncate(file, size)
         return done
 
     def _sync(self, file: int, flags: int) -> int:
@@ -199,9 +230,9 @@ class _Shim:
         return _OK  # nothing of the simulation outlives this machine's own power
 
     def _close(self, file: int) -> int:
-        real = self._real_methods.pop(file)
+        real = self._real.pop(file)
         self._paths.pop(file, None)
-        done: int = real.xClose(file)
+        done: int = real.close(file)
         return done
 
 
@@ -221,4 +252,5 @@ def watched() -> Iterator[Journal]:
         yield journal
     finally:
         _shim.journal = None
+        journal.close()
         _shim.unregister()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from typing import Protocol
 
 from tests.sim.runtime import Process, Scheduler, Virtual
 from virtbus.errors import SourceUnavailable
-from virtbus.model import Hypervisor
+from virtbus.model import Hypervisor as Versions
 from virtbus.observations import RawIoError
 from virtbus.sources.link import (
     ACTION_PAUSE,
     ACTION_REPORT,
+    DEFINED,
     DISK_ERROR_UNSPECIFIED,
     PAUSED,
     PAUSED_IOERROR,
@@ -21,9 +23,11 @@ from virtbus.sources.link import (
     RUNNING,
     STARTED,
     STOPPED,
+    STOPPED_MIGRATED,
     SUSPENDED,
     SUSPENDED_IOERROR,
     SUSPENDED_PAUSED,
+    UNDEFINED,
     DomainAt,
     Handler,
     HostFacts,
@@ -33,6 +37,9 @@ from virtbus.sources.link import (
 )
 
 SHUTDOWN, SHUTDOWN_HOST, STOPPED_DESTROYED = 6, 2, 1  # virDomainEventType and details of a destroyed guest
+DEFINED_RENAMED, UNDEFINED_RENAMED = 2, 1
+MIGRATED = 1  # the detail of STARTED, SUSPENDED and RESUMED
+PAUSED_USER = 1  # virDomainPausedReason: of a guest that an error had paused, once it is migrated
 KEEPALIVE_SECONDS = 20.0  # then a client gives up a daemon that says nothing
 DISKS = {"virtio-disk0": ("vda", "a"), "virtio-disk1": ("vdb", "b")}  # alias → target, end of its path
 ALIASES = tuple(DISKS)
@@ -91,9 +98,11 @@ class Guest:
     copying: bool = False  # a block job runs: events name no device
     hangs_until: float = 0.0
     here: bool = True
+    unplugged: set[str] = field(default_factory=set)  # aliases
+    snapshots: dict[str, int] = field(default_factory=dict)  # alias → how many were made of it
 
     def path(self, alias: str) -> str:
-        end = DISKS[alias][1]
+        end = DISKS[alias][1] + ".snap" * self.snapshots.get(alias, 0)
         if alias in self.systems:
             return f"vms/{self.name}-{end}"
         return "" if self.is_unnamed(alias) else f"/img/{self.name}-{end}"
@@ -105,6 +114,8 @@ class Guest:
     def xml(self) -> str:
         disks = ""
         for alias, (target, _) in DISKS.items():
+            if alias in self.unplugged:
+                continue
             kind, source = "file", f"<source file='{self.path(alias)}'/>"
             if alias in self.systems:
                 address = SYSTEMS[self.systems[alias]]
@@ -127,6 +138,35 @@ class Guest:
         )
 
 
+class Hypervisor(Protocol):
+    """What guests run on, with one daemon or with many."""
+
+    guests: dict[str, Guest]
+    away: dict[str, list[tuple[float, float]]]  # uuid → when it was shut off
+    failing_until: float  # looks fail
+
+    @property
+    def quirks(self) -> Quirks: ...
+    @property
+    def works(self) -> bool: ...
+    @property
+    def links(self) -> Sequence[ModelLink]: ...
+    @property
+    def errors(self) -> Sequence[Error]: ...
+    def restart(self, seconds: float) -> None: ...
+    def hang(self, seconds: float) -> None: ...
+    def error(self, guest: Guest, alias: str, *, pause: bool, events: int = 1) -> None: ...
+    def resume(self, guest: Guest) -> None: ...
+    def leave(self, guest: Guest) -> None: ...
+    def enter(self, guest: Guest) -> None: ...
+    def rename(self, guest: Guest, name: str) -> None: ...
+    def unplug(self, guest: Guest, alias: str) -> None: ...
+    def plug(self, guest: Guest, alias: str) -> None: ...
+    def lifecycle(self, guest: Guest, event: int, detail: int) -> None: ...
+    def take(self, guest: Guest) -> None: ...
+    def give(self, guest: Guest, to: Hypervisor) -> Guest: ...
+
+
 class Daemon:
     """libvirtd of one host, and the guests, which outlive it."""
 
@@ -141,6 +181,11 @@ class Daemon:
         self.failing_until = 0.0  # looks fail
         self.errors: list[Error] = []
         self.away: dict[str, list[tuple[float, float]]] = {}  # uuid → when it was shut off
+
+    @property
+    def works(self) -> bool:
+        """Whether it does what it is told to."""
+        return self.up and self.hung_since is None
 
     # ---- what happens to it
 
@@ -233,6 +278,56 @@ class Daemon:
     def enter(self, guest: Guest) -> None:
         guest.here, guest.number = True, guest.number + 100
         self.lifecycle(guest, STARTED, 0)
+
+    def rename(self, guest: Guest, name: str) -> None:
+        """Of a guest that is shut off."""
+        self.lifecycle(guest, UNDEFINED, UNDEFINED_RENAMED)
+        guest.name = name
+        self.lifecycle(guest, DEFINED, DEFINED_RENAMED)
+
+    def unplug(self, guest: Guest, alias: str) -> None:
+        """The disk is taken out of a guest that runs, and with it whatever was known of its errors."""
+        guest.unplugged.add(alias)
+        target = DISKS[alias][0]
+        guest.disk_errors.pop(target, None)
+        guest.messages = {key: text for key, text in guest.messages.items() if key[0] != target}
+        self.away.setdefault(guest.uuid, []).append((self.sched.now, self.sched.now))
+        self._tell(lambda handler: handler.device_removed(guest.uuid, alias))
+
+    def plug(self, guest: Guest, alias: str) -> None:
+        guest.unplugged.discard(alias)
+        self._tell(lambda handler: handler.changed(guest.uuid))
+
+    def take(self, guest: Guest) -> None:
+        """A guest is there from now on."""
+        self.guests[guest.uuid] = guest
+
+    def give(self, guest: Guest, to: Hypervisor) -> Guest:
+        """Migrate: whom an error had paused is paused there too, by a user; its new QEMU knows no error."""
+        stands = guest.state == PAUSED
+        there = replace(
+            guest,
+            number=len(to.guests) + 200,
+            disk_errors={},
+            messages={},
+            unplugged=set(guest.unplugged),
+            snapshots=dict(guest.snapshots),
+            copying=False,
+            hangs_until=0.0,
+        )
+        to.take(there)
+        to.lifecycle(there, STARTED, MIGRATED)
+        if not stands:
+            self.lifecycle(guest, SUSPENDED, MIGRATED)
+        guest.here, guest.state, guest.disk_errors, guest.messages = False, RUNNING, {}, {}
+        self.away.setdefault(guest.uuid, []).append((self.sched.now, self.sched.now))
+        self.lifecycle(guest, STOPPED, STOPPED_MIGRATED)
+        if stands:
+            there.reason = PAUSED_USER
+            to.lifecycle(there, SUSPENDED, SUSPENDED_PAUSED)
+        else:
+            to.lifecycle(there, RESUMED, MIGRATED)
+        return there
 
     def lifecycle(self, guest: Guest, event: int, detail: int) -> None:
         uuid, name, number = guest.uuid, guest.name, guest.number
@@ -344,7 +439,7 @@ class ModelLink:
         quirks = self.daemon.quirks
         return HostFacts(
             name=self.daemon.host,
-            hypervisor=Hypervisor("QEMU", quirks.qemu, quirks.libvirt),
+            hypervisor=Versions("QEMU", quirks.qemu, quirks.libvirt),
             throttles=False,
             keeps_messages=quirks.keeps_messages,
             local=True,

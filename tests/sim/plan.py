@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 from virtbus.spool import faults as points
@@ -42,6 +43,8 @@ class HostPlan:
     name: str
     release: str  # see hypervisor.RELEASES
     skew: float  # seconds, of its wall clock
+    guests: int = 3
+    sockets: bool = False  # each guest has a daemon of its own, as on a KubeVirt node
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,16 +91,22 @@ assert points.__doc__ is not None
 assert all(point in points.__doc__ for point in SPOOL_POINTS)
 
 
+HOST_SECONDS = (240.0, 600.0, 1200.0)
+FLEET_SECONDS = (1000.0, 1800.0, 3600.0)
+
+
 def draw(seed: int) -> Plan:
     """The plan of a seed."""
     dice = random.Random(f"plan {seed}")
     fleet = seed % 8 == 0
-    count = dice.choice((4, 5)) if fleet else dice.choice((1, 1, 2))
+    count = dice.choice((4, 4, 4, 5)) if fleet else dice.choice((1, 1, 2))
+    size = dice.choices((0, 1, 2), (70, 25, 5))[0]  # most are short and dense: they find as much in less time
     hosts = tuple(
         HostPlan(
             f"host-{number}",
             dice.choice(RELEASE_NAMES),
             dice.choice((0.0, 0.0, dice.uniform(-86400, 86400))),
+            guests=2 if fleet else 3,
         )
         for number in range(1, count + 1)
     )
@@ -110,19 +119,35 @@ def draw(seed: int) -> Plan:
         broker=broker,
         hosts=hosts,
         faults=(),
-        faulty_seconds=1800.0 if fleet else 600.0,
-        quiet_seconds=700.0 if fleet else 200.0,
+        faulty_seconds=(FLEET_SECONDS if fleet else HOST_SECONDS)[size],
+        quiet_seconds=500.0 if fleet else 200.0,
         group_commit=dice.random() < 0.3,
         reactors=dice.choice((1, most) if fleet else (0, 0, 1)),
     )
-    faults = sorted(_faults(plan, dice), key=lambda fault: fault.at)
-    return replace(plan, faults=tuple(faults))
+    faults = tuple(sorted(_faults(plan, dice), key=lambda fault: fault.at))
+    return replace(plan, faults=faults) if seed % 8 != 4 else _nodes(plan, faults)
+
+
+def _nodes(plan: Plan, faults: tuple[Fault, ...]) -> Plan:
+    """The same on KubeVirt nodes, with more guests."""
+    dice = random.Random(f"nodes {plan.seed}")
+    guests = dice.choice((3, 6, 6, 12))
+    return replace(
+        plan,
+        hosts=tuple(replace(host, guests=guests, sockets=True) for host in plan.hosts),
+        faults=tuple(
+            replace(one, how={**one.how, "guest": dice.randrange(guests)}) if "guest" in one.how else one
+            for one in faults
+        ),
+    )
 
 
 def _faults(plan: Plan, dice: random.Random) -> Iterator[Fault]:
     end = plan.faulty_seconds - 60.0
     fleet = plan.shape is Shape.FLEET
     rare = 4.0 if fleet else 1.0  # a fleet's own faults are seen better where less else happens
+    if plan.faulty_seconds == HOST_SECONDS[0]:
+        rare = 0.6
     for host in plan.hosts:
         if not fleet:
             yield from _often(dice, host.name, end, 8.0, _trouble)
@@ -136,13 +161,21 @@ def _faults(plan: Plan, dice: random.Random) -> Iterator[Fault]:
             (150.0, _guest),
             (300.0, _disk),
             (400.0, _terminate),
+            (150.0, _unplug),
+            (200.0, _snapshot),
+            (150.0, _migrate),
         ):
+            others = [other.name for other in plan.hosts if other is not host]
+            if draw_one is _migrate:
+                if not others:
+                    continue
+                draw_one = partial(_migrate, others=others)
             if dice.random() < (0.25 if fleet else 0.5):  # each seed has faults of its own
                 yield from _often(dice, host.name, end, mean * rare, draw_one)
     if fleet:
         if dice.random() < 0.6:
-            yield from _often(dice, "storage", end - 240.0, 500.0, lambda r: _outage(r, plan))
-        yield from _often(dice, "storage", end - 240.0, 300.0, lambda r: _host_fault(r, plan))
+            yield from _often(dice, "storage", end - 240.0, 400.0, lambda r: _outage(r, plan))
+        yield from _often(dice, "storage", end - 240.0, 200.0, lambda r: _host_fault(r, plan))
     if dice.random() < 0.6:
         yield from _often(dice, "broker", end, 90.0 * rare, _broker)
     if dice.random() < 0.5:
@@ -172,7 +205,7 @@ def _trouble(dice: random.Random) -> Drawn:
         for _ in range(dice.choice((1, 1, 2, 5)))
     ]
     how = {
-        "guest": dice.randrange(3),
+        "guest": dice.randrange(4),
         "disk": dice.randrange(2),
         "pause": pause,
         "copying": dice.random() < 0.1,
@@ -225,7 +258,22 @@ def _looks(dice: random.Random) -> Drawn:
 
 def _guest(dice: random.Random) -> Drawn:
     seconds = dice.choice((1.0, 20.0))
-    return "guest_restarts", {"seconds": seconds, "guest": dice.randrange(2)}, seconds
+    how = {"seconds": seconds, "guest": dice.randrange(2), "renamed": dice.random() < 0.2}
+    return "guest_restarts", how, seconds
+
+
+def _unplug(dice: random.Random) -> Drawn:
+    seconds = dice.choice((0.5, 20.0))
+    return "unplug", {"seconds": seconds, "guest": dice.randrange(4), "disk": dice.randrange(2)}, seconds
+
+
+def _snapshot(dice: random.Random) -> Drawn:
+    return "snapshot", {"guest": dice.randrange(4), "disk": dice.randrange(2)}, 0.0
+
+
+def _migrate(dice: random.Random, others: list[str]) -> Drawn:
+    seconds = dice.choice((0.5, 5.0))
+    return "migrate", {"to": dice.choice(others), "seconds": seconds, "guest": dice.randrange(4)}, seconds
 
 
 def _disk(dice: random.Random) -> Drawn:

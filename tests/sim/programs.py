@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 from tests.sim import disk
 from tests.sim.broker import ModelBus
-from tests.sim.hypervisor import Daemon
+from tests.sim.hypervisor import Daemon, Guest
+from tests.sim.node import Node
 from tests.sim.oracle import READ_SECONDS
 from tests.sim.plane import PlaneIntegration
 from tests.sim.runtime import HostClock, Process
 from virtbus.agent.agent import Agent, AgentOptions
 from virtbus.agent.incidents import IncidentLimits, Incidents
+from virtbus.config import Discover
 from virtbus.consumer import Consumer
 from virtbus.envelope import uuid7
 from virtbus.errors import SpoolFull
@@ -25,7 +27,8 @@ from virtbus.integrations.reactor import Reactor
 from virtbus.integrations.store import ActionStore
 from virtbus.model import Clock, Stamp
 from virtbus.sequences import MissingEvents
-from virtbus.sources import SourceOptions
+from virtbus.sources import Source, SourceOptions
+from virtbus.sources.many import ManySource
 from virtbus.sources.observer import Observer
 from virtbus.spool import Spool, SpoolLimits
 
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 LIMITS = IncidentLimits(quiet_seconds=60.0)
 RULES = HoldRules(raise_seconds=10.0, clear_seconds=20.0, max_share=0.34)
 HEARTBEAT_SECONDS = 30.0
+IDLE_SECONDS = 5.0  # how long the consumer waits at a time
+STEP_SECONDS = 2.0  # how long a reactor does, which judges its fleet as often
 
 
 class Program:
@@ -126,13 +131,18 @@ class Program:
 class SimAgent(Program):
     """An agent and its host."""
 
-    def __init__(self, world: World, name: str, number: int, clock: HostClock, daemon: Daemon) -> None:
+    def __init__(self, world: World, name: str, number: int, clock: HostClock, daemon: Daemon | Node) -> None:
         super().__init__(world, name, clock)
         self.daemon = daemon
         self.agent_id = f"6f2c3a30-9f5e-4c3e-8a40-{number:012d}"
         self.agent: Agent | None = None
         self.disk: str | None = None  # "full" or "fails"
         self.blind: list[tuple[float, float]] = []
+
+    def guest(self, number: int) -> Guest:
+        """One that is or was here."""
+        known = list(self.daemon.guests.values())
+        return known[number % len(known)]
 
     def killed(self, after: float, keeps: bool) -> None:
         now = self.world.sched.now
@@ -153,7 +163,7 @@ class SimAgent(Program):
                 sched.sleep(2.0)
         self._watch(spool)
         agent = Agent(
-            source=Observer(self.daemon, options=SourceOptions(since_ns=spool.opening.last_alive_ns)),
+            source=self._source(SourceOptions(since_ns=spool.opening.stamps_since_ns)),
             bus=ModelBus(self.world.broker, process, self.name),
             spool=spool,
             incidents=Incidents(LIMITS, new_id=lambda: uuid7(self.clock.wall_ns(sched.now))),
@@ -162,10 +172,17 @@ class SimAgent(Program):
         )
         self.agent = agent
         agent.start()
-        while not agent.wait(5.0):
+        while not agent.wait(30.0):
             continue
         agent.join()
         process.dead = True
+
+    def _source(self, options: SourceOptions) -> Source:
+        daemon = self.daemon
+        if isinstance(daemon, Daemon):
+            return Observer(daemon, options=options)
+        settings = Discover(sockets=(daemon.pattern,), host=self.name)
+        return ManySource(settings, options=options, connector=daemon.connector)
 
     def _watch(self, spool: Spool) -> None:
         """What the oracle hears of commits."""
@@ -188,7 +205,7 @@ class SimAgent(Program):
 
     def disk_code(self, path: str) -> int:
         """What a write to a file of ours meets."""
-        if self.disk is None or not path.startswith(f"{self.folder}/"):
+        if not path.startswith(f"{self.folder}/"):
             return 0
         return disk.FULL if self.disk == "full" else disk.FAILS
 
@@ -219,7 +236,7 @@ class SimConsumer(Program):
         consumer._seen.write = written  # type: ignore[method-assign]
         acting = world.truth.acting
         while True:
-            delivery = consumer.receive(1.0)
+            delivery = consumer.receive(IDLE_SECONDS)
             if delivery is None:
                 continue
             if not world.ending and world.sched.random.random() < 0.03:
@@ -247,6 +264,13 @@ class SimConsumer(Program):
             world.truth.missing_told.append(f"{told.epoch} {told.first} to {told.last}")
 
 
+class SlowReactor(Reactor):
+    """It waits longer at a time: whatever comes wakes it, and a simulated one is not asked to stop."""
+
+    def step(self, timeout: float) -> None:
+        super().step(STEP_SECONDS if timeout else 0.0)
+
+
 class SimReactor(Program):
     """`virtbus react` with a model of a control plane."""
 
@@ -261,7 +285,7 @@ class SimReactor(Program):
         def acting(key: str) -> None:
             world.truth.handing = (self.name, key)
 
-        reactor = Reactor(
+        reactor = SlowReactor(
             PlaneIntegration(world.plane, self.reach, acting),
             consumer=consumer,
             store=store,

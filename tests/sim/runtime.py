@@ -14,12 +14,18 @@ import sys
 import threading as real_threading
 import time as real_time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 import greenlet
+
+from virtbus import seen
+from virtbus.agent import publisher
+from virtbus.envelope import encoding
+from virtbus.model import Clock, Now
+from virtbus.spool import files
 
 START_NS = 1_767_225_600_000_000_000  # 2026-01-01, true time 0
 STEP_SECONDS = 20e-6  # what a turn of any thread takes
@@ -44,7 +50,7 @@ class HostClock:
         return now + self.booted
 
     def monotonic(self, now: float) -> float:
-        return self.boot(now) - self.suspended
+        return now + self.booted - self.suspended
 
 
 class Process:
@@ -84,6 +90,7 @@ class Scheduler:
         self._number = 0
         self._all: list[Task] = []
         self.world = Process("world", HostClock())
+        self.until_switch = 100  # acquisitions of a lock
 
     # ---- for whoever makes threads
 
@@ -163,6 +170,11 @@ class Scheduler:
     def sleep(self, seconds: float) -> None:
         self.block(seconds)
 
+    def switch(self) -> None:
+        """Another thread may come first here, at one lock in 500 or so."""
+        self.until_switch = int(self.random.expovariate(1 / 500))
+        self.block(self.random.random() * 0.002)
+
     def perhaps(self, chance: float) -> None:
         """Another thread may come first here."""
         if self.current is not None and not self.over and self.random.random() < chance:
@@ -175,8 +187,6 @@ class Scheduler:
         heapq.heappush(self._due, (at, self.random.random(), self._number, task, task.turn, woken))
 
     def _resume(self, task: Task) -> None:
-        from virtbus.envelope import encoding
-
         before, self.current = self.current, task
         encoding._last_tick = task.process.last_id
         try:
@@ -207,7 +217,12 @@ class Virtual:
                 me = sched.current
                 if me is None or sched.over:
                     return True  # the oracle looks while nobody runs
-                sched.perhaps(0.002)
+                sched.until_switch -= 1
+                if sched.until_switch < 0:
+                    sched.switch()
+                if self.owner is None:
+                    self.owner, self.depth = me, 1
+                    return True
                 end = None if timeout < 0 else sched.now + timeout
                 while self.owner is not None and self.owner is not me:
                     left = None if end is None else end - sched.now
@@ -426,15 +441,12 @@ def _module(real: ModuleType, **changed: object) -> ModuleType:
 
 
 @contextmanager
-def installed(scheduler: Scheduler) -> Iterator[Virtual]:
-    """While inside, virtbus runs on this scheduler."""
-    from virtbus import seen
-    from virtbus.envelope import encoding
-
+def installed(scheduler: Scheduler, instead_of: Sequence[tuple[Any, str, object]] = ()) -> Iterator[Virtual]:
+    """While inside, virtbus runs on this scheduler; `instead_of` are further (module, name, value)."""
     virtual = Virtual(scheduler)
     instead = virtual.modules()
     real_boot_id = seen.boot_id
-    undo: list[tuple[ModuleType, str, object]] = []
+    undo: list[tuple[Any, str, object]] = []
     for name, module in list(sys.modules.items()):
         if not name.startswith("virtbus.") or module is None:
             continue
@@ -451,6 +463,20 @@ def installed(scheduler: Scheduler) -> Iterator[Virtual]:
                 setattr(module, key, new)
     undo.append((encoding, "os", encoding.os))
     encoding.os = _module(encoding.os, urandom=lambda size: scheduler.random.randbytes(size))
+
+    def now(_: Clock) -> Now:
+        clock, at = virtual._clock(), scheduler.now
+        return Now(clock.wall_ns(at), clock.monotonic(at), clock.suspended)
+
+    for owner, key, value in (
+        (Clock, "__call__", now),
+        (publisher, "_IDLE_SECONDS", 5.0),  # a model's connection needs no looking after
+        (files.Lock, "check", lambda *_: None),  # nobody removes a folder here, nor turns it read-only
+        (files, "check_writable", lambda _: None),
+        *instead_of,
+    ):
+        undo.append((owner, key, getattr(owner, key)))
+        setattr(owner, key, value)
     state = real_random.getstate()
     real_random.seed(scheduler.random.random())  # tenacity's jitter
     try:
@@ -458,5 +484,5 @@ def installed(scheduler: Scheduler) -> Iterator[Virtual]:
     finally:
         scheduler.end()
         real_random.setstate(state)
-        for module, key, value in undo:
-            setattr(module, key, value)
+        for owner, key, value in undo:
+            setattr(owner, key, value)

@@ -12,17 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.sim import disk, oracle
+from tests.sim import disk, node, oracle
 from tests.sim.broker import Broker, ModelBus
 from tests.sim.hypervisor import ALIASES, DISKS, RELEASES, SECRET, Daemon, Guest
+from tests.sim.node import NODES, Node
 from tests.sim.plan import Fault, Plan, Shape, draw
-from tests.sim.plane import Node, Plane
+from tests.sim.plane import Node as PlaneNode
+from tests.sim.plane import Plane
 from tests.sim.programs import Program, SimAgent, SimConsumer, SimReactor
 from tests.sim.runtime import HostClock, Process, Scheduler, Virtual, installed
 from virtbus import consumer as consumer_module
 from virtbus import telemetry
 from virtbus.bus import BusOptions
-from virtbus.sources.link import PAUSED
+from virtbus.sources import many
+from virtbus.sources.link import PAUSED, RUNNING
 from virtbus.spool import faults as points
 
 ON_TMPFS = Path("/dev/shm")
@@ -80,8 +83,10 @@ class World:
         telemetry.configure(stream=log)
         opener = consumer_module.open_bus
         gc.collect()  # connections of an earlier world are closed by the rules of theirs
+        gc.disable()  # a world of minutes makes few cycles, and none while it matters
         try:
-            with disk.watched() as self.journal, installed(self.sched) as virtual:
+            sockets = ((many, "look", node.look), (many, "Watch", node.Watch))
+            with disk.watched() as self.journal, installed(self.sched, sockets) as virtual:
                 self.journal.failing = self._disk_code
                 points.hook = self._at_point
                 consumer_module.open_bus = self._open_bus  # type: ignore[assignment]
@@ -93,6 +98,8 @@ class World:
                 self.sched.run(plan.faulty_seconds + plan.quiet_seconds)
                 self._look()
         finally:
+            gc.enable()
+            NODES.clear()
             points.hook = points._nothing
             consumer_module.open_bus = opener
             shutil.rmtree(self.root, ignore_errors=True)
@@ -120,19 +127,23 @@ class World:
         self.plane = Plane(self.sched, standing=self._standing)
         for number, host in enumerate(plan.hosts, 1):
             quirks = RELEASES[host.release]
-            daemon = Daemon(self.sched, virtual, host.name, quirks)
+            clock = HostClock(host.skew)
+            daemon: Daemon | Node = (
+                Node(self.sched, virtual, host.name, quirks, self.root, clock)
+                if host.sockets
+                else Daemon(self.sched, virtual, host.name, quirks)
+            )
             fleet = plan.shape is Shape.FLEET
-            for index in range(1, 3 if fleet else 4):
+            for index in range(1, 1 + host.guests):
                 uuid = f"{number:08d}-0000-4000-8000-{index:012d}"
                 systems = (
                     {ALIASES[0]: (number + index) % 3, ALIASES[1]: (number + index + 1) % 3} if fleet else {}
                 )
-                daemon.guests[uuid] = Guest(
-                    uuid, f"guest-{number}{index}", index, unnamed=index == 3, systems=systems
-                )
-            agent = SimAgent(self, host.name, number, HostClock(host.skew), daemon)
+                daemon.take(Guest(uuid, f"guest-{number}{index}", index, unnamed=index == 3, systems=systems))
+            agent = SimAgent(self, host.name, number, clock, daemon)
             self.hosts.append(agent)
-            self.plane.nodes[host.name] = Node(f"uid-{number}")
+            self.truth.skews[host.name] = [(0.0, host.skew)]
+            self.plane.nodes[host.name] = PlaneNode(f"uid-{number}")
             self.tell(host.name, f"libvirt {quirks.libvirt} ({quirks.name}), wall clock {host.skew:+.0f} s")
             agent.start()
         self.consumer = SimConsumer(self, "consumer", HostClock())
@@ -213,15 +224,15 @@ class World:
     ) -> None:
         """A disk fails for a while; whoever watches resumes the guest."""
         daemon = host.daemon
-        one = list(daemon.guests.values())[guest]
+        one = host.guest(guest)
         alias = ALIASES[disk]
-        if not one.here:
+        if not one.here or alias in one.unplugged:
             return
         one.copying = copying
         what = f"{'pauses' if pause else 'reports'}{', block job' if copying else ''}"
         self.tell(host.name, f"{one.name} {alias} fails ({what})")
         for events, stays, runs in times:
-            if not one.here or one.state != 1:
+            if not one.here or one.state != RUNNING or alias in one.unplugged:
                 break
             before = len(daemon.errors)
             daemon.error(one, alias, pause=pause, events=int(events))
@@ -246,7 +257,8 @@ class World:
             return
         clock, now = host.clock, self.sched.now
         host.kill(after, at, power=keeps)
-        clock.booted, clock.suspended, clock.boots = -now, 0.0, clock.boots + 1
+        clock.booted, clock.suspended, clock.boots = -(now + after / 2), 0.0, clock.boots + 1
+        self.truth.boots.setdefault(host.name, []).append(now)
         here = [guest for guest in host.daemon.guests.values() if guest.here]
         for guest in here:
             host.daemon.leave(guest)
@@ -272,7 +284,7 @@ class World:
                 host.reach(point)
 
     def _disk_code(self, path: str) -> int:
-        return next((code for host in self.hosts if (code := host.disk_code(path))), 0)
+        return next((code for host in self.hosts if host.disk and (code := host.disk_code(path))), 0)
 
     def _do_terminate(self, host: SimAgent) -> None:
         if host.agent is None or not host.alive:
@@ -306,6 +318,7 @@ class World:
     def _do_step_clock(self, host: SimAgent, step: float) -> None:
         self.tell(host.name, f"the wall clock is set by {step:+.0f} s")
         host.clock.skew += step
+        self.truth.skews[host.name].append((self.sched.now, host.clock.skew))
 
     def _do_libvirt_restarts(self, host: SimAgent, seconds: float) -> None:
         self.tell(host.name, f"libvirtd restarts, away for {seconds:.0f} s")
@@ -320,18 +333,48 @@ class World:
         host.daemon.failing_until = self.sched.now + seconds
 
     def _do_looks_hang(self, host: SimAgent, seconds: float, guest: int) -> None:
-        one = list(host.daemon.guests.values())[guest]
+        one = host.guest(guest)
         self.tell(host.name, f"looks at {one.name} hang for {seconds:.0f} s")
         one.hangs_until = self.sched.now + seconds
 
-    def _do_guest_restarts(self, host: SimAgent, seconds: float, guest: int) -> None:
-        one = list(host.daemon.guests.values())[guest]
+    def _do_guest_restarts(self, host: SimAgent, seconds: float, guest: int, renamed: bool = False) -> None:
+        one = host.guest(guest)
         if one.here:
             self.tell(host.name, f"{one.name} is shut off, and comes back in {seconds:.0f} s")
             host.daemon.leave(one)
             self.sched.sleep(seconds)
+            if renamed and not one.here:
+                self.tell(host.name, f"{one.name} is renamed {one.name}+")
+                host.daemon.rename(one, f"{one.name}+")
             if not one.here:
                 host.daemon.enter(one)
+
+    def _do_unplug(self, host: SimAgent, seconds: float, guest: int, disk: int) -> None:
+        one, alias = host.guest(guest), ALIASES[disk]
+        if not one.here or one.state != RUNNING or alias in one.unplugged:
+            return
+        self.tell(host.name, f"{one.name} {alias} is unplugged for {seconds:.0f} s")
+        host.daemon.unplug(one, alias)
+        self.sched.sleep(seconds)
+        if alias in one.unplugged:
+            host.daemon.plug(one, alias)
+
+    def _do_snapshot(self, host: SimAgent, guest: int, disk: int) -> None:
+        one, alias = host.guest(guest), ALIASES[disk]
+        self.tell(host.name, f"a snapshot of {one.name} {alias}")
+        one.snapshots[alias] = one.snapshots.get(alias, 0) + 1
+
+    def _do_migrate(self, host: SimAgent, to: str, seconds: float, guest: int) -> None:
+        """A guest goes to another host; one that stands is resumed there."""
+        (there,) = [one for one in self.hosts if one.name == to]
+        one = host.guest(guest)
+        working = all(each.daemon.works for each in (host, there))
+        if not one.here or not working or one.copying or one.hangs_until > self.sched.now:
+            return
+        self.tell(host.name, f"{one.name} is migrated to {to}")
+        new = host.daemon.give(one, there.daemon)
+        self.sched.sleep(seconds)
+        there.daemon.resume(new)
 
     def _do_disk(self, host: SimAgent, seconds: float, how: str) -> None:
         self.tell(
@@ -362,7 +405,7 @@ class World:
             began = self.sched.now
             self.sched.sleep(self.sched.random.random() * 20)
             for alias in DISKS:
-                if hit(guest, alias) and guest.here:
+                if hit(guest, alias) and guest.here and alias not in guest.unplugged:
                     host.daemon.error(guest, alias, pause=True)
                     self.tell(host.name, f"  {guest.name} {alias}: 1 error")
                     break
@@ -464,13 +507,19 @@ class World:
         truth = self.truth
         for host in self.hosts:
             truth.errors += host.daemon.errors
-            truth.away.update(host.daemon.away)
+            if isinstance(host.daemon, Node):
+                truth.sockets.update(host.daemon.owners)
+            for uuid, times in host.daemon.away.items():
+                truth.away.setdefault(uuid, []).extend(times)
             truth.blind[host.name] = host.blind
             if host.agent is None or not host.alive:
                 truth.problems.append(f"{host.name}: no agent runs in the end")
                 continue
             truth.pending[host.name] = host.agent.spool.stats().pending
             truth.open[host.name] = {one.id for one in host.agent.incidents.open_incidents()}
+        truth.problems += [
+            f"{one.name} does not run in the end" for one in (self.consumer, *self.reactors) if not one.alive
+        ]
         truth.queued = {name: len(group) for name, group in self.broker.groups.items()}
         truth.letters = [(group, message.body, reason) for group, message, reason in self.broker.letters]
         truth.plane = self.plane

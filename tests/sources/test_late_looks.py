@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 
@@ -11,7 +14,7 @@ from tests.sources.simulated import Guest, Seen, SimulatedHost
 from tests.sources.test_observer import OPTIONS, is_finding, observed, until
 from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.model import Clock, Event, IoError, IoErrorResolved
-from virtbus.observations import Burst, HostKnown, Observation, SourceReady
+from virtbus.observations import Burst, HostKnown, Observation, SourceLost, SourceReady
 from virtbus.retry import no_waiting
 from virtbus.sources.link import ACTION_REPORT, PAUSED, PAUSED_IOERROR, RESUMED, RUNNING
 from virtbus.sources.observer import Observer
@@ -34,8 +37,8 @@ def paused_guest(host: SimulatedHost) -> Guest:
 class Run:
     """One run of an agent: what a source tells becomes incidents, whose states survive it."""
 
-    def __init__(self, host: SimulatedHost, states: dict[str, bytes]) -> None:
-        self.observer = Observer(host, options=OPTIONS)
+    def __init__(self, host: SimulatedHost, states: dict[str, bytes], *, since_ns: int | None = None) -> None:
+        self.observer = Observer(host, options=replace(OPTIONS, since_ns=since_ns))
         self.seen = Seen()
         self.events: list[Event] = []
         self._states = states
@@ -169,6 +172,101 @@ def test_an_old_disk_error_that_is_kept_is_not_told_again_after_a_restart_in_ano
     with Run(host, states) as again:
         until(lambda: not again.observer.guests.reconciling)
         assert sum(again.counts()) == 0
+
+
+def restart(guest: Guest) -> None:
+    """Destroyed and started again: libvirt numbers each run of a domain."""
+    before, guest.number = guest.number, guest.number + 100
+    guest.xml = guest.xml.replace(f"<domain id='{before}'", f"<domain id='{guest.number}'")
+    guest.state, guest.reason, guest.disk_errors = RUNNING, 1, {}
+
+
+@pytest.mark.parametrize("agent_restarts", [False, True])
+@pytest.mark.parametrize("fails_again", [False, True])
+def test_a_guest_that_was_started_anew_unseen_ends_its_incident_and_an_error_of_its_new_run_is_told(
+    agent_restarts: bool, fails_again: bool
+) -> None:
+    host = SimulatedHost(1)
+    guest = next(iter(host.guests.values()))
+    states: dict[str, bytes] = {}
+    events: list[Event] = []
+
+    def unseen() -> None:
+        restart(guest)
+        if fails_again:
+            guest.state, guest.reason, guest.disk_errors = PAUSED, PAUSED_IOERROR, {"vda": 1}
+
+    with Run(host, states) as run:
+        host.io_error(guest)
+        host.suspend(guest)
+        until(lambda: sum(run.counts()) == 1)
+        if not agent_restarts:
+            host.down = True
+            host.cut()
+            run.seen.wait(SourceLost)
+            unseen()
+            host.down = False
+            run.seen.wait(SourceReady, 2)
+            until(lambda: not run.observer.guests.reconciling)
+    events += run.events
+    if agent_restarts:
+        unseen()
+        with Run(host, states, since_ns=time.time_ns()) as again:
+            until(lambda: not again.observer.guests.reconciling)
+        events += again.events
+    ended = [event for event in events if isinstance(event, IoErrorResolved)]
+    assert [event.resolution.cause for event in ended] == ["domain_stopped"]
+    counts = [event.occurrences.count for event in events if isinstance(event, IoError)]
+    assert sum(counts) == 1 + fails_again
+    ids = {event.incident.id for event in events if isinstance(event, IoError)}
+    assert len(ids) == 1 + fails_again
+
+
+# -------------------------------------------------------------------- errors that libvirt remembers
+
+
+def remembered(disk: str = "vda") -> str:
+    at = datetime.fromtimestamp(time.time() - 5, UTC)
+    return (
+        f"I/O error: disk='{disk}', index='1', path='/img/a', "
+        f"timestamp='{at:%Y-%m-%d %H:%M:%S.%f}+0000', message='Input/output error'"
+    )
+
+
+@pytest.mark.parametrize("trouble", ["fails", "hangs"])
+def test_what_was_to_be_found_since_a_moment_is_still_found_when_the_connection_is_lost_before_the_answer(
+    trouble: str,
+) -> None:
+    host = SimulatedHost(keeps_messages=True)
+    guest = host.add()
+    guest.messages = [remembered()]
+    if trouble == "hangs":
+        host.hanging.add(guest.uuid)
+    else:
+        host.failures = {"messages": FOR_EVER}
+    with Run(host, {}, since_ns=time.time_ns() - 20 * 10**9) as run:
+        assert run.counts() == []
+        for connections in (2, 3):
+            host.cut()
+            run.seen.wait(SourceReady, connections)
+        host.failures, host.hanging = {}, set()
+        host.release.set()
+        until(lambda: run.counts() == [1])
+
+
+def test_errors_of_two_disks_are_two_also_when_the_description_comes_after_them() -> None:
+    host = SimulatedHost(keeps_messages=True)
+    guest = host.add()
+    guest.xml = guest.xml.replace(
+        "</devices>",
+        "<disk type='file' device='disk'><source file='/img/b'/><target dev='vdb' bus='virtio'/>"
+        "<alias name='virtio-disk1'/></disk></devices>",
+    )
+    guest.messages = [remembered("vda"), remembered("vdb")]
+    host.failures = {"xml": 1.0}
+    with Run(host, {}, since_ns=time.time_ns() - 20 * 10**9) as run:
+        until(lambda: run.counts() == [1, 1])
+        assert run.aliases() == {"virtio-disk0", "virtio-disk1"}
 
 
 # ------------------------------------------------------------------------------------ other questions

@@ -257,6 +257,18 @@ def test_links_and_files_are_no_sockets(tmp_path: Path) -> None:
         SocketConnector(str(linked), "qemu+unix:///session?socket={socket}", OPTIONS).open(None)
 
 
+def test_a_daemon_that_is_found_by_several_names_is_observed_once(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "run"
+    folder.mkdir(parents=True)
+    for name in ("virtqemud-sock", "virtqemud-sock-ro"):
+        bind(folder / name)
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    assert set(look([f"{tmp_path}/*/run/virtqemud-sock"])) == {f"{folder}/virtqemud-sock"}
+    assert set(look([f"{tmp_path}/*/run/virtqemud-sock*", f"{folder}/virtqemud-sock-ro"])) == {
+        f"{folder}/virtqemud-sock-ro"
+    }
+
+
 def test_the_folders_on_the_way_are_watched_before_they_are_listed(tmp_path: Path) -> None:
     (tmp_path / "pod" / "libvirt-runtime").mkdir(parents=True)
     watched: list[str] = []

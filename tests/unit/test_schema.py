@@ -84,7 +84,7 @@ def test_every_example_of_a_property_fits_the_property(entry: schema.SchemaFile)
 def test_durations_and_sizes_tell_their_unit_in_name_and_description(entry: schema.SchemaFile) -> None:
     for path, node in properties(schema.load(entry.id)):
         name = path.rpartition(".")[2]
-        for suffix, word in (("_seconds", "seconds"), ("_bytes", "bytes"), ("_per_minute", "a minute")):
+        for suffix, word in (("_seconds", "seconds"), ("_bytes", "bytes"), ("_per_minute", "per minute")):
             if name.endswith(suffix):
                 assert word in node["description"], path
 

@@ -86,6 +86,19 @@ def test_a_connection_that_does_not_answer_is_silent_and_one_that_stood_still_at
 
 
 @pytest.mark.parametrize("step", [-3600.0, 3600.0])
+def test_a_clock_that_is_set_before_a_word_of_the_source_is_read_moves_no_edge(step):
+    def told(seconds, kind, **more):
+        told_at = Moment.of(at(seconds))
+        return kind(at_ns=told_at.wall_ns, booted_ns=told_at.booted_ns, **more)
+
+    seen = SeenThrough(Moment.of(at(0)))
+    seen.take(told(100, SourceReady, host=a_host(), domains=(), proves=True), at(101, stepped=step))
+    assert seconds_of(seen.committed()) == 100
+    seen.take(told(90, SourceLost, why="deaf"), at(120, stepped=step))
+    assert seconds_of(seen.blind.since) == 90
+
+
+@pytest.mark.parametrize("step", [-3600.0, 3600.0])
 def test_a_moment_is_told_in_the_wall_clock_as_it_is_now(step):
     moment, now = Moment.of(at(100)), at(160, stepped=step)
     assert (now.wall_ns - moment.wall(now)) / 1e9 == pytest.approx(60)
@@ -93,6 +106,14 @@ def test_a_moment_is_told_in_the_wall_clock_as_it_is_now(step):
 
 def test_what_the_clock_wandered_changes_no_stamp():
     assert Moment.of(at(100)).wall(at(160, stepped=0.05)) == at(100).wall_ns
+
+
+@pytest.mark.parametrize("step", [-3600.0, 3600.0])
+def test_a_stamp_of_either_clock_is_not_older_than_its_moment(step):
+    moment, now = Moment.of(at(100)), at(160, stepped=step)
+    before_the_step, after_it = at(130), at(130, stepped=step)
+    assert moment.earliest_stamp(now) < min(before_the_step.wall_ns, after_it.wall_ns)
+    assert moment.earliest_stamp(now) in (at(100).wall_ns, at(100, stepped=step).wall_ns)
 
 
 def test_moments_are_ordered_by_the_boots_clock_whatever_the_wall_clock_did():

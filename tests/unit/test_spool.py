@@ -559,6 +559,26 @@ def test_a_restart_tells_the_last_run_and_its_last_sign_of_life(folder, clock):
     assert second.opening.last_alive_ns == alive
 
 
+@pytest.mark.parametrize(("step", "off", "placed"), [(0, 60, True), (3600, 60, True), (-3600, 60, False)])
+def test_a_clock_that_was_set_back_over_a_reboot_can_not_tell_the_last_sign_of_life(
+    folder, clock, monkeypatch, step, off, placed
+):
+    monkeypatch.setattr("virtbus.spool.opening.boot_id", lambda: "one")
+    first = open_spool(folder, clock=clock)
+    first.commit([io_error(1)])
+    first.alive(clock.wall_ns)
+    alive = clock.wall_ns
+    first.close()
+    monkeypatch.setattr("virtbus.spool.opening.boot_id", lambda: "two")
+    clock.pass_time(off)
+    clock.jump(step)
+    clock.monotonic = 5.0  # since the boot
+    second = open_spool(folder, clock=clock)
+    second.close()
+    assert second.opening.placed is placed
+    assert second.opening.last_alive_ns == min(alive, clock.wall_ns - 5 * 10**9)
+
+
 def test_the_last_sign_of_life_is_when_observing_ended_and_not_when_the_drain_did(folder, clock):
     first = open_spool(folder, clock=clock)
     first.commit([io_error(1)])

@@ -152,6 +152,7 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
     paused_at: list[float] = []  # the last pauses of a loop
     flapping: bool = False  # as last told
     stamp_ns: int | None = None  # the hypervisor's own time of its newest error, where it kept one
+    run: int | None = None  # the domain's id (virDomainGetID) at its last error: another start has another
     removed: bool = False  # its device was unplugged while the guest stood still
     described: bool = False  # its device's description changed since it was last told
     saved_at: float = 0.0
@@ -185,6 +186,7 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
             self.stamp_ns = max(self.stamp_ns or 0, burst.stamp_ns)
         if burst.count:
             self.removed = False
+            self.run = self.run if burst.raw.domain_id is None else burst.raw.domain_id
             self.first_ns = min(self.first_ns, first)
             self.last_ns = max(self.last_ns, last)
 

@@ -9,10 +9,10 @@ Guarantees, for any order of observations, clock jumps and restarts:
 4. One (domain, alias) has at most one open incident, and it ends in exactly one resolution.
 5. Memory is bounded by `IncidentLimits.max_open`.
 
-A burst of count 0 is what was found out about errors that were told already (evidence, a text, the device's
-name): it is told like an error of its incident, as an update of count 0, when it says anything new, but opens
-none and does not disturb the quiet. What a look finds (origin `reconcile`) and an incident of this or an
-earlier run tells of already is such a burst, whenever the look comes.
+A burst of count 0 carries facts found later about errors that were already reported (evidence, a text, the
+device's name). If they are new, they become an update of count 0; they open no incident and do not restart
+the quiet period. What a look finds (origin `reconcile`) and an incident of this or an earlier run already
+covers becomes such a burst, whenever the look comes.
 
 A guest that does not run, for whatever reason, proves nothing by its silence.
 
@@ -198,10 +198,10 @@ class Incidents:
     def _ready(self, ready: SourceReady) -> list[Event]:
         """Compare what is open with what was looked at, after a time of not seeing.
 
-        1. Incidents whose domain or device is gone end (why it went can't be known any more:
-           `domain_stopped`, `device_removed`).
+        1. Incidents whose domain or device is gone, or whose domain was started anew, end (why it went
+           can't be known any more: `domain_stopped`, `device_removed`).
         2. Findings that no incident tells of are errors; so is a pause by an error that nothing tells of.
-        3. GuestWatch run or are paused as they were found.
+        3. Guests run, or are paused, as the look found them.
         4. No incident counts as quiet before we have watched it again for the widest window.
         """
         self._book.host = ready.host
@@ -209,11 +209,15 @@ class Incidents:
         self._book.throttles = ready.throttles or (not ready.whole and self._book.throttles)
         domains = {one.uuid: one for one in ready.domains if one.state != GuestState.SHUT_OFF}
         events: list[Event] = []
+        restarted: set[str] = set()
         for incident in list(self._book.open.values()):
             if incident.scope is Scope.HOST:
                 incident.paused &= domains.keys() if ready.whole else incident.paused
             elif domain := domains.get(uuid_in(incident.key)):
-                if domain.state in _RUNNING_STATES and incident.removed:
+                if None not in (incident.run, domain.number) and incident.run != domain.number:
+                    restarted.add(domain.uuid)
+                    events += self._teller.resolve(incident, ResolutionCause.DOMAIN_STOPPED, ready.at_ns)
+                elif domain.state in _RUNNING_STATES and incident.removed:
                     events += self._teller.resolve(incident, ResolutionCause.DEVICE_REMOVED, ready.at_ns)
                 elif (
                     incident.scope is Scope.DEVICE
@@ -224,8 +228,8 @@ class Incidents:
                     events += self._teller.removed(incident, ready.at_ns)
             elif ready.whole:  # else it is another connection's guest, or told gone by its own
                 events += self._teller.resolve(incident, ResolutionCause.DOMAIN_STOPPED, ready.at_ns)
+        self._book.forget(lambda uuid, _alias: uuid in restarted or (ready.whole and uuid not in domains))
         if ready.whole:
-            self._book.forget(lambda uuid, _alias: uuid not in domains)
             self._teller.wake = -math.inf  # what was unseen may be due
         self._watch.looked_at(set(domains), whole=ready.whole)
         for domain in domains.values():
@@ -265,7 +269,7 @@ class Incidents:
         return events
 
     def _tells_of(self, finding: Burst) -> bool:
-        """Whether an incident of this or an earlier run told of a look's finding already.
+        """Whether an incident of this or an earlier run already covers a look's finding.
 
         An error's own time is that of the message which the hypervisor kept of it: what has one is known if
         its device had an error at that time or later. A standing pause without one is known if an incident of
@@ -300,7 +304,7 @@ class Incidents:
         return any(uuid in one.paused for one in concerned if drills or not one.drill)
 
     def _keep_paused(self, domain: DomainState, at_ns: int) -> list[Event]:
-        """A guest was found paused by an error, and no incident says so: one does, or is opened."""
+        """A guest was found paused by an error, and no incident says so: mark one that may, or open one."""
         known = (PAUSE_CODE, REPORT_CODE)
         incidents = [one for one in self._book.of(domain.uuid) if not one.drill]
         unclear = [one for one in incidents if one.facts.action_code not in known]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 
 from virtbus.agent.identity import Speaker
@@ -28,7 +30,7 @@ from virtbus.observations import (
     Surveyed,
 )
 from virtbus.retry import Backoff
-from virtbus.seen import Blind, Moment, Sight, stalled_words
+from virtbus.seen import Blind, Moment, Sight, moment_of, stalled_words
 from virtbus.sources import Source
 from virtbus.spool import Spool
 from virtbus.telemetry import METRICS, SpoolUnwritable, SpoolWritable, Trouble, emit
@@ -36,15 +38,15 @@ from virtbus.words import GapReason, Origin, Phase
 
 SOURCE_GRACE_SECONDS = 5.0  # how long the first event of a start waits for the first snapshot
 ALIVE_SECONDS = 5.0  # between two signs of life in the spool (the promise is 10 s)
-# How long a storm is let gather after errors that were only counted: so, many share one sync of the disk, and
-# news among them waits no longer than this.
+# In a storm: the wait after a batch that was only counted, so that many errors share one disk sync. News
+# among them is delayed by no more than this.
 GATHER_SECONDS = 0.02
 HANGING_SECONDS = 10.0  # a write that takes longer is not merely slow
 UNREAD_SECONDS = 10.0  # between two gap events about callbacks that nobody could read
 
 
 class Writer:
-    """The intake's hand on the disk: each batch in one transaction, and the sign of life behind it.
+    """Writes for the intake: each batch in one transaction, then the sign of life.
 
     Any thread may ask for its `troubles`.
     """
@@ -85,16 +87,18 @@ class Writer:
             return  # what is lost and unnamed is named by the spool itself, with any commit
         backoff = Backoff("commit", ceiling=2.0)
         failed: Now | None = None
-        begun = self.busy_since = self._clock().monotonic
+        begun = self._clock()
+        self.busy_since = begun.monotonic
         while True:
-            batch = self._pending if failed is None else [*self._pending, self._unwritable_gap(failed)]
+            batch = self._pending if failed is None else self._overdue(begun, failed)
             try:
                 stamps = self._spool.commit(batch, self._pending_states)
             except SpoolFull as error:
                 failed = failed or self._clock()
                 self.error = str(error)
                 emit(SpoolUnwritable(str(self._spool.path), error))
-                if self._abort.is_set() or (self._stop.is_set() and self._clock().monotonic > begun + 2.0):
+                waited = self._clock().monotonic - begun.monotonic
+                if self._abort.is_set() or (self._stop.is_set() and waited > 2.0):
                     return  # ending with a broken disk: this batch lies inside the next start's gap
                 backoff.wait(self._abort, error)
                 continue
@@ -105,15 +109,18 @@ class Writer:
             self._committed(batch, stamps)
             return
 
-    def _unwritable_gap(self, failed: Now) -> Gap:
+    def _overdue(self, begun: Now, failed: Now) -> list[Event]:
+        """What waits since `begun`, and the gap of the disk that refused, in the wall clock as it is now."""
         now = self._clock()
-        return self._speaker.gap(
+        step = timedelta(microseconds=(Moment.of(begun).wall(now) - begun.wall_ns) // 1000)
+        gap = self._speaker.gap(
             GapReason.SPOOL_UNWRITABLE,
             f"the spool could not be written for {now.monotonic - failed.monotonic:.0f} s; "
             "errors were counted in memory",
             started_at=to_datetime(Moment.of(failed).wall(now)),
             ended_at=to_datetime(now.wall_ns),
         )
+        return [*(_moved(event, step) if isinstance(event, Gap) else event for event in self._pending), gap]
 
     def _committed(self, events: Sequence[Event], stamps: Sequence[Stamp]) -> None:
         for event in events:
@@ -130,7 +137,7 @@ class Writer:
                 self._taps.offer("incident", event, stamp)
 
     def sign_of_life(self, now: Now, through: Moment) -> None:
-        """Tell the spool up to when all is seen; thus a bad disk shows on an idle host too."""
+        """Store up to when everything was seen; this also detects a bad disk on an idle host."""
         self.busy_since = self._clock().monotonic
         taken = self._spool.alive(through.wall(now))
         self.busy_since = None
@@ -199,10 +206,10 @@ class Intake:
         """Take in until the stop, or `abort`; what is committed by then may be published."""
         try:
             self._open_epoch()
-            while not (self._stop.is_set() and len(self.queue) == 0) and not self._abort.is_set():
+            while not (self._stop.is_set() and self.queue.is_told) and not self._abort.is_set():
                 if self._once(self._timeout()):
                     self._stop.wait(GATHER_SECONDS)
-            if self.stopped is not None and len(self.queue) == 0:
+            if self.stopped is not None and self.queue.is_told:
                 # From here on nobody looks. What an abort left in the queue was not seen.
                 self.sight.drained(self.stopped)
                 self._spool.alive(self.seen_through().wall(self._clock()))
@@ -242,10 +249,11 @@ class Intake:
         if ready is not None:
             # A further connection that comes up later was not seen since this one did.
             why = "a further connection came up later than the first"
-            self.sight.unreached = unreached._replace(since=Moment.stamped(ready.at_ns, now), why=why)
+            self.sight.unreached = unreached._replace(since=moment_of(ready, now), why=why)
         opening = self._spool.opening
-        since = None if opening.last_alive_ns is None else to_datetime(self.sight.since.wall(now))
-        until = to_datetime(ready.at_ns if ready else now.wall_ns)
+        known = opening.last_alive_ns is not None and opening.placed
+        since = to_datetime(self.sight.since.wall(now)) if known else None
+        until = to_datetime(now.wall_ns if ready is None else moment_of(ready, now).wall(now))
         gap = partial(self._speaker.gap, started_at=since, ended_at=until)
         missing = () if opening.damage else opening.missing
         down = gap(GapReason.AGENT_DOWN, previous=opening.previous, missing=missing, found=_found(events))
@@ -326,7 +334,8 @@ class Intake:
             found = self._apply(item, now)
             if ended is not None and isinstance(item, SourceReady):  # before what was found in it
                 count = _found(found)
-                gap = self._gap(ended.reason, ended.why, ended.since, item.at_ns, now, found=count)
+                until_ns = moment_of(item, now).wall(now)
+                gap = self._gap(ended.reason, ended.why, ended.since, until_ns, now, found=count)
                 found.insert(0, gap)
             events += found
             if isinstance(item, HostKnown | Surveyed | SourceReady) and self.opened.is_set():
@@ -380,6 +389,12 @@ class Intake:
         if not (self.writer.holds or self.queue.unread):
             self.sight.committed()
         return self.sight.through
+
+
+def _moved(gap: Gap, step: timedelta) -> Gap:
+    """A gap that was not told yet, after the wall clock was set by `step`."""
+    started_at = None if gap.started_at is None else gap.started_at + step
+    return replace(gap, started_at=started_at, ended_at=gap.ended_at + step)
 
 
 def _found(events: Sequence[Event]) -> int:

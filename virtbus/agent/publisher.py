@@ -17,6 +17,7 @@ from virtbus.retry import Attempt, retrying, start_over
 from virtbus.spool import Spool
 from virtbus.telemetry import METRICS, BusLost, EventParked, SpoolUnwritable, Trouble, emit
 
+_IDLE_SECONDS = 1.0  # with nothing to send: then the connection is looked after, and the file
 _AT_ONCE = 128  # records read at a time: the first are on their way while the next are read
 
 
@@ -76,7 +77,7 @@ class Publisher:
             emit(Trouble("publisher thread", error))  # an unknown fault must not end publishing
 
     def _sleep(self, seconds: float) -> None:
-        """Between attempts; the beginning of a drain, and its end, end it."""
+        """Sleep between attempts; the start or the end of a drain cuts it short."""
         if self._drain_end is None:
             self.draining.wait(seconds)
         else:
@@ -92,11 +93,11 @@ class Publisher:
         return self._clock() >= self._drain_end or self._spool.stats().pending == 0
 
     def _once(self, attempt: Attempt) -> None:
-        """Publish all that can be taken, or wait up to a second for something.
+        """Publish all that can be taken, or wait up to `_IDLE_SECONDS` for something.
 
         Raises what kept events from the broker.
         """
-        wait = min(1.0, self.heartbeat_in())
+        wait = min(_IDLE_SECONDS, self.heartbeat_in())
         # While draining, a set `draining` must not end the wait at once: keys may be parked.
         asleep_until = self._abort if self._drain_end is not None else self.draining
         if wait > 0 and not self._spool.wait(wait, asleep_until):

@@ -28,7 +28,7 @@ from virtbus.words import Origin
 
 QUEUE_LIMIT = 10_000  # callbacks; beyond it they fold into counters
 FOLD_LIMIT = 10_000  # different (device, action, reason) counters; beyond it errors are counted as dropped
-_SELF = 4  # words of a connection about itself that always find room: seen, lost, ready, its host
+_SELF = 4  # observations about a connection itself, for which room is kept: seen, lost, ready, its host
 BATCH_LIMIT = 20_000  # observations a transaction
 
 
@@ -39,13 +39,14 @@ class IntakeQueue:
     1. `put` never blocks on anything but a lock held for microseconds, and never raises;
     2. above `limit` queued, errors fold into one counter a (device, action, reason), and with `fold_limit` of
        these into one a (domain, action, reason), whose device is unknown: counts stay exact;
-    3. an error never changes sides with a lifecycle observation that came after it; when there is no room
-       for each of those either, the last of its kind stays, and stands behind or before a domain's errors as
-       the last of these did: so the domain's state in the end is the true one;
-    4. a connection's losses and returns that find no room become one of each, which says what all said;
+    3. an error never moves behind a lifecycle observation that came after it; when there is no room for all
+       of those, only the last of each kind is kept, on its true side of the domain's errors, so the domain's
+       final state is right;
+    4. when there is no room, a connection's losses merge into one, and its returns into one with the findings
+       of all;
     5. what can't be kept even so is counted in `take_dropped`; no more than `limit` and three times
        `fold_limit` are kept together (each connection beyond the first may add three);
-    6. a `SourceSeen` leaves behind everything that was put before it.
+    6. a `SourceSeen` comes out after everything that was put before it.
     """
 
     def __init__(self, limit: int = QUEUE_LIMIT, fold_limit: int = FOLD_LIMIT) -> None:
@@ -106,7 +107,7 @@ class IntakeQueue:
         self._folded[key] = observation
 
     def _put_crowded(self, observation: Observation) -> None:
-        """Keep the last word about a domain, device or connection: memory before order, and it is told."""
+        """Keep only the last observation of a domain, device or connection; what is dropped is counted."""
         kind: tuple[object, ...] = (type(observation),)
         if isinstance(observation, SourceReady | SourceLost):
             key = (*kind, observation.connection)
@@ -133,7 +134,8 @@ class IntakeQueue:
     def _joined(self, before: Observation | None, now: SourceReady | SourceLost) -> Observation:
         """Two losses are one since the first; two returns are the last one with the findings of both."""
         if isinstance(before, SourceLost) and isinstance(now, SourceLost):
-            return replace(now, at_ns=min(before.at_ns, now.at_ns))
+            first = min(before, now, key=lambda each: each.at_ns)
+            return replace(now, at_ns=first.at_ns, booted_ns=first.booted_ns)
         if isinstance(before, SourceReady) and isinstance(now, SourceReady):
             findings = before.findings + now.findings
             self._dropped_errors += max(0, len(findings) - self._fold_limit)
@@ -181,6 +183,11 @@ class IntakeQueue:
         with self._lock:
             unread, self._unread = self._unread, (0, "")
         return unread
+
+    @property
+    def is_told(self) -> bool:
+        """Whether everything was taken, also the callbacks that nobody could read."""
+        return not (len(self) or self._unread[0])
 
     def __len__(self) -> int:
         return len(self._items) + len(self._folded)

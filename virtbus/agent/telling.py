@@ -1,11 +1,11 @@
 """Counts errors into incidents and decides what is told of them when: windows, message rate, pauses, the end.
 
-The windows. A message opens a window; errors in it are counted and told when it ends, and the next
-window is twice as wide, up to the limit. An error after a silent window goes out at once; if it came within
-another such time the errors go on and the window widens, else it stays as wide as it was: rare errors are
-told without delay, and never more than one a window. A change of action or reason, or the start of
-flapping, goes out at once where the message rate allows it, else as soon as it does; what was counted by then
-goes with it, under the newest action and reason.
+The windows. A message opens a window; errors in it are counted and told when it ends, and the next window is
+twice as wide, up to the limit. An error after a silent window goes out at once; if it came within another
+window's length, the errors count as going on and the window widens, else its width stays: rare errors are
+told without delay, and never more than one a window. A change of action or reason, or the start of flapping,
+goes out at once where the message rate allows it, else as soon as it does; what was counted by then goes with
+it, under the newest action and reason.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ class Teller:
             (Scope.DOMAIN, f"{prefix}{uuid}", self._domains_limit),
             (Scope.HOST, f"{prefix}*", self._limits.max_open),
         ):
-            # An open incident of the domain keeps the domain's new devices, else the two would overlap.
+            # While an incident of the whole domain is open it also takes the domain's new devices, else the
+            # two would overlap.
             covered = scope is Scope.DEVICE and f"{prefix}{uuid}" in opened
             if key in opened:
                 return opened[key]
@@ -155,7 +156,10 @@ class Teller:
         return incident
 
     def _count(self, incident: IncidentState, burst: Burst) -> list[Event]:
-        """Add a burst to what is pending, and tell it now if it can't wait and need not."""
+        """Add a burst to what is pending.
+
+        Report it now if it is urgent or its window is over, as far as the message rate allows.
+        """
         at = self.now.monotonic
         facts = Facts.of(burst)
         if not burst.count:
@@ -273,7 +277,7 @@ class Teller:
         return events
 
     def removed(self, incident: IncidentState, at_ns: int) -> list[Event]:
-        """The device is gone; the standstill that it caused is told until the guest runs or is gone."""
+        """The device is gone; its incident stays open while the guest that it paused stands still."""
         if incident.paused:
             incident.removed = True
             self._book.touch(incident)
@@ -347,5 +351,5 @@ class Teller:
         return events
 
     def look_again(self) -> None:
-        """When the first of them is due."""
+        """Recompute when the first incident is due."""
         self.wake = min(map(self.due, self._book.open.values()), default=math.inf)

@@ -80,8 +80,9 @@ def table(answer: Mapping[str, Any]) -> str:
         ("broker", f"{bus['url']}  {bus['error'] or 'no error'}"),
         ("waiting", f"{spool['pending']} events, {spool['bytes']} bytes"
                     + (f", oldest {oldest:.0f} s" if oldest is not None else "")),
-        ("parked", f"{spool['parked_keys']} keys that nobody is bound for"),
-        ("set aside", f"{spool['dead']} events"),
+        ("parked", f"{spool['parked_keys']} keys that the broker does not take"
+                   " (no queue bound, or a queue is full)"),
+        ("dead letters", f"{spool['dead']} events"),
         ("sequence", f"{spool['committed_sequence']} committed, {spool['confirmed_sequence']} confirmed"),
         ("incidents", f"{answer['incidents']['open']} open"),
         ("ready", "yes" if not answer["not_ready"] else "NO: " + "; ".join(answer["not_ready"])),

@@ -85,7 +85,7 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
         limits = SpoolLimits(max_bytes=config.spool.max_bytes, max_age_seconds=config.spool.max_age_seconds)
         spool = Spool.open(state_dir, limits=limits, agent_id=agent_id, clock=clock)
         stack.callback(spool.close)
-        source = open_source(config, since_ns=spool.opening.last_alive_ns)
+        source = open_source(config, since_ns=spool.opening.stamps_since_ns)
         METRICS.spool_max_bytes.set(config.spool.max_bytes)
         watch_files(config.bus.tls.cert_file, config.bus.tls.ca_file)
         agent = Agent(
@@ -248,6 +248,7 @@ class _Signals:
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda number, frame: None)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})  # held back since the process began
         return self
 
     def __exit__(self, *_: object) -> None:

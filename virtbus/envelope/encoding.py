@@ -91,7 +91,7 @@ def uuid7(wall_ns: int, *, above: Iterable[str] = ()) -> str:
 
 
 def _tick_of(uuid: str) -> int:
-    """The time of a UUIDv7 as `_last_tick` counts it; 0 of what is none."""
+    """The time of a UUIDv7 as `_last_tick` counts it; 0 for anything else."""
     try:
         value = UUID(uuid)
     except ValueError:
@@ -109,8 +109,8 @@ def partition_key(event: Event) -> str:
 def encode(event: Event, stamp: Stamp) -> Encoded:
     """The event's attributes and data, checked against its schema.
 
-    Raises InvalidEvent, which carries what was encoded, when the event breaks its schema. Too large data is
-    cut visibly and `truncated` names the places. A gap of more than about 500 ranges would be cut: make two.
+    Raises InvalidEvent, which carries what was encoded, when the event breaks its schema. Data that is too
+    large is cut, and `truncated` lists where. A gap of more than about 500 ranges would be cut: make two.
     """
     data: dict[str, Any] = plain(event)
     try:

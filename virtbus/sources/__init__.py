@@ -19,11 +19,11 @@ Sink: TypeAlias = Callable[[Observation], None]
 class SourceOptions:
     """How a hypervisor is observed; times in seconds.
 
-    `since_ns` is the wall time of the agent's last sign of life in an earlier run: errors that the
-    hypervisor remembers from after it are findings; None asks for none of them.
+    `since_ns`: what happened after the agent's last sign of life in an earlier run has no older stamp. Errors
+    that the hypervisor remembers from after it are findings; None asks for none of them.
     """
 
-    lookup_deadline_seconds: float = 0.5  # then an event goes out without what was asked
+    lookup_deadline_seconds: float = 0.5  # then a look-up is late; no event waits for it
     lookups_in_flight: int = 4
     keepalive_interval_seconds: int = 5
     keepalive_count: int = 3  # unanswered ones that end the connection

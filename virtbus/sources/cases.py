@@ -60,7 +60,7 @@ class Case:
     uuid: str
     name: str
     number: int | None
-    unsure: bool = False  # disk errors may be left over from before we listened, and were not had yet
+    unsure: bool = False  # disk errors may be left over from before we listened, and have not been read yet
     paused: bool = False
     pauses: list[Pause] = field(default_factory=list)  # undecided, oldest first
     credit: dict[str, RawIoError] = field(default_factory=dict)  # events whose pause is still to come
@@ -99,7 +99,7 @@ class Case:
         ]
 
     def keep_told(self) -> None:
-        """QEMU keeps what the events of this pause told of: a later one must not be blamed on it."""
+        """Mark this pause's errors as old: QEMU keeps them, and a later pause is not due to them."""
         self.stale = self.stale | _kept(self.events)
 
     def decide(self, pause: Pause, mono: float, devices: Mapping[str, Device]) -> list[Burst]:
@@ -252,7 +252,7 @@ def _kept(events: Mapping[str, RawIoError]) -> dict[str, int]:
 
 
 def complete(look: Look | None) -> bool:
-    """Whether a look was had, and all of it."""
+    """Whether there was a look, and a complete one."""
     return look is not None and look.complete
 
 
@@ -278,7 +278,7 @@ def missed_devices(
 ) -> list[str]:
     """The devices of one pause that nobody told of; "" when the pause was not told and nothing names it.
 
-    `nameless`: something was told without a name, so there is one more than those in `told`.
+    `nameless`: something was reported without a name, so there is one more than those in `known`.
     """
     fresh = [alias for alias, code in wrong.items() if alias not in known and case.stale.get(alias) != code]
     if fresh or (known and not nameless):

@@ -1,16 +1,18 @@
-"""Decides which errors libvirt or QEMU kept from us, and says each error once. Pure: the clock is passed in.
+"""Decides which errors libvirt or QEMU failed to report, and reports each error once.
 
-libvirt and QEMU lose I/O-error events (unnamed network disks up to libvirt 9.0, daemon restarts, merged
-ones from QEMU 9.2 on); what they rarely lose is the pause that follows. So every pause by I/O error is
-paired with an event; one that stays alone for a grace time becomes a finding. Guarantees, while no event
-comes later than the grace time, nor after the resume that follows it:
+Pure: the clock is passed in.
+
+libvirt and QEMU lose I/O-error events (unnamed network disks up to libvirt 9.0, daemon restarts, merged ones
+from QEMU 9.2 on); what they rarely lose is the pause that follows. So every pause by I/O error is paired with
+an event; a pause without one at the end of the grace time becomes a finding. Guarantees, as long as no event
+comes later than the grace time, or after the next resume:
 
 1. an error whose event comes is told by its event, exactly once, whichever of event, pause and look is first;
 2. a pause by I/O error whose event never comes is told exactly once, with the devices that a look found;
 3. an event that comes after its finding is not counted again (it only adds what it knows);
 4. where "twice" and "never" can't be told apart, it is twice: nothing is lost;
 5. an event of a pause that comes after its guest was resumed (QEMU from 9.2 to 10 may hold it back for a
-   second) is followed by a look, and where that finds the guest running, by word that it does;
+   second) is followed by a look and, if that finds the guest running, by a `DomainResumed`;
 6. an error told without its device's name (libvirt gives none during a blockcopy, or the look is late) is
    named by the first look that can, without a count.
 
@@ -79,7 +81,10 @@ class Decision:
 
 
 class Departures:
-    """Pauses that were told before they were decided, because their guests left: an event may come late."""
+    """Pauses that were reported before their grace time was over, because their guests left.
+
+    Their events may still come.
+    """
 
     def __init__(self) -> None:
         self._left: dict[str, tuple[float, list[RawIoError]]] = {}
@@ -114,7 +119,8 @@ class CrossCheck:
         self.slack_ns = STAMP_SLACK_NS  # 0 where the hypervisor's clock is ours
         self._cases: dict[str, Case] = {}
         self._departures = Departures()
-        self._unsure: set[str] = set()  # guests older than the connection whose disk errors were not had yet
+        # Guests older than the connection whose disk errors have not been read yet.
+        self._unsure: set[str] = set()
 
     def __len__(self) -> int:
         return len(self._cases)
@@ -266,7 +272,7 @@ class CrossCheck:
         self._unsure.discard(uuid)
 
     def runs(self, uuid: str, look: Look) -> bool:
-        """Whether a look found a guest running of which an event told a pause that never came."""
+        """Whether a look found a guest running although an event had said that it was paused."""
         case = self._cases.get(uuid)
         if case is None or case.doubted_at is None or look.asked_at <= case.doubted_at:
             return False

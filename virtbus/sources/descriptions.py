@@ -78,7 +78,7 @@ class Cache:
         path, reason = redaction.path(raw.path), redaction.text(raw.reason)
         if path != raw.path and (entry := self._entries.get(raw.domain_uuid)) is not None:
             sources = [device.source for device in entry.devices.values() if device.source is not None]
-            if any(raw.path == source.path or raw.path in source.backing for source in sources):
+            if any(raw.path in (each.path, each.data_file, *each.backing) for each in sources):
                 path = raw.path
         if path == raw.path and reason == raw.reason:
             return raw

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from virtbus.errors import SourceUnavailable
 from virtbus.model import Device, Host
 from virtbus.observations import Burst, DomainGone, DomainResumed, DomainState, HostKnown, SourceReady
-from virtbus.seen import Moment, boot_id
+from virtbus.seen import Moment, boot_id, earliest
 from virtbus.sources import Sink, SourceOptions
 from virtbus.sources.crew import Crew, Opened
 from virtbus.sources.crosscheck import STAMP_SLACK_NS
@@ -86,8 +86,8 @@ class Guests:
             clock=lambda: self._clock().monotonic,
             idle=math.inf if options.idle_seconds is None else options.idle_seconds,
         )
-        # Domains whose next look is to say what was missed since when (wall ns; None: not by old messages).
-        self.reconciling: dict[str, int | None] = {}
+        # Domains whose next look is to say what was missed since when (None: not by old messages).
+        self.reconciling: dict[str, Moment | None] = {}
         self._troubled: dict[str, float] = {}  # uuid → when to look at it (monotonic)
         self._vanished: list[str] = []  # were there before the connection was lost, and are not
         self._first: FirstLook | None = None
@@ -117,8 +117,7 @@ class Guests:
                     self._check.listed_running(domain.uuid)
         now = self._clock()
         self._first = FirstLook(now.monotonic + SNAPSHOT_SECONDS)
-        self.reconciling, self._troubled = {}, {}
-        since_ns = None if since is None else since.wall(now)
+        unanswered, self.reconciling, self._troubled = self.reconciling, {}, {}
         # Guests in trouble first: they are what this is about.
         for paused in (True, False):
             for domain in opened.domains:
@@ -126,9 +125,11 @@ class Guests:
                     continue
                 self._cache.saw(domain.uuid, domain.name, domain.id, _state(domain.state))
                 want = Want.DESCRIPTION
-                if paused or (since_ns is not None and facts.keeps_messages):
+                # What an earlier connection asked and was never told is still to be answered.
+                moments = [each for each in (since, unanswered.get(domain.uuid)) if each is not None]
+                if paused or (moments and facts.keeps_messages):
                     want |= Want.TROUBLE
-                    self.reconciling[domain.uuid] = since_ns
+                    self.reconciling[domain.uuid] = earliest(*moments) if moments else None
                 self._lookups.request(domain.uuid, want)
         if self._asker.host_uuid is None and not self._many:
             self._lookups.request(HOST, Want.HOST)
@@ -183,16 +184,17 @@ class Guests:
                 )
             by_error = by_error if look is None else look.paused_by_io_error
             aliases = self._cache.aliases(uuid)
-            states[uuid] = DomainState(uuid, domain.name, _state(domain.state), by_error, aliases)
+            state = _state(domain.state)
+            states[uuid] = DomainState(uuid, domain.name, state, by_error, aliases, domain.id)
         for uuid, said in since.items():
             old = states.pop(uuid, None)
             if said is None:
                 continue
-            name, state = said
+            name, number, state = said
             look = looks.get(uuid)
             still = state == GuestState.PAUSED and look is not None and look.paused_by_io_error
             aliases = self._cache.aliases(uuid) if old is None else old.aliases
-            states[uuid] = DomainState(uuid, name, state, still, aliases)
+            states[uuid] = DomainState(uuid, name, state, still, aliases, number)
         return SourceReady(
             host=self._host(opened.facts),
             at_ns=now.wall_ns,
@@ -203,6 +205,7 @@ class Guests:
             proves=True,
             whole=not self._many,
             appeared_ns=appeared_ns,
+            booted_ns=self._ready_at.booted_ns,
         )
 
     def leave(self) -> None:
@@ -253,8 +256,7 @@ class Guests:
                 session.tell([HostKnown(self._host(self._facts), self._clock().wall_ns)])
         elif isinstance(note, Undecodable):
             for entry in self._cache.active():
-                since_ns = None if self._ready_at is None else self._ready_at.wall(self._clock())
-                self.reconciling.setdefault(entry.uuid, since_ns)
+                self.reconciling.setdefault(entry.uuid, self._ready_at)
                 self._lookups.request(entry.uuid, Want.TROUBLE)
 
     def _on_description(self, session: Session, uuid: str) -> None:
@@ -293,9 +295,11 @@ class Guests:
             if not session.live:
                 return
             if uuid in self.reconciling:
+                since = self.reconciling[uuid]
+                since_ns = None if since is None else since.earliest_stamp(now)
                 found = self._check.reconcile(
                     uuid, entry.name, entry.number, look, entry.devices,
-                    since_ns=self.reconciling[uuid], mono=now.monotonic, ns=now.wall_ns,
+                    since_ns=since_ns, mono=now.monotonic, ns=now.wall_ns,
                 )  # fmt: skip
                 # The guest was resumed while it was looked at: what was found stands, and is over.
                 overtaken = session.resumed_at.get(uuid, -math.inf) >= look.asked_at

@@ -277,7 +277,7 @@ class LibvirtLink:
             return False
 
     def close(self) -> None:
-        """See Link. On a thread: closing says good-bye, and a daemon that is frozen does not answer."""
+        """See Link. On a thread: closing sends a message, and a frozen daemon never answers it."""
         threading.Thread(target=self._close, name="virtbus-close", daemon=True).start()
 
     def _close(self) -> None:
@@ -369,7 +369,7 @@ class LibvirtConnector:
                 raise
 
     def _register(self, connection: Any, handler: Handler, registered: list[int]) -> None:
-        """Every event we use. One that the daemon does not know costs a log line, not the others."""
+        """Every event we use. One that the daemon does not know is logged and skipped."""
         callbacks = _callbacks(handler)
         for names, key in _EVENTS:
             for name in names:

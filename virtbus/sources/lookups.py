@@ -389,6 +389,10 @@ class Asker:
             except SourceUnavailable as error:
                 look = replace(look, complete=False)
                 emit(LookupFinished("failed", uuid, error))
+            entry = self._shared.cache.get(uuid)
+            if look.messages and entry is not None and entry.xml is None and not entry.refused:
+                # They name disks by target: whose errors they are is only known with the XML.
+                look = replace(look, messages=None, complete=False)
         if state == PAUSED:
             # Only of a paused guest: of one that runs it tells of what is over.
             try:
@@ -396,7 +400,7 @@ class Asker:
             except NoSuchDomain:
                 raise
             except SourceUnavailable as error:
-                look = replace(look, complete=isinstance(error, Unsupported))
+                look = replace(look, complete=look.complete and isinstance(error, Unsupported))
                 emit(LookupFinished("failed", uuid, error))
         return self._with_space(link, uuid, look)
 

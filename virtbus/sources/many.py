@@ -40,7 +40,10 @@ STALE_SECONDS = 300.0  # … and it is tried again so rarely; a new daemon makes
 FIRST_SECONDS = 0.05
 RESTART_SECONDS = 30.0  # a daemon without a socket may be about to start again
 CEILING_SECONDS = 15.0
-QUIET_SECONDS, KEEPALIVE_SECONDS, IDLE_SECONDS = 15.0, 15, 2.0
+# Questions and keepalives wake libvirt's loop for each of a hundred connections. A daemon that hangs is
+# given up after KEEPALIVE_SECONDS * (KEEPALIVE_COUNT + 1); the gap begins where it last answered.
+QUIET_SECONDS, IDLE_SECONDS = 30.0, 2.0
+KEEPALIVE_SECONDS, KEEPALIVE_COUNT = 30, 2
 
 KUBEVIRT = "/var/lib/kubelet/pods/*/volumes/kubernetes.io~empty-dir/libvirt-runtime/virtqemud-sock"
 PRESETS = {"kubevirt": (KUBEVIRT,)}
@@ -55,15 +58,21 @@ def patterns(settings: Discover) -> tuple[str, ...]:
 
 
 def look(patterns: Sequence[str], watch: Callable[[str], None] = lambda folder: None) -> dict[str, Identity]:
-    """The sockets that are there; `watch` is told each folder on the way before it is listed."""
+    """The sockets that are there; `watch` is told each folder on the way before it is listed.
+
+    One that several names lead to is there once, and of a daemon's two the read-only one: each error would be
+    counted twice.
+    """
     found: dict[str, Identity] = {}
+    known: set[tuple[int, int]] = set()
     for pattern in patterns:
         for path in _matches(pattern, watch):
             with suppress(OSError):
                 status = path.lstat()  # a link may lead anywhere: whoever runs a guest could lay one
-                if stat.S_ISSOCK(status.st_mode):
+                if stat.S_ISSOCK(status.st_mode) and (status.st_dev, status.st_ino) not in known:
+                    known.add((status.st_dev, status.st_ino))
                     found[str(path)] = (status.st_dev, status.st_ino, status.st_ctime_ns)
-    return found
+    return {path: identity for path, identity in found.items() if f"{path}-ro" not in found}
 
 
 def _matches(pattern: str, watch: Callable[[str], None]) -> list[Path]:
@@ -82,7 +91,8 @@ def _below(folder: Path, part: str) -> list[Path]:
     if not any(sign in part for sign in "*?["):
         return [folder / part]
     try:
-        return [folder / name for name in os.listdir(folder) if fnmatch.fnmatchcase(name, part)]  # noqa: PTH208
+        names = sorted(os.listdir(folder))  # noqa: PTH208
+        return [folder / name for name in names if fnmatch.fnmatchcase(name, part)]
     except OSError:  # gone since, or not ours to read
         return []
 
@@ -204,7 +214,8 @@ class ManySource:
         keepalive = max(KEEPALIVE_SECONDS, options.keepalive_interval_seconds)
         self._options = replace(
             options, host=host, quiet_seconds=QUIET_SECONDS, idle_seconds=IDLE_SECONDS,
-            keepalive_interval_seconds=keepalive, lookups_in_flight=min(2, options.lookups_in_flight),
+            keepalive_interval_seconds=keepalive, keepalive_count=KEEPALIVE_COUNT,
+            lookups_in_flight=min(2, options.lookups_in_flight),
         )  # fmt: skip
         self._host = host
         self._uri = uri

@@ -249,17 +249,19 @@ class Observer:
         session = self._session
         self.end()
         now = self.clock()
-        silent = max(closed.silent_seconds, 0.0 if session.seen is None else now.boot - session.seen.boot)
-        self._since = Moment.of(now, silent + MARGIN_SECONDS)
+        seen = session.seen or now
+        unheard = now.boot - seen.boot
+        # As the clock was then: it may have been set since, and the hypervisor's stamps are of either.
+        self._since = Moment.of(seen, max(0.0, closed.silent_seconds - unheard) + MARGIN_SECONDS)
         emit(SourceCutOff(self._connector.uri, closed.why))
-        lost_ns = now.wall_ns - int(closed.silent_seconds * 1e9)
+        lost = Moment.of(now, closed.silent_seconds)
         domains, why = None, closed.why
         if self._many:  # the gap is of these guests alone, and says whose socket it was
             domains, why = (
                 frozenset(entry.uuid for entry in self.cache.active()),
                 f"{self._connector.uri}: {why}",
             )
-        self._sink(SourceLost(lost_ns, why, session.connection, closed.reason, domains))
+        self._sink(SourceLost(lost.wall_ns, why, session.connection, closed.reason, domains, lost.booted_ns))
         self._backoff.reset()
         return self._away(closed.why)
 

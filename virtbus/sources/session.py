@@ -64,7 +64,7 @@ class Looked:
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """The disk errors, by target, that a guest which runs has left over."""
+    """The old disk errors of a running guest, by target."""
 
     uuid: str
     disk_errors: Mapping[str, int]
@@ -155,7 +155,10 @@ class Notes:
 
 
 class Session:
-    """The callbacks of one connection. Deaf once it is over: each registration tells at most once."""
+    """The callbacks of one connection.
+
+    It ignores calls once it has ended, so no event is reported by two sessions.
+    """
 
     def __init__(
         self, shared: Shared, sink: Sink, connection: str = "", wake: Callable[[], None] = lambda: None
@@ -164,8 +167,8 @@ class Session:
         self.heard = False  # something, since the last question
         self.seen: Now | None = None  # when the last question was asked that the daemon answered
         self.notes = Notes(wake)
-        # What lifecycle callbacks said since the listing: (name, state), None when it left. Then None.
-        self.since_listing: dict[str, tuple[str, str] | None] | None = {}
+        # What lifecycle callbacks said since the listing: (name, number, state), None: it left. Then None.
+        self.since_listing: dict[str, tuple[str, int | None, str] | None] | None = {}
         self.resumed_at: dict[str, float] = {}  # guests whose last callback was a resume → when (monotonic)
         self.live = True
         self._shared = shared
@@ -199,7 +202,7 @@ class Session:
                 self.notes.put(Changed(uuid))
 
     def lifecycle(self, uuid: str, name: str, number: int | None, event: int, detail: int) -> None:
-        """Tell what resolves, remember what pauses; see Handler."""
+        """Report resumes and ends at once, leave pauses to the cross-check; see Handler."""
         self.hear()
         now = self._shared.clock()
         with self._shared.lock:
@@ -210,11 +213,12 @@ class Session:
                 self.resumed_at[uuid] = now.monotonic
             self.tell(self._shared.check.lifecycle(uuid, name, number, event, detail, now))
             if self.since_listing is not None and event in STATE_AFTER:
-                self.since_listing[uuid] = (name, STATE_AFTER[event]) if event != STOPPED else None
+                said = (name, number, STATE_AFTER[event]) if event != STOPPED else None
+                self.since_listing[uuid] = said
         self.notes.put(Lifecycle(uuid, name, number, event, detail))
 
     def hear(self) -> None:
-        """There is something to ask about: the next question comes sooner."""
+        """Something was reported: the daemon is asked sooner what is seen (`SourceSeen`)."""
         if not self.heard:  # a storm's every callback comes by here
             self.heard = True
             self._wake()
@@ -237,7 +241,7 @@ class Session:
         self.notes.put(JobFailed(uuid, disk))
 
     def undecodable(self) -> None:
-        """See Handler. A gap at once: what nobody can read may have been a reported error, and is over."""
+        """See Handler. Reports a gap at once: it may have been an I/O error that left no other trace."""
         now = self._shared.clock()
         if self.live:
             self._sink(CallbackLost(now.wall_ns, "a callback of libvirt held text that is not UTF-8"))
@@ -253,7 +257,7 @@ class Session:
             self._sink(each)
 
     def saw(self, asked: Now) -> None:
-        """The daemon answered a question of `asked`: what it told before has been heard."""
+        """The daemon answered a question asked at `asked`: everything it sent before has been received."""
         with self._shared.lock:
             if self.live:
                 self.seen = asked

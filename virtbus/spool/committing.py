@@ -174,12 +174,12 @@ class Committer:
             mirror.lock.sign(mirror.account.epoch)
 
     def alive(self, wall_ns: int) -> bool:
-        """A sign of life, which is: whatever happened until `wall_ns` was seen; cheap to call often.
+        """A sign of life: everything up to `wall_ns` was seen. Cheap to call often.
 
-        `wall_ns` is told in the wall clock as it is now; a time before what was told already changes
-        nothing. It is written with the next commit, or after 10 s (and at the end), with what waits to be
-        named or done. It counts for nothing after a commit that failed, until one succeeds. False while
-        the disk does not take it (`refusal` says why), or the folder is not ours any more.
+        `wall_ns` is in the wall clock as it is now; an earlier time than the last one changes nothing. It is
+        written with the next commit or after 10 s (and at `close`), together with losses to name and operator
+        requests. After a failed commit it is ignored until a commit succeeds. False while the disk does not
+        take it (`refusal` says why), or the folder is not ours any more.
         """
         reading = self._mirror.clock()
         now = reading.monotonic

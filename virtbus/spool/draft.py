@@ -210,7 +210,7 @@ class Scribe:
 
 
 class Eviction:
-    """Of one commit: decides, and holds in the index what it chose; the commit deletes it."""
+    """Eviction for one commit: chooses rows and holds them in the index; the commit deletes them."""
 
     def __init__(self, mirror: Mirror, db: sqlite3.Connection, draft: Draft) -> None:
         """`db` is the connection that commits, in its transaction."""

@@ -20,7 +20,8 @@ _PAGE = 4096  # rows a page of codes
 _HELD = 0x40  # a commit evicts or rewrites it
 _TAKEN = 0x80  # with the publisher
 
-# A lane's state: its first row is to be taken, with the publisher, to wait (unroutable or nacked), or held.
+# State of a lane: its first row is ready, with the publisher, parked (unroutable or nacked), or held by a
+# commit.
 _QUEUED, _TAKEN_OUT, _PARKED, _BLOCKED = range(4)
 
 
@@ -160,7 +161,7 @@ class Index:
             self._queue(key, lane)
 
     def park(self, row: int, key: str, now: float) -> None:
-        """Nobody takes the row now: its key waits, twice as long as the last time."""
+        """The broker does not take the row now: its key waits, twice as long as the last time."""
         lane = self._untake(row, key)
         if lane is None:
             return
@@ -179,7 +180,7 @@ class Index:
         return lane
 
     def confirm(self, row: int, key: str) -> None:
-        """The broker has the row. If its key had been parked, somebody binds again: try all parked keys."""
+        """The broker has the row. If its key had been parked, the cause may be over: try all parked keys."""
         lane = self._lanes.get(key)
         waited = lane is not None and lane.wait > 0
         if lane is not None:

@@ -63,7 +63,7 @@ class Mirror:
             self.bytes -= row.size
 
     def bury(self, size: int, count: int = 1) -> None:
-        """Dead letters came, or (a count below 0) went."""
+        """Dead letters were added or, with a count below 0, removed."""
         self.dead += count
         self.dead_bytes += size
 
@@ -126,7 +126,7 @@ class Connection:
             raise
 
     def failed(self, error: BaseException) -> None:
-        """Reconnect before it is used again. Of damage, which a check may not find again, leave word."""
+        """Reconnect before the next use. Damage leaves a marker file: a later check may not find it again."""
         self.error = error
         if isinstance(error, sqlite3.Error) and files.is_damage(error):
             try:

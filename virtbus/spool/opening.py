@@ -37,6 +37,8 @@ class Opening:
 
     previous: PreviousRun | None  # the last run that committed something, as far as the file knows
     last_alive_ns: int | None  # up to when it saw everything, in the wall clock as it is now
+    placed: bool  # that clock can tell it; else it was set back over a reboot, and this is the latest moment
+    stamps_since_ns: int | None  # what was stamped since then, by the clock of then or of now, is not older
     damage: str | None  # what was wrong with the file
     set_aside: Path | None  # where the damaged file is now
     rescued: int  # events copied from it
@@ -221,21 +223,23 @@ def _load_events(db: sqlite3.Connection, mirror: Mirror, present: dict[str, dict
 # ------------------------------------------------------------------------------------ the new run
 
 
-def _in_this_clock(alive_ns: int, clock: dict[str, Any], now: Now) -> int | None:
+def _in_this_clock(alive_ns: int, clock: dict[str, Any], now: Now) -> tuple[int | None, bool]:
     """When the last run last saw everything, as the wall clock would have said it had it been as it is now.
 
     Of the same boot the time that passed is known. Else the stamp is believed, unless it lies after this
-    boot began: the clock was wrong then or is now, and the boot's beginning is the latest that it can be.
+    boot began: the clock was wrong then or is now. The boot's beginning is then the latest that it can be,
+    and how much earlier it was (the second value is False) nobody can tell.
     """
     if not alive_ns:
-        return None
+        return None, True
     here, then = boot_id(), clock.get("boot")
-    if here is None or then is None:
-        return min(alive_ns, now.wall_ns)
-    moment = Moment(alive_ns, clock["booted_ns"])
-    if here == then and moment.boot_ns <= int(now.boot * 1e9):
-        return min(moment.wall(now), now.wall_ns)
-    return min(alive_ns, Moment.of(now).booted_ns)
+    latest = now.wall_ns
+    if here is not None and then is not None:
+        moment = Moment(alive_ns, clock["booted_ns"])
+        if here == then and moment.boot_ns <= int(now.boot * 1e9):
+            return min(moment.wall(now), now.wall_ns), True
+        latest = Moment.of(now).booted_ns
+    return min(alive_ns, latest), alive_ns <= latest
 
 
 def put_clock(db: sqlite3.Connection, booted_ns: int) -> None:
@@ -251,7 +255,9 @@ def _begin_run(
     used = [each for each in known if each.last > 0]
     damage: str | None = note.get("damage")
     previous = PreviousRun(used[-1].epoch, used[-1].last) if used else None
-    last_alive_ns = _in_this_clock(used[-1].alive_ns, found.clock, now) if used else None
+    alive_ns = used[-1].alive_ns if used else 0
+    last_alive_ns, placed = _in_this_clock(alive_ns, found.clock, now)
+    stamps_since_ns = None if last_alive_ns is None else min(last_alive_ns, alive_ns)
     before = mirror.lock.before.epoch
     if before is not None and (before not in mirror.accounts or not mirror.accounts[before].last):
         # The file went back to before that run began: SQLite dropped its log, or it was replaced.
@@ -265,7 +271,7 @@ def _begin_run(
         started_ns=now.wall_ns,
         alive_ns=now.wall_ns if last_alive_ns is None else last_alive_ns,  # nothing is seen yet
     )
-    if last_alive_ns is not None and last_alive_ns != used[-1].alive_ns:
+    if last_alive_ns is not None and last_alive_ns != alive_ns:
         used[-1].alive_ns = last_alive_ns
         put_run(db, used[-1])
     holes = [Missing((item,), GapReason.SPOOL_DAMAGED, detail=damage) for item in found.holes]
@@ -286,6 +292,8 @@ def _begin_run(
     return Opening(
         previous=previous,
         last_alive_ns=last_alive_ns,
+        placed=placed,
+        stamps_since_ns=stamps_since_ns,
         damage=damage,
         set_aside=Path(note["set_aside"]) if note.get("set_aside") else None,
         rescued=note.get("rescued", 0),

@@ -73,7 +73,7 @@ class Settler:
     def take(self, limit: int, busy: AbstractSet[str]) -> list[Record]:
         """The oldest row of each key that is neither in `busy`, taken, nor parked; see virtbus.bus.Feed.
 
-        Never waits for a commit. A row that is not what was written is set aside and named, not returned.
+        Never waits for a commit. A damaged row is dead-lettered and named in a gap event, not returned.
         """
         now = self._mirror.clock().monotonic
         if self._unwritten:

@@ -89,7 +89,7 @@ class AmqpBus:
         publisher: _Publisher | None = None
         self._begin()
         try:
-            # What came while nothing was under way: a farewell is better read before anything is taken.
+            # Read what came while idle: a close by the broker must be seen before records are taken.
             publisher = self._idle_publisher() or self._open_publisher()
             yield from self._publish(publisher, feed)
         finally:
@@ -197,8 +197,8 @@ class AmqpBus:
             self._suspects = len(records)
         elif verdict is not None and records:
             (record,) = records
-            # These two close the whole connection and may come of a byte that was damaged on the way: no
-            # event is given up before it has done it twice.
+            # These two close the whole connection, and a byte damaged in transit can cause them: an event is
+            # given up only after the second time.
             if getattr(fault, "reply_code", 0) in (501, 502) and self._accused != record.id:
                 self._accused, self._suspects = record.id, 1
                 return [(record, Deferred(error))]

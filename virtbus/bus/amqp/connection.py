@@ -117,7 +117,8 @@ class BrokerLink:
         # PLAIN proves the user. EXTERNAL's user is whatever the broker reads out of the certificate,
         # which only the operator knows; a wrong guess would have every message refused.
         self.user = options.username if options.auth == "external" else endpoint.username
-        # Called with True and the reason, or with False, when the broker blocks publishers or no longer.
+        # Called with True and the reason, or with False, when the broker blocks publishers or stops blocking
+        # them.
         self.on_blocked: Callable[[bool, str | None], None] = lambda blocked, reason: None
         with errors.translating(faults(self.name, doing="connecting")):
             client = Connection(
@@ -178,7 +179,7 @@ class BrokerLink:
     def declare_exchange(self) -> None:
         """Make sure that the exchange is there, where we may. Raises BusDenied, and as LINK_FAULTS.
 
-        One that is there already, with other arguments or out of our rights, is used as it is.
+        An existing one with other arguments, or that we may not declare, is used as it is.
         """
         exchange = self.options.exchange
         if not self.options.declare:
