@@ -7,6 +7,7 @@ python3 .packaging/release.py notes 1.2.3             that version's part of CHA
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 import tomllib
@@ -62,6 +63,16 @@ def differences() -> list[str]:
     return wrong
 
 
+def drafts() -> list[str]:
+    """Schemas that are no promise yet: a release must not send events of them."""
+    index = json.loads((ROOT / "schemas/index.json").read_text(encoding="utf-8"))
+    return [
+        f"schemas/{entry['file']} is a draft, and a release would send it: python schemas/new.py release"
+        for entry in index
+        if entry["status"] == "draft"
+    ]
+
+
 def sync() -> None:
     """Write version and repository into each of these lines."""
     for name, pattern, wanted in repeated():
@@ -95,9 +106,10 @@ def main(words: list[str]) -> int:
                 wrong.append(f"the tag is {tag[-1]}, the version is {version()}")
             if tag:
                 notes(version())
+                wrong += drafts()
             for line in wrong:
                 print(line, file=sys.stderr)
-            if wrong:
+            if differences():
                 print("write them with: python3 .packaging/release.py sync", file=sys.stderr)
             return 1 if wrong else 0
         case ["sync"]:

@@ -358,7 +358,7 @@ class Heartbeat:
     agent_id: str
     agent_version: str
     epoch: str
-    started_at: datetime
+    started_at: datetime  # of the agent's run
     sent_at: datetime
     interval_seconds: float
     source: SourceHealth

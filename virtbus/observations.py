@@ -19,6 +19,7 @@ class Description:
 
     domain: Domain
     devices: Mapping[str, Device]
+    connection: str = ""  # that has the domain, where a source has several
 
 
 class RawIoError(NamedTuple):
@@ -147,11 +148,16 @@ class SourceGone:
 
 @dataclass(frozen=True, slots=True)
 class Surveyed:
-    """Every connection that was there at the start has been looked at: what none of them has is gone."""
+    """Every connection that was there at the start has been looked at: what none of them has is gone.
+
+    Those that have not answered in time are `unreached`: of their guests nothing is known yet. Another survey
+    follows when one of them was looked at, or has ended.
+    """
 
     at_ns: int
     host: Host
     domains: frozenset[str]
+    unreached: frozenset[str] = frozenset()
 
 
 class SourceSeen(NamedTuple):

@@ -171,6 +171,7 @@ class Sight:
         self.changed_ns = now.wall_ns  # when a connection was lost or came back
         self.connections: dict[str, SeenThrough] = {}
         self._surveyed = False  # a source of many connections has looked at all that were there
+        self._unreached = False  # but for some that do not answer
 
     def take(self, item: SourceReady | SourceLost | SourceSeen, now: Now) -> Blind | None:
         """One word of the source about itself → the blindness that it ended, if any."""
@@ -206,7 +207,7 @@ class Sight:
 
     def surveyed(self, item: Surveyed) -> None:
         """All connections of the start were looked at: from now on each is a guest's own."""
-        self._surveyed, self.changed_ns = True, item.at_ns
+        self._surveyed, self._unreached, self.changed_ns = True, bool(item.unreached), item.at_ns
 
     def drained(self, before: Now) -> None:
         """All that was queued at `before` was taken."""
@@ -241,7 +242,8 @@ class Sight:
         """Whether every connection is up; of many, whether one is: another's loss is told by its own gap."""
         each = [seen.connected for seen in list(self.connections.values())]
         if not each:
-            return SourceState.CONNECTED if self._surveyed else SourceState.STARTING
+            idle = self._surveyed and not self._unreached  # no guest, so nothing to be connected to
+            return SourceState.CONNECTED if idle else SourceState.STARTING
         connected = any(each) if self._surveyed else all(each)
         return SourceState.CONNECTED if connected else SourceState.DISCONNECTED
 

@@ -41,6 +41,7 @@ class House:
         decide: Any = None,
         limits: IncidentLimits | None = None,
         source: Any = None,
+        libvirt_absent: Any = lambda: False,
         **options: Any,
     ) -> None:
         limits = limits or IncidentLimits()
@@ -54,6 +55,7 @@ class House:
             spool=self.spool,
             incidents=Incidents(limits, new_id=lambda: uuid7(time.time_ns())),
             agent_id=AGENT,
+            libvirt_absent=libvirt_absent,
             options=AgentOptions(
                 **{"heartbeat_seconds": 0.0, "drain_seconds": 5.0, "fold": limits.fold, **options}
             ),
@@ -107,6 +109,24 @@ def test_a_source_that_is_not_there_does_not_hold_up_the_backlog(house, monkeypa
     one.agent.queue.put(SourceReady(a_host(), time.time_ns(), ()))
     assert one.wait("gap", 2)[1]["data"]["reason"] == "source_lost"
     assert one.agent.not_ready() == []
+
+
+def test_a_host_that_needs_no_libvirt_is_ready_without_it_wherever_that_is_asked(house, monkeypatch):
+    monkeypatch.setattr("virtbus.agent.intake.SOURCE_GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(FakeSource, "run", lambda self, sink, stop: stop.wait())
+    absent = True
+    one = house(libvirt_absent=lambda: absent)
+    one.wait("gap")
+    # /readyz and `virtbus status` ask not_ready, systemd shows summary; the metric says why.
+    assert one.agent.not_ready() == one.agent.status()["not_ready"] == []
+    assert one.agent.summary() == "no libvirt on this host; 0 events wait; 0 incidents open"
+    assert one.agent.not_observing() == ["source is starting"]
+    assert METRICS.registry.get_sample_value("virtbus_source_absent") == 1.0
+    # That excuses the source, not the disk; and only as long as there is no libvirt.
+    monkeypatch.setattr(one.agent.intake.writer, "troubles", lambda: ["spool: the disk is full"])
+    assert one.agent.not_ready() == ["spool: the disk is full"]
+    absent = False
+    assert one.agent.not_ready() == ["source is starting", "spool: the disk is full"]
 
 
 def test_being_cut_off_is_a_gap_from_the_last_sign_of_life_to_the_next_look(house):

@@ -10,7 +10,7 @@ import pytest
 
 import virtbus.bus as bus_module
 from virtbus import plugins
-from virtbus.bus import BusOptions, checked_group, is_loopback, open_bus
+from virtbus.bus import BusOptions, bus_name, checked_group, is_loopback, open_bus
 from virtbus.bus.amqp.bus import AmqpBus
 from virtbus.errors import ConfigError
 
@@ -26,6 +26,19 @@ def test_each_built_in_scheme_opens_its_bus_without_connecting(tmp_path: Path) -
     assert set(urls) <= set(plugins.names(bus_module.ENTRY_POINT_GROUP))
     for url in urls.values():
         open_bus(url, BusOptions(state_dir=tmp_path)).close()
+
+
+def test_a_bus_has_one_name_with_tls_and_without_and_another_for_each_place_of_its_events() -> None:
+    options = BusOptions(exchange="e", topic="t", state_dir=Path("/s"))
+    names = {
+        "amqps://user:password@One/vhost": "amqp://one/vhost e",
+        "kafkas://two,one": "kafka://one,two t",
+        "embedded:": "embedded:// /s",
+        # A third party's: nobody here knows which of them its events are in, nor what its "s" means.
+        "nats://one/a": "nats://one/a e t /s",
+        "rediss://one": "rediss://one e t /s",
+    }
+    assert {url: bus_name(url, options) for url in names} == names
 
 
 def test_several_brokers_may_stand_in_one_url() -> None:

@@ -32,6 +32,7 @@ from virtbus.observations import (
     SourceLost,
     SourceReady,
     SourceSeen,
+    Surveyed,
 )
 from virtbus.words import Action, Origin, Phase, Platform, Scope
 
@@ -1408,3 +1409,62 @@ def test_a_clock_set_back_since_an_incidents_last_error_hides_no_error_that_a_lo
     found = an_error(at=bench.wall_ns - SECOND, origin=Origin.RECONCILE, stamp_ns=bench.wall_ns - SECOND)
     events = bench.ready(a_state(), findings=(found,)) + bench.wait(120)
     assert counted(events, Origin.RECONCILE) == 1
+
+
+# ------------------------------------------------------------------------- of many connections, one hangs
+
+
+def on_connections(uuid):
+    """Each guest behind a socket of its own."""
+    return replace(described(uuid), connection=f"/run/{uuid}")
+
+
+def surveyed(bench, *domains, unreached=()):
+    return bench.see(
+        Surveyed(bench.wall_ns, HOST, frozenset(domains), frozenset(f"/run/{uuid}" for uuid in unreached))
+    )
+
+
+@pytest.fixture
+def restarted():
+    """A new run with incidents of three guests, and no description: none of them was looked at yet."""
+    bench = Bench(describe=on_connections)
+    for uuid in ("ended", "hangs", "there"):
+        bench.see(an_error(domain=uuid, action=PAUSE))
+    bench.commit()
+    bench.restart()
+    bench.describe = lambda uuid: None
+    return bench
+
+
+def test_a_survey_that_could_not_reach_one_socket_ends_only_what_was_behind_others(restarted):
+    (ended,) = surveyed(restarted, "there", unreached=["hangs"])
+    assert (ended.domain.uuid, told([ended])) == ("ended", [("resolved", "domain_stopped")])
+    # Of the guest behind the socket nothing is known: it neither ended nor recovered.
+    assert told(restarted.wait(10_000.0)) == []
+    assert {one.domain_uuid for one in restarted.incidents.open_incidents()} == {"hangs", "there"}
+
+
+def test_the_guest_of_a_socket_that_answers_late_is_looked_at_then(restarted):
+    surveyed(restarted, "there", unreached=["hangs"])
+    restarted.ready(a_state("hangs", "paused", paused=True), connection="/run/hangs", whole=False)
+    assert surveyed(restarted, "there", "hangs") == []
+    assert restarted.incidents.open_count == 2
+
+
+def test_the_guest_of_a_socket_that_goes_away_unreached_has_ended(restarted):
+    surveyed(restarted, "there", unreached=["hangs"])
+    # A second survey speaks of that guest alone: one that it does not list may be new.
+    restarted.see(an_error(domain="new"))
+    (ended,) = surveyed(restarted)
+    assert (ended.domain.uuid, told([ended])) == ("hangs", [("resolved", "domain_stopped")])
+
+
+def test_a_guest_of_an_unknown_connection_waits_for_the_last_socket():
+    bench = Bench(describe=lambda uuid: None)
+    bench.see(an_error(domain="unknown"))
+    bench.commit()
+    bench.restart()
+    assert surveyed(bench, unreached=["a", "b"]) == []
+    assert surveyed(bench, unreached=["b"]) == []
+    assert told(surveyed(bench)) == [("resolved", "domain_stopped")]

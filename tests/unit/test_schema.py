@@ -19,6 +19,7 @@ import jsonschema_rs
 import pytest
 
 from schemas.check import check, incompatibilities
+from schemas.new import add_next, rehash, release
 from virtbus import schema
 from virtbus.envelope import ROUTING_WORDS
 from virtbus.errors import InputMissing, SchemaError
@@ -335,6 +336,39 @@ def add_minor(folder: Path, document: dict[str, Any], version: str = "1.1") -> N
         }
     )
     (folder / "index.json").write_text(json.dumps(index))
+
+
+def test_a_new_minor_is_made_changed_and_released_by_a_command(copied: Path, tmp_path: Path) -> None:
+    made = add_next(copied, IO_ERROR)
+    assert made == copied / IO_ERROR / "1.1.json"
+    assert check(copied) == []
+    with pytest.raises(SystemExit, match="is a draft"):
+        add_next(copied, IO_ERROR)
+    document = json.loads(made.read_text())
+    document["properties"]["extra"] = {"type": "string"}
+    made.write_text(json.dumps(document))
+    assert [line for line in check(copied) if "1.1.json" in line and "stale" in line]
+    assert rehash(copied) == [f"{IO_ERROR}/1.1.json"]
+    assert check(copied) == []
+    pins = tmp_path / "test_pins.py"
+    pins.write_text("import os\n\nRELEASED: dict[str, str] = {}\n\nOTHER = {}\n")
+    id_ = f"{schema.PREFIX}{IO_ERROR}:1.1"
+    assert release(copied, pins) == [id_]
+    pinned: dict[str, Any] = {}
+    exec(pins.read_text(), pinned)
+    assert pinned["RELEASED"] == {id_: hashlib.sha256(made.read_bytes()).hexdigest()}
+    assert pinned["OTHER"] == {}
+    add_next(copied, "envelope")
+    assert release(copied, pins) == [f"{schema.PREFIX}envelope:1.1"]
+    exec(pins.read_text(), pinned)
+    assert len(pinned["RELEASED"]) == 2
+    assert release(copied, pins) == []
+    assert check(copied) == []
+
+
+def test_a_type_that_nobody_knows_has_no_next_minor(copied: Path) -> None:
+    with pytest.raises(SystemExit, match=r"known: envelope, io\.virtbus"):
+        add_next(copied, "io.virtbus.domain.io_eror.v1")
 
 
 def test_a_compatible_minor_passes_the_gate(copied: Path) -> None:

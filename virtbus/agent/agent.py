@@ -69,10 +69,12 @@ class Agent:
         clock: Callable[[], Now] | None = None,
         bus_name: str = "bus",
         identify: Callable[[Host], str | None] = lambda host: None,
+        libvirt_absent: Callable[[], bool] = lambda: False,
     ) -> None:
         """`identify` takes the host that libvirt names → a new agent id when the present one is another's.
 
-        A reload may replace `options`.
+        While `libvirt_absent` (no libvirt on this host, and that is allowed), not observing is no reason to
+        be not ready. A reload may replace `options`.
         """
         self.source, self.bus, self.spool, self.incidents = source, bus, spool, incidents
         self.options = options
@@ -81,6 +83,7 @@ class Agent:
         self.speaker = Speaker(agent_id, spool, previous_id=previous_agent_id, identify=identify)
         self._clock = clock or Clock()
         self._bus_name = bus_name
+        self._libvirt_absent = libvirt_absent
         self._stop = threading.Event()  # stop observing
         self._abort = threading.Event()  # stop at once
         self._threads: dict[str, threading.Thread] = {}
@@ -263,6 +266,7 @@ class Agent:
         live.set_function(lambda: incidents.open_count - incidents.open_drills)
         METRICS.incidents_open.labels(Origin.REPLAY.value).set_function(lambda: incidents.open_drills)
         METRICS.spool_writable.set_function(lambda: 0.0 if self.intake.writer.troubles() else 1.0)
+        METRICS.source_absent.set_function(lambda: float(self._libvirt_absent()))
 
     def dead_threads(self) -> list[str]:
         """Names of threads that ended although nobody asked them to: what /livez fails for."""
@@ -270,15 +274,23 @@ class Agent:
             return []
         return [name for name, thread in self._threads.items() if not thread.is_alive()]
 
+    def not_observing(self) -> list[str]:
+        """Why libvirt is not observed now; empty when it is."""
+        return self.intake.sight.troubles(self._clock())
+
     def not_ready(self) -> list[str]:
-        """Why the agent does not observe or keep events now; empty when it does. The broker is no reason."""
-        return self.intake.sight.troubles(self._clock()) + self.intake.writer.troubles()
+        """Why /readyz fails: the agent does not observe or keep events now; empty when it does.
+
+        The broker is not a reason, nor is libvirt on a host that has none and need not have it.
+        """
+        return ([] if self._libvirt_absent() else self.not_observing()) + self.intake.writer.troubles()
 
     def summary(self) -> str:
         """One line for a service manager."""
         troubles = self.not_ready() + ([] if self.publisher.error is None else ["broker away"])
         pending, incidents = self.spool.stats().pending, self.incidents.open_count
-        line = f"{self.intake.sight.state}; {pending} events wait; {incidents} incidents open"
+        source = "no libvirt on this host" if self._libvirt_absent() else self.intake.sight.state
+        line = f"{source}; {pending} events wait; {incidents} incidents open"
         return "; ".join([line, *troubles])
 
     def status(self) -> Mapping[str, object]:

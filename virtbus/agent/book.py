@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 
 from virtbus.agent.incident import (
     DRILL,
@@ -32,6 +33,7 @@ class GuestWatch:
         self.blind = False  # to every guest that is not in `sighted`
         self.sighted: set[str] = set()  # guests whose own connection has looked at them since
         self.unsighted: set[str] = set()  # guests whose own connection is lost
+        self.unreached: set[str] = set()  # those among them whose connection was not reached since the start
         self.halted: dict[str, GuestState] = {}  # guest that does not run → its state
 
     def halt(self, uuid: str, state: GuestState) -> None:
@@ -49,6 +51,7 @@ class GuestWatch:
         """It left the host."""
         self.sighted.discard(uuid)
         self.unsighted.discard(uuid)
+        self.unreached.discard(uuid)
         self.halted.pop(uuid, None)
 
     def lost(self, uuids: frozenset[str] | None) -> None:
@@ -64,16 +67,19 @@ class GuestWatch:
         """A look found these guests; a `whole` one found all that there are."""
         if whole:
             self.see_all()
-            self.unsighted, self.halted = set(), {}
+            self.unsighted, self.unreached, self.halted = set(), set(), {}
         self.sighted |= uuids
         self.unsighted -= uuids
+        self.unreached -= uuids
         for uuid in uuids:
             self.halted.pop(uuid, None)
 
-    def see_all(self) -> None:
-        """Every guest that there is has been looked at."""
+    def see_all(self, but: AbstractSet[str] = frozenset()) -> None:
+        """Every guest that there is has been looked at, `but` those whose connection was not reached."""
         self.blind = False
         self.sighted.clear()
+        self.unsighted = (self.unsighted - self.unreached) | but
+        self.unreached = set(but)
 
     def is_unseen(self, incident: IncidentState) -> bool:
         """Whether a guest of the incident is not seen."""

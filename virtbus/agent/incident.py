@@ -154,6 +154,7 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
     stamp_ns: int | None = None  # the hypervisor's own time of its newest error, where it kept one
     run: int | None = None  # the domain's id (virDomainGetID) at its last error: another start has another
     removed: bool = False  # its device was unplugged while the guest stood still
+    connection: str = ""  # that has its domain, where the source has several and it is known
     described: bool = False  # its device's description changed since it was last told
     saved_at: float = 0.0
     saved_ns: int = 0

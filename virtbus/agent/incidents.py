@@ -128,7 +128,7 @@ class Incidents:
             case DeviceRemoved():
                 return self._removed(observation)
             case SourceReady():
-                return self._ready(observation)
+                return self._connected(observation)
             case Surveyed():
                 return self._surveyed(observation)
             case SourceLost():
@@ -195,7 +195,7 @@ class Incidents:
 
     # ---- what a look found
 
-    def _ready(self, ready: SourceReady) -> list[Event]:
+    def _connected(self, ready: SourceReady) -> list[Event]:
         """Compare what is open with what was looked at, after a time of not seeing.
 
         1. Incidents whose domain or device is gone, or whose domain was started anew, end (why it went
@@ -254,17 +254,31 @@ class Incidents:
         return events
 
     def _surveyed(self, survey: Surveyed) -> list[Event]:
-        """Every connection was looked at: guests that none of them has are gone."""
+        """Every connection was looked at: guests that none of them has are gone.
+
+        A guest whose connection was not reached, or is not known while one was not, is unseen until a later
+        survey decides. That one speaks of such guests alone: all others' ends are reported as they come.
+        """
         self._book.host = self._book.host or survey.host
-        known = survey.domains | self._watch.sighted | self._watch.unsighted
+        watch = self._watch
+        known = survey.domains | watch.sighted | (watch.unsighted - watch.unreached)
+        asked = None if watch.blind or not watch.unreached else frozenset(watch.unreached)
+        waiting: set[str] = set()
         events: list[Event] = []
         for incident in list(self._book.open.values()):
             if incident.scope is Scope.HOST:
-                incident.paused &= known
-            elif uuid_in(incident.key) not in known and not incident.drill:
+                incident.paused &= incident.paused if survey.unreached else known
+                continue
+            uuid = uuid_in(incident.key)
+            if incident.drill or uuid in known or (asked is not None and uuid not in asked):
+                continue
+            if survey.unreached and (not incident.connection or incident.connection in survey.unreached):
+                waiting.add(uuid)
+            else:
                 events += self._teller.resolve(incident, ResolutionCause.DOMAIN_STOPPED, survey.at_ns)
-        self._book.forget(lambda uuid, _alias: uuid not in known)
-        self._watch.see_all()
+        if not survey.unreached:
+            self._book.forget(lambda uuid, _alias: uuid not in known)
+        watch.see_all(but=waiting)
         self._teller.wake = -math.inf  # what was unseen may be due
         return events
 

@@ -226,34 +226,34 @@ class Intake:
     def _open_epoch(self) -> None:
         """Commit this run's first event, the gap since the last one, with what was found in it."""
         held: list[Observation] = []
-        ready: SourceReady | Surveyed | None = None
+        first: SourceReady | Surveyed | None = None
         whole = False
         now = self._clock()
         deadline = now.monotonic + SOURCE_GRACE_SECONDS
         while not whole and not self._stop.is_set() and now.monotonic < deadline:
             for item in self.queue.drain(max(0.0, min(0.5, deadline - now.monotonic))):
                 if isinstance(item, SourceReady | Surveyed) and not whole:
-                    ready, whole = item, isinstance(item, Surveyed) or item.whole
+                    first, whole = item, isinstance(item, Surveyed) or item.whole
                 held.append(item)
             now = self._clock()
         # Until the source is up nothing is observed: from now on that is a gap of its own.
         unreached = Blind(
             Moment.of(now), "libvirt was not reachable at the agent's start", GapReason.SOURCE_LOST
         )
-        if ready is None:
+        if first is None:
             self.sight.unreached = unreached
         else:
             hosts = [item.host for item in held if isinstance(item, HostKnown)]
-            self._speaker.begin_on([ready.host, *hosts][-1])
+            self._speaker.begin_on([first.host, *hosts][-1])
         events = self._events_of(held, now)
-        if ready is not None:
+        if first is not None:
             # A further connection that comes up later was not seen since this one did.
             why = "a further connection came up later than the first"
-            self.sight.unreached = unreached._replace(since=moment_of(ready, now), why=why)
+            self.sight.unreached = unreached._replace(since=moment_of(first, now), why=why)
         opening = self._spool.opening
         known = opening.last_alive_ns is not None and opening.placed
         since = to_datetime(self.sight.since.wall(now)) if known else None
-        until = to_datetime(now.wall_ns if ready is None else moment_of(ready, now).wall(now))
+        until = to_datetime(now.wall_ns if first is None else moment_of(first, now).wall(now))
         gap = partial(self._speaker.gap, started_at=since, ended_at=until)
         missing = () if opening.damage else opening.missing
         down = gap(GapReason.AGENT_DOWN, previous=opening.previous, missing=missing, found=_found(events))

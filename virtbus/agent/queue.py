@@ -55,7 +55,7 @@ class IntakeQueue:
         self._items: deque[Observation] = deque()
         self._folded: dict[tuple[object, ...], Observation] = {}
         self._lock = threading.Lock()
-        self._ready = threading.Event()
+        self._filled = threading.Event()
         self._dropped_errors = 0
         self._dropped_others = 0
         self._unread: tuple[int, str] = (0, "")
@@ -79,8 +79,8 @@ class IntakeQueue:
                 self._items.append(observation)
             else:
                 self._put_crowded(observation)
-        if not self._ready.is_set():
-            self._ready.set()
+        if not self._filled.is_set():
+            self._filled.set()
 
     def _put_error(self, raw: RawIoError) -> None:
         key = _same_error(raw)
@@ -145,16 +145,16 @@ class IntakeQueue:
     def drain(self, timeout: float) -> list[Observation]:
         """Wait up to `timeout` seconds, then take at most BATCH_LIMIT observations, oldest first."""
         if not len(self):
-            self._ready.wait(timeout)
+            self._filled.wait(timeout)
         with self._lock:
-            self._ready.clear()
+            self._filled.clear()
             self.emptied = len(self._items) <= BATCH_LIMIT
             if self.emptied:
                 self._unfold()
             count = len(self._items) if self.emptied else BATCH_LIMIT
             taken = [self._items.popleft() for _ in range(count)]
             if len(self):
-                self._ready.set()
+                self._filled.set()
         return taken
 
     def _unfold(self) -> None:
@@ -164,7 +164,7 @@ class IntakeQueue:
 
     def wake(self) -> None:
         """Let a waiting `drain` return."""
-        self._ready.set()
+        self._filled.set()
 
     def take_dropped(self) -> tuple[int, int]:
         """(errors, other observations) that were dropped since the last call."""

@@ -56,7 +56,7 @@ class _TapReader:
     def __init__(self, stage: str | None, domain: str | None) -> None:
         self._stage, self._domain = stage, domain
         self._lines: deque[tuple[str, int, object, object]] = deque()
-        self._ready = threading.Event()
+        self._filled = threading.Event()
         self.lost = 0
 
     def offer(self, stage: str, item: object, stamp: object) -> None:
@@ -68,12 +68,12 @@ class _TapReader:
             self.lost += 1
             return
         self._lines.append((stage, time.time_ns(), item, stamp))
-        self._ready.set()
+        self._filled.set()
 
     def take(self, timeout: float) -> list[str]:
         """The waiting lines as JSON; rendering happens here, on the reader's thread."""
-        self._ready.wait(timeout)
-        self._ready.clear()
+        self._filled.wait(timeout)
+        self._filled.clear()
         lines = []
         for _ in range(len(self._lines)):  # not what comes meanwhile: in a storm that never ends
             stage, at_ns, item, stamp = self._lines.popleft()

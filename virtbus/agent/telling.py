@@ -234,7 +234,7 @@ class Teller:
             return
         if description is None:
             return
-        incident.domain = description.domain
+        incident.domain, incident.connection = description.domain, clean(description.connection)
         device = description.devices.get(incident.device.alias or "")
         if incident.scope is Scope.DOMAIN:
             incident.enriched = True

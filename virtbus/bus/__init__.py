@@ -228,6 +228,10 @@ class Memory:
         """The note of this name as it was last kept."""
         return self._notes.get(name)
 
+    def names(self) -> list[str]:
+        """Of what there are notes."""
+        return list(self._notes)
+
     def keep(self, name: str, value: str) -> None:
         """Note this; it is on disk with the next marks that are, and with `Consumer.close`."""
         self._notes[name] = self.fresh[name] = value
@@ -304,13 +308,26 @@ def open_bus(url: str, options: BusOptions | None = None) -> Bus:
 
 
 def bus_name(url: str, options: BusOptions) -> str:
-    """A bus that `open_bus` accepted, by name: without credentials, the same in any order of its hosts."""
+    """A bus that `open_bus` accepted, by name: without credentials, the same in any order of its hosts.
+
+    It ends with what the events are in on that broker. Which option names that for a third party's adapter
+    nobody knows here, so all of them count.
+    """
     scheme, _, rest = url.strip().partition(":")
     authority, slash, path = rest.removeprefix("//").partition("/")
     hosts = ",".join(sorted(re.split("[,;]", authority.rpartition("@")[2].lower())))
-    kind = scheme.lower().removesuffix("s")
-    within = {"amqp": options.exchange, "kafka": options.topic}.get(kind, str(options.state_dir or ""))
+    kind, folder = _without_tls(scheme.lower()), str(options.state_dir or "")
+    within = {"amqp": options.exchange, "kafka": options.topic, "embedded": folder}.get(
+        kind, " ".join(filter(None, (options.exchange, options.topic, folder)))
+    )
     return f"{kind}://{hosts}{slash}{path} {within}"
+
+
+def _without_tls(scheme: str) -> str:
+    """The scheme without its "s" where that only means TLS: the same adapter serves both."""
+    with_tls, plain = (plugins.find(ENTRY_POINT_GROUP, name) for name in (scheme, scheme.removesuffix("s")))
+    same = with_tls is not None and plain is not None and with_tls.value == plain.value
+    return scheme.removesuffix("s") if same else scheme
 
 
 def checked_group(group: str | None) -> str | None:

@@ -11,6 +11,8 @@ from urllib.parse import parse_qsl, unquote
 from virtbus.config import secret_text, why_unread
 from virtbus.errors import BusDenied, ConfigError
 
+# What a broker listens on by default, by the URL's scheme; a third party's adapter knows its own.
+DEFAULT_PORTS = {"amqp": 5672, "amqps": 5671, "kafka": 9092, "kafkas": 9092}
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.%]+)\]|([^:\[\]\s]+))?(?::(.*))?")
 
 

@@ -26,6 +26,7 @@ import click
 from virtbus import envelope, redaction
 from virtbus.agent.identity import read_agent_id
 from virtbus.bus.certificates import ends_of
+from virtbus.bus.url import DEFAULT_PORTS, read_url
 from virtbus.commands import checks
 from virtbus.commands.checks import Look, fail, ok, warn
 from virtbus.commands.common import (
@@ -117,22 +118,17 @@ class _Target:
 
 def _targets(loaded: Loaded) -> list[_Target]:
     """Every broker that the bus URL reaches by TLS."""
-    try:
-        urls = re.split(r";(?=[a-z][a-z0-9+.-]*:)", bus_url(loaded.config))
-    except ConfigError:
-        return []  # the bus's own check tells
     targets = []
-    for url in urls:
-        scheme, _, rest = url.partition("://")
-        default = {"amqps": 5671, "kafkas": 9093}.get(scheme)
-        for place in rest.partition("/")[0].rpartition("@")[2].split(",") if default else ():
-            # `host`, `host:port` or `[::1]:port`; what is no port is told by the bus's own check.
-            host, separator, port = place.strip().rpartition(":")
-            if not separator or port.endswith("]"):
-                host, port = place.strip(), ""
-            host = host.strip("[]")
-            number = int(port) if port.isdecimal() else default or 0
-            targets.append(_Target(host, number, loaded.config.bus.tls.server_name or host))
+    try:
+        for url in re.split(r";(?=[a-z][a-z0-9+.-]*:)", bus_url(loaded.config)):
+            parts = read_url(url)
+            if parts.scheme not in ("amqps", "kafkas"):  # a third party's adapter looks by itself (Bus.probe)
+                continue
+            for host, port in parts.hosts:
+                name = loaded.config.bus.tls.server_name or host
+                targets.append(_Target(host, port or DEFAULT_PORTS[parts.scheme], name))
+    except ConfigError:
+        return []  # the bus's own check reports it
     return targets
 
 

@@ -106,13 +106,14 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
             clock=clock,
             bus_name=redaction.uri(bus_url(config)),
             identify=partial(tie_to_host, state_dir),
+            libvirt_absent=partial(_libvirt_absent, config),
         )
         threading.excepthook = partial(_end_with_thread, agent)
         if config.http.listen:
             http = HttpServer(
                 config.http.listen,
                 dead=agent.dead_threads,
-                not_ready=lambda: [] if _libvirt_absent(config) else agent.not_ready(),
+                not_ready=agent.not_ready,
                 allowed_hosts=config.http.allowed_hosts,
             )
             http.start()
@@ -121,7 +122,6 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
             _open_control(config.control.socket, agent, stack, named="control.socket" in loaded.origins)
         signals = stack.enter_context(_Signals())
         spare_collector()
-        METRICS.source_absent.set_function(lambda: float(_libvirt_absent(config)))
         if _libvirt_absent(config):
             folder = socket_folder(config.libvirt.uri)
             emit(Notice(f"this host has no libvirt: no socket in {folder}; waiting for one"))
@@ -175,7 +175,8 @@ def _supervise(agent: Agent, config: Config, again: Callable[[], Loaded] | None,
                 systemd.tell(WATCHDOG=1)
         if now - said >= STATUS_SECONDS:
             said = now
-            if agent.not_ready() and (folder := socket_folder(config.libvirt.uri)) and was_removed(folder):
+            folder = socket_folder(config.libvirt.uri)
+            if folder is not None and agent.not_observing() and was_removed(folder):
                 agent.fail(
                     RestartNeeded(
                         f"{folder} was removed on the host, and what was made in its place can't be seen "

@@ -34,7 +34,7 @@ from virtbus.telemetry import Trouble, emit
 
 LOOK_SECONDS = 30.0  # between two looks for sockets of which inotify said nothing
 LEAST_SECONDS = 0.2  # between two looks, however often inotify says something
-SURVEY_SECONDS = 30.0  # a socket of the start that is not reached by then can't be told about
+SURVEY_SECONDS = 30.0  # a survey of the guests waits no longer for sockets that were there at the start
 STALE_AFTER = 4  # refusals in a row: nobody will listen on this socket any more, its daemon is gone …
 STALE_SECONDS = 300.0  # … and it is tried again so rarely; a new daemon makes a new socket
 FIRST_SECONDS = 0.05
@@ -58,7 +58,7 @@ def patterns(settings: Discover) -> tuple[str, ...]:
 
 
 def look(patterns: Sequence[str], watch: Callable[[str], None] = lambda folder: None) -> dict[str, Identity]:
-    """The sockets that are there; `watch` is told each folder on the way before it is listed.
+    """The sockets that are there; `watch` is told each folder where one may come or go, before it is listed.
 
     One that several names lead to is there once, and of a daemon's two the read-only one: each error would be
     counted twice.
@@ -79,22 +79,34 @@ def _matches(pattern: str, watch: Callable[[str], None]) -> list[Path]:
     at = [Path("/")]
     *folders, name = [part for part in pattern.split("/") if part]
     for part in folders:
-        for folder in at:
-            watch(str(folder))
-        at = [below for folder in at for below in _below(folder, part) if below.is_dir()]
+        at = [below for folder in at for below in _folders(folder, part, watch)]
     for folder in at:
         watch(str(folder))
     return [path for folder in at for path in _below(folder, name)]
 
 
+def _folders(folder: Path, part: str, watch: Callable[[str], None]) -> list[Path]:
+    """Those that are there. One with a fixed name is waited for only while it is missing: whatever else
+    happens beside it, in /run or /tmp, would wake us all the time.
+    """
+    if not _is_pattern(part) and (folder / part).is_dir():
+        return [folder / part]
+    watch(str(folder))
+    return [below for below in _below(folder, part) if below.is_dir()]
+
+
 def _below(folder: Path, part: str) -> list[Path]:
-    if not any(sign in part for sign in "*?["):
+    if not _is_pattern(part):
         return [folder / part]
     try:
         names = sorted(os.listdir(folder))  # noqa: PTH208
         return [folder / name for name in names if fnmatch.fnmatchcase(name, part)]
     except OSError:  # gone since, or not ours to read
         return []
+
+
+def _is_pattern(part: str) -> bool:
+    return any(sign in part for sign in "*?[")
 
 
 class Watch:
@@ -222,19 +234,20 @@ class ManySource:
         self._connector = connector or (lambda path: SocketConnector(path, settings.uri, self._options))
         self._crew = Crew(clock=lambda: self.clock().monotonic)
         self._members: dict[str, Member] = {}
-        self._ready: queue.SimpleQueue[Member | None] = queue.SimpleQueue()  # None: look for sockets
+        self._woken: queue.SimpleQueue[Member | None] = queue.SimpleQueue()  # None: look for sockets
         self._look_at = float("-inf")
         self._looked_at = float("-inf")
-        self._survey_until: float | None = None
+        self._survey_at = float("inf")  # when sockets that have not answered are left out of it
+        self._unreached: frozenset[str] | None = None  # that the last survey left out; None: there was none
 
     # ---- the Source contract
 
     def run(self, sink: Sink, stop: threading.Event) -> None:
         """See Source. A socket that refuses us is no reason to end: another one may not."""
-        watch = Watch(lambda: self._ready.put(None))
+        watch = Watch(lambda: self._woken.put(None))
         pulse = Pulse(self.clock())
         self._look_at = float("-inf")
-        self._survey_until = self.clock().monotonic + SURVEY_SECONDS
+        self._survey_at, self._unreached = self.clock().monotonic + SURVEY_SECONDS, None
         try:
             while not stop.is_set():
                 self._step(sink, watch)
@@ -253,10 +266,11 @@ class ManySource:
     def describe(self, domain_uuid: str) -> Description | None:
         """See Source."""
         found: Description | None = None
-        for member in list(self._members.values()):
+        for path, member in list(self._members.items()):
             entry = member.observer.cache.get(domain_uuid)
             if entry is not None:
                 found = member.observer.describe(domain_uuid)
+                found = found and replace(found, connection=path)
                 if found is not None and member.observer.connected:
                     return found
         return found
@@ -321,13 +335,13 @@ class ManySource:
         due = min([now + POLL_SECONDS, self._look_at, *(each.due for each in self._members.values())])
         wait = (due if crew is None else min(due, crew)) - now
         with suppress(queue.Empty):
-            item = self._ready.get(timeout=wait) if wait > 0 else self._ready.get_nowait()
+            item = self._woken.get(timeout=wait) if wait > 0 else self._woken.get_nowait()
             while True:
                 if item is None:
                     self._look_at = min(self._look_at, self._looked_at + LEAST_SECONDS)
                 else:
                     item.due = float("-inf")
-                item = self._ready.get_nowait()
+                item = self._woken.get_nowait()
 
     def _step(self, sink: Sink, watch: Watch) -> None:
         now = self.clock().monotonic
@@ -382,7 +396,7 @@ class ManySource:
         made: list[Member] = []
         observer = self._observer(path, lambda why: made[0].retry(why))  # noqa: PLW0108 - it is made below
         made.append(Member(observer, identity))
-        observer.begin(sink, lambda: self._ready.put(made[0]))
+        observer.begin(sink, lambda: self._woken.put(made[0]))
         return made[0]
 
     def _observer(self, path: str, retry: Callable[[Exception | str], float] | None) -> Observer:
@@ -402,12 +416,23 @@ class ManySource:
         member.observer.end()
 
     def _survey(self, sink: Sink) -> None:
-        """Once: what no connection has is gone. As long as one can't be asked nobody knows that."""
-        if self._survey_until is None or not all(each.settled for each in self._members.values()):
-            return
-        self._survey_until = None
+        """What no connection has is gone: told once the sockets of the start were looked at.
+
+        One that hangs is left out after SURVEY_SECONDS, or it would keep the incidents of all guests that
+        ended while nobody looked open. When it was looked at, or is gone, that is told again.
+        """
+        now = self.clock()
+        unreached = frozenset(path for path, each in self._members.items() if not each.settled)
+        if self._unreached is None:
+            if unreached and now.monotonic < self._survey_at:
+                return
+        else:
+            unreached &= self._unreached
+            if unreached == self._unreached:
+                return
+        self._unreached = unreached
         domains = [entry.uuid for each in self._members.values() for entry in each.observer.cache.active()]
-        sink(Surveyed(self.clock().wall_ns, self._host, frozenset(domains)))
+        sink(Surveyed(now.wall_ns, self._host, frozenset(domains), unreached))
 
 
 def node(settings: Discover) -> Host:

@@ -22,7 +22,7 @@ from virtbus import errors
 from virtbus.bus import BusOptions, is_loopback
 from virtbus.bus.amqp.wire import Channel, Transport, WireConnection
 from virtbus.bus.certificates import seen_broker
-from virtbus.bus.url import password, read_url
+from virtbus.bus.url import DEFAULT_PORTS, password, read_url
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError
 from virtbus.telemetry import BusConnected, BusLost, InsecureTransport, Notice, TelemetryEvent, emit
 
@@ -81,7 +81,7 @@ def endpoints(urls: str | Sequence[str], options: BusOptions) -> tuple[Endpoint,
         found.append(
             Endpoint(
                 host=host,
-                port=port or (5671 if tls else 5672),
+                port=port or DEFAULT_PORTS[parts.scheme],
                 vhost=parts.path[1:] or "/",
                 tls=tls,
                 username=options.username or parts.username or "guest",

@@ -21,10 +21,9 @@ from confluent_kafka import KafkaException, Producer
 from virtbus import redaction
 from virtbus.bus import BusOptions, is_loopback
 from virtbus.bus.kafka.client import Watch, oneline
-from virtbus.bus.url import password, read_url
+from virtbus.bus.url import DEFAULT_PORTS, password, read_url
 from virtbus.errors import BusUnavailable, ConfigError
 
-DEFAULT_PORT = 9092
 DEAD_LETTER_SUFFIX = ".dead"
 MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER")
 
@@ -260,8 +259,8 @@ def check(url: str, options: BusOptions) -> KafkaSettings:
     problems += [*mechanism_problems, *_file_problems(options, tls), *_option_problems(options)]
     settings = KafkaSettings(
         servers=tuple(
-            f"[{name}]:{port or DEFAULT_PORT}" if ":" in name else f"{name}:{port or DEFAULT_PORT}"
-            for name, port in parts.hosts
+            f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
+            for name, port in ((name, port or DEFAULT_PORTS[parts.scheme]) for name, port in parts.hosts)
         ),
         tls=tls,
         mechanism=mechanism,
