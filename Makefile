@@ -20,7 +20,7 @@ ACTIONLINT := .cache/bin/actionlint
 help:
 	@echo "make demo    a real guest's disk fails, and the error comes out as a CloudEvent"
 	@echo "make unit    the pure tests, in seconds: no root, no broker, no network"
-	@echo "make sim     a simulated cloud against every promise, in virtual time (SEEDS=200, SEED=n, PLAN=file, GUEST=name, KEEP=file)"
+	@echo "make sim     a simulated cloud against every promise, in virtual time (SEEDS=200, HOURS=h, SEED=n, PLAN=file, GUEST=name, KEEP=file)"
 	@echo "make test    all tests, with real QEMU guests and a real RabbitMQ (TESTS=…, PYTEST_ARGS=…)"
 	@echo "make check   ruff, mypy --strict, import-linter, the schemas' compatibility, wording, workflows, Dockerfile, pages"
 	@echo "make setup   system packages and .venv, as make test needs them"
@@ -101,10 +101,11 @@ $(VENV)/.unit: pyproject.toml $(VENV)/bin/python
 unit: $(VENV)/.unit
 	$(PYTEST) -q $(PYTEST_ARGS) tests/unit
 
-# SEED=n tells the story of one seed, GUEST=guest-11 that of one guest in it. A seed takes half a second of a core.
-SEEDS ?= 200
+# SEED=n tells the story of one seed, GUEST=guest-11 that of one guest in it. A seed takes half a second of a core;
+# HOURS=2 plays what fits into two hours of this machine.
 sim: $(VENV)/.unit
-	$(BIN)/python -m tests.sim $(if $(PLAN),--plan $(PLAN),$(if $(SEED),--seed $(SEED),--seeds $(SEEDS))) \
+	$(BIN)/python -m tests.sim $(if $(PLAN),--plan $(PLAN),$(if $(SEED),--seed $(SEED),\
+		$(if $(SEEDS),--seeds $(SEEDS)) $(if $(HOURS),--hours $(HOURS)))) \
 		$(if $(GUEST),--guest $(GUEST)) $(if $(KEEP),--shrink $(KEEP))
 
 # Each fault of tests/sim/mutants is put back in turn; the simulation has to find it within 2,000 seeds.

@@ -436,6 +436,15 @@ def test_a_clock_set_back_since_the_last_event_hides_no_remembered_error() -> No
     assert reconcile(check, remembered, at + 6.0, since=at - 5.0) == []
 
 
+def test_a_first_look_that_was_asked_before_the_pause_does_not_end_it() -> None:
+    check = CrossCheck(GRACE)
+    suspend(check, 2.0, by_io_error=False)
+    assert reconcile(check, Look(RUNNING, 1, asked_at=1.9), 2.1) == []
+    look_at(check, Look(PAUSED, PAUSED_UNKNOWN, {"vda": 1}), 2.2)
+    assert check.event(raw(at=2.5), 2.5) is Verdict.TELL
+    assert findings(check, 5.0) == []
+
+
 def test_the_message_of_another_image_from_before_the_clock_was_set_back_hides_none() -> None:
     check = CrossCheck(GRACE)
     check.slack_ns = 0

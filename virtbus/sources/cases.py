@@ -98,6 +98,10 @@ class Case:
             burst_of(raw._replace(alias=alias), 0, Origin.EVENT, None, None, pause=False) for raw in raws[:1]
         ]
 
+    def paused_since(self, mono: float) -> bool:
+        """Whether a pause came after `mono`, which what was asked before does not know."""
+        return any(not pause.over and pause.began > mono for pause in self.pauses)
+
     def keep_told(self) -> None:
         """Mark this pause's errors as old: QEMU keeps them, and a later pause is not due to them."""
         self.stale = self.stale | _kept(self.events)

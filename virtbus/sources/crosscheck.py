@@ -377,7 +377,7 @@ class CrossCheck:
         sign of life) and than what was told of the device; None leaves messages alone.
         """
         case = self._cases.get(uuid)
-        if case is not None and case.paused and look.state != PAUSED:
+        if case is not None and case.paused and look.state != PAUSED and not case.paused_since(look.asked_at):
             self.resumed(uuid)  # and nobody told us
         newer = newer_messages(look, since_ns, case, devices, self.slack_ns, ns)
         if not look.paused_by_io_error and not newer:
