@@ -168,7 +168,7 @@ class CrossCheck:
         """A lifecycle callback → what it tells: that the guest runs, stands still, or is gone."""
         said: list[Observation] = []
         if runs_again(event, detail):
-            self.resumed(uuid)
+            self.resumed(uuid, now.monotonic)
         elif event == SUSPENDED and detail in PAUSES:
             by_io_error = detail == SUSPENDED_IOERROR
             self.suspended(uuid, name, number, by_io_error=by_io_error, mono=now.monotonic, ns=now.wall_ns)
@@ -189,7 +189,7 @@ class CrossCheck:
     ) -> None:
         """A pause by I/O error, or one of unknown reason, which only a look can tell from an operator's."""
         case = self._case(uuid, name, number)
-        case.paused = True
+        case.paused, case.paused_at = True, mono
         case.doubted_at = None
         if case.found_ahead:
             case.found_ahead = False
@@ -199,11 +199,12 @@ class CrossCheck:
         case.pauses.append(Pause(ns, mono, mono + self._grace, by_io_error, events, held=case.held))
         case.credit, case.held = {}, []
 
-    def resumed(self, uuid: str) -> None:
-        """The guest runs again: whatever fails from now on is new."""
+    def resumed(self, uuid: str, mono: float = float("-inf")) -> None:
+        """The guest runs again: whatever fails from now on is new. `mono` where a callback said so."""
         case = self._cases.get(uuid)
         if case is None:
             return
+        case.resumed_at = max(case.resumed_at, mono)
         case.paused = case.found_ahead = False
         case.doubted_at = None
         for pause in case.pauses:
