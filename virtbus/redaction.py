@@ -158,7 +158,7 @@ def _user(found: re.Match[str]) -> str:
     name, colon, _ = user.partition(":")
     if colon:
         return f"{scheme}://{name}:{HIDDEN}@"
-    # A token stands there for some servers; who logs in at a broker or hypervisor is no secret.
+    # A token stands there for some servers; who logs in at a broker or hypervisor is not a secret.
     # libiscsi parts user and password by "%".
     hidden = scheme.lower() in ("http", "https", "ftp", "ftps") or "%" in name
     return f"{scheme}://{HIDDEN if hidden else name}@"
