@@ -127,6 +127,10 @@ class DedupeUnavailable(_Disk):
     retryable = True
 
 
+class StateUnavailable(_Disk):
+    """What a reactor keeps can't be read or written: it ends, and a supervisor starts it again."""
+
+
 class SpoolCorrupt(_Disk):
     """The spool's file is damaged or from an unknown future release."""
 

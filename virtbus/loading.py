@@ -280,8 +280,10 @@ def _cross_checks(config: Config, origins: Mapping[str, str]) -> Iterator[tuple[
     if config.incidents.max_window_seconds < config.incidents.first_window_seconds:
         then = "make it at least as long"
         yield "incidents", f"incidents.max_window_seconds is less than incidents.first_window_seconds; {then}"
-    if config.http.listen and not 0 < int(config.http.listen.rpartition(":")[2]) < 65536:
-        yield "http.listen", f"http.listen = {config.http.listen!r}: port out of 1 to 65535"
+    listens = (config.http.listen, config.react.listen, config.react.fleet_listen)
+    for key, listen in zip(("http.listen", "react.listen", "react.fleet_listen"), listens, strict=True):
+        if listen and not 0 < int(listen.rpartition(":")[2]) < 65536:
+            yield key, f"{key} = {listen!r}: port out of 1 to 65535"
 
 
 def bus_url(config: Config) -> str:

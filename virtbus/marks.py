@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from virtbus.errors import ConfigError, DedupeUnavailable, translating
+from virtbus.telemetry import TelemetryEvent, emit
 
 Mark = tuple[str, str]
 """(source, id) of an event."""
@@ -37,6 +38,13 @@ CREATE TABLE IF NOT EXISTS note (scope INTEGER NOT NULL, name TEXT NOT NULL, val
 """
 
 
+class DedupeFileReplaced(TelemetryEvent, level="warning"):
+    """the dedupe file was removed or replaced under its consumer and is made again; older marks are lost"""
+
+    file: str
+    marks_kept: int
+
+
 class Marks:
     """The marks of one scope: bounded, the oldest are evicted; on disk when there is a path.
 
@@ -48,13 +56,16 @@ class Marks:
 
         Raises ConfigError when the file can't be used, or another consumer uses it.
         """
-        self._path, self._rows = path, rows
+        self._path, self._rows, self._name = path, rows, scope
         self._recent: OrderedDict[Mark, None] = OrderedDict()
         self._database: sqlite3.Connection | None = None
+        self._inode: tuple[int, int] | None = None
         self._lock = -1
         self._count = self._scope = 0
-        if path is None:
-            return
+        if path is not None:
+            self._open(path)
+
+    def _open(self, path: Path) -> None:
         if not path.parent.is_dir():
             raise ConfigError(f"dedupe file {path}: there is no folder {path.parent}; create it")
         if path.exists() and not path.is_file():
@@ -65,6 +76,7 @@ class Marks:
                 path, isolation_level=None, timeout=5.0, check_same_thread=False
             )
             path.chmod(0o600)
+            self._inode = _inode(path)
             database.execute("PRAGMA journal_mode = WAL")
             database.execute("PRAGMA synchronous = FULL")
             (version,) = database.execute("PRAGMA user_version").fetchone()
@@ -75,26 +87,50 @@ class Marks:
                 )
             database.executescript(_TABLES)
             database.execute(f"PRAGMA user_version = {_FORMAT}")
-            database.execute("INSERT OR IGNORE INTO scope (name) VALUES (?)", [scope])
-            (self._scope,) = database.execute("SELECT number FROM scope WHERE name = ?", [scope]).fetchone()
+            name = [self._name]
+            database.execute("INSERT OR IGNORE INTO scope (name) VALUES (?)", name)
+            (self._scope,) = database.execute("SELECT number FROM scope WHERE name = ?", name).fetchone()
             (self._count,) = database.execute("SELECT count(*) FROM seen").fetchone()
         except (sqlite3.Error, OSError) as error:
-            self.close()
+            self._let_go()
             raise ConfigError(
                 f"dedupe file {path} can't be used: {error}; name a file of this consumer's own, or remove it"
             ) from error
         except ConfigError:
-            self.close()
+            self._let_go()
             raise
+
+    def _file(self) -> sqlite3.Connection | None:
+        """The database, if there is one; a file that was removed or replaced under us is opened again.
+
+        SQLite would go on with the removed one, and no restart would find what it says is on disk.
+        """
+        path = self._path
+        if path is None or (self._database is not None and _inode(path) == self._inode):
+            return self._database
+        self._let_go()
+        try:
+            self._open(path)
+        except ConfigError as error:
+            raise DedupeUnavailable(str(error)) from error
+        database = self._database
+        assert database is not None
+        emit(DedupeFileReplaced(str(path), len(self._recent)))
+        with self._translated(), database:
+            database.execute("BEGIN IMMEDIATE")
+            count = self._write(database, list(self._recent), (), {})
+        self._count = count
+        return database
 
     def has(self, mark: Mark) -> bool:
         """Whether the effect of this event is done."""
         if mark in self._recent:
             return True
-        if self._database is None:
+        database = self._file()
+        if database is None:
             return False
         with self._translated():
-            found = self._database.execute(
+            found = database.execute(
                 "SELECT 1 FROM seen WHERE scope = ? AND source = ? AND id = ?", (self._scope, *mark)
             ).fetchone()
         return found is not None
@@ -118,14 +154,19 @@ class Marks:
             self._recent[mark] = None
         while len(self._recent) > min(self._rows, _RECENT):
             self._recent.popitem(last=False)
-        if self._database is not None:
-            with self._translated(), self._database:  # commits, or rolls back
-                self._database.execute("BEGIN IMMEDIATE")
-                count = self._write(self._database, marks, runs, notes or {})
+        database = self._file()
+        if database is not None:
+            with self._translated(), database:  # commits, or rolls back
+                database.execute("BEGIN IMMEDIATE")
+                count = self._write(database, marks, runs, notes or {})
             self._count = count
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the file, for good."""
+        self._path = None
+        self._let_go()
+
+    def _let_go(self) -> None:
         database, self._database = self._database, None
         if database is not None:
             with suppress(sqlite3.Error):
@@ -180,14 +221,31 @@ class Marks:
             return self._database.execute(query, [self._scope]).fetchall()
 
     def _translated(self) -> AbstractContextManager[None]:
-        return translating(
-            {
-                sqlite3.Error: lambda error: DedupeUnavailable(
-                    f"dedupe file {self._path} can't be used now: {error}; what is not in it is not "
-                    "acknowledged yet: make room on its disk and let no other process use it, then call again"
-                )
-            }
-        )
+        def told(error: sqlite3.Error) -> DedupeUnavailable:
+            damaged = getattr(error, "sqlite_errorcode", 0) & 0xFF in (
+                sqlite3.SQLITE_CORRUPT,
+                sqlite3.SQLITE_NOTADB,
+            )
+            advice = (
+                "it is damaged: move it away, then call again"
+                if damaged
+                else "make room on its disk and let no other process use it, then call again"
+            )
+            return DedupeUnavailable(
+                f"dedupe file {self._path} can't be used now: {error}; what is not in it is not "
+                f"acknowledged yet: {advice}"
+            )
+
+        return translating({sqlite3.Error: told})
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    """Which file stands there; None: none, or one that can't be reached."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _lock(path: Path) -> int:

@@ -138,8 +138,14 @@ _BEARER = re.compile(r"\b([Bb]earer|[Aa]uthorization:\s*\w+)\s+[^\s'\"]+")
 
 
 def text(words: object) -> str:
-    """Text for people, an exception's say, that may hold names, URLs or options anywhere in it."""
-    shown = str(words)
+    """Text for people, an exception's say, that may hold names, URLs or options anywhere in it.
+
+    Raises nothing: what can't be told ("str" of somebody's exception raises) is told by its type.
+    """
+    try:
+        shown = str(words)
+    except Exception:  # noqa: BLE001 - whatever it is, a log line must not end who writes it
+        return f"({type(words).__name__} without words)"
     if not _SUSPECT.search(shown):
         return shown
     shown = _JSON_PATH.sub(f"json:{HIDDEN}", shown)

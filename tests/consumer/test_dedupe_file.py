@@ -6,7 +6,7 @@ import os
 import resource
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -124,3 +124,46 @@ def test_a_path_that_is_no_file_is_refused_untouched(url: str, tmp_path: Path) -
             Consumer(url, group="g", dedupe=path)
     assert pipe.stat().st_mode & 0o777 == 0o644
     assert not (tmp_path / "pipe.lock").exists()
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["removed", "replaced"])
+def test_a_file_that_is_taken_away_under_its_consumer_is_made_again(url, file, replaced):
+    with Consumer(url, group="g", dedupe=file) as consumer:
+        for number in range(4):
+            delivery = consumer.receive(1.0)
+            delivery.ack()
+            if number == 1:
+                for part in file.parent.glob(f"{file.name}*"):
+                    part.unlink()
+                if replaced:
+                    file.touch()
+    with closing(sqlite3.connect(f"file:{file}?mode=ro", uri=True)) as database:
+        assert database.execute("SELECT count(*) FROM seen").fetchone() == (4,)
+    assert left(url, file) == 1
+
+
+def test_a_file_that_can_not_be_made_again_now_is_waited_for(url, file):
+    with Consumer(url, group="g", dedupe=file) as consumer:
+        delivery = consumer.receive(1.0)
+        for part in file.parent.glob(f"{file.name}*"):
+            part.unlink()
+        file.mkdir()
+        with pytest.raises(DedupeUnavailable, match="not a regular file"):
+            delivery.ack()
+        with pytest.raises(DedupeUnavailable):
+            consumer.receive(0.0)
+        file.rmdir()
+        assert consumer.receive(1.0) is not None
+    assert left(url, file) == 4
+
+
+def test_a_damaged_file_is_told_as_such(url, file):
+    with Consumer(url, group="g", dedupe=file) as consumer:
+        consumer.receive(1.0).ack()
+    pages = file.read_bytes()
+    file.write_bytes(pages[: 4 * 4096] + b"A" * 4096 + pages[5 * 4096 :])
+    with Consumer(url, group="g", dedupe=file) as consumer:
+        with pytest.raises(DedupeUnavailable, match="damaged: move it away"):
+            consumer.receive(1.0)
+        file.rename(file.with_name("damaged"))
+        consumer.receive(3.0).ack()

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import amqp
 import kombu
@@ -118,6 +119,43 @@ def test_a_delivery_tells_how_often_it_came(amqp_url: str) -> None:
         assert delivery is not None
         assert (delivery.attempts, delivery.redelivered) == (attempt, attempt > 1)
         die(consumer)
+
+
+def of_somebody_else(url: str, id_: str, **headers: Any) -> None:
+    """A CloudEvent without a message id, as other senders make them."""
+    event = {"specversion": "1.0", "id": id_, "source": "/theirs", "type": "com.example.thing"}
+    event["partitionkey"] = id_
+    publish_raw(url, b"{}", {f"ce-{name}": value for name, value in event.items()} | headers)
+
+
+@pytest.mark.parametrize("count", [500, -5, True, "many"])
+def test_what_a_sender_says_of_deliveries_counts_for_nothing(count: Any, amqp_url: str) -> None:
+    """A shovel brings the header along from another quorum queue."""
+    make_group(amqp_url)
+    of_somebody_else(amqp_url, "1", **{"x-delivery-count": count})
+    for attempt in (1, 2):
+        consumer = Consumer(amqp_url, group=GROUP)
+        delivery = consumer.receive(20.0)
+        assert delivery is not None
+        assert delivery.attempts == attempt
+        die(consumer)
+
+
+def test_a_retry_of_a_message_without_an_id_is_kept_over_a_lost_connection(
+    rabbitmq: RabbitMQ, vhost: str
+) -> None:
+    url = rabbitmq.url(vhost)
+    make_group(url)
+    for id_ in ("long", "other"):
+        of_somebody_else(url, id_)
+    with Consumer(url, group=GROUP) as consumer:
+        delivery = consumer.receive(5.0)
+        assert delivery is not None
+        assert delivery.id == "long"
+        delivery.retry(3600.0)
+        close_connections(rabbitmq, vhost)
+        assert [one.id for one in received(consumer, 1)] == ["other"]
+        assert consumer.receive(1.0) is None, "its hour is not over"
 
 
 def test_a_retry_is_kept_over_a_lost_connection(rabbitmq: RabbitMQ, vhost: str) -> None:

@@ -161,15 +161,18 @@ class Neighbours:
     in_dead: int
 
 
-def beside_poison(broker: RabbitMQ, name: str, *, good: int = 50, seconds: float = 60.0) -> Neighbours:
-    """One poison before `good` events, with a delivery limit, while it can't be put aside."""
+def beside_poison(
+    broker: RabbitMQ, name: str, *, bad: int = 1, good: int = 50, seconds: float = 60.0
+) -> Neighbours:
+    """`bad` times poison before `good` events, with a delivery limit, while it can't be put aside."""
     poison = POISONS[name]
     vhost = broker.vhost()
     url = broker.url(vhost)
     make_group(url)
     broker.policy(vhost, rf"^{QUEUE}$", delivery_limit=20)
     items = records(good, keys=good)
-    publish_raw(url, poison.body, poison.headers)
+    for _ in range(bad):
+        publish_raw(url, poison.body, poison.headers)
     publish(url, items)
     handed: set[str] = set()
 

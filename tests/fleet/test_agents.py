@@ -117,6 +117,31 @@ def test_a_host_of_which_only_a_backlog_was_heard_is_silent():
         assert (host.state, host.answer) == ("silent", Answer.CANT_TELL)
 
 
+def test_agents_that_never_saw_their_hypervisor_are_no_silent_hosts():
+    fleet = Fleet()
+    machines = [Machine(fleet, number) for number in range(12)]
+    for machine in machines[3:]:
+        machine.host = None
+    for at in range(0, 601, 60):
+        for machine in machines:
+            machine.beat(at)
+    shown = view(fleet, 601)
+    assert (len(shown.hosts), shown.silent, shown.suspect_ourselves) == (3, 0, False)
+
+
+def test_many_agents_of_one_silent_host_are_one_silent_host():
+    """Whoever speaks for one host can't make us doubt our own connection."""
+    fleet = Fleet()
+    machines = [Machine(fleet, number) for number in range(1, 6)]
+    for at in range(0, 601, 60):
+        for machine in machines:
+            machine.beat(at)
+    for number in range(100, 130):
+        Machine(fleet, number, name="compute-0").fails(600, 1)
+    shown = view(fleet, 601)
+    assert (shown.silent, shown.suspect_ourselves) == (1, False)
+
+
 def test_an_interval_concerns_its_own_agent_alone():
     """A fleet in which one agent beats once an hour comes to the same verdicts as one in which none does."""
     found = []

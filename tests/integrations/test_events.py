@@ -104,6 +104,34 @@ def test_an_event_that_cant_be_worked_on_is_put_aside_and_the_others_go_on(world
     assert METRICS.dead_letters.labels("failed")._value.get() == before + 1
 
 
+class Untold(Exception):
+    """An error that can't even be told."""
+
+    def __str__(self) -> str:
+        raise ValueError("no words")
+
+
+@pytest.mark.parametrize("error", [ValueError("half a \udcff character"), Untold()], ids=["text", "none"])
+@pytest.mark.parametrize("where", ["wants", "execute"])
+def test_an_error_whose_text_can_not_be_told_ends_nothing(world, where, error):
+    def fails(*arguments):
+        raise error
+
+    if where == "wants":
+        world.plane.wants = fails
+    else:
+        world.plane.fails = fails
+    with no_waiting():
+        world.run(200)
+    assert world.kills == 0
+    if where == "wants":
+        assert len(world.bus.dead) > 2
+        assert all(type(error).__name__ in reason and reason.encode() for _, reason in world.bus.dead)
+    else:
+        states = {state for (state,) in world.store._db.execute("SELECT state FROM actions")}
+        assert "refused" in states
+
+
 def test_a_dead_letter_that_the_broker_does_not_take_now_ends_nothing(world, monkeypatch):
     world.start()
     world.reactor._publishers = Publishers(["virtbus-{host}"])
@@ -212,13 +240,24 @@ def test_an_address_that_was_set_and_is_taken_is_refused(tmp_path):
         (["holds", "--with", "webhook", "--option", "webhook.url=http://127.0.0.1:1/"], 78, "holds no hosts"),
         (["release", "h1", "--with", "nova"], 78, "no OpenStack cloud"),
         (["holds", "--with", "nomad"], 78, "no integration is called"),
+        (["holds", "--with", "kubernetes"], 78, "no Kubernetes cluster"),
+        (
+            ["holds", "--with", "kubernetes", "--option", "kubernetes.kubeconfig=kube"],
+            78,
+            "no Kubernetes cluster",
+        ),
     ],
 )
 def test_the_commands_on_holds_say_what_they_lack(tmp_path, words, code, told):
+    (tmp_path / "kube").write_text("- no: kubeconfig\n")
+    (tmp_path / "react").mkdir()
+    for name in ("exec", "gone"):  # what holds no hosts, or is not installed any more, is passed over
+        (tmp_path / "react" / f"{name}.db").touch()
     done = subprocess.run(
         [sys.executable, "-m", "virtbus", "react", *words, "--state-dir", str(tmp_path)],
-        capture_output=True, text=True, timeout=60, check=False,
+        capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path,
         env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
     )  # fmt: skip
     assert (done.returncode, told in done.stderr) == (code, True), done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import uuid
 
 import pytest
 
@@ -220,6 +221,18 @@ def test_a_hold_of_a_node_that_is_not_there_eats_no_place_and_is_set_when_it_com
     assert world.plane.held == {"h1"}
 
 
+@pytest.mark.timeout(60)  # it would wait for ever
+def test_hosts_that_the_control_plane_does_not_know_keep_no_event_away(world, monkeypatch):
+    """Their conditions wait for them, more than a reactor lets wait before it hears no more events."""
+    monkeypatch.setattr("virtbus.integrations.reactor._MOST_WAITING", 5)
+    world.agents |= {f"elsewhere-{number}": str(uuid.uuid4()) for number in range(20)}
+    world.run(30)
+    held_h1(world)
+    world.bad = set()
+    world.run(90)
+    assert world.plane.held == set()
+
+
 # ---- hosts that change or go
 
 
@@ -308,6 +321,23 @@ def test_a_decommissioned_host_is_given_back_after_a_day(tmp_path):
     world.bad = set()
     world.run(600)
     assert world.plane.held == {"h1"}, "silence is not wellness"
+    world.wall += 86_400.0
+    world.run(3700)
+    assert world.plane.held == set()
+    world.kill()
+
+
+def test_a_decommissioned_host_is_given_back_although_our_clock_once_was_years_ahead(tmp_path):
+    world = World(tmp_path, HOSTS)
+    world.wall += 3 * 365 * 86_400.0
+    held_h1(world)
+    world.run(60)
+    world.wall -= 3 * 365 * 86_400.0
+    del world.agents["h1"]
+    world.kill()
+    world.bad = set()
+    world.run(600)
+    assert world.plane.held == {"h1"}
     world.wall += 86_400.0
     world.run(3700)
     assert world.plane.held == set()

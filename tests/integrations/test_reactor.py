@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
+from contextlib import closing
 
 import amqp
 import pytest
@@ -233,6 +234,40 @@ def test_a_second_instance_on_the_same_state_is_refused(tmp_path):
     ActionStore(tmp_path / "x.db").close()
 
 
+@pytest.mark.parametrize(
+    "made",
+    [
+        "CREATE TABLE holds (host TEXT PRIMARY KEY, state TEXT)",
+        "another word",
+        "damage",
+        "a folder",
+        "no folder",
+    ],
+)
+def test_a_state_that_cant_be_read_is_one_clear_error_at_the_start(tmp_path, made):
+    file = tmp_path / "x.db"
+    if made.startswith("CREATE"):  # as an older release had it
+        with closing(sqlite3.connect(file)) as database:
+            database.execute(made)
+    elif made == "another word":
+        ActionStore(file).close()
+        with closing(sqlite3.connect(file, isolation_level=None)) as database:
+            database.execute(
+                "INSERT INTO holds (host, state, since, times, why, uid, agent, heard_at)"
+                " VALUES ('h', 'upgraded', 0, 1, '', '', '', 0)"
+            )
+    elif made == "damage":
+        file.write_bytes(b"no database" * 1000)
+    elif made == "a folder":
+        file.mkdir()
+    else:
+        (tmp_path / "file").touch()
+        file = tmp_path / "file" / "x.db"
+    for _ in range(2):  # and its lock is let go
+        with pytest.raises(ConfigError, match=r"x\.db can't be used: .*; move it away"):
+            ActionStore(file)
+
+
 def test_an_action_stored_before_a_kill_is_done_after_it(tmp_path):
     code = (
         "import os, sys; from pathlib import Path\n"
@@ -335,6 +370,19 @@ def test_exec_gets_each_event_on_its_standard_input(url, tmp_path):
     events = [json.loads(line) for line in out.read_text().splitlines()]
     assert {event["data"]["domain"]["name"] for event in events} == {"guest-1", "guest-2"}
     assert {event["specversion"] for event in events} == {"1.0"}
+
+
+def test_an_event_of_others_is_handed_over_whatever_its_data_are(url, tmp_path):
+    out = tmp_path / "out"
+    settings = React(types=("thing",), exec=type(React().exec)(command=("/bin/sh", "-c", f"cat >> {out}")))
+    for id_, body in (("a", b"\x00\xff"), ("b", b"two\nlines"), ("c", b"")):
+        attributes = {"specversion": "1.0", "id": id_, "source": "/theirs", "type": "com.example.thing"}
+        attributes["datacontenttype"] = "text/plain"
+        publish(url, a_record()._replace(attributes=attributes, id=id_, body=body, key="k"))
+    with running(open_integration("exec", settings), url, tmp_path):
+        eventually(lambda: out.exists() and len(out.read_text().splitlines()) == 3, "three lines")
+    events = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [one.get("data", one.get("data_base64")) for one in events] == ["AP8=", "two\nlines", None]
 
 
 @pytest.mark.parametrize(

@@ -363,6 +363,20 @@ def test_what_a_node_writes_into_its_own_mark_holds_no_other_host_and_ends_nothi
     world.kill()
 
 
+def test_a_node_can_not_rid_itself_of_an_operators_taint_by_our_mark(
+    kube_apiserver, kubernetes, nodes, tmp_path
+):
+    """It may write its own annotations, and not its taints."""
+    server, evil = kube_apiserver, nodes[0]
+    server.kubectl("taint", "node", evil, "example.org/quarantine=compromised:NoSchedule")
+    server.kubectl("annotate", "node", evil, "virtbus.io/tainted=example.org/quarantine")
+    world = World(tmp_path, nodes, plane=kubernetes)
+    world.run(400)
+    assert "example.org/quarantine" in taints(server, evil)
+    assert "virtbus.io/tainted" not in server.get("node", evil)["metadata"].get("annotations", {})
+    world.kill()
+
+
 def test_a_taint_whose_key_was_renamed_in_the_settings_is_undone_by_the_key_it_was_made_with(
     kube_apiserver, kubernetes, nodes, tmp_path
 ):

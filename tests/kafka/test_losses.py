@@ -171,6 +171,25 @@ def test_a_topic_that_is_recreated_under_a_running_consumer(kafka_url, kafka_top
     assert facts(one.told) == [(f"{kafka_topic}[0]", 3, None, Cause.REPLACED)]
 
 
+def test_a_topic_that_came_back_with_fewer_partitions_while_the_group_was_away(
+    kafka_url, kafka_topic, group, publish
+):
+    items = records(9, keys=9)
+    with opened(kafka_url, kafka_topic, topic_partitions=3) as bus:
+        ListFeed(items).drain(bus, timeout=60)
+    one = group(dedupe=True)
+    assert len(one.take(9)) == 9
+    one.consumer.close()
+    delete(kafka_url, kafka_topic)
+    sent = publish(2)
+    for _ in range(2):
+        one.open()
+        assert set(one.take(2, seconds=20.0 if not one.told else 2.0)) <= set(sent)
+        one.consumer.close()
+    assert {fact[0] for fact in facts(one.told)} == {f"{kafka_topic}[{number}]" for number in range(3)}
+    assert [fact[2:] for fact in facts(one.told)] == [(None, Cause.REPLACED)] * 3
+
+
 def test_another_cluster_at_the_same_address_is_told_from_the_dedupe_file_alone(
     kafka_url, kafka_topic, group, publish, tmp_path
 ):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from virtbus.bus.kafka.places import Log, Place, resume
+from virtbus.bus import Memory
+from virtbus.bus.kafka.places import Log, Losses, Place, resume
 from virtbus.sequences import Cause, MissingEvents
 
 A, B = "id-a", "id-b"
@@ -65,3 +66,18 @@ def test_a_place_is_what_was_noted():
     assert Place.committed(3, Place(A, 3, 2).metadata()) == Place(A, 3, 2)
     assert Place.committed(3, "") == Place("", 3)
     assert Place.committed(3, "somebody's own words") == Place("", 3)
+
+
+@pytest.mark.parametrize("id_", [B, ""], ids=["with ids", "without"])
+def test_partitions_that_the_new_topic_lacks_are_told_once(id_):
+    told = []
+    notes = {f"t[{number}]": Place(A if id_ else "", 20 + number).note() for number in range(3)}
+    notes |= {"other[7]": Place(A, 5).note(), "no partition": "x"}
+    for _ in range(2):  # two starts
+        memory = Memory(notes, told.append)
+        losses = Losses("t", memory)
+        losses.topic_id = id_
+        losses.without({0})
+        notes |= memory.fresh
+    old = A if id_ else ""
+    assert told == [MissingEvents(f"t[{n}]", old, 20 + n, None, Cause.REPLACED) for n in (1, 2)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from virtbus.observations import (
     Surveyed,
 )
 from virtbus.retry import no_waiting
-from virtbus.sources.many import KUBEVIRT, ManySource, SocketConnector, look
+from virtbus.sources.many import KUBEVIRT, ManySource, SocketConnector, Watch, look
 
 NAME = "libvirt-runtime/virtqemud-sock"
 
@@ -296,11 +297,38 @@ def test_a_daemon_that_is_found_by_several_names_is_observed_once(tmp_path: Path
     }
 
 
-def test_the_folders_on_the_way_are_watched_before_they_are_listed(tmp_path: Path) -> None:
-    (tmp_path / "pod" / "libvirt-runtime").mkdir(parents=True)
+def test_folders_are_watched_where_a_socket_may_come_and_not_where_the_way_is_fixed(tmp_path: Path) -> None:
+    pod = tmp_path / "pod"
+    pod.mkdir()
     watched: list[str] = []
     look([f"{tmp_path}/*/{NAME}"], watched.append)
-    assert [str(tmp_path), f"{tmp_path}/pod", f"{tmp_path}/pod/libvirt-runtime"] == watched[-3:]
+    assert watched == [str(tmp_path), str(pod)]  # libvirt-runtime may come
+    (pod / "libvirt-runtime").mkdir()
+    watched.clear()
+    look([f"{tmp_path}/*/{NAME}"], watched.append)
+    assert watched == [str(tmp_path), f"{pod}/libvirt-runtime"]
+
+
+def test_a_folder_of_a_fixed_name_that_is_made_again_is_noticed(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "libvirt"
+    changed = threading.Event()
+    watch = Watch(changed.set)
+    try:
+        for _ in range(2):
+            look([f"{folder}/virtqemud-sock"], watch.add)  # neither is there
+            folder.mkdir(parents=True)
+            assert changed.wait(10)
+            look([f"{folder}/virtqemud-sock"], watch.add)
+            changed.clear()
+            bind(folder / "virtqemud-sock")
+            assert changed.wait(10)
+            look([f"{folder}/virtqemud-sock"], watch.add)
+            changed.clear()
+            shutil.rmtree(folder.parent)
+            assert changed.wait(10)
+            changed.clear()
+    finally:
+        watch.close()
 
 
 def test_the_preset_is_where_kubelet_puts_the_sockets() -> None:

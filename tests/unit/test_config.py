@@ -72,8 +72,9 @@ def test_a_value_of_a_secret_is_not_repeated_in_a_problem():
 
 
 @pytest.mark.parametrize("listen", ["9466", "host:", ":1", "1.2.3.4:99999", "[::1]", "a:b:1"])
-def test_a_listen_address_that_is_none_is_refused(listen):
-    assert "http.listen" in problems_of(flags={"http.listen": listen})[0]
+@pytest.mark.parametrize("key", ["http.listen", "react.listen", "react.fleet_listen"])
+def test_a_listen_address_that_is_none_is_refused(key, listen):
+    assert key in problems_of(flags={key: listen})[0]
 
 
 @pytest.mark.parametrize("listen", ["", "127.0.0.1:9466", "[::1]:9466", "localhost:1"])

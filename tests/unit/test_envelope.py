@@ -684,6 +684,43 @@ def test_a_structured_event_may_have_no_data_or_any() -> None:
     assert structured({**STRUCTURED, "data": [1]}).body == b"[1]"
 
 
+def test_a_structured_text_is_the_text_and_not_its_json() -> None:
+    assert (
+        structured({**STRUCTURED, "datacontenttype": "text/plain", "data": "two\nlines"}).body
+        == b"two\nlines"
+    )
+    assert structured({**STRUCTURED, "datacontenttype": "application/json", "data": "a"}).body == b'"a"'
+
+
+@pytest.mark.parametrize(
+    ("content_type", "body", "member"),
+    [
+        ("text/plain", b"two\nlines", {"data": "two\nlines"}),
+        ("text/plain", b'"quoted"', {"data": '"quoted"'}),
+        ("application/xml", "<ä/>".encode(), {"data": "<ä/>"}),
+        ("application/octet-stream", b"\x00\xff", {"data_base64": "AP8="}),
+        ("application/json", b'{\n"a": [1]\n}', {"data": {"a": [1]}}),
+        ("application/json", gzip.compress(b"{}", mtime=0), None),
+        (None, b"1", {"data": 1}),
+        (None, b"no\r\njson", {"data_base64": "bm8NCmpzb24="}),
+        (None, b"", {}),
+    ],
+)
+def test_an_event_of_others_is_one_line_of_json_whatever_its_data_are(
+    content_type: str | None, body: bytes, member: dict[str, Any] | None
+) -> None:
+    read = envelope.decode(message(Binding.AMQP, {**AMQP, "content-type": content_type}, body))
+    line = envelope.structured_json(read.attributes, read.body)
+    assert b"\n" not in line
+    if member is not None:
+        told = json.loads(line)
+        assert {name: told[name] for name in ("data", "data_base64") if name in told} == member
+    again = envelope.decode_structured(line)
+    assert again.attributes == read.attributes
+    if content_type != "application/json":  # blanks in JSON say nothing
+        assert again.body == body
+
+
 def test_an_amqp_timestamp_is_utc() -> None:
     headers = {**AMQP, "ce-time": datetime(2026, 3, 14, 9, 26, 53)}
     read = envelope.decode(message(Binding.AMQP, headers, b"{}"))

@@ -228,6 +228,10 @@ class Memory:
         """The note of this name as it was last kept."""
         return self._notes.get(name)
 
+    def names(self) -> list[str]:
+        """Of what there are notes."""
+        return list(self._notes)
+
     def keep(self, name: str, value: str) -> None:
         """Note this; it is on disk with the next marks that are, and with `Consumer.close`."""
         self._notes[name] = self.fresh[name] = value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import sqlite3
 import sys
 import time
 import uuid
@@ -32,10 +33,19 @@ from virtbus.commands.common import (
 )
 from virtbus.config import Config
 from virtbus.consumer import Consumer
-from virtbus.errors import ConfigError
+from virtbus.errors import ConfigError, StateUnavailable, translating
 from virtbus.fleet import Fleet, FleetRules, StorageRules, VerdictRules
 from virtbus.fleet.storage import SHARED_PATHS
-from virtbus.integrations.base import RELEASE, Action, Hold, Integration, NotOurs, open_integration, utc
+from virtbus.integrations.base import (
+    RELEASE,
+    Action,
+    Hold,
+    Integration,
+    NotOurs,
+    may_hold,
+    open_integration,
+    utc,
+)
 from virtbus.integrations.policy import HoldPolicy, HoldRules
 from virtbus.integrations.reactor import Reactor
 from virtbus.integrations.store import ActionStore
@@ -226,8 +236,11 @@ def command(
                 time.sleep(0.2)  # a bounded wait lets Python run the signal handlers
             for reactor in reactors:
                 reactor.stop()
-        for one in (*done, *running):
-            one.result()
+        unwritable = f"what is done can't be kept in {_folder(config)}"
+        advice = "make room, or move a damaged file away (what is held is read from the control plane)"
+        with translating({sqlite3.Error: lambda error: StateUnavailable(f"{unwritable}: {error}; {advice}")}):
+            for one in (*done, *running):
+                one.result()
 
 
 # ------------------------------------------------------------------------------------- what is held
@@ -246,7 +259,8 @@ def _holding(ctx: click.Context, names: Sequence[str], settings: Sequence[str], 
     named, folder = names or before, _folder(config)
     found: list[tuple[Integration, Sequence[Hold]]] = []
     with ExitStack() as stack:
-        for name in dict.fromkeys(named or sorted(file.stem for file in folder.glob("*.db"))):
+        stored = sorted(file.stem for file in folder.glob("*.db"))
+        for name in dict.fromkeys(named or filter(may_hold, stored)):
             integration = stack.enter_context(closing(open_integration(name, config.react)))
             if integration.holds:
                 held = integration.look({}, everything=True)

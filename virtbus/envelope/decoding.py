@@ -19,7 +19,7 @@ import msgspec
 
 from virtbus import schema
 from virtbus.envelope.canonical import timestamp
-from virtbus.envelope.encoding import CONTENT_TYPE, STRUCTURED_CONTENT_TYPE
+from virtbus.envelope.encoding import STRUCTURED_CONTENT_TYPE, is_json
 from virtbus.errors import SchemaError
 from virtbus.model import Binding, Event, Gap, Heartbeat, IoError, IoErrorResolved, Message
 
@@ -113,7 +113,6 @@ def _whole_numbers(value: Any) -> Any:
     return value
 
 
-_JSON = re.compile(r"(application|text)/([a-z0-9.-]+\+)?json")
 _NAME = re.compile("[a-z0-9]{1,64}")
 _RFC3339 = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}[Tt ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]+)?([Zz]|[+-][0-9]{2}:[0-9]{2})"
@@ -179,12 +178,19 @@ def _structured(text: bytes, where: str) -> Envelope:
     if data is not None and encoded is not None:
         raise SchemaError(f"{where}: both data and data_base64")
     if data is not None:
-        body = bytes(data)
+        body = _content(bytes(data), attributes, where)
     elif encoded is not None:
         body = _from_base64(_parse(bytes(encoded), where, _ANY), where)
     else:
         body = b""
     return Envelope(attributes, body, _data(attributes, body, where))
+
+
+def _content(data: bytes, attributes: Mapping[str, str], where: str) -> bytes:
+    """What the member `data` stands for: a string is the text itself where the data are not JSON."""
+    if data.startswith(b'"') and not is_json(attributes.get("datacontenttype")):
+        return str(_parse(data, where, _ANY)).encode()
+    return data
 
 
 def _from_base64(value: object, where: str) -> bytes:
@@ -223,13 +229,11 @@ def _other_format(text: bytes) -> str | None:
 def _data(attributes: Mapping[str, str], body: bytes, where: str) -> dict[str, Any]:
     """The JSON object that is an event's data; whatever else a foreign one has is in the body alone."""
     told = attributes.get("datacontenttype")
-    content_type = (told or CONTENT_TYPE).partition(";")[0].strip().lower()
-    is_json = _JSON.fullmatch(content_type) is not None
     foreign = attributes["type"] not in _TYPES
-    if foreign and (not body or not is_json):
+    if foreign and (not body or not is_json(told)):
         return {}
-    if not is_json:
-        raise SchemaError(f"{where}: the data is {content_type[:80]!r}, not JSON")
+    if not is_json(told):
+        raise SchemaError(f"{where}: the data is {(told or '')[:80]!r}, not JSON")
     try:
         data = _parse(body, where, _ANY)
     except SchemaError:

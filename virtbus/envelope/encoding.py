@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import threading
@@ -36,6 +37,7 @@ _SEVERITIES = {Action.PAUSE: (Severity.ERROR.value, "17"), Action.REPORT: (Sever
 _INFO, _WARN, _DEBUG = (Severity.INFO.value, "9"), (Severity.WARN.value, "13"), (Severity.DEBUG.value, "5")
 # CloudEvents attributes of type Integer: numbers in structured JSON, decimal text in headers.
 _INTEGERS = frozenset({"severitynumber"})
+_JSON = re.compile(r"(application|text)/([a-z0-9.-]+\+)?json")
 
 
 class Encoded(NamedTuple):
@@ -251,13 +253,34 @@ def sdk_event(attributes: Mapping[str, str], body: bytes) -> CloudEvent:
     return CloudEvent(own, body)
 
 
+def is_json(datacontenttype: str | None) -> bool:
+    """Whether data of this content type are JSON; without one they are."""
+    return _JSON.fullmatch((datacontenttype or CONTENT_TYPE).partition(";")[0].strip().lower()) is not None
+
+
 def structured_json(attributes: Mapping[str, str], body: bytes) -> bytes:
-    """The whole event as one line of JSON, keys sorted, the data spliced in byte for byte."""
-    if b"\n" in body or b"\r" in body:
-        body = dump(msgspec.json.decode(body))
+    """The whole event as one line of JSON, keys sorted, JSON data spliced in byte for byte.
+
+    Other people's data may be anything: as the JSON format has it, text of another content type is a string,
+    and what is neither text nor the JSON that it says it is stands in `data_base64`.
+    """
     event: dict[str, Any] = dict(attributes)
     for name in _INTEGERS & event.keys():
         if re.fullmatch("-?[0-9]{1,9}", event[name]):
             event[name] = int(event[name])
-    event["data"] = msgspec.Raw(body)
+    ours = attributes.get("type") in ROUTING_WORDS  # their data were read as JSON, or made by us
+    if ours and b"\n" not in body and b"\r" not in body:
+        event["data"] = msgspec.Raw(body)
+    elif body:
+        event |= _data_member(attributes.get("datacontenttype"), body)
     return dump(event)
+
+
+def _data_member(datacontenttype: str | None, body: bytes) -> dict[str, Any]:
+    try:
+        if not is_json(datacontenttype):
+            return {"data": body.decode()}
+        value = msgspec.json.decode(body)
+        return {"data": value if b"\n" in body or b"\r" in body else msgspec.Raw(body)}
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return {"data_base64": base64.b64encode(body).decode()}

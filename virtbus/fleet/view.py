@@ -93,7 +93,7 @@ class FleetView:
     silent: int
     incidents: int
     errors_per_minute: float
-    suspect_ourselves: bool  # most agents are silent at once: rather our own connection
+    suspect_ourselves: bool  # most hosts are silent at once: rather our own connection
     own: frozenset[str] = frozenset()  # open incidents that were seen to be their hosts' own
 
     def host(self, name: str) -> HostHealth | None:
@@ -130,14 +130,17 @@ def judge(
     )
     hosts = [_health(name, agent, states[agent.id], verdicts, rules, now) for name, agent in named]
     hosts.sort(key=lambda one: one.name)
-    silent = sum(state == "silent" for state in states.values())
+    # By names: a host is one however many agents claim to speak for it, and an agent that has not seen its
+    # hypervisor yet speaks for none.
+    names = {name for name, _ in named}
+    silent = len(names - {name for name, agent in named if states[agent.id] != "silent"})
     return FleetView(
         hosts=tuple(hosts),
         backends=tuple(_backends(named, verdicts, rates, rules, now)),
         silent=silent,
         incidents=sum(len(agent.incidents) for _, agent in named),
         errors_per_minute=sum(one.errors_per_minute for one in hosts),
-        suspect_ourselves=silent * 2 > len(states) and len(states) > 1,
+        suspect_ourselves=silent * 2 > len(names) and len(names) > 1,
         # Too early: not every agent was heard yet.
         own=frozenset((*_own(named, verdicts, witnessed), *(witnessed if too_early is not None else ()))),
     )

@@ -168,6 +168,12 @@ def open_integration(name: str, settings: React) -> Integration:
         raise plugins.missing(error, what) from error
 
 
+def may_hold(name: str) -> bool:
+    """Whether the integration of that name is there and may hold hosts; it is not made for that."""
+    point = plugins.find(ENTRY_POINT_GROUP, name)
+    return point is not None and bool(getattr(plugins.load(point, f'integration "{name}"'), "holds", True))
+
+
 def short(name: str) -> str:
     """A host's name without its domain."""
     return name.partition(".")[0]

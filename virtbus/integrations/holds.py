@@ -20,6 +20,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from virtbus import redaction
+from virtbus.errors import VirtbusError
 from virtbus.fleet import FleetView
 from virtbus.integrations.base import Found, Hold, short
 
@@ -138,6 +140,12 @@ def storable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
+def in_words(error: Exception) -> str:
+    """What an exception of anybody's code says, as SQLite and a broker take it."""
+    said = storable(redaction.text(error))
+    return (said if isinstance(error, VirtbusError) else f"{type(error).__name__}: {said}")[:500]
+
+
 def _is_new(rows: Mapping[str, Row], name: str) -> bool:
     return name not in rows or not rows[name].ours
 
@@ -160,6 +168,14 @@ def _unsure(row: Row, mark: Hold | None) -> Change:
 
 def _again(row: Row) -> Row:
     return replace(row, state=HoldState.HOLDING)
+
+
+def not_ahead(row: Row, wall: float) -> Row:
+    """A row without times to come: our clock was ahead when they were written, and would wait for them."""
+    if max(row.since, row.heard_at, row.released_at or 0.0) <= wall:
+        return row
+    released = None if row.released_at is None else min(row.released_at, wall)
+    return replace(row, since=min(row.since, wall), heard_at=min(row.heard_at, wall), released_at=released)
 
 
 # ---- names

@@ -5,6 +5,7 @@ Both get each event at least once, in the order of its domain, with the same Clo
 
 from __future__ import annotations
 
+import base64
 import http.client
 import os
 import re
@@ -15,7 +16,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 from urllib.parse import quote, urlsplit
 
 from virtbus import envelope
@@ -49,7 +50,7 @@ class _Hook(Integration):
             return None
         if delivery.data.get("origin") == Origin.REPLAY and not self._drills:
             return None
-        body = {"attributes": dict(delivery.attributes), "data": delivery.body.decode("utf-8")}
+        body = {"attributes": dict(delivery.attributes)} | _stored(delivery.body)
         return Action(
             key=f"{delivery.source}#{delivery.id}",
             target=delivery.key or delivery.source,
@@ -57,6 +58,19 @@ class _Hook(Integration):
             why=delivery.type,
             body=body,
         )
+
+
+def _stored(data: bytes) -> dict[str, Any]:
+    """An event's data as the store takes them: text, or base64 for what is none (a foreign event's)."""
+    try:
+        return {"data": data.decode()}
+    except UnicodeDecodeError:
+        return {"data_base64": base64.b64encode(data).decode()}
+
+
+def _data(body: Mapping[str, Any]) -> bytes:
+    """What `_stored` was given."""
+    return body["data"].encode() if "data" in body else base64.b64decode(body["data_base64"])
 
 
 class Exec(_Hook):
@@ -80,7 +94,7 @@ class Exec(_Hook):
     def execute(self, action: Action) -> str:
         """See Integration."""
         attributes: Mapping[str, str] = action.body["attributes"]
-        event = envelope.structured_json(attributes, action.body["data"].encode())
+        event = envelope.structured_json(attributes, _data(action.body))
         environment = {
             f"VIRTBUS_EVENT_{name.upper()}": attributes[name]
             for name in ("type", "id", "source", "subject", "time")
@@ -181,7 +195,7 @@ class Webhook(_Hook):
     def execute(self, action: Action) -> str:
         """See Integration."""
         attributes: Mapping[str, str] = action.body["attributes"]
-        data: bytes = action.body["data"].encode()
+        data = _data(action.body)
         if self._settings.content_mode == "structured":
             headers = {"Content-Type": "application/cloudevents+json"}
             data = envelope.structured_json(attributes, data)

@@ -13,18 +13,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from io import StringIO
 from typing import Any, ClassVar, TypeVar
 
 import urllib3
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
-from kubernetes.config.config_exception import ConfigException
 
 from virtbus.config import React
 from virtbus.consumer import Delivery
@@ -58,11 +57,11 @@ COMPONENT = "virtbus"
 _TIMEOUT = 10.0
 _CONFLICTS = 5
 _KNOWN_SECONDS = 60.0  # the list of nodes is not read more often to find a host by its name
-_LABEL_VALUE = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _MERGE = "application/merge-patch+json"
 _STRATEGIC = "application/strategic-merge-patch+json"
 
 _REASONS = {Blame.HOST: "HostAtFault", Blame.BACKEND: "BackendAtFault", Blame.UNDETERMINED: "Undetermined"}
+_VALUES = frozenset({COMPONENT, *(blame.value for blame in _REASONS)})  # of our taint
 
 T = TypeVar("T")
 
@@ -113,14 +112,17 @@ class Kubernetes(Integration):
         try:
             if own.kubeconfig is None and own.context is None:
                 load: Any = config.load_config
-                load()
+                with redirect_stdout(StringIO()):  # it prints where it looks, among what our commands print
+                    load()
                 made = client.ApiClient()
             else:
                 new: Any = config.new_client_from_config
                 made = new(config_file=own.kubeconfig, context=own.context)
-        except (ConfigException, OSError) as error:
+        # OSError, YAMLError, TypeError, …: its own reader trusts the file to be one.
+        except Exception as error:
+            why = " ".join(str(error).split())
             raise ConfigError(
-                f"no Kubernetes cluster: {error}; set react.kubernetes.kubeconfig, or run in a pod with a "
+                f"no Kubernetes cluster: {why}; set react.kubernetes.kubeconfig, or run in a pod with a "
                 "service account"
             ) from error
         # Any: every field of the client's models is Optional to a type checker.
@@ -176,8 +178,7 @@ class Kubernetes(Integration):
 
     def _hold(self, node: str, action: Action) -> str:
         value = action.why.partition(":")[0]
-        if not _LABEL_VALUE.fullmatch(value):
-            value = COMPONENT
+        value = value if value in _VALUES else COMPONENT
         taint = {"key": self._taint, "value": value, "effect": "NoSchedule"}
 
         def change(found: _Node) -> tuple[Taints, str | None] | None:
@@ -185,7 +186,7 @@ class Kubernetes(Integration):
                 raise NotOurs(f"node {node} already has the taint {self._taint}, and not from us")
             if found.has(self._taint):
                 return None
-            return [*_without(found.taints, found.ours), taint], self._taint
+            return [*self._without(found), taint], self._taint
 
         changed = self._change(node, change, _details(action))
         return f"taint {self._taint} " + ("set" if changed else "was there")
@@ -198,10 +199,23 @@ class Kubernetes(Integration):
             if found.ours is None:
                 raise NotOurs(f"node {node} has no taint from us any more")
             removed = found.ours
-            return _without(found.taints, found.ours), None
+            return self._without(found), None
 
         self._change(node, change, None)
         return f"taint {removed} removed"
+
+    def _without(self, found: _Node) -> Taints:
+        """The node's taints but for the one that our mark names.
+
+        A node may write its own annotations, and its taints it may not: under another key than ours only a
+        taint that says what ours say is taken away, or the mark would rid a node of an operator's.
+        """
+
+        def is_ours(one: dict[str, Any]) -> bool:
+            known = found.ours == self._taint or one.get("value") in _VALUES
+            return known and (one.get("key"), one.get("effect")) == (found.ours, "NoSchedule")
+
+        return [one for one in found.taints if not is_ours(one)]
 
     def _change(
         self, node: str, change: Callable[[_Node], tuple[Taints, str | None] | None], details: str | None
@@ -405,10 +419,6 @@ def _facts(answer: Any) -> _Node:
             one.get("address", "") for one in status.get("addresses") or () if one.get("type") == "Hostname"
         ),
     )
-
-
-def _without(taints: Taints, key: str | None) -> Taints:
-    return [one for one in taints if (one.get("key"), one.get("effect")) != (key, "NoSchedule")]
 
 
 def _details(action: Action) -> str:

@@ -18,7 +18,7 @@ from virtbus.envelope import uuid7
 from virtbus.errors import BusUnavailable
 from virtbus.fleet import Fleet, FleetView, HostHealth, Publishers
 from virtbus.integrations.base import REPORT, Action, Integration
-from virtbus.integrations.holds import HoldState, Row, orphaned, renamed
+from virtbus.integrations.holds import HoldState, Row, in_words, not_ahead, orphaned, renamed
 from virtbus.integrations.policy import Decision, Held, HoldPolicy
 from virtbus.integrations.store import ActionStore
 from virtbus.integrations.telemetry import REACT, Disbelieved, EventPutAside, Withheld
@@ -29,7 +29,7 @@ from virtbus.telemetry import TelemetryEvent, Trouble, emit
 _BATCH = 64
 _BATCH_SECONDS = 0.05
 _JUDGE_SECONDS = 1.0
-_MOST_WAITING = 10_000
+_MOST_WAITING = 10_000  # events: a report that its host's control plane does not know yet keeps none away
 _ABSENT_SECONDS = 60.0  # a host that the control plane does not know is not tried again before
 LISTEN_SECONDS = 3600.0  # the longest heartbeat interval: who was not heard for so long does not speak
 _NOTE_SECONDS = 60.0  # how often it is written down that a held host was heard
@@ -128,7 +128,7 @@ class Reactor:
     def step(self, timeout: float) -> None:
         """Take one event, and judge when it is time; `run` does nothing else."""
         delivery = None
-        if self._worker.waiting >= _MOST_WAITING:
+        if self._worker.events_waiting >= _MOST_WAITING:
             time.sleep(min(timeout, 0.2))  # the control plane is slow: the events wait in the broker
         else:
             delivery = self._consumer.receive(timeout)
@@ -175,7 +175,7 @@ class Reactor:
 
     def _unusable(self, delivery: Delivery, error: Exception) -> None:
         self._tell(EventPutAside(self._integration.name, delivery.source, delivery.id, error))
-        self._put_aside(delivery, f"{type(error).__name__}: {error}"[:500])
+        self._put_aside(delivery, in_words(error))
 
     def _put_aside(self, delivery: Delivery, reason: str) -> None:
         """A broker that takes no dead letter now gets it when the event comes again."""
@@ -300,6 +300,9 @@ class Reactor:
             return
         self._noted_at = now.monotonic
         wall = now.wall_ns / 1e9
+        for row in ours.values():
+            if not_ahead(row, wall) != row:
+                self._store.put(not_ahead(row, wall))
         for host in view.hosts:
             if host.name in ours and host.state != "silent":
                 self._store.heard(host.name, host.agent_id, wall)

@@ -84,10 +84,10 @@ class ActionStore:
         """Open or make the file; None keeps all in memory (for a dry run)."""
         self._lock = threading.Lock()
         self._handle: int | None = None
-        if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._handle = _claim(path.with_suffix(".lock"))
         try:
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                self._handle = _claim(path.with_suffix(".lock"))
             self._db = sqlite3.connect(
                 ":memory:" if path is None else path, isolation_level=None, check_same_thread=False
             )
@@ -99,11 +99,22 @@ class ActionStore:
             (self._finished,) = self._db.execute(
                 "SELECT count(*) FROM actions WHERE state <> 'waiting'"
             ).fetchone()
-        except (sqlite3.Error, OSError) as error:
+            self._check()
+        except (sqlite3.Error, OSError, ValueError) as error:
+            if self._handle is not None:
+                os.close(self._handle)
             raise ConfigError(
                 f"{path} can't be used: {error}; move it away (what is held is read from the control plane, "
                 "events that wait in it are not handed over)"
             ) from error
+
+    def _check(self) -> None:
+        """Read what another release, or a damage, may have made unreadable: here, and not at work."""
+        self.rows()
+        self.waiting()
+        self.conditions()
+        self.witnessed()
+        self._db.execute("SELECT source, publisher FROM owners LIMIT 1").fetchall()
 
     @property
     def owners(self) -> MutableMapping[str, str]:
@@ -325,7 +336,7 @@ def _claim(path: Path) -> int:
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         owner = os.pread(handle, 32, 0).decode("ascii", "replace").strip()
         os.close(handle)
         raise ConfigError(

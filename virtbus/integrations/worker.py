@@ -21,7 +21,7 @@ from virtbus.integrations.base import (
     NotOurs,
     TargetMissing,
 )
-from virtbus.integrations.holds import Change, Finding, HoldState, Row
+from virtbus.integrations.holds import Change, Finding, HoldState, Row, in_words
 from virtbus.integrations.store import HOLD_TOPIC, ActionStore, Stored
 from virtbus.integrations.telemetry import (
     ActionFailed,
@@ -152,6 +152,7 @@ class Worker:
         self.absent: dict[str, float] = {}  # host: when (monotonic) the control plane did not know it
         self.stale: set[str] = set()  # hosts that don't show what we last reported of them, or nothing
         self.waiting = 0
+        self.events_waiting = 0  # of them, those that hand over an event
         self.failure: Exception | None = None  # what ended the thread, if something did
 
     @property
@@ -203,6 +204,7 @@ class Worker:
     def _append(self, number: int, action: Action, attempts: int) -> None:
         with self._changed:
             self.waiting += 1
+            self.events_waiting += action.verb == EVENT
             line = _line(action)
             queue = self._queues.get(line)
             if queue is None:
@@ -242,6 +244,7 @@ class Worker:
             if wait is None:
                 queue.popleft()
                 self.waiting -= 1
+                self.events_waiting -= action.verb == EVENT
                 self._backoffs.pop(line, None)
             else:
                 queue[0] = (number, action, attempts + 1)
@@ -294,7 +297,7 @@ class Worker:
         refused = isinstance(error, VirtbusError) and not error.retryable and not missing
         broken = not isinstance(error, VirtbusError) and attempts >= MOST_SURPRISES
         if (refused and action.verb != RELEASE) or (broken and action.verb == EVENT):
-            self._settle(number, action, Result.REFUSED, str(error))
+            self._settle(number, action, Result.REFUSED, in_words(error))
             self._tell(ActionGivenUp(name, action.verb, action.target, action.why, action.key, error))
             return None
         backoff = self._backoffs.setdefault(

@@ -58,7 +58,7 @@ def patterns(settings: Discover) -> tuple[str, ...]:
 
 
 def look(patterns: Sequence[str], watch: Callable[[str], None] = lambda folder: None) -> dict[str, Identity]:
-    """The sockets that are there; `watch` is called with each folder on the way before it is listed.
+    """The sockets that are there; `watch` gets each folder where one may come or go, before it is listed.
 
     One that several names lead to is there once, and of a daemon's two the read-only one: each error would be
     counted twice.
@@ -79,22 +79,34 @@ def _matches(pattern: str, watch: Callable[[str], None]) -> list[Path]:
     at = [Path("/")]
     *folders, name = [part for part in pattern.split("/") if part]
     for part in folders:
-        for folder in at:
-            watch(str(folder))
-        at = [below for folder in at for below in _below(folder, part) if below.is_dir()]
+        at = [below for folder in at for below in _folders(folder, part, watch)]
     for folder in at:
         watch(str(folder))
     return [path for folder in at for path in _below(folder, name)]
 
 
+def _folders(folder: Path, part: str, watch: Callable[[str], None]) -> list[Path]:
+    """Those that are there. One with a fixed name is waited for only while it is missing: whatever else
+    happens beside it, in /run or /tmp, would wake us all the time.
+    """
+    if not _is_pattern(part) and (folder / part).is_dir():
+        return [folder / part]
+    watch(str(folder))
+    return [below for below in _below(folder, part) if below.is_dir()]
+
+
 def _below(folder: Path, part: str) -> list[Path]:
-    if not any(sign in part for sign in "*?["):
+    if not _is_pattern(part):
         return [folder / part]
     try:
         names = sorted(os.listdir(folder))  # noqa: PTH208
         return [folder / name for name in names if fnmatch.fnmatchcase(name, part)]
     except OSError:  # gone since, or not ours to read
         return []
+
+
+def _is_pattern(part: str) -> bool:
+    return any(sign in part for sign in "*?[")
 
 
 class Watch:

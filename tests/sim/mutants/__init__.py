@@ -136,7 +136,7 @@ MUTANTS = {
     "marks_never_written": _one(
         "acknowledgements are sent without marks on the disk",
         "virtbus.marks:Marks.write",
-        "if self._database is not None:",
+        "if database is not None:",
         "if False:",
     ),
     "a_bad_message_is_acknowledged": _one(

@@ -23,6 +23,7 @@ consumer fills no broker, and the broker may believe in a dead connection for as
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
 import uuid
@@ -141,10 +142,14 @@ class _Topology:
             return True
         if not link.finds(lambda channel: channel.queue_declare(queue, passive=True)):
             told = getattr(refusal, "reply_text", "bus.declare is false")  # names the right that is missing
+            create = f"create it (quorum, single active consumer) bound to {self._options.exchange}"
+            if isinstance(refusal, amqp.PreconditionFailed):  # a limit of the virtual host
+                raise BusDenied(
+                    f"{link.name}: queue {queue} does not exist, and {told}: raise that, or {create}"
+                )
             raise BusDenied(
                 f"{link.name}: queue {queue} does not exist and user {link.user} may not create it ({told}): "
-                f"grant that right, or create it (quorum, single active consumer) bound to "
-                f"{self._options.exchange}"
+                f"grant that right, or {create}"
             )
         if isinstance(refusal, amqp.PreconditionFailed):
             emit(Notice(f"{link.name}: queue {queue} has other arguments than ours; used as it is"))
@@ -199,7 +204,7 @@ class AmqpSubscription(LineSubscription):
             tuple[str, int]
         ] = []  # our consumers that stand, with their prefetch; first the active
         self._ending = ""  # the consumer that was active and is being cancelled
-        self._resumed: dict[str, float] = {}  # by message id: when a retry is due, over reconnections
+        self._resumed: dict[str, float] = {}  # by `_name`: when a retry is due, over reconnections
         self._calm = False  # a message came that had not been delivered too often
         self._backoff = Backoff("consume")
         self._next_try = 0.0
@@ -233,8 +238,8 @@ class AmqpSubscription(LineSubscription):
         before its time waits here for the rest of it.
         """
         origin = getattr(message.handle, "origin", None)
-        if isinstance(origin, _Origin) and (name := origin.properties.get("message_id")) is not None:
-            self._resumed[name] = time.monotonic() + max(0.0, after)
+        if isinstance(origin, _Origin):
+            self._resumed[_name(message, origin.properties)] = time.monotonic() + max(0.0, after)
             while len(self._resumed) > _REMEMBERED:
                 del self._resumed[next(iter(self._resumed))]
         super().retry(message, after)
@@ -297,8 +302,9 @@ class AmqpSubscription(LineSubscription):
         top = min(_PREFETCH_MAX, self._prefetch + (_SPARE if self._topology.durable else 0))
         rooms = [*(rung for rung in _RUNGS if self._topology.durable and rung < top), top]
         # A broker that loses us takes back what our consumers had in the order of their tags.
-        self._rungs = [(f"virtbus-{number:02}", room) for number, room in enumerate(rooms)]
-        for tag, prefetch in self._rungs:
+        rungs = [(f"virtbus-{number:02}", room) for number, room in enumerate(rooms)]
+        self._rungs = []  # messages come in between: nobody climbs before the last rung stands
+        for tag, prefetch in rungs:
             link.be_patient()
             channel.basic_qos(0, prefetch, False)
             channel.basic_consume(
@@ -307,6 +313,7 @@ class AmqpSubscription(LineSubscription):
                 callback=lambda raw: self._on_delivery(channel, raw),
                 on_cancel=self._on_cancel,
             )
+        self._rungs = rungs
         self._climb()
 
     def _forget(self) -> None:
@@ -374,10 +381,11 @@ class AmqpSubscription(LineSubscription):
         key = _key(properties.get("application_headers") or {}, raw.delivery_info["routing_key"])
         item = Item(key if key is not None else tag, tag, _Origin(tag, properties))
         message = item.message = received(raw, queue, key=key, handle=item)
-        name = properties.get("message_id", "")
-        due = self._resumed.pop(name, 0.0) if message.redelivered else 0.0
-        if due > time.monotonic():
-            item.due = self._resumed[name] = due
+        if message.redelivered and self._resumed:
+            name = _name(message, properties)
+            due = self._resumed.pop(name, 0.0)
+            if due > time.monotonic():
+                item.due = self._resumed[name] = due
         self._line.arrived(item)
         if not self._calm and (message.attempts or 0) <= _CAREFUL_AT:
             self._calm = True
@@ -430,6 +438,12 @@ def _keep_alive(subscription: weakref.ref[AmqpSubscription], closed: threading.E
         except Exception as error:  # noqa: BLE001 - this thread must outlive everything
             emit(Trouble("consumer heartbeat", error))
         del held
+
+
+def _name(message: Message, properties: Mapping[str, Any]) -> str:
+    """What tells a message that comes again; others than agents may send none, or one like another's."""
+    given = f"{properties.get('message_id')} {message.headers.get('ce-id')}".encode("utf-8", "replace")
+    return hashlib.blake2b(given + b"\0" + message.body, digest_size=16).hexdigest()
 
 
 def _key(headers: Mapping[str, object], routing_key: str) -> str | None:

@@ -295,7 +295,8 @@ def received(raw: Any, queue: str, *, key: str | None = None, handle: object) ->
     properties, info = raw.properties, raw.delivery_info
     redelivered = bool(info["redelivered"])
     headers = properties.get("application_headers") or {}
-    counted = headers.get("x-delivery-count", None if redelivered else 0)
+    # A publisher, or a shovel from another queue, may have sent it too: on redelivery it is the broker's.
+    counted = headers.get("x-delivery-count") if redelivered else 0
     return Message(
         binding=Binding.AMQP,
         headers=headers,
@@ -306,5 +307,5 @@ def received(raw: Any, queue: str, *, key: str | None = None, handle: object) ->
         user_id=properties.get("user_id"),
         position=f"{queue}#{info['delivery_tag']}",
         handle=handle,
-        attempts=counted + 1 if isinstance(counted, int) else None,
+        attempts=counted + 1 if type(counted) is int and counted >= 0 else None,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Container
 from dataclasses import dataclass
 
 from virtbus.bus import Memory
@@ -172,6 +173,17 @@ class Losses:
         if start is not None:
             return start, self.read(partition, start)
         return None, committed and self.read(partition, committed.next, committed.sure)
+
+    def without(self, partitions: Container[int]) -> None:
+        """The topic has only these partitions: what was not read of others, of the one before, is lost."""
+        for name in self._memory.names():
+            of, _, number = name.removesuffix("]").rpartition("[")
+            noted = Place.read(self._memory.recall(name))
+            gone = of == self._topic and number.isdigit() and int(number) not in partitions
+            told = Place(self.topic_id, 0)
+            if gone and noted is not None and noted != told:  # partitions never go but with their topic
+                self._tell(replaced(name, noted))
+                self._memory.keep(name, told.note())
 
     def passed_over(self, partition: int, first: int, last: int, ends: tuple[int, int] | None) -> None:
         """Offsets that did not come: compacted away, or lost if they are older than the oldest that is left.

@@ -241,7 +241,9 @@ class KafkaSubscription(LineSubscription):
 
     def _connect(self) -> None:
         settings, topic = self._settings, self._topic
-        self._losses.topic_id = topic_id(Admin(settings).ensure(topic, declare=settings.options.declare))
+        found = Admin(settings).ensure(topic, declare=settings.options.declare)
+        self._losses.topic_id = topic_id(found)
+        self._losses.without({each.id for each in found.partitions})
         self._watch = Watch()
         group_id = f"virtbus.{self._group}" if self._group else f"virtbus.tap.{uuid.uuid4()}"
         config = settings.consumer(self._watch, group_id, self._prefetch)
