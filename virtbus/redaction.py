@@ -140,7 +140,7 @@ _BEARER = re.compile(r"\b([Bb]earer|[Aa]uthorization:\s*\w+)\s+[^\s'\"]+")
 def text(words: object) -> str:
     """Text for people, an exception's say, that may hold names, URLs or options anywhere in it.
 
-    Raises nothing: what can't be told ("str" of somebody's exception raises) is told by its type.
+    Raises nothing: what has no text ("str" of somebody's exception raises) is named by its type.
     """
     try:
         shown = str(words)

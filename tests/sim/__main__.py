@@ -16,6 +16,8 @@ from tests.sim.plan import Plan, draw
 from tests.sim.shrink import shrink
 from tests.sim.world import Tally, World
 
+SEEDS = 200
+
 
 def play(seed: int) -> Tally:
     """One seed; a crash of the simulation is a violation, too."""
@@ -56,7 +58,8 @@ def main() -> int:
     parser.add_argument(
         "--shrink", type=Path, help="leave out of --seed what it does not need to fail; keep it here"
     )
-    parser.add_argument("--seeds", type=int, default=200)
+    parser.add_argument("--seeds", type=int, help=f"how many; {SEEDS}, or what fits into --hours")
+    parser.add_argument("--hours", type=float, help="end after so many hours of this machine's time")
     parser.add_argument("--first", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--mutant", help="put one fault of tests/sim/mutants back first")
@@ -71,17 +74,20 @@ def main() -> int:
             given.shrink.write_text(plan.text())
         return tell(plan, given.guest)
     whole, began = Tally(), time.monotonic()
-    seeds = range(given.first, given.first + given.seeds)
+    count = given.seeds or (SEEDS if given.hours is None else sys.maxsize // 2)
+    of = f" of {count}" if given.seeds or given.hours is None else ""
+    seeds = range(given.first, given.first + count)
     with multiprocessing.Pool(given.jobs, maxtasksperchild=500) as pool:
         for done, tally in enumerate(pool.imap(play, seeds, chunksize=4), 1):
             whole.add(tally)
             for violation in tally.violations:
                 print(f"BROKEN  {violation}", flush=True)
-            if tally.violations and given.stop:
+            if sys.stderr.isatty() or done % 100 == 0:
+                print(f"  {done}{of}: {whole.line()}", file=sys.stderr, flush=True)
+            late = given.hours is not None and time.monotonic() - began > given.hours * 3600
+            if late or (tally.violations and given.stop):
                 pool.terminate()
                 break
-            if sys.stderr.isatty() or done % 100 == 0:
-                print(f"  {done} of {given.seeds}: {whole.line()}", file=sys.stderr, flush=True)
     print(f"sim {whole.line()} seconds={time.monotonic() - began:.0f}")
     return 1 if whole.violations else 0
 

@@ -42,6 +42,7 @@ class Journal:
         self.syncs = 0
         self._open: dict[str, int] = {}  # descriptors that read what a write replaces
         self.failing: Callable[[str], int] = lambda path: _OK  # an error code for a write to it, or 0
+        self.watching: Callable[[str], bool] = lambda path: True  # whether anything may happen to it
 
     def wrote(self, path: str, offset: int, new: bytes) -> None:
         """Before it is written."""
@@ -188,7 +189,10 @@ class _Shim:
 
     def _open(self, vfs: int, name: int | None, file: int, flags: int, out: int | None) -> int:
         code: int = self._default.contents.xOpen(vfs, name, file, flags, out)
-        if code == _OK and name is not None and flags & (_WAL | _MAIN | _JOURNAL):
+        if code != _OK or name is None or not flags & (_WAL | _MAIN | _JOURNAL):
+            return code
+        path = ctypes.string_at(name).decode()
+        if self.journal is not None and self.journal.watching(path):
             at = ctypes.cast(file, ctypes.POINTER(ctypes.c_void_p))
             address = at[0]
             ours = self._methods.get(address)
@@ -199,9 +203,8 @@ class _Shim:
             if real is None:
                 real = self._reals[address] = _Real(address)
             self._real[file] = real
-            path = self._paths[file] = ctypes.string_at(name).decode()
-            if self.journal is not None:
-                self.journal.opened(path)
+            self._paths[file] = path
+            self.journal.opened(path)
             at[0] = ctypes.addressof(ours)
         return code
 

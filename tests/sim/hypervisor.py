@@ -82,6 +82,16 @@ class Error:
     kept: bool  # libvirt keeps a message of it that says when it was
 
 
+@dataclass(frozen=True)
+class Stood:
+    """A guest was paused by an I/O error, and a listing says so."""
+
+    host: str
+    uuid: str
+    begin: float
+    end: float
+
+
 @dataclass
 class Guest:
     """One domain; its second disk may be a network disk without a name, or both may be on shared storage."""
@@ -97,6 +107,7 @@ class Guest:
     messages: dict[tuple[str, int], str] = field(default_factory=dict)  # (target, image) → what libvirt keeps
     copying: bool = False  # a block job runs: events name no device
     hangs_until: float = 0.0
+    stands_since: float = 0.0
     here: bool = True
     unplugged: set[str] = field(default_factory=set)  # aliases
     snapshots: dict[str, int] = field(default_factory=dict)  # alias → how many were made of it
@@ -153,6 +164,8 @@ class Hypervisor(Protocol):
     def links(self) -> Sequence[ModelLink]: ...
     @property
     def errors(self) -> Sequence[Error]: ...
+    @property
+    def stood(self) -> Sequence[Stood]: ...
     def restart(self, seconds: float) -> None: ...
     def hang(self, seconds: float) -> None: ...
     def error(self, guest: Guest, alias: str, *, pause: bool, events: int = 1) -> None: ...
@@ -181,6 +194,7 @@ class Daemon:
         self.failing_until = 0.0  # looks fail
         self.errors: list[Error] = []
         self.away: dict[str, list[tuple[float, float]]] = {}  # uuid → when it was shut off
+        self.stood: list[Stood] = []
 
     @property
     def works(self) -> bool:
@@ -249,6 +263,7 @@ class Daemon:
             tell()
         if pause and guest.state == RUNNING:
             guest.state, guest.reason = PAUSED, PAUSED_UNKNOWN if late else PAUSED_IOERROR
+            guest.stands_since = self.sched.now
             detail = SUSPENDED_PAUSED if late else SUSPENDED_IOERROR
             self.lifecycle(guest, SUSPENDED, detail)
         if late:
@@ -266,10 +281,16 @@ class Daemon:
 
     def resume(self, guest: Guest) -> None:
         if guest.state == PAUSED:
+            self._stood(guest)
             guest.state, guest.reason = RUNNING, 5
             self.lifecycle(guest, RESUMED, 0)
 
+    def _stood(self, guest: Guest) -> None:
+        if guest.state == PAUSED and guest.reason == PAUSED_IOERROR:
+            self.stood.append(Stood(self.host, guest.uuid, guest.stands_since, self.sched.now))
+
     def leave(self, guest: Guest) -> None:
+        self._stood(guest)
         guest.here, guest.state, guest.disk_errors, guest.messages = False, RUNNING, {}, {}
         self.away.setdefault(guest.uuid, []).append((self.sched.now, self.sched.now))
         self.lifecycle(guest, SHUTDOWN, SHUTDOWN_HOST)
@@ -305,6 +326,7 @@ class Daemon:
     def give(self, guest: Guest, to: Hypervisor) -> Guest:
         """Migrate: whom an error had paused is paused there too, by a user; its new QEMU knows no error."""
         stands = guest.state == PAUSED
+        self._stood(guest)
         there = replace(
             guest,
             number=len(to.guests) + 200,

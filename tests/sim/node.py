@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tests.sim.hypervisor import Daemon, Error, Guest, Hypervisor, ModelLink, Quirks
+from tests.sim.hypervisor import Daemon, Error, Guest, Hypervisor, ModelLink, Quirks, Stood
 from tests.sim.runtime import HostClock, Scheduler, Virtual
 from virtbus.sources.many import Identity
 
@@ -66,6 +66,10 @@ class Node:
     @property
     def errors(self) -> Sequence[Error]:
         return sorted((error for pod in self._all for error in pod.errors), key=lambda error: error.at)
+
+    @property
+    def stood(self) -> Sequence[Stood]:
+        return [stood for pod in self._all for stood in pod.stood]
 
     @property
     def _all(self) -> list[Pod]:

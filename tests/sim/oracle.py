@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from tests.sim.hypervisor import SECRET, Error
+from tests.sim.hypervisor import SECRET, Error, Stood
 from tests.sim.plan import Shape
 from tests.sim.runtime import START_NS
 from virtbus import envelope
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from tests.sim.plane import Plane
 
 READ_SECONDS = 30.0  # by then the consumer has read what the broker holds
+PAUSE_SECONDS = 3.0  # who stands for so long after a gap is found …
+FOUND_SECONDS = 60.0  # … by then
 GROUP_SECONDS = 0.1  # a group commit's 50 ms, and a step of the consumer
 HOLD_SLACK_SECONDS = 180.0  # a hold that was due when the host's fault ended
 
@@ -60,6 +63,7 @@ class Truth:
 
     shape: Shape = Shape.HOST
     errors: list[Error] = field(default_factory=list)
+    stood: list[Stood] = field(default_factory=list)
     log: list[Arrival] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)  # as the broker holds them, poison too
     made: dict[str, tuple[float, float]] = field(default_factory=dict)  # id → (true time, wall clock's skew)
@@ -127,6 +131,7 @@ def judge(truth: Truth) -> list[str]:
     found += _in_order(truth, events)
     found += _nothing_missing(truth, events)
     found += _every_error(truth, events, gaps)
+    found += _every_pause(truth, events, gaps)
     found += _every_standstill(truth, gaps)
     found += _incidents(truth, events)
     found += _effects(truth, events)
@@ -341,6 +346,40 @@ def _every_message(
                     f"P1: {error.host}: the error of {alias} of {uuid} at {error.at:.3f} lies in a gap, "
                     "libvirt kept a message of it, and it was not found"
                 )
+
+
+def _every_pause(truth: Truth, events: list[Event], gaps: dict[str, list[Interval]]) -> Iterator[str]:
+    """docs/events.md: a guest that stands by an error when a gap ends is found, whoever saw its pause.
+
+    Unless it stood when the gap began: that it was resumed meanwhile, and paused again, nobody can tell.
+    """
+    told: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for event in events:
+        if event.type == IoError.TYPE and event.data["occurrences"]["count"]:
+            told[event.arrival.host, event.data["domain"]["uuid"]].append(
+                truth.made[event.arrival.record.id][0]
+            )
+    for stood in truth.stood:
+        its = [gap for gap in gaps[stood.host] if gap.uuid in (None, stood.uuid)]
+        for gap in its:
+            seen_until = min([other.start for other in its if other.end > gap.end + 0.5], default=math.inf)
+            if stood.begin > gap.end or min(stood.end, seen_until, truth.ended) < gap.end + PAUSE_SECONDS:
+                continue
+            blind = gap.start - 1.0
+            for other in sorted(its, key=lambda each: -each.end):
+                if other.end >= blind:
+                    blind = min(blind, other.start - 1.0)
+            if any(
+                (one.host, one.uuid) == (stood.host, stood.uuid) and blind <= one.end <= stood.begin
+                for one in truth.stood
+            ):
+                continue
+            if not any(stood.begin <= at <= gap.end + FOUND_SECONDS for at in told[stood.host, stood.uuid]):
+                yield (
+                    f"P1: {stood.host}: {stood.uuid} stands since {stood.begin:.3f} and did when a gap ended "
+                    f"at {gap.end:.3f}, and it was not found"
+                )
+                break
 
 
 def _lies_in(error: Error, gaps: list[Interval]) -> bool:

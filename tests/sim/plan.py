@@ -124,7 +124,7 @@ def draw(seed: int) -> Plan:
         group_commit=dice.random() < 0.3,
         reactors=dice.choice((1, most) if fleet else (0, 0, 1)),
     )
-    faults = tuple(sorted(_faults(plan, dice), key=lambda fault: fault.at))
+    faults = tuple(sorted([*_faults(plan, dice), *_meetings(plan)], key=lambda fault: fault.at))
     return replace(plan, faults=faults) if seed % 8 != 4 else _nodes(plan, faults)
 
 
@@ -184,6 +184,109 @@ def _faults(plan: Plan, dice: random.Random) -> Iterator[Fault]:
         yield from _often(dice, "reactor", end, 200.0 * (1.5 if fleet else 1.0), _kill_reader(REACTOR_STEPS))
     if plan.reactors and dice.random() < 0.7:
         yield from _often(dice, "plane", end, 200.0, lambda r: _plane(r, plan))
+
+
+def _meetings(plan: Plan) -> Iterator[Fault]:
+    """Faults that meet: each alone is frequent, and together they would be rare."""
+    dice = random.Random(f"meetings {plan.seed}")
+    if plan.shape is Shape.FLEET or dice.random() < 0.5:
+        return
+    for _ in range(dice.choice((1, 2, 3))):
+        host = dice.choice(plan.hosts).name
+        meet = dice.choice(
+            (_blind_spot, _late_disk, _unseen_resume, _lost_commit, _earlier_clock, _cut_short)
+        )
+        for fault in meet(dice, host, round(dice.uniform(10.0, plan.faulty_seconds - 80.0), 3)):
+            if fault.where != "reactor" or plan.reactors:
+                yield fault
+
+
+def _fails_once(dice: random.Random, host: str, at: float, *, pause: bool, stays: float = 4.0) -> Fault:
+    disk = dice.randrange(2)
+    how = {
+        "guest": dice.randrange(3),
+        "disk": disk,
+        "pause": pause,
+        "copying": False,
+        "times": [[1, stays, 2.0]],
+    }
+    return Fault(round(at, 3), host, "trouble", how)
+
+
+def _blinds(dice: random.Random, host: str, at: float) -> tuple[Fault, float]:
+    """A time without sight, and how long it is."""
+    seconds = dice.choice((5.0, 12.0, 40.0))
+    what, how = dice.choice(
+        (
+            ("kill", {"after": seconds}),
+            ("libvirt_restarts", {"seconds": seconds}),
+            ("freeze", {"seconds": seconds + 5.0, "asleep": dice.random() < 0.4}),
+        )
+    )
+    return Fault(at, host, what, how), seconds
+
+
+def _blind_spot(dice: random.Random, host: str, at: float) -> Iterator[Fault]:
+    """An error that nobody sees, and looks that fail when they could find it."""
+    blind, seconds = _blinds(dice, host, at)
+    yield blind
+    for _ in range(dice.choice((1, 1, 2))):
+        yield _fails_once(dice, host, at + dice.uniform(1.5, seconds - 1.0), pause=dice.random() < 0.3)
+    if dice.random() < 0.6:
+        yield Fault(
+            round(at + seconds - 0.5, 3), host, "looks_fail", {"seconds": dice.choice((3.0, 12.0, 40.0))}
+        )
+    if dice.random() < 0.3:
+        yield _blinds(dice, host, round(at + seconds + dice.uniform(0.5, 20.0), 3))[0]
+
+
+def _late_disk(dice: random.Random, host: str, at: float) -> Iterator[Fault]:
+    """The spool's disk takes nothing, and meanwhile the clock is set and something fails."""
+    yield Fault(at, host, "disk", {"seconds": 30.0, "how": dice.choice(("full", "fails"))})
+    yield Fault(round(at + dice.uniform(2.0, 28.0), 3), host, *_clock(dice)[:2])
+    yield _fails_once(dice, host, at + dice.uniform(0.0, 32.0), pause=dice.random() < 0.5)
+    if dice.random() < 0.6:
+        yield _blinds(dice, host, round(at + dice.uniform(0.0, 28.0), 3))[0]
+
+
+def _unseen_resume(dice: random.Random, host: str, at: float) -> Iterator[Fault]:
+    """A guest stands, is resumed unseen, and stands again."""
+    blind, seconds = _blinds(dice, host, at)
+    first = _fails_once(dice, host, at - dice.uniform(0.5, 8.0), pause=True)
+    again = dice.uniform(0.3, 6.0)
+    yield blind
+    yield replace(
+        first,
+        how={**first.how, "times": [[1, at - first.at + seconds / 2, again + seconds / 2], [1, 4.0, 1.0]]},
+    )
+
+
+def _lost_commit(dice: random.Random, host: str, at: float) -> Iterator[Fault]:
+    """A process or a host ends in the middle of a commit, of which there are some."""
+    point = dice.choice(SPOOL_POINTS)
+    if dice.random() < 0.5:
+        how = {"after": 5.0, "keeps": dice.choice(("nothing", "some", "torn"))}
+        yield Fault(at, host, "power_cut_at", {**how, "point": point, "nth": dice.choice((1, 2))})
+    else:
+        yield Fault(at, host, "kill_at", {"point": point, "nth": dice.choice((1, 2)), "after": 3.0})
+    for _ in range(3):
+        yield _fails_once(dice, host, at + dice.uniform(0.1, 6.0), pause=dice.random() < 0.5, stays=1.5)
+
+
+def _earlier_clock(dice: random.Random, host: str, at: float) -> Iterator[Fault]:
+    """The clock is set, and the agent starts again."""
+    yield Fault(at, host, "step_clock", {"step": dice.choice((-7200.0, -30.0, 30.0))})
+    yield Fault(round(at + dice.uniform(0.1, 5.0), 3), host, "kill", {"after": dice.choice((0.5, 5.0))})
+    yield _fails_once(dice, host, at + dice.uniform(0.0, 8.0), pause=dice.random() < 0.5)
+
+
+def _cut_short(dice: random.Random, host: str, at: float) -> Iterator[Fault]:
+    """Readers and the broker end while something is on its way to them."""
+    yield _fails_once(dice, host, at, pause=True)
+    for who, steps in (("consumer", CONSUMER_STEPS), ("reactor", REACTOR_STEPS)):
+        how = {"step": dice.choice(steps), "nth": 1, "after": 3.0, "keeps": dice.random() < 0.8}
+        yield Fault(round(at - 0.1, 3), who, "kill_at", how)
+    yield Fault(round(at - 0.1, 3), "broker", dice.choice(("confirms", "cut", "stop")), {"seconds": 5.0})
 
 
 def _often(dice: random.Random, where: str, end: float, mean: float, draw_one: Any) -> Iterator[Fault]:

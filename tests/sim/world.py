@@ -88,6 +88,8 @@ class World:
             sockets = ((many, "look", node.look), (many, "Watch", node.Watch))
             with disk.watched() as self.journal, installed(self.sched, sockets) as virtual:
                 self.journal.failing = self._disk_code
+                unsafe = {f.where for f in plan.faults if f.what in ("power_cut", "power_cut_at", "disk")}
+                self.journal.watching = lambda path: any(f"/{name}-" in path for name in unsafe)
                 points.hook = self._at_point
                 consumer_module.open_bus = self._open_bus  # type: ignore[assignment]
                 self._build(virtual)
@@ -507,6 +509,7 @@ class World:
         truth = self.truth
         for host in self.hosts:
             truth.errors += host.daemon.errors
+            truth.stood += host.daemon.stood
             if isinstance(host.daemon, Node):
                 truth.sockets.update(host.daemon.owners)
             for uuid, times in host.daemon.away.items():

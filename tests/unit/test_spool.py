@@ -559,6 +559,33 @@ def test_a_restart_tells_the_last_run_and_its_last_sign_of_life(folder, clock):
     assert second.opening.last_alive_ns == alive
 
 
+@pytest.mark.parametrize("restarts", [1, 2])
+def test_a_clock_that_was_set_forward_in_a_gap_hides_no_stamp_from_before(
+    folder, clock, monkeypatch, restarts
+):
+    monkeypatch.setattr("virtbus.spool.opening.boot_id", lambda: "one")
+    first = open_spool(folder, clock=clock)
+    first.commit([io_error(1)])
+    first.alive(clock.wall_ns)
+    seen = clock.wall_ns
+    clock.pass_time(60)
+    clock.jump(3600)
+    first.alive(seen + 3600 * 10**9)  # nothing new was seen since
+    first.close()
+    for _ in range(restarts):
+        again = open_spool(folder, clock=clock)
+        again.close()
+        assert again.opening.last_alive_ns == seen + 3600 * 10**9
+        assert again.opening.stamps_since_ns == seen
+    again = open_spool(folder, clock=clock)
+    again.commit([io_error(2)])
+    again.alive(clock.wall_ns)
+    again.close()
+    last = open_spool(folder, clock=clock)
+    last.close()
+    assert last.opening.stamps_since_ns == clock.wall_ns
+
+
 @pytest.mark.parametrize(("step", "off", "placed"), [(0, 60, True), (3600, 60, True), (-3600, 60, False)])
 def test_a_clock_that_was_set_back_over_a_reboot_can_not_tell_the_last_sign_of_life(
     folder, clock, monkeypatch, step, off, placed

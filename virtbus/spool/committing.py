@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from virtbus.errors import SpoolFull
-from virtbus.model import Event, Stamp
+from virtbus.model import Event, Now, Stamp
 from virtbus.seen import STEP_NS, Moment
 from virtbus.spool import faults, files, requests
 from virtbus.spool.draft import Draft, Eviction, Scribe
@@ -33,7 +33,8 @@ class Committer:
         self._mirror, self._scribe = mirror, scribe
         now = mirror.clock()
         self._seen = Moment.stamped(mirror.account.alive_ns, now)  # not in the file yet perhaps
-        self._booted_ns = self._seen.booted_ns  # the wall clock's beginning, as the file has it
+        # As the file has them: the wall clock's beginning, and Mirror.earlier_ns.
+        self._clock = self._clock_written = (self._seen.booted_ns, mirror.earlier_ns)
         self._owing = False  # a commit failed and none succeeded since: what it held is not safe
         self.refusal: SpoolFull | None = None  # why the disk did not take the last sign of life
         self._opening_told = False
@@ -138,11 +139,21 @@ class Committer:
 
         After a reboot a stamp of a clock that was set since could not be compared.
         """
-        self._seen = self._seen.at(self._mirror.clock())
+        self._follow_clock(self._mirror.clock())
         put_run(db, self._mirror.account, last=last, alive_ns=self._seen.wall_ns)
-        if abs(self._seen.booted_ns - self._booted_ns) >= STEP_NS:
-            put_clock(db, self._seen.booted_ns)
-            self._booted_ns = self._seen.booted_ns
+        booted_ns, earlier_ns = self._clock
+        if abs(self._seen.booted_ns - booted_ns) >= STEP_NS or self._mirror.earlier_ns != earlier_ns:
+            self._clock_written = (self._seen.booted_ns, self._mirror.earlier_ns)
+            put_clock(db, *self._clock_written)
+
+    def _follow_clock(self, now: Now) -> bool:
+        """Tell what was seen in the wall clock as it is now; whether that was set."""
+        seen = self._seen.at(now)
+        if seen is self._seen:
+            return False
+        earlier_ns = self._mirror.earlier_ns + seen.wall_ns - self._seen.wall_ns
+        self._seen, self._mirror.earlier_ns = seen, max(0, earlier_ns)
+        return True
 
     def _release(self, victims: Sequence[EventRow]) -> None:
         with self._mirror.changed:
@@ -156,6 +167,7 @@ class Committer:
         with mirror.changed:
             mirror.account.last = draft.seq
             mirror.account.alive_ns = self._seen.wall_ns
+            self._clock = self._clock_written
             mirror.remove(draft.victims)
             for row in draft.new:
                 mirror.add(row, now)
@@ -185,10 +197,9 @@ class Committer:
         now = reading.monotonic
         seen = Moment.stamped(wall_ns, reading)
         if not self._owing and seen.boot_ns > self._seen.boot_ns:
-            self._seen = seen
-        in_this_clock = self._seen.at(reading)
-        if in_this_clock is not self._seen:  # the wall clock was set: a power cut from here on must find it
-            self._seen, self._sign_at = in_this_clock, now
+            self._seen, self._mirror.earlier_ns = seen, 0
+        if self._follow_clock(reading):  # a power cut from here on must find it
+            self._sign_at = now
         try:
             if self._mirror.losses and now >= self._name_at:
                 self._name_at = now + 1.0
@@ -221,6 +232,7 @@ class Committer:
         with self._file.transaction() as db:
             self._write_run(db, self._mirror.account.last)
         self._mirror.account.alive_ns = self._seen.wall_ns
+        self._clock = self._clock_written
 
     def _grant(self) -> bool:
         """Do what an operator asked for beside us; what is in flight waits for another round.

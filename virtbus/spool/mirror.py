@@ -40,6 +40,8 @@ class Mirror:
         self.memory = threading.Lock()
         self.changed = threading.Condition(self.memory)
         self.account = Account(0, "", 0, 0)  # this run's
+        # How much older than its `alive_ns` a stamp can be of what came later: the clock was set forward, ns.
+        self.earlier_ns = 0
         self.accounts: dict[str, Account] = {}  # by epoch
         self.index = Index()
         self.births = Births()

@@ -242,9 +242,10 @@ def _in_this_clock(alive_ns: int, clock: dict[str, Any], now: Now) -> tuple[int 
     return min(alive_ns, latest), alive_ns <= latest
 
 
-def put_clock(db: sqlite3.Connection, booted_ns: int) -> None:
-    """Say by which clock `alive_ns` is: this boot's, and when that began."""
-    files.put(db, "meta", "clock", json.dumps({"boot": boot_id(), "booted_ns": booted_ns}))
+def put_clock(db: sqlite3.Connection, booted_ns: int, earlier_ns: int) -> None:
+    """Say by which clock `alive_ns` is: this boot's, and when that began; see Mirror.earlier_ns."""
+    clock = {"boot": boot_id(), "booted_ns": booted_ns, "earlier_ns": earlier_ns}
+    files.put(db, "meta", "clock", json.dumps(clock))
 
 
 def _begin_run(
@@ -257,7 +258,10 @@ def _begin_run(
     previous = PreviousRun(used[-1].epoch, used[-1].last) if used else None
     alive_ns = used[-1].alive_ns if used else 0
     last_alive_ns, placed = _in_this_clock(alive_ns, found.clock, now)
-    stamps_since_ns = None if last_alive_ns is None else min(last_alive_ns, alive_ns)
+    stamps_since_ns = None
+    if last_alive_ns is not None:
+        stamps_since_ns = min(last_alive_ns, alive_ns - found.clock.get("earlier_ns", 0))
+        mirror.earlier_ns = last_alive_ns - stamps_since_ns
     before = mirror.lock.before.epoch
     if before is not None and (before not in mirror.accounts or not mirror.accounts[before].last):
         # The file went back to before that run began: SQLite dropped its log, or it was replaced.
@@ -285,7 +289,7 @@ def _begin_run(
             del mirror.accounts[run.epoch]
     mirror.accounts[account.epoch] = account
     put_run(db, account)
-    put_clock(db, Moment.of(now).booted_ns)
+    put_clock(db, Moment.of(now).booted_ns, mirror.earlier_ns)
     if damage:
         files.put(db, "meta", "opening", json.dumps({**note, "damage": damage}))
     missing = [each.ranges[0] for each in mirror.losses.values() if each.reason == GapReason.SPOOL_DAMAGED]

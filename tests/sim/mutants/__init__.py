@@ -13,6 +13,8 @@ import textwrap
 from dataclasses import dataclass
 from typing import Any
 
+from tests.sim.plan import Plan, Shape
+
 
 @dataclass(frozen=True, slots=True)
 class Edit:
@@ -29,11 +31,36 @@ class Mutant:
 
     about: str
     edits: tuple[Edit, ...]
-    fleet: bool = False  # only plans of fleets can show it: others are not played
+    needs: tuple[str, ...] = ()  # plans without any of these faults can't show it, and are not played
+    fleet: bool = False  # only plans of fleets can
+    messages: bool = False  # only hypervisors that keep messages can
+
+    def may_show(self, plan: Plan) -> bool:
+        """Whether it makes a difference to this plan, as far as that can be told without playing it."""
+        happens = {f"{fault.where} {fault.what}" for fault in plan.faults} | {f.what for f in plan.faults}
+        return (
+            (not self.needs or not happens.isdisjoint(self.needs))
+            and (not self.fleet or plan.shape is Shape.FLEET)
+            and (not self.messages or any(host.release != "bookworm" for host in plan.hosts))
+        )
 
 
-def _one(about: str, where: str, old: str, new: str, *, fleet: bool = False) -> Mutant:
-    return Mutant(about, (Edit(where, old, new),), fleet)
+def _one(
+    about: str,
+    where: str,
+    old: str,
+    new: str,
+    *,
+    needs: tuple[str, ...] = (),
+    fleet: bool = False,
+    messages: bool = False,
+) -> Mutant:
+    return Mutant(about, (Edit(where, old, new),), needs, fleet, messages)
+
+
+POWER = ("power_cut", "power_cut_at")
+CONSUMER = ("consumer kill", "consumer kill_at")
+REACTOR = ("reactor kill", "reactor kill_at")
 
 
 MUTANTS = {
@@ -42,6 +69,7 @@ MUTANTS = {
         "virtbus.sources.lookups:Questions.answered",
         "attempts is None or not unanswered",
         "True",
+        needs=("looks_fail", "looks_hang"),
     ),
     "a_late_event_counts_again": _one(
         "an event that comes after its finding is counted again",
@@ -54,6 +82,7 @@ MUTANTS = {
         "virtbus.seen:SeenThrough.lost",
         "earliest(at, self._proven or self.moment)",
         "at",
+        needs=("libvirt_hangs", "libvirt_restarts", "freeze"),
     ),
     "alive_at_the_commit": _one(
         "the sign of life is the commit's clock, not up to when everything is seen",
@@ -64,7 +93,7 @@ MUTANTS = {
     "a_proof_is_as_new_as_its_answer": _one(
         "everything counts as seen when an answer is taken from the queue, not when its question was asked",
         "virtbus.seen:SeenThrough.take",
-        "Moment.of(item.asked, MARGIN_SECONDS)",
+        "Moment.of(item.asked, MARGIN_SECONDS + item.undecided)",
         "Moment.of(now)",
     ),
     "epochs_by_the_clock": _one(
@@ -72,6 +101,7 @@ MUTANTS = {
         "virtbus.spool.opening:_begin_run",
         ", above=[*mirror.accounts, *([] if before is None else [before])]",
         "",
+        needs=("step_clock",),
     ),
     "old_disk_errors_forgotten": _one(
         "a disk error that QEMU kept from a pause nobody looked at is blamed for the next one",
@@ -90,24 +120,29 @@ MUTANTS = {
         "virtbus.sources.crosscheck:CrossCheck.listed_running",
         "self.resumed(uuid)",
         "pass",
+        needs=("libvirt_hangs", "libvirt_restarts", "freeze"),
     ),
     "a_standstill_is_not_noticed": _one(
         "the source does not notice that its process stood still",
         "virtbus.sources.crew:Pulse.beat",
         "STANDSTILL_SECONDS",
         "1e9",
+        needs=("freeze",),
     ),
     "the_newest_message_last": _one(
         "of the messages that libvirt keeps of a disk the last counts, not the newest",
         "virtbus.sources.cases:newer_messages",
         "in look.messages:",
         "in {one.target: one for one in look.messages}.values():",
+        messages=True,
     ),
     "the_newest_stamp": _one(
         "of the messages that libvirt keeps of a disk only the newest stamp counts",
         "virtbus.sources.cases:newer_messages",
         "in look.messages:",
         "in {one.target: one for one in sorted(look.messages, key=lambda one: one.at_ns or -1)}.values():",
+        needs=("step_clock",),
+        messages=True,
     ),
     "states_apart_from_events": _one(
         "incident states are committed in a transaction of their own, after the events",
@@ -126,6 +161,7 @@ MUTANTS = {
         "virtbus.spool.mirror:Connection._connect",
         "sync=self._sync",
         'sync="OFF"',
+        needs=POWER,
     ),
     "unconfirmed_is_confirmed": _one(
         "what was unconfirmed when the connection ended counts as confirmed",
@@ -138,12 +174,14 @@ MUTANTS = {
         "virtbus.marks:Marks.write",
         "if database is not None:",
         "if False:",
+        needs=CONSUMER,
     ),
     "a_bad_message_is_acknowledged": _one(
         "what is not an event is acknowledged, not put aside",
         "virtbus.consumer:Consumer._opened",
         "emit(PoisonMessage(message.position, str(error)))",
         "return subscription.ack(message)",
+        needs=("broker poison",),
     ),
     "actions_after_acks": Mutant(
         "a reactor acknowledges events before what they call for is stored",
@@ -157,12 +195,14 @@ MUTANTS = {
                 "[delivery.ack() for delivery, _ in batch]; actions = [action for _, action in batch",
             ),
         ),
+        needs=REACTOR,
     ),
     "what_waits_is_forgotten": _one(
         "a reactor that starts again does not take up what its store says is to be done",
         "virtbus.integrations.worker:Worker.take_up",
         "in self._store.waiting():",
         "in ():",
+        needs=REACTOR,
     ),
     "two_answers": _one(
         "a host of which nothing can be told counts as well",

@@ -8,7 +8,7 @@ import os
 import sys
 
 from tests.sim import mutants
-from tests.sim.plan import Shape, draw
+from tests.sim.plan import draw
 from tests.sim.shrink import play
 
 
@@ -36,12 +36,8 @@ def main() -> int:
     given = parser.parse_args()
     survived = 0
     for name in given.names or mutants.MUTANTS:
-        seeds = [
-            seed
-            for seed in range(1, given.seeds + 1)
-            if not mutants.MUTANTS[name].fleet or draw(seed).shape is Shape.FLEET
-        ]
-        with multiprocessing.Pool(given.jobs, _made, (name,), maxtasksperchild=50) as pool:
+        seeds = [seed for seed in range(1, given.seeds + 1) if mutants.MUTANTS[name].may_show(draw(seed))]
+        with multiprocessing.Pool(given.jobs, _made, (name,), maxtasksperchild=500) as pool:
             played = ((seed, what) for seed, what in pool.imap(_found, seeds) if what)
             found = next(((seed, what) for seed, what in played if _is_the_mutants(seed)), None)
             pool.terminate()

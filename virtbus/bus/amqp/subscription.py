@@ -441,7 +441,7 @@ def _keep_alive(subscription: weakref.ref[AmqpSubscription], closed: threading.E
 
 
 def _name(message: Message, properties: Mapping[str, Any]) -> str:
-    """What tells a message that comes again; others than agents may send none, or one like another's."""
+    """What identifies a message that comes again; others than agents may send none, or one like another's."""
     given = f"{properties.get('message_id')} {message.headers.get('ce-id')}".encode("utf-8", "replace")
     return hashlib.blake2b(given + b"\0" + message.body, digest_size=16).hexdigest()
 
