@@ -43,9 +43,7 @@ class Pause:
     look: Look | None = None
     wrong: dict[str, int] = field(default_factory=dict)  # what the look found: alias → disk error
     waited: bool = False
-    held: list[RawIoError] = field(
-        default_factory=list
-    )  # events that are reported when a look has named them
+    held: list[RawIoError] = field(default_factory=list)  # events that wait for a look to name them
 
 
 @dataclass(slots=True)
@@ -182,7 +180,7 @@ class Case:
     def _release(
         self, pause: Pause, missed: list[str], devices: Mapping[str, Device]
     ) -> tuple[list[Burst], list[str]]:
-        """The events that were held, under the names of devices that nobody reported → (they, who is left)."""
+        """The held events, under the names of devices that nobody reported → (they, who is left)."""
         found, left = [], list(missed)
         only = next(iter(pause.wrong)) if len(pause.wrong) == 1 else ""
         for event in pause.held:
