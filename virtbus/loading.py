@@ -1,6 +1,6 @@
 """Reads the settings: a flag wins over the environment, that over the file, that over the default.
 
-All problems are told at once, each with the place it comes from.
+All problems are reported at once, each with the place it comes from.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def _from_text(schema: Mapping[str, Any], key: str, raw: str) -> object:
     if not types - {"null"} or "string" in types:
         return raw
     try:
-        (value,) = tomllib.loads(f"value = {raw}").values()  # a second line is no part of a value
+        (value,) = tomllib.loads(f"value = {raw}").values()  # a second line is not part of a value
         return value
     except (ValueError, RecursionError):
         wanted = " or ".join(sorted(types - {"null"}))
