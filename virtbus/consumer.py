@@ -9,8 +9,8 @@ Guarantees:
 1. effect first, ack after: a message is acknowledged only after its verdict, so a crash repeats the
    events in flight and loses none;
 2. with a `dedupe` file an event that was acknowledged is not handed out again, also after a restart: when
-   `ack` returns its mark is on disk (with `group_commit` a moment later, and always before the broker is
-   told);
+   `ack` returns its mark is on disk (with `group_commit` a moment later, and always before the
+   broker's acknowledgement);
 3. in the order of each partition key (the domain); `retry` holds the key back until it succeeds;
 4. what is not an event goes to the dead letters with the reason, never round in a loop, and costs nothing
    but itself; what a newer agent or somebody else sends is handed over (unknown minor versions typed, unknown
@@ -82,7 +82,7 @@ class Delivery:
     body: bytes
     publisher: str | None  # who sent it as the broker proved (AMQP user-id), or None
     redelivered: bool
-    attempts: int | None  # how often the broker has delivered it, this time too; None where it does not tell
+    attempts: int | None  # how often the broker has delivered it, this time too; None where it does not say
     _consumer: Consumer = field(repr=False)
     _message: Message = field(repr=False)
     _open: bool = field(default=True, repr=False)
@@ -111,7 +111,7 @@ class Delivery:
         """The effect is done: do not deliver it again.
 
         With a dedupe file its mark is on disk on return (with `group_commit` a moment later, and always
-        before the broker is told).
+        before the broker's acknowledgement).
 
         Raises DedupeUnavailable when the mark can't be written now. The verdict stands: it is written, and
         the acknowledgement sent, by the next call of the consumer that finds the file usable.
@@ -134,7 +134,7 @@ class Delivery:
         self._consumer._retry(self, float(after))
 
     def dead_letter(self, reason: str) -> None:
-        """Put it aside with the reason (its first 1,024 bytes): see `virtbus dead`.
+        """Dead-letter it with the reason (its first 1,024 bytes): see `virtbus dead`.
 
         It is not marked as seen: what carries the same id later is handed out. Where the dead letters take
         nothing now it is tried again in the background, while other events go on.
@@ -215,20 +215,18 @@ class Consumer:
         """Subscribe to the bus at `url`.
 
         `group` shares the events durably with the other members; without it, all events from now on.
-        `validate` checks data of known types against its schema; without it what can't be read as its type
-        is handed over raw.
-        `dedupe` is a SQLite file of at most `dedupe_rows` marks a group, for one process at a time; without
-        it duplicates are recognised only while this object lives. With `group_commit` the marks of several
-        acks share one write: `ack` returns before it, so a crash repeats up to 64 events or 50 ms.
-        `check_gaps` is for whoever reads everything alone: `on_missing` is told of a hole in an agent's
+        `validate` checks data of known types against its schema; without it what can't be read as its type is
+        handed over raw. `dedupe` is a SQLite file of at most `dedupe_rows` marks a group, for one process at
+        a time; without it duplicates are recognised only while this object lives. With `group_commit` the
+        marks of several acks share one write: `ack` returns before it, so a crash repeats up to 64 events or
+        50 ms. `check_gaps` is for whoever reads everything alone: `on_missing` gets each hole in an agent's
         sequence that no gap event explains within `reorder_seconds`, over restarts where there is a dedupe
         file; and, always, of what a broker says the group will never get. What it raises comes out of
-        `receive` or `close`, and costs no event.
-        With `exclusive` only one member of the group is active (see `Bus.consume`).
-        A broker that is absent, or refuses us, is waited for; without `patient` it is an error while it was
-        never reached (BusUnavailable, BusDenied), with `give_up_when_denied` a refusal always is one.
-        An event that the broker delivered more than `max_attempts` times without a verdict is put aside: it
-        may have killed its consumer each time. None: never.
+        `receive` or `close`, and costs no event. With `exclusive` only one member of the group is active (see
+        `Bus.consume`). A broker that is absent, or refuses us, is waited for; without `patient` it is an
+        error while it was never reached (BusUnavailable, BusDenied), with `give_up_when_denied` a refusal
+        always is one. An event that the broker delivered more than `max_attempts` times without a verdict is
+        dead-lettered: it may have killed its consumer each time. None: never.
 
         Raises ConfigError for arguments, a URL or a dedupe file that can't be used.
         """
@@ -485,7 +483,7 @@ class Consumer:
 
 
 class _Memory(Memory):
-    """What is missing is told between two messages: the author's function may raise."""
+    """What is missing is reported between two messages: the author's function may raise."""
 
     def __init__(self, notes: dict[str, str], on_missing: Callable[[MissingEvents], None]) -> None:
         self._on_missing = on_missing
@@ -493,6 +491,6 @@ class _Memory(Memory):
         super().__init__(notes, self._missing.append)
 
     def tell(self) -> None:
-        """Tell the author of what is missing."""
+        """Report what is missing to the author's function."""
         while self._missing:
             self._on_missing(self._missing.popleft())

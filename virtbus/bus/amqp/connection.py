@@ -223,7 +223,7 @@ class BrokerLink:
         """Declare a durable queue of ours; why the broker refuses that. Raises as LINK_FAULTS.
 
         RabbitMQ 4 gives up on a message after 20 deliveries, and counts what was only prefetched when a
-        connection ended; which event kills its consumer only the consumer can tell (`Consumer.max_attempts`).
+        connection ended; which event kills its consumer only the consumer knows (`Consumer.max_attempts`).
         A queue that an older broker or release made lacks that argument, and is used as it is.
         """
         server = self.connection.server_properties or {}
