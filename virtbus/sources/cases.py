@@ -63,7 +63,7 @@ class Case:
     number: int | None
     unsure: bool = False  # disk errors may be left over from before we listened, and have not been read yet
     paused: bool = False
-    paused_at: float = float("-inf")  # the last pause and the last resume that callbacks told
+    paused_at: float = float("-inf")  # the last pause and the last resume that callbacks reported
     resumed_at: float = float("-inf")
     pauses: list[Pause] = field(default_factory=list)  # undecided, oldest first
     credit: dict[str, RawIoError] = field(default_factory=dict)  # events whose pause is still to come
@@ -221,7 +221,7 @@ class Case:
         found: dict[str, Burst] = {}
         named: list[Burst] = []
         domain = (self.uuid, self.name, self.number)
-        # A pause that callbacks told the beginning and the end of is told by them, however late the look is.
+        # A pause whose beginning and end callbacks reported is theirs to report, however late the look is.
         if look.paused_by_io_error and not self.paused_at <= look.asked_at <= self.resumed_at:
             self.paused = True
             wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
