@@ -83,6 +83,36 @@ class Case:
     looked_for: dict[str, float] = field(default_factory=dict)  # alias → when evidence was last asked for
     wanting: set[str] = field(default_factory=set)  # aliases whose evidence is being looked for
 
+    def suspended(self, *, by_io_error: bool, grace: float, mono: float, ns: int) -> None:
+        """The guest was paused: decided after `grace` seconds, unless a look was ahead of the callback."""
+        self.paused, self.paused_at = True, mono
+        self.doubted_at = None
+        if self.found_ahead:
+            self.found_ahead = False
+            self.credit = {}
+            return
+        events = self.credit if mono - self.credit_at <= grace else {}
+        self.pauses.append(Pause(ns, mono, mono + grace, by_io_error, events, held=self.held))
+        self.credit, self.held = {}, []
+
+    def resumed(self, mono: float) -> None:
+        """The guest runs again: whatever fails from now on is new."""
+        self.resumed_at = max(self.resumed_at, mono)
+        self.paused = self.found_ahead = False
+        self.doubted_at = None
+        for pause in self.pauses:
+            pause.over = True
+        self.credit = {}
+        self.keep_told()  # of a disk that failed behind the look, too
+        self.events.clear()
+        self.synthesised.clear()
+        self.unseen.clear()
+
+    def has_nameless(self) -> bool:
+        """Whether something was reported without the name of its device."""
+        held = [*self.held, *(raw for pause in self.pauses for raw in pause.held)]
+        return bool(held) or any("" in each for each in (self.reports, self.events, self.synthesised))
+
     def identified(self, alias: str) -> list[Burst]:
         """The device behind the events that came without its name: their facts, without a count."""
         raws = [found.pop("") for found in (self.reports, self.events) if "" in found]

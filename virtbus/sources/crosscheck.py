@@ -33,7 +33,6 @@ from virtbus.sources.cases import (
     ACTION_UNKNOWN,
     Case,
     Finding,
-    Pause,
     burst_of,
     complete,
     newer_messages,
@@ -190,31 +189,13 @@ class CrossCheck:
     ) -> None:
         """A pause by I/O error, or one of unknown reason, which only a look can tell from an operator's."""
         case = self._case(uuid, name, number)
-        case.paused, case.paused_at = True, mono
-        case.doubted_at = None
-        if case.found_ahead:
-            case.found_ahead = False
-            case.credit = {}
-            return
-        events = case.credit if mono - case.credit_at <= self._grace else {}
-        case.pauses.append(Pause(ns, mono, mono + self._grace, by_io_error, events, held=case.held))
-        case.credit, case.held = {}, []
+        case.suspended(by_io_error=by_io_error, grace=self._grace, mono=mono, ns=ns)
 
     def resumed(self, uuid: str, mono: float = float("-inf")) -> None:
         """The guest runs again: whatever fails from now on is new. `mono` where a callback said so."""
         case = self._cases.get(uuid)
-        if case is None:
-            return
-        case.resumed_at = max(case.resumed_at, mono)
-        case.paused = case.found_ahead = False
-        case.doubted_at = None
-        for pause in case.pauses:
-            pause.over = True
-        case.credit = {}
-        case.keep_told()  # of a disk that failed behind the look, too
-        case.events.clear()
-        case.synthesised.clear()
-        case.unseen.clear()
+        if case is not None:
+            case.resumed(mono)
 
     def gone(self, uuid: str) -> list[Burst]:
         """The domain left: what is still undecided is reported now, the rest is forgotten."""
@@ -267,10 +248,7 @@ class CrossCheck:
     def has_nameless(self, uuid: str) -> bool:
         """Whether something was reported of the domain without the name of its device."""
         case = self._cases.get(uuid)
-        if case is None:
-            return False
-        held = [*case.held, *(raw for pause in case.pauses for raw in pause.held)]
-        return bool(held) or any("" in each for each in (case.reports, case.events, case.synthesised))
+        return case is not None and case.has_nameless()
 
     def baseline(self, uuid: str, name: str, number: int | None, wrong: Mapping[str, int]) -> None:
         """The disk errors (by alias) of a guest that runs: left over from before."""
