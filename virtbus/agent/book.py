@@ -151,7 +151,7 @@ class Book:
         self.open[incident.key] = incident
 
     def close(self, incident: IncidentState) -> None:
-        """It is over: its last error is remembered, for a later look must not tell it again."""
+        """It is over: its last error is remembered, for a later look must not report it again."""
         del self.open[incident.key]
         self.touch(incident)
         if incident.scope is Scope.HOST:
@@ -177,6 +177,10 @@ class Book:
             if matches(uuid, alias[0] if alias else None):
                 del self._seen[key]
                 self._changed[key] = None
+
+    def has_seen(self, uuid: str, alias: str) -> bool:
+        """Whether a device had an incident that is over."""
+        return f"{SEEN}{uuid}/{alias}" in self._seen
 
     def last_seen(self, finding: Burst) -> int:
         """The last error of the finding's device in an incident that is over (ns), or -1."""

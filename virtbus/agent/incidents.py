@@ -1,4 +1,4 @@
-"""Turns errors into incidents: told at once, then counted in widening windows, then resolved. Pure.
+"""Turns errors into incidents: reported at once, then counted in widening windows, then resolved. Pure.
 
 Guarantees, for any order of observations, clock jumps and restarts:
 1. Every error applied is in the count of exactly one `IoError`, or in one pending count of the states
@@ -167,8 +167,11 @@ class Incidents:
     # ---- what happened
 
     def _error(self, burst: Burst) -> list[Event]:
-        if burst.count and burst.origin is Origin.RECONCILE and self._tells_of(burst):
-            burst = replace(burst, count=0)
+        if burst.count and burst.origin is Origin.RECONCILE:
+            if self._is_left_over(burst):
+                return []
+            if self._tells_of(burst):
+                burst = replace(burst, count=0)
         return self._teller.error(burst)
 
     def _gone(self, gone: DomainGone) -> list[Event]:
@@ -198,9 +201,9 @@ class Incidents:
     def _connected(self, ready: SourceReady) -> list[Event]:
         """Compare what is open with what was looked at, after a time of not seeing.
 
-        1. Incidents whose domain or device is gone, or whose domain was started anew, end (why it went
+        1. Incidents whose domain or device is gone, or whose domain was started again, end (why it went
            can't be known any more: `domain_stopped`, `device_removed`).
-        2. Findings that no incident tells of are errors; so is a pause by an error that nothing tells of.
+        2. Findings that no incident covers are errors; so is a pause by an error that no incident covers.
         3. Guests run, or are paused, as the look found them.
         4. No incident counts as quiet before we have watched it again for the widest window.
         """
@@ -226,7 +229,7 @@ class Incidents:
                     and incident.device.alias not in domain.aliases
                 ):
                     events += self._teller.removed(incident, ready.at_ns)
-            elif ready.whole:  # else it is another connection's guest, or told gone by its own
+            elif ready.whole:  # else it is another connection's guest, or reported gone by its own
                 events += self._teller.resolve(incident, ResolutionCause.DOMAIN_STOPPED, ready.at_ns)
         self._book.forget(lambda uuid, _alias: uuid in restarted or (ready.whole and uuid not in domains))
         if ready.whole:
@@ -311,6 +314,23 @@ class Incidents:
             return failed >= 0 and (finding.stamp_ns is None or told(failed))
         whole_host = self._book.open.get(f"{LIVE}*")
         return whole_host is not None and uuid in whole_host.paused
+
+    def _is_left_over(self, finding: Burst) -> bool:
+        """Whether a disk error is kept from before: the look found a device beside it that never failed.
+
+        That one explains the pause, in whichever order the two come.
+        """
+        if finding.raw.action_code != PAUSE_CODE or finding.stamp_ns is not None or not finding.rivals:
+            return False
+        uuid, alias = finding.raw.domain_uuid, finding.raw.alias
+        live = {one.device.alias: one for one in self._book.of(uuid) if not one.drill}
+        if alias in live and uuid in live[alias].paused:
+            return False
+
+        def failed(device: str) -> bool:
+            return device in live or self._book.has_seen(uuid, device)
+
+        return failed(alias) and not all(map(failed, finding.rivals))
 
     def _is_paused(self, uuid: str, *, drills: bool) -> bool:
         """Whether an incident says that the guest is paused."""

@@ -7,13 +7,14 @@ from QEMU 9.2 on); what they rarely lose is the pause that follows. So every pau
 an event; a pause without one at the end of the grace time becomes a finding. Guarantees, as long as no event
 comes later than the grace time, or after the next resume:
 
-1. an error whose event comes is told by its event, exactly once, whichever of event, pause and look is first;
-2. a pause by I/O error whose event never comes is told exactly once, with the devices that a look found;
+1. an error whose event comes is reported by its event, exactly once, whichever of event, pause and look is
+   first;
+2. a pause by I/O error whose event never comes is reported exactly once, with the devices that a look found;
 3. an event that comes after its finding is not counted again (it only adds what it knows);
 4. where "twice" and "never" can't be told apart, it is twice: nothing is lost;
 5. an event of a pause that comes after its guest was resumed (QEMU from 9.2 to 10 may hold it back for a
    second) is followed by a look and, if that finds the guest running, by a `DomainResumed`;
-6. an error told without its device's name (libvirt gives none during a blockcopy, or the look is late) is
+6. an error reported without its device's name (libvirt gives none during a blockcopy, or the look is late) is
    named by the first look that can, without a count.
 
 A disk error that virDomainGetDiskErrors gives may be an old one: QEMU keeps it after the guest was resumed
@@ -60,7 +61,7 @@ from virtbus.words import ENOSPC, EvidenceCheck, EvidenceVerdict, Origin
 __all__ = ["ACTION_UNKNOWN", "CrossCheck", "Decision", "Verdict"]
 
 LATE_SECONDS = 10.0  # an event that is later than this after its finding is an error of its own
-EVIDENCE_SECONDS = 60.0  # at most one look for evidence a device in this time
+EVIDENCE_SECONDS = 60.0  # at most one look for evidence per device in this time
 STAMP_SLACK_NS = 2_000_000_000  # between libvirt's own stamp of an error and our callback
 
 
@@ -69,12 +70,13 @@ class Verdict(Enum):
 
     TELL = "tell"  # pass it on
     TELL_AND_LOOK = "tell and look"  # pass it on, and look for evidence
-    KNOWN = "known"  # the same error was told as a finding: it adds facts, no count
+    HOLD = "hold"  # say nothing yet: `due` reports it, with its device's name if a look finds that
+    KNOWN = "known"  # the same error was reported as a finding: it adds facts, no count
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What is told of one pause: findings, and (bursts of no count) evidence for what was told before."""
+    """What is reported of one pause: findings, and (bursts of no count) evidence for earlier ones."""
 
     bursts: list[Burst]
     over: bool  # the guest runs again by now
@@ -90,13 +92,13 @@ class Departures:
         self._left: dict[str, tuple[float, list[RawIoError]]] = {}
 
     def note(self, uuid: str, found: Sequence[Burst], mono: float) -> None:
-        """What was told when the guest left."""
+        """What was reported when the guest left."""
         self._left = {one: left for one, left in self._left.items() if mono - left[0] <= LATE_SECONDS}
         if found:
             self._left[uuid] = mono, [burst.raw for burst in found]
 
     def explain(self, raw: RawIoError, mono: float) -> bool:
-        """Whether this is the event of a pause that was told; it explains one event, not more."""
+        """Whether this is the event of a pause that was reported; it explains one event, not more."""
         left_at, found = self._left.get(raw.domain_uuid, (mono, []))
         if raw.action_code != ACTION_PAUSE or mono - left_at > LATE_SECONDS:
             return False
@@ -109,7 +111,7 @@ class Departures:
 
 
 class CrossCheck:
-    """The pairing of pauses and events, a case a domain; memory is bounded by the domains in trouble.
+    """The pairing of pauses and events, one case per domain; memory is bounded by the domains in trouble.
 
     Not thread-safe: the observer holds its lock. `mono` is monotonic seconds, `ns` the wall clock.
     """
@@ -133,6 +135,11 @@ class CrossCheck:
             return Verdict.KNOWN
         case = self._case(raw.domain_uuid, raw.domain_name, raw.domain_id)
         alias = raw.alias
+        pause = case.pauses[-1] if case.pauses and not case.pauses[-1].over else None
+        if raw.action_code == ACTION_PAUSE and not case.synthesised and case.hold(raw, pause):
+            if pause is None:
+                case.expect(mono, self._grace)
+            return Verdict.HOLD
         case.last_ns[alias] = raw.observed_at
         if raw.action_code != ACTION_PAUSE:
             case.reports[alias] = raw
@@ -149,22 +156,20 @@ class CrossCheck:
                 if not alias and name:
                     case.events[name] = case.events.pop(alias)._replace(alias=name)
                 return Verdict.KNOWN
-        if case.pauses and not case.pauses[-1].over:
-            case.pauses[-1].events[alias] = raw
+        if pause is not None:
+            pause.events[alias] = raw
         else:
             case.credit[alias] = raw
-            case.credit_at = mono
-            if not case.paused:
-                case.doubted_at, case.ask_at = mono, mono + self._grace
+            case.expect(mono, self._grace)
         return Verdict.TELL
 
     def lifecycle(
         self, uuid: str, name: str, number: int | None, event: int, detail: int, now: Now
     ) -> list[Observation]:
-        """A lifecycle callback → what it tells: that the guest runs, stands still, or is gone."""
+        """A lifecycle callback → what it means: that the guest runs, stands still, or is gone."""
         said: list[Observation] = []
         if runs_again(event, detail):
-            self.resumed(uuid)
+            self.resumed(uuid, now.monotonic)
         elif event == SUSPENDED and detail in PAUSES:
             by_io_error = detail == SUSPENDED_IOERROR
             self.suspended(uuid, name, number, by_io_error=by_io_error, mono=now.monotonic, ns=now.wall_ns)
@@ -185,21 +190,22 @@ class CrossCheck:
     ) -> None:
         """A pause by I/O error, or one of unknown reason, which only a look can tell from an operator's."""
         case = self._case(uuid, name, number)
-        case.paused = True
+        case.paused, case.paused_at = True, mono
         case.doubted_at = None
         if case.found_ahead:
             case.found_ahead = False
             case.credit = {}
             return
         events = case.credit if mono - case.credit_at <= self._grace else {}
-        case.pauses.append(Pause(ns, mono, mono + self._grace, by_io_error, events))
-        case.credit = {}
+        case.pauses.append(Pause(ns, mono, mono + self._grace, by_io_error, events, held=case.held))
+        case.credit, case.held = {}, []
 
-    def resumed(self, uuid: str) -> None:
-        """The guest runs again: whatever fails from now on is new."""
+    def resumed(self, uuid: str, mono: float = float("-inf")) -> None:
+        """The guest runs again: whatever fails from now on is new. `mono` where a callback said so."""
         case = self._cases.get(uuid)
         if case is None:
             return
+        case.resumed_at = max(case.resumed_at, mono)
         case.paused = case.found_ahead = False
         case.doubted_at = None
         for pause in case.pauses:
@@ -211,12 +217,13 @@ class CrossCheck:
         case.unseen.clear()
 
     def gone(self, uuid: str) -> list[Burst]:
-        """The domain left: what is still undecided is told now, the rest is forgotten."""
+        """The domain left: what is still undecided is reported now, the rest is forgotten."""
         self._unsure.discard(uuid)
         case = self._cases.pop(uuid, None)
         if case is None:
             return []
-        return [b for pause in case.pauses for b in case.decide(pause, 0.0, {}) if b.count]
+        found = [b for pause in case.pauses for b in case.decide(pause, 0.0, {}) if b.count]
+        return found + case.release_all()
 
     def removed(self, uuid: str, alias: str) -> None:
         """The device was unplugged: nothing is kept of it but what belongs to a pause that goes on."""
@@ -230,8 +237,8 @@ class CrossCheck:
     def looked(self, uuid: str, look: Look, devices: Mapping[str, Device]) -> list[Burst]:
         """What a look found: kept for the undecided pause that it saw.
 
-        What it says about errors without a pause, and about those of a pause that was told before any look,
-        is returned: bursts of no count, and devices of that pause that nobody told of.
+        What it says about errors without a pause, and about those of a pause that was reported before any
+        look, is returned: bursts of no count, and devices of that pause that nobody reported.
         """
         case = self._cases.get(uuid)
         if case is None:
@@ -253,14 +260,17 @@ class CrossCheck:
         return found
 
     def identified(self, uuid: str, alias: str) -> list[Burst]:
-        """The device behind the events that came without its name: what was told of it, without a count."""
+        """The device behind the events that came without its name: their facts, without a count."""
         case = self._cases.get(uuid)
         return [] if case is None else case.identified(alias)
 
     def has_nameless(self, uuid: str) -> bool:
-        """Whether something was told of the domain without the name of its device."""
+        """Whether something was reported of the domain without the name of its device."""
         case = self._cases.get(uuid)
-        return case is not None and any("" in each for each in (case.reports, case.events, case.synthesised))
+        if case is None:
+            return False
+        held = [*case.held, *(raw for pause in case.pauses for raw in pause.held)]
+        return bool(held) or any("" in each for each in (case.reports, case.events, case.synthesised))
 
     def baseline(self, uuid: str, name: str, number: int | None, wrong: Mapping[str, int]) -> None:
         """The disk errors (by alias) of a guest that runs: left over from before."""
@@ -285,7 +295,9 @@ class CrossCheck:
 
     def next_due(self) -> float | None:
         """When `due` has something to say (monotonic), or None."""
-        return min((p.due for case in self._cases.values() for p in case.pauses), default=None)
+        cases = self._cases.values()
+        moments = [pause.due for case in cases for pause in case.pauses]
+        return min(moments + [case.credit_at + self._grace for case in cases if case.held], default=None)
 
     def due(self, mono: float, devices: Mapping[str, Mapping[str, Device]]) -> list[Decision]:
         """The decisions about pauses whose grace is over; `devices` by domain, as far as they are known."""
@@ -298,6 +310,9 @@ class CrossCheck:
                 case.pauses.remove(pause)
                 bursts = case.decide(pause, mono, devices.get(uuid, {}))
                 decisions.append(Decision(bursts, not case.paused))
+            if case.held and case.credit_at + self._grace <= mono:  # and no pause came
+                over = case.doubted_at is None and not case.paused
+                decisions.append(Decision(case.release_all(), over))
         return decisions
 
     def next_doubt(self) -> float | None:
@@ -305,7 +320,7 @@ class CrossCheck:
         return min((c.ask_at for c in self._cases.values() if c.doubted_at is not None), default=None)
 
     def doubtful(self, mono: float) -> list[str]:
-        """The domains to look at now: an event told of a pause that did not come within the grace time."""
+        """The domains to look at now: an event reported a pause that did not come within the grace time."""
         found = [
             uuid for uuid, case in self._cases.items() if case.doubted_at is not None and case.ask_at <= mono
         ]
@@ -313,17 +328,23 @@ class CrossCheck:
             self._cases[uuid].ask_at = mono + LATE_SECONDS  # a look may fail
         return found
 
+    def undecided_since(self) -> float | None:
+        """When the oldest pause began that waits for a decision (monotonic), or None."""
+        cases = self._cases.values()
+        moments = [pause.began for case in cases for pause in case.pauses]
+        return min(moments + [case.credit_at for case in cases if case.held], default=None)
+
     def undecided(self) -> list[str]:
         """The domains that wait for a decision."""
         return [uuid for uuid, case in self._cases.items() if case.pauses]
 
     def is_told(self, uuid: str) -> bool:
-        """Whether an event told of the error that the domain is paused by; a look can only add to that."""
+        """Whether an event reported the error that the domain is paused by; a look can only add to that."""
         case = self._cases.get(uuid)
         return case is not None and bool(case.pauses) and bool(case.pauses[-1].events)
 
     def out_of_space(self, uuid: str) -> frozenset[str]:
-        """The aliases whose last error was told with reason "enospc"."""
+        """The aliases whose last error was reported with reason "enospc"."""
         case = self._cases.get(uuid)
         if case is None:
             return frozenset()
@@ -371,21 +392,21 @@ class CrossCheck:
         mono: float,
         ns: int,
     ) -> list[Burst]:
-        """What the look after a (re)connect found at one domain and no event told of.
+        """What the look after a (re)connect found at one domain and no event reported.
 
         Errors that libvirt kept a message of count when they are newer than `since_ns` (the source's last
-        sign of life) and than what was told of the device; None leaves messages alone.
+        sign of life) and than what was reported of the device; None leaves messages alone.
         """
         case = self._cases.get(uuid)
         if case is not None and case.paused and look.state != PAUSED and not case.paused_since(look.asked_at):
-            self.resumed(uuid)  # and nobody told us
+            self.resumed(uuid)  # and nobody reported it
         newer = newer_messages(look, since_ns, case, devices, self.slack_ns, ns)
         if not look.paused_by_io_error and not newer:
             return []
         return self._case(uuid, name, number).reconcile(look, newer, devices, mono=mono, ns=ns)
 
     def keep_only(self, uuids: frozenset[str]) -> list[Burst]:
-        """Forget the domains that are not there any more; what was undecided of them is told.
+        """Forget the domains that are not there any more; what was undecided of them is reported.
 
         Of those that are there it is not known any more which disk errors are left over.
         """
@@ -403,7 +424,7 @@ class CrossCheck:
         if case is None:
             case = self._cases[uuid] = Case(uuid, name, number, unsure=uuid in self._unsure)
         elif case.number != number and number is not None:
-            if case.number is not None:  # the domain was started anew and nobody told us
+            if case.number is not None:  # the domain was started again and nobody reported it
                 case = self._cases[uuid] = Case(uuid, name, number)
             case.number = number
         return case
