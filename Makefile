@@ -184,7 +184,7 @@ audit: setup
 sbom: $(VENV)/bin/python
 	@rm -rf build/sbom && mkdir -p build
 	$(PYTHON) -m venv build/sbom/tool && $(PYTHON) -m venv --without-pip build/sbom/package
-	build/sbom/tool/bin/pip install --quiet --disable-pip-version-check cyclonedx-bom
+	build/sbom/tool/bin/pip install --quiet --disable-pip-version-check --require-hashes --requirement .packaging/sbom.txt
 	build/sbom/tool/bin/pip --python build/sbom/package/bin/python install --quiet --disable-pip-version-check \
 	  --require-hashes --requirement .docker/requirements-agent.txt
 	build/sbom/tool/bin/pip --python build/sbom/package/bin/python install --quiet --disable-pip-version-check \

@@ -154,21 +154,19 @@ def fresh(pattern: str) -> Iterator[None]:
     yield
 
 
+def environment(name: str, lock: Path) -> Path:
+    """The programs of a virtual environment with what `lock` pins by hash; made once for the lock's content."""
+    folder = WORK / f"{name}-{hashlib.sha256(lock.read_bytes()).hexdigest()[:8]}"
+    if not (folder / "installed").exists():
+        run(sys.executable, "-m", "venv", "--clear", folder)
+        run(folder / "bin/pip", "install", "--quiet", "--require-hashes", "--requirement", lock)
+        (folder / "installed").touch()
+    return folder / "bin"
+
+
 def tool_pip() -> Path:
-    """A virtual environment with the pinned build tools; its pip installs into other interpreters too."""
-    tool = WORK / "tool"
-    if not (tool / "installed").exists():
-        run(sys.executable, "-m", "venv", "--clear", tool)
-        run(
-            tool / "bin/pip",
-            "install",
-            "--quiet",
-            "--require-hashes",
-            "--requirement",
-            ROOT / ".docker/build.txt",
-        )
-        (tool / "installed").touch()
-    return tool / "bin" / "pip"
+    """The pip of the pinned build tools, which installs into other interpreters too."""
+    return environment("tool", ROOT / ".docker" / "build.txt") / "pip"
 
 
 # -------------------------------------------------------------------------------------------- wheel and chart
@@ -466,14 +464,10 @@ def sbom() -> None:
     opt = WORK / "root" / "opt" / "virtbus"
     if not (opt / "bin" / "virtbus").exists():
         packages()
-    tool = WORK / "cyclonedx"
-    if not (tool / "installed").exists():
-        run(sys.executable, "-m", "venv", "--clear", tool)
-        run(tool / "bin/pip", "install", "--quiet", "cyclonedx-bom==7.3.1")
-        (tool / "installed").touch()
+    tool = environment("cyclonedx", HERE / "sbom.txt") / "cyclonedx-py"
     target = DIST / f"virtbus-{version()}.cdx.json"
     run(
-        tool / "bin/cyclonedx-py", "environment", opt / "bin" / PYTHON, "--pyproject", "pyproject.toml",
+        tool, "environment", opt / "bin" / PYTHON, "--pyproject", "pyproject.toml",
         "--output-reproducible", "--output-file", target,
     )  # fmt: skip
     bill = json.loads(target.read_text(encoding="utf-8"))

@@ -43,7 +43,9 @@ def test_every_dependency_of_the_package_is_pinned_at_a_version_it_takes(kind: s
     assert ours <= names, "pinned for us, and no dependency of ours"
 
 
-@pytest.mark.parametrize("name", ["requirements-agent.txt", "requirements-react.txt", "build.txt"])
+@pytest.mark.parametrize(
+    "name", ["requirements-agent.txt", "requirements-react.txt", "build.txt", "../.packaging/sbom.txt"]
+)
 def test_every_pinned_package_has_its_hashes(name: str) -> None:
     text = (ROOT / ".docker" / name).read_text(encoding="utf-8")
     blocks = re.split(r"^(?=[a-z0-9])", text, flags=re.MULTILINE)[1:]
@@ -90,7 +92,12 @@ def test_dependabot_looks_after_every_list_of_dependencies() -> None:
         (MANIFESTS[file.name], f"/{file.parent}".removesuffix("/.") or "/")
         for file in files if file.name in MANIFESTS
     }  # fmt: skip
-    assert watched == there | {("github-actions", "/"), ("pip", "/"), ("pip", "/.docker")}
+    assert watched == there | {
+        ("github-actions", "/"),
+        ("pip", "/"),
+        ("pip", "/.docker"),
+        ("pip", "/.packaging"),
+    }
 
 
 def test_the_build_sees_only_what_it_copies() -> None:

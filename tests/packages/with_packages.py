@@ -251,7 +251,7 @@ def page(heading: str, language: str) -> list[str]:
 
 
 def test_the_install_pages_own_commands_lead_from_the_package_to_a_guests_error_on_rabbitmq(
-    root: Root, rabbitmq: RabbitMQ, vhost: str, request: pytest.FixtureRequest
+    root: Root, rabbitmq: RabbitMQ, vhost: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started = time.monotonic()
     shutil.copy(package("deb"), root.path / "root")
@@ -294,9 +294,8 @@ def test_the_install_pages_own_commands_lead_from_the_package_to_a_guests_error_
         guest = lab.guest("db1").start()
         fail(guest)
         wait_until(lambda: told.errors() == drilled + guest.injected(), "the guest's error comes", SECONDS)
-    reporter = request.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None:
-        reporter.write_line(f"{root.path.parent.name}: {(time.monotonic() - started) / 60:.1f} minutes")
+    with capsys.disabled():
+        print(f"\n  {root.path.parent.name}: {(time.monotonic() - started) / 60:.1f} minutes", end="")
 
 
 def test_the_wheel_is_installed_without_a_compiler_and_has_no_relative_link(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -58,10 +57,14 @@ def run(*command: str | Path, cwd: Path = CHECKOUT, **environment: str) -> str:
 
 
 @pytest.fixture
-def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Writes a line of the rehearsal's story."""
-    reporter: Any = request.config.pluginmanager.get_plugin("terminalreporter")
-    return lambda line: reporter.write_line(f"  {line}")
+def tell(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
+    """Writes a line of the rehearsal's story, past pytest's capture."""
+
+    def write(line: str) -> None:
+        with capsys.disabled():
+            print(f"\n  {line}", end="", flush=True)
+
+    return write
 
 
 @contextmanager
@@ -181,7 +184,11 @@ def test_the_chart_is_pushed_to_a_registry_and_installed_from_it(
         HELM=str(tools.helm("4")),
     )  # fmt: skip
     (digest,) = re.findall(r"^digest=(sha256:[0-9a-f]{64})$", said, re.MULTILINE)
-    with urllib.request.urlopen(f"http://{registry}/v2/charts/virtbus/manifests/{digest}", timeout=60) as one:
+    request = urllib.request.Request(
+        f"http://{registry}/v2/charts/virtbus/manifests/{digest}",
+        headers={"Accept": "application/vnd.oci.image.manifest.v1+json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as one:
         assert hashlib.sha256(one.read()).hexdigest() == digest.removeprefix("sha256:")
     done = helm.run(
         "4", "template", "vb", f"{where}/virtbus", "--version", __version__, "--plain-http",

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -42,7 +41,9 @@ def build(folder: Path, *lent: str) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in (folder / "dist").iterdir()}
 
 
-def test_two_builds_of_one_commit_give_the_same_bytes(tmp_path: Path) -> None:
+def test_two_builds_of_one_commit_give_the_same_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     need(tools.missing())
     if not (CHECKOUT / "dist").exists():
         pytest.fail("dist/ is not there: run make dist")
@@ -54,4 +55,5 @@ def test_two_builds_of_one_commit_give_the_same_bytes(tmp_path: Path) -> None:
     assert kinds == {"whl", "gz", "tgz", "deb", "rpm", "json", "SHA256SUMS"}
     differ = {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
     assert differ == set()
-    sys.stdout.write(f"the same bytes twice: {', '.join(sorted(first))}\n")
+    with capsys.disabled():
+        print(f"\n  the same bytes twice: {', '.join(sorted(first))}", end="")
