@@ -208,6 +208,10 @@ class ModelBus:
                     waiting.remove(record)
                     yield record, Unroutable()
                     continue
+                if sched.random.random() < broker.loses_confirms / 3:  # before all of it was sent
+                    for lost in waiting:
+                        yield lost, Deferred(BusUnavailable("connection reset by peer"))
+                    return
                 broker.take(self.host, record)
                 sched.sleep(sched.random.random() * 0.002)
                 if sched.random.random() < broker.loses_confirms:

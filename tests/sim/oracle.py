@@ -17,7 +17,7 @@ from tests.sim.runtime import START_NS
 from virtbus import envelope
 from virtbus.fleet import Fleet
 from virtbus.model import Gap, IoError, IoErrorResolved, Message, Now, Stamp, to_ns
-from virtbus.words import Origin, Phase
+from virtbus.words import GapReason, Origin, Phase
 
 if TYPE_CHECKING:
     from tests.sim.broker import Arrival
@@ -70,6 +70,7 @@ class Truth:
     promised: dict[tuple[str, int], str] = field(default_factory=dict)  # (epoch, sequence) → id
     epochs: dict[str, list[str]] = field(default_factory=dict)  # host → its runs, in order
     blind: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    standstills: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # of one that saw
     skews: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # host → (since when, skew)
     boots: dict[str, list[float]] = field(default_factory=dict)  # host → when its power was cut
     sockets: dict[str, str] = field(default_factory=dict)  # of nodes → whose
@@ -161,9 +162,11 @@ def _gaps(truth: Truth, events: list[Event]) -> list[Interval]:
     to be known (docs/libvirt.md).
     """
     found = []
-    before = 0.0  # when the event before was made
+    before = last = 0.0  # when the commit before was made, and this one
     for event in sorted(events, key=lambda event: truth.made[event.arrival.record.id][0]):
         made, skew = truth.made[event.arrival.record.id]
+        if made > last:
+            before, last = last, made
         if event.type == Gap.TYPE:
             host, start = event.arrival.host, event.data["started_at"]
             detail = event.data["detail"] or ""
@@ -180,7 +183,6 @@ def _gaps(truth: Truth, events: list[Event]) -> list[Interval]:
                     next((whose for path, whose in truth.sockets.items() if path in detail), None),
                 )
             )
-        before = made
     return found
 
 
@@ -400,6 +402,13 @@ def _every_standstill(truth: Truth, gaps: dict[str, list[Interval]]) -> Iterator
                     at = gap.end
             if at < end - 0.2:
                 yield f"P3: {host}: blind from {begin:.3f} to {end:.3f}, told only until {at:.3f}"
+    for host, times in truth.standstills.items():
+        for begin, end in times:
+            reasons = {gap.reason for gap in gaps[host] if gap.start <= end and begin <= gap.end}
+            if end < truth.ended - 100 and reasons.isdisjoint(
+                {GapReason.AGENT_STANDSTILL, GapReason.AGENT_DOWN}
+            ):
+                yield f"P3: {host}: stood still from {begin:.3f} to {end:.3f}, told as {sorted(reasons)}"
 
 
 def _incidents(truth: Truth, events: list[Event]) -> Iterator[str]:

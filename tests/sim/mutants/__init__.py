@@ -31,18 +31,20 @@ class Mutant:
 
     about: str
     edits: tuple[Edit, ...]
-    needs: tuple[str, ...] = ()  # plans without any of these faults can't show it, and are not played
+    needs: tuple[str, ...] = ()  # plans without any of these faults can't show it
     fleet: bool = False  # only plans of fleets can
     messages: bool = False  # only hypervisors that keep messages can
 
-    def may_show(self, plan: Plan) -> bool:
-        """Whether it makes a difference to this plan, as far as that can be told without playing it."""
-        happens = {f"{fault.where} {fault.what}" for fault in plan.faults} | {f.what for f in plan.faults}
-        return (
-            (not self.needs or not happens.isdisjoint(self.needs))
-            and (not self.fleet or plan.shape is Shape.FLEET)
-            and (not self.messages or any(host.release != "bookworm" for host in plan.hosts))
+    def chance(self, plan: Plan) -> float:
+        """How soon it may show in this plan, a second of it; 0 if it can't, as far as a plan tells."""
+        if self.fleet and plan.shape is not Shape.FLEET:
+            return 0.0
+        if self.messages and all(host.release == "bookworm" for host in plan.hosts):
+            return 0.0
+        needed = sum(
+            fault.what in self.needs or f"{fault.where} {fault.what}" in self.needs for fault in plan.faults
         )
+        return (needed if self.needs else 1) / plan.faulty_seconds / len(plan.hosts)
 
 
 def _one(
@@ -58,6 +60,7 @@ def _one(
     return Mutant(about, (Edit(where, old, new),), needs, fleet, messages)
 
 
+ENDS = ("kill", "kill_at", "power_cut", "power_cut_at", "terminate")
 POWER = ("power_cut", "power_cut_at")
 CONSUMER = ("consumer kill", "consumer kill_at")
 REACTOR = ("reactor kill", "reactor kill_at")
@@ -82,19 +85,21 @@ MUTANTS = {
         "virtbus.seen:SeenThrough.lost",
         "earliest(at, self._proven or self.moment)",
         "at",
-        needs=("libvirt_hangs", "libvirt_restarts", "freeze"),
+        needs=("libvirt_dies",),
     ),
     "alive_at_the_commit": _one(
         "the sign of life is the commit's clock, not up to when everything is seen",
         "virtbus.agent.intake:Writer.sign_of_life",
         "through.wall(now)",
         "now.wall_ns",
+        needs=("libvirt_hangs", "libvirt_dies"),
     ),
     "a_proof_is_as_new_as_its_answer": _one(
         "everything counts as seen when an answer is taken from the queue, not when its question was asked",
         "virtbus.seen:SeenThrough.take",
         "Moment.of(item.asked, MARGIN_SECONDS)",
         "Moment.of(now)",
+        needs=("slow_host",),
     ),
     "epochs_by_the_clock": _one(
         "a run's epoch is made of the wall clock alone: a later run may get an earlier epoch",
@@ -149,12 +154,14 @@ MUTANTS = {
         "virtbus.agent.intake:Writer.commit",
         "stamps = self._spool.commit(batch, self._pending_states)",
         "stamps = self._spool.commit(batch, {}); self._spool.commit((), self._pending_states)",
+        needs=("kill_at", "power_cut_at"),
     ),
     "incidents_not_restored": _one(
         "an agent that starts again does not know the incidents that were open",
         "virtbus.agent.intake:Intake.restore",
         "self._incidents.restore(self._spool.states(), self.started)",
         "()",
+        needs=ENDS,
     ),
     "commits_not_synced": _one(
         "what is committed waits in the disk's cache",
@@ -168,6 +175,7 @@ MUTANTS = {
         "virtbus.agent.publisher:Publisher._once",
         "self._done(record, outcome)",
         "self._done(record, Confirmed() if isinstance(outcome, Deferred) else outcome)",
+        needs=("broker cut", "broker stop", "broker confirms"),
     ),
     "marks_never_written": _one(
         "acknowledgements are sent without marks on the disk",
