@@ -4,17 +4,28 @@
 #
 #   buildah build --format docker --tag virtbus:0.1.0 .
 #
-# The base is Debian 13 with Python 3.13; both stages must use the same one. Renew the digest with the tag.
+# The base is Debian 13 with Python 3.13. Renew the digest with the tag.
 ARG FOR=agent
 ARG BASE=docker.io/library/python:3.13-slim-trixie@sha256:ffb752e139c0a19692a43af8d8523b274222dd68eebad5d583b45c2201c6e30a
 
-FROM ${BASE} AS build
+FROM ${BASE} AS base
+# Debian's packages as they were on a day, so that the image can be built again: --build-arg SNAPSHOT=20261130T000000Z.
+# Without it they are today's.
+ARG SNAPSHOT
+ARG ARCHIVE=http://snapshot.debian.org/archive
+RUN test -z "${SNAPSHOT}" || { . /etc/os-release \
+ && rm -rf /etc/apt/sources.list /etc/apt/sources.list.d/* \
+ && for each in "debian/${SNAPSHOT} ${VERSION_CODENAME}" "debian/${SNAPSHOT} ${VERSION_CODENAME}-updates" \
+      "debian-security/${SNAPSHOT} ${VERSION_CODENAME}-security"; \
+    do echo "deb [check-valid-until=no] ${ARCHIVE}/${each} main"; done >/etc/apt/sources.list; }
+
+FROM base AS build
 ARG FOR
 # For a package index of your own: --build-arg PIP_INDEX_URL=… and its CA, which must be in the build.
 ARG PIP_INDEX_URL
 ARG PIP_CERT
 ENV DEBIAN_FRONTEND=noninteractive PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
-# Debian's packages are not pinned: the suite's security fixes are wanted. The words of the last line are meant to split.
+# Debian's packages are pinned by SNAPSHOT, not one by one. The words of the last line are meant to split.
 # hadolint ignore=DL3008,SC2046
 RUN apt-get update \
  && apt-get install -y --no-install-recommends binutils gcc libc6-dev libvirt-dev pkg-config \
@@ -35,7 +46,7 @@ RUN tool/bin/pip wheel --wheel-dir wheels --no-deps --no-build-isolation . \
  && tool/bin/pip --python /opt/virtbus/bin/python install --no-index --no-deps wheels/*.whl \
  && find /opt/virtbus -name '*.so*' -type f -exec strip --strip-unneeded {} +
 
-FROM ${BASE} AS runtime
+FROM base AS runtime
 ARG FOR
 ARG VERSION=0.1.0
 ARG REVISION=unknown

@@ -14,7 +14,7 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 ACTIONLINT := .cache/bin/actionlint
 
-.PHONY: dist packages-test pages help setup demo unit sim sim-mutants test check audit faults matrix brokers soak bench chart pictures \
+.PHONY: dist packages-test rehearse pages help setup demo unit sim sim-mutants test check audit faults matrix brokers soak bench chart pictures \
   sbom clean packages
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make sbom    a bill of materials of the installed package (CycloneDX)"
 	@echo "make dist    sdist, wheel, chart, .deb, .rpm, SBOM and checksums, below dist/"
 	@echo "make packages-test   the .deb and .rpm installed, run, upgraded and removed in fresh Debian roots"
+	@echo "make rehearse   the release workflow's steps on dist/, up to the upload, with an index and a registry on this machine"
 	@echo "make pages   the documents as HTML, below build/pages"
 	@echo "make clean   remove everything that was made here, .venv too"
 
@@ -84,9 +85,11 @@ check: setup
 $(ACTIONLINT):
 	GOBIN=$(CURDIR)/$(dir $@) go install github.com/rhysd/actionlint/cmd/actionlint@v1.7.12
 
-# The documents as pages, below build/pages; a dead link or anchor is an error.
+# The documents as pages, below build/pages; a dead link or anchor is an error. Not --quiet: what that hides is not
+# counted as a warning either.
 pages: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs --quiet build --config-file .mkdocs.yml
+	@mkdir -p build && NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --config-file .mkdocs.yml >build/pages.log 2>&1 \
+	  || { cat build/pages.log >&2; exit 1; }
 
 # Without libvirt's headers the agent's own package can't be built, and these tests do without it.
 $(VENV)/.unit: pyproject.toml $(VENV)/bin/python
@@ -121,15 +124,25 @@ faults: setup
 # an hour. Without Go what needs them is skipped aloud, or fails with VIRTBUS_CI=1.
 chart: setup
 	@tests/install-packages image
-	@for part in apiserver collector; do $(BIN)/python -m tests.chart.$$part || test "$$VIRTBUS_CI" != 1; done
-	$(PYTEST) $(PYTEST_ARGS) -o python_files='test_*.py with_*.py' tests/chart tests/integrations
+	@for part in apiserver collector image; do $(BIN)/python -m tests.chart.$$part || test "$$VIRTBUS_CI" != 1; done
+	$(PYTEST) $(PYTEST_ARGS) -o python_files='test_*.py with_*.py' tests/chart tests/integrations/with_*.py
 
-# What `make dist` left in dist/: packages installed, run with real guests, upgraded, removed, in two Debian releases;
-# wheel, chart and images published to an index and a registry on loopback. The first time it makes root file systems
-# and images: a quarter of an hour.
+# What `make dist` left in dist/: packages installed, run with real guests, upgraded from the code before (BEFORE names
+# another commit), removed, in two Debian releases; wheel, chart and images published to an index and a registry on
+# loopback; two builds compared. The first time it makes root file systems and images: half an hour.
 packages-test: setup
 	@tests/install-packages matrix packages image
-	$(PYTEST) $(PYTEST_ARGS) -o python_files='with_*.py' tests/packages
+	@$(BIN)/python -m tests.lab.chroot bookworm trixie
+	@$(BIN)/python -m tests.chart.image
+	before=$$($(BIN)/python -m tests.packages.before $(BEFORE)) && VIRTBUS_PACKAGE_BEFORE="$$before" \
+	  $(PYTEST) $(PYTEST_ARGS) -o python_files='with_*.py' tests/packages
+
+# The release workflow's steps on dist/, up to the upload: an index, a registry and a layout on this machine. It tells
+# what it did; what it can't do stands in docs/contributing.md.
+rehearse: setup
+	@tests/install-packages packages image
+	@$(BIN)/python -m tests.chart.image
+	$(PYTEST) -v $(PYTEST_ARGS) tests/packages/with_release.py
 
 # A table with pass or short a row; 1 below a committed floor. BENCH_ARGS="--only idle --quick", say.
 bench: setup

@@ -30,8 +30,9 @@ def repository() -> str:
 
 
 def repeated() -> list[tuple[str, str, str]]:
-    """(file, pattern with one group, what the group must be) for each line that repeats version or repository."""
+    """(file, pattern with one group, what the group must be) for every line that repeats version or repository."""
     number, address = version(), repository()
+    runbook = "/blob/main/docs/operations.md"
     return [
         ("charts/virtbus/Chart.yaml", r"^version: (.+)$", number),
         ("charts/virtbus/Chart.yaml", r'^appVersion: "(.+)"$', number),
@@ -40,7 +41,15 @@ def repeated() -> list[tuple[str, str, str]]:
         ("charts/virtbus/Chart.yaml", r"^  - name: The virtbus authors\n    url: (.+)$", address),
         ("charts/virtbus/Chart.yaml", r"^icon: (.+)/blob/", address),
         ("Dockerfile", r"^ARG VERSION=(.+)$", number),
+        ("charts/virtbus/values.yaml", rf"^  runbookUrl: (.+){runbook}$", address),
+        ("charts/virtbus/files/defaults.yaml", rf"^  runbookUrl: (.+){runbook}$", address),
+        ("charts/virtbus/README.md", rf'^\| `prometheusRule.runbookUrl` \| `"(.+){runbook}"`', address),
         ("Dockerfile", r"^ARG SOURCE=(.+)$", address),
+        ("pyproject.toml", r'^Documentation = "(.+)/tree/main/docs"$', address),
+        ("pyproject.toml", r'^Changelog = "(.+)/blob/main/CHANGELOG.md"$', address),
+        ("CHANGELOG.md", r"^\[[^]]+\]: (.+)/(?:compare|releases)/", address),
+        (".mkdocs.yml", r"^repo_url: (.+)$", address),
+        (".packaging/nfpm.yaml", r"^homepage: (.+)$", address),
     ]
 
 
@@ -49,7 +58,7 @@ def differences() -> list[str]:
     wrong = []
     for name, pattern, wanted in repeated():
         found = re.findall(pattern, (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
-        if found != [wanted]:
+        if set(found) != {wanted}:
             wrong.append(f"{name}: {' and '.join(found) or f'no line like {pattern}'}; it must be {wanted}")
     return wrong
 
@@ -69,10 +78,12 @@ def sync() -> None:
     for name, pattern, wanted in repeated():
         file = ROOT / name
         text = file.read_text(encoding="utf-8")
-        match = re.search(pattern, text, re.MULTILINE)
-        if match is None:
+        matches = list(re.finditer(pattern, text, re.MULTILINE))
+        if not matches:
             raise SystemExit(f"{name}: no line like {pattern}; add it")
-        file.write_text(text[: match.start(1)] + wanted + text[match.end(1) :], encoding="utf-8")
+        for match in reversed(matches):
+            text = text[: match.start(1)] + wanted + text[match.end(1) :]
+        file.write_text(text, encoding="utf-8")
 
 
 def notes(number: str) -> str:

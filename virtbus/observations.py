@@ -48,6 +48,7 @@ class Burst:
     disk_error: DiskError | None = None
     evidence: tuple[Evidence, ...] = ()
     stamp_ns: int | None = None  # the hypervisor's own time of the last of them, where it kept one
+    rivals: frozenset[str] = frozenset()  # aliases that the same look found in error beside it
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,10 +162,15 @@ class Surveyed:
 
 
 class SourceSeen(NamedTuple):
-    """The connection answered: whatever it told before `asked` stands before this in the queue."""
+    """The connection answered: whatever it told before `asked` stands before this in the queue.
+
+    But for the pauses of the last `undecided` seconds before that, of which it is not yet known by whom they
+    are told.
+    """
 
     asked: Now
     connection: str = ""
+    undecided: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,7 +123,7 @@ class SeenThrough:
         """One word of the source, in the queue's order → the blindness that it ended, if any."""
         if isinstance(item, SourceSeen):
             if self.blind is None and self.connected:
-                self._proven = Moment.of(item.asked, MARGIN_SECONDS)
+                self._proven = Moment.of(item.asked, MARGIN_SECONDS + item.undecided)
                 self._answered = item.asked.boot
             return None
         if isinstance(item, SourceLost):

@@ -85,13 +85,14 @@ class AgentProcess:
         bus: str,
         settings: str = "",
         command: Sequence[str] = COMMAND,
+        http: str = "",
         **environment: str,
     ) -> None:
         self.folder = folder
         self.state_dir = folder / "state"
         self.socket = folder / "control.sock"
         self._log = folder / f"agent-{time.monotonic_ns()}.log"
-        self.http = f"127.0.0.1:{free_ports(1)[0]}"
+        self.http = http or f"127.0.0.1:{free_ports(1)[0]}"
         config = folder / "virtbus.toml"
         config.write_text(settings)
         with self._log.open("wb") as log:

@@ -6,6 +6,7 @@ import os
 import shutil
 import threading
 import time
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -30,6 +31,7 @@ from virtbus.observations import (
     SourceSeen,
     Surveyed,
 )
+from virtbus.sources.link import RESUMED
 from virtbus.sources.observer import Observer
 from virtbus.spool import Spool, SpoolLimits, faults
 from virtbus.testing import FakeBus, FakeSource, a_gap, a_host, a_raw_io_error
@@ -133,12 +135,12 @@ def test_a_start_that_finds_no_libvirt_claims_to_have_seen_nothing(tmp_path, hou
 class Observed:
     """An agent on a simulated hypervisor, with a clock that can stand still."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, **options):
         self.host = SimulatedHost(1)
         self.slept = 0.0
         self.bus = FakeBus()
         self.agent = Agent(
-            source=Observer(self.host, options=OPTIONS, clock=self.clock),
+            source=Observer(self.host, options=replace(OPTIONS, **options), clock=self.clock),
             bus=self.bus,
             spool=Spool.open(folder, limits=SpoolLimits(), agent_id=AGENT),
             incidents=Incidents(IncidentLimits(), new_id=lambda: "00000000-0000-7000-8000-000000000001"),
@@ -154,10 +156,10 @@ class Observed:
 
 
 @pytest.fixture
-def observed(tmp_path, monkeypatch):
+def observed(tmp_path, monkeypatch, request):
     monkeypatch.setattr("virtbus.sources.crew.PROVE_SECONDS", 0.05)
     monkeypatch.setattr("virtbus.sources.crew.QUIET_SECONDS", 0.05)
-    one = Observed(tmp_path / "state")
+    one = Observed(tmp_path / "state", **getattr(request, "param", {}))
     one.agent.start()
     one.wait("gap")
     yield one
@@ -176,6 +178,23 @@ def test_a_process_that_stood_still_says_so_from_the_last_moment_it_saw_and_reco
     assert moment(gap["started_at"]) <= before - 55
     wait_until(lambda: observed.agent.not_ready() == [])
     assert len([link for link in observed.host.links if link.handler]) == 2
+
+
+@pytest.mark.parametrize("observed", [{"grace_seconds": 3600.0}], indirect=True)
+def test_a_pause_that_waits_for_its_event_is_not_seen_through_before_it_is_told(observed):
+    """libvirt may lose the event; killed before the wait is over, the agent would never tell the pause."""
+    guest = next(iter(observed.host.guests.values()))
+    wait_until(lambda: observed.agent.not_ready() == [])
+    paused = time.time_ns()
+    observed.host.suspend(guest)
+    observed.host.lifecycle(guest, RESUMED)
+    sight = observed.agent.intake.sight
+    seen = sight.connections["simulated:///"]
+    answered = seen._answered
+    time.sleep(1.5)  # more than the margin that every proof leaves
+    wait_until(lambda: seen._answered > answered + 1.0)
+    assert sight.through.wall_ns <= paused
+    assert observed.agent.not_ready() == []
 
 
 def test_readiness_ends_when_the_connection_of_the_events_answers_no_longer(observed):

@@ -86,7 +86,7 @@ def build() -> None:
         done = subprocess.run(
             ["go", "build", "-mod=readonly", "-trimpath", "-ldflags", flags, "-o", str(draft),
              f"k8s.io/kubernetes/cmd/{program}"],
-            cwd=MODULE, capture_output=True, text=True, timeout=3600,
+            cwd=MODULE, capture_output=True, text=True,
         )  # fmt: skip
         if done.returncode:
             raise ToolMissing(f"{program} {VERSION}: go build: {done.stderr.strip()[-2000:]}")

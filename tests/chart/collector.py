@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,8 +13,9 @@ from pathlib import Path
 from tests.chart.tools import CACHE, ToolMissing
 
 VERSION = "v0.165.0"
-BINARY = CACHE / f"otel-collector-{VERSION}"
 MODULE = Path(__file__).parent / "collector"
+_SOURCES = b"".join((MODULE / name).read_bytes() for name in ("main.go", "go.sum"))
+BINARY = CACHE / f"otel-collector-{VERSION}-{hashlib.sha256(_SOURCES).hexdigest()[:8]}"
 
 
 def missing() -> list[str]:
@@ -33,7 +35,7 @@ def build() -> None:
     draft = BINARY.with_suffix(".new")
     done = subprocess.run(
         ["go", "build", "-mod=readonly", "-ldflags", "-s -w", "-o", str(draft), "."],
-        cwd=MODULE, capture_output=True, text=True, timeout=3600,
+        cwd=MODULE, capture_output=True, text=True,
     )  # fmt: skip
     if done.returncode:
         raise ToolMissing(f"the collector {VERSION}: go build: {done.stderr.strip()[-2000:]}")

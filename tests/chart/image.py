@@ -1,7 +1,7 @@
 """Build the images without a container engine's daemon: buildah, chroot isolation, a base of our own.
 
 The base stands in for the Dockerfile's own (Debian 13 with Python 3.13): made by mmdebstrap once, in about
-a minute, and kept in .cache.
+a minute, and kept in .cache. `python -m tests.chart.image` makes both before a test's own time begins.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.chart.tools import CACHE, ToolMissing
+from tests.lab.chroot import PROGRESS
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 BASE_PACKAGES = ("python3", "python3-venv", "ca-certificates")
@@ -33,12 +34,12 @@ def missing() -> list[str]:
     return lacks
 
 
-def buildah(*arguments: str, timeout: float = 60) -> str:
+def buildah(*arguments: str) -> str:
     """Run buildah on a store of our own; returns what it prints. Raises ToolMissing with its last words."""
     done = subprocess.run(
         ["buildah", "--root", str(CACHE / "storage"), "--runroot", "/run/virtbus-tests-buildah",
          "--storage-driver", "overlay", *arguments],
-        capture_output=True, text=True, timeout=timeout, cwd=CHECKOUT,
+        capture_output=True, text=True, cwd=CHECKOUT,
     )  # fmt: skip
     if done.returncode:
         raise ToolMissing(f"buildah {arguments[0]}: {done.stderr.strip()[-3000:]}")
@@ -55,7 +56,7 @@ def build(kind: str = "agent") -> str:
         buildah(
             "build", "--quiet", "--isolation", "chroot", "--format", "docker", "--pull-never", "--layers",
             "--build-arg", f"BASE={BASE}", "--build-arg", f"FOR={kind}", *_own_authorities(),
-            "--tag", IMAGES[kind], ".", timeout=900,
+            "--tag", IMAGES[kind], ".",
         )  # fmt: skip
     return IMAGES[kind]
 
@@ -70,14 +71,15 @@ def _own_authorities() -> list[str]:
 def _make_base() -> None:
     tar = CACHE / "base.tar"
     done = subprocess.run(
-        ["mmdebstrap", "--quiet", "--variant=apt", "--include", ",".join(BASE_PACKAGES), "trixie", str(tar)],
-        capture_output=True, text=True, cwd="/", timeout=900,
+        ["mmdebstrap", "--quiet", "--variant=apt", *PROGRESS, "--include", ",".join(BASE_PACKAGES), "trixie",
+         str(tar)],
+        capture_output=True, text=True, cwd="/",
     )  # fmt: skip
     if done.returncode:
         raise ToolMissing(f"mmdebstrap trixie: {done.stderr.strip()[-2000:]}")
     container = buildah("from", "scratch")
-    buildah("add", "--quiet", container, str(tar), "/", timeout=300)
-    buildah("commit", "--quiet", "--rm", container, BASE, timeout=300)
+    buildah("add", "--quiet", container, str(tar), "/")
+    buildah("commit", "--quiet", "--rm", container, BASE)
     tar.unlink()
 
 
@@ -94,3 +96,13 @@ def mounted(name: str = IMAGE) -> Iterator[Path]:
         yield Path(buildah("mount", container))
     finally:
         buildah("rm", container)
+
+
+if __name__ == "__main__":
+    lacks = missing()
+    if lacks:
+        raise SystemExit("; ".join(lacks))
+    try:
+        print(*map(build, IMAGES), sep="\n")
+    except ToolMissing as error:
+        raise SystemExit(str(error)) from error

@@ -57,7 +57,7 @@ class Process:
             capture_output=True, text=True, timeout=60,
         )  # fmt: skip
 
-    def stop(self, number: int = signal.SIGTERM, within: float = 30) -> int:
+    def stop(self, number: int = signal.SIGTERM, within: float = 120) -> int:
         """Send a signal and wait for the end; the exit code."""
         subprocess.run(_crun(self.state, "kill", self.name, str(int(number))), check=True)
         return self.popen.wait(within)

@@ -56,7 +56,8 @@ def test_the_base_is_pinned_by_its_digest() -> None:
     assert re.search(r"^ARG BASE=\S+@sha256:[0-9a-f]{64}$", text, re.MULTILINE)
     assert re.findall(r"^FROM (\S+)", text, re.MULTILINE) == [
         "${BASE}",
-        "${BASE}",
+        "base",
+        "base",
         "runtime",
         "runtime",
         "${FOR}",
@@ -72,6 +73,24 @@ def test_every_image_that_a_release_is_built_in_or_with_is_pinned_by_its_digest(
     named += re.findall(r"^[a-z]+=(docker\.io/\S+)$", push, re.MULTILINE)
     assert len(named) >= 6
     assert [name for name in named if not re.search(r":\S+@sha256:[0-9a-f]{64}$", name)] == []
+
+
+MANIFESTS = {"go.mod": "gomod", "package.json": "npm", "pom.xml": "maven", "Dockerfile": "docker"}
+
+
+def test_dependabot_looks_after_every_list_of_dependencies() -> None:
+    told = yaml.safe_load((ROOT / ".github" / "dependabot.yml").read_text(encoding="utf-8"))["updates"]
+    watched = {
+        (one["package-ecosystem"], folder)
+        for one in told for folder in one.get("directories", [one.get("directory")])
+    }  # fmt: skip
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    files = [Path(name) for name in listed.stdout.splitlines()]
+    there = {
+        (MANIFESTS[file.name], f"/{file.parent}".removesuffix("/.") or "/")
+        for file in files if file.name in MANIFESTS
+    }  # fmt: skip
+    assert watched == there | {("github-actions", "/"), ("pip", "/"), ("pip", "/.docker")}
 
 
 def test_the_build_sees_only_what_it_copies() -> None:
@@ -94,16 +113,35 @@ def test_chart_image_and_package_have_one_version_and_one_address() -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+ADDRESS = "https://github.com/virtbus/virtbus"
+# What earlier releases said, and what is rendered from the values.
+KEPT = ("tests/chart/released/", "tests/chart/golden/", "tests/chart/test_image_files.py")
+
+
+def _copy_of_what_names(text: str, folder: Path) -> list[Path]:
+    """The files of the repository that name it, copied to a folder of their own."""
+    told = subprocess.run(["git", "grep", "-lI", text], cwd=ROOT, capture_output=True, text=True, check=True)
+    found = [Path(name) for name in told.stdout.splitlines() if not name.startswith(KEPT)]
+    for name in {*found, Path("virtbus/__init__.py"), Path(".packaging/release.py")}:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return [folder / name for name in found]
+
+
+def test_the_repositorys_address_is_set_once_and_every_link_follows(tmp_path: Path) -> None:
+    files = _copy_of_what_names(ADDRESS, tmp_path)
+    project = tmp_path / "pyproject.toml"
+    line = f'Repository = "{ADDRESS}"'
+    assert line in project.read_text()
+    project.write_text(project.read_text().replace(line, 'Repository = "https://git.example/us/agent"'))
+    command = [sys.executable, str(tmp_path / ".packaging/release.py")]
+    subprocess.run([*command, "sync"], check=True)
+    subprocess.run([*command, "check"], check=True)
+    assert [str(file) for file in files if ADDRESS in file.read_text()] == []
+
+
 def test_a_version_that_differs_is_named_with_its_file(tmp_path: Path) -> None:
-    for name in (
-        "virtbus/__init__.py",
-        "pyproject.toml",
-        "Dockerfile",
-        "charts/virtbus/Chart.yaml",
-        ".packaging/release.py",
-    ):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
+    _copy_of_what_names(ADDRESS, tmp_path)
     chart = tmp_path / "charts/virtbus/Chart.yaml"
     chart.write_text(re.sub(r"^version: .*$", "version: 9.9.9", chart.read_text(), flags=re.MULTILINE))
     command = [sys.executable, str(tmp_path / ".packaging/release.py")]

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.chart import helm
 from tests.chart.helm import CHART, CI_VALUES, Object
@@ -216,6 +217,10 @@ def test_the_deployment_of_react_is_one_and_has_no_more_rights_than_it_needs() -
     role = helm.one(found, "Role")
     assert role["metadata"]["namespace"] == "default"
     assert role["rules"] == [{"apiGroups": [""], "resources": ["events"], "verbs": ["create"]}]
+    documented = yaml.safe_load_all((CHART.parents[1] / "docs/examples/kubernetes-rbac.yaml").read_text())
+    told = {one["kind"]: one for one in documented}
+    assert told["ClusterRole"]["rules"] == rules
+    assert (told["Role"]["rules"], told["Role"]["metadata"]["namespace"]) == (role["rules"], "default")
 
 
 def test_the_rights_go_where_no_kubernetes_integration_runs() -> None:

@@ -56,6 +56,7 @@ HELMS = tuple(LAYERS)
 DEBIAN = {
     "promtool": ("prometheus", "usr/bin/promtool"),
     "prometheus": ("prometheus", "usr/bin/prometheus"),
+    "alertmanager": ("prometheus-alertmanager", "usr/bin/prometheus-alertmanager"),
     "etcd": ("etcd-server", "usr/bin/etcd"),
     "docker-registry": ("docker-registry", "usr/bin/docker-registry"),
 }

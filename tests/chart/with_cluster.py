@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -121,6 +122,26 @@ def test_install_with_wait_and_helm_test_end_in_a_mixed_cluster(
     assert doctor.startswith("compute-")
     _helm(cluster, major, "uninstall", "vb", "--namespace", namespace)
     kubelets.wait("no agent is left", lambda: not kubelets.pods(namespace, component="agent"))
+
+
+@pytest.mark.usefixtures("nodes")
+def test_the_runbooks_command_leads_from_an_alerts_instance_to_the_nodes_agent_and_to_no_other_pod(
+    cluster: Cluster, kubelets: Kubelets, namespace: str
+) -> None:
+    react = (
+        "react.enabled=true",
+        "react.with=kubernetes",
+        "react.nodeSelector.kubernetes\\.io/hostname=compute-1",
+    )
+    _install(cluster, namespace, *react)
+    assert set(kubelets.pods(namespace, component="react")) == {"compute-1"}
+    page = (CHART.parents[1] / "docs" / "operations.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^kubectl (-n virtbus get pods .*spec\.nodeName=INSTANCE)$", page, re.MULTILINE)
+    for node, agent in kubelets.pods(namespace, component="agent").items():
+        words = line.replace("-n virtbus", f"-n {namespace}").replace("INSTANCE", node).split()
+        told = cluster.kubectl(*words, "--output=name").stdout.split()
+        assert told == [f"pod/{agent.metadata.name}"]
+    _helm(cluster, "4", "uninstall", "vb", "--namespace", namespace)
 
 
 @pytest.mark.usefixtures("nodes")

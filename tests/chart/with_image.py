@@ -29,6 +29,8 @@ from tests.conftest import need
 from tests.lab.lab import Lab
 from tests.ports import free_ports
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
 OWN = 65532  # the image's own user
 # What the footprint may be before charts/virtbus/values.yaml must be thought over.
 MEMORY_REQUEST_KIB = 96 << 10
@@ -157,6 +159,50 @@ def test_every_dependency_has_a_wheel_for_64_bit_arm_with_a_pinned_hash(kind: st
     assert [name for name in wheels if name.endswith("aarch64.whl")]
 
 
+class _Archive(ThreadingHTTPServer):
+    """Answers like snapshot.debian.org, out of today's archive; the paths that were asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        archive = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                archive.asked.append(self.path)
+                _, kind, _, rest = self.path.removeprefix("/archive").split("/", 3)
+                self.send_response(302)
+                self.send_header("Location", f"http://deb.debian.org/{kind}/{rest}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Nothing: the test looks at what was asked."""
+
+        super().__init__(("127.0.0.1", 0), Handler)
+
+
+def test_debians_packages_are_those_of_the_day_that_the_build_names(built: str) -> None:
+    day = "20260101T000000Z"
+    with ExitStack() as stack:
+        archive = stack.enter_context(_Archive())
+        threading.Thread(target=archive.serve_forever, daemon=True).start()
+        stack.callback(archive.shutdown)
+        name = "localhost/virtbus-base:of-a-day"
+        image.buildah(
+            "build", "--quiet", "--isolation", "chroot", "--pull-never", "--target", "base", "--tag", name,
+            "--build-arg", f"BASE={image.BASE}", "--build-arg", f"SNAPSHOT={day}",
+            "--build-arg", f"ARCHIVE=http://127.0.0.1:{archive.server_port}/archive", ".",
+        )  # fmt: skip
+        stack.callback(image.buildah, "rmi", name)
+        container = image.buildah("from", "--pull-never", name)
+        stack.callback(image.buildah, "rm", container)
+        image.buildah("run", "--isolation", "chroot", container, "apt-get", "update", "--error-on=any")
+    asked = [path.removeprefix("/archive/").split("/") for path in archive.asked]
+    assert {(kind, suite) for kind, at, _, suite, *_ in asked if at == day} == {
+        ("debian", "trixie"), ("debian", "trixie-updates"), ("debian-security", "trixie-security"),
+    }  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------ run as a pod
 
 
@@ -211,7 +257,7 @@ class Node:
             return 0, ""
 
     def wait(
-        self, path: str, status: int, agent: Process, seconds: float = 60, port: int | None = None
+        self, path: str, status: int, agent: Process, seconds: float = 300, port: int | None = None
     ) -> float:
         """Seconds until the path answers with the status."""
         begun = time.monotonic()
@@ -240,7 +286,7 @@ def _give_account(lab: Lab, folder: Path, uid: int) -> None:
         )  # fmt: skip
 
 
-def _consume(url: str, kind: str, seconds: float = 60) -> subprocess.Popen[str]:
+def _consume(url: str, kind: str, seconds: float = 600) -> subprocess.Popen[str]:
     """A consumer that ends with the first event of this type."""
     return subprocess.Popen(
         [sys.executable, "-m", "virtbus", "consume", "--bus", url, "--type", kind, "--count", "1",
@@ -250,14 +296,14 @@ def _consume(url: str, kind: str, seconds: float = 60) -> subprocess.Popen[str]:
 
 
 def _event(consumer: subprocess.Popen[str]) -> Mapping[str, Any]:
-    out, _ = consumer.communicate(timeout=70)
+    out, _ = consumer.communicate(timeout=700)
     event: Mapping[str, Any] = json.loads(out.splitlines()[0])
     return event
 
 
 def _wait_for(words: str, agent: Process, times: int = 1) -> None:
     """Until its log says so."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while agent.output().count(words) < times:
         assert time.monotonic() < deadline, agent.output()
         assert agent.popen.poll() is None, agent.output()
@@ -334,7 +380,7 @@ def test_an_agent_that_libvirtd_does_not_know_ends_and_says_why(lab: Lab, tmp_pa
     with node.pod() as pod:
         pod.init()
         agent = pod.main()
-        assert agent.popen.wait(120) == 77, agent.output()
+        assert agent.popen.wait(300) == 77, agent.output()
         assert f"Failed to find user record for uid '{OWN}'" in agent.output().splitlines()[-1]
 
 
@@ -365,7 +411,7 @@ def test_the_spool_and_the_identity_outlive_the_pod(lab: Lab, amqp_url: str, tmp
         agent = pod.main()
         away.wait("/readyz", 200, agent)
         guest.fail()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 300
         while 'virtbus_events_total{origin="event"' not in away.ask("/metrics")[1]:
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -423,7 +469,7 @@ def test_a_folder_of_libvirt_that_is_removed_and_made_again_ends_the_pod_with_th
         node.wait("/readyz", 200, agent)
         folder.rmdir()
         folder.mkdir()
-        assert agent.popen.wait(120) == 75, agent.output()
+        assert agent.popen.wait(300) == 75, agent.output()
         assert "/run/libvirt" in agent.output().splitlines()[-1] or "removed" in agent.output()
 
 
@@ -512,7 +558,7 @@ def test_the_pod_of_react_tells_a_webhook_of_a_guests_error(
         guest = lab.guest("db1", error="EIO", policy="stop")
         guest.start()
         guest.fail()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while "io.virtbus.domain.io_error.v1" not in posts.types:
             assert time.monotonic() < deadline, react.output()
             time.sleep(0.1)
@@ -531,7 +577,7 @@ def test_helm_test_passes_beside_a_running_agent(lab: Lab, amqp_url: str, tmp_pa
         node.wait("/readyz", 200, pod.main())
         with node.pod(node.doctor) as other:
             doctor = other.main()
-            assert doctor.popen.wait(120) == 0, doctor.output()
+            assert doctor.popen.wait(300) == 0, doctor.output()
             assert "libvirt" in doctor.output()
 
 
@@ -540,5 +586,5 @@ def test_helm_test_fails_when_the_broker_is_away(lab: Lab, tmp_path: Path) -> No
     node = Node(lab, tmp_path, "amqp://guest:guest@127.0.0.1:1//")
     with node.pod(node.doctor) as pod:
         doctor = pod.main()
-        assert doctor.popen.wait(120) != 0
+        assert doctor.popen.wait(300) != 0
         assert "127.0.0.1:1" in doctor.output()

@@ -6,6 +6,8 @@
 
 A suite is made once, in about a minute and 320 MB, and kept in .cache/ of the checkout. The daemons are the
 suite's; virsh, nasm and the tests are this machine's, and reach the daemon over its socket.
+
+`python -m tests.lab.chroot SUITE…` makes them before a test's own time begins.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from tests.lab.lab import CHECKOUT, LabError
@@ -25,6 +28,8 @@ SUITES = ("bullseye", "bookworm", "trixie", "forky")
 RABBITMQ = ("rabbitmq-server",)
 PACKAGES = ("libvirt-daemon", "libvirt-daemon-driver-qemu", "mount", "nbdkit", "qemu-system-x86")
 
+# A download is given up when nothing comes any more, however long the whole of it takes.
+PROGRESS = ['--aptopt=Acquire::http::Timeout "60"', '--aptopt=Acquire::Retries "5"']
 # The testing suite's lists are valid for a week only, and a mirror may lag.
 OPTIONS = {"forky": ['--aptopt=Acquire::Check-Valid-Until "false"']}
 
@@ -54,8 +59,8 @@ def suite_root(suite: str, packages: tuple[str, ...] = PACKAGES) -> Path:
             shutil.rmtree(fresh, ignore_errors=True)
             done = subprocess.run(
                 ["mmdebstrap", "--quiet", "--mode=root", "--variant=apt", f"--include={','.join(packages)}",
-                 *OPTIONS.get(suite, []), suite, str(fresh)],
-                capture_output=True, text=True, cwd="/", timeout=900,
+                 *PROGRESS, *OPTIONS.get(suite, []), suite, str(fresh)],
+                capture_output=True, text=True, cwd="/",
             )  # fmt: skip
             if done.returncode:
                 raise LabError(f"mmdebstrap {suite}: {done.stderr.strip()[-2000:]}")
@@ -64,3 +69,8 @@ def suite_root(suite: str, packages: tuple[str, ...] = PACKAGES) -> Path:
             shutil.rmtree(fresh / "var" / "lib" / "apt" / "lists", ignore_errors=True)
             fresh.rename(root)
     return root
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(suite_root(name))

@@ -6,6 +6,7 @@ import ast
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +46,12 @@ from virtbus.testing import ListFeed, records
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Whatever else is written for a reader: its links have to lead somewhere, too.
+LINKED = sorted(
+    page
+    for pattern in ("*.md", ".github/*.md", "charts/**/*.md", "docs/*.md", "schemas/*.md", "tests/**/*.md")
+    for page in ROOT.glob(pattern)
+)
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
 BLOCK = re.compile(r"^```(console|sh|bash)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -491,10 +498,15 @@ def test_no_metric_has_a_label_that_grows_with_guests(running: AgentProcess) -> 
                       "event", "version"}  # fmt: skip
 
 
+def test_every_document_is_looked_at():
+    assert set(PAGES) < set(LINKED)
+    assert {"charts", "schemas", "tests", ".github"} <= {page.relative_to(ROOT).parts[0] for page in LINKED}
+
+
 def test_every_link_between_the_documents_leads_somewhere():
     """`make pages` looks at their anchors, too; here at what is not a page."""
     broken = []
-    for page in PAGES:
+    for page in LINKED:
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
             if "://" not in target and not (page.parent / target).exists():
                 broken.append(f"{page.name}: {target}")
@@ -503,12 +515,39 @@ def test_every_link_between_the_documents_leads_somewhere():
 
 def test_every_anchor_of_a_link_is_a_heading_of_its_page():
     broken = []
-    for page in PAGES:
+    for page in LINKED:
         for target, anchor in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text()):
             other = page.parent / target if target else page
             if "://" not in target and other.suffix == ".md" and anchor not in anchors(other):
                 broken.append(f"{page.name}: {target}#{anchor}")
     assert broken == []
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("faq.md", "[gone](gone.md)", "'gone.md'"),
+        ("faq.md", "[gone](install.md#no-such-heading)", "no-such-heading"),
+        ("not-in-the-navigation.md", "A page.", "not-in-the-navigation.md"),
+        ("", "", ""),
+    ],
+)
+def test_make_pages_fails_on_a_dead_link_a_dead_anchor_and_a_page_that_no_one_finds(
+    name: str, text: str, said: str, tmp_path: Path
+) -> None:
+    for each in (".mkdocs.yml", ".packaging", "docs", "README.md", "CHANGELOG.md"):
+        copy = shutil.copytree if (ROOT / each).is_dir() else shutil.copy
+        copy(ROOT / each, tmp_path / each)
+    if name:
+        with (tmp_path / "docs" / name).open("a") as page:
+            page.write(f"\n{text}\n")
+    bin = Path(sys.executable).parent
+    done = subprocess.run(
+        ["make", "--file", str(ROOT / "Makefile"), "--old-file=setup", "pages", f"BIN={bin}"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode == 0) is (not name), done.stdout + done.stderr
+    assert said in done.stderr
 
 
 def anchors(page: Path) -> set[str]:

@@ -70,7 +70,6 @@ class Root:
             self.command(*words, user=user),
             capture_output=True,
             text=True,
-            timeout=300,
             stdin=subprocess.DEVNULL,
         )
         if check:

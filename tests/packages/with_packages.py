@@ -1,8 +1,8 @@
 """`make packages-test`: the .deb from dpkg -i to purge on two Debian releases with real guests and a real
 RabbitMQ, the .rpm as far as Debian's tools go, and the unit.
 
-It takes the packages that `make dist` left in dist/. VIRTBUS_PACKAGE_BEFORE names a .deb to upgrade from;
-without it that is the same package under an earlier version.
+It takes the packages that `make dist` left in dist/. VIRTBUS_PACKAGE_BEFORE names a .deb to upgrade from
+(tests.packages.before builds one of earlier code); without it that is this one under an earlier version.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from tests.packages.root import Root, earlier
 from tests.ports import free_ports
 from virtbus import __version__
 
-pytestmark = [pytest.mark.lab, pytest.mark.rabbitmq, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.lab, pytest.mark.rabbitmq, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 DIST = CHECKOUT / "dist"
-SECONDS = 120
+SECONDS = 600  # for what another process does: an end to the wait for what never comes
 # What the scripts ask of systemd: a running agent takes the new code, and nothing else is started.
 RELOAD = ["daemon-reload"]
 START = [*RELOAD, "try-restart virtbus.service"]
@@ -112,7 +112,7 @@ def agent(root: Root, http: str) -> Iterator[subprocess.Popen[bytes]]:
         wait_until(ready, "the agent is ready", SECONDS)
         yield process
         process.terminate()
-        assert process.wait(60) == 0, log.read_text()[-3000:]
+        assert process.wait(SECONDS) == 0, log.read_text()[-3000:]
     finally:
         if process.poll() is None:
             process.kill()
@@ -122,10 +122,10 @@ def agent(root: Root, http: str) -> Iterator[subprocess.Popen[bytes]]:
 def fail(guest: Guest) -> None:
     """One I/O error that pauses the guest; then it runs again."""
     guest.fail()
-    guest.wait_state(PAUSED_IOERROR, seconds=60)
+    guest.wait_state(PAUSED_IOERROR, seconds=SECONDS)
     guest.heal()
     guest.resume()
-    guest.wait_state(RUNNING, seconds=60)
+    guest.wait_state(RUNNING, seconds=SECONDS)
 
 
 def configure(root: Root, url: str, lab: Lab, http: str) -> None:

@@ -7,16 +7,19 @@ can't be tried here: the hosted parts (trusted publishing, attestations, the rel
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -32,6 +35,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 WORKFLOW = yaml.safe_load((CHECKOUT / ".github/workflows/release.yml").read_text())["jobs"]
 TAG = f"v{__version__}"
+PYPI = "https://pypi.org/simple"
 INDEX = ("pypiserver==2.4.1", "twine==6.2.0")
 REGISTRY = """\
 version: 0.1
@@ -45,10 +49,19 @@ def steps(job: str) -> list[str]:
     return [step["run"] for step in WORKFLOW[job]["steps"] if "run" in step]
 
 
-def run(*command: str | Path, cwd: Path = CHECKOUT) -> str:
-    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True)
+def run(*command: str | Path, cwd: Path = CHECKOUT, **environment: str) -> str:
+    done = subprocess.run(
+        [str(word) for word in command], cwd=cwd, env=os.environ | environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout
+
+
+@pytest.fixture
+def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Writes a line of the rehearsal's story."""
+    reporter: Any = request.config.pluginmanager.get_plugin("terminalreporter")
+    return lambda line: reporter.write_line(f"  {line}")
 
 
 @contextmanager
@@ -86,7 +99,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"127.0.0.1:{port}"
 
 
-def test_the_tag_is_the_version_and_has_notes() -> None:
+def test_the_tag_is_the_version_and_has_notes(tell: Callable[[str], None]) -> None:
     check = next(step for step in steps("build") if "release.py" in step)
     assert check == 'python3 .packaging/release.py check --tag "$GITHUB_REF_NAME"'
     done = subprocess.run(
@@ -100,16 +113,21 @@ def test_the_tag_is_the_version_and_has_notes() -> None:
     assert [line.split()[0] for line in done.stderr.splitlines()] == [f"schemas/{file}" for file in drafts]
     notes = next(step for step in steps("release") if "notes" in step)
     assert 'release.py notes "${GITHUB_REF_NAME#v}"' in notes
-    assert "### Added" in run(sys.executable, ".packaging/release.py", "notes", __version__)
+    text = run(sys.executable, ".packaging/release.py", "notes", __version__)
+    assert "### Added" in text
+    tell(f"{TAG}: chart, Dockerfile and package have this version; notes: {len(text.splitlines())} lines")
 
 
-def test_the_checksums_are_those_of_the_files() -> None:
+def test_the_checksums_are_those_of_the_files(tell: Callable[[str], None]) -> None:
     told = run("sha256sum", "--check", "--strict", "SHA256SUMS", cwd=DIST)
+    tell(f"sha256sum: {', '.join(told.splitlines())}")
     kinds = (".deb", ".rpm", ".whl", ".tar.gz", ".tgz", ".cdx.json")
     assert [kind for kind in kinds if f"{kind}: OK" not in told] == []
 
 
-def test_wheel_and_sdist_are_uploaded_to_an_index_and_installed_from_it(tmp_path: Path) -> None:
+def test_wheel_and_sdist_are_uploaded_to_an_index_and_installed_from_it(
+    tmp_path: Path, tell: Callable[[str], None]
+) -> None:
     assert steps("pypi") == ["mkdir upload && mv dist/*.whl dist/*.tar.gz upload/"]
     upload = tmp_path / "upload"
     upload.mkdir()
@@ -122,41 +140,67 @@ def test_wheel_and_sdist_are_uploaded_to_an_index_and_installed_from_it(tmp_path
     run(tool / "bin/twine", "check", "--strict", *sorted(upload.iterdir()))
     (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
-    options = ("-i", "127.0.0.1", "-p", str(port), "-P", ".", "-a", ".", "--disable-fallback")
+    # What is not ours comes from where pip would have had it.
+    index = run(sys.executable, "-m", "pip", "config", "get", "global.index-url") if _other_index() else PYPI
+    options = ("-i", "127.0.0.1", "-p", str(port), "-P", ".", "-a", ".", "--fallback-url", index.strip())
     with server(url, tool / "bin/pypi-server", "run", *options, packages):
-        options = ("--non-interactive", "--disable-progress-bar", "--username", "u", "--password", "p")
-        run(tool / "bin/twine", "upload", *options, "--repository-url", url, *sorted(upload.iterdir()))
+        words = ("--non-interactive", "--disable-progress-bar", "--username", "u", "--password", "p")
+        run(tool / "bin/twine", "upload", *words, "--repository-url", url, *sorted(upload.iterdir()))
         assert {file.name for file in packages.iterdir()} == {file.name for file in upload.iterdir()}
+        tell(f"twine upload to {url}: {', '.join(sorted(file.name for file in packages.iterdir()))}")
         fresh = tmp_path / "fresh"
         run(sys.executable, "-m", "venv", fresh)
-        run(fresh / "bin/pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest",
-            tmp_path / "got", "--index-url", f"{url}/simple/", f"virtbus=={__version__}")  # fmt: skip
+        pip = (fresh / "bin/pip", "--quiet", "--disable-pip-version-check")
+        here = ("--index-url", f"{url}/simple/", f"virtbus=={__version__}")
+        run(*pip, "download", "--no-deps", "--dest", tmp_path / "got", *here)
+        run(*pip, "install", "--only-binary", ":all:", *here, PIP_FIND_LINKS="")
     (got,) = (tmp_path / "got").iterdir()
     assert got.read_bytes() == (DIST / got.name).read_bytes()
+    told = run(fresh / "bin/virtbus", "--version", cwd=tmp_path)
+    assert told == f"virtbus {__version__}\n"
+    run(fresh / "bin/python", "-I", "-c", "from virtbus import Consumer, IoError", cwd=tmp_path)
+    tell(f"pip install virtbus from {url} in a fresh environment, without a compiler: {told.strip()}")
 
 
-def test_the_chart_is_pushed_to_a_registry_and_installed_from_it(registry: str) -> None:
-    push = next(step for step in steps("registry") if step.startswith("helm push"))
-    assert push.startswith('helm push "dist/virtbus-${GITHUB_REF_NAME#v}.tgz" "oci://')
+def _other_index() -> bool:
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "get", "global.index-url"], capture_output=True, check=False
+    )
+    return done.returncode == 0
+
+
+def test_the_chart_is_pushed_to_a_registry_and_installed_from_it(
+    registry: str, tell: Callable[[str], None]
+) -> None:
+    push = next(step for step in steps("registry") if "push-chart" in step)
+    assert push.startswith('.packaging/push-chart "dist/virtbus-${GITHUB_REF_NAME#v}.tgz" "oci://')
     need(tools.missing())
     where = f"oci://{registry}/charts"
-    done = helm.run("4", "push", str(DIST / f"virtbus-{__version__}.tgz"), where, "--plain-http")
-    assert done.returncode == 0, done.stderr
+    said = run(
+        ".packaging/push-chart", DIST / f"virtbus-{__version__}.tgz", where, "--plain-http",
+        HELM=str(tools.helm("4")),
+    )  # fmt: skip
+    (digest,) = re.findall(r"^digest=(sha256:[0-9a-f]{64})$", said, re.MULTILINE)
+    with urllib.request.urlopen(f"http://{registry}/v2/charts/virtbus/manifests/{digest}", timeout=60) as one:
+        assert hashlib.sha256(one.read()).hexdigest() == digest.removeprefix("sha256:")
     done = helm.run(
         "4", "template", "vb", f"{where}/virtbus", "--version", __version__, "--plain-http",
         "--set", "bus.existingSecret=virtbus-bus",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "kind: DaemonSet" in done.stdout
+    tell(f"helm push to {where}/virtbus, {digest}; rendered from there")
 
 
 @pytest.mark.parametrize("kind", image.IMAGES)
-def test_an_image_is_pushed_to_a_registry_and_to_a_layout(kind: str, registry: str, tmp_path: Path) -> None:
+def test_an_image_is_pushed_to_a_registry_and_to_a_layout(
+    kind: str, registry: str, tmp_path: Path, tell: Callable[[str], None]
+) -> None:
     """The one for this machine's architecture, built from the Dockerfile with the tests' base."""
     need(image.missing())
     name = image.build(kind)
     for target in (f"oci:{tmp_path}/layout:{TAG}", f"docker://{registry}/{kind}:{__version__}"):
-        image.buildah("push", "--quiet", "--tls-verify=false", name, target, timeout=600)
+        image.buildah("push", "--quiet", "--tls-verify=false", name, target)
     index = json.loads((tmp_path / "layout/index.json").read_text())
     (entry,) = index["manifests"]
     algorithm, digest = entry["digest"].split(":")
@@ -166,6 +210,7 @@ def test_an_image_is_pushed_to_a_registry_and_to_a_layout(kind: str, registry: s
     assert config["config"]["Labels"]["org.opencontainers.image.version"] == __version__
     with urllib.request.urlopen(f"http://{registry}/v2/{kind}/tags/list", timeout=10) as answer:
         assert json.load(answer)["tags"] == [__version__]
+    tell(f"image {kind} (amd64) to {registry}/{kind}:{__version__} and to an OCI layout, {entry['digest']}")
 
 
 def test_the_script_that_pushes_the_images_is_shell_and_says_the_digest(tmp_path: Path) -> None:
@@ -185,4 +230,5 @@ def test_the_script_that_pushes_the_images_is_shell_and_says_the_digest(tmp_path
     asked = (tmp_path / "docker.log").read_text()
     assert re.search(r"run --privileged --rm docker.io/tonistiigi/binfmt:\S+@sha256:\w{64} ", asked)
     assert re.search(r"create .*image=docker.io/moby/buildkit:\S+@sha256:\w{64}", asked)
+    assert re.search(r" SNAPSHOT=20\d{6}T000000Z ", asked)
     assert f"FOR=react --tag ghcr.io/owner/virtbus-react:{__version__}" in asked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,41 @@ def test_a_picture_is_small_and_stands_in_a_page(path: Path) -> None:
     assert ET.parse(path).getroot().tag.endswith("svg")
     assert path.stat().st_size < 150_000
     assert any(f"]({path.name})" in page.read_text() for page in DOCS.glob("*.md"))
+
+
+# Widths of DejaVu Sans, the widest of the fonts that the pictures name, in ems.
+WIDTHS = {"i": 0.28, "j": 0.28, "l": 0.28, "t": 0.39, "f": 0.35, "r": 0.41, " ": 0.32, ".": 0.32, ",": 0.32,
+          ":": 0.34, ";": 0.34, "m": 0.97, "w": 0.82, "M": 0.86, "W": 0.99}  # fmt: skip
+BOLD = 1.14
+
+
+def spans(svg: ET.Element) -> Iterator[tuple[str, float, float, float]]:
+    """(text, left, right, baseline) of every text of a picture, as wide as it gets."""
+    default = float(svg.get("font-size", "13"))
+    for text in svg.iter("{http://www.w3.org/2000/svg}text"):
+        words, x = text.text or "", float(text.get("x", "0"))
+        size = float(text.get("font-size", default)) * (BOLD if text.get("font-weight") == "bold" else 1)
+        width = size * sum(WIDTHS.get(letter, 0.61) for letter in words)
+        left = x - width * {"middle": 0.5, "end": 1.0}.get(text.get("text-anchor", ""), 0.0)
+        yield words, left, left + width, float(text.get("y", "0"))
+
+
+def test_no_text_of_the_architecture_crosses_the_border_of_its_box() -> None:
+    svg = ET.parse(DOCS / "architecture.svg").getroot()
+    boxes = [
+        tuple(float(one.get(side, "0")) for side in ("x", "y", "width", "height"))
+        for one in svg.iter("{http://www.w3.org/2000/svg}rect")
+        if not one.get("width", "").endswith("%")
+    ]
+    crossing = []
+    for words, left, right, y in spans(svg):
+        middle = (left + right) / 2
+        around = [box for box in boxes if box[0] < middle < box[0] + box[2] and box[1] < y < box[1] + box[3]]
+        if around:
+            x, _, width, _ = min(around, key=lambda box: box[2] * box[3])
+            if left < x + 2 or right > x + width - 2:
+                crossing.append(words)
+    assert crossing == []
 
 
 def test_the_dashboards_picture_has_every_panel_of_the_dashboard() -> None:

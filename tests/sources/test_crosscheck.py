@@ -607,6 +607,35 @@ def test_of_two_disks_that_a_look_finds_the_nameless_event_is_one_and_the_other_
     assert sorted(burst.count for burst in decide(check, 1.0)) == [0, 1]
 
 
+def test_a_further_nameless_event_of_a_guest_waits_for_the_look_and_is_told_with_its_device() -> None:
+    """It may be of the device that was told before, or of another one."""
+    check = CrossCheck(GRACE)
+    check.event(raw(""), 0.0)
+    assert check.event(raw("", at=0.1), 0.1) is Verdict.HOLD
+    suspend(check, 0.2)
+    assert check.undecided_since() == 0.2
+    look_at(check, Look(PAUSED, PAUSED_IOERROR, {"vda": 1, "vdb": 1}))
+    bursts = decide(check, 2.0)
+    assert [(each.raw.alias, each.count, each.origin) for each in bursts] == [
+        ("virtio-disk0", 0, Origin.EVENT), ("virtio-disk1", 1, Origin.EVENT),
+    ]  # fmt: skip
+    check.resumed(UUID)
+    assert check.event(raw("", at=5.0), 5.0) is Verdict.HOLD
+    suspend(check, 5.0)
+    look_at(check, Look(PAUSED, PAUSED_IOERROR, {"vda": 1}), 5.5)
+    assert [(each.raw.alias, each.count) for each in findings(check, 7.0)] == [("virtio-disk0", 1)]
+
+
+def test_a_nameless_event_that_was_held_is_told_also_where_its_pause_never_comes() -> None:
+    check = CrossCheck(GRACE)
+    check.event(raw(""), 0.0)
+    check.event(raw("", at=0.1), 0.1)
+    assert check.next_due() == 0.1 + GRACE
+    assert [(each.raw.alias, each.count) for each in findings(check, 2.0)] == [("", 1)]
+    check.event(raw("", at=3.0), 3.0)
+    assert [(each.raw.alias, each.count) for each in check.gone(UUID)] == [("", 1)]
+
+
 def test_a_nameless_event_after_its_finding_is_not_counted_again() -> None:
     check = CrossCheck(GRACE)
     suspend(check, 0.0)
@@ -754,6 +783,58 @@ def test_any_history_tells_each_error_once(history: list[Failure]) -> None:
         "virtio-disk1": sum(not failure.named for failure in history),
         "": 0,
     }
+
+
+@dataclass(frozen=True)
+class Nameless:
+    """A pause by errors of one or both disks; libvirt names the device of each, or of none."""
+
+    disks: tuple[str, ...]
+    named: bool
+    again: int  # so many events more of the first disk
+    lateness: float  # of the events after the pause; negative: before it
+    looked: bool
+
+
+nameless = st.builds(
+    Nameless,
+    disks=st.sampled_from([("vda",), ("vdb",), ("vda", "vdb"), ("vdb", "vda")]),
+    named=st.booleans(),
+    again=st.integers(0, 2),
+    lateness=st.floats(-0.4, 0.4),
+    looked=st.booleans(),
+)
+
+
+@settings(max_examples=500)
+@given(st.lists(nameless, min_size=1, max_size=6))
+def test_any_history_of_events_without_a_device_counts_each_of_them_once(history: list[Nameless]) -> None:
+    check, told, expected = CrossCheck(GRACE), 0, 0
+    wrong: set[str] = set()
+    for number, failure in enumerate(history):
+        at = 10.0 * number + 10.0
+        events = [*failure.disks, *[failure.disks[0]] * failure.again]
+        expected += len(events)
+
+        def come(events: list[str], at: float, *, named: bool) -> int:
+            aliases = {"vda": "virtio-disk0", "vdb": "virtio-disk1"}
+            verdicts = [check.event(raw(aliases[disk] if named else "", at), at) for disk in events]
+            return sum(verdict in (Verdict.TELL, Verdict.TELL_AND_LOOK) for verdict in verdicts)
+
+        if failure.lateness < 0:
+            told += come(events, at + failure.lateness, named=failure.named)
+        suspend(check, at)
+        if failure.lateness >= 0:
+            told += come(events, at + failure.lateness, named=failure.named)
+        wrong |= set(failure.disks)
+        if failure.looked:
+            look_at(check, Look(PAUSED, PAUSED_IOERROR, dict.fromkeys(sorted(wrong), 1)), at + 0.5)
+        for due in (at + 1.0, at + 2.0):
+            told += sum(burst.count for burst in findings(check, due))
+        check.resumed(UUID)
+        left_over = {"vda": "virtio-disk0", "vdb": "virtio-disk1"}
+        check.baseline(UUID, "db1", 1, {left_over[disk]: 1 for disk in sorted(wrong)})  # asked at each resume
+    assert told == expected
 
 
 # -------------------------------------------------------------------------------- messages and evidence

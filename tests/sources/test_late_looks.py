@@ -16,7 +16,16 @@ from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.model import Clock, Event, IoError, IoErrorResolved
 from virtbus.observations import Burst, HostKnown, Observation, SourceLost, SourceReady
 from virtbus.retry import no_waiting
-from virtbus.sources.link import ACTION_REPORT, PAUSED, PAUSED_IOERROR, RESUMED, RUNNING
+from virtbus.sources.link import (
+    ACTION_PAUSE,
+    ACTION_REPORT,
+    PAUSED,
+    PAUSED_IOERROR,
+    RESUMED,
+    RUNNING,
+    STOPPED,
+    STOPPED_MIGRATED,
+)
 from virtbus.sources.observer import Observer
 
 FOR_EVER = float("inf")
@@ -174,6 +183,43 @@ def test_an_old_disk_error_that_is_kept_is_not_told_again_after_a_restart_in_ano
         assert sum(again.counts()) == 0
 
 
+@pytest.mark.parametrize("over", [False, True], ids=["incident open", "incident over"])
+@pytest.mark.parametrize("late", [False, True], ids=["first look", "late look"])
+def test_a_disk_that_failed_before_is_not_blamed_for_the_pause_that_another_one_explains_after_a_restart(
+    over: bool, late: bool
+) -> None:
+    host = SimulatedHost()
+    guest = host.add()
+    two = (
+        "<disk type='file' device='disk'><source file='/img/b'/><target dev='vdb' bus='virtio'/>"
+        "<alias name='virtio-disk1'/></disk></devices>"
+    )
+    guest.xml = guest.xml.replace("</devices>", two)
+    states: dict[str, bytes] = {}
+    with Run(host, states) as run:
+        host.io_error(guest)
+        host.suspend(guest)
+        guest.state, guest.reason = RUNNING, 1
+        host.lifecycle(guest, RESUMED)
+        until(lambda: sum(run.counts()) == 1)
+        if over:
+            now = Clock()()
+            run._incidents.tick(now._replace(monotonic=now.monotonic + 1000), run.observer.describe)
+    # The other one fails while nobody looks; QEMU keeps what it knew of the first.
+    guest.state, guest.reason, guest.disk_errors = PAUSED, PAUSED_IOERROR, {"vda": 1, "vdb": 1}
+    if late:
+        host.hanging = {guest.uuid}
+    with Run(host, states) as again:
+        if late:
+            again.take_in()
+            host.release.set()
+        until(lambda: not again.observer.guests.reconciling)
+        found = [event for event in again.take_in() if isinstance(event, IoError) and event.occurrences.count]
+    assert [event.occurrences.count for event in found] == [1]
+    # What is told before the look may be without a name, never with the wrong one.
+    assert found[0].device.alias in (("virtio-disk1", None) if late else ("virtio-disk1",))
+
+
 def restart(guest: Guest) -> None:
     """Destroyed and started again: libvirt numbers each run of a domain."""
     before, guest.number = guest.number, guest.number + 100
@@ -254,6 +300,19 @@ def test_what_was_to_be_found_since_a_moment_is_still_found_when_the_connection_
         until(lambda: run.counts() == [1])
 
 
+@pytest.mark.parametrize("xml", ["<domain/>", "<network/>", "<!DOCTYPE domain><domain/>", " "])
+def test_an_error_whose_device_no_description_has_is_told_once(xml: str) -> None:
+    host = SimulatedHost()
+    guest = host.add(xml=xml)
+    with Run(host, {}) as run:
+        host.io_error(guest)
+        host.suspend(guest)
+        until(lambda: run.observer.check.undecided() == [guest.uuid])
+        until(lambda: not run.observer.check.undecided())
+        assert sum(run.counts()) == 1
+        assert run.aliases() == {"virtio-disk0"}
+
+
 def test_errors_of_two_disks_are_two_also_when_the_description_comes_after_them() -> None:
     host = SimulatedHost(keeps_messages=True)
     guest = host.add()
@@ -267,6 +326,24 @@ def test_errors_of_two_disks_are_two_also_when_the_description_comes_after_them(
     with Run(host, {}, since_ns=time.time_ns() - 20 * 10**9) as run:
         until(lambda: run.counts() == [1, 1])
         assert run.aliases() == {"virtio-disk0", "virtio-disk1"}
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_error_that_is_told_after_its_guest_left_is_over_at_once(named: bool) -> None:
+    """A hypervisor that merges errors holds one back for a second; nothing more comes of that guest."""
+    host = SimulatedHost(1)
+    guest = next(iter(host.guests.values()))
+    with Run(host, {}) as run:
+        host.io_error(guest)
+        host.suspend(guest)
+        until(lambda: not run.observer.check.undecided())
+        del host.guests[guest.uuid]
+        host.lifecycle(guest, STOPPED, STOPPED_MIGRATED)
+        host.io_error(guest, *([] if named else ["", ACTION_PAUSE, "", ""]))
+        run.take_in()
+    ended = [event.resolution.cause for event in run.events if isinstance(event, IoErrorResolved)]
+    assert ended == ["migrated", "migrated"]
+    assert run.counts()[-1] == 1
 
 
 # ------------------------------------------------------------------------------------ other questions

@@ -178,6 +178,10 @@ class Book:
                 del self._seen[key]
                 self._changed[key] = None
 
+    def has_seen(self, uuid: str, alias: str) -> bool:
+        """Whether a device had an incident that is over."""
+        return f"{SEEN}{uuid}/{alias}" in self._seen
+
     def last_seen(self, finding: Burst) -> int:
         """The last error of the finding's device in an incident that is over (ns), or -1."""
         uuid, alias = finding.raw.domain_uuid, finding.raw.alias

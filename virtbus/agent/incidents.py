@@ -167,8 +167,11 @@ class Incidents:
     # ---- what happened
 
     def _error(self, burst: Burst) -> list[Event]:
-        if burst.count and burst.origin is Origin.RECONCILE and self._tells_of(burst):
-            burst = replace(burst, count=0)
+        if burst.count and burst.origin is Origin.RECONCILE:
+            if self._is_left_over(burst):
+                return []
+            if self._tells_of(burst):
+                burst = replace(burst, count=0)
         return self._teller.error(burst)
 
     def _gone(self, gone: DomainGone) -> list[Event]:
@@ -311,6 +314,23 @@ class Incidents:
             return failed >= 0 and (finding.stamp_ns is None or told(failed))
         whole_host = self._book.open.get(f"{LIVE}*")
         return whole_host is not None and uuid in whole_host.paused
+
+    def _is_left_over(self, finding: Burst) -> bool:
+        """Whether a disk error is kept from before: the look found a device beside it that never failed.
+
+        That one explains the pause, in whichever order the two come.
+        """
+        if finding.raw.action_code != PAUSE_CODE or finding.stamp_ns is not None or not finding.rivals:
+            return False
+        uuid, alias = finding.raw.domain_uuid, finding.raw.alias
+        live = {one.device.alias: one for one in self._book.of(uuid) if not one.drill}
+        if alias in live and uuid in live[alias].paused:
+            return False
+
+        def failed(device: str) -> bool:
+            return device in live or self._book.has_seen(uuid, device)
+
+        return failed(alias) and not all(map(failed, finding.rivals))
 
     def _is_paused(self, uuid: str, *, drills: bool) -> bool:
         """Whether an incident says that the guest is paused."""

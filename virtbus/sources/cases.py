@@ -43,6 +43,7 @@ class Pause:
     look: Look | None = None
     wrong: dict[str, int] = field(default_factory=dict)  # what the look found: alias → disk error
     waited: bool = False
+    held: list[RawIoError] = field(default_factory=list)  # events that are told when a look has named them
 
 
 @dataclass(slots=True)
@@ -65,6 +66,7 @@ class Case:
     pauses: list[Pause] = field(default_factory=list)  # undecided, oldest first
     credit: dict[str, RawIoError] = field(default_factory=dict)  # events whose pause is still to come
     credit_at: float = 0.0
+    held: list[RawIoError] = field(default_factory=list)  # as of a pause, whose pause is still to come
     found_ahead: bool = False  # a finding whose pause is still to come
     doubted_at: float | None = None  # an event told of a pause, and no pause came yet
     ask_at: float = 0.0  # when a look is to tell
@@ -85,6 +87,7 @@ class Case:
         if finding := self.synthesised.pop("", None):
             raws.append(finding.raw)
         for raw in raws:
+            self.last_ns[alias] = max(self.last_ns.get(alias, 0), raw.observed_at)
             kept = self.events if raw.action_code == ACTION_PAUSE else self.reports
             kept[alias] = raw._replace(alias=alias)
         for names in (self.unseen, self.wanting):
@@ -94,6 +97,8 @@ class Case:
         for each in (*(pause.events for pause in self.pauses), self.credit):
             if "" in each:
                 each[alias] = each.pop("")._replace(alias=alias)
+        for held in (*(pause.held for pause in self.pauses), self.held):
+            held[:] = [raw._replace(alias=raw.alias or alias) for raw in held]
         return [
             burst_of(raw._replace(alias=alias), 0, Origin.EVENT, None, None, pause=False) for raw in raws[:1]
         ]
@@ -112,21 +117,26 @@ class Case:
         wrong = pause.wrong
         fresh = [alias for alias, code in wrong.items() if self.stale.get(alias) != code]
         by_error = look is not None and look.paused_by_io_error
+        named: str | None = None
         if "" in events and by_error and (alias := suspect(self, wrong, events.keys(), devices)):
+            named = alias  # first of all: what is told next may be of the same device
             events[alias] = events.pop("")._replace(alias=alias)
+            self.last_ns[alias] = max(self.last_ns.get(alias, 0), events[alias].observed_at)
             if not pause.over:
                 self.events[alias] = self.events.pop("", events[alias])._replace(alias=alias)
         missed: list[str] = []
         if pause.certain or (by_error and fresh):
-            known = events.keys() | self.synthesised.keys()
+            known = events.keys() | self.synthesised.keys() | {raw.alias for raw in pause.held if raw.alias}
             missed = missed_devices(self, wrong if by_error else {}, known, devices)
         unsure = self.unsure
         if look is not None and look.disk_errors is not None:
             self.stale, self.unsure = wrong, False
         else:  # QEMU keeps what the events told of, and a later pause must not be blamed on it
             self.stale = self.stale | _kept(events)
-        found = []
-        explained = bool(events or self.synthesised)
+        found = [] if named is None else [self._facts_of(events[named], look, devices)]
+        held, missed = self._release(pause, missed, devices)
+        found += held
+        explained = bool(found or events or self.synthesised)
         for alias in missed:
             origin = Origin.RECONCILE if unsure and explained else Origin.LIFECYCLE
             found.append(self.found(alias, pause.ns, look, devices, wrong.get(alias), origin))
@@ -134,13 +144,53 @@ class Case:
             if not pause.over:
                 self.synthesised[alias] = Finding(mono, found[-1].raw)
         if look is not None:
-            found += [
-                burst_of(raw, 0, Origin.EVENT, look, devices.get(alias), pause=True)
-                for alias, raw in events.items()
-            ]
+            found += [self._facts_of(raw, look, devices) for alias, raw in events.items() if alias != named]
         if not complete(look) and not pause.over:
             self.unseen |= {*events, *missed}
         return found
+
+    def _facts_of(self, raw: RawIoError, look: Look | None, devices: Mapping[str, Device]) -> Burst:
+        """What a look says about an error that its event told."""
+        return burst_of(raw, 0, Origin.EVENT, look, devices.get(raw.alias), pause=True)
+
+    def hold(self, raw: RawIoError, pause: Pause | None) -> bool:
+        """Whether an event without a device waits for the look at its pause.
+
+        The first one of a guest is told at once; a further one may be of the device that was told, or not.
+        """
+        if raw.alias or ("" not in self.events and not any(self.last_ns)):
+            return False
+        (self.held if pause is None else pause.held).append(raw)
+        return True
+
+    def expect(self, mono: float, grace: float) -> None:
+        """An event came whose pause is still to come; one that does not within the grace time is in doubt."""
+        self.credit_at = mono
+        if not self.paused:
+            self.doubted_at, self.ask_at = mono, mono + grace
+
+    def release_all(self) -> list[Burst]:
+        """The events that were held and whose pause did not come."""
+        held, self.held = self.held, []
+        for raw in held:
+            self.events[raw.alias] = raw
+            self.last_ns[raw.alias] = raw.observed_at
+        return [burst_of(raw, 1, Origin.EVENT, None, None, pause=False) for raw in held]
+
+    def _release(
+        self, pause: Pause, missed: list[str], devices: Mapping[str, Device]
+    ) -> tuple[list[Burst], list[str]]:
+        """The events that were held, under the names of devices that nobody told of → (they, who is left)."""
+        found, left = [], list(missed)
+        only = next(iter(pause.wrong)) if len(pause.wrong) == 1 else ""
+        for event in pause.held:
+            alias = event.alias or (left.pop(0) if left else only)
+            raw = event._replace(alias=alias)
+            found.append(burst_of(raw, 1, Origin.EVENT, pause.look, devices.get(alias), pause=True))
+            self.last_ns[alias] = raw.observed_at
+            if not pause.over:
+                self.events[alias] = raw
+        return found, left
 
     def found(
         self,
@@ -173,17 +223,25 @@ class Case:
             self.paused = True
             wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
             suspects = wrong or dict.fromkeys(newer, DISK_ERROR_UNSPECIFIED)
-            named = self.name_nameless(suspects, look, devices)
             known = self.events.keys() | self.synthesised.keys()
+            if self.unsure and len(suspects.keys() - known) > 1:
+                # Which is left over and which was told without a name whoever remembers an earlier run knows.
+                self.events.pop("", None)
+                self.synthesised.pop("", None)
+            else:
+                named = self.name_nameless(suspects, look, devices)
+                known = self.events.keys() | self.synthesised.keys()
             missed = missed_devices(self, suspects, known, devices)
             fresh = [alias for alias in missed if alias not in known or alias in newer]
             fresh += [alias for alias in newer if alias in suspects and alias not in fresh]
             self.stale, self.unsure = wrong, self.unsure and look.disk_errors is None
             stamps = newest_by_alias(look, devices)
+            rivals = frozenset(fresh)
             for alias in fresh:
                 kept = stamps.get(alias)
                 at = ns if kept is None or kept.at_ns is None else kept.at_ns
-                found[alias] = self.found(alias, at, look, devices, wrong.get(alias), Origin.RECONCILE)
+                burst = self.found(alias, at, look, devices, wrong.get(alias), Origin.RECONCILE)
+                found[alias] = replace(burst, rivals=rivals - {alias})
                 self.synthesised[alias] = Finding(mono, found[alias].raw)
             if fresh:
                 # Its pause may still be on its way to us, unless it is the one that waits for its event.
@@ -284,6 +342,9 @@ def missed_devices(
 
     `nameless`: something was reported without a name, so there is one more than those in `known`.
     """
+    if "" in wrong and any(alias not in devices for alias in known):
+        # A target that the description lacks is a told device's, which it lacks too (or it was not read yet).
+        wrong = {alias: code for alias, code in wrong.items() if alias}
     fresh = [alias for alias, code in wrong.items() if alias not in known and case.stale.get(alias) != code]
     if fresh or (known and not nameless):
         return fresh

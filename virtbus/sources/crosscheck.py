@@ -69,6 +69,7 @@ class Verdict(Enum):
 
     TELL = "tell"  # pass it on
     TELL_AND_LOOK = "tell and look"  # pass it on, and look for evidence
+    HOLD = "hold"  # say nothing yet: `due` tells it, with its device's name if a look finds that
     KNOWN = "known"  # the same error was told as a finding: it adds facts, no count
 
 
@@ -133,6 +134,11 @@ class CrossCheck:
             return Verdict.KNOWN
         case = self._case(raw.domain_uuid, raw.domain_name, raw.domain_id)
         alias = raw.alias
+        pause = case.pauses[-1] if case.pauses and not case.pauses[-1].over else None
+        if raw.action_code == ACTION_PAUSE and not case.synthesised and case.hold(raw, pause):
+            if pause is None:
+                case.expect(mono, self._grace)
+            return Verdict.HOLD
         case.last_ns[alias] = raw.observed_at
         if raw.action_code != ACTION_PAUSE:
             case.reports[alias] = raw
@@ -149,13 +155,11 @@ class CrossCheck:
                 if not alias and name:
                     case.events[name] = case.events.pop(alias)._replace(alias=name)
                 return Verdict.KNOWN
-        if case.pauses and not case.pauses[-1].over:
-            case.pauses[-1].events[alias] = raw
+        if pause is not None:
+            pause.events[alias] = raw
         else:
             case.credit[alias] = raw
-            case.credit_at = mono
-            if not case.paused:
-                case.doubted_at, case.ask_at = mono, mono + self._grace
+            case.expect(mono, self._grace)
         return Verdict.TELL
 
     def lifecycle(
@@ -192,8 +196,8 @@ class CrossCheck:
             case.credit = {}
             return
         events = case.credit if mono - case.credit_at <= self._grace else {}
-        case.pauses.append(Pause(ns, mono, mono + self._grace, by_io_error, events))
-        case.credit = {}
+        case.pauses.append(Pause(ns, mono, mono + self._grace, by_io_error, events, held=case.held))
+        case.credit, case.held = {}, []
 
     def resumed(self, uuid: str) -> None:
         """The guest runs again: whatever fails from now on is new."""
@@ -216,7 +220,8 @@ class CrossCheck:
         case = self._cases.pop(uuid, None)
         if case is None:
             return []
-        return [b for pause in case.pauses for b in case.decide(pause, 0.0, {}) if b.count]
+        found = [b for pause in case.pauses for b in case.decide(pause, 0.0, {}) if b.count]
+        return found + case.release_all()
 
     def removed(self, uuid: str, alias: str) -> None:
         """The device was unplugged: nothing is kept of it but what belongs to a pause that goes on."""
@@ -260,7 +265,10 @@ class CrossCheck:
     def has_nameless(self, uuid: str) -> bool:
         """Whether something was told of the domain without the name of its device."""
         case = self._cases.get(uuid)
-        return case is not None and any("" in each for each in (case.reports, case.events, case.synthesised))
+        if case is None:
+            return False
+        held = [*case.held, *(raw for pause in case.pauses for raw in pause.held)]
+        return bool(held) or any("" in each for each in (case.reports, case.events, case.synthesised))
 
     def baseline(self, uuid: str, name: str, number: int | None, wrong: Mapping[str, int]) -> None:
         """The disk errors (by alias) of a guest that runs: left over from before."""
@@ -285,7 +293,9 @@ class CrossCheck:
 
     def next_due(self) -> float | None:
         """When `due` has something to say (monotonic), or None."""
-        return min((p.due for case in self._cases.values() for p in case.pauses), default=None)
+        cases = self._cases.values()
+        moments = [pause.due for case in cases for pause in case.pauses]
+        return min(moments + [case.credit_at + self._grace for case in cases if case.held], default=None)
 
     def due(self, mono: float, devices: Mapping[str, Mapping[str, Device]]) -> list[Decision]:
         """The decisions about pauses whose grace is over; `devices` by domain, as far as they are known."""
@@ -298,6 +308,9 @@ class CrossCheck:
                 case.pauses.remove(pause)
                 bursts = case.decide(pause, mono, devices.get(uuid, {}))
                 decisions.append(Decision(bursts, not case.paused))
+            if case.held and case.credit_at + self._grace <= mono:  # and no pause came
+                over = case.doubted_at is None and not case.paused
+                decisions.append(Decision(case.release_all(), over))
         return decisions
 
     def next_doubt(self) -> float | None:
@@ -312,6 +325,12 @@ class CrossCheck:
         for uuid in found:
             self._cases[uuid].ask_at = mono + LATE_SECONDS  # a look may fail
         return found
+
+    def undecided_since(self) -> float | None:
+        """When the oldest pause began that waits for a decision (monotonic), or None."""
+        cases = self._cases.values()
+        moments = [pause.began for case in cases for pause in case.pauses]
+        return min(moments + [case.credit_at for case in cases if case.held], default=None)
 
     def undecided(self) -> list[str]:
         """The domains that wait for a decision."""

@@ -15,16 +15,17 @@ from virtbus.model import Now
 from virtbus.observations import (
     CallbackLost,
     DeviceRemoved,
+    DomainGone,
     Observation,
     RawIoError,
     SourceSeen,
 )
 from virtbus.sources import Sink
-from virtbus.sources.crosscheck import CrossCheck, Verdict
+from virtbus.sources.crosscheck import LATE_SECONDS, CrossCheck, Verdict
 from virtbus.sources.descriptions import Cache
 from virtbus.sources.evidence import Look
-from virtbus.sources.link import STATE_AFTER, STOPPED, runs_again
-from virtbus.words import GapReason
+from virtbus.sources.link import STATE_AFTER, STOPPED, left_by, runs_again
+from virtbus.words import GapReason, ResolutionCause
 
 # ------------------------------------------------------------------------ notes for the source thread
 
@@ -170,6 +171,7 @@ class Session:
         # What lifecycle callbacks said since the listing: (name, number, state), None: it left. Then None.
         self.since_listing: dict[str, tuple[str, int | None, str] | None] | None = {}
         self.resumed_at: dict[str, float] = {}  # guests whose last callback was a resume → when (monotonic)
+        self._left: dict[str, tuple[float, ResolutionCause]] = {}  # guests that left lately → when, why
         self.live = True
         self._shared = shared
         self._sink = sink
@@ -192,7 +194,12 @@ class Session:
                 for burst in shared.check.identified(uuid, alias):
                     self._sink(burst)
             verdict = shared.check.event(raw, now.monotonic)
-            self._sink(raw if verdict is not Verdict.KNOWN else shared.check.known(raw))
+            if verdict is not Verdict.HOLD:
+                self._sink(raw if verdict is not Verdict.KNOWN else shared.check.known(raw))
+            if uuid in self._left:
+                # A hypervisor that merges errors may send one late: nothing else would end its incident.
+                self.tell([*shared.check.gone(uuid), DomainGone(uuid, now.wall_ns, self._left[uuid][1])])
+                return
         if verdict is Verdict.TELL_AND_LOOK:
             self.notes.put(LookAt(uuid))
         if stale or not given or not shared.cache.knows(uuid, alias):
@@ -212,6 +219,11 @@ class Session:
             if runs_again(event, detail):
                 self.resumed_at[uuid] = now.monotonic
             self.tell(self._shared.check.lifecycle(uuid, name, number, event, detail, now))
+            self._left.pop(uuid, None)
+            if event == STOPPED:
+                lately = now.monotonic - LATE_SECONDS
+                self._left = {one: left for one, left in self._left.items() if left[0] >= lately}
+                self._left[uuid] = now.monotonic, left_by(detail)
             if self.since_listing is not None and event in STATE_AFTER:
                 said = (name, number, STATE_AFTER[event]) if event != STOPPED else None
                 self.since_listing[uuid] = said
@@ -261,7 +273,9 @@ class Session:
         with self._shared.lock:
             if self.live:
                 self.seen = asked
-                self._sink(SourceSeen(asked, self.connection))
+                began = self._shared.check.undecided_since()
+                undecided = 0.0 if began is None else max(0.0, asked.monotonic - began)
+                self._sink(SourceSeen(asked, self.connection, undecided))
 
     def end(self) -> None:
         """Hear nothing any more."""

@@ -97,7 +97,7 @@ MUTANTS = {
     "a_proof_is_as_new_as_its_answer": _one(
         "everything counts as seen when an answer is taken from the queue, not when its question was asked",
         "virtbus.seen:SeenThrough.take",
-        "Moment.of(item.asked, MARGIN_SECONDS)",
+        "Moment.of(item.asked, MARGIN_SECONDS + item.undecided)",
         "Moment.of(now)",
         needs=("slow_host",),
     ),

@@ -1,0 +1,57 @@
+"""The commit built twice, in two folders, the second time with an interpreter compiled anew: the same bytes.
+
+Part of `make packages-test`; minutes of two processors.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.chart import tools
+from tests.conftest import need
+from tests.lab.lab import CHECKOUT
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
+
+CACHE = CHECKOUT / ".cache" / "packages"
+# What a build brings along that no file of a release depends on: downloads, and a tool.
+LENT = ("nfpm", "sources")
+
+
+def build(folder: Path, *lent: str) -> dict[str, bytes]:
+    """Build the commit in a clone at `folder` → the files of its dist/; `lent` of this checkout's cache."""
+    subprocess.run(["git", "clone", "--quiet", "--shared", str(CHECKOUT), str(folder)], check=True)
+    cache = folder / ".cache" / "packages"
+    cache.mkdir(parents=True)
+    for name in lent:
+        (cache / name).symlink_to(CACHE / name)
+    environment = {**os.environ, "HELM": str(tools.helm("4"))}
+    done = subprocess.run(
+        ["/usr/bin/python3", ".packaging/build.py"],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return {file.name: file.read_bytes() for file in (folder / "dist").iterdir()}
+
+
+def test_two_builds_of_one_commit_give_the_same_bytes(tmp_path: Path) -> None:
+    need(tools.missing())
+    if not (CHECKOUT / "dist").exists():
+        pytest.fail("dist/ is not there: run make dist")
+    compiled = [path.name for path in CACHE.glob("python3*") if path.is_dir()]
+    assert compiled
+    first = build(tmp_path / "a" / "checkout", *LENT, *compiled)
+    second = build(tmp_path / "elsewhere", *LENT)
+    kinds = {name.rpartition(".")[2] for name in first}
+    assert kinds == {"whl", "gz", "tgz", "deb", "rpm", "json", "SHA256SUMS"}
+    differ = {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
+    assert differ == set()
+    sys.stdout.write(f"the same bytes twice: {', '.join(sorted(first))}\n")
