@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tests.sim.plane import Plane
 
 READ_SECONDS = 30.0  # by then the consumer has read what the broker holds
+LOOK_SECONDS = 80.0  # by then a look that failed was asked again
 PAUSE_SECONDS = 3.0  # who stands for so long after a gap is found …
 FOUND_SECONDS = 60.0  # … by then
 GROUP_SECONDS = 0.1  # a group commit's 50 ms, and a step of the consumer
@@ -303,7 +304,9 @@ def _every_message(
     """docs/events.md: an error in a gap that libvirt keeps a message of is found when the gap ends.
 
     Only of guests of which less was counted than happened, and not of an error that its own event told: a gap
-    begins where what was seen is committed, which may be before the error.
+    begins where what was seen is committed, which may be before the error. And not of one whose stamp, since
+    the clock was set back, is older than that of an error before it, or lies ahead of now: it can't be told
+    from one that was told.
     """
     later: dict[tuple[str, str, str], list[Error]] = defaultdict(list)
     made: dict[tuple[str, str], list[Error]] = defaultdict(list)
@@ -341,13 +344,31 @@ def _every_message(
             until = truth.ended if following is None else following.at
             gone = any(a <= until and b >= error.at for a, b in truth.away.get(uuid, ()))
             told_all = (host, uuid) not in short
-            if told_all or not error.kept or not inside or gone or until - max(g.end for g in inside) < 100:
+            if (
+                told_all
+                or not error.kept
+                or not inside
+                or gone
+                or until - max(g.end for g in inside) < LOOK_SECONDS
+            ):
+                continue
+            stamp, end = (_stamp(truth, host, at) for at in (error.at, max(g.end for g in inside)))
+            if any(
+                one.at < error.at and (stamp <= _stamp(truth, host, one.at) <= end or stamp > end)
+                for one in made[host, uuid]
+                if one.alias == alias or not one.named
+            ):
                 continue
             if not any(error.at <= at <= until for at in told[host, uuid, alias]):
                 yield (
                     f"P1: {error.host}: the error of {alias} of {uuid} at {error.at:.3f} lies in a gap, "
                     "libvirt kept a message of it, and it was not found"
                 )
+
+
+def _stamp(truth: Truth, host: str, at: float) -> float:
+    """What the host's wall clock said at a true time."""
+    return at + [skew for since, skew in truth.skews[host] if since <= at][-1]
 
 
 def _every_pause(truth: Truth, events: list[Event], gaps: dict[str, list[Interval]]) -> Iterator[str]:

@@ -267,10 +267,13 @@ def _two_disks(dice: random.Random, host: str, at: float) -> Iterator[Fault]:
 def _busy_end(dice: random.Random, host: str, at: float) -> Iterator[Fault]:
     """A busy host, on which something fails and something ends."""
     yield Fault(at, host, "slow_host", {"seconds": 20.0, "lag": dice.choice((0.3, 1.5, 4.0))})
-    for _ in range(3):
-        yield _fails_once(dice, host, at + dice.uniform(0.5, 15.0), pause=dice.random() < 0.6, stays=2.0)
-    ends = dice.choice((_kill, _power, _freeze, _libvirt))
-    yield Fault(round(at + dice.uniform(2.0, 16.0), 3), host, *ends(dice)[:2])
+    end = at + dice.uniform(4.0, 16.0)
+    for _ in range(2):
+        yield _fails_once(dice, host, end - dice.uniform(0.0, 4.0), pause=dice.random() < 0.6, stays=2.0)
+    error = _fails_once(dice, host, end - dice.uniform(1.0, 4.0), pause=False)
+    yield replace(error, how={**error.how, "times": [[1, 0.3, 0.1]] * 12})
+    ends = dice.choice((_kill, _kill, _power, _freeze, _libvirt))
+    yield Fault(round(end, 3), host, *ends(dice)[:2])
 
 
 def _late_disk(dice: random.Random, host: str, at: float) -> Iterator[Fault]:

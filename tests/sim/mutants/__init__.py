@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import sys
 import textwrap
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tests.sim.plan import Plan, Shape
+from tests.sim.plan import Fault, Plan, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +34,7 @@ class Mutant:
 
     about: str
     edits: tuple[Edit, ...]
-    needs: tuple[str, ...] = ()  # plans without any of these faults can't show it
+    needs: tuple[tuple[str, ...], ...] = ()  # plans without one of each can't show it
     fleet: bool = False  # only plans of fleets can
     messages: bool = False  # only hypervisors that keep messages can
 
@@ -41,10 +44,19 @@ class Mutant:
             return 0.0
         if self.messages and all(host.release == "bookworm" for host in plan.hosts):
             return 0.0
-        needed = sum(
-            fault.what in self.needs or f"{fault.where} {fault.what}" in self.needs for fault in plan.faults
-        )
-        return (needed if self.needs else 1) / plan.faulty_seconds / len(plan.hosts)
+        happens = Counter(word for fault in plan.faults for word in _words(fault))
+        needed = [sum(happens[word] for word in words) for words in self.needs]
+        return math.prod(needed) / plan.faulty_seconds / len(plan.hosts)
+
+
+def _words(fault: Fault) -> Iterator[str]:
+    """What `needs` may name of a fault."""
+    yield fault.what
+    yield f"{fault.where} {fault.what}"
+    if fault.what == "trouble":
+        yield "pause" if fault.how["pause"] else "report"
+        if fault.how.get("behind") is not None:
+            yield "behind"
 
 
 def _one(
@@ -53,7 +65,7 @@ def _one(
     old: str,
     new: str,
     *,
-    needs: tuple[str, ...] = (),
+    needs: tuple[tuple[str, ...], ...] = (),
     fleet: bool = False,
     messages: bool = False,
 ) -> Mutant:
@@ -61,6 +73,7 @@ def _one(
 
 
 ENDS = ("kill", "kill_at", "power_cut", "power_cut_at", "terminate")
+BLIND = ("libvirt_restarts", "libvirt_dies", "freeze", *ENDS)
 POWER = ("power_cut", "power_cut_at")
 CONSUMER = ("consumer kill", "consumer kill_at")
 REACTOR = ("reactor kill", "reactor kill_at")
@@ -72,7 +85,7 @@ MUTANTS = {
         "virtbus.sources.lookups:Questions.answered",
         "attempts is None or not unanswered",
         "True",
-        needs=("looks_fail", "looks_hang"),
+        needs=(("looks_fail", "looks_hang"), BLIND),
     ),
     "a_late_event_counts_again": _one(
         "an event that comes after its finding is counted again",
@@ -85,28 +98,28 @@ MUTANTS = {
         "virtbus.seen:SeenThrough.lost",
         "earliest(at, self._proven or self.moment)",
         "at",
-        needs=("libvirt_dies",),
+        needs=(("libvirt_dies",),),
     ),
     "alive_at_the_commit": _one(
         "the sign of life is the commit's clock, not up to when everything is seen",
         "virtbus.agent.intake:Writer.sign_of_life",
         "through.wall(now)",
         "now.wall_ns",
-        needs=("libvirt_hangs", "libvirt_dies"),
+        needs=(("libvirt_hangs", "libvirt_dies"), ENDS),
     ),
     "a_proof_is_as_new_as_its_answer": _one(
         "everything counts as seen when an answer is taken from the queue, not when its question was asked",
         "virtbus.seen:SeenThrough.take",
         "Moment.of(item.asked, MARGIN_SECONDS + item.undecided)",
         "Moment.of(now)",
-        needs=("slow_host",),
+        needs=(("slow_host",), ENDS),
     ),
     "epochs_by_the_clock": _one(
         "a run's epoch is made of the wall clock alone: a later run may get an earlier epoch",
         "virtbus.spool.opening:_begin_run",
         ", above=[*mirror.accounts, *([] if before is None else [before])]",
         "",
-        needs=("step_clock",),
+        needs=(("step_clock",),),
     ),
     "old_disk_errors_forgotten": _one(
         "a disk error that QEMU kept from a pause nobody looked at is blamed for the next one",
@@ -119,20 +132,27 @@ MUTANTS = {
         "virtbus.sources.cases:Case.keep_told",
         "self.stale = self.stale | _kept(self.events)",
         "pass",
+        needs=(("behind",),),
     ),
     "a_resume_without_us_is_not_believed": _one(
         "a guest that the listing shows running still counts as paused: its next pause is not told",
         "virtbus.sources.crosscheck:CrossCheck.listed_running",
         "self.resumed(uuid)",
         "pass",
-        needs=("libvirt_hangs", "libvirt_restarts", "freeze"),
+        needs=(
+            (
+                "libvirt_hangs",
+                "libvirt_restarts",
+                "freeze",
+            ),
+        ),
     ),
     "a_standstill_is_not_noticed": _one(
         "the source does not notice that its process stood still",
         "virtbus.sources.crew:Pulse.beat",
         "STANDSTILL_SECONDS",
         "1e9",
-        needs=("freeze",),
+        needs=(("freeze",),),
     ),
     "the_newest_message_last": _one(
         "of the messages that libvirt keeps of a disk the last counts, not the newest",
@@ -140,56 +160,68 @@ MUTANTS = {
         "in look.messages:",
         "in {one.target: one for one in look.messages}.values():",
         messages=True,
+        needs=(("report",), BLIND),
     ),
     "the_newest_stamp": _one(
         "of the messages that libvirt keeps of a disk only the newest stamp counts",
         "virtbus.sources.cases:newer_messages",
         "in look.messages:",
         "in {one.target: one for one in sorted(look.messages, key=lambda one: one.at_ns or -1)}.values():",
-        needs=("step_clock",),
         messages=True,
+        needs=(("report",), BLIND, ("step_clock",)),
     ),
     "states_apart_from_events": _one(
         "incident states are committed in a transaction of their own, after the events",
         "virtbus.agent.intake:Writer.commit",
         "stamps = self._spool.commit(batch, self._pending_states)",
         "stamps = self._spool.commit(batch, {}); self._spool.commit((), self._pending_states)",
-        needs=("kill_at", "power_cut_at"),
+        needs=(
+            (
+                "kill_at",
+                "power_cut_at",
+            ),
+        ),
     ),
     "incidents_not_restored": _one(
         "an agent that starts again does not know the incidents that were open",
         "virtbus.agent.intake:Intake.restore",
         "self._incidents.restore(self._spool.states(), self.started)",
         "()",
-        needs=ENDS,
+        needs=(ENDS,),
     ),
     "commits_not_synced": _one(
         "what is committed waits in the disk's cache",
         "virtbus.spool.mirror:Connection._connect",
         "sync=self._sync",
         'sync="OFF"',
-        needs=POWER,
+        needs=(POWER,),
     ),
     "unconfirmed_is_confirmed": _one(
         "what was unconfirmed when the connection ended counts as confirmed",
         "virtbus.agent.publisher:Publisher._once",
         "self._done(record, outcome)",
         "self._done(record, Confirmed() if isinstance(outcome, Deferred) else outcome)",
-        needs=("broker cut", "broker stop", "broker confirms"),
+        needs=(
+            (
+                "broker cut",
+                "broker stop",
+                "broker confirms",
+            ),
+        ),
     ),
     "marks_never_written": _one(
         "acknowledgements are sent without marks on the disk",
         "virtbus.marks:Marks.write",
         "if database is not None:",
         "if False:",
-        needs=CONSUMER,
+        needs=(CONSUMER,),
     ),
     "a_bad_message_is_acknowledged": _one(
         "what is not an event is acknowledged, not put aside",
         "virtbus.consumer:Consumer._opened",
         "emit(PoisonMessage(message.position, str(error)))",
         "return subscription.ack(message)",
-        needs=("broker poison",),
+        needs=(("broker poison",),),
     ),
     "actions_after_acks": Mutant(
         "a reactor acknowledges events before what they call for is stored",
@@ -203,14 +235,14 @@ MUTANTS = {
                 "[delivery.ack() for delivery, _ in batch]; actions = [action for _, action in batch",
             ),
         ),
-        needs=REACTOR,
+        needs=(REACTOR,),
     ),
     "what_waits_is_forgotten": _one(
         "a reactor that starts again does not take up what its store says is to be done",
         "virtbus.integrations.worker:Worker.take_up",
         "in self._store.waiting():",
         "in ():",
-        needs=REACTOR,
+        needs=(REACTOR,),
     ),
     "two_answers": _one(
         "a host of which nothing can be told counts as well",
