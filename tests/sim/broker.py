@@ -305,6 +305,7 @@ class ModelSubscription:
         self._broker.sched.perhaps(0.1)
         if self._generation == self._broker.generation and self._out.pop(message.handle, None) is not None:
             self._group.settle(message)
+        self._bus.reach("acked")
 
     def retry(self, message: Message, after: float) -> None:
         """See Subscription."""

@@ -536,19 +536,22 @@ def _late_consumer(truth: Truth) -> Iterator[str]:
     """P5: whoever reads all of it late, and some of it again, comes to the same: nothing is open."""
     dice = random.Random(len(truth.messages))
     fleet = Fleet()
-    order: list[Message] = []
+    order: list[tuple[Message, bool]] = []  # and whether it comes once more
     for message in truth.messages:
-        order.append(message)
+        order.append((message, False))
         if dice.random() < 0.1:
-            order.append(dice.choice(order))
+            order.append((dice.choice(order)[0], True))
     now = Now(START_NS + int(truth.ended * 1e9), truth.ended, 0.0)
-    for message in order:
+    for message, again in order:
         if message.body[:1] != b"{":
             continue
+        before = fleet.view(now).incidents if again else 0
         opened = envelope.decode(message)
         event = envelope.to_event(opened, validate=False)
         if event is not None:
             fleet.saw(event, opened.attributes, now)
+        if again and fleet.view(now).incidents > before:
+            yield f"P5: what came once more opened an incident: {opened.attributes['id']}"
     view = fleet.view(now)
     if view.incidents:
         hosts = ", ".join(host.name for host in view.hosts if host.incidents)

@@ -254,8 +254,8 @@ def _deaf(dice: random.Random, host: str, at: float) -> Iterator[Fault]:
 
 def _two_disks(dice: random.Random, host: str, at: float) -> Iterator[Fault]:
     """A second disk fails while its guest stops for the first; then one of them fails again."""
-    first = _fails_once(dice, host, at, pause=True)
-    behind = dice.choice((0.0, 0.02, 0.1, 1.2))
+    first = _fails_once(dice, host, at, pause=True, stays=dice.choice((0.05, 0.05, 4.0)))
+    behind = dice.choice((0.0, 0.02, 0.1, 1.2, 3.0))
     yield replace(first, how={**first.how, "behind": behind})
     for after in (8.0, 16.0):
         disk = dice.randrange(2)

@@ -45,6 +45,7 @@ class Mutant:
         if self.messages and all(host.release == "bookworm" for host in plan.hosts):
             return 0.0
         happens = Counter(word for fault in plan.faults for word in _words(fault))
+        happens.update(_in_the_dark(plan))
         needed = [sum(happens[word] for word in words) for words in self.needs]
         return math.prod(needed) / plan.faulty_seconds / len(plan.hosts)
 
@@ -57,6 +58,31 @@ def _words(fault: Fault) -> Iterator[str]:
         yield "pause" if fault.how["pause"] else "report"
         if fault.how.get("behind") is not None:
             yield "behind"
+    if fault.how.get("keeps") is False:
+        yield f"{fault.where} without its files"
+
+
+def _in_the_dark(plan: Plan) -> Iterator[str]:
+    """Errors that libvirt alone remembers, of disks that failed before and not soon again."""
+    ends = [
+        (fault.where, fault.at, fault.at + fault.how.get("after", fault.how.get("seconds", 0.0)))
+        for fault in plan.faults
+        if fault.what in BLIND
+    ]
+    reports = [fault for fault in plan.faults if fault.what == "trouble" and not fault.how["pause"]]
+    for one in reports:
+        disk = (one.where, one.how["guest"], one.how["disk"])
+        its = [fault.at for fault in reports if (fault.where, fault.how["guest"], fault.how["disk"]) == disk]
+        dark = any(where == one.where and begin < one.at < end for where, begin, end in ends)
+        before = [at for at in its if at < one.at]
+        if dark and before and not any(one.at < at < one.at + 90.0 for at in its):
+            yield "dark report"
+            if any(
+                fault.what == "step_clock" and fault.how["step"] < -60 and before[-1] < fault.at < one.at
+                for fault in plan.faults
+                if fault.where == one.where
+            ):
+                yield "dark report of another clock"
 
 
 def _one(
@@ -160,7 +186,7 @@ MUTANTS = {
         "in look.messages:",
         "in {one.target: one for one in look.messages}.values():",
         messages=True,
-        needs=(("report",), BLIND),
+        needs=(("dark report",),),
     ),
     "the_newest_stamp": _one(
         "of the messages that libvirt keeps of a disk only the newest stamp counts",
@@ -168,7 +194,7 @@ MUTANTS = {
         "in look.messages:",
         "in {one.target: one for one in sorted(look.messages, key=lambda one: one.at_ns or -1)}.values():",
         messages=True,
-        needs=(("report",), BLIND, ("step_clock",)),
+        needs=(("dark report of another clock",),),
     ),
     "states_apart_from_events": _one(
         "incident states are committed in a transaction of their own, after the events",
@@ -235,7 +261,7 @@ MUTANTS = {
                 "[delivery.ack() for delivery, _ in batch]; actions = [action for _, action in batch",
             ),
         ),
-        needs=(REACTOR,),
+        needs=(("reactor kill_at",),),
     ),
     "what_waits_is_forgotten": _one(
         "a reactor that starts again does not take up what its store says is to be done",
@@ -257,6 +283,7 @@ MUTANTS = {
         "if any(kin_hosts[word] - {host}",
         "if False and any(kin_hosts[word] - {host}",
         fleet=True,
+        needs=(("storage outage",),),
     ),
     "a_mark_is_not_adopted": _one(
         "what is held under our mark and unknown to the store stays held",
@@ -264,6 +291,7 @@ MUTANTS = {
         "for name, hold in marks.items() if _is_new(rows, name)",
         "for name, hold in ()",
         fleet=True,
+        needs=(("reactor without its files",), ("storage host_fault",)),
     ),
     "a_redelivery_opens_again": _one(
         "an event that comes once more opens an incident that was over",
