@@ -29,7 +29,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "run": ("run:command", "Run the agent in the foreground."),
     "consume": (
         "consume:consume_command",
-        "Print events as they come: one CloudEvent in structured JSON a line.",
+        "Print events as they come: one CloudEvent in structured JSON per line.",
     ),
     "dead": ("consume:dead", "A consumer group's dead letters: count, list, send back, drop."),
     "watch": ("watch:command", "Print libvirt's events on the terminal: no broker, no spool."),
@@ -49,7 +49,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     ),
     "doctor": ("doctor:command", "Look at every part: what is wrong, on what, and what to do."),
     "fleet": ("fleet:command", "Show which hosts and storage systems are in trouble, and whose fault it is."),
-    "react": ("react:command", "Tell control planes: run integrations until a signal, each for itself."),
+    "react": ("react:command", "Act on control planes: run integrations until a signal, each for itself."),
     "config": ("settings:command", "Show and check the settings."),
     "validate": (
         "schema:validate_command",
@@ -82,14 +82,14 @@ def main(argv: list[str] | None = None) -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         code = 130
     except BrokenPipeError:
-        _discard_output()  # whoever read it has had enough (| head): that is no failure
+        _discard_output()  # whoever read it has had enough (| head): that is not a failure
         code = 0
     except VirtbusError as error:
         if debug:
             _trace(error)
         _complain(str(error))
         code = error.exit_code
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is told, and ends with a code
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is reported, and the process exits with a code
         if debug:
             _trace(error)
         if isinstance(error, OSError) and error.filename is None and error.errno in _NO_ROOM:
@@ -121,7 +121,7 @@ def _invoke(arguments: list[str]) -> Any:
     try:
         return cli.main(args=arguments, prog_name="virtbus", standalone_mode=False)
     except SystemExit as error:
-        if sys.stdout is not streams[0]:  # click has wrapped it: its way to end with 1 for a broken pipe
+        if sys.stdout is not streams[0]:  # click has wrapped it: its way to exit with 1 for a broken pipe
             sys.stdout, sys.stderr = streams
             raise BrokenPipeError from None
         return error.code

@@ -225,7 +225,7 @@ class Log(_Section, frozen=True):
 
 
 class ReactFleet(_Section, frozen=True):
-    """What the operator knows of storage and racks, and no device tells."""
+    """What the operator knows of storage and racks, and no device shows."""
 
     local_paths: tuple[str, ...] = ()
     """Folders (globs) that are the host's own disks, not a share"""
@@ -294,7 +294,7 @@ class ReactWebhook(_Section, frozen=True):
 
 
 class React(_Section, frozen=True):
-    """`virtbus react`: how a control plane is told, and how often."""
+    """`virtbus react`: when and how often a control plane is called."""
 
     state_dir: Text | None = None
     """Folder of its state; none: state_dir/react"""
@@ -303,7 +303,7 @@ class React(_Section, frozen=True):
     types: tuple[str, ...] = ("io_error.v1", "io_error_resolved.v1", "gap.v1")
     """Event types for exec and webhook (the last words suffice)"""
     when: Literal["host", "undetermined", "any"] = "host"
-    """A host is held back when it is at fault; also when that can't be told; or for any trouble, a
+    """A host is held back when it is at fault; also when that is unclear; or for any trouble, a
     backend's too"""
     min_guests: Annotated[int, Meta(ge=1, le=1_000_000)] = 2
     """Guests in trouble before a host is held back"""

@@ -9,15 +9,15 @@ Guarantees:
 1. effect first, ack after: a message is acknowledged only after its verdict, so a crash repeats the
    events in flight and loses none;
 2. with a `dedupe` file an event that was acknowledged is not handed out again, also after a restart: when
-   `ack` returns its mark is on disk (with `group_commit` a moment later, and always before the broker is
-   told);
+   `ack` returns its mark is on disk (with `group_commit` a moment later, and always before the
+   broker's acknowledgement);
 3. in the order of each partition key (the domain); `retry` holds the key back until it succeeds;
 4. what is not an event goes to the dead letters with the reason, never round in a loop, and costs nothing
    but itself; what a newer agent or somebody else sends is handed over (unknown minor versions typed, unknown
    majors and types raw).
 
 It logs through Python's `logging` under `virtbus`, and prints nothing. One process and one thread at a time
-use a Consumer: after a fork the child makes its own.
+use a Consumer (the second is refused): after a fork the child makes its own.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from virtbus import envelope
 from virtbus.bus import Bus, BusOptions, Memory, Subscription, bus_name, checked_group, open_bus
@@ -49,9 +50,12 @@ from virtbus.marks import Mark, Marks
 from virtbus.model import Event, Message
 from virtbus.retry import Backoff
 from virtbus.sequences import MissingEvents, SequenceCheck
-from virtbus.telemetry import BusCutOff, TelemetryEvent, emit
+from virtbus.telemetry import BusCutOff, ConsumerRefused, PoisonMessage, emit
 
 __all__ = ["Consumer", "Delivery", "MissingEvents"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 DEDUPE_ROWS = 1_000_000
 FLUSH_ROWS = 64  # verdicts a dedupe transaction, with `group_commit`
@@ -63,26 +67,13 @@ _YEAR = 366 * 86400.0
 _RETRIED = 10_000  # events remembered that had `retry` as their verdict
 
 
-class PoisonMessage(TelemetryEvent, level="warning", counts=("dead_letters:=poison",)):
-    """not an event; goes to the dead letters"""
-
-    position: str
-    reason: str
-
-
-class ConsumerRefused(TelemetryEvent, level="error", every=30):
-    """the broker refuses this consumer; trying again"""
-
-    error: Exception | str
-
-
 @dataclass(slots=True)
 class Delivery:
     """One event and what is to become of it: end it with exactly one of `ack`, `retry`, `dead_letter`.
 
-    Each of them raises ConfigError for a second verdict, an argument that can't be used, or in a process that
-    is not the consumer's, and ConsumerClosed after its `close`; the delivery is then as it was. Nothing that
-    a broker does is raised: over a lost connection the event comes again.
+    Each of them raises ConfigError for a second verdict, an argument that can't be used, in a process that is
+    not the consumer's, or while another thread uses it, and ConsumerClosed after its `close`; the delivery is
+    then as it was. Nothing that a broker does is raised: over a lost connection the event comes again.
     """
 
     event: Event | None  # None: a type or major version that this release does not know; see `data`
@@ -91,7 +82,7 @@ class Delivery:
     body: bytes
     publisher: str | None  # who sent it as the broker proved (AMQP user-id), or None
     redelivered: bool
-    attempts: int | None  # how often the broker has delivered it, this time too; None where it does not tell
+    attempts: int | None  # how often the broker has delivered it, this time too; None where it does not say
     _consumer: Consumer = field(repr=False)
     _message: Message = field(repr=False)
     _open: bool = field(default=True, repr=False)
@@ -120,7 +111,7 @@ class Delivery:
         """The effect is done: do not deliver it again.
 
         With a dedupe file its mark is on disk on return (with `group_commit` a moment later, and always
-        before the broker is told).
+        before the broker's acknowledgement).
 
         Raises DedupeUnavailable when the mark can't be written now. The verdict stands: it is written, and
         the acknowledgement sent, by the next call of the consumer that finds the file usable.
@@ -143,7 +134,7 @@ class Delivery:
         self._consumer._retry(self, float(after))
 
     def dead_letter(self, reason: str) -> None:
-        """Put it aside with the reason (its first 1,024 bytes): see `virtbus dead`.
+        """Dead-letter it with the reason (its first 1,024 bytes): see `virtbus dead`.
 
         It is not marked as seen: what carries the same id later is handed out. Where the dead letters take
         nothing now it is tried again in the background, while other events go on.
@@ -180,6 +171,22 @@ class _Grip:
                 self.seen.close()
 
 
+def _one_thread(method: Callable[Concatenate[Consumer, P], T]) -> Callable[Concatenate[Consumer, P], T]:
+    """Two threads at once would acknowledge what is not on disk yet: the second one is refused."""
+
+    @wraps(method)
+    def alone(self: Consumer, /, *arguments: P.args, **named: P.kwargs) -> T:
+        self._check_usable()
+        if not self._busy.acquire(blocking=False):
+            raise ConfigError("another thread uses this Consumer now: one at a time, or a Consumer for each")
+        try:
+            return method(self, *arguments, **named)
+        finally:
+            self._busy.release()
+
+    return alone
+
+
 class Consumer:
     """Events from a bus, one `Delivery` after the other; reconnects for ever. Not thread-safe.
 
@@ -208,20 +215,18 @@ class Consumer:
         """Subscribe to the bus at `url`.
 
         `group` shares the events durably with the other members; without it, all events from now on.
-        `validate` checks data of known types against its schema; without it what can't be read as its type
-        is handed over raw.
-        `dedupe` is a SQLite file of at most `dedupe_rows` marks a group, for one process at a time; without
-        it duplicates are recognised only while this object lives. With `group_commit` the marks of several
-        acks share one write: `ack` returns before it, so a crash repeats up to 64 events or 50 ms.
-        `check_gaps` is for whoever reads everything alone: `on_missing` is told of a hole in an agent's
+        `validate` checks data of known types against its schema; without it what can't be read as its type is
+        handed over raw. `dedupe` is a SQLite file of at most `dedupe_rows` marks a group, for one process at
+        a time; without it duplicates are recognised only while this object lives. With `group_commit` the
+        marks of several acks share one write: `ack` returns before it, so a crash repeats up to 64 events or
+        50 ms. `check_gaps` is for whoever reads everything alone: `on_missing` gets each hole in an agent's
         sequence that no gap event explains within `reorder_seconds`, over restarts where there is a dedupe
         file; and, always, of what a broker says the group will never get. What it raises comes out of
-        `receive` or `close`, and costs no event.
-        With `exclusive` only one member of the group is active (see `Bus.consume`).
-        A broker that is absent, or refuses us, is waited for; without `patient` it is an error while it was
-        never reached (BusUnavailable, BusDenied), with `give_up_when_denied` a refusal always is one.
-        An event that the broker delivered more than `max_attempts` times without a verdict is put aside: it
-        may have killed its consumer each time. None: never.
+        `receive` or `close`, and costs no event. With `exclusive` only one member of the group is active (see
+        `Bus.consume`). A broker that is absent, or refuses us, is waited for; without `patient` it is an
+        error while it was never reached (BusUnavailable, BusDenied), with `give_up_when_denied` a refusal
+        always is one. An event that the broker delivered more than `max_attempts` times without a verdict is
+        dead-lettered: it may have killed its consumer each time. None: never.
 
         Raises ConfigError for arguments, a URL or a dedupe file that can't be used.
         """
@@ -253,6 +258,7 @@ class Consumer:
         self._done: dict[Mark, list[Message]] = {}
         self._done_since = 0.0
         self._stop = threading.Event()
+        self._busy = threading.RLock()
         self._backoff, self._connected = Backoff("consume"), False
         self._patient, self._give_up_when_denied = patient, give_up_when_denied
 
@@ -273,15 +279,15 @@ class Consumer:
             if delivery is not None:
                 yield delivery
 
+    @_one_thread
     def receive(self, timeout: float) -> Delivery | None:
         """The next delivery, or None after `timeout` seconds or `stop`.
 
         Waits out a broker that is absent or refuses us. Raises GroupTakenOver when a newer exclusive member
         replaced this one, BusUnavailable and BusDenied as `patient` and `give_up_when_denied` ask,
-        ConsumerClosed after `close`, ConfigError in a forked child, and DedupeUnavailable when the dedupe
-        file can't be used now: nothing was lost, call again when it can.
+        ConsumerClosed after `close`, ConfigError in a forked child or while another thread uses this one, and
+        DedupeUnavailable when the dedupe file can't be used now: nothing was lost, call again when it can.
         """
-        self._check_usable()
         deadline = time.monotonic() + timeout
         while not self._stop.is_set():
             self._flush_if_due()
@@ -396,7 +402,6 @@ class Consumer:
         A copy from somebody else, or with other content, is not one: it is looked at again. Only the newest
         is sure to be the broker's, where a connection was lost in between.
         """
-        self._check_usable()
         if not delivery._open:
             raise ConfigError(f"event {delivery.id} has had its verdict; give each delivery exactly one")
         delivery._open = False
@@ -407,6 +412,7 @@ class Consumer:
             (same if alike else self._again).append(copy)
         return [first, *same]
 
+    @_one_thread
     def _settle(self, delivery: Delivery) -> None:
         copies = self._closed_by(delivery)
         mark = (delivery.source, delivery.id)
@@ -416,6 +422,7 @@ class Consumer:
         self._done[mark] = copies
         self._flush_if_due()
 
+    @_one_thread
     def _retry(self, delivery: Delivery, after: float) -> None:
         *older, newest = self._closed_by(delivery)
         self._retried[(delivery.source, delivery.id)] = None
@@ -426,6 +433,7 @@ class Consumer:
                 self._grip.subscription.ack(copy)
             self._grip.subscription.retry(newest, after)
 
+    @_one_thread
     def _dead_letter(self, delivery: Delivery, reason: str) -> None:
         *older, newest = self._closed_by(delivery)
         self._retried.pop((delivery.source, delivery.id), None)
@@ -475,7 +483,7 @@ class Consumer:
 
 
 class _Memory(Memory):
-    """What is missing is told between two messages: the author's function may raise."""
+    """What is missing is reported between two messages: the author's function may raise."""
 
     def __init__(self, notes: dict[str, str], on_missing: Callable[[MissingEvents], None]) -> None:
         self._on_missing = on_missing
@@ -483,6 +491,6 @@ class _Memory(Memory):
         super().__init__(notes, self._missing.append)
 
     def tell(self) -> None:
-        """Tell the author of what is missing."""
+        """Report what is missing to the author's function."""
         while self._missing:
             self._on_missing(self._missing.popleft())

@@ -1,6 +1,6 @@
 """The exception hierarchy: each class says what the caller does next.
 
-`retryable` tells a loop whether trying again can help; `exit_code` is what the command line ends with
+`retryable` says whether trying again can help; `exit_code` is what the command line ends with
 (sysexits.h). Third-party exceptions are translated into these once, at the adapter's edge.
 """
 
@@ -27,7 +27,7 @@ class VirtbusError(Exception):
 
 
 class ConfigError(VirtbusError):
-    """The configuration or an argument can't be used: fix it (EX_CONFIG). One problem a line."""
+    """The configuration or an argument can't be used: fix it (EX_CONFIG). One problem per line."""
 
     exit_code = 78
 

@@ -1,10 +1,11 @@
 """Reads the settings: a flag wins over the environment, that over the file, that over the default.
 
-All problems are told at once, each with the place it comes from.
+All problems are reported at once, each with the place it comes from.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tomllib
@@ -74,7 +75,15 @@ def load(
     # The schema's check can't even read text that is not UTF-8.
     problems += list(_unusable_text(merged, origins)) or _check(schema, merged, origins)
     if not problems:
-        config = msgspec.convert(merged, Config)
+        try:
+            config = msgspec.convert(merged, Config)
+        except msgspec.ValidationError as error:  # 12.0 is an integer for the schema, and none for us
+            words, _, at = str(error).partition(" - at `$.")
+            key = at.rstrip("`")
+            expected = _expected(_schema_at(schema, key)) or words
+            raise ConfigError(
+                f"{_place(key, origins)}: {key}: expected {expected}, without a decimal point"
+            ) from error
         problems += [f"{_place(key, origins)}: {text}" for key, text in _cross_checks(config, origins)]
         if not problems:
             return Loaded(config, origins, used)
@@ -177,10 +186,10 @@ def _from_text(schema: Mapping[str, Any], key: str, raw: str) -> object:
     types = {option["type"] for option in node.get("anyOf", [node]) if "type" in option}
     if "null" in types and raw == "":
         return None
-    if not types or "string" in types:
+    if not types - {"null"} or "string" in types:
         return raw
     try:
-        (value,) = tomllib.loads(f"value = {raw}").values()  # a second line is no part of a value
+        (value,) = tomllib.loads(f"value = {raw}").values()  # a second line is not part of a value
         return value
     except (ValueError, RecursionError):
         wanted = " or ".join(sorted(types - {"null"}))
@@ -204,9 +213,10 @@ def _check(schema: dict[str, Any], merged: dict[str, Any], origins: Mapping[str,
         # A URL with a password, in whatever it was wrapped.
         if redaction.is_secret(where) or ("://" in shown and "@" in shown):
             shown = redaction.HIDDEN
-        message = error.message.replace(repr(error.instance), "").strip().strip('"')
-        expected = _expected(_schema_at(schema, where) if where else None) or message
-        problems.append(f"{_place(where, origins)}: {where or 'the file'} = {shown}: expected {expected}")
+        message = error.message.removeprefix(json.dumps(error.instance, ensure_ascii=False)).strip()
+        expected = _expected(_schema_at(schema, where) if where else None)
+        why = f"expected {expected}" if expected else message
+        problems.append(f"{_place(where, origins)}: {where or 'the file'} = {shown}: {why}")
     return sorted(problems)
 
 

@@ -84,7 +84,7 @@ class Formatter(logging.Formatter):
 
 
 class Handler(logging.StreamHandler[TextIO]):
-    """Writes lines to a stream, or to standard error as it is then; `failed` is told of a failure."""
+    """Writes lines to a stream, or to standard error as it is then; `failed` is called with a failure."""
 
     def __init__(self, stream: TextIO | None, fmt: str, failed: Callable[[], None]) -> None:
         self._given = stream

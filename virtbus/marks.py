@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
+import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -64,6 +65,7 @@ class Marks:
         self._count = self._scope = 0
         if path is not None:
             self._open(path)
+            _LOCKED.add(self)
 
     def _open(self, path: Path) -> None:
         if not path.parent.is_dir():
@@ -237,6 +239,20 @@ class Marks:
             )
 
         return translating({sqlite3.Error: told})
+
+
+_LOCKED: weakref.WeakSet[Marks] = weakref.WeakSet()
+
+
+def _in_forked_child() -> None:
+    """A lock is its file's: a child that keeps it open would keep the file from whoever comes after us."""
+    for marks in _LOCKED:
+        if marks._lock >= 0:
+            os.close(marks._lock)
+            marks._lock = -1
+
+
+os.register_at_fork(after_in_child=_in_forked_child)
 
 
 def _inode(path: Path) -> tuple[int, int] | None:

@@ -150,7 +150,7 @@ class ErrorPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device in trouble. The alias is its identity; all else is `None` when the XML does not tell."""
+    """A device in trouble. The alias is its identity; all else is `None` when the XML does not say."""
 
     alias: str | None
     target: str | None = None
@@ -390,7 +390,7 @@ class Record(NamedTuple):
     """One encoded event on its way out, for any bus.
 
     `attributes` are the CloudEvents attributes as strings, without a binding's prefix; `body` is the data.
-    A tuple, because a backlog makes one an event: a frozen dataclass takes four times as long to make.
+    A tuple, because a backlog makes one per event: a frozen dataclass takes four times as long to make.
     """
 
     row: int  # the spool's handle; 0 for a heartbeat

@@ -103,14 +103,14 @@ class DomainState:
     state: str
     paused_by_io_error: bool
     aliases: frozenset[str] | None = None  # the devices it has; None when its XML could not be read
-    number: int | None = None  # libvirt's id of this run of it: another one was started anew
+    number: int | None = None  # libvirt's id of this run of it: another one is another run
 
 
 @dataclass(frozen=True, slots=True)
 class SourceReady:
     """Callbacks are registered, and then everything was looked at once.
 
-    `findings` are errors that the look found and no event told of, as far as the source knows; the
+    `findings` are errors that the look found and no event reported, as far as the source knows; the
     incidents know more (they outlive a restart) and may already have them.
     """
 
@@ -140,11 +140,11 @@ class SourceLost:
 
 @dataclass(frozen=True, slots=True)
 class SourceGone:
-    """A connection ended for good, with its daemon; each of `domains` is told gone after this."""
+    """A connection ended for good, with its daemon; each of `domains` is reported gone after this."""
 
     at_ns: int
     connection: str
-    domains: frozenset[str] = frozenset()  # guests whose end the daemon did not tell
+    domains: frozenset[str] = frozenset()  # guests whose end the daemon did not report
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,10 +162,10 @@ class Surveyed:
 
 
 class SourceSeen(NamedTuple):
-    """The connection answered: whatever it told before `asked` stands before this in the queue.
+    """The connection answered: whatever it reported before `asked` stands before this in the queue.
 
     But for the pauses of the last `undecided` seconds before that, of which it is not yet known by whom they
-    are told.
+    are reported.
     """
 
     asked: Now

@@ -140,7 +140,7 @@ _BEARER = re.compile(r"\b([Bb]earer|[Aa]uthorization:\s*\w+)\s+[^\s'\"]+")
 def text(words: object) -> str:
     """Text for people, an exception's say, that may hold names, URLs or options anywhere in it.
 
-    Raises nothing: what can't be told ("str" of somebody's exception raises) is told by its type.
+    Raises nothing: what has no text ("str" of somebody's exception raises) is named by its type.
     """
     try:
         shown = str(words)
@@ -164,7 +164,7 @@ def _user(found: re.Match[str]) -> str:
     name, colon, _ = user.partition(":")
     if colon:
         return f"{scheme}://{name}:{HIDDEN}@"
-    # A token stands there for some servers; who logs in at a broker or hypervisor is no secret.
+    # A token stands there for some servers; who logs in at a broker or hypervisor is not a secret.
     # libiscsi parts user and password by "%".
     hidden = scheme.lower() in ("http", "https", "ftp", "ftps") or "%" in name
     return f"{scheme}://{HIDDEN if hidden else name}@"

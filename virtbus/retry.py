@@ -47,7 +47,7 @@ def retrying(
     """Attempts until one succeeds: each `attempt` of a `for` loop has the work in `with attempt:`.
 
     `fatal` is raised at once; once `stop()` says so the loop ends after a failure, and raises nothing.
-    `sleep` waits so many seconds, or less. `hook` is told before each wait; `stage` names its line and
+    `sleep` waits so many seconds, or less. `hook` is called before each wait; `stage` names its line and
     metric.
     """
     policy = _policy(ceiling)
@@ -102,12 +102,12 @@ class Backoff:
         return seconds
 
     def plan(self, error: Exception | str, *, limit: float = math.inf) -> float:
-        """Tell the hook → the next wait in seconds, `limit` at most, for a caller that waits by itself."""
+        """Call the hook → the next wait in seconds, `limit` at most, for a caller that waits by itself."""
         attempt = self._state.attempt_number
         seconds = max(0.0, min(limit, self.next_wait()))
         self._hook(RetryScheduled(self._stage, attempt, round(seconds, 3), error))
         return seconds
 
     def wait(self, stop: StopEvent, error: Exception | str, *, limit: float = math.inf) -> bool:
-        """Tell the hook, then sleep the next wait, `limit` seconds at most. False when `stop` ended it."""
+        """Call the hook, then sleep the next wait, `limit` seconds at most. False when `stop` ended it."""
         return not stop.wait(self.plan(error, limit=limit))

@@ -1,9 +1,10 @@
-"""Up to when everything that the source told is committed: where every gap about unobserved time starts.
+"""Up to when everything that the source reported is committed: where every gap about unobserved time starts.
 
 It moves on only with a proof that took the events' own path. The source asks the hypervisor something on the
-connection that brings the events; the answer stands behind all that was told before the question; a marker
-goes into the queue behind those callbacks; the batch that holds the marker is committed. So it never passes a
-drain, the loss of the source, or a time in which this process stood still. Pure: clocks are passed in.
+connection that brings the events; the answer stands behind all that was reported before the question; a
+marker goes into the queue behind those callbacks; the batch that holds the marker is committed. So it never
+passes a drain, the loss of the source, or a time in which this process stood still. Pure: clocks are passed
+in.
 """
 
 from __future__ import annotations
@@ -71,16 +72,16 @@ class Moment(NamedTuple):
 
 
 def moment_of(item: SourceReady | SourceLost | Surveyed, now: Now) -> Moment:
-    """When it was told, also where the wall clock was set between then and `now`."""
+    """When it was reported, also where the wall clock was set between then and `now`."""
     booted_ns = None if isinstance(item, Surveyed) else item.booted_ns
     return Moment.stamped(item.at_ns, now) if booted_ns is None else Moment(item.at_ns, booted_ns)
 
 
 def is_told(at_ns: int, last_ns: int, now_ns: int) -> bool:
-    """Whether an error of `at_ns` is not newer than the last one that was told, by stamps of the wall clock.
+    """Whether an error of `at_ns` is not newer than the last one reported, by stamps of the wall clock.
 
     A last one that lies ahead of now was stamped before the clock was set back. What lies behind now can't be
-    compared with it, and is told.
+    compared with it, and is reported.
     """
     return at_ns <= last_ns and (last_ns <= now_ns or at_ns > now_ns)
 
@@ -107,7 +108,7 @@ class SeenThrough:
     """One connection's value. The intake thread feeds it with what it drained, and then asks it.
 
     `take` remembers what a batch proves, and `committed` makes it count. Nothing counts while the connection
-    is lost; a source that proves nothing (a third party's) is believed to have told at once what it saw.
+    is lost; a source that proves nothing (a third party's) is believed to have reported at once what it saw.
     """
 
     def __init__(self, since: Moment, blind: Blind | None = None) -> None:
@@ -198,7 +199,7 @@ class Sight:
         return SeenThrough(since, Blind(since, why, GapReason.SOURCE_LOST) if item.domains else None)
 
     def gone(self, item: SourceGone) -> Blind | None:
-        """A connection ended for good → what was not seen of guests whose end it did not tell, if any."""
+        """A connection ended for good → what was not seen of guests whose end it did not report, if any."""
         seen = self.connections.pop(item.connection, None)
         if seen is None or not item.domains:
             return None
@@ -221,7 +222,7 @@ class Sight:
 
     @property
     def through(self) -> Moment:
-        """Up to when everything that every connection told is on the disk."""
+        """Up to when everything that every connection reported is on the disk."""
         if not self.connections:
             return self.since
         return earliest(*(seen.moment for seen in self.connections.values()))
@@ -239,7 +240,7 @@ class Sight:
 
     @property
     def state(self) -> SourceState:
-        """Whether every connection is up; of many, whether one is: another's loss is told by its own gap."""
+        """Whether every connection is up; of many, whether one is: each loss is reported by its own gap."""
         each = [seen.connected for seen in list(self.connections.values())]
         if not each:
             idle = self._surveyed and not self._unreached  # no guest, so nothing to be connected to

@@ -1,7 +1,7 @@
 """Which numbered events of each agent's run have come, and which are missing without an explanation.
 
 Pure: the clock is passed in. A baseline that was saved (`changes`, `restore`) makes a hole visible that
-opened while no consumer ran. Which run of an agent is the later one is told by its own chain and its
+opened while no consumer ran. Which run of an agent is the later one is decided by its own chain and its
 heartbeats, never by a clock: epochs hold times of the host.
 """
 
@@ -21,7 +21,7 @@ Run = tuple[str, str]
 
 _SEQUENCE = re.compile("[0-9]{1,18}")
 _TICK_SECONDS = 1.0
-_MAX_HOLES = 10_000  # remembered a run: beyond it the oldest are told at once
+_MAX_HOLES = 10_000  # remembered per run: beyond it the oldest are reported at once
 _MAX_RUNS = 50_000  # the least recently begun are forgotten
 _MAX_RANGES = 1_000  # of numbers that gap events named ahead of time, a run
 
@@ -41,7 +41,7 @@ class MissingEvents(TelemetryEvent, level="error"):
 
     With the cause "unexplained" they are sequence numbers of an agent (`source`) in one `epoch`. Otherwise
     they are Kafka offsets: `source` is "topic[partition]" and `epoch` the id of the topic they were in, ""
-    when the broker does not tell; `last` is None where nobody knows how far they went, as in a topic that
+    when the broker does not say; `last` is None where nobody knows how far they went, as in a topic that
     is gone.
     """
 
@@ -57,7 +57,7 @@ class _State:
     """What came of one run: everything below `next` but for the holes, and what is still being handled."""
 
     next: int | None = None  # None: nothing came yet, others spoke of this run
-    first: int | None = None  # what came first, while nothing tells that we heard the run begin
+    first: int | None = None  # what came first, while nothing shows that we heard the run begin
     since: float = float("-inf")  # when that came
     above: set[int] = field(default_factory=set)  # what came below the first one that came, in the meantime
     beats: bool = False  # its heartbeats were heard
@@ -107,9 +107,9 @@ def _ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:
 class SequenceCheck:
     """Finds the holes in each run that no gap event explains within the reordering window.
 
-    Guarantees: a number that a gap event names is no alarm, whether the event comes before or after its
-    neighbours; a number that was told once is not told again; what `restore` brought back ages only once its
-    agent is heard again, so that a long absence of the consumer is no hole.
+    Guarantees: a number that a gap event names is not an alarm, whether the event comes before or after its
+    neighbours; a number that was reported once is not reported again; what `restore` brought back ages only
+    once its agent is heard again, so that a long absence of the consumer is not a hole.
     """
 
     def __init__(
@@ -182,7 +182,7 @@ class SequenceCheck:
                 self._changed.add(run)
 
     def tick(self, now: float) -> None:
-        """Tell of the holes that stayed open for the whole window; looks once a second (or window)."""
+        """Report the holes that stayed open for the whole window; looks once a second (or window)."""
         if now - self._ticked < min(_TICK_SECONDS, self._reorder_seconds):
             return
         self._ticked = now

@@ -322,7 +322,7 @@ class EventParked(TelemetryEvent, level="warning", every=30):
 
 
 class EventDeadLettered(TelemetryEvent, level="error", counts=("dead_letters:why",)):
-    """event set aside: see `virtbus spool list --dead`"""
+    """event dead-lettered: see `virtbus spool list --dead`"""
 
     event_id: str
     why: str  # "refused", "invalid" or "damaged"
@@ -361,7 +361,7 @@ class SpoolWritable(TelemetryEvent):
 
 
 class SpoolSetAside(TelemetryEvent, level="error"):
-    """damaged spool set aside; what could be read was rescued"""
+    """damaged spool moved away; what could be read was rescued"""
 
     path: str
     set_aside: str
@@ -394,6 +394,19 @@ class ThreadDied(TelemetryEvent, level="error"):
 
     thread: str
     error: str
+
+
+class PoisonMessage(TelemetryEvent, level="warning", counts=("dead_letters:=poison",)):
+    """not an event; goes to the dead letters"""
+
+    position: str
+    reason: str
+
+
+class ConsumerRefused(TelemetryEvent, level="error", every=30):
+    """the broker refuses this consumer; trying again"""
+
+    error: Exception | str
 
 
 class LookupFinished(TelemetryEvent, level="debug", counts=("lookups:result",)):

@@ -160,5 +160,5 @@ class Severity(Word):
     DEBUG = "DEBUG"
 
 
-# libvirt's reason (an open string of its own, passed on as it is) of an error for want of space.
+# libvirt's reason (an open string of its own, passed on as it is) of an error for lack of space.
 ENOSPC = "enospc"

@@ -303,6 +303,14 @@ def test_a_group_whose_exchange_was_deleted_says_so(
         assert [one.id for one in received(consumer, 1)] == [item.id]
 
 
+def test_an_exchange_of_another_type_is_warned_of(amqp_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    with kombu.Connection(amqp_url) as other:
+        other.channel().exchange_declare("virtbus.events", type="direct", durable=True, auto_delete=False)
+    with caplog.at_level(logging.WARNING, logger="virtbus"), Consumer(amqp_url, group=GROUP) as consumer:
+        consumer.receive(0.3)
+    assert any("is not a durable topic exchange" in line.getMessage() for line in caplog.records)
+
+
 def test_a_group_without_the_right_to_mark_the_exchange_is_still_bound_again(
     rabbitmq: RabbitMQ, vhost: str
 ) -> None:

@@ -216,6 +216,64 @@ def test_a_forked_child_is_told_to_make_its_own(url: str) -> None:
         assert len(drain(consumer)) == 9
 
 
+def test_a_second_thread_at_the_same_time_is_refused_and_may_follow_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bus = FakeBus()
+    with on_fake_bus(monkeypatch, bus) as consumer:
+        consumer.receive(0.0)
+        ListFeed(records(2, keys=2)).drain(bus)
+        delivery = consumer.receive(1.0)
+        assert delivery is not None
+        inside, go_on = threading.Event(), threading.Event()
+        receive = consumer._next_message
+
+        def slowly(timeout: float) -> Message | None:
+            inside.set()
+            go_on.wait(20)
+            return receive(timeout)
+
+        monkeypatch.setattr(consumer, "_next_message", slowly)
+        found: list[Any] = []
+        thread = threading.Thread(target=lambda: found.append(consumer.receive(1.0)))
+        thread.start()
+        assert inside.wait(20)
+        uses = (
+            lambda: consumer.receive(0.0),
+            delivery.ack,
+            lambda: delivery.retry(1),
+            lambda: delivery.dead_letter("x"),
+        )
+        for use in uses:
+            with pytest.raises(ConfigError, match="another thread uses this Consumer"):
+                use()
+        go_on.set()
+        thread.join(20)
+        delivery.ack()
+        found[0].ack()
+
+
+def test_a_forked_child_that_outlives_its_parent_keeps_no_dedupe_file(url: str, tmp_path: Path) -> None:
+    program = (
+        "import os, sys\n"
+        "from virtbus import Consumer\n"
+        "consumer = Consumer(sys.argv[1], group='g', dedupe=sys.argv[2])\n"
+        "if os.fork() == 0:\n"
+        "    sys.stdout.write('.'), sys.stdout.flush(), sys.stdin.read(), os._exit(0)\n"
+        "os.waitpid(-1, os.WNOHANG), os._exit(0)"
+    )
+    file = tmp_path / "seen.db"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, url, str(file)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1) == b"."
+        assert process.wait(20) == 0
+        with Consumer(url, group="g", dedupe=file) as consumer:
+            assert len(drain(consumer)) == 10
+        process.communicate(b"", timeout=20)
+
+
 # ------------------------------------------------------------------------------------- arguments
 
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import urllib.request
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from tests.integrations.parts import Recording, eventually, heartbeat, publish
 from tests.integrations.plane import Killed, Plane, World
 from tests.ports import free_ports
+from virtbus.commands import consume
 from virtbus.errors import BusUnavailable
 from virtbus.fleet import Fleet, Publishers
 from virtbus.integrations.base import EVENT, Action
@@ -187,6 +189,7 @@ def fetch(port: int, path: str) -> tuple[int, str]:
 def test_both_commands_serve_their_metrics_and_probes(tmp_path, command):
     url, (port,) = f"embedded://{tmp_path}/bus.db", free_ports(1)
     file = tmp_path / "fleet.json"
+    file.write_text("yesterday's")  # is no reason to be ready
     words = {
         "react": ["react", "--with", "exec", "--option", 'exec.command=["/bin/true"]'],
         "fleet": ["fleet", "--write", str(file)],
@@ -205,6 +208,7 @@ def test_both_commands_serve_their_metrics_and_probes(tmp_path, command):
                     return False
 
             eventually(answers, "ready")
+            assert command == "react" or file.read_text() != "yesterday's"
             publish(url, heartbeat("compute-1", guests=2))
             assert fetch(port, "/livez") == (200, '{"ok": true, "reasons": []}')
             status, text = fetch(port, "/metrics")
@@ -217,6 +221,18 @@ def test_both_commands_serve_their_metrics_and_probes(tmp_path, command):
     if command == "fleet":
         assert json.loads(file.read_text())["hosts"].keys() <= {"compute-1"}
     assert "Traceback" not in log
+
+
+def test_dead_letters_beyond_those_that_were_named_are_not_read(monkeypatch):
+    """What is read is out of others' sight, and there may be a million of them."""
+    letters = [mock.Mock(id=name, position=f"q#{name}") for name in "abc"]
+    read, dropped = [], []
+    shown = mock.Mock(drop=dropped.append, read=lambda: (read.append(one) or one for one in letters))
+    monkeypatch.setattr(consume, "_letters", lambda options, group: nullcontext(shown))
+    with pytest.raises(SystemExit):
+        consume._settle({}, "g", ["a"], False, "dropped from", back=False)
+    assert dropped == letters[:1]
+    assert len(read) == 2
 
 
 def test_an_address_that_was_set_and_is_taken_is_refused(tmp_path):

@@ -305,6 +305,19 @@ def test_a_key_that_waits_for_a_retry_does_not_grow_without_bound(kafka_url: str
     assert [event_id(message) for message in got] == [record.id for record in items]
 
 
+def test_many_that_wait_for_a_retry_keep_no_other_away_though_only_one_is_handed_out_at_a_time(
+    kafka_url: str, kafka_topic: str
+) -> None:
+    items = records(40, keys=40)
+    with opened(kafka_url, kafka_topic, topic_partitions=1) as bus:
+        ListFeed(items).publish(bus)
+        with joined(bus, "g", prefetch=1) as subscription:
+            for record in items:
+                (message,) = take(subscription, 1, ack=False)
+                assert event_id(message) == record.id
+                subscription.retry(message, 3600.0)
+
+
 def test_records_with_neither_key_nor_headers_nor_value_or_with_odd_ones_come_and_can_be_put_aside(
     kafka_url: str, kafka_topic: str
 ) -> None:

@@ -268,6 +268,33 @@ def test_a_guest_that_was_started_anew_unseen_ends_its_incident_and_an_error_of_
     assert len(ids) == 1 + fails_again
 
 
+@pytest.mark.parametrize("event", [True, False], ids=["told by its event", "told as missed"])
+def test_a_first_look_that_saw_a_told_pause_and_answers_after_its_end_tells_nothing(
+    event: bool,
+) -> None:
+    host = SimulatedHost(1)
+    guest = next(iter(host.guests.values()))
+    guest.state, guest.reason = PAUSED, 0  # of unknown reason: it is looked at
+    host.failures = {"state": FOR_EVER}
+    with Run(host, {}) as run:
+        guest.state, guest.reason = RUNNING, 1
+        host.lifecycle(guest, RESUMED)
+        if event:
+            host.io_error(guest)
+        host.suspend(guest)
+        until(lambda: run.observer.check.undecided() == [guest.uuid])
+        until(lambda: not run.observer.check.undecided())
+        # A look that is asked now answers after the resume.
+        host.hanging, host.failures = {guest.uuid}, {}
+        until(lambda: host.calls > 0)
+        paused = replace(guest)
+        host.guests[guest.uuid] = paused
+        host.lifecycle(guest, RESUMED)
+        host.release.set()
+        until(lambda: not run.observer.guests.reconciling)
+        assert sum(run.counts()) == 1
+
+
 # -------------------------------------------------------------------- errors that libvirt remembers
 
 

@@ -214,6 +214,31 @@ def test_a_value_of_the_environment_is_one_value():
     assert problem.startswith("environment VIRTBUS_HEARTBEAT__INTERVAL_SECONDS: '12\\nfoo=3' is not")
 
 
+@pytest.mark.parametrize("text", ["12.0", "1e3"])
+def test_a_whole_number_with_a_decimal_point_is_refused_with_its_place(tmp_path, text):
+    (problem,) = problems_of(environment={"VIRTBUS_BUS__WINDOW": text})
+    assert problem == (
+        "environment VIRTBUS_BUS__WINDOW: bus.window: expected a whole number at least 1 at most 65535, "
+        "without a decimal point"
+    )
+    path = tmp_path / "virtbus.toml"
+    path.write_text(f"[bus]\nwindow = {text}\n")
+    with pytest.raises(ConfigError, match=r"virtbus.toml:2: bus.window: expected a whole number"):
+        loading.load(file=path, environment={})
+
+
+def test_a_preset_can_be_named_by_the_environment():
+    found = loading.load(environment={"VIRTBUS_LIBVIRT__DISCOVER__PRESET": "kubevirt"}).config
+    assert found.libvirt.discover.preset == "kubevirt"
+    (problem,) = problems_of(environment={"VIRTBUS_LIBVIRT__DISCOVER__PRESET": "kubevirrt"})
+    assert problem.endswith("libvirt.discover.preset = 'kubevirrt': expected 'kubevirt'")
+
+
+def test_what_a_list_lacks_is_said_in_whole_words():
+    problems = problems_of(environment={"VIRTBUS_LIBVIRT__OWNER_RULES": "[{}]"})
+    assert problems[0].endswith('libvirt.owner_rules.0 = {}: "namespace" is a required property')
+
+
 def test_a_byte_order_mark_is_read(tmp_path):
     path = tmp_path / "virtbus.toml"
     path.write_bytes(b"\xef\xbb\xbf[bus]\nwindow = 7\n")

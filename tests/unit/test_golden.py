@@ -49,7 +49,7 @@ def test_every_event_ever_released_is_still_read(file: golden.Path) -> None:
 
 def test_the_recorded_event_on_the_events_page_is_a_golden_one() -> None:
     page = (golden.DATA.parents[1] / "docs" / "events.md").read_text(encoding="utf-8")
-    shown = page.partition("## A recorded one")[2].partition("```json\n")[2].partition("```")[0]
+    shown = page.partition("## A recorded event")[2].partition("```json\n")[2].partition("```")[0]
     file = golden.GOLDEN / golden.FULL.TYPE / "1.0" / "trixie-stop-enospc-0.json"
     assert json.loads(shown) == json.loads(json.loads(file.read_text(encoding="utf-8"))["structured"])
 

@@ -73,8 +73,8 @@ class Agent:
     ) -> None:
         """`identify` takes the host that libvirt names → a new agent id when the present one is another's.
 
-        While `libvirt_absent` (no libvirt on this host, and that is allowed), not observing is no reason to
-        be not ready. A reload may replace `options`.
+        While `libvirt_absent` (no libvirt on this host, and that is allowed), not observing does not make it
+        not ready. A reload may replace `options`.
         """
         self.source, self.bus, self.spool, self.incidents = source, bus, spool, incidents
         self.options = options

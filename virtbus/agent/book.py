@@ -151,7 +151,7 @@ class Book:
         self.open[incident.key] = incident
 
     def close(self, incident: IncidentState) -> None:
-        """It is over: its last error is remembered, for a later look must not tell it again."""
+        """It is over: its last error is remembered, for a later look must not report it again."""
         del self.open[incident.key]
         self.touch(incident)
         if incident.scope is Scope.HOST:

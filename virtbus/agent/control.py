@@ -1,4 +1,4 @@
-"""A Unix socket for people beside a running agent (0600, the peer's uid is checked): one JSON request a line.
+"""A Unix socket for people beside a running agent (0600, the peer's uid checked): one JSON request per line.
 
 `status` answers once, `drill` makes an event of origin replay, `tap` streams until the peer leaves.
 """

@@ -1,7 +1,8 @@
 """HTTP for machines, loopback by default: /metrics, /livez and /readyz.
 
 /livez fails only for a dead thread, /readyz when nothing is observed or kept; a broker outage is neither. One
-request a connection, and so many connections: a new one evicts the oldest, so no slow peer keeps a probe out.
+request per connection, and so many connections: a new one evicts the oldest, so no slow peer keeps a probe
+out.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ class HttpServer:
         allowed = {name.lower() for name in allowed_hosts}
 
         class Handler(BaseHTTPRequestHandler):
-            # One request a connection: what follows it, a body that nobody reads say, is never another one.
+            # One request per connection: what follows it, a body that nobody reads say, is never another one.
             protocol_version = "HTTP/1.0"
             server_version = "virtbus"
             sys_version = ""

@@ -53,8 +53,8 @@ def _machine(file: Path) -> tuple[str, str]:
 def load_agent_id(state_dir: Path, machine_id_file: Path = MACHINE_ID) -> tuple[str, str | None]:
     """The agent's id from `<state_dir>/agent-id`, made once → (id, what was before it, or None).
 
-    A cloned disk brings another machine's id with it: it gets an id of its own, and the caller tells of it in
-    a gap event, as it does of a file that holds no id. Without a machine id (a container) the file alone
+    A cloned disk brings another machine's id with it: it gets an id of its own, and the caller reports that
+    in a gap event, as it does of a file that holds no id. Without a machine id (a container) the file alone
     decides. Raises SpoolFull when the file can't be read or written.
     """
     machine, digest = _machine(machine_id_file)

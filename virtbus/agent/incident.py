@@ -74,7 +74,7 @@ class Facts(msgspec.Struct, frozen=True, omit_defaults=True):
         )
 
     def filled(self, known: Facts) -> Facts:
-        """These facts, with the path and reason known of the error where a look can't tell them."""
+        """These facts, with the path and reason known of the error where a look can't find them."""
         return msgspec.structs.replace(self, path=self.path or known.path, reason=self.reason or known.reason)
 
     def add_to(self, known: Facts) -> bool:
@@ -106,9 +106,9 @@ class Facts(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Pending(msgspec.Struct):
-    """Errors of one origin that no event has told yet; `facts` are the last one's.
+    """Errors of one origin that no event has reported yet; `facts` are the last one's.
 
-    A count of 0 is what a look found out about errors that were told already.
+    A count of 0 is what a look found out about errors that were reported already.
     """
 
     origin: Origin
@@ -150,12 +150,12 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
     resumed: bool = False  # a guest that it had paused ran again
     pauses: int = 0
     paused_at: list[float] = []  # the last pauses of a loop
-    flapping: bool = False  # as last told
+    flapping: bool = False  # as last reported
     stamp_ns: int | None = None  # the hypervisor's own time of its newest error, where it kept one
     run: int | None = None  # the domain's id (virDomainGetID) at its last error: another start has another
     removed: bool = False  # its device was unplugged while the guest stood still
     connection: str = ""  # that has its domain, where the source has several and it is known
-    described: bool = False  # its device's description changed since it was last told
+    described: bool = False  # its device's description changed since it was last reported
     saved_at: float = 0.0
     saved_ns: int = 0
 
@@ -192,12 +192,12 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
             self.last_ns = max(self.last_ns, last)
 
     def pause(self, domain_uuid: str, times: int, at: float, keep: int) -> None:
-        """Its error paused a guest; further errors of a paused guest are no further pause."""
+        """Its error paused a guest; further errors of a paused guest do not count as pauses."""
         if domain_uuid in self.paused:
             return
         self.paused.add(clean(domain_uuid))
         self.pauses += times
-        if self.scope is not Scope.HOST:  # pauses of many guests are no loop
+        if self.scope is not Scope.HOST:  # pauses of many guests are not a loop
             keep = max(keep, PAUSES_KEPT)
             self.paused_at += [at] * min(times, keep)
             del self.paused_at[:-keep]
@@ -318,7 +318,7 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class Seen(msgspec.Struct, omit_defaults=True):
-    """The last error of a device whose incident is over: a later look must not tell it again."""
+    """The last error of a device whose incident is over: a later look must not report it again."""
 
     format: int
     last_ns: int  # the later one of our time and the hypervisor's own
@@ -349,7 +349,7 @@ def _encode(state: IncidentState | Seen | Meta) -> bytes:
 
 
 def freeze_other(state: Seen | Meta) -> bytes:
-    """The persistent state of what is no incident."""
+    """The persistent state of what is not an incident."""
     return _encode(state)
 
 

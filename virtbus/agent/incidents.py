@@ -1,4 +1,4 @@
-"""Turns errors into incidents: told at once, then counted in widening windows, then resolved. Pure.
+"""Turns errors into incidents: reported at once, then counted in widening windows, then resolved. Pure.
 
 Guarantees, for any order of observations, clock jumps and restarts:
 1. Every error applied is in the count of exactly one `IoError`, or in one pending count of the states
@@ -201,9 +201,9 @@ class Incidents:
     def _connected(self, ready: SourceReady) -> list[Event]:
         """Compare what is open with what was looked at, after a time of not seeing.
 
-        1. Incidents whose domain or device is gone, or whose domain was started anew, end (why it went
+        1. Incidents whose domain or device is gone, or whose domain was started again, end (why it went
            can't be known any more: `domain_stopped`, `device_removed`).
-        2. Findings that no incident tells of are errors; so is a pause by an error that nothing tells of.
+        2. Findings that no incident covers are errors; so is a pause by an error that no incident covers.
         3. Guests run, or are paused, as the look found them.
         4. No incident counts as quiet before we have watched it again for the widest window.
         """
@@ -229,7 +229,7 @@ class Incidents:
                     and incident.device.alias not in domain.aliases
                 ):
                     events += self._teller.removed(incident, ready.at_ns)
-            elif ready.whole:  # else it is another connection's guest, or told gone by its own
+            elif ready.whole:  # else it is another connection's guest, or reported gone by its own
                 events += self._teller.resolve(incident, ResolutionCause.DOMAIN_STOPPED, ready.at_ns)
         self._book.forget(lambda uuid, _alias: uuid in restarted or (ready.whole and uuid not in domains))
         if ready.whole:

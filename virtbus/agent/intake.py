@@ -1,6 +1,6 @@
-"""The intake: from the queue to the spool, a transaction a batch; the agent's durability point.
+"""The intake: from the queue to the spool, a transaction per batch; the agent's durability point.
 
-Each batch is drained, applied to the incidents, and committed with their states. Then the spool is told up to
+Each batch is drained, applied to the incidents, and committed with their states. Then the spool learns up to
 when everything was seen: there the next gap begins.
 """
 
@@ -194,12 +194,12 @@ class Intake:
         self.writer = Writer(spool, incidents, speaker, taps, clock, stop, abort)
         self.opened = threading.Event()  # this run's first event is on the disk
         self.stopped: Now | None = None  # when observing ended
-        self._unread_at = started.monotonic  # when lost callbacks may be told again
+        self._unread_at = started.monotonic  # when lost callbacks may be reported again
         self._unreadable: tuple[str, ...] = ()
 
     def restore(self) -> None:
         """Go on from the open incidents of an earlier run."""
-        # An incident whose state can't be read has lost its pending count: the first events tell.
+        # An incident whose state can't be read has lost its pending count: the first events say so.
         self._unreadable = self._incidents.restore(self._spool.states(), self.started)
 
     def run(self) -> None:
@@ -277,7 +277,8 @@ class Intake:
         if self.queue.emptied:
             self.sight.drained(before)
         stood, blind = self.sight.blinded(before, now, timeout)
-        # A source that proves what it saw notices a standstill by itself; for any other one it is told here.
+        # A source that proves what it saw notices a standstill by itself; for any other one it is reported
+        # here.
         why = stalled_words(stood)
         events = [self._gap(GapReason.AGENT_STANDSTILL, why, since, now.wall_ns, now) for since in blind]
         events += self._events_of(observations, now)
@@ -318,7 +319,7 @@ class Intake:
             if isinstance(item, SourceGone):
                 blind = self.sight.gone(item)
                 if blind is not None:
-                    # Guests whose end it did not tell may have had errors until then.
+                    # Guests whose end it did not report may have had errors until then.
                     events.append(self._gap(blind.reason, blind.why, blind.since, item.at_ns, now))
                 continue
             if isinstance(item, Surveyed):
@@ -358,7 +359,7 @@ class Intake:
         )
 
     def _copied(self, host: Host, now: Now) -> list[Event]:
-        """Libvirt came late and says that our id is another host's: told, and the agent ends."""
+        """Libvirt came late and says that our id is another host's: reported, and the agent exits."""
         error = self._speaker.is_anothers(host)
         if error is None:
             return []
@@ -382,9 +383,9 @@ class Intake:
         return events
 
     def seen_through(self) -> Moment:
-        """Up to when everything that every connection told is on the disk.
+        """Up to when everything that every connection reported is on the disk.
 
-        Not further than before while a batch could not be committed, or a lost callback waits to be told.
+        Not further than before while a batch could not be committed, or a lost callback waits to be reported.
         """
         if not (self.writer.holds or self.queue.unread):
             self.sight.committed()
@@ -392,7 +393,7 @@ class Intake:
 
 
 def _moved(gap: Gap, step: timedelta) -> Gap:
-    """A gap that was not told yet, after the wall clock was set by `step`."""
+    """A gap that was not reported yet, after the wall clock was set by `step`."""
     started_at = None if gap.started_at is None else gap.started_at + step
     return replace(gap, started_at=started_at, ended_at=gap.ended_at + step)
 

@@ -29,16 +29,16 @@ from virtbus.words import Origin
 QUEUE_LIMIT = 10_000  # callbacks; beyond it they fold into counters
 FOLD_LIMIT = 10_000  # different (device, action, reason) counters; beyond it errors are counted as dropped
 _SELF = 4  # observations about a connection itself, for which room is kept: seen, lost, ready, its host
-BATCH_LIMIT = 20_000  # observations a transaction
+BATCH_LIMIT = 20_000  # observations per transaction
 
 
 class IntakeQueue:
-    """Between libvirt's thread and ours: bounded, lossless in counts, a microsecond a call.
+    """Between libvirt's thread and ours: bounded, lossless in counts, a microsecond per call.
 
     Guarantees:
     1. `put` never blocks on anything but a lock held for microseconds, and never raises;
-    2. above `limit` queued, errors fold into one counter a (device, action, reason), and with `fold_limit` of
-       these into one a (domain, action, reason), whose device is unknown: counts stay exact;
+    2. above `limit` queued, errors fold into one counter per (device, action, reason), and with `fold_limit`
+       of these into one per (domain, action, reason), whose device is unknown: counts stay exact;
     3. an error never moves behind a lifecycle observation that came after it; when there is no room for all
        of those, only the last of each kind is kept, on its true side of the domain's errors, so the domain's
        final state is right;
@@ -74,7 +74,7 @@ class IntakeQueue:
                 # Behind all that is folded, which leaves in one batch with it: it needs no barrier.
                 self._put_last((SourceSeen, observation.connection), observation)
             elif len(self) < self._limit + self._fold_limit:
-                # A barrier: what was folded before it must be told before it.
+                # A barrier: what was folded before it must come out before it.
                 self._unfold()
                 self._items.append(observation)
             else:

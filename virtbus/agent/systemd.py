@@ -1,4 +1,4 @@
-"""Tells systemd how the service is: sd_notify(3) in plain lines, nothing where there is no systemd."""
+"""Reports the service's state to systemd: sd_notify(3) in plain lines, nothing where there is no systemd."""
 
 from __future__ import annotations
 

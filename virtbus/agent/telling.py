@@ -1,11 +1,11 @@
-"""Counts errors into incidents and decides what is told of them when: windows, message rate, pauses, the end.
+"""Counts errors into incidents and decides what is reported when: windows, message rate, pauses, the end.
 
-The windows. A message opens a window; errors in it are counted and told when it ends, and the next window is
-twice as wide, up to the limit. An error after a silent window goes out at once; if it came within another
+The windows. A message opens a window; errors in it are counted and reported when it ends, and the next window
+is twice as wide, up to the limit. An error after a silent window goes out at once; if it came within another
 window's length, the errors count as going on and the window widens, else its width stays: rare errors are
-told without delay, and never more than one a window. A change of action or reason, or the start of flapping,
-goes out at once where the message rate allows it, else as soon as it does; what was counted by then goes with
-it, under the newest action and reason.
+reported without delay, and never more than one a window. A change of action or reason, or the start of
+flapping, goes out at once where the message rate allows it, else as soon as it does; what was counted by then
+goes with it, under the newest action and reason.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class IncidentLimits:
 
     `fold=False` publishes each callback as an event of its own, at any rate; callbacks that were
     folded before they came here (a `Burst`, when the queue was long) stay one event with their count.
-    `max_open` bounds what is open together: three quarters for devices; beyond that one incident a
+    `max_open` bounds what is open together: three quarters for devices; beyond that one per
     domain (scope `domain`, alias null); when all is taken one for the whole host (scope `host`,
     domain `WHOLE_HOST`), and one for its drills. Flapping is `flapping_pauses` pauses within
     `flapping_window_seconds`.
@@ -102,14 +102,14 @@ class Teller:
     # ---- errors
 
     def error(self, burst: Burst) -> list[Event]:
-        """Count a burst into its incident, or open one; tell what can't wait for the window's end."""
+        """Count a burst into its incident, or open one; report what can't wait for the window's end."""
         raw, opened = burst.raw, self._book.open
         prefix = DRILL if burst.origin is Origin.REPLAY else LIVE
         incident = opened.get(f"{prefix}{raw.domain_uuid}/{raw.alias}")
         if incident is None and burst.count:
             incident = self._incident_for(burst, prefix)
         elif incident is None:
-            # Facts about an error that was told without its device's name, or folded into its domain.
+            # Facts about an error that was reported without its device's name, or folded into its domain.
             nameless, whole = (opened.get(f"{prefix}{raw.domain_uuid}{end}") for end in ("/", ""))
             incident = nameless or whole
             if nameless is not None:
@@ -165,7 +165,7 @@ class Teller:
         if not burst.count:
             facts = facts.filled(incident.facts)
             self._describe(incident)
-            if not (facts.add_to(incident.facts) or incident.described):  # nothing that was not told
+            if not (facts.add_to(incident.facts) or incident.described):  # nothing that was not reported
                 if burst.stamp_ns is not None:
                     incident.stamp_ns = max(incident.stamp_ns or 0, burst.stamp_ns)
                 return []
@@ -180,7 +180,7 @@ class Teller:
             incident.quiet_since_at = at
             incident.lower_bound = incident.lower_bound or self._book.throttles
             if facts.action_code == PAUSE_CODE:
-                # Only a pause that was told late counts more than one: callbacks come several a pause.
+                # Only a pause that was reported late counts more than one: callbacks come several per pause.
                 self.pause(
                     incident, burst.raw.domain_uuid, burst.count if burst.origin is Origin.LIFECYCLE else 1
                 )

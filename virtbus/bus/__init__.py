@@ -35,7 +35,7 @@ _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 
 @dataclass(frozen=True, slots=True)
 class BusOptions:
-    """What every bus is told besides its URL; an adapter ignores what does not concern it.
+    """What every bus gets besides its URL; an adapter ignores what does not concern it.
 
     Secrets stay out of it but for the URL's own password: `password_file` is read at each connect, so
     that a rotated password is used without a restart.
@@ -98,7 +98,7 @@ class Feed(Protocol):
     """Where a bus gets its records: the spool, or a list in a test."""
 
     def take(self, limit: int, busy: AbstractSet[str]) -> Sequence[Record]:
-        """Up to `limit` next records, at most one a key, none whose key is in `busy`. Never blocks.
+        """Up to `limit` next records, at most one per key, none whose key is in `busy`. Never blocks.
 
         Fewer may come although there are more, so that the first are on their way while the next are read;
         none means that none can be taken now.
@@ -127,13 +127,13 @@ class Subscription(Protocol):
         """
 
     def dead_letter(self, message: Message, reason: str) -> None:
-        """Put it aside as it came, with the reason in REASON_HEADER, durably; only then acknowledge it.
+        """Dead-letter it as it came, with the reason in REASON_HEADER, durably; only then acknowledge it.
 
-        Never raises for a broker's fault. What can't be put aside now (the dead-letter queue is gone, full,
-        refused, or the broker blocks publishers) stays unacknowledged and is tried again with backoff, while
-        other messages go on; a lost connection, a kill or `close` in between delivers it again. What does
-        not fit as it came is cut, and CUT_HEADER says what is missing. Without a group there is nowhere to
-        put it: it is only logged.
+        Never raises for a broker's fault. What can't be dead-lettered now (the dead-letter queue is gone,
+        full, refused, or the broker blocks publishers) stays unacknowledged and is tried again with backoff,
+        while other messages go on; a lost connection, a kill or `close` in between delivers it again. What
+        does not fit as it came is cut, and CUT_HEADER says what is missing. Without a group there is nowhere
+        to put it: it is only logged.
         """
 
     def close(self) -> None:
@@ -142,14 +142,14 @@ class Subscription(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """One message that a group put aside, or that the broker gave up on."""
+    """One message that a group dead-lettered, or that the broker gave up on."""
 
     position: str  # where it stands, unique among the letters of one look: for logs and for `handle`
     id: str | None  # the CloudEvent's id, or the message's; None where it has neither
     source: str | None  # the CloudEvent's source
     type: str | None  # the CloudEvent's type
     reason: str  # REASON_HEADER, or the broker's own word ("delivery_limit"), or ""
-    at: datetime | None  # when it was put aside, where that is known
+    at: datetime | None  # when it was dead-lettered, where that is known
     size_bytes: int  # of the body
     message: Message  # as it lies there
 
@@ -214,7 +214,7 @@ class DeadLetters(ABC):
 
 
 class Memory:
-    """What a subscription remembers over a restart, and whom it tells of what is lost to the group."""
+    """What a subscription remembers over a restart, and to whom it reports what is lost to the group."""
 
     def __init__(
         self, notes: dict[str, str] | None = None, on_missing: Callable[[MissingEvents], None] = emit
@@ -245,10 +245,10 @@ class Bus(Protocol):
 
         Guarantees:
         1. every record taken gets exactly one outcome, `Confirmed` only when the broker holds it durably;
-        2. at most one unconfirmed record a key, so order a key survives anything;
+        2. at most one unconfirmed record per key, so the order of a key survives anything;
         3. records of other keys go on while one is unroutable or refused;
         4. after anything unclear the connection is thrown away: what was unconfirmed is `Deferred`, and
-           the iterator ends; the next call connects anew. It never raises for a broker's fault, except
+           the iterator ends; the next call reconnects. It never raises for a broker's fault, except
            BusUnavailable / BusDenied when no connection can be made (nothing was taken then).
         """
 
@@ -256,7 +256,7 @@ class Bus(Protocol):
         """Serve the idle connection: heartbeats out, what came in; never blocks, never raises.
 
         The publisher thread calls it about once a second when it has nothing to publish. A connection
-        found dead is thrown away; the next `publish` connects anew. Without a connection it does nothing.
+        found dead is thrown away; the next `publish` reconnects. Without a connection it does nothing.
         """
 
     def consume(
@@ -266,11 +266,11 @@ class Bus(Protocol):
 
         With `exclusive` one member at a time is active: another one stands by until it is gone (AMQP,
         embedded), or takes over at once and the older one gets GroupTakenOver (Kafka). `memory` belongs to
-        the group on this bus; where the broker can skip events, it is told which.
+        the group on this bus; where the broker can skip events, it gets to know which.
         """
 
     def dead_letters(self, group: str) -> DeadLetters:
-        """Look at what the group put aside. Raises BusUnavailable, BusDenied, or ConfigError for the name."""
+        """The group's dead letters. Raises BusUnavailable, BusDenied, or ConfigError for the name."""
 
     def probe(self) -> Sequence[Check]:
         """Look at reachability, credentials, TLS and topology; changes nothing."""
@@ -293,7 +293,7 @@ def open_bus(url: str, options: BusOptions | None = None) -> Bus:
     """
     if not url:
         raise ConfigError(f"no bus URL: set bus.url, VIRTBUS_BUS__URL or --bus-url ({_examples()})")
-    # Not urlsplit(): several brokers may stand in one string, which is no URL as a whole.
+    # Not urlsplit(): several brokers may stand in one string, which is not a URL as a whole.
     scheme = url.partition(":")[0].strip().lower()
     if ":" not in url or not _SCHEME.match(scheme):
         raise ConfigError(f"the bus URL does not begin with a scheme: use one like {_examples()}")

@@ -39,7 +39,7 @@ class BusUrl:
 
 
 def read_url(url: str) -> BusUrl:
-    """Take a bus URL apart. Raises ConfigError when where its parts end can't be told."""
+    """Take a bus URL apart. Raises ConfigError when it is unclear where its parts end."""
     scheme, _, rest = url.strip().partition(":")
     scheme = scheme.lower()
     authority, path = "", rest

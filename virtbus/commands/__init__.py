@@ -1,1 +1,1 @@
-"""What each command wires together: one module a command, no options and no help (see `virtbus.cli`)."""
+"""What each command wires together: one module per command, no options and no help (see `virtbus.cli`)."""

@@ -150,7 +150,7 @@ def clock(look: Look) -> Iterator[Check]:
 def spool(look: Look) -> Iterator[Check]:
     """The folder can be written and synced, has room, and says who uses it."""
     folder = look.state_dir
-    if not os.path.exists(folder):  # noqa: PTH110 - a folder above it that may not be entered is no error
+    if not os.path.exists(folder):  # noqa: PTH110 - a folder above it that may not be entered is not an error
         yield _to_be_made(folder)
         return
     try:
@@ -216,9 +216,9 @@ def _backlog(path: Path, max_bytes: int) -> Check:
     except sqlite3.Error as error:
         remedy = "start the agent: it moves a damaged file, salvages what can be read, and reports the gap"
         return fail("spool backlog", f"{path} can't be read: {error}", remedy, os.EX_IOERR)
-    used = size / max_bytes  # what was set aside is evicted first, and no event is lost for it
+    used = size / max_bytes  # dead letters are evicted first, and no event is lost for it
     summary = (
-        f"{waiting} events wait, {used:.0%} of spool.max_bytes; {dead} set aside, {aside / max_bytes:.0%}"
+        f"{waiting} events wait, {used:.0%} of spool.max_bytes; {dead} dead letters, {aside / max_bytes:.0%}"
     )
     details: dict[str, Any] = {
         "waiting": waiting, "dead": dead, "bytes": int(size + aside), "max_bytes": max_bytes,
@@ -231,7 +231,7 @@ def _backlog(path: Path, max_bytes: int) -> Check:
         return fail("spool backlog", summary, remedy, os.EX_IOERR, **details)
     if dead:
         return warn(
-            "spool backlog", summary, "look at what was set aside: virtbus spool list --dead", **details
+            "spool backlog", summary, "look at the dead letters: virtbus spool list --dead", **details
         )
     if used >= FILLING:
         return warn("spool backlog", summary, "see why the broker does not take them (below)", **details)

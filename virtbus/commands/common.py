@@ -142,7 +142,7 @@ def open_bus(config: Config) -> Bus:
 def open_source(config: Config, *, since_ns: int | None = None) -> Source:
     """The source of `libvirt.uri`: a scheme that an entry point of `virtbus.sources` names, else libvirt.
 
-    `since_ns` is the agent's last sign of life: what the hypervisor remembers from after it is told.
+    `since_ns` is the agent's last sign of life: what the hypervisor remembers from after it is reported.
     """
     settings, group = config.libvirt, "virtbus.sources"
     options = SourceOptions(
@@ -171,7 +171,7 @@ COLUMNS = 80
 
 
 class Progress:
-    """Tells how far the work is; drawn with the first step, below what connecting has logged."""
+    """Shows how far the work is; drawn with the first step, below what connecting has logged."""
 
     def __init__(self, bar: ProgressBar[int], drawn: ExitStack, notices: TextIO) -> None:
         """`drawn` ends the bar when the work ends."""

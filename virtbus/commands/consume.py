@@ -39,7 +39,7 @@ def escaped(line: str) -> str:
 def consume_command(
     group: str | None, count: int | None, timeout: float | None, types: tuple[str, ...], **options: Any
 ) -> None:
-    """Print events as they come: one CloudEvent in structured JSON a line.
+    """Print events as they come: one CloudEvent in structured JSON per line.
 
     Every event is validated against its schema; notices go to stderr. Without --group nothing is left
     behind on the broker when this ends.
@@ -93,7 +93,7 @@ def dead() -> None:
     """A consumer group's dead letters: count, list, send back, drop.
 
     They are messages that are not events, events that its consumer rejected, and what the broker gave up on.
-    The events that an agent set aside are in `virtbus spool list --dead`.
+    The events that an agent dead-lettered are in `virtbus spool list --dead`.
 
     \b
     Example: virtbus dead list --group scheduler --bus amqp://127.0.0.1//
@@ -157,6 +157,8 @@ def _settle(
     with _letters(options, group) as letters:
         act = letters.send_back if back else letters.drop
         for letter in letters.read():
+            if not everything and not wanted:
+                break  # what is read is out of others' sight
             if not everything and letter.id not in wanted and letter.position not in wanted:
                 continue
             wanted -= {letter.id, letter.position}

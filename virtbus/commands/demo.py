@@ -34,7 +34,7 @@ def command(recording: Path | None, debug: bool) -> None:
 
     Nothing is installed and no broker is needed: a replay source, incidents, spool, embedded bus and a
     consumer, in a temporary folder. The events carry origin `replay`. In a checkout, `make demo` does
-    the same with a real guest whose disk fails. Ends with 1 when an error did not arrive.
+    the same with a real guest whose disk fails. Exits with 1 when an error did not arrive.
 
     \b
     Example: virtbus demo --recording recording.jsonl

@@ -184,7 +184,7 @@ def _tls(look: Look) -> Iterator[Check]:
 
 
 def _own_certificate(look: Look) -> Iterator[Check]:
-    """How long the broker will go on taking our certificate. One that can't be read is told by `tls`."""
+    """How long the broker will go on taking our certificate. One that can't be read is reported by `tls`."""
     path = look.loaded.config.bus.tls.cert_file
     ends = ends_of(path) if path is not None and _targets(look.loaded) else ()
     if not ends:

@@ -78,7 +78,8 @@ def command(once: bool, as_json: bool, write: Path | None, listen: float | None,
             "react.fleet_listen",
             config.react.fleet_listen if write else "",
             dead=lambda: ["fleet"] if time.monotonic() - drawn > _STUCK_SECONDS else [],
-            not_ready=lambda: [] if write is not None and write.exists() else ["nothing is written yet"],
+            # Not "the file is there": it may be one of yesterday.
+            not_ready=lambda: [] if drawn >= begun else ["nothing is written yet"],
         ),
         Consumer(
             bus_url(config), group=None, options=bus_options(config), prefetch=1000, patient=False

@@ -171,7 +171,7 @@ def agent_id_command(create: bool, user: str, **options: Any) -> None:
     if create and is_of_another_machine(folder):
         raise ConfigError(
             f"{folder}/agent-id was made on another machine (a cloned disk?), so the agent will not use it; "
-            f"start the agent, which tells so in a gap event, or delete {folder} if nothing in it is needed"
+            f"start the agent, which reports it in a gap event, or delete {folder} if nothing in it is needed"
         )
     found = read_agent_id(folder) or (_create(folder, user) if create else None)
     if found is None:

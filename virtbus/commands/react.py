@@ -188,7 +188,7 @@ def command(
     settings: tuple[str, ...],
     **options: Any,
 ) -> None:
-    """Tell control planes: run integrations until a signal, each for itself.
+    """Act on control planes: run integrations until a signal, each for itself.
 
     Actions are stored before they are done, limited, and each is a line in the log. Guests are never moved
     or restarted.

@@ -58,7 +58,7 @@ from virtbus.telemetry import (
     emit,
 )
 
-# What SIGHUP applies; passwords, tokens and certificates are read anew at each connection anyway.
+# What SIGHUP applies; passwords, tokens and certificates are read again at each connection anyway.
 RELOADED = ("drain_seconds", "heartbeat.interval_seconds", "log.format", "log.level")
 STATUS_SECONDS = 5.0  # between two lines to the service manager
 
@@ -66,7 +66,7 @@ STATUS_SECONDS = 5.0  # between two lines to the service manager
 def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
     """Run until a signal. Raises VirtbusError when the agent can't start or was refused by libvirt.
 
-    `again` reads the settings anew, for SIGHUP.
+    `again` reads the settings again, for SIGHUP.
     """
     config = loaded.config
     os.umask(0o077)
@@ -171,7 +171,7 @@ def _supervise(agent: Agent, config: Config, again: Callable[[], Loaded] | None,
         now = time.monotonic()
         if systemd.watchdog_seconds is not None and now - fed >= systemd.watchdog_seconds / 2:
             fed = now
-            if not agent.dead_threads():  # what /livez says; a hung disk or broker is no reason to be killed
+            if not agent.dead_threads():  # what /livez says; a hung disk or broker must not get us killed
                 systemd.tell(WATCHDOG=1)
         if now - said >= STATUS_SECONDS:
             said = now

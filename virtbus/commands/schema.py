@@ -79,7 +79,7 @@ def export_command(folder: Path) -> None:
 @click.argument("files", nargs=-1, required=True, metavar="FILE…|-")
 @click.option("--schema", "schema_name", metavar="URN|TYPE",
               help="The input is data of this schema, not whole events.")  # fmt: skip
-@click.option("--format", "fmt", type=click.Choice(["text", "json"]), default="text", help="How to tell.")
+@click.option("--format", "fmt", type=click.Choice(["text", "json"]), default="text", help="Output format.")
 def validate_command(files: tuple[str, ...], schema_name: str | None, fmt: str) -> None:
     """Check events against their schemas: structured CloudEvents, one document or JSON lines.
 

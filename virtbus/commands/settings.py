@@ -168,7 +168,7 @@ def _bounds(node: Mapping[str, Any]) -> str:
 def sample() -> Iterator[str]:
     """A TOML file of all settings, each commented out with its default: lines without their ends."""
     yield "# virtbus: every setting with its default. A flag wins over the environment (VIRTBUS_BUS__URL),"
-    yield "# that over this file. Check a change with `virtbus config check`; `virtbus config show` tells"
+    yield "# that over this file. Check a change with `virtbus config check`; `virtbus config show` says"
     yield "# what is in force."
     section = ""
     for each in settings():

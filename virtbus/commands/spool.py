@@ -64,7 +64,7 @@ def _reading(state_dir: Path) -> Iterator[sqlite3.Connection]:
             or files.is_damage(error)
             or files.code_of(error) == sqlite3.SQLITE_ERROR
         ):
-            then = "the agent's next start sets it aside and rescues it"
+            then = "the agent's next start moves it away and rescues it"
             raise SpoolCorrupt(f"{path} is damaged ({error}); {then}") from error
         raise InputMissing(f"{path} can't be read: {error}; run as the agent's user") from error
 
@@ -137,13 +137,13 @@ def status(state_dir: Path, out: TextIO, *, as_json: bool = False) -> None:
         shown.append(("lost", f"{data['unnamed']} events, to be named in the agent's next gap event"))
     if asked:
         shown.append(("requests", f"{asked}, to be carried out by the agent"))
-    out.write(rows([*shown, *(("set aside", str(state_dir / name)) for name in aside)]))
+    out.write(rows([*shown, *(("damaged", str(state_dir / name)) for name in aside)]))
 
 
 def list_events(
     state_dir: Path, out: TextIO, *, dead: bool = False, limit: int = 100, as_json: bool = False
 ) -> None:
-    """The events that wait (or the dead letters), the oldest first; as JSON one object a line."""
+    """The events that wait (or the dead letters), the oldest first; as JSON, one object per line."""
     with _reading(state_dir) as db:
         entries = _entries(db, dead=dead, limit=limit)
         (total,) = db.execute(f"SELECT count(*) FROM {_table(dead)}").fetchone()  # noqa: S608 - our own names
@@ -315,7 +315,7 @@ def command() -> None:
 @state_dir
 @as_json
 def status_command(as_json: bool, **options: Any) -> None:
-    """How much waits and since when, who holds the spool, what was set aside.
+    """How much waits and since when, who holds the spool, dead letters, damaged files.
 
     \b
     Example: virtbus spool status --json

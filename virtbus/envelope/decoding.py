@@ -34,7 +34,7 @@ class Envelope:
 
     attributes: dict[str, str]
     body: bytes
-    data: dict[str, Any]  # empty where a foreign event's data is no JSON object: see `body`
+    data: dict[str, Any]  # empty where a foreign event's data is not a JSON object: see `body`
 
 
 def decode(message: Message) -> Envelope:
@@ -214,7 +214,7 @@ def _parse(text: bytes, where: str, decoder: msgspec.json.Decoder[Any]) -> Any:
 
 
 def _other_format(text: bytes) -> str | None:
-    """What a text that is not JSON is, where its first bytes tell."""
+    """What a text that is not JSON is, where its first bytes show it."""
     if not text:
         return "it is empty"
     if text.startswith(b"\x1f\x8b"):

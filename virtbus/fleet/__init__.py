@@ -7,8 +7,8 @@
     ...
     view = fleet.view(clock())
 
-It tells a host's fault (unrelated storage lost by one host) from a backend's (one storage system lost by
-several hosts), and says `undetermined` when it can't: a scheduler must not evacuate a healthy host because
+It distinguishes a host's fault (unrelated storage lost by one host) from a backend's (one storage system lost
+by several hosts), and says `undetermined` when it can't: a scheduler must not evacuate a healthy host because
 a shared array is sick. Pure: no I/O, the clock is passed in.
 """
 

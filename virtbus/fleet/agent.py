@@ -16,10 +16,10 @@ MAX_INTERVAL_SECONDS = 3600.0  # the schema's bound: no agent may ask for more p
 _MAX_ENDED = 1000
 _MAX_INCIDENTS = 5000
 _MAX_RUNS = 32
-_PACE_SECONDS = 1.0  # two heartbeats that were made within less tell nothing
+_PACE_SECONDS = 1.0  # two heartbeats that were made within less show nothing
 _LIVE_SHARE = 0.5  # heartbeats that come in less than this share of the time between their making had waited
 _CLOCK_SAMPLES = 3
-_CLOCK_TRUSTED_SECONDS = 5.0  # a heartbeat's way to us: less than this is no wrong clock
+_CLOCK_TRUSTED_SECONDS = 5.0  # a heartbeat's way to us: less than this is not a wrong clock
 
 Version = tuple[str, int]  # (epoch, sequence): in the order of `Runs`, not of the text
 
@@ -58,7 +58,7 @@ class Runs:
     - a gap event names the run before its own (`follows`);
     - a heartbeat is never stored, so a run that beats for the first time is the newest, and while a run goes
       on beating no other is newer than it (`beats`);
-    - a run that only stored events told of is taken for the newest until one of these says otherwise.
+    - a run that is known from stored events alone is taken for the newest until one of these says otherwise.
     """
 
     def __init__(self) -> None:
@@ -184,7 +184,7 @@ class Agent:
 
     @property
     def fresh(self) -> bool:
-        """Whether its newest run told, by heartbeat, everything that is open."""
+        """Whether its newest run reported, by heartbeat, everything that is open."""
         return self.complete and self.heartbeat[0] == self.runs.newest
 
     def state(self, now: float, intervals: float, default: float) -> str:
@@ -196,7 +196,7 @@ class Agent:
         return "blind" if self.blind else "observing"
 
     def not_later(self, one: Version, other: Version) -> bool:
-        """Whether `one` tells nothing newer than `other`."""
+        """Whether `one` is not newer than `other`."""
         return (self.runs.rank(one[0]), one[1]) <= (self.runs.rank(other[0]), other[1])
 
     def beats(self, interval: float, source: SourceHealth, sent: float, now: Now) -> None:
@@ -211,7 +211,7 @@ class Agent:
             self.first_sent = sent
             self.sent = sent, now.monotonic
         made, came = sent - self.sent[0], now.monotonic - self.sent[1]
-        # A clock that stood or was set back tells nothing of how fast they were made: the interval does.
+        # A clock that stood or was set back says nothing about how fast they were made: the interval does.
         expected = made if made > 0 else self.interval
         if came >= max(expected * _LIVE_SHARE, _PACE_SECONDS * _LIVE_SHARE):
             self.pace = Pace.LIVE
@@ -243,7 +243,7 @@ class Agent:
         return self.ours(opened, now), live
 
     def ours(self, moment: float, now: Now) -> float:
-        """A time of the host's clock in ours (the least way to us tells the clock's own part), never later
+        """A time of the host's clock in ours (the least way to us shows the clock's own part), never later
         than now.
         """
         offset = min(self.clock, key=abs) if self.clock else 0.0

@@ -45,12 +45,12 @@ class Fleet:
 
     - Order between an agent's events does not matter: each incident keeps the (epoch, sequence) of what
       was last heard of it, and a heartbeat says up to which sequence it speaks. Which run is the later one
-      is told by the agent's own chain, never by a clock.
+      is decided by the agent's own chain, never by a clock.
     - After a restart one round of heartbeats rebuilds it, because each carries what is open.
-    - A sign of life is its arrival, by our monotonic clock. Which troubles began together is told by hosts'
-      clocks as their heartbeats show them against ours.
+    - A sign of life is its arrival, by our monotonic clock. Which troubles began together is decided by
+      hosts' clocks as their heartbeats show them against ours.
     - Of several agents that claim one name the silent ones are the past (a machine that was replaced), and so
-      is one whose host another agent began to speak for (it was installed anew).
+      is one whose host another agent began to speak for (it was reinstalled).
     - Errors that a drill or a recording replayed are not counted, unless the rules say so.
     """
 
@@ -113,12 +113,12 @@ class Fleet:
         before = agent.host.boot_id if agent.host is not None else None
         if before is not None and host.boot_id not in (None, before):
             agent.booted = now.wall_ns / 1e9
-        if agent.name != host.name:  # under another name it begins to beat anew
+        if agent.name != host.name:  # under another name it starts to beat again
             agent.name, agent.beat_at = host.name, None
         agent.host = host
 
     def _replace_older(self, agent: Agent) -> None:
-        """A host that was installed anew has a new agent: the one before it is the past."""
+        """A host that was reinstalled has a new agent: the one before it is the past."""
         host = agent.host
         if host is None or agent.beat_at != agent.began_to_beat:
             return  # only the first heartbeat makes others the past
@@ -219,7 +219,7 @@ class Fleet:
             paused=item.paused,
             flapping=item.flapping,
             full=item.reason == ENOSPC or (known is not None and known.full),
-            # A heartbeat carries no evidence: whether space is really short there, it does not tell.
+            # A heartbeat carries no evidence: whether space is really short there, it does not say.
             unconfirmed=known.unconfirmed if known is not None else item.reason == ENOSPC,
             after_boot=known.after_boot if known is not None else self._after_boot(agent, onset),
             version=version,

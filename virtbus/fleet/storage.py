@@ -1,4 +1,4 @@
-"""Which storage a device lives on, as far as its description tells: pure.
+"""Which storage a device lives on, as far as its description shows: pure.
 
 Two devices are on one *system* (a cluster, array or server) when they share an address, a target name or
 a configured name. They are *akin* when they may be one system under two names (neighbouring addresses,
@@ -43,7 +43,7 @@ class Sharing(Enum):
 
 @dataclass(frozen=True, slots=True)
 class StorageRules:
-    """What an operator knows and no device description tells."""
+    """What an operator knows and no device description shows."""
 
     shared_paths: tuple[str, ...] = SHARED_PATHS  # globs, a part at a time; the parts named are the share
     local_paths: tuple[str, ...] = ()  # below these a file or device is the host's own

@@ -1,4 +1,4 @@
-"""Whose fault it is: the host's, a backend's, or not to be told. Pure; it would rather doubt than be wrong.
+"""Whose fault it is: the host's, a backend's, or undetermined. Pure; it would rather doubt than be wrong.
 
 A **backend** is blamed when different guests on different hosts fell into trouble with it at about the
 same time. The word then means the system *or the way to it that those hosts share*.
@@ -74,14 +74,14 @@ class Verdict:
     blame: Blame
     why: str
     full: bool = False
-    early: bool = False  # it may be told later
+    early: bool = False  # it may be clear later
     witnessed: bool = True  # what a host is blamed for: see `Trouble`
     own: bool = False  # nothing explains a host's trouble but the host; it may be too early to blame it
 
 
 @dataclass(frozen=True, slots=True)
 class Verdicts:
-    """Of the hosts and of the storage systems in trouble; `system_of` tells each trouble's."""
+    """Of the hosts and of the storage systems in trouble; `system_of` has each trouble's."""
 
     hosts: Mapping[str, Verdict]
     systems: Mapping[str, Verdict]
@@ -227,7 +227,7 @@ def _judge_system(
 ) -> Verdict:
     doubt = Blame.UNDETERMINED
     if found[0].backend.sharing is not Sharing.SHARED:
-        return Verdict(doubt, "nothing tells whether other hosts are on it too")
+        return Verdict(doubt, "nothing shows whether other hosts are on it too")
     full = [one for one in found if one.full]
     if len(full) == len(found):
         if any(one.backend.thin for one in full):
@@ -295,7 +295,7 @@ def _judge_host(
         return Verdict(doubt, f"part of the trouble is that of {', '.join(blamed)}")
     faults = [one for one in rest if _is_fault(one)]
     if not faults:
-        return Verdict(doubt, "no space left, and it can't be told where", all(one.full for one in rest))
+        return Verdict(doubt, "no space left, and it is unclear where", all(one.full for one in rest))
     began = _largest_onset(faults, rules.onset_seconds)
     guests = {one.guest for one in began}
     if len(guests) < rules.min_witnesses:

@@ -23,11 +23,11 @@ class FleetRules:
     storage: StorageRules = field(default_factory=StorageRules)
     verdict: VerdictRules = field(default_factory=VerdictRules)
     silent_intervals: float = 3.0  # heartbeats that may be missed
-    round_seconds: float = 60.0  # a round of heartbeats, for an agent that did not tell its interval
+    round_seconds: float = 60.0  # a round of heartbeats, for an agent that did not report its interval
     remember_seconds: float = 900.0  # how long an incident that ended is evidence
     after_boot_seconds: float = 1800.0  # how long a reboot is a likely cause
     rate_seconds: float = 300.0  # the time constant of rates
-    forget_seconds: float = 86_400.0  # a host that was silent so long is no part of the fleet
+    forget_seconds: float = 86_400.0  # a host that was silent so long is not part of the fleet
     drills: bool = False  # count replayed errors as if they were live
 
 
@@ -41,7 +41,7 @@ class HostHealth:
     heard_seconds: float  # since its last sign of life
     blame: Blame
     why: str
-    full: bool  # all its trouble is for want of space
+    full: bool  # all its trouble is lack of space
     since: float | None  # Unix seconds: when its oldest open incident began
     incidents: int  # open ones
     guests: int  # with open incidents
@@ -49,13 +49,13 @@ class HostHealth:
     flapping: int  # incidents in a pause/resume loop
     errors_per_minute: float
     backends: tuple[str, ...]  # the storage systems it has trouble with
-    fresh: bool  # a heartbeat told everything that is open: what is not here is not
+    fresh: bool  # a heartbeat listed everything that is open: what is not here is not
     early: bool = False  # too early to tell: nothing is put down to anybody yet
     witnessed: bool = True  # what it is blamed for: see `Trouble`
 
     @property
     def answer(self) -> Answer:
-        """Is it bad, is it well, or can't that be told: only the first is a reason to act, only the second
+        """Is it bad, is it well, or undetermined: only the first is a reason to act, only the second
         to undo. Well is a host's own fresh word that nothing of it is in trouble. Of trouble that began
         before we listened it is not known who else had it then: the last guests to be resumed after an
         outage look like their host's fault.
@@ -183,7 +183,7 @@ def _evidence(named: _Named, rules: FleetRules, since: float, now: Now) -> Itera
     horizon, within = now.monotonic - rules.remember_seconds, rules.verdict.onset_seconds
     onsets = sorted(one.onset for _, agent in named for one in agent.incidents.values())
     # Since when everything was heard, what waited in the queue for us too: the median of what the agents'
-    # first heartbeats tell, for no agent's clock may tell it for all.
+    # first heartbeats show, for no agent's clock may decide it for all.
     heard = sorted(one.listened_since for _, one in named if one.listened_since is not None)
     since = min(since, heard[len(heard) // 2]) if heard else since
     for name, agent in named:

@@ -1,12 +1,12 @@
-"""What tells a control plane: the contract of an integration, and how one is found by its name.
+"""What acts on a control plane: the contract of an integration, and how one is found by its name.
 
 An integration says what should be done (`wants`, `condition`, `holds`), does one stored action at a time
 (`execute`), and reads what is held under our mark (`look`): the control plane is the truth of that. All else
 is common (`reactor`): which events are believed, hysteresis, limits, storing before acting, retries, one
 instance at a time, the audit line.
 
-Migration and reboot are no actions here: a guest that is paused by an I/O error often can't be migrated,
-and an error that was reported to the guest never justifies a restart.
+Migration and reboot are not among the actions: a guest that is paused by an I/O error often can't be
+migrated, and an error that was reported to the guest never justifies a restart.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class TargetDenied(TargetUnavailable):
 
 
 class ActionRefused(VirtbusError):
-    """The control plane refuses this action: a hold or an event is given up and an operator is told."""
+    """The control plane refuses this action: a hold or an event is given up and an operator is notified."""
 
     exit_code = 65
 
@@ -84,13 +84,13 @@ class Action:
 class Hold:
     """A host that is held under our mark, as it stands in the control plane."""
 
-    host: str  # libvirt's name of the host, as far as the mark tells it, else `target`
+    host: str  # libvirt's name of the host, as far as the mark says, else `target`
     target: str  # the control plane's name of it
     why: str
     since: float | None = None  # Unix seconds
     times: int = 1  # how often in a row it was held
     by: str = ""  # which reactor set it
-    uid: str = ""  # the control plane's identity of the object: another one was made anew
+    uid: str = ""  # the control plane's identity of the object: another one was created later
     intact: bool = True  # False: our mark stands, but what it marks was wiped
 
 
@@ -180,9 +180,9 @@ def short(name: str) -> str:
 
 
 def target_of(host: str, names: Mapping[str, Collection[str]]) -> str | None:
-    """The control plane's name of a host, by libvirt's name or its short form; None: it is not told.
+    """The control plane's name of a host, by libvirt's name or its short form; None: it is unknown.
 
-    `names` has each target's other names; one that two of them bear tells nothing. `compute-1.a.org` and
+    `names` has each target's other names; one that two of them bear identifies neither. `compute-1.a.org` and
     `compute-1.b.org` are two hosts, whatever else they are called.
     """
     if "." in host:

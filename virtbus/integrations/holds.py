@@ -1,6 +1,6 @@
 """What is held, as the local store remembers it and as the control plane shows it: pure.
 
-The control plane is the truth. The store is a cache that may be lost: it adds what a mark can't tell (how
+The control plane is the truth. The store is a cache that may be lost: it adds what a mark can't hold (how
 often in a row, what an operator took away) and is corrected by each look.
 
 What stands there when a host that we hold is looked at, and what it means:
@@ -26,7 +26,7 @@ from virtbus.fleet import FleetView
 from virtbus.integrations.base import Found, Hold, short
 
 _MOST_TIMES = 1000
-GONE_SECONDS = 86_400.0  # a held host that nobody has spoken for since then is no part of the fleet
+GONE_SECONDS = 86_400.0  # a held host that nobody has spoken for since then is not part of the fleet
 
 
 class HoldState(StrEnum):
@@ -35,7 +35,7 @@ class HoldState(StrEnum):
     HOLDING = "holding"  # decided, not done yet
     HELD = "held"
     RELEASING = "releasing"  # decided, not done yet: held until it is
-    UNSURE = "unsure"  # we were killed on the way: the next look tells
+    UNSURE = "unsure"  # we were killed on the way: the next look shows
     LEFT = "left"  # somebody else decides, until the host was well once
     FREE = "free"
 
@@ -136,7 +136,7 @@ def _bounded(hold: Hold, wall: float) -> Hold:
 
 
 def storable(text: str) -> str:
-    """Text as SQLite takes it: a lone surrogate is no UTF-8."""
+    """Text as SQLite takes it: a lone surrogate is not UTF-8."""
     return text.encode("utf-8", "replace").decode()
 
 

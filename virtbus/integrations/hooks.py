@@ -45,7 +45,7 @@ class _Hook(Integration):
         self._types, self._drills = tuple(settings.types), settings.drills
 
     def wants(self, delivery: Delivery) -> Action | None:
-        """The event as it came, when its type is asked for and it is no drill (or drills are)."""
+        """The event as it came, when its type is asked for and it is not a drill (or drills are)."""
         if not delivery.type.endswith(self._types):
             return None
         if delivery.data.get("origin") == Origin.REPLAY and not self._drills:
@@ -76,8 +76,8 @@ def _data(body: Mapping[str, Any]) -> bytes:
 class Exec(_Hook):
     """Run `react.exec.command`: the event is its standard input as structured JSON.
 
-    The environment has VIRTBUS_EVENT_TYPE, _ID, _SOURCE, _SUBJECT and _TIME beside ours. It ends with 0:
-    done; with 65: never again (an operator is told); with anything else, or not in time: once more later.
+    The environment has VIRTBUS_EVENT_TYPE, _ID, _SOURCE, _SUBJECT and _TIME beside ours. It exits with 0:
+    done; with 65: never again (an operator is notified); with anything else, or not in time: once more later.
     """
 
     name: ClassVar[str] = "exec"
@@ -151,7 +151,7 @@ _REFUSED_STATUS = frozenset({400, 413, 415, 422})
 class Webhook(_Hook):
     """POST to `react.webhook.url` in the CloudEvents HTTP binding (1.0), over one kept connection.
 
-    2xx: done. 400, 413, 415, 422: never again (an operator is told). Anything else, also a redirect: once
+    2xx: done. 400, 413, 415, 422: never again (an operator is notified). Anything else, also a redirect: once
     more later; nothing is lost by a wrong path or an expired token.
     """
 
@@ -173,7 +173,7 @@ class Webhook(_Hook):
         self._host, self._port, self._tls = parts.hostname, port, parts.scheme == "https"
         self._path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         self._name = f"{parts.scheme}://{parts.netloc}{parts.path}"
-        if not re.fullmatch(r"[!-~]+", self._path):  # http.client would tell the whole of it, query and all
+        if not re.fullmatch(r"[!-~]+", self._path):  # http.client would show the whole of it, query and all
             raise ConfigError(f"{self._name!r}: percent-encode blanks and other signs in react.webhook.url")
         self._context: ssl.SSLContext | None = None
         if self._tls:

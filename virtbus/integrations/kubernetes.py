@@ -4,7 +4,7 @@ For clusters whose nodes run guests beside the pods (OpenStack-Helm) or in them 
 have Events of their own: vmi.py). RBAC: nodes get, list, patch; nodes/status patch; events create.
 
 What we hold stands on the node: the annotation `virtbus.io/tainted` names the key of the taint that we
-set (whatever the settings say by now), `virtbus.io/hold` tells for whom, why and since when. Who wants a node
+set (whatever the settings say by now), `virtbus.io/hold` says for whom, why and since when. Who wants a node
 back removes taint and annotation (`virtbus react release NODE`); a taint that goes alone was overwritten by
 another controller and is set again.
 """
@@ -240,7 +240,7 @@ class Kubernetes(Integration):
 
     def _event(self, node: str, action: Action, kind: str, reason: str, message: str) -> None:
         """An Event named after the action: once more makes no second one. Only a courtesy to people: whatever
-        refuses it (rights, quota, a namespace that is gone), what it tells of was done.
+        refuses it (rights, quota, a namespace that is gone), what it reports was done.
         """
         digest = hashlib.sha256(action.key.encode()).hexdigest()[:16]
         now = datetime.now(UTC)
@@ -323,7 +323,7 @@ class Kubernetes(Integration):
     # ---- names
 
     def _find(self, host: str) -> str:
-        """The node of a host: as told, by its name, its short name, or the Hostname it gives itself."""
+        """The node of a host: as given, by its name, its short name, or the Hostname it gives itself."""
         named = self._hosts.get(host)
         if named is not None:
             return named

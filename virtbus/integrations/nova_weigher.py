@@ -59,7 +59,7 @@ class HealthWeigher(weights.BaseHostWeigher):  # type: ignore[misc] # Nova carri
             alike = [one for name, one in health.items() if name == short or name.partition(".")[0] == host]
             found = alike[0] if len(alike) == 1 else {}
         trouble = _BLAME.get(str(found.get("blame")), 0.0)
-        # A silent host is no host in trouble; whether it is up Nova knows better.
+        # A silent host is not a host in trouble; whether it is up Nova knows better.
         guests = found.get("guests", 0)
         return -trouble - (0.01 * min(guests, 50) if trouble and isinstance(guests, int) else 0.0)
 

@@ -1,4 +1,4 @@
-"""OpenStack: Nova keeps new guests off a host, Masakari is told of guests' I/O errors.
+"""OpenStack: Nova keeps new guests off a host, Masakari is notified of guests' I/O errors.
 
 **Nova**: disables the compute service with a reason that names us, and enables only a service whose reason
 still does. What an operator or Nova itself disabled (`AUTO: …`) is never touched, no service is ever forced
@@ -98,7 +98,7 @@ class _OpenStack(Integration):
         """See Integration."""
         try:
             summary = self._reached()
-        except Exception as error:  # noqa: BLE001 - a probe tells, it does not fail
+        except Exception as error:  # noqa: BLE001 - a probe reports, it does not fail
             return [Check(self.name, "failed", str(error), "check clouds.yaml and the role (admin)", 69)]
         return [Check(self.name, "ok", summary)]
 
@@ -184,7 +184,7 @@ class Nova(_OpenStack):
         )
 
     def _service(self, host: str, found: Sequence[Any] | None = None) -> Any:
-        """The host's service among `found`, or among all: as told, or by its name."""
+        """The host's service among `found`, or among all: as given, or by its name."""
         found = self._services() if found is None else found
         name = self._hosts.get(host) or target_of(host, {one.host: {short(one.host)} for one in found})
         for service in found:
@@ -204,7 +204,7 @@ def _is_ours(service: Any) -> bool:
 
 
 def _reason(action: Action) -> str:
-    """Our mark, why, and since when and by whom where that is told; as long as Nova takes it."""
+    """Our mark, why, and since when and by whom where that is known; as long as Nova takes it."""
     end = ""
     if action.body.get("since") is not None:
         end = f" [since {utc(action.body['since'])}"
@@ -226,7 +226,7 @@ class Masakari(_OpenStack):
     def wants(self, delivery: Delivery) -> Action | None:
         """A notification for each incident of a Nova guest: when it opens, and when it pauses the guest.
 
-        An incident that a reported error opened may pause the guest later. Each incident tells each kind
+        An incident that a reported error opened may pause the guest later. Each incident reports each kind
         once: that is the action's key, so that what comes again is not sent again.
         """
         event = delivery.event

@@ -73,7 +73,7 @@ class HoldPolicy:
     ) -> tuple[Decision, ...]:
         """What to change now; `now` is monotonic and `wall` Unix seconds.
 
-        A release is told again until the host is no longer among `held`.
+        A release is sent again until the host is no longer among `held`.
         """
         names: dict[str, list[HostHealth]] = {}
         for host in view.hosts:

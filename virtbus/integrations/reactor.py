@@ -1,4 +1,4 @@
-"""The common half of every integration: believe, fold, decide, store, act, tell.
+"""The common half of every integration: believe, fold, decide, store, act, audit.
 
 The main thread consumes: each event is folded into the fleet, and what it calls for is stored before it is
 acknowledged. Once a second the fleet is judged and what changes is stored. The worker thread executes what
@@ -107,7 +107,7 @@ class Reactor:
         return (f"react-{self._integration.name}",) if self._worker.dead else ()
 
     def not_ready(self) -> Sequence[str]:
-        """Why it can't act yet. A broker that is away is no reason: a restart would not help."""
+        """Why it can't act yet. A broker that is away is not a reason: a restart would not help."""
         looks = self._worker.looks
         if looks.possible and looks.looked_at is None and self._acts_on_hosts():
             return (f"{self._integration.name}: what is held was not read from the control plane yet",)
@@ -178,7 +178,7 @@ class Reactor:
         self._put_aside(delivery, in_words(error))
 
     def _put_aside(self, delivery: Delivery, reason: str) -> None:
-        """A broker that takes no dead letter now is told of it when the event comes again."""
+        """A broker that takes no dead letter now gets it when the event comes again."""
         try:
             delivery.dead_letter(reason)
         except BusUnavailable as error:
@@ -233,7 +233,7 @@ class Reactor:
             host for host, since in self._worker.absent.items() if now.monotonic - since >= _ABSENT_SECONDS
         ]:
             del self._worker.absent[host]
-            self._policy.left_alone.discard(host)  # whether it is there by now, its next hold tells
+            self._policy.left_alone.discard(host)  # whether it is there by now, its next hold shows
         self._decide(view, rows, ours, now)
         self._give_back_orphans(ours, view, now)
         for row in rows.values():
@@ -295,7 +295,7 @@ class Reactor:
         self._worker.hold(row, now)
 
     def _note_heard(self, ours: Mapping[str, Row], view: FleetView, now: Now) -> None:
-        """Write down who speaks for what is held: after a restart that tells a renamed or dead host."""
+        """Write down who speaks for what is held: after a restart that shows a renamed or dead host."""
         if now.monotonic - self._noted_at < _NOTE_SECONDS:
             return
         self._noted_at = now.monotonic

@@ -74,7 +74,7 @@ class ActionStore:
 
     Guarantees:
     1. `add` is durable when it returns; an action's key is stored once, also over restarts;
-    2. a waiting action is in `waiting` after a restart until `finish` has been told of it;
+    2. a waiting action is in `waiting` after a restart until `finish` was called for it;
     3. a hold and the action that sets or ends it change in one transaction: a host is held until its release
        has succeeded;
     4. one process at a time: a second one on the same file gets ConfigError.
@@ -232,7 +232,7 @@ class ActionStore:
             db.execute("UPDATE holds SET agent = ?, heard_at = ? WHERE host = ?", [agent, wall, host])
 
     def doubt(self, wall: float) -> None:
-        """After a kill, for a control plane that can be asked: what was on its way is for the look to tell.
+        """After a kill, for a control plane that can be asked: what was on its way is for the look to decide.
 
         A decision that waited is taken again, or not, by what is true then.
         """

@@ -1,4 +1,4 @@
-"""What `virtbus react` and `virtbus fleet --write` tell of themselves: log lines and metrics.
+"""What `virtbus react` and `virtbus fleet --write` report about themselves: log lines and metrics.
 
 A registry of their own: an agent's metrics at zero would read as an agent that sees nothing.
 """

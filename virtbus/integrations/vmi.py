@@ -1,6 +1,6 @@
 """An incident as a Kubernetes Event on its VirtualMachineInstance, which `kubectl describe vmi` shows.
 
-One Event an incident: it is written again with each change, and turns `Normal` when the incident is over.
+One Event per incident: it is written again with each change, and turns `Normal` when the incident is over.
 RBAC: events create, patch, in the namespaces of the guests.
 """
 
@@ -25,7 +25,10 @@ from virtbus.words import Origin, Platform
 COMPONENT = "virtbus"
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?")
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
-_SAID = {Did.PAUSE: ("IOErrorPaused", "the guest is paused"), Did.REPORT: ("IOError", "the guest was told")}
+_SAID = {
+    Did.PAUSE: ("IOErrorPaused", "the guest is paused"),
+    Did.REPORT: ("IOError", "the guest got the error"),
+}
 
 
 def wanted(delivery: Delivery, *, drills: bool) -> Action | None:

@@ -157,7 +157,7 @@ class Worker:
 
     @property
     def stopping(self) -> bool:
-        """Whether it was told to end, or broke."""
+        """Whether it was asked to end, or broke."""
         return self._stop.is_set()
 
     @property
@@ -171,7 +171,7 @@ class Worker:
         self._thread.start()
 
     def take_up(self) -> None:
-        """What waits in the store; holds on their way when we ended are for the first look to tell."""
+        """What waits in the store; holds on their way when we ended are for the first look to decide."""
         if type(self._integration).look is not Integration.look:
             self._store.doubt(self._clock().wall_ns / 1e9)
         for number, action, attempts in self._store.waiting():
@@ -386,7 +386,7 @@ class Worker:
     # ---- decisions
 
     def hold(self, row: Row, now: Now) -> None:
-        """Store and set a hold, or set it once more, with what its mark shall tell."""
+        """Store and set a hold, or set it once more, with what its mark has to say."""
         body = {"target": row.target, "since": row.since, "times": row.times, "by": self._by}
         key = f"{HOLD}/{row.host}/{uuid7(now.wall_ns)}"
         action = Action(key, row.host, HOLD, row.why, body, topic=HOLD_TOPIC)

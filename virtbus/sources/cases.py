@@ -1,4 +1,4 @@
-"""One domain in trouble: what was told of its errors and pauses, and what a look says about them. Pure."""
+"""One domain in trouble: its errors and pauses as reported, and what a look says about them. Pure."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from virtbus.sources.link import (
 )
 from virtbus.words import ENOSPC, DiskError, Origin
 
-ACTION_UNKNOWN = -1  # the guest runs, and the policy does not tell whether it was ever paused
+ACTION_UNKNOWN = -1  # the guest runs, and the policy does not say whether it was ever paused
 
 
 @dataclass(slots=True, eq=False)
@@ -43,12 +43,12 @@ class Pause:
     look: Look | None = None
     wrong: dict[str, int] = field(default_factory=dict)  # what the look found: alias → disk error
     waited: bool = False
-    held: list[RawIoError] = field(default_factory=list)  # events that are told when a look has named them
+    held: list[RawIoError] = field(default_factory=list)  # events that wait for a look to name them
 
 
 @dataclass(slots=True)
 class Finding:
-    """An error of the present pause that was told without an event."""
+    """An error of the present pause that was reported without an event."""
 
     at: float  # monotonic
     raw: RawIoError
@@ -63,26 +63,28 @@ class Case:
     number: int | None
     unsure: bool = False  # disk errors may be left over from before we listened, and have not been read yet
     paused: bool = False
+    paused_at: float = float("-inf")  # the last pause and the last resume that callbacks reported
+    resumed_at: float = float("-inf")
     pauses: list[Pause] = field(default_factory=list)  # undecided, oldest first
     credit: dict[str, RawIoError] = field(default_factory=dict)  # events whose pause is still to come
     credit_at: float = 0.0
     held: list[RawIoError] = field(default_factory=list)  # as of a pause, whose pause is still to come
     found_ahead: bool = False  # a finding whose pause is still to come
-    doubted_at: float | None = None  # an event told of a pause, and no pause came yet
-    ask_at: float = 0.0  # when a look is to tell
+    doubted_at: float | None = None  # an event reported a pause, and no pause came yet
+    ask_at: float = 0.0  # when a look is to decide
     # Since the last resume: alias ("": not known) → its event, or its finding.
     events: dict[str, RawIoError] = field(default_factory=dict)
     synthesised: dict[str, Finding] = field(default_factory=dict)
-    unseen: set[str] = field(default_factory=set)  # aliases told of before any look at their pause
+    unseen: set[str] = field(default_factory=set)  # aliases reported before any look at their pause
     # Also before it:
     stale: dict[str, int] = field(default_factory=dict)  # alias → a disk error that may be an old one
-    last_ns: dict[str, int] = field(default_factory=dict)  # alias → the last error told
+    last_ns: dict[str, int] = field(default_factory=dict)  # alias → the last error reported
     reports: dict[str, RawIoError] = field(default_factory=dict)  # alias → the last one without a pause
     looked_for: dict[str, float] = field(default_factory=dict)  # alias → when evidence was last asked for
     wanting: set[str] = field(default_factory=set)  # aliases whose evidence is being looked for
 
     def identified(self, alias: str) -> list[Burst]:
-        """The device behind the events that came without its name: what was told of it, without a count."""
+        """The device behind the events that came without its name: their facts, without a count."""
         raws = [found.pop("") for found in (self.reports, self.events) if "" in found]
         if finding := self.synthesised.pop("", None):
             raws.append(finding.raw)
@@ -112,14 +114,14 @@ class Case:
         self.stale = self.stale | _kept(self.events)
 
     def decide(self, pause: Pause, mono: float, devices: Mapping[str, Device]) -> list[Burst]:
-        """What is told of a pause whose grace is over: devices no event told of, evidence for the others."""
+        """What is reported of a pause whose grace is over: devices of no event, evidence for the others."""
         look, events = pause.look, pause.events
         wrong = pause.wrong
         fresh = [alias for alias, code in wrong.items() if self.stale.get(alias) != code]
         by_error = look is not None and look.paused_by_io_error
         named: str | None = None
         if "" in events and by_error and (alias := suspect(self, wrong, events.keys(), devices)):
-            named = alias  # first of all: what is told next may be of the same device
+            named = alias  # first of all: what comes next may be of the same device
             events[alias] = events.pop("")._replace(alias=alias)
             self.last_ns[alias] = max(self.last_ns.get(alias, 0), events[alias].observed_at)
             if not pause.over:
@@ -131,7 +133,7 @@ class Case:
         unsure = self.unsure
         if look is not None and look.disk_errors is not None:
             self.stale, self.unsure = wrong, False
-        else:  # QEMU keeps what the events told of, and a later pause must not be blamed on it
+        else:  # QEMU keeps what the events reported, and a later pause is not due to it
             self.stale = self.stale | _kept(events)
         found = [] if named is None else [self._facts_of(events[named], look, devices)]
         held, missed = self._release(pause, missed, devices)
@@ -150,13 +152,13 @@ class Case:
         return found
 
     def _facts_of(self, raw: RawIoError, look: Look | None, devices: Mapping[str, Device]) -> Burst:
-        """What a look says about an error that its event told."""
+        """What a look says about an error that its event reported."""
         return burst_of(raw, 0, Origin.EVENT, look, devices.get(raw.alias), pause=True)
 
     def hold(self, raw: RawIoError, pause: Pause | None) -> bool:
         """Whether an event without a device waits for the look at its pause.
 
-        The first one of a guest is told at once; a further one may be of the device that was told, or not.
+        The first one of a guest is reported at once; a further one may be of the same device, or not.
         """
         if raw.alias or ("" not in self.events and not any(self.last_ns)):
             return False
@@ -180,7 +182,7 @@ class Case:
     def _release(
         self, pause: Pause, missed: list[str], devices: Mapping[str, Device]
     ) -> tuple[list[Burst], list[str]]:
-        """The events that were held, under the names of devices that nobody told of → (they, who is left)."""
+        """The held events, under the names of devices that nobody reported → (they, who is left)."""
         found, left = [], list(missed)
         only = next(iter(pause.wrong)) if len(pause.wrong) == 1 else ""
         for event in pause.held:
@@ -201,7 +203,7 @@ class Case:
         code: int | None,
         origin: Origin,
     ) -> Burst:
-        """An error of a pause that no event told of.
+        """An error of a pause that no event reported.
 
         Of origin `reconcile` where another device explains the pause and this one's disk error may be older
         than we are: then whoever remembers an earlier run knows better.
@@ -215,17 +217,18 @@ class Case:
     def reconcile(
         self, look: Look, newer: Mapping[str, Message], devices: Mapping[str, Device], *, mono: float, ns: int
     ) -> list[Burst]:
-        """What the look after a (re)connect found and no event told of; see CrossCheck."""
+        """What the look after a (re)connect found and no event reported; see CrossCheck."""
         found: dict[str, Burst] = {}
         named: list[Burst] = []
         domain = (self.uuid, self.name, self.number)
-        if look.paused_by_io_error:
+        # A pause whose beginning and end callbacks reported is theirs to report, however late the look is.
+        if look.paused_by_io_error and not self.paused_at <= look.asked_at <= self.resumed_at:
             self.paused = True
             wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
             suspects = wrong or dict.fromkeys(newer, DISK_ERROR_UNSPECIFIED)
             known = self.events.keys() | self.synthesised.keys()
             if self.unsure and len(suspects.keys() - known) > 1:
-                # Which is left over and which was told without a name whoever remembers an earlier run knows.
+                # Which is left over and which was reported nameless whoever remembers an earlier run knows.
                 self.events.pop("", None)
                 self.synthesised.pop("", None)
             else:
@@ -257,7 +260,7 @@ class Case:
         return [*named, *found.values()]
 
     def look_back(self, look: Look, devices: Mapping[str, Device]) -> list[Burst]:
-        """What a look says about a pause that was told before it: names, evidence, further devices."""
+        """What a look says about a pause that was reported before it: names, evidence, further devices."""
         if not self.unseen and "" not in self.events and "" not in self.synthesised:
             return []
         wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
@@ -283,7 +286,7 @@ class Case:
     def name_nameless(
         self, wrong: Mapping[str, int], look: Look, devices: Mapping[str, Device]
     ) -> list[Burst]:
-        """Name what was told of this pause without a device, if the look can; a burst of no count."""
+        """Name what was reported of this pause without a device, if the look can; a burst of no count."""
         known = self.events.keys() | self.synthesised.keys()
         if "" not in known:
             return []
@@ -319,14 +322,14 @@ def complete(look: Look | None) -> bool:
 
 
 def raw_of(case: Case, alias: str) -> RawIoError:
-    """What was told of a device in this pause."""
+    """What was reported of a device in this pause."""
     return case.events[alias] if alias in case.events else case.synthesised[alias].raw
 
 
 def suspect(
     case: Case, wrong: Mapping[str, int], known: AbstractSet[str], devices: Mapping[str, Device]
 ) -> str:
-    """The device of an error that came without its name; "" when that can't be told."""
+    """The device of an error that came without its name; "" when that is unclear."""
     return missed_devices(case, wrong, known - {""}, devices, nameless=True)[0]
 
 
@@ -338,12 +341,13 @@ def missed_devices(
     *,
     nameless: bool = False,
 ) -> list[str]:
-    """The devices of one pause that nobody told of; "" when the pause was not told and nothing names it.
+    """The devices of one pause that nobody reported; "" when the pause was not reported and nothing names it.
 
     `nameless`: something was reported without a name, so there is one more than those in `known`.
     """
     if "" in wrong and any(alias not in devices for alias in known):
-        # A target that the description lacks is a told device's, which it lacks too (or it was not read yet).
+        # A target that the description lacks is a reported device's, which it lacks too (or it was not read
+        # yet).
         wrong = {alias: code for alias, code in wrong.items() if alias}
     fresh = [alias for alias, code in wrong.items() if alias not in known and case.stale.get(alias) != code]
     if fresh or (known and not nameless):
@@ -370,7 +374,7 @@ def newer_messages(
     slack_ns: int,
     ns: int,
 ) -> dict[str, Message]:
-    """The messages that tell of an error which nobody told us of, by alias; the newest of each."""
+    """The messages about an error which nobody reported, by alias; the newest of each."""
     if since_ns is None or look.messages is None:
         return {}
     # Each for itself: of a clock that was set back the newest stamp is not the newest error.
@@ -390,7 +394,7 @@ def newer_messages(
 
 
 def action_by_policy(device: Device | None) -> int:
-    """What the hypervisor did about an error of a guest that runs, as far as the policies tell."""
+    """What the hypervisor did about an error of a guest that runs, as far as the policies say."""
     policy = None if device is None else device.policy
     asked = set() if policy is None else {policy.write, policy.read} - {None}
     return ACTION_REPORT if asked and asked <= {"report"} else ACTION_UNKNOWN
@@ -399,7 +403,7 @@ def action_by_policy(device: Device | None) -> int:
 def raw_error(
     domain: tuple[str, str, int | None], *, alias: str, code: int | None, action: int, ns: int
 ) -> RawIoError:
-    """An error that no event told of; `code` is the disk's error (virDomainDiskErrorCode), if known."""
+    """An error that no event reported; `code` is the disk's error (virDomainDiskErrorCode), if known."""
     # libvirt's reason and its "no space" disk error come from the same word of QEMU, "nospace".
     reason = ENOSPC if code == DISK_ERROR_NO_SPACE else ""
     return RawIoError(*domain, path="", alias=alias, action_code=action, reason=reason, observed_at=ns)

@@ -1,7 +1,7 @@
-"""Calls that may never return, on threads that they take from nobody: to connect, and to prove what was told.
+"""Calls that may never return, on threads of their own: to connect, and to prove what was reported.
 
-A connection proves what it has told by answering a question (see virtbus.seen); a standstill of this process
-is noticed by a wait that took too long.
+A connection proves what it has reported by answering a question (see virtbus.seen); a standstill of this
+process is noticed by a wait that took too long.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ class Witness:
         try:
             self._link.heard(partial(self._session.saw, asked))
         except SourceUnavailable:
-            again = True  # the connection's end is told by its own callback, silence by readiness
+            again = True  # the connection's end is reported by its own callback, silence by readiness
         except Exception as error:  # noqa: BLE001 - nobody else would ask
             again = True
             emit(Trouble("question to the connection of the events", error))

@@ -7,13 +7,14 @@ from QEMU 9.2 on); what they rarely lose is the pause that follows. So every pau
 an event; a pause without one at the end of the grace time becomes a finding. Guarantees, as long as no event
 comes later than the grace time, or after the next resume:
 
-1. an error whose event comes is told by its event, exactly once, whichever of event, pause and look is first;
-2. a pause by I/O error whose event never comes is told exactly once, with the devices that a look found;
+1. an error whose event comes is reported by its event, exactly once, whichever of event, pause and look is
+   first;
+2. a pause by I/O error whose event never comes is reported exactly once, with the devices that a look found;
 3. an event that comes after its finding is not counted again (it only adds what it knows);
 4. where "twice" and "never" can't be told apart, it is twice: nothing is lost;
 5. an event of a pause that comes after its guest was resumed (QEMU from 9.2 to 10 may hold it back for a
    second) is followed by a look and, if that finds the guest running, by a `DomainResumed`;
-6. an error told without its device's name (libvirt gives none during a blockcopy, or the look is late) is
+6. an error reported without its device's name (libvirt gives none during a blockcopy, or the look is late) is
    named by the first look that can, without a count.
 
 A disk error that virDomainGetDiskErrors gives may be an old one: QEMU keeps it after the guest was resumed
@@ -60,7 +61,7 @@ from virtbus.words import ENOSPC, EvidenceCheck, EvidenceVerdict, Origin
 __all__ = ["ACTION_UNKNOWN", "CrossCheck", "Decision", "Verdict"]
 
 LATE_SECONDS = 10.0  # an event that is later than this after its finding is an error of its own
-EVIDENCE_SECONDS = 60.0  # at most one look for evidence a device in this time
+EVIDENCE_SECONDS = 60.0  # at most one look for evidence per device in this time
 STAMP_SLACK_NS = 2_000_000_000  # between libvirt's own stamp of an error and our callback
 
 
@@ -69,13 +70,13 @@ class Verdict(Enum):
 
     TELL = "tell"  # pass it on
     TELL_AND_LOOK = "tell and look"  # pass it on, and look for evidence
-    HOLD = "hold"  # say nothing yet: `due` tells it, with its device's name if a look finds that
-    KNOWN = "known"  # the same error was told as a finding: it adds facts, no count
+    HOLD = "hold"  # say nothing yet: `due` reports it, with its device's name if a look finds that
+    KNOWN = "known"  # the same error was reported as a finding: it adds facts, no count
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What is told of one pause: findings, and (bursts of no count) evidence for what was told before."""
+    """What is reported of one pause: findings, and (bursts of no count) evidence for earlier ones."""
 
     bursts: list[Burst]
     over: bool  # the guest runs again by now
@@ -91,13 +92,13 @@ class Departures:
         self._left: dict[str, tuple[float, list[RawIoError]]] = {}
 
     def note(self, uuid: str, found: Sequence[Burst], mono: float) -> None:
-        """What was told when the guest left."""
+        """What was reported when the guest left."""
         self._left = {one: left for one, left in self._left.items() if mono - left[0] <= LATE_SECONDS}
         if found:
             self._left[uuid] = mono, [burst.raw for burst in found]
 
     def explain(self, raw: RawIoError, mono: float) -> bool:
-        """Whether this is the event of a pause that was told; it explains one event, not more."""
+        """Whether this is the event of a pause that was reported; it explains one event, not more."""
         left_at, found = self._left.get(raw.domain_uuid, (mono, []))
         if raw.action_code != ACTION_PAUSE or mono - left_at > LATE_SECONDS:
             return False
@@ -110,7 +111,7 @@ class Departures:
 
 
 class CrossCheck:
-    """The pairing of pauses and events, a case a domain; memory is bounded by the domains in trouble.
+    """The pairing of pauses and events, one case per domain; memory is bounded by the domains in trouble.
 
     Not thread-safe: the observer holds its lock. `mono` is monotonic seconds, `ns` the wall clock.
     """
@@ -165,10 +166,10 @@ class CrossCheck:
     def lifecycle(
         self, uuid: str, name: str, number: int | None, event: int, detail: int, now: Now
     ) -> list[Observation]:
-        """A lifecycle callback → what it tells: that the guest runs, stands still, or is gone."""
+        """A lifecycle callback → what it means: that the guest runs, stands still, or is gone."""
         said: list[Observation] = []
         if runs_again(event, detail):
-            self.resumed(uuid)
+            self.resumed(uuid, now.monotonic)
         elif event == SUSPENDED and detail in PAUSES:
             by_io_error = detail == SUSPENDED_IOERROR
             self.suspended(uuid, name, number, by_io_error=by_io_error, mono=now.monotonic, ns=now.wall_ns)
@@ -189,7 +190,7 @@ class CrossCheck:
     ) -> None:
         """A pause by I/O error, or one of unknown reason, which only a look can tell from an operator's."""
         case = self._case(uuid, name, number)
-        case.paused = True
+        case.paused, case.paused_at = True, mono
         case.doubted_at = None
         if case.found_ahead:
             case.found_ahead = False
@@ -199,11 +200,12 @@ class CrossCheck:
         case.pauses.append(Pause(ns, mono, mono + self._grace, by_io_error, events, held=case.held))
         case.credit, case.held = {}, []
 
-    def resumed(self, uuid: str) -> None:
-        """The guest runs again: whatever fails from now on is new."""
+    def resumed(self, uuid: str, mono: float = float("-inf")) -> None:
+        """The guest runs again: whatever fails from now on is new. `mono` where a callback said so."""
         case = self._cases.get(uuid)
         if case is None:
             return
+        case.resumed_at = max(case.resumed_at, mono)
         case.paused = case.found_ahead = False
         case.doubted_at = None
         for pause in case.pauses:
@@ -215,7 +217,7 @@ class CrossCheck:
         case.unseen.clear()
 
     def gone(self, uuid: str) -> list[Burst]:
-        """The domain left: what is still undecided is told now, the rest is forgotten."""
+        """The domain left: what is still undecided is reported now, the rest is forgotten."""
         self._unsure.discard(uuid)
         case = self._cases.pop(uuid, None)
         if case is None:
@@ -235,8 +237,8 @@ class CrossCheck:
     def looked(self, uuid: str, look: Look, devices: Mapping[str, Device]) -> list[Burst]:
         """What a look found: kept for the undecided pause that it saw.
 
-        What it says about errors without a pause, and about those of a pause that was told before any look,
-        is returned: bursts of no count, and devices of that pause that nobody told of.
+        What it says about errors without a pause, and about those of a pause that was reported before any
+        look, is returned: bursts of no count, and devices of that pause that nobody reported.
         """
         case = self._cases.get(uuid)
         if case is None:
@@ -258,12 +260,12 @@ class CrossCheck:
         return found
 
     def identified(self, uuid: str, alias: str) -> list[Burst]:
-        """The device behind the events that came without its name: what was told of it, without a count."""
+        """The device behind the events that came without its name: their facts, without a count."""
         case = self._cases.get(uuid)
         return [] if case is None else case.identified(alias)
 
     def has_nameless(self, uuid: str) -> bool:
-        """Whether something was told of the domain without the name of its device."""
+        """Whether something was reported of the domain without the name of its device."""
         case = self._cases.get(uuid)
         if case is None:
             return False
@@ -318,7 +320,7 @@ class CrossCheck:
         return min((c.ask_at for c in self._cases.values() if c.doubted_at is not None), default=None)
 
     def doubtful(self, mono: float) -> list[str]:
-        """The domains to look at now: an event told of a pause that did not come within the grace time."""
+        """The domains to look at now: an event reported a pause that did not come within the grace time."""
         found = [
             uuid for uuid, case in self._cases.items() if case.doubted_at is not None and case.ask_at <= mono
         ]
@@ -337,12 +339,12 @@ class CrossCheck:
         return [uuid for uuid, case in self._cases.items() if case.pauses]
 
     def is_told(self, uuid: str) -> bool:
-        """Whether an event told of the error that the domain is paused by; a look can only add to that."""
+        """Whether an event reported the error that the domain is paused by; a look can only add to that."""
         case = self._cases.get(uuid)
         return case is not None and bool(case.pauses) and bool(case.pauses[-1].events)
 
     def out_of_space(self, uuid: str) -> frozenset[str]:
-        """The aliases whose last error was told with reason "enospc"."""
+        """The aliases whose last error was reported with reason "enospc"."""
         case = self._cases.get(uuid)
         if case is None:
             return frozenset()
@@ -390,21 +392,21 @@ class CrossCheck:
         mono: float,
         ns: int,
     ) -> list[Burst]:
-        """What the look after a (re)connect found at one domain and no event told of.
+        """What the look after a (re)connect found at one domain and no event reported.
 
         Errors that libvirt kept a message of count when they are newer than `since_ns` (the source's last
-        sign of life) and than what was told of the device; None leaves messages alone.
+        sign of life) and than what was reported of the device; None leaves messages alone.
         """
         case = self._cases.get(uuid)
         if case is not None and case.paused and look.state != PAUSED and not case.paused_since(look.asked_at):
-            self.resumed(uuid)  # and nobody told us
+            self.resumed(uuid)  # and nobody reported it
         newer = newer_messages(look, since_ns, case, devices, self.slack_ns, ns)
         if not look.paused_by_io_error and not newer:
             return []
         return self._case(uuid, name, number).reconcile(look, newer, devices, mono=mono, ns=ns)
 
     def keep_only(self, uuids: frozenset[str]) -> list[Burst]:
-        """Forget the domains that are not there any more; what was undecided of them is told.
+        """Forget the domains that are not there any more; what was undecided of them is reported.
 
         Of those that are there it is not known any more which disk errors are left over.
         """
@@ -422,7 +424,7 @@ class CrossCheck:
         if case is None:
             case = self._cases[uuid] = Case(uuid, name, number, unsure=uuid in self._unsure)
         elif case.number != number and number is not None:
-            if case.number is not None:  # the domain was started anew and nobody told us
+            if case.number is not None:  # the domain was started again and nobody reported it
                 case = self._cases[uuid] = Case(uuid, name, number)
             case.number = number
         return case

@@ -1,7 +1,7 @@
 """What is known of each domain, so that an event is described without asking anybody.
 
 Reading never waits. An entry stays for a while after its domain is gone: the events about its end
-are still to be told.
+are still to come.
 """
 
 from __future__ import annotations
@@ -90,14 +90,14 @@ class Cache:
         return None if entry is None or entry.xml is None else frozenset(entry.xml.devices)
 
     def resolve(self, uuid: str, path: str) -> str:
-        """The alias of the disk that an event without one speaks of; "" when that can't be told."""
+        """The alias of the disk that an event without one speaks of; "" when that is unclear."""
         entry = self._entries.get(uuid)
         return "" if entry is None or entry.xml is None else entry.xml.resolve(path)
 
     def stale(self, uuid: str, alias: str, path: str) -> bool:
         """Whether an event's path shows that the disk has another source by now than its XML had.
 
-        No event tells of a snapshot. Until the XML is read again only the path is known of the source.
+        No event reports a snapshot. Until the XML is read again only the path is known of the source.
         """
         old = self._entries.get(uuid)  # without the lock: this is every callback's way
         if old is None or not old.is_new_path(alias, path):
@@ -114,7 +114,7 @@ class Cache:
             return True
 
     def saw(self, uuid: str, name: str, number: int | None, state: str) -> bool:
-        """A domain is there, in this state; True when it is new, or (another number) started anew."""
+        """A domain is there, in this state; True when it is new, or (another number) another run."""
         with self._lock:
             old = self._entries.get(uuid)
             fresh = old is None or (old.number is not None and number is not None and old.number != number)

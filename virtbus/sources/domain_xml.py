@@ -21,7 +21,7 @@ from virtbus.model import Device, DeviceSource, ErrorPolicy, Owner
 from virtbus.words import Platform
 
 MAX_BYTES = 4 << 20  # libvirt's own limit of a string on the wire (REMOTE_STRING_MAX)
-MAX_DEPTH = 512  # a backing chain nests one level an image, and libvirt allows 200 images
+MAX_DEPTH = 512  # a backing chain nests one level per image, and libvirt allows 200 images
 MAX_ELEMENTS = 100_000
 
 # It may hold disks that libvirt does not know.
@@ -37,7 +37,7 @@ OVIRT = "http://ovirt.org/vm/"  # followed by the version, or "tune/" and the ve
 
 @dataclass(frozen=True, slots=True)
 class DomainXml:
-    """What a domain's XML tells; devices without an alias (of a domain that does not run) are left out."""
+    """What a domain's XML says; devices without an alias (of a domain that does not run) are left out."""
 
     uuid: str | None
     name: str | None
@@ -54,7 +54,7 @@ class DomainXml:
         return hash(path) in self.images.get(alias, ())
 
     def resolve(self, path: str) -> str:
-        """The alias of the disk that an event without one speaks of; "" when that can't be told.
+        """The alias of the disk that an event without one speaks of; "" when that is unclear.
 
         By its path; else the only disk; else, as libvirt gives no alias during a copy, the only copied one.
         """

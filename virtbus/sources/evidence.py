@@ -86,7 +86,7 @@ def read_messages(lines: Sequence[str]) -> tuple[Message, ...]:
     return tuple(found)
 
 
-DISK_KINDS = frozenset({None, "disk", "cdrom", "lun", "floppy"})  # None: a recording that does not tell
+DISK_KINDS = frozenset({None, "disk", "cdrom", "lun", "floppy"})  # None: a recording that does not say
 
 
 def disks_by_target(devices: Mapping[str, Device]) -> dict[str, str]:
@@ -101,7 +101,7 @@ def disk_errors_by_alias(disk_errors: Mapping[str, int], devices: Mapping[str, D
 
 
 def newest_message(messages: Sequence[Message] | None, target: str | None) -> Message | None:
-    """The last error of a disk: libvirt keeps one message an image, in the order of the backing chain."""
+    """The last error of a disk: libvirt keeps one message per image, in the order of the backing chain."""
     own = [message for message in messages or () if message.target == target]
     return max(own, key=lambda message: message.at_ns or -1, default=None)
 

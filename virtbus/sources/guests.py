@@ -1,6 +1,6 @@
-"""What is asked about one hypervisor's guests, and told of them; all of it on the source thread.
+"""What is asked about one hypervisor's guests, and reported of them; all of it on the source thread.
 
-Callbacks leave notes (session.py), and so do answers (lookups.py); which error is told, and by whom, is
+Callbacks leave notes (session.py), and so do answers (lookups.py); which error is reported, and by whom, is
 decided in crosscheck.py.
 """
 
@@ -125,7 +125,7 @@ class Guests:
                     continue
                 self._cache.saw(domain.uuid, domain.name, domain.id, _state(domain.state))
                 want = Want.DESCRIPTION
-                # What an earlier connection asked and was never told is still to be answered.
+                # What an earlier connection asked and never got an answer to is still to be answered.
                 moments = [each for each in (since, unanswered.get(domain.uuid)) if each is not None]
                 if paused or (moments and facts.keeps_messages):
                     want |= Want.TROUBLE
@@ -153,7 +153,7 @@ class Guests:
                 return not busy
 
     def tell_ready(self, session: Session, opened: Opened, appeared_ns: int | None) -> SourceReady:
-        """Tell the first look; from now on each answer is told as it comes."""
+        """Report the first look; from now on each answer is reported as it comes."""
         with self._lock:  # no callback falls between
             ready = self.ready(session, opened, appeared_ns)
             session.since_listing = None
@@ -177,7 +177,7 @@ class Guests:
             uuid, look = domain.uuid, looks.get(domain.uuid)
             by_error = domain.state == PAUSED and domain.reason == PAUSED_IOERROR
             if by_error and look is None and uuid not in since:
-                # The listing itself tells, whatever becomes of the look; that refines it.
+                # The listing itself is reported, whatever becomes of the look; that refines it.
                 alias = self._cache.resolve(uuid, "")
                 findings += self._check.listed(
                     uuid, domain.name, domain.id, alias=alias, mono=now.monotonic, ns=now.wall_ns
@@ -260,7 +260,7 @@ class Guests:
                 self._lookups.request(entry.uuid, Want.TROUBLE)
 
     def _on_description(self, session: Session, uuid: str) -> None:
-        """What was told of the domain without its device's name may be told now."""
+        """What was reported of the domain without its device's name may get it now."""
         with self._lock:
             if session.live and self._check.has_nameless(uuid) and (alias := self._cache.resolve(uuid, "")):
                 session.tell(self._check.identified(uuid, alias))
@@ -281,7 +281,7 @@ class Guests:
             if event == SUSPENDED and note.detail in PAUSES:
                 with self._lock:
                     has_event = note.detail == SUSPENDED_IOERROR and self._check.is_told(uuid)
-                # Without an event only a look while the guest is paused tells that it was a disk, and which.
+                # Without an event only a look while the guest is paused shows that it was a disk, and which.
                 self._look_at(uuid, at_once=self._first is not None or not has_event)
 
     def _on_look(self, session: Session, note: Looked) -> None:
@@ -319,7 +319,7 @@ class Guests:
     # ---- looks and decisions that are due
 
     def work(self, session: Session) -> None:
-        """Tell what is decided by now, and look at whoever is in trouble."""
+        """Report what is decided by now, and look at whoever is in trouble."""
         self._decide(session)
         now = self._clock().monotonic
         with self._lock:
@@ -335,9 +335,9 @@ class Guests:
         return min((moment for moment in moments if moment is not None), default=math.inf)
 
     def _look_at(self, uuid: str, *, at_once: bool) -> None:
-        """Look at a guest's trouble: `at_once` where the look may find an error that no event told of.
+        """Look at a guest's trouble: `at_once` where the look may find an error that no event reported.
 
-        With the description: no event tells of a snapshot, and the blame must not fall on an old image.
+        With the description: no event reports a snapshot, and the blame must not fall on an old image.
         """
         if at_once:
             self._troubled.pop(uuid, None)
@@ -358,7 +358,7 @@ class Guests:
             for decision in self._check.due(now.monotonic, devices):
                 session.tell(decision.bursts)
                 if decision.over and any(burst.count for burst in decision.bursts):
-                    # The pause is told after its end: say again that it is over.
+                    # The pause is reported after its end: say again that it is over.
                     session.tell([DomainResumed(decision.bursts[0].raw.domain_uuid, now.wall_ns)])
 
     def _host(self, facts: HostFacts) -> Host:

@@ -55,7 +55,7 @@ class _EventLoop:
 
     _lock: ClassVar[threading.Lock] = threading.Lock()
     _thread: ClassVar[threading.Thread | None] = None
-    # Whom to tell that a callback was lost; weak, because a session ends without saying so.
+    # Who is notified that a callback was lost; weak, because a session ends without saying so.
     handlers: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
 
     @classmethod

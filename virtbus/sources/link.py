@@ -100,7 +100,7 @@ class HostFacts:
     name: str
     hypervisor: Hypervisor
     throttles: bool  # errors are merged before we see them: counts are lower bounds
-    keeps_messages: bool  # virDomainGetMessages tells of I/O errors (libvirt 11.1 and later)
+    keeps_messages: bool  # virDomainGetMessages reports I/O errors (libvirt 11.1 and later)
     local: bool  # paths in domain XML are paths of the machine we run on
 
 
@@ -113,7 +113,7 @@ class Space(NamedTuple):
 
 
 class Handler(Protocol):
-    """Takes what the connection tells, on libvirt's thread: every call ends within microseconds."""
+    """Takes what the connection reports, on libvirt's thread: every call ends within microseconds."""
 
     def io_error(self, raw: RawIoError) -> None:
         """One I/O-error callback."""

@@ -2,7 +2,7 @@
 
 A call into libvirt can't be cancelled, and a guest whose QEMU hangs holds it for ever. Guarantees:
 
-1. at most `in_flight` calls run at a time, at most one a domain, never on the event connection;
+1. at most `in_flight` calls run at a time, at most one per domain, never on the event connection;
 2. a call that outlives its deadline is given up by whoever waits; its late answer is still used;
 3. a connection whose places are all taken by calls that hang is replaced, at most once: no more than
    twice `in_flight` of the daemon's workers are ever held by us, also when every guest hangs;
@@ -43,7 +43,7 @@ from virtbus.sources.link import (
 from virtbus.sources.session import Baseline, Described, HostAnswered, Looked, Session, Shared
 from virtbus.telemetry import DomainUnreadable, LookupFinished, LookupsReplaced, Trouble, emit
 
-HOST = ""  # the look-up key of what is no domain's
+HOST = ""  # the look-up key of what is not a domain's
 FIRST_WAIT = 1.0
 LONGEST_WAIT = 60.0
 
@@ -55,7 +55,7 @@ class Want(Flag):
     DESCRIPTION = auto()
     TROUBLE = auto()
     BASELINE = auto()  # the disk errors that a running guest has left over
-    HOST = auto()  # asked under the key "", which is no domain's
+    HOST = auto()  # asked under the key "", which is not a domain's
 
 
 class Asked(NamedTuple):
@@ -394,7 +394,7 @@ class Asker:
                 # They name disks by target: whose errors they are is only known with the XML.
                 look = replace(look, messages=None, complete=False)
         if state == PAUSED:
-            # Only of a paused guest: of one that runs it tells of what is over.
+            # Only of a paused guest: of one that runs it shows what is over.
             try:
                 look = replace(look, disk_errors=link.disk_errors(uuid))
             except NoSuchDomain:

@@ -58,7 +58,7 @@ def patterns(settings: Discover) -> tuple[str, ...]:
 
 
 def look(patterns: Sequence[str], watch: Callable[[str], None] = lambda folder: None) -> dict[str, Identity]:
-    """The sockets that are there; `watch` is told each folder where one may come or go, before it is listed.
+    """The sockets that are there; `watch` gets each folder where one may come or go, before it is listed.
 
     One that several names lead to is there once, and of a daemon's two the read-only one: each error would be
     counted twice.
@@ -243,7 +243,7 @@ class ManySource:
     # ---- the Source contract
 
     def run(self, sink: Sink, stop: threading.Event) -> None:
-        """See Source. A socket that refuses us is no reason to end: another one may not."""
+        """See Source. A socket that refuses us does not end it: another one may not."""
         watch = Watch(lambda: self._woken.put(None))
         pulse = Pulse(self.clock())
         self._look_at = float("-inf")
@@ -407,7 +407,7 @@ class ManySource:
         return Observer(connector, options=self._options, clock=self.clock, crew=self._crew, retry=retry)
 
     def _remove(self, path: str) -> None:
-        """Its socket is gone and it tells nothing more: a pod has ended."""
+        """Its socket is gone and it reports nothing more: a pod has ended."""
         members = dict(self._members)
         member = members.pop(path)
         self._members = members
@@ -416,10 +416,10 @@ class ManySource:
         member.observer.end()
 
     def _survey(self, sink: Sink) -> None:
-        """What no connection has is gone: told once the sockets of the start were looked at.
+        """What no connection has is gone: reported once the sockets of the start were looked at.
 
         One that hangs is left out after SURVEY_SECONDS, or it would keep the incidents of all guests that
-        ended while nobody looked open. When it was looked at, or is gone, that is told again.
+        ended while nobody looked open. When it was looked at, or is gone, that is reported again.
         """
         now = self.clock()
         unreached = frozenset(path for path, each in self._members.items() if not each.settled)

@@ -160,7 +160,7 @@ class Observer:
             self.end()
 
     def stood_still(self, pulse: Pulse, seconds: float) -> None:
-        """The process stood still: what was told meanwhile may be lost."""
+        """The process stood still: what was reported meanwhile may be lost."""
         if self._session is not None and self.connected:
             self._cut_off(pulse.closed(self._session, seconds))
 
@@ -244,7 +244,7 @@ class Observer:
         return self._retry_at
 
     def _cut_off(self, closed: Closed) -> float:
-        """The connection is lost: tell, and try again soon."""
+        """The connection is lost: report it, and try again soon."""
         assert self._session is not None
         session = self._session
         self.end()

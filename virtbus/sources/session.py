@@ -1,4 +1,4 @@
-"""The callbacks of one connection: what they tell at once, and what they leave for the source thread.
+"""The callbacks of one connection: what they report at once, and what they leave for the source thread.
 
 They run on libvirt's thread and end within microseconds: no call into libvirt, no log line, no waiting.
 """
@@ -178,7 +178,7 @@ class Session:
         self._wake = wake
 
     def io_error(self, raw: RawIoError) -> None:
-        """Tell it at once; see Handler."""
+        """Report it at once; see Handler."""
         now = self._shared.clock()
         shared = self._shared
         uuid, given, path = raw.domain_uuid, raw.alias, raw.path  # as libvirt names it
@@ -264,7 +264,7 @@ class Session:
         self.notes.put(Closed(why, silent_seconds))
 
     def tell(self, found: Sequence[Observation]) -> None:
-        """Tell what a look found; the observer's lock is held."""
+        """Report what a look found; the observer's lock is held."""
         for each in found:
             self._sink(each)
 

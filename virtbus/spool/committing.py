@@ -46,7 +46,7 @@ class Committer:
     def commit(
         self, events: Sequence[Event], states: Mapping[str, bytes | None] | None = None
     ) -> list[Stamp]:
-        """Make events and incident states (None deletes one) durable in one transaction → a stamp an event.
+        """Make events and incident states (None deletes one) durable in one transaction → their stamps.
 
         An event that breaks its schema becomes a dead letter; when the spool is full the least important
         are evicted. Either is named in a gap event of the same transaction, as is what got lost since the
@@ -135,7 +135,7 @@ class Committer:
         self._write_run(db, draft.seq)
 
     def _write_run(self, db: sqlite3.Connection, last: int) -> None:
-        """The run's record with what was seen, told in the wall clock as it is now.
+        """The run's record with what was seen, in the wall clock as it is now.
 
         After a reboot a stamp of a clock that was set since could not be compared.
         """
@@ -282,7 +282,7 @@ class Committer:
         """Write the last sign of life that the caller gave, and let go of the file.
 
         None of its own: a drain may have gone on for long after observing ended, and what happened
-        meanwhile belongs into the gap that the next start tells.
+        meanwhile belongs into the gap that the next start reports.
 
         False when a commit still hangs in the kernel: then the file is left as a kill would leave it.
         """

@@ -173,7 +173,7 @@ class Scribe:
                 draft.claims.append(replace(loss, ranges=left))
 
     def name_claims(self, draft: Draft) -> None:
-        """Turn the claims into gap events, one a reason (or several, when one can't hold all ranges).
+        """Turn the claims into gap events, one per reason (or several, when one can't hold all ranges).
 
         Each is an event of its own and never changes: a file that loses its last commits may bring an
         event back as it was before, and the same id must not have gone out with other words.

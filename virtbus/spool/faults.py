@@ -17,5 +17,5 @@ hook: Callable[[str], None] = _nothing
 
 
 def reach(point: str) -> None:
-    """Tell the hook that the point is reached."""
+    """Call the hook: the point is reached."""
     hook(point)

@@ -151,7 +151,7 @@ def prepare_state_dir(state_dir: Path) -> None:
         raise ConfigError(
             f"state_dir {state_dir} can't be made: {error.strerror}; make it, or set --state-dir"
         ) from error
-    read_only = os.statvfs(state_dir).f_flag & os.ST_RDONLY  # told later, by who writes
+    read_only = os.statvfs(state_dir).f_flag & os.ST_RDONLY  # reported later, by who writes
     if not os.access(state_dir, os.R_OK | os.W_OK | os.X_OK) and not read_only:
         raise ConfigError(
             f"state_dir {state_dir} can't be written by uid {os.geteuid()}; "
@@ -206,7 +206,7 @@ class Lock:
             except FileNotFoundError:
                 now = None
             except OSError:
-                continue  # what the disk refuses is told by who reads or writes
+                continue  # what the disk refuses is reported by who reads or writes
             if now != known:
                 what = "is gone" if now is None else "is another file now"
                 raise NotOurs(f"{path} {what}, so another agent may write here")
@@ -280,7 +280,7 @@ def translate(error: sqlite3.Error, path: Path) -> VirtbusError:
         )
     name = getattr(error, "sqlite_errorname", None) or type(error).__name__
     if is_damage(error):
-        return SpoolCorrupt(f"{path} is damaged ({name}: {error}); restart: it is set aside then and rescued")
+        return SpoolCorrupt(f"{path} is damaged ({name}: {error}); restart: it is moved away and rescued")
     hint = {
         sqlite3.SQLITE_FULL: "the disk is full: make room",
         sqlite3.SQLITE_READONLY: "the file system is read-only: remount it",
@@ -377,7 +377,7 @@ def check_writable(path: Path) -> None:
 def close(connection: sqlite3.Connection, path: Path) -> None:
     """Close a connection; on a disk that has turned read-only leave it to the end of the process.
 
-    The last one to close folds the log into the file, which there ends as `check_writable` tells; so would
+    The last one to close folds the log into the file, which there ends as `check_writable` reports; so would
     the garbage collector's close, hence the reference that nobody gives back.
     """
     try:

@@ -15,7 +15,7 @@ from heapq import heapify, heappop, heappush
 FIRST_PARK_SECONDS = 1.0
 LONGEST_PARK_SECONDS = 60.0
 
-_PAGE = 4096  # rows a page of codes
+_PAGE = 4096  # rows per page of codes
 # A row's code is its class + 1 (0: no such row) and these flags:
 _HELD = 0x40  # a commit evicts or rewrites it
 _TAKEN = 0x80  # with the publisher
@@ -88,7 +88,7 @@ class Index:
             self._queue(key, lane)
 
     def sort(self, key: str, order: dict[int, tuple[int, int]]) -> None:
-        """Put a lane into the order of (run, sequence): a damaged file may have told another one."""
+        """Put a lane into the order of (run, sequence): a damaged file may have had another one."""
         lane = self._lanes[key]
         lane.rows = array("q", sorted(lane.rows[lane.head :], key=lambda row: order[row]))
         lane.head = 0
@@ -129,7 +129,7 @@ class Index:
     # ---- the publisher's side
 
     def take(self, limit: int, busy: AbstractSet[str], now: float) -> list[tuple[int, str]]:
-        """Up to `limit` (row, key), the oldest first, one a key, none of a key that waits or is in `busy`."""
+        """Up to `limit` (row, key), oldest first, one per key, none of a key that waits or is in `busy`."""
         self._unpark(now)
         out: list[tuple[int, str]] = []
         skipped: list[tuple[int, str]] = []

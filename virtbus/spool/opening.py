@@ -37,7 +37,7 @@ class Opening:
 
     previous: PreviousRun | None  # the last run that committed something, as far as the file knows
     last_alive_ns: int | None  # up to when it saw everything, in the wall clock as it is now
-    placed: bool  # that clock can tell it; else it was set back over a reboot, and this is the latest moment
+    placed: bool  # that clock can show it; else it was set back over a reboot, and this is the latest moment
     stamps_since_ns: int | None  # what was stamped since then, by the clock of then or of now, is not older
     damage: str | None  # what was wrong with the file
     set_aside: Path | None  # where the damaged file is now
@@ -52,12 +52,12 @@ class _Found:
 
     present: set[str] = field(default_factory=set)  # epochs with rows here: waiting events, dead letters
     holes: list[SequenceRange] = field(default_factory=list)
-    clock: dict[str, Any] = field(default_factory=dict)  # in which the last run's times are told
-    note: dict[str, Any] = field(default_factory=dict)  # what an earlier start found and nobody told yet
+    clock: dict[str, Any] = field(default_factory=dict)  # of the last run's times
+    note: dict[str, Any] = field(default_factory=dict)  # what an earlier start found and nobody reported yet
 
 
 def start(path: Path, lock: files.Lock, limits: SpoolLimits, clock: Clock) -> tuple[Mirror, Opening, int]:
-    """Begin a run on the file of `lock`'s folder, or on a new one; a damaged one is set aside and rescued.
+    """Begin a run on the file of `lock`'s folder, or on a new one; a damaged one is moved away and rescued.
 
     → (the mirror of the file, what was found, the file's minor version).
     """
@@ -89,7 +89,7 @@ def start(path: Path, lock: files.Lock, limits: SpoolLimits, clock: Clock) -> tu
     try:
         return _begin(Mirror(path, lock, limits, clock), note, fresh=fresh)
     except Damaged as again:
-        # Not to start would lose more than what is set aside here.
+        # Not to start would lose more than what is moved away here.
         why = f"{damage}; and what was rescued: {again}"
         rescued = rescue(path, wall_ns + 1000, why, copy=False)
         return _begin(Mirror(path, lock, limits, clock), note, fresh=fresh)
@@ -199,7 +199,7 @@ def _load_events(db: sqlite3.Connection, mirror: Mirror, present: dict[str, dict
             )
         account = mirror.accounts.get(row.epoch)
         if account is None or row.seq > account.last:
-            # The run's row is older than its events, or gone: they tell what it would have said.
+            # The run's row is older than its events, or gone: they show what it would have said.
             raise Damaged(f"run {row.epoch} has an event {row.seq} that its record does not know")
         if not mark(present[row.epoch], row.seq, row.seq):
             raise Damaged(f"event {row.seq} of run {row.epoch} is there twice")
@@ -228,7 +228,7 @@ def _in_this_clock(alive_ns: int, clock: dict[str, Any], now: Now) -> tuple[int 
 
     Of the same boot the time that passed is known. Else the stamp is believed, unless it lies after this
     boot began: the clock was wrong then or is now. The boot's beginning is then the latest that it can be,
-    and how much earlier it was (the second value is False) nobody can tell.
+    and how much earlier it was (the second value is False) nobody knows.
     """
     if not alive_ns:
         return None, True
@@ -243,7 +243,7 @@ def _in_this_clock(alive_ns: int, clock: dict[str, Any], now: Now) -> tuple[int 
 
 
 def put_clock(db: sqlite3.Connection, booted_ns: int, earlier_ns: int) -> None:
-    """Say in which clock `alive_ns` is told: this boot's, and when that began; see Mirror.earlier_ns."""
+    """Say by which clock `alive_ns` is: this boot's, and when that began; see Mirror.earlier_ns."""
     clock = {"boot": boot_id(), "booted_ns": booted_ns, "earlier_ns": earlier_ns}
     files.put(db, "meta", "clock", json.dumps(clock))
 

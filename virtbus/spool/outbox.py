@@ -7,7 +7,7 @@ takes and settles (`settling`), each on a connection of its own. One Python lock
 On the disk the spool is bounded by `max_bytes` of pages holding events (`draft.disk_bytes`), by twice that
 for the file as a whole (PRAGMA max_page_count: pages of a spool that was emptied here and there are part
 full), by about 8 MiB of log (a checkpoint each 1,000 pages, under the lock, so it always ends), and by two
-damaged files that were set aside. In memory it holds about ten bytes an event and no body.
+damaged files that were moved away. In memory it holds about ten bytes per event and no body.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def _fix_runs(target: sqlite3.Connection, copied: set[tuple[str, int]]) -> None:
     lost = sorted(epoch for epoch in last if epoch not in runs)
     orphans = sorted({slot >> 32 for slot in slots} - numbers)
     for epoch in lost:
-        # Its bitmaps tell its number when there is no doubt whose they are.
+        # Its bitmaps show its number when there is no doubt whose they are.
         number = orphans.pop() if len(orphans) == len(lost) == 1 else max(numbers, default=0) + 1
         numbers.add(number)
         put_run(target, Account(number, epoch, 0, 0, last[epoch]))

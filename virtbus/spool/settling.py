@@ -239,7 +239,7 @@ class Settler:
             for position, _, problem in settled.damaged:
                 self._bury(db, position, "damaged", problem)
             if settled.damaged:
-                # What they were is not to be trusted: the ledger tells which sequences are missing now.
+                # What they were is not to be trusted: the ledger says which sequences are missing now.
                 detail = "rows of the spool were not what was written"
                 holes = self._holes(db, losses)
                 losses += [Missing((item,), GapReason.SPOOL_DAMAGED, detail=detail) for item in holes]

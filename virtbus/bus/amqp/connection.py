@@ -24,7 +24,7 @@ from virtbus.bus.amqp.wire import Channel, Transport, WireConnection
 from virtbus.bus.certificates import seen_broker
 from virtbus.bus.url import DEFAULT_PORTS, password, read_url
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError
-from virtbus.telemetry import BusConnected, BusLost, InsecureTransport, Notice, TelemetryEvent, emit
+from virtbus.telemetry import BusConnected, BusLost, InsecureTransport, TelemetryEvent, emit
 
 _CLOSE_SECONDS = 1.0
 
@@ -33,6 +33,14 @@ LINK_FAULTS: tuple[type[BaseException], ...] = (OSError, AMQPError, struct.error
 
 REFUSING_CODES = frozenset({311, 406, 501, 502})
 """Reply codes that speak of one message: too large, or malformed."""
+
+
+class ExchangeDiffers(TelemetryEvent, level="warning", every=600, by="bus,exchange"):
+    """the exchange is not a durable topic exchange: events may reach nobody; delete it, or name another"""
+
+    bus: str
+    exchange: str
+    told: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +202,7 @@ class BrokerLink:
                 "bus.declare = false"
             ) from refusal
         if isinstance(refusal, amqp.PreconditionFailed):
-            emit(Notice(f"{self.name}: exchange {exchange} has other arguments than ours; used as it is"))
+            emit(ExchangeDiffers(self.name, exchange, str(refusal.reply_text)))
 
     def exchange_refusal(self) -> amqp.AccessRefused | amqp.PreconditionFailed | None:
         """Declare the exchange; why the broker refuses that. Raises as LINK_FAULTS."""
@@ -215,7 +223,7 @@ class BrokerLink:
         """Declare a durable queue of ours; why the broker refuses that. Raises as LINK_FAULTS.
 
         RabbitMQ 4 gives up on a message after 20 deliveries, and counts what was only prefetched when a
-        connection ended; which event kills its consumer only the consumer can tell (`Consumer.max_attempts`).
+        connection ended; which event kills its consumer only the consumer knows (`Consumer.max_attempts`).
         A queue that an older broker or release made lacks that argument, and is used as it is.
         """
         server = self.connection.server_properties or {}

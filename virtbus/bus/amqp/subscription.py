@@ -15,7 +15,7 @@ climbs by cancelling the lower rungs: the next in line is its own.
 
 **Never deaf.** Every few seconds the group makes sure of its queue, its exchange and its binding, without
 traffic. A marker exchange `virtbus.<group>.watch`, bound to the exchange, goes with it: one that was deleted
-and declared again by somebody else is told from one that always stood.
+and declared again by somebody else is recognised.
 
 Without a group the queue is exclusive, of a fresh name at each connection, and goes with it: a forgotten
 consumer fills no broker, and the broker may believe in a dead connection for as long as it likes.
@@ -50,7 +50,7 @@ from virtbus.telemetry import BusCutOff, Notice, TelemetryEvent, Trouble, emit
 _ACKS_TOGETHER = 1024  # bytes
 _CAREFUL_AT = 8  # deliveries without a verdict; RabbitMQ's own limit, where there is one, is 20
 _RUNGS = (1, 2, 3, 5, 9)  # prefetch while messages come with so many: one, beside those that wait here
-_SPARE = 50  # messages that wait to be put aside, beside the prefetch
+_SPARE = 50  # messages that wait to be dead-lettered, beside the prefetch
 _PREFETCH_MAX = 0xFFFF  # as basic.qos has room for
 _VERIFY_SECONDS = 10.0
 _STEADY_SECONDS = 10.0  # a connection that stood so long has not failed at once
@@ -74,7 +74,7 @@ class GroupRepaired(TelemetryEvent, level="error"):
 
 
 class _Topology:
-    """A group's queue, its binding, and the marker that tells when somebody deleted the exchange."""
+    """A group's queue, its binding, and the marker that shows when somebody deleted the exchange."""
 
     def __init__(self, options: BusOptions, group: str | None) -> None:
         self.queue, self.durable = f"virtbus.{group}", group is not None
@@ -374,7 +374,7 @@ class AmqpSubscription(LineSubscription):
         properties, queue, tag = raw.properties, self._topology.queue, raw.delivery_info["delivery_tag"]
         if len(raw.body) > MAX_DECODE_BYTES:
             # No event of ours is so large, and what is prefetched of them would fill the memory: the broker
-            # itself puts it aside (x-dead-letter-exchange), with the reason in x-death.
+            # itself dead-letters it (x-dead-letter-exchange), with the reason in x-death.
             channel.basic_reject(tag, requeue=False)
             emit(MessageTooLarge(queue, len(raw.body), properties.get("user_id")))
             return
@@ -441,7 +441,7 @@ def _keep_alive(subscription: weakref.ref[AmqpSubscription], closed: threading.E
 
 
 def _name(message: Message, properties: Mapping[str, Any]) -> str:
-    """What tells a message that comes again; others than agents may send none, or one like another's."""
+    """What identifies a message that comes again; others than agents may send none, or one like another's."""
     given = f"{properties.get('message_id')} {message.headers.get('ce-id')}".encode("utf-8", "replace")
     return hashlib.blake2b(given + b"\0" + message.body, digest_size=16).hexdigest()
 

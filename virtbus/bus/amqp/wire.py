@@ -3,7 +3,7 @@
 kombu and py-amqp own the protocol: handshake, SASL, TLS, channels, methods. This module owns the socket:
 it is non-blocking, writes are buffered, reads are parsed in bulk. That is what a broker under an alarm
 asks for (it stops reading, and a blocking write would stop our heartbeats with it), what a deadline asks
-for (py-amqp's own timeouts begin anew with every frame, heartbeats too), and what makes it fast.
+for (py-amqp's own timeouts start again with every frame, heartbeats too), and what makes it fast.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ class Channel(pyamqp.Channel):
         return message
 
     def dispatch_method(self, method_sig: tuple[int, int], payload: bytes, content: Any) -> None:
-        """A routing key is the sender's: one that is no text must not end the connection."""
+        """A routing key is the sender's: one that is not text must not end the connection."""
         if method_sig == spec.Basic.Deliver:
             payload = _with_readable_key(payload)
         super().dispatch_method(method_sig, payload, content)
 
 
 def _with_readable_key(deliver: bytes) -> bytes:
-    """The arguments of basic.deliver with what is no UTF-8 left out of the routing key, their last one."""
+    """The arguments of basic.deliver with what is not UTF-8 left out of the routing key, their last one."""
     at = 4 + 1 + deliver[4] + 9  # class, method, consumer tag, delivery tag, redelivered
     at += 1 + deliver[at]  # exchange
     key = deliver[at + 1 :]
@@ -89,7 +89,7 @@ class WireConnection(pyamqp.Connection):
     """py-amqp's connection, reading and writing through our own non-blocking loop."""
 
     Channel = Channel
-    # RabbitMQ tells why it blocks; py-amqp leaves the argument unread.
+    # RabbitMQ says why it blocks; py-amqp leaves the argument unread.
     _METHODS: Mapping[Any, Any] = {
         **pyamqp.Connection._METHODS,
         spec.Connection.Blocked: spec.method(spec.Connection.Blocked, "s"),
@@ -181,7 +181,7 @@ class WireConnection(pyamqp.Connection):
             except _WOULD_BLOCK:
                 return
             if not chunk:
-                self._eof = True  # told after what came before it has been dispatched
+                self._eof = True  # reported after what came before it has been dispatched
                 return
             self._in += chunk
             # TLS keeps decrypted bytes that poll() does not see: read until there are none.
@@ -218,7 +218,7 @@ class WireConnection(pyamqp.Connection):
 
         They are the sender's, and the broker passes on what it does not look at (a date after all time, a
         table of 5,000 levels): throwing the connection away would bring the same message again, for ever.
-        Without properties it is no event of ours, and its reader puts it aside.
+        Without properties it is not an event of ours, and its reader dead-letters it.
         """
         try:
             return bool(self.on_inbound_frame((kind, channel, payload)))

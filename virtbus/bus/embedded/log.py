@@ -31,7 +31,7 @@ from virtbus.errors import BusDenied, BusUnavailable, VirtbusError, translating
 
 LEASE_SECONDS = 600.0
 ROW_OVERHEAD_BYTES = 128
-# Messages of a key that is out elsewhere are set aside so that other keys can pass; so many a group at most.
+# Messages of a key that is out elsewhere are skipped so that other keys can pass; at most so many per group.
 LOOK_AHEAD = 10_000
 
 _BUSY_SECONDS = 10.0
@@ -331,7 +331,7 @@ class Member:
             yield db
 
     def lease(self, limit: int) -> list[Stored]:
-        """Up to `limit` next messages, in log order within each key. Never blocks for want of messages."""
+        """Up to `limit` next messages, in log order within each key. Never blocks without messages."""
         with self._calling() as db:
             self._seen = self._log.version()
             self._log.reap(db, self.id)
@@ -372,7 +372,7 @@ class Member:
             db.execute("DELETE FROM pending WHERE grp = ? AND pos = ?", (self.group, pos))
 
     def dead_letter(self, pos: int, reason: str) -> None:
-        """Put a message aside, durably. It stays in the log until it is sent back or dropped."""
+        """Dead-letter a message, durably. It stays in the log until it is sent back or dropped."""
         with self._calling(durable=True) as db:
             db.execute(
                 "UPDATE pending SET owner = NULL, reason = ? WHERE grp = ? AND pos = ?",

@@ -134,7 +134,7 @@ class _Publisher:
         self._channel = self._connection.channel()
         exchange = kombu.Exchange(self._options.topic)
         self._producer: Any = kombu.Producer(self._channel, exchange, auto_declare=False)
-        self.flying: dict[str, tuple[Record, float]] = {}  # by key: at most one unconfirmed record a key
+        self.flying: dict[str, tuple[Record, float]] = {}  # by key: at most one unconfirmed record per key
         self._reports: list[tuple[Record, Any]] = []
         self._progress = time.monotonic()
 
@@ -216,7 +216,7 @@ class _Publisher:
 class KafkaBus:
     """A Kafka topic as a bus: see virtbus.bus.Bus for the contract, which this class keeps.
 
-    Idempotent producer, acks=all, one unconfirmed record a key. A record whose report says that it may be
+    Idempotent producer, acks=all, one unconfirmed record per key. A record whose report says that it may be
     stored is `Deferred` and the producer is replaced; its second copy carries the same id.
     """
 

@@ -96,7 +96,7 @@ class Watch(logging.Handler):
     """Hears a client's errors (librdkafka's error_cb, from inside poll) and remembers what they mean."""
 
     def __init__(self, *, listening: bool = False) -> None:
-        """`listening` reads librdkafka's log lines too: some failures to connect are told nowhere else."""
+        """`listening` reads librdkafka's log lines too: some failures to connect appear nowhere else."""
         super().__init__()
         self.listening = listening
         self.logger = logging.Logger("librdkafka")

@@ -1,6 +1,6 @@
 """Kafka's dead letters: how records are stored there, and how they are listed, sent back and dropped.
 
-They lie in the topic `<topic>.dead`, which all groups share; GROUP_HEADER tells whose they are. A Kafka log
+They lie in the topic `<topic>.dead`, which all groups share; GROUP_HEADER says whose they are. A Kafka log
 can't lose a record from its middle, so a letter is settled by a later record of the same partition that names
 its offset (SETTLED_HEADER); what every group has settled at the log's beginning is deleted.
 """
@@ -32,7 +32,7 @@ from virtbus.bus.subscription import SMALLEST, Item, cut_text
 from virtbus.errors import BusDenied, BusUnavailable, RecordRefused, VirtbusError
 
 POSITION_HEADER = "x-virtbus-position"  # where the record stood: topic[partition]@offset
-GROUP_HEADER = "x-virtbus-group"  # the group that put it aside
+GROUP_HEADER = "x-virtbus-group"  # the group that dead-lettered it
 SETTLED_HEADER = "x-virtbus-settled"  # of a record without a value: the offset of the letter that is done
 FOR_HEADER = "x-virtbus-for"  # of a record that was sent back: the only group that takes it
 _OURS = frozenset({REASON_HEADER, CUT_HEADER, POSITION_HEADER, GROUP_HEADER, SETTLED_HEADER, FOR_HEADER})

@@ -111,7 +111,7 @@ def resume(
     """Where to go on (None: where the commit says), and what is lost on the way.
 
     `committed` is what the broker keeps for the group, `noted` what we kept. The commit decides, for an
-    operator may have moved it; the note only tells what was read where the broker has forgotten it. Without
+    operator may have moved it; the note only says what was read where the broker has forgotten it. Without
     either the group is new, and misses nothing.
     """
     places = [place for place in (committed, noted) if place is not None]
@@ -148,7 +148,7 @@ def _same(one: str, other: str) -> bool:
 
 
 class Losses:
-    """What one subscription's group has read and will never get; tells each loss once."""
+    """What one subscription's group has read and will never get; reports each loss once."""
 
     def __init__(self, topic: str, memory: Memory) -> None:
         self._topic, self._memory = topic, memory

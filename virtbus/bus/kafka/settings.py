@@ -1,4 +1,4 @@
-"""What a Kafka client is told: URL, credentials, librdkafka's options; every problem is named at once.
+"""A Kafka client's settings: URL, credentials, librdkafka's options; every problem is named at once.
 
 Facts about options are librdkafka's (its CONFIGURATION reference).
 """
@@ -81,7 +81,7 @@ class KafkaSettings:
 
     @property
     def dead_topic(self) -> str:
-        """Where messages go that a consumer puts aside."""
+        """Where messages go that a consumer dead-letters."""
         return self.options.topic + DEAD_LETTER_SUFFIX
 
     @property
@@ -180,7 +180,7 @@ class KafkaSettings:
             "heartbeat.interval.ms": 1_000,
             **self.client(watch),
             "group.id": group_id,
-            # Only what `store_offsets` was told is committed: librdkafka does it in the background, at a
+            # Only what `store_offsets` was given is committed: librdkafka does it in the background, at a
             # rebalance and at close.
             "enable.auto.commit": True,
             "enable.auto.offset.store": False,
@@ -243,7 +243,7 @@ def _token_and_expiry(text: str, now: float) -> tuple[str, float]:
 
 
 def check(url: str, options: BusOptions) -> KafkaSettings:
-    """The settings of a kafka:// or kafkas:// URL; ConfigError names every problem at once, one a line."""
+    """The settings of a kafka:// or kafkas:// URL; ConfigError names every problem at once, one per line."""
     problems: list[str] = []
     parts = read_url(url)
     tls = parts.scheme == "kafkas"

@@ -1,4 +1,4 @@
-"""Consuming from Kafka at least once: the client, the group, and what it is told when records are gone."""
+"""Consuming from Kafka at least once: the client, the group, and what is reported when records are gone."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ _CALL_SECONDS = 5.0
 _ASK_SECONDS = 1.0  # where an answer is only nice to have
 _CLOSE_SECONDS = 5.0  # to leave the group and to commit what was acknowledged
 # How often to look for another topic of the same name, for what retention took from a partition at rest and,
-# where there is no group to tell of them, for partitions that were added.
+# where there is no group to report them to, for partitions that were added.
 _LOOK_SECONDS = 20.0
 # Without a partition for so long, while brokers answer, an exclusive member was replaced.
 _OUSTED_SECONDS = 20.0
 _LETTERS_SECONDS = 5.0  # for dead letters that are under way at `close`
 _POLL_SECONDS = 0.5
-# Messages that wait here for a retry or for the dead letters: at most so many times `prefetch`.
-_HELD_FACTOR = 10
+# Messages that wait here for a retry or for the dead letters: at most so many times `prefetch`, or 50.
+_HELD_FACTOR, _HELD_AT_LEAST = 10, 50
 # Offsets kept in mind behind one that has no verdict for long: so much comes again after a kill.
 _SPAN = 100_000
 
@@ -210,7 +210,7 @@ class KafkaSubscription(LineSubscription):
 
     def _throttle(self) -> None:
         """Stop fetching while the caller has enough; polling goes on, so that the group keeps us."""
-        line, most = self._line, self._prefetch * _HELD_FACTOR
+        line, most = self._line, max(self._prefetch * _HELD_FACTOR, _HELD_AT_LEAST)
         spans = sum(track.span for track in self._tracks.values())
         full = len(line.out) >= self._prefetch or line.held + line.ready >= most or spans >= max(_SPAN, most)
         if full == self._paused or not self._tracks:
@@ -346,7 +346,7 @@ class KafkaSubscription(LineSubscription):
             raise BusUnavailable(f"{doing}: {watch.last or 'no broker answers'}")
 
     def _is_ousted(self) -> bool:
-        """Whether a newer exclusive member replaced us: librdkafka tells nobody that it was fenced off."""
+        """Whether a newer exclusive member replaced us: librdkafka does not report that it was fenced off."""
         # Its assignment is empty, and stays so. After a cut it would long have joined again.
         if self._exclusive and self._tracks and not self._consumer.assignment():
             self._forget(list(self._tracks))
@@ -354,7 +354,7 @@ class KafkaSubscription(LineSubscription):
         return self._ousted_at is not None and time.monotonic() - self._ousted_at > _OUSTED_SECONDS
 
     def _restart(self) -> None:
-        """The next `receive` makes a new client, with credentials read anew."""
+        """The next `receive` makes a new client, with credentials read again."""
         if self._group is None:
             # Its place in the stream is only here: the same client goes on, with the password as it is now.
             if self._settings.mechanism not in (None, "OAUTHBEARER"):
@@ -385,7 +385,7 @@ def _now(consumer: Any, topic: str) -> list[Any]:
 def _starts(
     consumer: Any, places: list[Any], losses: Losses
 ) -> Iterator[tuple[Any, int | None, Place | None]]:
-    """(place, where to go on instead of its commit, how far it was read); tells what is lost on the way.
+    """(place, where to go on instead of its commit, how far it was read); reports what is lost on the way.
 
     Without an answer librdkafka asks again by itself, and what was passed over is seen at the next record.
     """
