@@ -208,6 +208,10 @@ class ModelBus:
                     waiting.remove(record)
                     yield record, Unroutable()
                     continue
+                if sched.random.random() < broker.loses_confirms / 3:  # before all of it was sent
+                    for lost in waiting:
+                        yield lost, Deferred(BusUnavailable("connection reset by peer"))
+                    return
                 broker.take(self.host, record)
                 sched.sleep(sched.random.random() * 0.002)
                 if sched.random.random() < broker.loses_confirms:
@@ -301,6 +305,7 @@ class ModelSubscription:
         self._broker.sched.perhaps(0.1)
         if self._generation == self._broker.generation and self._out.pop(message.handle, None) is not None:
             self._group.settle(message)
+        self._bus.reach("acked")
 
     def retry(self, message: Message, after: float) -> None:
         """See Subscription."""

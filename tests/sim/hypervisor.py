@@ -167,6 +167,7 @@ class Hypervisor(Protocol):
     @property
     def stood(self) -> Sequence[Stood]: ...
     def restart(self, seconds: float) -> None: ...
+    def die(self, stalls: float, seconds: float) -> None: ...
     def hang(self, seconds: float) -> None: ...
     def error(self, guest: Guest, alias: str, *, pause: bool, events: int = 1) -> None: ...
     def resume(self, guest: Guest) -> None: ...
@@ -210,6 +211,12 @@ class Daemon:
             link.cut("End of file while reading data", 0.0)
         self.sched.sleep(seconds)
         self.up = True
+
+    def die(self, stalls: float, seconds: float) -> None:
+        """It stands still and then ends: what it had not sent is lost, and nobody is told since when."""
+        self.hung_since = self.sched.now
+        self.sched.sleep(stalls)
+        self.restart(seconds)
 
     def hang(self, seconds: float) -> None:
         """It says nothing for so long; a client gives up after a while, and tries again."""

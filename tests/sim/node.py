@@ -112,8 +112,18 @@ class Node:
         pod.socket = None
         self._tell()
         pod.restart(min(seconds, RESTART_SECONDS))
+        self._again(pod)
+
+    def _again(self, pod: Pod) -> None:
         if pod in self._pods.values():
             self._listen(pod)
+
+    def die(self, stalls: float, seconds: float) -> None:
+        """One pod's."""
+        pod = self._any()
+        if pod is not None:
+            pod.die(stalls, min(seconds, RESTART_SECONDS))
+            self._again(pod)
 
     def hang(self, seconds: float) -> None:
         """One pod's."""

@@ -17,13 +17,14 @@ from tests.sim.runtime import START_NS
 from virtbus import envelope
 from virtbus.fleet import Fleet
 from virtbus.model import Gap, IoError, IoErrorResolved, Message, Now, Stamp, to_ns
-from virtbus.words import Origin, Phase
+from virtbus.words import GapReason, Origin, Phase
 
 if TYPE_CHECKING:
     from tests.sim.broker import Arrival
     from tests.sim.plane import Plane
 
 READ_SECONDS = 30.0  # by then the consumer has read what the broker holds
+LOOK_SECONDS = 80.0  # by then a look that failed was asked again
 PAUSE_SECONDS = 3.0  # who stands for so long after a gap is found …
 FOUND_SECONDS = 60.0  # … by then
 GROUP_SECONDS = 0.1  # a group commit's 50 ms, and a step of the consumer
@@ -70,6 +71,7 @@ class Truth:
     promised: dict[tuple[str, int], str] = field(default_factory=dict)  # (epoch, sequence) → id
     epochs: dict[str, list[str]] = field(default_factory=dict)  # host → its runs, in order
     blind: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    standstills: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # of one that saw
     skews: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # host → (since when, skew)
     boots: dict[str, list[float]] = field(default_factory=dict)  # host → when its power was cut
     sockets: dict[str, str] = field(default_factory=dict)  # of nodes → whose
@@ -161,9 +163,11 @@ def _gaps(truth: Truth, events: list[Event]) -> list[Interval]:
     to be known (docs/libvirt.md).
     """
     found = []
-    before = 0.0  # when the event before was made
+    before = last = 0.0  # when the commit before was made, and this one
     for event in sorted(events, key=lambda event: truth.made[event.arrival.record.id][0]):
         made, skew = truth.made[event.arrival.record.id]
+        if made > last:
+            before, last = last, made
         if event.type == Gap.TYPE:
             host, start = event.arrival.host, event.data["started_at"]
             detail = event.data["detail"] or ""
@@ -180,7 +184,6 @@ def _gaps(truth: Truth, events: list[Event]) -> list[Interval]:
                     next((whose for path, whose in truth.sockets.items() if path in detail), None),
                 )
             )
-        before = made
     return found
 
 
@@ -301,7 +304,9 @@ def _every_message(
     """docs/events.md: an error in a gap that libvirt keeps a message of is found when the gap ends.
 
     Only of guests of which less was counted than happened, and not of an error that its own event told: a gap
-    begins where what was seen is committed, which may be before the error.
+    begins where what was seen is committed, which may be before the error. And not of one whose stamp, since
+    the clock was set back, is older than that of an error before it, or lies ahead of now: it can't be told
+    from one that was told.
     """
     later: dict[tuple[str, str, str], list[Error]] = defaultdict(list)
     made: dict[tuple[str, str], list[Error]] = defaultdict(list)
@@ -339,13 +344,31 @@ def _every_message(
             until = truth.ended if following is None else following.at
             gone = any(a <= until and b >= error.at for a, b in truth.away.get(uuid, ()))
             told_all = (host, uuid) not in short
-            if told_all or not error.kept or not inside or gone or until - max(g.end for g in inside) < 100:
+            if (
+                told_all
+                or not error.kept
+                or not inside
+                or gone
+                or until - max(g.end for g in inside) < LOOK_SECONDS
+            ):
+                continue
+            stamp, end = (_stamp(truth, host, at) for at in (error.at, max(g.end for g in inside)))
+            if any(
+                one.at < error.at and (stamp <= _stamp(truth, host, one.at) <= end or stamp > end)
+                for one in made[host, uuid]
+                if one.alias == alias or not one.named
+            ):
                 continue
             if not any(error.at <= at <= until for at in told[host, uuid, alias]):
                 yield (
                     f"P1: {error.host}: the error of {alias} of {uuid} at {error.at:.3f} lies in a gap, "
                     "libvirt kept a message of it, and it was not found"
                 )
+
+
+def _stamp(truth: Truth, host: str, at: float) -> float:
+    """What the host's wall clock said at a true time."""
+    return at + [skew for since, skew in truth.skews[host] if since <= at][-1]
 
 
 def _every_pause(truth: Truth, events: list[Event], gaps: dict[str, list[Interval]]) -> Iterator[str]:
@@ -400,6 +423,13 @@ def _every_standstill(truth: Truth, gaps: dict[str, list[Interval]]) -> Iterator
                     at = gap.end
             if at < end - 0.2:
                 yield f"P3: {host}: blind from {begin:.3f} to {end:.3f}, told only until {at:.3f}"
+    for host, times in truth.standstills.items():
+        for begin, end in times:
+            reasons = {gap.reason for gap in gaps[host] if gap.start <= end and begin <= gap.end}
+            if end < truth.ended - 100 and reasons.isdisjoint(
+                {GapReason.AGENT_STANDSTILL, GapReason.AGENT_DOWN}
+            ):
+                yield f"P3: {host}: stood still from {begin:.3f} to {end:.3f}, told as {sorted(reasons)}"
 
 
 def _incidents(truth: Truth, events: list[Event]) -> Iterator[str]:
@@ -506,19 +536,22 @@ def _late_consumer(truth: Truth) -> Iterator[str]:
     """P5: whoever reads all of it late, and some of it again, comes to the same: nothing is open."""
     dice = random.Random(len(truth.messages))
     fleet = Fleet()
-    order: list[Message] = []
+    order: list[tuple[Message, bool]] = []  # and whether it comes once more
     for message in truth.messages:
-        order.append(message)
+        order.append((message, False))
         if dice.random() < 0.1:
-            order.append(dice.choice(order))
+            order.append((dice.choice(order)[0], True))
     now = Now(START_NS + int(truth.ended * 1e9), truth.ended, 0.0)
-    for message in order:
+    for message, again in order:
         if message.body[:1] != b"{":
             continue
+        before = fleet.view(now).incidents if again else 0
         opened = envelope.decode(message)
         event = envelope.to_event(opened, validate=False)
         if event is not None:
             fleet.saw(event, opened.attributes, now)
+        if again and fleet.view(now).incidents > before:
+            yield f"P5: what came once more opened an incident: {opened.attributes['id']}"
     view = fleet.view(now)
     if view.incidents:
         hosts = ", ".join(host.name for host in view.hosts if host.incidents)

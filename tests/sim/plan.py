@@ -164,6 +164,7 @@ def _faults(plan: Plan, dice: random.Random) -> Iterator[Fault]:
             (150.0, _unplug),
             (200.0, _snapshot),
             (150.0, _migrate),
+            (200.0, _slow),
         ):
             others = [other.name for other in plan.hosts if other is not host]
             if draw_one is _migrate:
@@ -193,19 +194,16 @@ def _meetings(plan: Plan) -> Iterator[Fault]:
         return
     for _ in range(dice.choice((1, 2, 3))):
         host = dice.choice(plan.hosts).name
-        meet = dice.choice(
-            (_blind_spot, _late_disk, _unseen_resume, _lost_commit, _earlier_clock, _cut_short)
-        )
+        meet = dice.choice(MEETINGS)
         for fault in meet(dice, host, round(dice.uniform(10.0, plan.faulty_seconds - 80.0), 3)):
             if fault.where != "reactor" or plan.reactors:
                 yield fault
 
 
 def _fails_once(dice: random.Random, host: str, at: float, *, pause: bool, stays: float = 4.0) -> Fault:
-    disk = dice.randrange(2)
     how = {
         "guest": dice.randrange(3),
-        "disk": disk,
+        "disk": dice.randrange(2),
         "pause": pause,
         "copying": False,
         "times": [[1, stays, 2.0]],
@@ -220,6 +218,7 @@ def _blinds(dice: random.Random, host: str, at: float) -> tuple[Fault, float]:
         (
             ("kill", {"after": seconds}),
             ("libvirt_restarts", {"seconds": seconds}),
+            ("libvirt_dies", {"stalls": seconds - 1.0, "seconds": 1.0}),
             ("freeze", {"seconds": seconds + 5.0, "asleep": dice.random() < 0.4}),
         )
     )
@@ -227,17 +226,54 @@ def _blinds(dice: random.Random, host: str, at: float) -> tuple[Fault, float]:
 
 
 def _blind_spot(dice: random.Random, host: str, at: float) -> Iterator[Fault]:
-    """An error that nobody sees, and looks that fail when they could find it."""
+    """An error that nobody sees, of a disk that failed before, and looks fail when they could find it."""
     blind, seconds = _blinds(dice, host, at)
     yield blind
-    for _ in range(dice.choice((1, 1, 2))):
-        yield _fails_once(dice, host, at + dice.uniform(1.5, seconds - 1.0), pause=dice.random() < 0.3)
+    error = _fails_once(dice, host, at + dice.uniform(1.5, seconds - 1.0), pause=dice.random() < 0.3)
+    yield error
     if dice.random() < 0.6:
-        yield Fault(
-            round(at + seconds - 0.5, 3), host, "looks_fail", {"seconds": dice.choice((3.0, 12.0, 40.0))}
-        )
+        how = {**error.how, "pause": False}
+        yield replace(error, at=round(max(1.0, at - dice.uniform(8.0, 15.0)), 3), how=how)
+        if dice.random() < 0.4:
+            yield Fault(round(at - dice.uniform(3.0, 6.0), 3), host, *_clock(dice)[:2])
+    if dice.random() < 0.5:
+        how = {"seconds": dice.choice((3.0, 12.0, 40.0))}
+        yield Fault(round(at + seconds - 0.5, 3), host, "looks_fail", how)
     if dice.random() < 0.3:
         yield _blinds(dice, host, round(at + seconds + dice.uniform(0.5, 20.0), 3))[0]
+
+
+def _deaf(dice: random.Random, host: str, at: float) -> Iterator[Fault]:
+    """libvirtd says nothing, something fails, and the agent ends before it hears of it."""
+    yield Fault(at, host, "libvirt_hangs", {"seconds": dice.choice((12.0, 40.0))})
+    yield _fails_once(dice, host, at + dice.uniform(0.1, 6.0), pause=dice.random() < 0.3)
+    yield Fault(
+        round(at + dice.uniform(6.5, 11.0), 3), host, *dice.choice((_kill, _power, _freeze))(dice)[:2]
+    )
+
+
+def _two_disks(dice: random.Random, host: str, at: float) -> Iterator[Fault]:
+    """A second disk fails while its guest stops for the first; then one of them fails again."""
+    first = _fails_once(dice, host, at, pause=True, stays=dice.choice((0.05, 0.05, 4.0)))
+    behind = dice.choice((0.0, 0.02, 0.1, 1.2, 3.0))
+    yield replace(first, how={**first.how, "behind": behind})
+    for after in (8.0, 16.0):
+        disk = dice.randrange(2)
+        yield replace(
+            first, at=round(at + after, 3), how={**first.how, "disk": disk, "times": [[1, 3.0, 1.0]]}
+        )
+
+
+def _busy_end(dice: random.Random, host: str, at: float) -> Iterator[Fault]:
+    """A busy host, on which something fails and something ends."""
+    yield Fault(at, host, "slow_host", {"seconds": 20.0, "lag": dice.choice((0.3, 1.5, 4.0))})
+    end = at + dice.uniform(4.0, 16.0)
+    for _ in range(2):
+        yield _fails_once(dice, host, end - dice.uniform(0.0, 4.0), pause=dice.random() < 0.6, stays=2.0)
+    error = _fails_once(dice, host, end - dice.uniform(1.0, 4.0), pause=False)
+    yield replace(error, how={**error.how, "times": [[1, 0.3, 0.1]] * 12})
+    ends = dice.choice((_kill, _kill, _power, _freeze, _libvirt))
+    yield Fault(round(end, 3), host, *ends(dice)[:2])
 
 
 def _late_disk(dice: random.Random, host: str, at: float) -> Iterator[Fault]:
@@ -253,6 +289,8 @@ def _unseen_resume(dice: random.Random, host: str, at: float) -> Iterator[Fault]
     """A guest stands, is resumed unseen, and stands again."""
     blind, seconds = _blinds(dice, host, at)
     first = _fails_once(dice, host, at - dice.uniform(0.5, 8.0), pause=True)
+    if dice.random() < 0.5:  # of a disk whose events libvirt 9.0 loses
+        first = replace(first, how={**first.how, "guest": 2, "disk": 1})
     again = dice.uniform(0.3, 6.0)
     yield blind
     yield replace(
@@ -287,6 +325,12 @@ def _cut_short(dice: random.Random, host: str, at: float) -> Iterator[Fault]:
         how = {"step": dice.choice(steps), "nth": 1, "after": 3.0, "keeps": dice.random() < 0.8}
         yield Fault(round(at - 0.1, 3), who, "kill_at", how)
     yield Fault(round(at - 0.1, 3), "broker", dice.choice(("confirms", "cut", "stop")), {"seconds": 5.0})
+
+
+MEETINGS = (
+    _blind_spot, _blind_spot, _late_disk, _unseen_resume, _lost_commit, _earlier_clock, _cut_short, _deaf,
+    _two_disks, _busy_end,
+)  # fmt: skip
 
 
 def _often(dice: random.Random, where: str, end: float, mean: float, draw_one: Any) -> Iterator[Fault]:
@@ -349,6 +393,9 @@ def _clock(dice: random.Random) -> Drawn:
 
 def _libvirt(dice: random.Random) -> Drawn:
     seconds = dice.choice((1.0, 5.0, 40.0))
+    if dice.random() < 0.3:
+        stalls = dice.choice((0.5, 3.0, 12.0))
+        return "libvirt_dies", {"stalls": stalls, "seconds": seconds}, stalls + seconds
     return dice.choice(("libvirt_restarts", "libvirt_hangs")), {"seconds": seconds}, seconds
 
 
@@ -368,6 +415,11 @@ def _guest(dice: random.Random) -> Drawn:
 def _unplug(dice: random.Random) -> Drawn:
     seconds = dice.choice((0.5, 20.0))
     return "unplug", {"seconds": seconds, "guest": dice.randrange(4), "disk": dice.randrange(2)}, seconds
+
+
+def _slow(dice: random.Random) -> Drawn:
+    seconds = dice.choice((5.0, 20.0))
+    return "slow_host", {"seconds": seconds, "lag": dice.choice((0.1, 1.0, 4.0))}, seconds
 
 
 def _snapshot(dice: random.Random) -> Drawn:

@@ -136,6 +136,7 @@ class SimAgent(Program):
         self.daemon = daemon
         self.agent_id = f"6f2c3a30-9f5e-4c3e-8a40-{number:012d}"
         self.agent: Agent | None = None
+        self.observer: Observer | None = None  # of a host with one daemon
         self.disk: str | None = None  # "full" or "fails"
         self.blind: list[tuple[float, float]] = []
 
@@ -143,6 +144,10 @@ class SimAgent(Program):
         """One that is or was here."""
         known = list(self.daemon.guests.values())
         return known[number % len(known)]
+
+    def sees(self) -> bool:
+        """Whether it is connected to libvirt, and has been for a while."""
+        return self.observer is not None and self.observer.connected
 
     def killed(self, after: float, keeps: bool) -> None:
         now = self.world.sched.now
@@ -180,7 +185,8 @@ class SimAgent(Program):
     def _source(self, options: SourceOptions) -> Source:
         daemon = self.daemon
         if isinstance(daemon, Daemon):
-            return Observer(daemon, options=options)
+            self.observer = Observer(daemon, options=options)
+            return self.observer
         settings = Discover(sockets=(daemon.pattern,), host=self.name)
         return ManySource(settings, options=options, connector=daemon.connector)
 

@@ -60,6 +60,7 @@ class Process:
         self.name, self.clock = name, clock
         self.dead = self.killed = False
         self.stopped_until = 0.0
+        self.lag = 0.0  # seconds that each of its turns may come late
         self.last_id = 0  # of virtbus.envelope.uuid7: a module's variable, so one a process
         self.at_death: list[Callable[[], None]] = []
 
@@ -71,6 +72,7 @@ class Task:
         self.process = process
         self.turn = 0  # which of its appointments counts
         self.woken = False
+        self.late = False
         self.done = False
         self.waiters: list[Task] = []
         self.greenlet = greenlet.greenlet(run, parent)
@@ -131,6 +133,12 @@ class Scheduler:
             if task.process.stopped_until > max(at, self.now):
                 self._appoint(task.process.stopped_until, task, woken=woken)
                 continue
+            if task.process.lag and not task.late:
+                task.late = True
+                late = self.random.random() ** 3 * task.process.lag
+                self._appoint(max(self.now, at) + late, task, woken=woken)
+                continue
+            task.late = False
             self.now = max(self.now, at)
             self.turns += 1
             if self.turns > MAX_TURNS:

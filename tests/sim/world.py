@@ -222,9 +222,16 @@ class World:
     # ---- of a host
 
     def _do_trouble(
-        self, host: SimAgent, guest: int, disk: int, pause: bool, copying: bool, times: list[list[float]]
+        self,
+        host: SimAgent,
+        guest: int,
+        disk: int,
+        pause: bool,
+        copying: bool,
+        times: list[list[float]],
+        behind: float | None = None,
     ) -> None:
-        """A disk fails for a while; whoever watches resumes the guest."""
+        """A disk fails for a while, and its neighbour `behind` it; whoever watches resumes the guest."""
         daemon = host.daemon
         one = host.guest(guest)
         alias = ALIASES[disk]
@@ -239,6 +246,12 @@ class World:
             before = len(daemon.errors)
             daemon.error(one, alias, pause=pause, events=int(events))
             self.tell(host.name, f"  {one.name} {alias}: {len(daemon.errors) - before} errors")
+            if behind is not None:
+                self.sched.sleep(behind)
+                other = ALIASES[1 - disk]
+                if one.here and other not in one.unplugged:
+                    daemon.error(one, other, pause=True)
+                    self.tell(host.name, f"  {one.name} {other}: 1 error, on its way already")
             self.sched.sleep(stays)
             if pause:
                 if daemon.quirks.late:
@@ -308,6 +321,9 @@ class World:
             return
         self.tell(host.name, f"{'the host sleeps' if asleep else 'SIGSTOP'} for {seconds:.0f} s")
         process.stopped_until = self.sched.now + seconds
+        if seconds > 20 and host.sees():
+            times = self.truth.standstills.setdefault(host.name, [])
+            times.append((self.sched.now, self.sched.now + seconds))
         if seconds > 20:
             host.blind.append((self.sched.now, self.sched.now + seconds))
         if asleep:
@@ -317,6 +333,16 @@ class World:
             for link in [link for link in host.daemon.links if link.process is process]:
                 link.cut("End of file while reading data", 0.0)
 
+    def _do_slow_host(self, host: SimAgent, seconds: float, lag: float) -> None:
+        """Others have its processors: each thread of the agent comes late to whatever it does."""
+        process = host.process
+        if process is None or process.dead:
+            return
+        self.tell(host.name, f"the host is busy for {seconds:.0f} s")
+        process.lag = lag
+        self.sched.sleep(seconds)
+        process.lag = 0.0
+
     def _do_step_clock(self, host: SimAgent, step: float) -> None:
         self.tell(host.name, f"the wall clock is set by {step:+.0f} s")
         host.clock.skew += step
@@ -325,6 +351,10 @@ class World:
     def _do_libvirt_restarts(self, host: SimAgent, seconds: float) -> None:
         self.tell(host.name, f"libvirtd restarts, away for {seconds:.0f} s")
         host.daemon.restart(seconds)
+
+    def _do_libvirt_dies(self, host: SimAgent, stalls: float, seconds: float) -> None:
+        self.tell(host.name, f"libvirtd stands still for {stalls:.1f} s and ends, away for {seconds:.0f} s")
+        host.daemon.die(stalls, seconds)
 
     def _do_libvirt_hangs(self, host: SimAgent, seconds: float) -> None:
         self.tell(host.name, f"libvirtd hangs for {seconds:.0f} s")

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import sys
 import textwrap
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tests.sim.plan import Plan, Shape
+from tests.sim.plan import Fault, Plan, Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +34,55 @@ class Mutant:
 
     about: str
     edits: tuple[Edit, ...]
-    needs: tuple[str, ...] = ()  # plans without any of these faults can't show it, and are not played
+    needs: tuple[tuple[str, ...], ...] = ()  # plans without one of each can't show it
     fleet: bool = False  # only plans of fleets can
     messages: bool = False  # only hypervisors that keep messages can
 
-    def may_show(self, plan: Plan) -> bool:
-        """Whether it makes a difference to this plan, as far as that can be told without playing it."""
-        happens = {f"{fault.where} {fault.what}" for fault in plan.faults} | {f.what for f in plan.faults}
-        return (
-            (not self.needs or not happens.isdisjoint(self.needs))
-            and (not self.fleet or plan.shape is Shape.FLEET)
-            and (not self.messages or any(host.release != "bookworm" for host in plan.hosts))
-        )
+    def chance(self, plan: Plan) -> float:
+        """How soon it may show in this plan, a second of it; 0 if it can't, as far as a plan tells."""
+        if self.fleet and plan.shape is not Shape.FLEET:
+            return 0.0
+        if self.messages and all(host.release == "bookworm" for host in plan.hosts):
+            return 0.0
+        happens = Counter(word for fault in plan.faults for word in _words(fault))
+        happens.update(_in_the_dark(plan))
+        needed = [sum(happens[word] for word in words) for words in self.needs]
+        return math.prod(needed) / plan.faulty_seconds / len(plan.hosts)
+
+
+def _words(fault: Fault) -> Iterator[str]:
+    """What `needs` may name of a fault."""
+    yield fault.what
+    yield f"{fault.where} {fault.what}"
+    if fault.what == "trouble":
+        yield "pause" if fault.how["pause"] else "report"
+        if fault.how.get("behind") is not None:
+            yield "behind"
+    if fault.how.get("keeps") is False:
+        yield f"{fault.where} without its files"
+
+
+def _in_the_dark(plan: Plan) -> Iterator[str]:
+    """Errors that libvirt alone remembers, of disks that failed before and not soon again."""
+    ends = [
+        (fault.where, fault.at, fault.at + fault.how.get("after", fault.how.get("seconds", 0.0)))
+        for fault in plan.faults
+        if fault.what in BLIND
+    ]
+    reports = [fault for fault in plan.faults if fault.what == "trouble" and not fault.how["pause"]]
+    for one in reports:
+        disk = (one.where, one.how["guest"], one.how["disk"])
+        its = [fault.at for fault in reports if (fault.where, fault.how["guest"], fault.how["disk"]) == disk]
+        dark = any(where == one.where and begin < one.at < end for where, begin, end in ends)
+        before = [at for at in its if at < one.at]
+        if dark and before and not any(one.at < at < one.at + 90.0 for at in its):
+            yield "dark report"
+            if any(
+                fault.what == "step_clock" and fault.how["step"] < -60 and before[-1] < fault.at < one.at
+                for fault in plan.faults
+                if fault.where == one.where
+            ):
+                yield "dark report of another clock"
 
 
 def _one(
@@ -51,13 +91,15 @@ def _one(
     old: str,
     new: str,
     *,
-    needs: tuple[str, ...] = (),
+    needs: tuple[tuple[str, ...], ...] = (),
     fleet: bool = False,
     messages: bool = False,
 ) -> Mutant:
     return Mutant(about, (Edit(where, old, new),), needs, fleet, messages)
 
 
+ENDS = ("kill", "kill_at", "power_cut", "power_cut_at", "terminate")
+BLIND = ("libvirt_restarts", "libvirt_dies", "freeze", *ENDS)
 POWER = ("power_cut", "power_cut_at")
 CONSUMER = ("consumer kill", "consumer kill_at")
 REACTOR = ("reactor kill", "reactor kill_at")
@@ -69,7 +111,7 @@ MUTANTS = {
         "virtbus.sources.lookups:Questions.answered",
         "attempts is None or not unanswered",
         "True",
-        needs=("looks_fail", "looks_hang"),
+        needs=(("looks_fail", "looks_hang"), BLIND),
     ),
     "a_late_event_counts_again": _one(
         "an event that comes after its finding is counted again",
@@ -82,26 +124,28 @@ MUTANTS = {
         "virtbus.seen:SeenThrough.lost",
         "earliest(at, self._proven or self.moment)",
         "at",
-        needs=("libvirt_hangs", "libvirt_restarts", "freeze"),
+        needs=(("libvirt_dies",),),
     ),
     "alive_at_the_commit": _one(
         "the sign of life is the commit's clock, not up to when everything is seen",
         "virtbus.agent.intake:Writer.sign_of_life",
         "through.wall(now)",
         "now.wall_ns",
+        needs=(("libvirt_hangs", "libvirt_dies"), ENDS),
     ),
     "a_proof_is_as_new_as_its_answer": _one(
         "everything counts as seen when an answer is taken from the queue, not when its question was asked",
         "virtbus.seen:SeenThrough.take",
         "Moment.of(item.asked, MARGIN_SECONDS + item.undecided)",
         "Moment.of(now)",
+        needs=(("slow_host",), ENDS),
     ),
     "epochs_by_the_clock": _one(
         "a run's epoch is made of the wall clock alone: a later run may get an earlier epoch",
         "virtbus.spool.opening:_begin_run",
         ", above=[*mirror.accounts, *([] if before is None else [before])]",
         "",
-        needs=("step_clock",),
+        needs=(("step_clock",),),
     ),
     "old_disk_errors_forgotten": _one(
         "a disk error that QEMU kept from a pause nobody looked at is blamed for the next one",
@@ -114,20 +158,27 @@ MUTANTS = {
         "virtbus.sources.cases:Case.keep_told",
         "self.stale = self.stale | _kept(self.events)",
         "pass",
+        needs=(("behind",),),
     ),
     "a_resume_without_us_is_not_believed": _one(
         "a guest that the listing shows running still counts as paused: its next pause is not told",
         "virtbus.sources.crosscheck:CrossCheck.listed_running",
         "self.resumed(uuid)",
         "pass",
-        needs=("libvirt_hangs", "libvirt_restarts", "freeze"),
+        needs=(
+            (
+                "libvirt_hangs",
+                "libvirt_restarts",
+                "freeze",
+            ),
+        ),
     ),
     "a_standstill_is_not_noticed": _one(
         "the source does not notice that its process stood still",
         "virtbus.sources.crew:Pulse.beat",
         "STANDSTILL_SECONDS",
         "1e9",
-        needs=("freeze",),
+        needs=(("freeze",),),
     ),
     "the_newest_message_last": _one(
         "of the messages that libvirt keeps of a disk the last counts, not the newest",
@@ -135,53 +186,68 @@ MUTANTS = {
         "in look.messages:",
         "in {one.target: one for one in look.messages}.values():",
         messages=True,
+        needs=(("dark report",),),
     ),
     "the_newest_stamp": _one(
         "of the messages that libvirt keeps of a disk only the newest stamp counts",
         "virtbus.sources.cases:newer_messages",
         "in look.messages:",
         "in {one.target: one for one in sorted(look.messages, key=lambda one: one.at_ns or -1)}.values():",
-        needs=("step_clock",),
         messages=True,
+        needs=(("dark report of another clock",),),
     ),
     "states_apart_from_events": _one(
         "incident states are committed in a transaction of their own, after the events",
         "virtbus.agent.intake:Writer.commit",
         "stamps = self._spool.commit(batch, self._pending_states)",
         "stamps = self._spool.commit(batch, {}); self._spool.commit((), self._pending_states)",
+        needs=(
+            (
+                "kill_at",
+                "power_cut_at",
+            ),
+        ),
     ),
     "incidents_not_restored": _one(
         "an agent that starts again does not know the incidents that were open",
         "virtbus.agent.intake:Intake.restore",
         "self._incidents.restore(self._spool.states(), self.started)",
         "()",
+        needs=(ENDS,),
     ),
     "commits_not_synced": _one(
         "what is committed waits in the disk's cache",
         "virtbus.spool.mirror:Connection._connect",
         "sync=self._sync",
         'sync="OFF"',
-        needs=POWER,
+        needs=(POWER,),
     ),
     "unconfirmed_is_confirmed": _one(
         "what was unconfirmed when the connection ended counts as confirmed",
         "virtbus.agent.publisher:Publisher._once",
         "self._done(record, outcome)",
         "self._done(record, Confirmed() if isinstance(outcome, Deferred) else outcome)",
+        needs=(
+            (
+                "broker cut",
+                "broker stop",
+                "broker confirms",
+            ),
+        ),
     ),
     "marks_never_written": _one(
         "acknowledgements are sent without marks on the disk",
         "virtbus.marks:Marks.write",
         "if database is not None:",
         "if False:",
-        needs=CONSUMER,
+        needs=(CONSUMER,),
     ),
     "a_bad_message_is_acknowledged": _one(
         "what is not an event is acknowledged, not put aside",
         "virtbus.consumer:Consumer._opened",
         "emit(PoisonMessage(message.position, str(error)))",
         "return subscription.ack(message)",
-        needs=("broker poison",),
+        needs=(("broker poison",),),
     ),
     "actions_after_acks": Mutant(
         "a reactor acknowledges events before what they call for is stored",
@@ -195,14 +261,14 @@ MUTANTS = {
                 "[delivery.ack() for delivery, _ in batch]; actions = [action for _, action in batch",
             ),
         ),
-        needs=REACTOR,
+        needs=(("reactor kill_at",),),
     ),
     "what_waits_is_forgotten": _one(
         "a reactor that starts again does not take up what its store says is to be done",
         "virtbus.integrations.worker:Worker.take_up",
         "in self._store.waiting():",
         "in ():",
-        needs=REACTOR,
+        needs=(REACTOR,),
     ),
     "two_answers": _one(
         "a host of which nothing can be told counts as well",
@@ -217,6 +283,7 @@ MUTANTS = {
         "if any(kin_hosts[word] - {host}",
         "if False and any(kin_hosts[word] - {host}",
         fleet=True,
+        needs=(("storage outage",),),
     ),
     "a_mark_is_not_adopted": _one(
         "what is held under our mark and unknown to the store stays held",
@@ -224,6 +291,7 @@ MUTANTS = {
         "for name, hold in marks.items() if _is_new(rows, name)",
         "for name, hold in ()",
         fleet=True,
+        needs=(("reactor without its files",), ("storage host_fault",)),
     ),
     "a_redelivery_opens_again": _one(
         "an event that comes once more opens an incident that was over",

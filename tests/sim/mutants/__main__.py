@@ -1,4 +1,7 @@
-"""`make sim-mutants`: put one fault back at a time, and tell which seed finds it first."""
+"""`make sim-mutants`: put one fault back at a time, and tell a seed that finds it.
+
+The likeliest are played first: those whose plans have most of what it takes.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +35,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make sim-mutants")
     parser.add_argument("names", nargs="*", help="all by default")
     parser.add_argument("--seeds", type=int, default=2000)
+    parser.add_argument("--plays", type=int, help="and no more than so many of them, the likeliest first")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()
     survived = 0
     for name in given.names or mutants.MUTANTS:
-        seeds = [seed for seed in range(1, given.seeds + 1) if mutants.MUTANTS[name].may_show(draw(seed))]
+        chances = {seed: mutants.MUTANTS[name].chance(draw(seed)) for seed in range(1, given.seeds + 1)}
+        likely = sorted((seed for seed, chance in chances.items() if chance), key=lambda one: -chances[one])
+        seeds = likely[: given.plays]
         with multiprocessing.Pool(given.jobs, _made, (name,), maxtasksperchild=500) as pool:
             played = ((seed, what) for seed, what in pool.imap(_found, seeds) if what)
             found = next(((seed, what) for seed, what in played if _is_the_mutants(seed)), None)
