@@ -409,7 +409,7 @@ def commands(heading: str) -> list[list[str]]:
 def test_a_host_cant_speak_for_another_on_rabbitmq(rabbitmq: RabbitMQ, vhost: str) -> None:
     """The commands of docs/security.md, as they stand there, on a real broker."""
     user = f"agent-{vhost}"
-    for words in commands("RabbitMQ: one user a host"):
+    for words in commands("RabbitMQ: one user per host"):
         assert words[0] == "rabbitmqctl"
         mine = {"compute-7": user, "virtbus": vhost, "SECRET": "s3cret"}
         rabbitmq.rabbitmqctl(
