@@ -120,6 +120,24 @@ def test_a_host_is_held_until_its_release_has_succeeded(world, error):
     assert world.plane.held == {"h2"}
 
 
+def test_a_hold_that_is_refused_after_its_effect_counts_for_the_limit(world):
+    def refused(verb, target):
+        if verb == HOLD and target == "h1":
+            raise ActionRefused("a gateway's answer")
+
+    world.run(30)
+    world.plane.after = refused
+    world.bad = {"h1"}
+    world.run(60)
+    assert world.plane.held == {"h1"}
+    world.bad = {"h1", "h2"}
+    world.run(60)
+    assert world.plane.held == {"h1"}, "the limit of one is used up"
+    world.bad = {"h2"}
+    world.run(200)
+    assert world.plane.held == {"h2"}, "h1 is well and was released"
+
+
 def test_a_release_that_has_not_succeeded_is_dropped_when_the_host_is_bad_again(world):
     held_h1(world)
     with world.outage():
@@ -372,7 +390,7 @@ def test_whatever_happens_no_well_host_is_held_and_none_for_ever(tmp_path, seed)
     world.plane.fails = world.plane.after = disturb
     with no_waiting():
         for _ in range(30):
-            world.bad = {host for host in prone if chance.random() < (0.7 if host in world.bad else 0.25)}
+            world.bad = {host for host in sorted(prone) if chance.random() < (0.7 if host in world.bad else 0.25)}
             world.run(chance.choice([5, 20, 70, 130]))
             most = max(most, len(world.plane.held))
             assert world.plane.held <= prone

@@ -67,6 +67,7 @@ class LookSchedule:
         self._checked_at = float("-inf")
         self._not_before = float("-inf")
         self._lull_ended = float("-inf")
+        self._doubted = False
         self.possible = True  # False once the integration said that it can't look
 
     def heard(self, now: float) -> None:
@@ -82,8 +83,10 @@ class LookSchedule:
 
     @property
     def known(self) -> bool:
-        """Whether everything was read since the last lull: only then may more be held."""
-        return not self.possible or (self.looked_at is not None and self.looked_at >= self._lull_ended)
+        """Whether everything was read since the last lull or doubt: only then may more be held."""
+        if not self.possible:
+            return True
+        return not self._doubted and self.looked_at is not None and self.looked_at >= self._lull_ended
 
     def due(self, now: float) -> float:
         """Seconds until the next look; 0 or less: now."""
@@ -107,6 +110,11 @@ class LookSchedule:
         self._checked_at = now
         if everything:
             self.looked_at = begun
+            self._doubted = False
+
+    def doubt(self) -> None:
+        """What is held may not be what we know: nothing more is held until everything was read again."""
+        self._doubted = True
 
     def failed(self, now: float, wait: float) -> None:
         """A look failed; the next one after `wait` seconds."""
@@ -297,6 +305,8 @@ class Worker:
         refused = isinstance(error, VirtbusError) and not error.retryable and not missing
         broken = not isinstance(error, VirtbusError) and attempts >= MOST_SURPRISES
         if (refused and action.verb != RELEASE) or (broken and action.verb == EVENT):
+            if action.verb == HOLD:  # a gateway may refuse what has had its effect, and that is held too
+                self.looks.doubt()
             self._settle(number, action, Result.REFUSED, in_words(error))
             self._tell(ActionGivenUp(name, action.verb, action.target, action.why, action.key, error))
             return None
