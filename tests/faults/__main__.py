@@ -43,6 +43,7 @@ SCENARIOS = (
     Scenario("spool_model", "a model of the spool against the real one", "1000", "50"),
     Scenario("clock", "the wall clock jumps an hour forward and back", "", "--quick"),
     Scenario("freeze", "an agent that is stopped under a real guest's errors", "60", "20"),
+    Scenario("deaf", "a listener that is killed in a storm, and whether the next one hears", "40", "2"),
     Scenario("blind_restart", "libvirt goes away and the agent ends before it is back", "20", "3"),
     Scenario("gap_edges", "errors at the edges of gaps, over kills under load", "100", "6"),
     Scenario("two_writers", "the lock is removed and a second agent starts", "10", "1"),

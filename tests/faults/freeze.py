@@ -2,7 +2,7 @@
 
 `freeze[tick]`: 18 errors a second; the agent goes on after so many seconds. What it did not hear must lie
 in a gap of reason agent_standstill, and it may not call itself ready before it has connected again.
-`freeze[storm]`: a guest that fails as fast as it can; the frozen agent is ended after the unit's WatchdogSec,
+`freeze[storm]`: two guests that fail as fast as they can; the frozen agent is ended after the unit's WatchdogSec,
 as systemd ends it. libvirtd's memory must stay bounded, and it must answer `virsh list` within 10 s of that.
 """
 
@@ -16,6 +16,7 @@ from tests.faults.seen_kit import Stage, drained, end, report, seconds_of
 from virtbus.commands.host import WATCHDOG_SECONDS
 
 MOST_MIB, MOST_SECONDS = 200, 10.0
+STORMING = 2
 
 
 def tick(seconds: float) -> bool:
@@ -51,10 +52,11 @@ def tick(seconds: float) -> bool:
 def storm() -> bool:
     """Frozen until the watchdog's end."""
     with Stage() as stage:
-        guest = stage.guest("storm")
-        with stage.injecting(guest) as injector:
+        guests = [stage.guest("storm") for _ in range(STORMING)]
+        with stage.injecting(*guests) as injector:
             with stage.agent().ready(60) as agent:
-                guest.fail()
+                for guest in guests:
+                    guest.fail()
                 time.sleep(5)
                 before = injector.total
                 agent.process.send_signal(signal.SIGSTOP)
@@ -64,7 +66,8 @@ def storm() -> bool:
             answered, memory = stage.virsh_seconds(60), stage.daemon_mib()
             with stage.agent().ready(60) as agent:
                 time.sleep(5)
-                guest.heal()
+                for guest in guests:
+                    guest.heal()
                 time.sleep(10)
                 drained(agent)
                 agent.stop()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from pathlib import Path
+from unittest import mock
 
 import libvirt
 import pytest
@@ -12,8 +14,10 @@ from tests.sources.simulated import Seen
 from virtbus.errors import ConfigError, SourceUnavailable
 from virtbus.observations import SourceReady
 from virtbus.sources import SourceOptions
-from virtbus.sources.libvirt import LibvirtConnector, LibvirtSource, checks_of, is_local
+from virtbus.sources.libvirt import LibvirtConnector, LibvirtSource
 from virtbus.sources.link import HostFacts
+from virtbus.sources.probing import checks_of
+from virtbus.sources.sockets import is_local
 
 
 def test_the_test_driver_is_seen_with_its_one_domain() -> None:
@@ -59,6 +63,41 @@ def test_a_callback_that_could_not_be_decoded_is_noticed() -> None:
     libvirt.virEventAddTimeout(0, undecodable, None)
     assert told.wait(5)
     link.close()
+
+
+class Daemon:
+    """A connection that remembers who registered and left, and brings an event to some registrations."""
+
+    def __init__(self, brings: int | None) -> None:
+        self.brings, self.story, self.rounds = brings, [], 0
+        self.numbers = itertools.count()
+
+    def domainEventRegisterAny(self, _domain, event, callback, _opaque):
+        number = next(self.numbers)
+        if event == libvirt.VIR_DOMAIN_EVENT_ID_LIFECYCLE:
+            self.rounds += 1
+        self.story.append(number)
+        if event == libvirt.VIR_DOMAIN_EVENT_ID_METADATA_CHANGE and self.rounds == self.brings:
+            callback(None, mock.Mock())
+        return number
+
+    def domainEventDeregisterAny(self, number):
+        self.story.remove(number)
+
+    def isAlive(self):
+        return 1
+
+
+@pytest.mark.parametrize(("brings", "rounds"), [(None, 3), (1, 1), (2, 2), (3, 3)])
+def test_a_queue_that_may_be_stuck_is_left_until_something_is_heard(brings, rounds, monkeypatch) -> None:
+    """libvirt delivers nothing more when its last listener left in a storm, until all have left again."""
+    monkeypatch.setattr("virtbus.sources.libvirt._HEARD_SECONDS", 0.001)
+    daemon, registered = Daemon(brings), []
+    connector = LibvirtConnector("qemu:///system", SourceOptions())
+    connector._listen(daemon, mock.Mock(), registered, may_be_stuck=True)
+    assert daemon.rounds == rounds
+    assert daemon.story == registered, "what is registered is what close() drops"
+    assert len(registered) == 8
 
 
 @pytest.mark.parametrize(

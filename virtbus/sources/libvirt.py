@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any, ClassVar
-from urllib.parse import urlsplit
 
 import libvirt
 
@@ -26,6 +25,8 @@ from virtbus.observations import RawIoError
 from virtbus.sources import SourceOptions
 from virtbus.sources.link import DomainAt, Handler, HostFacts, NobodyListens, NoSuchDomain, Space, Unsupported
 from virtbus.sources.observer import Observer
+from virtbus.sources.probing import checks_of, unreachable
+from virtbus.sources.sockets import is_local
 from virtbus.telemetry import CallbackUndecodable, EventUnsupported, LibvirtSaid, Trouble, emit
 
 THROTTLES_FROM = (9, 2, 0)  # QEMU merges BLOCK_IO_ERROR events of a device, one a second
@@ -38,6 +39,8 @@ _DENIED = (
     libvirt.VIR_ERR_ACCESS_DENIED,
     libvirt.VIR_ERR_OPERATION_DENIED,
 )
+_HEARD_SECONDS = 0.1  # a queue that is not stuck brings something within it, if anything comes at all
+_WAKES = 2
 _MISUSED = (libvirt.VIR_ERR_NO_CONNECT, libvirt.VIR_ERR_INVALID_ARG, libvirt.VIR_ERR_CONF_SYNTAX)
 _CLOSE_REASONS = {
     libvirt.VIR_CONNECT_CLOSE_REASON_ERROR: "an error on the connection",
@@ -256,7 +259,7 @@ class LibvirtLink:
         for names, _ in _EVENTS:
             number = getattr(libvirt, f"VIR_DOMAIN_EVENT_ID_{names[0]}")
             try:
-                held = self._connection.domainEventRegisterAny(None, number, _ignore, None)
+                held = self._connection.domainEventRegisterAny(None, number, lambda *_: None, None)
                 self._connection.domainEventDeregisterAny(held)
                 results[names[0]] = None
             except libvirt.libvirtError as error:
@@ -310,13 +313,6 @@ def _dotted(version: tuple[int, int, int]) -> str:
     return ".".join(map(str, version))
 
 
-def is_local(uri: str) -> bool:
-    """Whether a libvirt URI names the machine we run on, by the rules of libvirt's own URIs."""
-    parts = urlsplit(uri)
-    transport = parts.scheme.partition("+")[2]
-    return not parts.netloc and transport in ("", "unix")
-
-
 # -------------------------------------------------------------------------------------- the connector
 
 
@@ -329,6 +325,7 @@ class LibvirtConnector:
         self._address = uri
         self._interval = options.keepalive_interval_seconds
         self._count = options.keepalive_count
+        self._one_of_many = options.host is not None
 
     def open(self, handler: Handler | None) -> LibvirtLink:
         """See Connector."""
@@ -340,17 +337,20 @@ class LibvirtConnector:
                 raise ConfigError(f"libvirt.uri {self.uri}: {error.get_error_message()}") from error
             raise _translated(error, self.uri) from error
         link = LibvirtLink(connection, self._address)
+        # Where a daemon serves one guest, the guest's own process listens too: its queue can't get stuck.
+        may_be_stuck = not self._one_of_many
         try:
             connection.setKeepAlive(self._interval, self._count)
         except libvirt.libvirtError as error:
-            # Drivers inside this process (test:///) have none, and need none.
+            # Drivers inside this process (test:///) have none and no daemon, and need none.
+            may_be_stuck = False
             emit(LibvirtSaid(f"keepalive: {error.get_error_message()}"))
         if handler is None:
             return link
         _EventLoop.handlers.add(handler)
         try:
             self._watch_closing(connection, handler)
-            self._register(connection, handler, link.registered)
+            self._listen(connection, handler, link.registered, may_be_stuck=may_be_stuck)
         except libvirt.libvirtError as error:
             link.close()
             raise _translated(error, f"{self.uri}: event registration") from error
@@ -368,9 +368,30 @@ class LibvirtConnector:
             if error.get_error_code() != libvirt.VIR_ERR_NO_SUPPORT:
                 raise
 
-    def _register(self, connection: Any, handler: Handler, registered: list[int]) -> None:
+    def _listen(
+        self, connection: Any, handler: Handler, registered: list[int], *, may_be_stuck: bool
+    ) -> None:
+        """Register the callbacks, so that they are called.
+
+        When the last listener leaves a daemon in a storm, libvirt may leave events in its queue without the
+        timer that empties it (virObjectEventStateQueueRemote reads it without the lock): until all listeners
+        have left once more nobody gets an event, while calls are answered. So while nothing is heard we leave
+        and come again. What happens meanwhile is before the connection, for the look to find.
+        """
+        heard = threading.Event()
+        callbacks = _callbacks(handler, heard)
+        self._register(connection, callbacks, registered)
+        for _ in range(_WAKES if may_be_stuck else 0):
+            if heard.wait(_HEARD_SECONDS):
+                break
+            while registered:
+                connection.domainEventDeregisterAny(registered.pop())
+            self._register(connection, callbacks, registered)
+
+    def _register(
+        self, connection: Any, callbacks: Mapping[str, Callable[..., None]], registered: list[int]
+    ) -> None:
         """Every event we use. One that the daemon does not know is logged and skipped."""
-        callbacks = _callbacks(handler)
         for names, key in _EVENTS:
             for name in names:
                 number = getattr(libvirt, f"VIR_DOMAIN_EVENT_ID_{name}", None)
@@ -389,10 +410,6 @@ class LibvirtConnector:
                     raise SourceUnavailable(f"{self.uri} offers none of the events {', '.join(names)}")
 
 
-def _ignore(*_: object) -> None:
-    """A callback that does nothing."""
-
-
 # For each callback the events that call it: the first that the daemon knows is registered.
 _EVENTS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("LIFECYCLE",), "lifecycle"),
@@ -406,8 +423,8 @@ _EVENTS: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 
 
-def _callbacks(handler: Handler) -> Mapping[str, Callable[..., None]]:
-    """The callbacks by the names that `_EVENTS` uses. All run on libvirt's thread."""
+def _callbacks(handler: Handler, heard: threading.Event) -> Mapping[str, Callable[..., None]]:
+    """The callbacks by the names that `_EVENTS` uses; each sets `heard`. All run on libvirt's thread."""
 
     def lifecycle(_c: Any, dom: Any, event: int, detail: int, _o: object) -> None:
         handler.lifecycle(*_named(dom), event, detail)
@@ -431,7 +448,16 @@ def _callbacks(handler: Handler) -> Mapping[str, Callable[..., None]]:
             handler.job_failed(dom.UUIDString(), disk or "")
         handler.changed(dom.UUIDString())
 
-    return {"lifecycle": lifecycle, "io_error": io_error, "removed": removed, "changed": changed, "job": job}
+    def noticing(callback: Callable[..., None]) -> Callable[..., None]:
+        def called(*words: Any) -> None:
+            if not heard.is_set():
+                heard.set()
+            callback(*words)
+
+        return called
+
+    all_of_them = (lifecycle, io_error, removed, changed, job)
+    return {callback.__name__: noticing(callback) for callback in all_of_them}
 
 
 # --------------------------------------------------------------------------------------- the source
@@ -458,42 +484,3 @@ class LibvirtSource(Observer):
             return [Check("libvirt", "failed", str(error), "see the daemon's own log", error.exit_code)]
         finally:
             link.close()
-
-
-def unreachable(error: VirtbusError) -> Check:
-    """No connection could be made."""
-    remedy = "start libvirtd or virtqemud, and see that its socket is reachable from here"
-    if isinstance(error, SourceDenied):
-        remedy = "let this user open libvirt's read-only socket (unix_sock_ro_perms)"
-    elif isinstance(error, ConfigError):
-        remedy = "fix libvirt.uri, e.g. qemu:///system"
-    return Check("libvirt", "failed", str(error), remedy, error.exit_code)
-
-
-def checks_of(uri: str, facts: HostFacts, domains: int, events: Mapping[str, str | None]) -> Sequence[Check]:
-    """A connection was made; `events` are their names and libvirt's refusals (None: it can be registered)."""
-    kind, version = facts.hypervisor.kind, facts.hypervisor.version
-    libvirt_version = facts.hypervisor.libvirt_version
-    details = {
-        "uri": uri,
-        "hypervisor": kind,
-        "hypervisor_version": version,
-        "libvirt_version": libvirt_version,
-        "domains": domains,
-        "throttles": facts.throttles,
-    }
-    words = f"{facts.name}: {kind} {version} behind libvirt {libvirt_version}, {domains} domain(s) active"
-    checks = [Check("libvirt", "ok", words, details=details)]
-    missing = ", ".join(f"{name} ({refusal})" for name, refusal in events.items() if refusal is not None)
-    if not missing:
-        checks.append(Check("libvirt events", "ok", f"{len(events)} kinds of events can be registered"))
-    else:
-        # Without IO_ERROR_REASON there is still IO_ERROR; without LIFECYCLE nothing is.
-        status, code = ("failed", SourceUnavailable.exit_code) if events.get("LIFECYCLE") else ("warning", 0)
-        remedy = "what depends on them is found later, by looking; a newer libvirt offers them"
-        checks.append(Check("libvirt events", status, f"not offered: {missing}", remedy, code))
-    if facts.throttles:
-        words = f"{kind} {version} merges a device's errors, one event a second: counts are lower bounds"
-        remedy = "nothing to fix: read occurrences.lower_bound, and docs/libvirt.md"
-        checks.append(Check("error counts", "warning", words, remedy))
-    return checks

@@ -10,6 +10,13 @@ _DEFAULT = Path("/run/libvirt")
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
+def is_local(uri: str) -> bool:
+    """Whether a libvirt URI names the machine we run on, by the rules of libvirt's own URIs."""
+    parts = urlsplit(uri)
+    transport = parts.scheme.partition("+")[2]
+    return not parts.netloc and transport in ("", "unix")
+
+
 def socket_folder(uri: str) -> Path | None:
     """Where the socket of a system connection on this host is; None: the URI names no such socket."""
     parts = urlsplit(uri)
