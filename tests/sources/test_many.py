@@ -132,6 +132,23 @@ def test_each_socket_is_looked_at_and_speaks_for_its_own_guest_on_the_named_node
         assert known.domain.name == "pod3"
 
 
+def test_a_daemon_that_libvirt_uri_names_too_is_observed_once(sockets: Sockets) -> None:
+    named, other = sockets.add("named"), sockets.add("other")
+    source = ManySource(
+        Discover(sockets=(f"{sockets.folder}/*/{NAME}",)),
+        options=OPTIONS,
+        uri=f"qemu:///system?socket={named.uri}-ro",
+        connector=sockets.connector,
+    )
+    seen, stop = Seen(), threading.Event()
+    thread = threading.Thread(target=source.run, args=(seen, stop))
+    thread.start()
+    seen.wait(of(other.uri, SourceReady))
+    stop.set()
+    thread.join(DEADLINE)
+    assert set(sockets.opened) == {other.uri}
+
+
 def test_a_socket_that_comes_later_is_found_by_inotify(sockets: Sockets) -> None:
     with observed(sockets) as (_, seen):
         seen.wait(Surveyed)

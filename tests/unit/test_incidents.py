@@ -1460,6 +1460,19 @@ def test_the_guest_of_a_socket_that_goes_away_unreached_has_ended(restarted):
     assert (ended.domain.uuid, told([ended])) == ("hangs", [("resolved", "domain_stopped")])
 
 
+def test_a_guest_that_came_back_behind_another_socket_was_started_again(restarted):
+    """A pod was replaced while the agent was away: the same UUID and, in a new daemon, the same number."""
+    paused = a_state("there", "paused", paused=True)
+    first, second = restarted.ready(paused, connection="/run/its-next-pod", whole=False)
+    assert told([first, second]) == [("resolved", "domain_stopped"), ("opened", 1)]
+
+
+def test_a_guest_that_two_sockets_show_is_not_started_again_by_the_second(restarted):
+    there = a_state("there", "paused", paused=True)
+    assert restarted.ready(there, connection="/run/there", whole=False) == []
+    assert restarted.ready(there, connection="/run/its-target", whole=False) == []
+
+
 def test_a_guest_of_an_unknown_connection_waits_for_the_last_socket():
     bench = Bench(describe=lambda uuid: None)
     bench.see(an_error(domain="unknown"))

@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import need
 from virtbus.commands.run import _libvirt_absent
 from virtbus.config import Config
-from virtbus.sources.sockets import has_socket, socket_folder, was_removed
+from virtbus.sources.sockets import has_socket, serves, socket_folder, was_removed
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,22 @@ from virtbus.sources.sockets import has_socket, socket_folder, was_removed
 )
 def test_the_folder_is_the_one_that_the_uri_means(uri, folder):
     assert socket_folder(uri) == (None if folder is None else Path(folder))
+
+
+@pytest.mark.parametrize(
+    ("uri", "path", "same"),
+    [
+        ("qemu:///system", "/run/libvirt/libvirt-sock-ro", True),
+        ("qemu:///system", "/run/libvirt/virtqemud-sock", True),
+        ("qemu:///system", "/run/libvirt/virtlxcd-sock", False),
+        ("qemu:///system", "/run/other/virtqemud-sock", False),
+        ("qemu:///system?socket=/x/a-sock-ro", "/x/a-sock", True),
+        ("qemu:///system?socket=/x/a-sock", "/x/b-sock", False),
+        ("qemu+tls://host/system", "/run/libvirt/virtqemud-sock", False),
+    ],
+)
+def test_a_socket_is_that_of_the_daemon_which_the_uri_names(uri, path, same):
+    assert serves(uri, Path(path)) is same
 
 
 def _config(tmp_path, *, optional):

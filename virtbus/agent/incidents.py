@@ -217,7 +217,10 @@ class Incidents:
             if incident.scope is Scope.HOST:
                 incident.paused &= domains.keys() if ready.whole else incident.paused
             elif domain := domains.get(uuid_in(incident.key)):
-                if None not in (incident.run, domain.number) and incident.run != domain.number:
+                renumbered = None not in (incident.run, domain.number) and incident.run != domain.number
+                # Behind another socket a guest is another process, with whatever number.
+                moved = incident.connection not in ("", ready.connection) and self._watch.is_unseen(incident)
+                if renumbered or (moved and not ready.whole):
                     restarted.add(domain.uuid)
                     events += self._teller.resolve(incident, ResolutionCause.DOMAIN_STOPPED, ready.at_ns)
                 elif domain.state in _RUNNING_STATES and incident.removed:

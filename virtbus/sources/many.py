@@ -30,6 +30,7 @@ from virtbus.sources.crew import Crew, Pulse
 from virtbus.sources.libvirt import LibvirtConnector
 from virtbus.sources.link import Connector, Handler, Link, NobodyListens
 from virtbus.sources.observer import POLL_SECONDS, Observer
+from virtbus.sources.sockets import serves
 from virtbus.telemetry import Trouble, emit
 
 LOOK_SECONDS = 30.0  # between two looks for sockets of which inotify said nothing
@@ -371,7 +372,8 @@ class ManySource:
     def _found(self, sockets: dict[str, Identity], sink: Sink) -> None:
         """The sockets that are there now: new ones are tried, replaced ones at once, others' ends noticed."""
         wanted: dict[str, Identity | None] = dict(sockets)
-        if self._uri is not None:
+        if self._uri is not None:  # what it reaches already would count each error twice
+            wanted = {path: each for path, each in wanted.items() if not serves(self._uri, Path(path))}
             wanted[self._uri] = None
         for path, identity in wanted.items():
             member = self._members.get(path)

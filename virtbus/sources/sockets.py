@@ -27,6 +27,18 @@ def socket_folder(uri: str) -> Path | None:
     return Path(named[0]).parent if named else _DEFAULT
 
 
+def serves(uri: str, path: Path) -> bool:
+    """Whether this is a socket, the read-only one or the other, of the system daemon that a URI names."""
+    folder = socket_folder(uri)
+    if folder is None or path.parent.resolve() != folder.resolve():
+        return False
+    parts = urlsplit(uri)
+    named = parse_qs(parts.query).get("socket")
+    driver = parts.scheme.partition("+")[0]
+    names = (Path(named[0]).name.removesuffix("-ro"),) if named else ("libvirt-sock", f"virt{driver}d-sock")
+    return path.name.removesuffix("-ro") in names
+
+
 def has_socket(folder: Path) -> bool:
     """Whether a libvirt daemon, or systemd for it, has a socket there. A folder that can't be read has."""
     try:
