@@ -3,7 +3,8 @@
 `freeze[tick]`: 18 errors a second; the agent goes on after so many seconds. What it did not hear must lie
 in a gap of reason agent_standstill, and it may not call itself ready before it has connected again.
 `freeze[storm]`: two guests that fail as fast as they can; the frozen agent is ended after the unit's
-WatchdogSec, as systemd ends it. libvirtd's memory must stay bounded, and it must answer `virsh list` within 10 s of that.
+WatchdogSec, as systemd ends it. libvirtd's memory must stay bounded, and it must answer `virsh list` within
+10 s of that.
 """
 
 from __future__ import annotations
