@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import kombu
@@ -418,6 +418,26 @@ def test_a_queue_made_by_the_operator_is_used_as_it_is(rabbitmq: RabbitMQ, vhost
         ListFeed(records(1)).publish(bus)
         assert subscription.receive(5.0) is not None
         subscription.close()
+
+
+@pytest.mark.parametrize("declare", [True, False])
+def test_a_stream_as_a_groups_queue_is_refused_with_what_to_do(
+    rabbitmq: RabbitMQ, vhost: str, declare: bool
+) -> None:
+    url = rabbitmq.url(vhost)
+    bind(url, "virtbus.g", **{"x-queue-type": "stream"})
+    bind(url, "virtbus.g.dead", "#", **{"x-queue-type": "stream"})
+    with opened(url, declare=declare) as bus:
+        with closing(bus.consume("g")) as subscription:
+            told = r"virtbus\.g is a stream.* replace it by a quorum queue"
+            with pytest.raises(BusDenied, match=told):
+                subscription.receive(10)
+        assert ListFeed(records(1)).publish(bus) == [Confirmed()]
+        letters = bus.dead_letters("g")
+        wait_until(lambda: letters.count() == 1)
+        with pytest.raises(BusDenied, match=r"reading dead letters of virtbus\.g: the queue is a stream"):
+            list(letters.read())
+        letters.close()
 
 
 def test_a_dead_letter_whose_queue_is_gone_is_not_lost(rabbitmq: RabbitMQ, vhost: str) -> None:

@@ -180,6 +180,16 @@ class BrokerLink:
             return False
         return True
 
+    def is_stream(self, queue: str) -> bool:
+        """Whether a queue is a stream: no other kind takes an offset. Raises as LINK_FAULTS."""
+        try:
+            with self.brief_channel() as channel:
+                channel.basic_qos(0, 1, False)
+                channel.basic_consume(queue, arguments={"x-stream-offset": "next"})
+        except amqp.PreconditionFailed:
+            return False
+        return True
+
     def be_patient(self) -> None:
         """The synchronous calls that follow have `connect_timeout` seconds together."""
         self.connection.limit = time.monotonic() + self.options.connect_timeout
@@ -409,6 +419,10 @@ def _of_broker(error: AMQPError, where: str) -> BusUnavailable | BusDenied:
         return BusDenied(
             f"{where}: not found ({text}): it is declared again at the next connection where "
             "bus.declare allows it; else create it"
+        )
+    if code == 540 and "basic.get" in text:
+        return BusDenied(
+            f"{where}: the queue is a stream, from which nothing can be taken: replace it by a quorum queue"
         )
     if code == 406 and "user_id property" in text:
         return BusDenied(f"{where}: {text}: set bus.username to the name the broker gives this certificate")

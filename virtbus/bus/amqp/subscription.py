@@ -104,6 +104,11 @@ class _Topology:
                 "x-dead-letter-routing-key": dead,
             },
         )
+        if not self._ours and link.is_stream(self.queue):
+            raise BusDenied(
+                f"{link.name}: queue {self.queue} is a stream, which does not know what was acknowledged: "
+                "each connection would begin with what comes next; replace it by a quorum queue"
+            )
         if deleted:
             emit(GroupRepaired(self.queue, "its queue had been deleted"))
         elif self._marked and self._ours and not self._marker_stands(link):
