@@ -38,6 +38,13 @@ def test_a_seed_repeats_exactly() -> None:
     assert first.page() == second.page()
 
 
+def test_a_killed_process_leaves_no_lock_file_open() -> None:
+    tally = World(5).run()
+    names = [one.readlink().name for one in Path("/proc/self/fd").iterdir() if one.is_symlink()]
+    assert tally.faults > 0
+    assert [name for name in names if name.startswith(("lock", "plane.lock"))] == []
+
+
 def test_a_plan_is_kept_as_it_was_drawn() -> None:
     plan = draw(8)
     assert Plan.parse(plan.text()) == plan
