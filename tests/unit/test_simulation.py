@@ -38,11 +38,15 @@ def test_a_seed_repeats_exactly() -> None:
     assert first.page() == second.page()
 
 
-def test_a_killed_process_leaves_no_lock_file_open() -> None:
-    tally = World(5).run()
+def locks_open() -> int:
     names = [one.readlink().name for one in Path("/proc/self/fd").iterdir() if one.is_symlink()]
-    assert tally.faults > 0
-    assert [name for name in names if name.startswith(("lock", "plane.lock"))] == []
+    return sum(name.startswith(("lock", "plane.lock")) for name in names)
+
+
+def test_a_killed_process_leaves_no_lock_file_open() -> None:
+    before = locks_open()
+    assert World(5).run().faults > 0
+    assert locks_open() <= before
 
 
 def test_a_plan_is_kept_as_it_was_drawn() -> None:

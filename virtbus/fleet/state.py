@@ -178,10 +178,10 @@ class Fleet:
             known = agent.ended[id_].incident
         agent.end(id_, Ended(known, now.monotonic, version))
 
-    def _heartbeat(self, agent: Agent, event: Heartbeat, id_: str, now: Now) -> None:
+    def _heartbeat(self, agent: Agent, event: Heartbeat, event_id: str, now: Now) -> None:
         assert agent.name is not None
         version = (event.epoch, event.committed_sequence)
-        newest = agent.runs.beats(event.epoch, id_)
+        newest = agent.runs.beats(event.epoch, event_id)
         if not newest or (version[0] == agent.heartbeat[0] and version[1] < agent.heartbeat[1]):
             return
         agent.heartbeat = version
