@@ -129,8 +129,8 @@ MUTANTS = {
     "alive_at_the_commit": _one(
         "the sign of life is the commit's clock, not up to when everything is seen",
         "virtbus.agent.intake:Writer.sign_of_life",
-        "through.wall(now)",
-        "now.wall_ns",
+        "self._spool.alive(through)",
+        "self._spool.alive(Moment.of(begun))",
         needs=(("libvirt_hangs", "libvirt_dies"), ENDS),
     ),
     "a_proof_is_as_new_as_its_answer": _one(
