@@ -122,7 +122,8 @@ class SourceReady:
     connection: str = ""  # of whose guests this speaks, where a source has several
     proves: bool = False  # `SourceSeen` follows: without it nothing counts as seen
     whole: bool = True  # these are all guests of the host; else the others' connections speak for them
-    appeared_ns: int | None = None  # when the connection's socket did: its guests may run since then
+    # Since when its guests may run: its socket came then, by the clock of `at_ns`; None: not known.
+    appeared_ns: int | None = None
     booted_ns: int | None = None  # what the clock of `at_ns` said at the boot (seen.Moment)
 
 

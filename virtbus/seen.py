@@ -193,8 +193,9 @@ class Sight:
         since = self.unreached.since  # what came up before lies in the start's own gap
         if not isinstance(item, SourceReady):
             return SeenThrough(since)
-        if item.appeared_ns is not None and item.appeared_ns > since.wall(now):
-            since = Moment.stamped(min(item.appeared_ns, item.at_ns), now)
+        if item.appeared_ns is not None:
+            appeared = moment_of(item, now)._replace(wall_ns=min(item.appeared_ns, item.at_ns))
+            since = max(since, appeared, key=lambda each: each.boot_ns)
         why = f"{item.connection} was not reached before"
         return SeenThrough(since, Blind(since, why, GapReason.SOURCE_LOST) if item.domains else None)
 

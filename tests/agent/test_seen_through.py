@@ -31,6 +31,7 @@ from virtbus.observations import (
     SourceSeen,
     Surveyed,
 )
+from virtbus.seen import Moment
 from virtbus.sources.link import RESUMED
 from virtbus.sources.observer import Observer
 from virtbus.spool import Spool, SpoolLimits, faults
@@ -285,7 +286,7 @@ def test_a_wall_clock_that_stepped_back_leaves_the_gaps_beginning_where_it_was(t
     spool.commit([a_gap()])
     for second in range(10, 1800, 10):
         clock.now = Now(T + second * 10**9, float(second))
-        spool.alive(clock.now.wall_ns)
+        spool.alive(Moment.of(clock.now))
     spool.close()
     last_seen = datetime.fromtimestamp(T / 1e9, UTC) + timedelta(seconds=1790)
     assert restarted(tmp_path / "s", clock, T + 2100 * 10**9, 2100.0) == last_seen
@@ -297,21 +298,38 @@ def test_a_clock_set_back_while_nothing_new_is_seen_is_the_clock_of_the_sign_of_
     clock = Readings(T, 1000.0)
     spool = open_spool(tmp_path / "s", clock=clock)
     spool.commit([a_gap()])
-    spool.alive(T)
+    seen = Moment.of(clock.now)
+    spool.alive(seen)
     back = T - 7200 * 10**9
     clock.now = Now(back + 3 * 10**9, 1003.0)
-    spool.alive(back)
+    spool.alive(seen)
     shutil.copytree(tmp_path / "s", tmp_path / "cut")  # what a power cut finds
     spool.close()
     after = restarted(tmp_path / "cut", clock, back + 90 * 10**9, 5.0)
     assert after == datetime.fromtimestamp(back / 1e9, UTC)
 
 
+@pytest.mark.parametrize("hours", [-2, 2])
+def test_a_sign_of_life_is_in_the_clock_of_its_moment(tmp_path, hours):
+    """The clock is set while the batch that was seen through waits for the disk."""
+    clock = Readings(T, 1000.0)
+    spool = open_spool(tmp_path / "s", clock=clock)
+    spool.commit([a_gap()])
+    seen = Moment.of(clock.now)
+    after = T + hours * 3600 * 10**9
+    clock.now = Now(after + 30 * 10**9, 1030.0)
+    spool.alive(seen)
+    spool.close()
+    assert restarted(tmp_path / "s", clock, after + 90 * 10**9, 1090.0) == datetime.fromtimestamp(
+        after / 1e9, UTC
+    )
+
+
 def test_a_clock_set_back_a_year_between_two_runs_of_one_boot_leaves_the_time_that_passed(tmp_path):
     clock = Readings(T, 100.0)
     spool = open_spool(tmp_path / "s", clock=clock)
     spool.commit([a_gap()])
-    spool.alive(T)
+    spool.alive(Moment.of(clock.now))
     spool.close()
     now = T - 365 * 86400 * 10**9
     assert restarted(tmp_path / "s", clock, now, 160.0) == datetime.fromtimestamp(now / 1e9 - 60, UTC)
@@ -321,7 +339,7 @@ def test_a_clock_set_back_over_a_boot_turns_no_gap_around(tmp_path):
     clock = Readings(T, 5000.0)
     spool = open_spool(tmp_path / "s", clock=clock)
     spool.commit([a_gap()])
-    spool.alive(T)
+    spool.alive(Moment.of(clock.now))
     spool.close()
     now = T - 365 * 86400 * 10**9
     assert restarted(tmp_path / "s", clock, now, 30.0) <= datetime.fromtimestamp(now / 1e9, UTC)

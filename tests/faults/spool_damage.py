@@ -17,6 +17,7 @@ from pathlib import Path
 from tests.faults.spool_kit import Book, HandClock, crash, gap, gaps_of, io_error, open_spool, resolved
 from virtbus import telemetry
 from virtbus.model import Confirmed, Deferred, Gap, Refused, to_datetime
+from virtbus.seen import Moment
 from virtbus.spool import Spool
 from virtbus.words import Phase
 
@@ -108,7 +109,7 @@ def make_base(root: Path, number: int, chance: random.Random) -> Base:
                 db = sqlite3.connect(folder / "spool.db")
                 db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
                 db.close()
-            spool.alive(clock.wall_ns)
+            spool.alive(Moment.of(clock()))
         book.promise(stamps)
         recorded.update((stamp.id, stamp.recorded_ns) for stamp in stamps)
         if chance.random() < 0.3:
@@ -204,7 +205,7 @@ def check(base: Base, folder: Path, what: str, tally: Tally) -> None:
                         )
                 spool.settle([(record, Confirmed()) for record in batch])
             clock.pass_time(61)
-            spool.alive(clock.wall_ns)
+            spool.alive(Moment.of(clock()))
             spool.commit(())
     except Exception as error:
         tally.notes.append(f"{what}: running: {type(error).__name__}: {error}")

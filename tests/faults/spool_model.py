@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from tests.faults.spool_kit import Book, HandClock, crash, gap, invalid, io_error, open_spool, resolved
 from virtbus import telemetry
 from virtbus.model import Confirmed, Deferred, Record, Refused, Unroutable
+from virtbus.seen import Moment
 from virtbus.spool import SpoolLimits, requests
 from virtbus.words import Phase
 
@@ -116,7 +117,7 @@ class SpoolMachine(RuleBasedStateMachine):
     def time_passes(self, seconds: float, step: float) -> None:
         self.clock.pass_time(seconds)
         self.clock.jump(step)
-        assert self.spool.alive(self.clock.wall_ns)
+        assert self.spool.alive(Moment.of(self.clock()))
 
     @rule()
     def killed(self) -> None:
@@ -180,7 +181,7 @@ class SpoolMachine(RuleBasedStateMachine):
                         self.book.arrived(record)
                     self.spool.settle([(record, Confirmed()) for record in batch])
                 self.clock.pass_time(61.0)
-                self.spool.alive(self.clock.wall_ns)
+                self.spool.alive(Moment.of(self.clock()))
                 self.spool.commit(())
             lost = self.book.unaccounted()
             TALLY["runs"] += 1

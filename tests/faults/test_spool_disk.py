@@ -14,7 +14,8 @@ from tests.faults import disks
 from tests.faults.disks import fill, sh
 from tests.faults.spool_kit import HandClock, io_error, open_spool, records
 from virtbus.errors import SpoolFull
-from virtbus.model import Confirmed
+from virtbus.model import Clock, Confirmed
+from virtbus.seen import Moment
 from virtbus.words import Phase
 
 NOBODY = frozenset()
@@ -198,7 +199,7 @@ def test_a_disk_that_was_replaced_under_the_spool_is_left_to_the_next_agent(smal
     shutil.copytree(away, small_disk / "state")
     with pytest.raises(SpoolFull, match="stop this agent, see that no other one uses the folder"):
         spool.commit([io_error(2)])
-    assert not spool.alive(time.time_ns())
+    assert not spool.alive(Moment.of(Clock()()))
     second = open_spool(small_disk / "state")
     stamps += second.commit([io_error(3)])
     with pytest.raises(SpoolFull, match="another"):

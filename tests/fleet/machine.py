@@ -52,14 +52,25 @@ class Machine:
         self.open: dict[str, OpenIncident] = {}
         self.interval = 60.0
         self.queued_until: float | None = None  # what is said waits in the broker until then
+        self.said: list[tuple[Event, dict[str, str]]] = []
 
     def say(self, event: Event, at: float, *, numbered: bool = True, epoch: str | None = None) -> None:
-        attributes = {"source": f"/virtbus/agents/{self.agent}", "epoch": epoch or self.epoch}
+        attributes = {
+            "source": f"/virtbus/agents/{self.agent}",
+            "id": uuid_of(len(self.said), 7),
+            "epoch": epoch or self.epoch,
+        }
+        self.said.append((event, attributes))
         if numbered:
             self.sequence += 1
             attributes["sequence"] = f"{self.sequence:012d}"
         came = at if self.queued_until is None else max(at, self.queued_until)
         self.fleet.saw(event, attributes, at_second(came))
+
+    def is_heard_again(self, at: float, *numbers: int) -> None:
+        """The broker delivers some of what was said once more."""
+        for number in numbers:
+            self.fleet.saw(*self.said[number], at_second(at))
 
     def clock(self, at: float) -> datetime:
         return MOMENT + timedelta(seconds=at + self.skew)

@@ -90,6 +90,18 @@ def test_an_agent_that_goes_on_beating_is_the_newest_run_even_if_another_seemed_
     assert runs.newest == "live"
 
 
+def test_heartbeats_that_come_once_more_speak_for_no_run():
+    runs = Runs()
+    assert runs.beats("a", "01")
+    assert runs.beats("a", "02")
+    assert runs.beats("b", "03")
+    assert [runs.beats("a", "01"), runs.beats("a", "02")] == [False, False]
+    assert not runs.beats("b", "03")
+    assert runs.newest == "b"
+    assert [runs.beats("a", "04"), runs.beats("a", "05")] == [False, True]
+    assert runs.newest == "a"
+
+
 def test_the_memory_of_runs_is_bounded():
     runs = Runs()
     for number in range(1000):
@@ -115,6 +127,34 @@ def test_a_host_of_which_only_a_backlog_was_heard_is_silent():
         host = view(fleet, at + 1).host(dead.host.name)
         assert host is not None
         assert (host.state, host.answer) == ("silent", Answer.CANT_TELL)
+
+
+def test_heartbeats_that_come_once_more_make_no_dead_agent_live():
+    fleet = Fleet()
+    dead, other = Machine(fleet, 1), Machine(fleet, 2)
+    for at in (0, 60, 120):
+        dead.beat(at)
+    for at in range(0, 901, 60):
+        other.beat(at)
+        if at >= 300:
+            dead.is_heard_again(at, -1)
+    host = view(fleet, 901).host(dead.host.name)
+    assert host is not None
+    assert host.state == "silent"
+
+
+def test_an_older_runs_heartbeats_that_come_once_more_open_nothing():
+    fleet = Fleet()
+    machine = Machine(fleet, 1)
+    machine.fails(5, 1)
+    machine.beat(10)
+    machine.beat(70)
+    machine.restarts(80, epoch_at(2))
+    machine.recovers(90)
+    machine.beat(100)
+    machine.is_heard_again(110, 1, 2)
+    (host,) = view(fleet, 111).hosts
+    assert host.incidents == 0
 
 
 def test_agents_that_never_saw_their_hypervisor_are_no_silent_hosts():

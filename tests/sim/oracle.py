@@ -497,6 +497,7 @@ def _handed_over(truth: Truth, events: list[Event]) -> Iterator[str]:
     assert truth.plane is not None
     if truth.queued.get("react-plane", 1):
         return
+    copies = Counter(arrival.record.id for arrival in truth.log)
     for event in events:
         if event.type != IoError.TYPE or event.data["incident"]["phase"] != Phase.OPENED:
             continue
@@ -507,7 +508,7 @@ def _handed_over(truth: Truth, events: list[Event]) -> Iterator[str]:
             yield f"P6: event {record.id} was never handed over"
         allowed = 1 + truth.hand_again[key] + truth.plane.unanswered[key]
         if truth.stores_lost:  # another machine's store does not know what this one's did
-            allowed += truth.returned[record.id]
+            allowed += truth.returned[record.id] + copies[record.id] - 1
         if times > allowed:
             yield f"P6: event {record.id} was handed over {times} times, {allowed} can be explained"
 

@@ -129,15 +129,18 @@ def draw(seed: int) -> Plan:
 
 
 def _nodes(plan: Plan, faults: tuple[Fault, ...]) -> Plan:
-    """The same on KubeVirt nodes, with more guests."""
+    """The same on KubeVirt nodes, with more guests; most of what happens is some few guests'."""
     dice = random.Random(f"nodes {plan.seed}")
-    guests = dice.choice((3, 6, 6, 12))
+    guests = dice.choice((3, 6, 12, 50))
+
+    def whose() -> int:
+        return dice.randrange(guests if dice.random() < 0.3 else min(guests, 6))
+
     return replace(
         plan,
         hosts=tuple(replace(host, guests=guests, sockets=True) for host in plan.hosts),
         faults=tuple(
-            replace(one, how={**one.how, "guest": dice.randrange(guests)}) if "guest" in one.how else one
-            for one in faults
+            replace(one, how={**one.how, "guest": whose()}) if "guest" in one.how else one for one in faults
         ),
     )
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import io
+import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,15 @@ class Tally:
         )
 
 
+def _let_go(root: Path) -> None:
+    """Close the lock files of processes that were killed, as the kernel would."""
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            held = descriptor.readlink()
+            if held.is_relative_to(root) and held.name in ("lock", "plane.lock"):
+                os.close(int(descriptor.name))
+
+
 class World:
     """Play a plan; then `story` tells it and `tally.violations` says which promises were broken."""
 
@@ -104,6 +115,7 @@ class World:
             NODES.clear()
             points.hook = points._nothing
             consumer_module.open_bus = opener
+            _let_go(self.root)
             shutil.rmtree(self.root, ignore_errors=True)
         if SECRET in log.getvalue():
             self.truth.problems.append("a secret of a domain's description is in the log")

@@ -16,6 +16,7 @@ from tests.sources.simulated import DEADLINE, Guest, Seen, SimulatedHost
 from tests.sources.test_observer import OPTIONS, until
 from virtbus.config import Discover
 from virtbus.errors import SourceUnavailable
+from virtbus.model import Clock, Now
 from virtbus.observations import (
     DomainGone,
     Observation,
@@ -88,11 +89,12 @@ def sockets(tmp_path: Path) -> Sockets:
 
 
 @contextmanager
-def observed(sockets: Sockets) -> Iterator[tuple[ManySource, Seen]]:
+def observed(sockets: Sockets, clock: Callable[[], Now] | None = None) -> Iterator[tuple[ManySource, Seen]]:
     source = ManySource(
         Discover(sockets=(f"{sockets.folder}/*/{NAME}",), host="node-1"),
         options=OPTIONS,
         connector=sockets.connector,
+        clock=clock,
     )
     seen, stop = Seen(), threading.Event()
     with no_waiting():
@@ -154,6 +156,36 @@ def test_a_socket_that_comes_later_is_found_by_inotify(sockets: Sockets) -> None
         seen.wait(Surveyed)
         host = sockets.add("late")
         seen.wait(of(host.uri, SourceReady))
+
+
+@pytest.mark.parametrize("hours", [0, -2, 2])
+def test_a_sockets_stamp_says_since_when_its_guest_runs_only_where_it_was_seen_to_come(
+    sockets: Sockets, hours: int
+) -> None:
+    real, skew = Clock(), [0]
+
+    def clock() -> Now:
+        now = real()
+        return now._replace(wall_ns=now.wall_ns + skew[0])
+
+    old = sockets.add("old")
+    old.appeared_ns = clock().wall_ns + 10**9  # the clock was set back since then
+    with observed(sockets, clock) as (_, seen):
+        (ready,) = seen.wait(SourceReady)
+        assert isinstance(ready, SourceReady)
+        assert ready.appeared_ns is None
+        came, new = real().wall_ns, SimulatedHost(guests=1)
+        new.frozen.set()
+        new.appeared_ns = came
+        sockets.add("new", new)
+        until(lambda: new.uri in sockets.opened)
+        skew[0] = hours * 3600 * 10**9
+        new.frozen.clear()
+        late = seen.wait(SourceReady, 2)[1]
+        assert isinstance(late, SourceReady)
+        assert late.appeared_ns is not None
+        before = came + skew[0] - late.appeared_ns  # how long before it came
+        assert 0 <= before < 30 * 10**9 if hours else late.appeared_ns == new.appeared_ns
 
 
 def test_a_pod_that_ends_ends_its_guest_alone(sockets: Sockets) -> None:

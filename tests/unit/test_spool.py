@@ -34,6 +34,7 @@ from tests.faults.spool_kit import (
 )
 from virtbus.errors import ConfigError, RecordRefused, SpoolBusy, SpoolCorrupt, SpoolFull
 from virtbus.model import Confirmed, Deferred, IoError, Refused, SequenceRange, Unroutable, to_datetime
+from virtbus.seen import Moment
 from virtbus.spool import SpoolLimits, faults, files, opening, requests, rescue, settling
 from virtbus.telemetry import METRICS
 from virtbus.words import Origin, Phase
@@ -395,7 +396,7 @@ def test_alive_names_a_loss_when_nothing_else_is_committed(spool, clock):
     spool.commit([io_error(1)])
     (record,) = spool.take(10, NOBODY)
     spool.settle([(record, Refused(ValueError("no")))])
-    assert spool.alive(clock.wall_ns)
+    assert spool.alive(Moment.of(clock()))
     assert [data["reason"] for data in gaps_of(records(spool))] == ["dead_letter"]
 
 
@@ -547,7 +548,7 @@ def test_a_restart_tells_the_last_run_and_its_last_sign_of_life(folder, clock):
     first = open_spool(folder, clock=clock)
     first.commit([io_error(1), io_error(2)])
     clock.pass_time(12)
-    first.alive(clock.wall_ns)
+    first.alive(Moment.of(clock()))
     alive = clock.wall_ns
     first.close()
     clock.pass_time(500)
@@ -566,11 +567,12 @@ def test_a_clock_that_was_set_forward_in_a_gap_hides_no_stamp_from_before(
     monkeypatch.setattr("virtbus.spool.opening.boot_id", lambda: "one")
     first = open_spool(folder, clock=clock)
     first.commit([io_error(1)])
-    first.alive(clock.wall_ns)
+    through = Moment.of(clock())
+    first.alive(through)
     seen = clock.wall_ns
     clock.pass_time(60)
     clock.jump(3600)
-    first.alive(seen + 3600 * 10**9)  # nothing new was seen since
+    first.alive(through)  # nothing new was seen since
     first.close()
     for _ in range(restarts):
         again = open_spool(folder, clock=clock)
@@ -579,7 +581,7 @@ def test_a_clock_that_was_set_forward_in_a_gap_hides_no_stamp_from_before(
         assert again.opening.stamps_since_ns == seen
     again = open_spool(folder, clock=clock)
     again.commit([io_error(2)])
-    again.alive(clock.wall_ns)
+    again.alive(Moment.of(clock()))
     again.close()
     last = open_spool(folder, clock=clock)
     last.close()
@@ -593,7 +595,7 @@ def test_a_clock_that_was_set_back_over_a_reboot_can_not_tell_the_last_sign_of_l
     monkeypatch.setattr("virtbus.spool.opening.boot_id", lambda: "one")
     first = open_spool(folder, clock=clock)
     first.commit([io_error(1)])
-    first.alive(clock.wall_ns)
+    first.alive(Moment.of(clock()))
     alive = clock.wall_ns
     first.close()
     monkeypatch.setattr("virtbus.spool.opening.boot_id", lambda: "two")
@@ -610,7 +612,7 @@ def test_the_last_sign_of_life_is_when_observing_ended_and_not_when_the_drain_di
     first = open_spool(folder, clock=clock)
     first.commit([io_error(1)])
     clock.pass_time(3)
-    first.alive(clock.wall_ns)
+    first.alive(Moment.of(clock()))
     ended = clock.wall_ns
     clock.pass_time(30)  # the drain, with a broker that is away
     first.close()
@@ -634,7 +636,7 @@ def test_no_sign_of_life_goes_past_a_commit_that_failed(folder, clock, monkeypat
         first.commit([io_error(2)])
     monkeypatch.undo()
     clock.pass_time(20)
-    first.alive(clock.wall_ns)  # the caller ends with what it could not commit
+    first.alive(Moment.of(clock()))  # the caller ends with what it could not commit
     first.close()
     second = open_spool(folder, clock=clock)
     second.close()
@@ -802,7 +804,7 @@ def test_an_operators_drop_leaves_an_event_that_rotted_to_be_named_as_damaged(sp
     rot(spool, "seq = 1")
     wish(spool, requests.DROP)
     clock.pass_time(11)
-    assert spool.alive(clock.wall_ns)
+    assert spool.alive(Moment.of(clock()))
     found = records(spool)
     spool.commit(())
     found += records(spool)
@@ -979,7 +981,7 @@ def test_what_an_operator_drops_is_named(spool, clock):
     (out,) = spool.take(1, NOBODY)
     wish(spool, requests.DROP)
     clock.pass_time(11)
-    spool.alive(clock.wall_ns)
+    spool.alive(Moment.of(clock()))
     spool.commit(())
     assert spool.stats().pending == 2  # what is in flight stays until it is settled, and the gap event came
     spool.settle([(out, Confirmed())])
@@ -993,7 +995,7 @@ def test_a_refused_event_can_be_sent_again_with_the_same_id(spool, clock):
     spool.settle([(record, Refused(ValueError("not yet")))])
     wish(spool, requests.RETRY, "dead")
     clock.pass_time(11)
-    spool.alive(clock.wall_ns)
+    spool.alive(Moment.of(clock()))
     again = [each for each in records(spool) if each.key == domain_uuid(1)]
     assert [(each.id, each.body) for each in again] == [(record.id, record.body)]
     assert spool.stats().dead == 0
@@ -1053,7 +1055,7 @@ def test_an_invalid_event_is_never_sent_even_when_asked(spool, clock):
     spool.commit([invalid()])
     wish(spool, requests.RETRY, "dead")
     clock.pass_time(11)
-    spool.alive(clock.wall_ns)
+    spool.alive(Moment.of(clock()))
     assert len(gaps_of(found := records(spool))) == len(found) == 1
 
 
@@ -1093,7 +1095,7 @@ def test_a_wish_means_the_event_that_lay_there_and_not_what_takes_its_place_afte
     spool = open_spool(after, clock=clock)
     (stamp,) = spool.commit([gap()])
     clock.pass_time(11)
-    spool.alive(clock.wall_ns)
+    spool.alive(Moment.of(clock()))
     assert [record.id for record in records(spool)] == [stamp.id]
     spool.close()
 
@@ -1126,7 +1128,7 @@ def test_a_folder_that_is_not_the_one_that_was_locked_is_written_no_longer(folde
     harm(folder)
     with pytest.raises(SpoolFull, match="stop this agent, see that no other one uses the folder"):
         spool.commit([io_error(2)])
-    assert not spool.alive(clock.wall_ns)  # at once, not after ten seconds
+    assert not spool.alive(Moment.of(clock()))  # at once, not after ten seconds
     assert "is gone" in str(spool.refusal) or "is another file now" in str(spool.refusal)
     assert spool.take(10, NOBODY) == []
     spool.close()
@@ -1136,9 +1138,9 @@ def test_a_folder_that_was_moved_and_comes_back_is_used_again(folder, clock):
     spool = open_spool(folder, clock=clock)
     spool.commit([io_error(1)])
     move_folder(folder)
-    assert not spool.alive(clock.wall_ns)
+    assert not spool.alive(Moment.of(clock()))
     folder.with_name("moved").rename(folder)
-    assert spool.alive(clock.wall_ns)
+    assert spool.alive(Moment.of(clock()))
     spool.commit([io_error(2)])
     clock.pass_time(2)
     assert len(records(spool)) == 2

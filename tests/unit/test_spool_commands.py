@@ -22,6 +22,7 @@ from tests.faults.spool_kit import (
 from virtbus.commands import spool as commands
 from virtbus.errors import AgentUnavailable, InputMissing, SpoolCorrupt
 from virtbus.model import Refused
+from virtbus.seen import Moment
 
 NOBODY = frozenset()
 
@@ -140,7 +141,7 @@ def test_drop_beside_an_agent_is_done_by_the_agent(filled, folder, clock):
     commands.drop(folder, ["2"], out, confirm=lambda _: True)
     assert "the agent does it" in out.getvalue()
     clock.pass_time(11)
-    filled.alive(clock.wall_ns)
+    filled.alive(Moment.of(clock()))
     filled.commit(())
     found = records(filled)
     assert domain_uuid(2) not in {record.key for record in found}
@@ -163,7 +164,7 @@ def test_retry_without_an_agent_sends_the_dead_letter_at_the_next_start(filled, 
 def test_drop_of_dead_letters_leaves_the_waiting_events(filled, folder, clock):
     commands.drop(folder, [], io.StringIO(), dead=True, confirm=lambda _: True)
     clock.pass_time(11)
-    filled.alive(clock.wall_ns)
+    filled.alive(Moment.of(clock()))
     assert filled.stats().dead == 0
     assert {record.key for record in records(filled)} >= {domain_uuid(2), domain_uuid(3)}
 
@@ -179,7 +180,7 @@ def test_an_agent_that_is_asked_for_much_does_it_all_at_its_next_sign_of_life(fo
     spool.commit([io_error(number) for number in range(2500)])
     commands.drop(folder, [], io.StringIO(), confirm=lambda _: True)
     clock.pass_time(11)
-    spool.alive(clock.wall_ns)
+    spool.alive(Moment.of(clock()))
     assert spool.stats().pending == 0
     assert json.loads(said(commands.status, folder, as_json=True))["requests"] == 0
     spool.close()
@@ -188,7 +189,7 @@ def test_an_agent_that_is_asked_for_much_does_it_all_at_its_next_sign_of_life(fo
 def test_where_nothing_is_to_be_done_that_is_said_and_is_no_failure(filled, folder, clock):
     commands.drop(folder, [], io.StringIO(), dead=True, confirm=lambda _: True)
     clock.pass_time(11)
-    filled.alive(clock.wall_ns)
+    filled.alive(Moment.of(clock()))
     assert said(commands.retry, folder, []) == "no dead letter was refused: nothing to send again\n"
     assert said(commands.drop, folder, [], dead=True, confirm=pytest.fail) == "no dead letters\n"
 

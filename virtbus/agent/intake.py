@@ -136,14 +136,15 @@ class Writer:
             for event, stamp in zip(events, stamps, strict=False):
                 self._taps.offer("incident", event, stamp)
 
-    def sign_of_life(self, now: Now, through: Moment) -> None:
+    def sign_of_life(self, through: Moment) -> None:
         """Store up to when everything was seen; this also detects a bad disk on an idle host."""
-        self.busy_since = self._clock().monotonic
-        taken = self._spool.alive(through.wall(now))
+        begun = self._clock()
+        self.busy_since = begun.monotonic
+        taken = self._spool.alive(through)
         self.busy_since = None
         since = self._sign_refused
         if not taken:
-            self._sign_refused = since or now
+            self._sign_refused = since or begun
             self.error = str(self._spool.refusal)
             emit(SpoolUnwritable(str(self._spool.path), self.error))
         elif since is not None:
@@ -212,7 +213,7 @@ class Intake:
             if self.stopped is not None and self.queue.is_told:
                 # From here on nobody looks. What an abort left in the queue was not seen.
                 self.sight.drained(self.stopped)
-                self._spool.alive(self.seen_through().wall(self._clock()))
+                self._spool.alive(self.seen_through())
         finally:
             self.opened.set()  # whatever happened, the backlog may go out
 
@@ -266,7 +267,7 @@ class Intake:
             was = f"this is another machine (a cloned disk?); before: {self._speaker.previous_id}"
             gaps.append(gap(GapReason.IDENTITY_CHANGED, was))
         self.writer.commit(gaps + events)
-        self.writer.sign_of_life(now, self.seen_through())
+        self.writer.sign_of_life(self.seen_through())
         self.opened.set()
 
     def _once(self, timeout: float) -> bool:
@@ -287,7 +288,7 @@ class Intake:
         if self._speaker.unidentified is not None:
             events += self._copied(self._speaker.unidentified, now)
         self.writer.commit(events)
-        self.writer.sign_of_life(now, self.seen_through())
+        self.writer.sign_of_life(self.seen_through())
         return not events and any(isinstance(item, RawIoError | Burst) for item in observations)
 
     # ---- what a batch becomes

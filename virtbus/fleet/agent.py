@@ -58,12 +58,14 @@ class Runs:
     - a gap event names the run before its own (`follows`);
     - a heartbeat is never stored, so a run that beats for the first time is the newest, and while a run goes
       on beating no other is newer than it (`beats`);
-    - a run that is known from stored events alone is taken for the newest until one of these says otherwise.
+    - a run that is known from stored events alone is taken for the newest until one of these says otherwise;
+    - a heartbeat that is delivered again, or that a later one of its run overtook, says nothing.
     """
 
     def __init__(self) -> None:
         self._order: list[str] = []
-        self._beating: list[str] = []  # runs that a heartbeat spoke for, in the order of their first one
+        # Runs that a heartbeat spoke for, in the order of their first one → the id of their last one.
+        self._beating: dict[str, str] = {}
         self._doubts = 0  # heartbeats of the run before the last, one after the other
 
     @property
@@ -95,19 +97,25 @@ class Runs:
             self._order.remove(epoch)
             self._order.insert(self._order.index(previous) + 1, epoch)
 
-    def beats(self, epoch: str) -> bool:
-        """A heartbeat of this run came; whether it speaks for the agent now (or is one that came late)."""
+    def beats(self, epoch: str, id_: str = "") -> bool:
+        """A heartbeat of this run came; whether it speaks for the agent now (or is one that came late).
+
+        Its id is a UUIDv7, so it grows within a run; "" where none is known.
+        """
         self.meets(epoch)
-        if not self._beating or self._beating[-1] != epoch:
-            late = epoch in self._beating
+        last = self._beating.get(epoch)
+        if last and id_ and id_ <= last:
+            return False
+        if last is None or epoch != next(reversed(self._beating)):
             self._doubts += 1
-            # One that is delivered again comes once; a second in a row is an agent that lives.
-            if late and self._doubts < 2:
+            # One that overtakes the next run's comes once; a second in a row is an agent that lives.
+            if last is not None and self._doubts < 2:
+                self._beating[epoch] = id_
                 return False
-            if late:
-                self._beating.remove(epoch)
-            self._beating.append(epoch)
-            del self._beating[:-_MAX_RUNS]
+            self._beating.pop(epoch, None)
+            while len(self._beating) >= _MAX_RUNS:
+                del self._beating[next(iter(self._beating))]
+        self._beating[epoch] = id_
         self._doubts = 0
         self._order.remove(epoch)
         self._order.append(epoch)

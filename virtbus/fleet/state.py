@@ -72,7 +72,7 @@ class Fleet:
     def saw(self, event: Event, attributes: Mapping[str, str], now: Now) -> str | None:
         """Fold one event in; the name of the host it speaks of, or None when it names none.
 
-        `attributes` are its CloudEvents attributes: `source`, `epoch` and `sequence` are read.
+        `attributes` are its CloudEvents attributes: `source`, `id`, `epoch` and `sequence` are read.
         """
         id_ = attributes["source"].rpartition("/")[2]
         returned = id_ in self._replaced
@@ -100,7 +100,7 @@ class Fleet:
         elif isinstance(event, IoErrorResolved):
             self._resolved(agent, event, version, now)
         elif isinstance(event, Heartbeat):
-            self._heartbeat(agent, event, now)
+            self._heartbeat(agent, event, attributes.get("id", ""), now)
             if returned:
                 del self._replaced[id_]  # it lives after all: two claims, until one of them falls silent
             else:
@@ -178,10 +178,10 @@ class Fleet:
             known = agent.ended[id_].incident
         agent.end(id_, Ended(known, now.monotonic, version))
 
-    def _heartbeat(self, agent: Agent, event: Heartbeat, now: Now) -> None:
+    def _heartbeat(self, agent: Agent, event: Heartbeat, event_id: str, now: Now) -> None:
         assert agent.name is not None
         version = (event.epoch, event.committed_sequence)
-        newest = agent.runs.beats(event.epoch)
+        newest = agent.runs.beats(event.epoch, event_id)
         if not newest or (version[0] == agent.heartbeat[0] and version[1] < agent.heartbeat[1]):
             return
         agent.heartbeat = version

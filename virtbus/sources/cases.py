@@ -161,10 +161,10 @@ class Case:
             known = events.keys() | self.synthesised.keys() | {raw.alias for raw in pause.held if raw.alias}
             missed = missed_devices(self, wrong if by_error else {}, known, devices)
         unsure = self.unsure
-        if look is not None and look.disk_errors is not None:
-            self.stale, self.unsure = wrong, False
-        else:  # QEMU keeps what the events reported, and a later pause is not due to it
-            self.stale = self.stale | _kept(events)
+        looked = look is not None and look.disk_errors is not None
+        # QEMU keeps what the events reported, behind the look too: a later pause is not due to it.
+        self.stale = (wrong if looked else self.stale) | _kept(events)
+        self.unsure = self.unsure and not looked
         found = [] if named is None else [self._facts_of(events[named], look, devices)]
         held, missed = self._release(pause, missed, devices)
         found += held

@@ -24,7 +24,7 @@ from virtbus.errors import SourceUnavailable, VirtbusError
 from virtbus.model import Check, Clock, Host, Hypervisor, Now
 from virtbus.observations import Description, SourceReady, Surveyed
 from virtbus.retry import Backoff
-from virtbus.seen import boot_id
+from virtbus.seen import Moment, boot_id
 from virtbus.sources import Sink, SourceOptions
 from virtbus.sources.crew import Crew, Pulse
 from virtbus.sources.libvirt import LibvirtConnector
@@ -238,6 +238,7 @@ class ManySource:
         self._woken: queue.SimpleQueue[Member | None] = queue.SimpleQueue()  # None: look for sockets
         self._look_at = float("-inf")
         self._looked_at = float("-inf")
+        self._before: Moment | None = None  # when we looked before; None: never
         self._survey_at = float("inf")  # when sockets that have not answered are left out of it
         self._unreached: frozenset[str] | None = None  # that the last survey left out; None: there was none
 
@@ -247,7 +248,7 @@ class ManySource:
         """See Source. A socket that refuses us does not end it: another one may not."""
         watch = Watch(lambda: self._woken.put(None))
         pulse = Pulse(self.clock())
-        self._look_at = float("-inf")
+        self._look_at, self._before = float("-inf"), None
         self._survey_at, self._unreached = self.clock().monotonic + SURVEY_SECONDS, None
         try:
             while not stop.is_set():
@@ -348,7 +349,9 @@ class ManySource:
         now = self.clock().monotonic
         if now >= self._look_at:
             self._looked_at, self._look_at = now, now + LOOK_SECONDS
+            at = self.clock()
             self._found(look(self._patterns, watch.add), sink)
+            self._before = Moment.of(at)
         for path, member in list(self._members.items()):
             if member.due > now:
                 continue
@@ -406,7 +409,10 @@ class ManySource:
             connector: Connector = LibvirtConnector(path, self._options)
         else:
             connector = self._connector(path)
-        return Observer(connector, options=self._options, clock=self.clock, crew=self._crew, retry=retry)
+        return Observer(
+            connector, options=self._options, clock=self.clock, crew=self._crew, retry=retry,
+            absent=self._before,
+        )  # fmt: skip
 
     def _remove(self, path: str) -> None:
         """Its socket is gone and it reports nothing more: a pod has ended."""

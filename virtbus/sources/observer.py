@@ -46,8 +46,12 @@ class Observer:
         clock: Callable[[], Now] | None = None,
         crew: Crew | None = None,
         retry: Callable[[Exception | str], float] | None = None,
+        absent: Moment | None = None,
     ) -> None:
-        """`retry`: why the hypervisor is away → seconds until it is tried again (a short backoff)."""
+        """`retry`: why the hypervisor is away → seconds until it is tried again (a short backoff).
+
+        `absent`: a moment at which its socket was not there yet, if any is known.
+        """
         shared = self._shared = Shared(clock or Clock(), options.grace_seconds)
         self.clock, self.check, self.cache = shared.clock, shared.check, shared.cache
         self._connector = connector
@@ -58,6 +62,7 @@ class Observer:
         self.guests = Guests(shared, connector, self._crew, options)
         self._backoff = Backoff("libvirt", ceiling=RECONNECT_CEILING_SECONDS)
         self._retry = retry
+        self._absent = absent
         since_ns = options.since_ns
         # The last moment that was seen for certain; what the hypervisor remembers is asked for from there on.
         self._since = None if since_ns is None else Moment.stamped(since_ns, shared.clock())
@@ -108,7 +113,7 @@ class Observer:
             self.guests.look_around(session, self._opened, self._since)
             while not self.guests.looked(session):
                 StopEvent().wait(LOOK_POLL_SECONDS)
-            return self.guests.ready(session, self._opened, self._connector.appeared_ns)
+            return self.guests.ready(session, self._opened, self._appeared_ns())
         finally:
             self.end()
 
@@ -201,13 +206,23 @@ class Observer:
         return self._listen(session, self._opened.link, self._witness)
 
     def _begin_to_listen(self, session: Session, opened: Opened) -> Witness:
-        ready = self.guests.tell_ready(session, opened, self._connector.appeared_ns)
+        ready = self.guests.tell_ready(session, opened, self._appeared_ns())
         self.ever_ready = True
         found = ready.host.hypervisor
         emit(SourceRegistered(self._connector.uri, found.libvirt_version, found.version, len(ready.domains)))
         now = self.clock()
         self._alive_at = now.monotonic + self._alive_seconds
         return Witness(session, opened.link, self._crew, now, self._options.quiet_seconds)
+
+    def _appeared_ns(self) -> int | None:
+        """Since when the daemon may have been there, by the wall clock as it is now; None: always.
+
+        A socket's stamp says so only of one that was seen to come, by a clock that was not set meanwhile.
+        """
+        stamp, now = self._connector.appeared_ns, self.clock()
+        if stamp is None or self._absent is None:
+            return None
+        return stamp if self._absent.at(now) is self._absent else self._absent.wall(now)
 
     @property
     def _alive_seconds(self) -> float:

@@ -185,17 +185,16 @@ class Committer:
             self._signed = True
             mirror.lock.sign(mirror.account.epoch)
 
-    def alive(self, wall_ns: int) -> bool:
-        """A sign of life: everything up to `wall_ns` was seen. Cheap to call often.
+    def alive(self, seen: Moment) -> bool:
+        """A sign of life: everything up to `seen` was. Cheap to call often.
 
-        `wall_ns` is in the wall clock as it is now; an earlier time than the last one changes nothing. It is
-        written with the next commit or after 10 s (and at `close`), together with losses to name and operator
+        An earlier moment than the last one changes nothing, by whatever wall clock it was read. It is written
+        with the next commit or after 10 s (and at `close`), together with losses to name and operator
         requests. After a failed commit it is ignored until a commit succeeds. False while the disk does not
         take it (`refusal` says why), or the folder is not ours any more.
         """
         reading = self._mirror.clock()
         now = reading.monotonic
-        seen = Moment.stamped(wall_ns, reading)
         if not self._owing and seen.boot_ns > self._seen.boot_ns:
             self._seen, self._mirror.earlier_ns = seen, 0
         if self._follow_clock(reading):  # a power cut from here on must find it

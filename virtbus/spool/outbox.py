@@ -21,6 +21,7 @@ from pathlib import Path
 
 from virtbus.errors import SpoolFull
 from virtbus.model import Clock, Event, Host, Outcome, Record, Stamp
+from virtbus.seen import Moment
 from virtbus.spool import files, opening
 from virtbus.spool.committing import Committer
 from virtbus.spool.draft import Scribe
@@ -119,9 +120,9 @@ class Spool:
         """See Committer.commit."""
         return self._committer.commit(events, states)
 
-    def alive(self, wall_ns: int) -> bool:
+    def alive(self, seen: Moment) -> bool:
         """See Committer.alive."""
-        return self._committer.alive(wall_ns)
+        return self._committer.alive(seen)
 
     @property
     def refusal(self) -> SpoolFull | None:

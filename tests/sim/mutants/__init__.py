@@ -129,8 +129,8 @@ MUTANTS = {
     "alive_at_the_commit": _one(
         "the sign of life is the commit's clock, not up to when everything is seen",
         "virtbus.agent.intake:Writer.sign_of_life",
-        "through.wall(now)",
-        "now.wall_ns",
+        "self._spool.alive(through)",
+        "self._spool.alive(Moment.of(begun))",
         needs=(("libvirt_hangs", "libvirt_dies"), ENDS),
     ),
     "a_proof_is_as_new_as_its_answer": _one(
@@ -150,8 +150,8 @@ MUTANTS = {
     "old_disk_errors_forgotten": _one(
         "a disk error that QEMU kept from a pause nobody looked at is blamed for the next one",
         "virtbus.sources.cases:Case.decide",
-        "self.stale = self.stale | _kept(events)",
-        "self.stale = {}",
+        "(wrong if looked else self.stale) | _kept(events)",
+        "wrong if looked else {}",
     ),
     "a_disk_behind_the_look_is_blamed": _one(
         "an error that came behind the look at its pause is blamed for the next pause too",
