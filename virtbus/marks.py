@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
+from virtbus import statefiles
 from virtbus.errors import ConfigError, DedupeUnavailable, translating
 from virtbus.telemetry import TelemetryEvent, emit
 
@@ -70,8 +71,11 @@ class Marks:
     def _open(self, path: Path) -> None:
         if not path.parent.is_dir():
             raise ConfigError(f"dedupe file {path}: there is no folder {path.parent}; create it")
-        if path.exists() and not path.is_file():
-            raise ConfigError(f"dedupe file {path} is not a regular file; name another")
+        try:
+            statefiles.check(_lock_path(path))
+            statefiles.check_database(path)
+        except statefiles.NotRegular as error:
+            raise ConfigError(f"dedupe file {path}: {error.strerror}, or name another") from error
         try:
             self._lock = _lock(path)
             self._database = database = sqlite3.connect(
@@ -264,9 +268,13 @@ def _inode(path: Path) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
+def _lock_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.lock")
+
+
 def _lock(path: Path) -> int:
     """A lock beside the file, for as long as it stays open; ConfigError while another consumer has it."""
-    lock = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    lock = os.open(_lock_path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -462,6 +462,7 @@ class Message:
     position: str  # where it stood, for logs: "queue#tag" or "topic[partition]@offset"
     handle: object = field(compare=False, repr=False, default=None)
     attempts: int | None = None  # deliveries of it so far, this one too, where the broker counts them
+    content_encoding: str | None = None  # what its sender says; read only to say why a body can't be
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,3 +161,10 @@ def test_the_two_entry_points_are_one():
     assert os.access(script, os.X_OK)
     done = subprocess.run([script, "--version"], capture_output=True, text=True, check=False)
     assert done.stdout == virtbus("--version").stdout
+
+
+@pytest.mark.parametrize("name", ["lock", "agent-id", "spool.db", "spool.db-wal", "spool.db-shm"])
+def test_a_fifo_where_a_state_file_belongs_is_refused_at_once(run, tmp_path, name):
+    (tmp_path / "state").mkdir(0o700)
+    os.mkfifo(tmp_path / "state" / name)
+    assert f"{name} is a FIFO, not a regular file" in complaint(*run(), code=74)

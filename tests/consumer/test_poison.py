@@ -173,3 +173,22 @@ def test_messages_larger_than_any_event_are_not_kept_in_memory(
 @pytest.mark.rabbitmq
 def test_a_routing_key_that_is_no_text_breaks_no_reader(amqp_url: str) -> None:
     survives(amqp_url, amqp.Message(b"{}"), b"io_error.\xff\xfe.y")
+
+
+@pytest.mark.rabbitmq
+def test_the_dead_letter_of_json_in_another_charset_says_which(amqp_url: str) -> None:
+    (event,) = records(1)
+    headers = {f"ce-{name}": value for name, value in event.attributes.items()}
+    theirs = amqp.Message(
+        b'{"a":"\xe9"}',
+        application_headers=headers,
+        content_type="application/json; charset=latin-1",
+        content_encoding="nobody-knows",
+    )
+    survives(amqp_url, theirs)
+    bus = open_bus(amqp_url, BusOptions())
+    with bus.dead_letters("g") as letters:
+        (letter,) = letters.read()
+    bus.close()
+    assert letter.reason is not None
+    assert letter.reason.endswith("its charset is 'latin-1'; JSON is sent as UTF-8")

@@ -245,3 +245,24 @@ def test_the_command_counts_lists_sends_back_and_drops(
         assert delivery is not None
         assert delivery.id == items[0].id
         delivery.ack()
+
+
+def test_the_dead_letter_of_json_in_another_charset_says_which(kafka_url: str, kafka_topic: str) -> None:
+    (event,) = records(1)
+    sent = [(f"ce_{name}", value.encode()) for name, value in event.attributes.items()]
+    sent += [("content-type", b"application/json"), ("Content-Encoding", b"latin-1")]
+    with opened(kafka_url, kafka_topic) as bus:
+        make_topic(kafka_url, f"{kafka_topic}.dead")
+        with joined(bus, "g"):
+            pass
+    producer = bare_producer(kafka_url)
+    producer.produce(kafka_topic, b'{"a":"\xe9"}', b"k", headers=sent)
+    assert producer.flush(20) == 0
+    with Consumer(kafka_url, group="g", options=BusOptions(topic=kafka_topic)) as consumer:
+        limit = time.monotonic() + 20
+        while not (dead := read(kafka_url, f"{kafka_topic}.dead", 1, seconds=1.0)):
+            assert consumer.receive(1.0) is None
+            assert time.monotonic() < limit
+    assert headers(dead[0])["x-virtbus-reason"].endswith(
+        "its content encoding is 'latin-1'; JSON is sent as UTF-8"
+    )

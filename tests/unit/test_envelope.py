@@ -750,6 +750,53 @@ def test_a_body_in_another_format_is_told_by_its_name(body: bytes, told: str) ->
     assert (envelope.decode(theirs).data, envelope.decode(theirs).body) == ({}, body), "not ours to judge"
 
 
+LATIN, EBCDIC = '{"a":"é"}'.encode("latin-1"), '{"a":"é"}'.encode("cp037")
+
+
+@pytest.mark.parametrize("binding", Binding)
+@pytest.mark.parametrize(
+    ("content_type", "encoding", "body", "found"),
+    [
+        ("application/json; charset=latin-1", None, LATIN, "its charset is 'latin-1'"),
+        ('application/json;x=y; Charset="ISO-8859-1"', None, LATIN, "its charset is 'ISO-8859-1'"),
+        ("application/json; charset=utf-16", None, '{"a":1}'.encode("utf-16-le"), "its charset is 'utf-16'"),
+        ("application/json; charset=nobody-knows", None, EBCDIC, "its charset is 'nobody-knows'"),
+        ("application/json; charset=utf-8", None, LATIN, "byte 0xe9 is not UTF-8"),
+        ("application/json", None, LATIN, "byte 0xe9 is not UTF-8"),
+        ("application/json", None, '{"a":1}'.encode("utf-16-le"), "it is UTF-16"),
+        ("application/json", None, '{"a":1}'.encode("utf-16-be"), "it is UTF-16"),
+        ("application/json", None, '{"a":1}'.encode("utf-32"), "it is UTF-32"),
+        ("application/json", "latin-1", LATIN, "its content encoding is 'latin-1'"),
+        ("application/json", "br", b"\x8b\x03\x80{}\x03", "its content encoding is 'br'"),
+        ("application/cloudevents+json; charset=latin-1", None, LATIN, "its charset is 'latin-1'"),
+        ("application/cloudevents+json", None, LATIN, "byte 0xe9 is not UTF-8"),
+    ],
+)
+def test_json_in_another_charset_is_refused_by_its_name(
+    binding: Binding, content_type: str, encoding: str | None, body: bytes, found: str
+) -> None:
+    headers: dict[Any, Any] = OURS
+    if binding is Binding.KAFKA:
+        headers = {**KAFKA, "ce_type": OURS["ce-type"].encode(), "content-type": content_type.encode()}
+    theirs = dataclasses.replace(message(binding, headers, body, content_type), content_encoding=encoding)
+    with pytest.raises(SchemaError, match=re.escape(found)) as raised:
+        envelope.decode(theirs)
+    assert str(raised.value).endswith("JSON is sent as UTF-8")
+    assert "codec" not in str(raised.value)
+
+
+@pytest.mark.parametrize("charset", ["utf-8", "UTF8", "us-ascii", "latin-1"])
+def test_what_is_utf_8_is_read_whatever_it_says_of_itself(charset: str) -> None:
+    read = envelope.decode(message(Binding.AMQP, AMQP, b'{"a":1}', f"application/json; charset={charset}"))
+    assert read.data == {"a": 1}
+
+
+def test_broken_json_in_utf_8_has_no_charset_to_blame() -> None:
+    with pytest.raises(SchemaError) as raised:
+        envelope.decode(message(Binding.AMQP, OURS, b'{"a":', "application/json; charset=utf-8"))
+    assert "UTF-8" not in str(raised.value)
+
+
 JUNK_BODIES = {
     "not JSON": b"hello",
     "not UTF-8": b'{"a":"\xff"}',

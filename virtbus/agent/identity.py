@@ -9,9 +9,11 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
+from virtbus import statefiles
 from virtbus.errors import RestartNeeded, SpoolFull
 from virtbus.model import Gap, Host, PreviousRun, SequenceRange
 from virtbus.spool import Spool
+from virtbus.spool.files import AGENT_ID
 from virtbus.telemetry import Trouble, emit
 from virtbus.words import GapReason
 
@@ -25,7 +27,8 @@ _UNSTABLE = "unstable"  # this host's UUID says nothing
 
 def _lines(state_dir: Path) -> list[str]:
     """The four lines of the file, "" for what it lacks. Raises OSError."""
-    text = (state_dir / "agent-id").read_text(encoding="ascii", errors="replace")
+    statefiles.check(state_dir / AGENT_ID)
+    text = (state_dir / AGENT_ID).read_text(encoding="ascii", errors="replace")
     return [*text.splitlines(), "", "", "", ""][:4]
 
 
@@ -65,7 +68,7 @@ def load_agent_id(state_dir: Path, machine_id_file: Path = MACHINE_ID) -> tuple[
         pass
     except OSError as error:
         # Not a new identity: the old one is there, and would speak again tomorrow.
-        path = state_dir / "agent-id"
+        path = state_dir / AGENT_ID
         raise SpoolFull(f"{path} can't be read: {error.strerror}; check its rights and the disk") from error
     else:
         before = _id_of(lines)
@@ -136,7 +139,7 @@ def is_of_another_machine(state_dir: Path, machine_id_file: Path = MACHINE_ID) -
 
 def _write(state_dir: Path, *lines: str) -> None:
     """Replace the file so that after a power cut it is the old one or the new one, never an empty one."""
-    path, draft = state_dir / "agent-id", state_dir / "agent-id.new"
+    path, draft = state_dir / AGENT_ID, state_dir / f"{AGENT_ID}.new"
     try:
         draft.unlink(missing_ok=True)  # of a start that was cut off; or a link that somebody laid here
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from virtbus import schema
+from virtbus import schema, statefiles
 from virtbus.bus import Bus
 from virtbus.errors import VirtbusError
 from virtbus.loading import Loaded, exposed_secrets
@@ -241,6 +241,7 @@ def _backlog(path: Path, max_bytes: int) -> Check:
 def _is_held(folder: Path) -> bool:
     """Whether an agent runs on this spool."""
     try:
+        statefiles.check(folder / LOCK)
         with (folder / LOCK).open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 import click
 
+from virtbus import statefiles
 from virtbus.commands.common import as_json, common, cut, load, progress, rows, state_dir, timeout, wrapped
 from virtbus.errors import AgentUnavailable, InputMissing, SpoolBusy, SpoolCorrupt
 from virtbus.model import to_datetime
@@ -55,6 +56,8 @@ def _reading(state_dir: Path) -> Iterator[sqlite3.Connection]:
             yield connection
     except (FileNotFoundError, NotADirectoryError):
         raise InputMissing(f"there is no spool in {state_dir}; name its folder with --state-dir") from None
+    except statefiles.NotRegular as error:
+        raise SpoolCorrupt(f"{path} can't be read: {error.strerror}") from error
     except PermissionError as error:
         raise InputMissing(f"{path} can't be read: {error.strerror}; run as the agent's user") from error
     except (sqlite3.Error, files.Damaged) as error:

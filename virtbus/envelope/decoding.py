@@ -37,11 +37,25 @@ class Envelope:
     data: dict[str, Any]  # empty where a foreign event's data is not a JSON object: see `body`
 
 
+class _NotJson(SchemaError):
+    """A text that should be JSON in UTF-8 and is not."""
+
+
 def decode(message: Message) -> Envelope:
     """The CloudEvent in a message of either binding and content mode; raises SchemaError for all else."""
     _check_size(message.body, message.position)
     headers = _headers(message)
     content_type = message.content_type or headers.get("content-type") or ""
+    try:
+        return _decode(message, headers, content_type)
+    except _NotJson as error:
+        declared = _other_charset(content_type, message.content_encoding)
+        if declared is None:
+            raise
+        raise SchemaError(f"{str(error).removesuffix(_WANTED)}; {declared}{_WANTED}") from error
+
+
+def _decode(message: Message, headers: dict[str, str], content_type: str) -> Envelope:
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type.startswith("application/cloudevents"):
         if media_type != STRUCTURED_CONTENT_TYPE:
@@ -210,7 +224,31 @@ def _parse(text: bytes, where: str, decoder: msgspec.json.Decoder[Any]) -> Any:
     try:
         return decoder.decode(text)
     except (msgspec.MsgspecError, UnicodeError, ValueError, RecursionError) as error:
-        raise SchemaError(f"{where}: not a JSON object: {_other_format(text) or error}") from error
+        found = _other_format(text) or _not_utf8(text) or error
+        raise _NotJson(f"{where}: not a JSON object: {found}") from error
+
+
+_WANTED = "; JSON is sent as UTF-8"
+_CHARSET = re.compile(r";\s*charset\s*=\s*\"?([^\s;\"]*)", re.IGNORECASE)
+# What says nothing against UTF-8; kombu names "binary" where its caller names nothing.
+_PLAIN = frozenset({"", "utf-8", "utf8", "us-ascii", "ascii", "binary", "identity", "8bit"})
+
+
+def _other_charset(content_type: str, content_encoding: object) -> str | None:
+    """What the sender says that the body is, where that is not UTF-8."""
+    charset = _CHARSET.search(content_type)
+    for what, value in (("charset", charset and charset[1]), ("content encoding", content_encoding)):
+        if isinstance(value, str) and value.lower() not in _PLAIN:
+            return f"its {what} is {value[:40]!r}"
+    return None
+
+
+def _not_utf8(text: bytes) -> str | None:
+    try:
+        text.decode()
+    except UnicodeDecodeError as error:
+        return f"byte 0x{text[error.start]:02x} is not UTF-8{_WANTED}"
+    return None
 
 
 def _other_format(text: bytes) -> str | None:
@@ -219,8 +257,10 @@ def _other_format(text: bytes) -> str | None:
         return "it is empty"
     if text.startswith(b"\x1f\x8b"):
         return "it is compressed (gzip); send it as it is"
-    if text.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "it is UTF-16; JSON is sent as UTF-8"
+    if text.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return f"it is UTF-32{_WANTED}"
+    if text.startswith((b"\xff\xfe", b"\xfe\xff", b"{\0", b"\0{")):
+        return f"it is UTF-16{_WANTED}"
     if text.startswith(b"\0") and text[5:6] in (b"{", b"["):
         return "it begins with the id of a schema registry; use the plain JSON serializer"
     return None

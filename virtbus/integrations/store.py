@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import astuple, fields, replace
 from pathlib import Path
 
-from virtbus.errors import ConfigError
+from virtbus import statefiles
+from virtbus.errors import ConfigError, StateUnavailable
 from virtbus.integrations import holds
 from virtbus.integrations.base import REPORT, Action, Found
 from virtbus.integrations.holds import Change, HoldState, Row
@@ -87,6 +88,8 @@ class ActionStore:
         try:
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                statefiles.check(path.with_suffix(".lock"))
+                statefiles.check_database(path)
                 self._handle = _claim(path.with_suffix(".lock"))
             self._db = sqlite3.connect(
                 ":memory:" if path is None else path, isolation_level=None, check_same_thread=False
@@ -100,6 +103,8 @@ class ActionStore:
                 "SELECT count(*) FROM actions WHERE state <> 'waiting'"
             ).fetchone()
             self._check()
+        except statefiles.NotRegular as error:
+            raise StateUnavailable(f"{path} can't be used: {error.strerror}") from error
         except (sqlite3.Error, OSError, ValueError) as error:
             if self._handle is not None:
                 os.close(self._handle)

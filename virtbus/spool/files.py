@@ -22,11 +22,12 @@ from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
-from virtbus import redaction
+from virtbus import redaction, statefiles
 from virtbus.errors import ConfigError, SpoolBusy, SpoolCorrupt, SpoolFull, VirtbusError
 
 DATABASE = "spool.db"
 LOCK = "lock"
+AGENT_ID = "agent-id"
 
 # PRAGMA user_version is major * 1000 + minor. A minor step only adds (a nullable column, a table), so
 # the release before it still reads and writes the file; a major step would be a file of another name.
@@ -144,7 +145,10 @@ def whole_events(db: sqlite3.Connection, positions: Sequence[int]) -> list[Event
 
 
 def prepare_state_dir(state_dir: Path) -> None:
-    """Make the folder (0700) when it is not there. Raises ConfigError when it can't be used."""
+    """Make the folder (0700) when it is not there.
+
+    Raises ConfigError when it can't be used, SpoolFull for what is not a file and has a file's name.
+    """
     try:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -157,6 +161,14 @@ def prepare_state_dir(state_dir: Path) -> None:
             f"state_dir {state_dir} can't be written by uid {os.geteuid()}; "
             "change its owner, or set --state-dir"
         )
+    database = state_dir / DATABASE
+    draft, marker, probe = (database.with_name(database.name + end) for end in (".new", ".suspect", ".probe"))
+    try:
+        statefiles.check(state_dir / LOCK, state_dir / AGENT_ID, marker, probe)
+        for each in (database, draft):
+            statefiles.check_database(each)
+    except statefiles.NotRegular as error:
+        raise SpoolFull(f"state_dir {state_dir} can't be used: {error.strerror}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +187,7 @@ class Lock:
         """Take it. Raises SpoolBusy naming the other process; SpoolFull when the file can't be opened."""
         self.path = state_dir / LOCK
         try:
+            statefiles.check(self.path)
             self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
             raise SpoolFull(
@@ -238,6 +251,7 @@ def _identity(file: int | Path) -> tuple[int, int]:
 def read_holder(state_dir: Path) -> Holder:
     """What the lock file says; the lock itself may be free."""
     try:
+        statefiles.check(state_dir / LOCK)
         lines = (state_dir / LOCK).read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
         return Holder()
@@ -325,6 +339,7 @@ def connect_to_read(path: Path) -> sqlite3.Connection:
 
 
 def _open(path: Path, mode: str) -> sqlite3.Connection:
+    statefiles.check_database(path)
     connection = sqlite3.connect(
         f"{path.absolute().as_uri()}?mode={mode}",
         uri=True,

@@ -19,7 +19,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
-from virtbus.errors import SpoolFull
+from virtbus.errors import SpoolCorrupt, SpoolFull
 from virtbus.model import Clock, Event, Host, Outcome, Record, Stamp
 from virtbus.seen import Moment
 from virtbus.spool import files, opening
@@ -94,6 +94,8 @@ class Spool:
                 raise files.translate(error, path) from error
             if isinstance(error, OSError):
                 raise SpoolFull(f"{path} can't be made: {error.strerror}; check space and rights") from error
+            if isinstance(error, files.Damaged):
+                raise SpoolCorrupt(f"{path} can't be used ({error}), and no new one in its place") from error
             raise
 
     @property

@@ -308,4 +308,5 @@ def received(raw: Any, queue: str, *, key: str | None = None, handle: object) ->
         position=f"{queue}#{info['delivery_tag']}",
         handle=handle,
         attempts=counted + 1 if type(counted) is int and counted >= 0 else None,
+        content_encoding=properties.get("content_encoding"),
     )

@@ -27,6 +27,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from virtbus import statefiles
 from virtbus.errors import BusDenied, BusUnavailable, VirtbusError, translating
 
 LEASE_SECONDS = 600.0
@@ -129,6 +130,8 @@ class Log:
         self._db: sqlite3.Connection | None = None
         self._locks = -1
         with _translated(path):
+            statefiles.check(Path(f"{path}.lock"))
+            statefiles.check_database(path)
             for name in (path, Path(f"{path}.lock")):
                 if not name.parent.is_dir():
                     name.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -467,6 +470,9 @@ def _translated(path: Path) -> AbstractContextManager[None]:
         {
             sqlite3.Error: of_sqlite,
             ValueError: lambda error: said(_DAMAGED, error),
+            statefiles.NotRegular: lambda error: BusDenied(
+                f"embedded bus {path}: {error.strerror}, or name another file: embedded:///path"
+            ),
             PermissionError: lambda error: said(_DENIED, error),
             OSError: lambda error: said("can't be made: {0}; name another file", error),
         }

@@ -325,16 +325,21 @@ def message_of(polled: Any, headers: Headers, *, redelivered: bool = False, hand
     fields: dict[str, object] = {
         name: found[0] if len(found) == 1 else found for name, found in values.items()
     }
-    content_type = next((v for name, v in fields.items() if name.lower() == "content-type"), None)
+
+    def said(what: str) -> str | None:
+        value = next((value for name, value in fields.items() if name.lower() == what), None)
+        return value.decode("utf-8", "replace") if isinstance(value, bytes) else None
+
     key = polled.key()
     return Message(
         binding=Binding.KAFKA,
         headers=fields,
-        content_type=content_type.decode("utf-8", "replace") if isinstance(content_type, bytes) else None,
+        content_type=said("content-type"),
         body=polled.value() or b"",
         key=None if key is None else key.decode("utf-8", "replace"),
         redelivered=redelivered,
         user_id=None,
         position=f"{polled.topic()}[{polled.partition()}]@{polled.offset()}",
         handle=polled if handle is None else handle,
+        content_encoding=said("content-encoding"),
     )

@@ -1,0 +1,47 @@
+"""What may stand where a file of ours stands: a regular file, or nothing."""
+
+from __future__ import annotations
+
+import errno
+import stat
+from pathlib import Path
+
+_KINDS = (
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISBLK, "a device"),
+    (stat.S_ISCHR, "a device"),
+)
+
+
+class NotRegular(OSError):
+    """Something else stands where a state file belongs; `strerror` says which file and what it is."""
+
+
+def check(*paths: Path) -> None:
+    """Raise NotRegular for the first path at which something else stands.
+
+    Before anything is opened: open(2) waits at a FIFO for its other end, for ever, and SQLite makes of the
+    rest what looks like a damaged or a lost file. A path that can't be looked at is reported by who opens it.
+    """
+    for path in paths:
+        try:
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                mode = path.stat().st_mode
+        except OSError:
+            if not path.is_symlink():
+                continue
+            raise _refusal(path, f"a symbolic link that leads nowhere ({path.readlink()})") from None
+        if not stat.S_ISREG(mode):
+            raise _refusal(path, next((kind for fits, kind in _KINDS if fits(mode)), "something else"))
+
+
+def check_database(path: Path) -> None:
+    """`check` of a SQLite database and of what SQLite keeps beside it."""
+    check(path, *(path.with_name(path.name + end) for end in ("-wal", "-shm", "-journal")))
+
+
+def _refusal(path: Path, kind: str) -> NotRegular:
+    return NotRegular(errno.EINVAL, f"{path.name} is {kind}, not a regular file: move it away")
