@@ -13,6 +13,7 @@ Every file's time is that of the commit (SOURCE_DATE_EPOCH), so that two builds 
 
 from __future__ import annotations
 
+import ast
 import compileall
 import contextlib
 import gzip
@@ -20,6 +21,7 @@ import hashlib
 import io
 import json
 import os
+import pprint
 import py_compile
 import re
 import shutil
@@ -62,8 +64,8 @@ UNUSED_MODULES = (
     "_testcapi",
 )
 
-# How the interpreter is compiled; `{tree}` is its source.
-CFLAGS = "-O2 -g0 -fstack-protector-strong -D_FORTIFY_SOURCE=2 -include {here}/portable.h -ffile-prefix-map={tree}=."
+# How the interpreter is compiled, in `{tree}`, its source.
+CFLAGS = "-O2 -g0 -fstack-protector-strong -D_FORTIFY_SOURCE=2 -include portable.h -ffile-prefix-map={tree}=."
 LDFLAGS = "-Wl,-z,relro,-z,now"
 CONFIGURE = ("--prefix=/opt/virtbus", "--without-ensurepip", "--disable-test-modules", "--with-system-expat")
 # As Debian does: a fix of theirs makes this module use what only the interpreter's own parts may.
@@ -308,22 +310,33 @@ def source_package() -> Path:
 
 
 def interpreter() -> Path:
-    """CPython below build/packages/root/opt/virtbus; compiled once for a version of Debian's source, then copied."""
+    """CPython below build/packages/root/opt/virtbus; compiled once for a version of Debian's source, then copied.
+
+    Neither the commit nor the folder of the first build shows in it: later ones, elsewhere too, get the same bytes.
+    """
     dsc = source_package()
     recipe = repr((CFLAGS, LDFLAGS, CONFIGURE, SETUP, (HERE / "portable.h").read_text()))
     built = CACHE / f"{dsc.stem}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     if not built.exists():
         print(f"compiling {dsc.stem} (some minutes)")
-        tree = CACHE / "source"
+        tree = CACHE.resolve() / "source"
         shutil.rmtree(tree, ignore_errors=True)
         run("dpkg-source", "--no-check", "-x", dsc, tree)
         (tree / "Modules/Setup.local").write_text(SETUP, encoding="utf-8")
-        flags = CFLAGS.format(here=HERE, tree=tree)
-        run("./configure", *CONFIGURE, cwd=tree, CFLAGS=flags, LDFLAGS=LDFLAGS)
-        run("make", f"-j{os.cpu_count()}", cwd=tree)
+        shutil.copy(HERE / "portable.h", tree)
+        run("./configure", *CONFIGURE, cwd=tree, CFLAGS=CFLAGS.format(tree=tree), LDFLAGS=LDFLAGS)
+        # `sys.version` shows the time of the build.
+        moment = subprocess.run(
+            ["dpkg-parsechangelog", "--show-field", "Timestamp"],
+            cwd=tree, capture_output=True, text=True, check=True,
+        ).stdout.strip()  # fmt: skip
+        run("make", f"-j{os.cpu_count()}", cwd=tree, SOURCE_DATE_EPOCH=moment)
         staged = built.with_suffix(".new")
         shutil.rmtree(staged, ignore_errors=True)
-        run("make", "install", f"DESTDIR={staged}", cwd=tree)
+        run("make", "install", f"DESTDIR={staged}", cwd=tree, SOURCE_DATE_EPOCH=moment)
+        for file in (staged / "opt/virtbus/lib" / PYTHON).glob("_sysconfigdata_*.py"):
+            if not file.is_symlink():
+                without_folder(file, str(tree))
         staged.rename(built)
         shutil.rmtree(tree)
     root = WORK / "root"
@@ -344,6 +357,15 @@ def interpreter() -> Path:
     for config in library.glob("config-*"):
         shutil.rmtree(config)
     return opt
+
+
+def without_folder(file: Path, folder: str) -> None:
+    """Write sysconfig's table again, as CPython does, with `.` for the folder that it was compiled in."""
+    found = ast.literal_eval(file.read_text(encoding="utf-8").partition("build_time_vars = ")[2])
+    table = {
+        name: value.replace(folder, ".") if isinstance(value, str) else value for name, value in found.items()
+    }
+    file.write_text(f"build_time_vars = {pprint.pformat(table)}\n", encoding="utf-8")
 
 
 def install(opt: Path) -> None:

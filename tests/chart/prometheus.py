@@ -25,18 +25,23 @@ global: {{scrape_interval: {seconds}s, scrape_timeout: {seconds}s}}
 scrape_configs:
   - job_name: virtbus
     file_sd_configs: [{{files: ["{folder}/targets.json"], refresh_interval: 1s}}]
+  - job_name: prometheus
+    static_configs: [{{targets: ["127.0.0.1:{port}"]}}]
 """
 
 
 class Prometheus:
-    """Scrapes what `targets` names every `seconds`; a context manager. Raises ToolMissing."""
+    """Scrapes what `targets` names every `seconds`, and itself, as a target of others; a context manager.
+
+    Raises ToolMissing.
+    """
 
     def __init__(self, folder: Path, *, seconds: int = 1) -> None:
         self.seconds = seconds
         self.port = free_ports(1)[0]
         self._folder = folder
         self._log = folder / "prometheus.log"
-        (folder / "prometheus.yml").write_text(CONFIG.format(seconds=seconds, folder=folder))
+        (folder / "prometheus.yml").write_text(CONFIG.format(seconds=seconds, folder=folder, port=self.port))
         self.targets({})
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(

@@ -24,12 +24,14 @@ from tests.chart import helm, tools
 from tests.chart.helm import CHART
 from tests.chart.prometheus import DASHBOARD, Prometheus, fill, panels
 from tests.conftest import need
-from tests.lab.lab import Lab
+from tests.lab.lab import Guest, Lab
 from tests.ports import free_ports
-from virtbus.integrations.telemetry import REACT
+from virtbus.fleet import FleetView
+from virtbus.integrations.telemetry import REACT, ReactMetrics
 
 ALERTS = CHART / "files" / "alerts.yaml"
 UNIT_TESTS = Path(__file__).parent / "alerts.test.yaml"
+ADDED = ("job", "instance", "namespace")
 
 
 @pytest.fixture(scope="session")
@@ -146,6 +148,8 @@ class Watched:
 
     prometheus: Prometheus
     metrics: str
+    guest: Guest
+    control: Path
 
 
 @contextmanager
@@ -206,9 +210,9 @@ def watched(lab: Lab, amqp_url: str, promtool: Path, tmp_path: Path) -> Iterator
         stack.enter_context(
             _process(
                 "env", f"VIRTBUS_BUS__TLS__CA_FILE={_authority(tmp_path)}",
-                *virtbus, "run", "--bus", amqp_url, "--libvirt", lab.uri_ro, "--control-socket", "",
-                "--state-dir", tmp_path / "state", "--http-listen", f"127.0.0.1:{agent_port}",
-                log=tmp_path / "agent.log",
+                *virtbus, "run", "--bus", amqp_url, "--libvirt", lab.uri_ro,
+                "--state-dir", tmp_path / "state", "--control-socket", tmp_path / "control",
+                "--http-listen", f"127.0.0.1:{agent_port}", log=tmp_path / "agent.log",
             )
         )  # fmt: skip
         prometheus = stack.enter_context(Prometheus(tmp_path))
@@ -219,7 +223,7 @@ def watched(lab: Lab, amqp_url: str, promtool: Path, tmp_path: Path) -> Iterator
         delivered = 'virtbus_publish_outcomes_total{outcome="confirmed"} >= 2'
         _until("the error is delivered and scraped", 60, lambda: prometheus.ask(delivered))
         time.sleep(2)  # a rate needs two samples of the newest series
-        yield Watched(prometheus, _get(agent_port, "/metrics"))
+        yield Watched(prometheus, _get(agent_port, "/metrics"), guest, tmp_path / "control")
 
 
 def test_every_metric_of_alerts_and_dashboard_is_the_agents_and_every_query_finds_data(
@@ -236,6 +240,49 @@ def test_every_metric_of_alerts_and_dashboard_is_the_agents_and_every_query_find
     assert len(queries) >= 25
     empty = [query for query in queries if not watched.prometheus.ask(fill(query))]
     assert empty == []
+
+
+def _series(lines: str) -> set[tuple[str, frozenset[tuple[str, str]]]]:
+    """Of a text as Prometheus reads it: names, and labels without those that a scrape adds."""
+    found = re.findall(r"^(virtbus_\w+)(?:\{(.*?)\})? ", lines, re.MULTILINE)
+    return {
+        (name, frozenset(pair for pair in re.findall(r'(\w+)="(.*?)"', labels) if pair[0] not in ADDED))
+        for name, labels in found
+    }
+
+
+def test_the_series_of_the_alerts_unit_tests_are_those_of_a_real_agent_and_of_react(watched: Watched) -> None:
+    """By name and labels; the client certificate's series is the authority's with another value."""
+    react = ReactMetrics()
+    react.begin("nova", lambda: 0.0, lambda: 0.0)
+    react.show_fleet(FleetView((), (), 0, 0, 0.0, False))
+    served = _series(watched.metrics.replace('certificate="ca"', 'certificate="client"'))
+    served |= _series(generate_latest(react.registry).decode())
+    cases = yaml.safe_load(UNIT_TESTS.read_text())["tests"]
+    tested = _series("".join(f"{one['series']} 0\n" for case in cases for one in case["input_series"]))
+    assert len(tested) > 25
+    assert tested - served == set()
+
+
+def test_a_guests_error_raises_its_alert_alone_and_a_drill_raises_none(watched: Watched) -> None:
+    """The alerts' own expressions, asked of what a real agent serves."""
+
+    def raised() -> set[str]:
+        return {
+            rule["alert"]
+            for rule in _rules()
+            for series in watched.prometheus.ask(rule["expr"]) if series["metric"].get("job") == "virtbus"
+        }  # fmt: skip
+
+    assert raised() == {"VirtbusGuestsInTrouble"}
+    done = _run(sys.executable, "-m", "virtbus", "emit", "--control-socket", watched.control)
+    assert done.returncode == 0, done.stdout + done.stderr
+    watched.guest.destroy()
+    _until("the guest's incident is over, the drill's is not", 240, lambda: (
+        watched.prometheus.ask('virtbus_incidents_open{origin="live"} == 0')
+        and watched.prometheus.ask('virtbus_incidents_open{origin="replay"} == 1')
+    ))  # fmt: skip
+    assert raised() == set()
 
 
 def test_the_first_error_of_an_agents_life_moves_the_panels(watched: Watched) -> None:

@@ -338,6 +338,24 @@ def test_the_notes_tell_of_what_a_value_costs(setting: str, words: str) -> None:
     assert words in _notes(setting)
 
 
+def test_the_notes_say_how_guests_of_kubevirt_are_observed_and_as_which_user() -> None:
+    assert "--set kubevirt.enabled=true" in _notes()
+    told = _notes("kubevirt.enabled=true")
+    assert "--set kubevirt.enabled=true" not in told
+    assert "Nodes must run libvirt themselves" not in told
+    assert "Agents run as 65534" not in told
+    assert "Agents run as 0:" in told
+
+
+def test_the_notes_say_what_is_lost_with_the_pod_of_react_and_what_is_not() -> None:
+    sets = ("react.enabled=true", "react.with=kubernetes")
+    words = "react.existingClaim is empty: actions that the control plane has not taken"
+    assert words not in _notes()
+    assert words in _notes(*sets)
+    assert "are not: they are on the nodes" in _notes(*sets)
+    assert words not in _notes(*sets, "react.existingClaim=react")
+
+
 # ------------------------------------------------------------------------------------ network policy
 
 

@@ -64,8 +64,15 @@ def test_every_panel_shows_twenty_agents_and_those_that_were_chosen(tmp_path: Pa
         assert shown["Oldest unpublished event, by host"] == set(agents)
         assert shown["Spool fill, by host"] == set(agents)
 
-        # What the variable of the hosts asks for: label_values(up{…}, instance).
+        # What the variables offer: the agents', and nothing of what else is scraped.
         variables = json.loads(DASHBOARD.read_text(encoding="utf-8"))["templating"]["list"]
-        (query,) = [one["query"]["query"] for one in variables if one["name"] == "instance"]
-        series = query.removeprefix("label_values(").removesuffix(", instance)")
-        assert {one["metric"]["instance"] for one in prometheus.ask(fill(series))} == set(agents)
+        offered = {}
+        for one in variables[1:]:
+            series, _, label = one["query"]["query"].removeprefix("label_values(").rpartition(", ")
+            found = prometheus.ask(fill(series))
+            offered[one["name"]] = {each["metric"].get(label.removesuffix(")")) for each in found}
+        assert offered["instance"] == set(agents)
+        assert offered["job"] == {"virtbus"}
+        # The annotations' queries are taken, and nothing is wrong here.
+        for one in json.loads(DASHBOARD.read_text(encoding="utf-8"))["annotations"]["list"]:
+            assert prometheus.ask(fill(one["expr"])) == []

@@ -444,6 +444,14 @@ def test_every_alert_has_an_entry_in_the_runbook_and_no_entry_is_left_over():
     assert set(re.findall(r"^### (Virtbus\w+)$", OPERATIONS, re.MULTILINE)) == alerts
 
 
+def test_every_entry_of_the_runbook_has_a_command_and_says_what_healthy_again_looks_like():
+    entries = re.findall(r"^### (Virtbus\w+)\n(.*?)(?=^##)", OPERATIONS, re.MULTILINE | re.DOTALL)
+    assert len(entries) > 20
+    for name, text in entries:
+        assert re.search(r"`(virtbus|kubectl|rabbitmqctl|systemctl|journalctl|df|virsh) [^`]+`", text), name
+        assert "Healthy again" in text, name
+
+
 def test_every_check_of_doctor_has_an_entry():
     made = set()
     for path in (ROOT / "virtbus").rglob("*.py"):

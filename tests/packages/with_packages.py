@@ -345,6 +345,15 @@ def test_what_the_operator_changed_in_etc_survives_an_upgrade(root: Root) -> Non
     assert root.run("stat", "-c", "%G %a", "/etc/virtbus").stdout == "nogroup 750\n"
 
 
+def test_no_file_of_the_package_names_the_folder_it_was_built_in(tmp_path: Path) -> None:
+    """Where a second build would be another one."""
+    subprocess.run(["dpkg-deb", "--extract", str(package("deb")), str(tmp_path)], check=True)
+    cache = CHECKOUT / ".cache/packages"
+    named = ["grep", "-rlF", "-e", str(CHECKOUT), "-e", str(cache), "-e", str(cache.resolve()), str(tmp_path)]
+    found = subprocess.run(named, capture_output=True, text=True)
+    assert (found.returncode, found.stdout) == (1, "")
+
+
 def test_the_manual_pages_and_the_completion_are_read_without_a_warning(tmp_path: Path) -> None:
     subprocess.run(["dpkg-deb", "--extract", str(package("deb")), str(tmp_path)], check=True)
     pages = sorted((tmp_path / "usr/share/man/man1").glob("*.1*"))

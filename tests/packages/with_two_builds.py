@@ -14,6 +14,7 @@ import pytest
 from tests.chart import tools
 from tests.conftest import need
 from tests.lab.lab import CHECKOUT
+from tests.packages.before import git
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 
@@ -22,9 +23,11 @@ CACHE = CHECKOUT / ".cache" / "packages"
 LENT = ("nfpm", "sources")
 
 
-def build(folder: Path, *lent: str) -> dict[str, bytes]:
+def build(commit: str, folder: Path, *lent: str) -> dict[str, bytes]:
     """Build the commit in a clone at `folder` → the files of its dist/; `lent` of this checkout's cache."""
-    subprocess.run(["git", "clone", "--quiet", "--shared", str(CHECKOUT), str(folder)], check=True)
+    clone = ["clone", "--quiet", "--shared", "--no-checkout", str(CHECKOUT), str(folder)]
+    for words in (clone, ["-C", str(folder), "checkout", "--quiet", commit]):
+        subprocess.run(["git", *words], check=True)
     cache = folder / ".cache" / "packages"
     cache.mkdir(parents=True)
     for name in lent:
@@ -49,8 +52,9 @@ def test_two_builds_of_one_commit_give_the_same_bytes(
         pytest.fail("dist/ is not there: run make dist")
     compiled = [path.name for path in CACHE.glob("python3*") if path.is_dir()]
     assert compiled
-    first = build(tmp_path / "a" / "checkout", *LENT, *compiled)
-    second = build(tmp_path / "elsewhere", *LENT)
+    commit = git("rev-parse", "HEAD")  # asked once: another one may follow while the first is built
+    first = build(commit, tmp_path / "a" / "checkout", *LENT, *compiled)
+    second = build(commit, tmp_path / "elsewhere", *LENT)
     kinds = {name.rpartition(".")[2] for name in first}
     assert kinds == {"whl", "gz", "tgz", "deb", "rpm", "json", "SHA256SUMS"}
     differ = {name for name in first.keys() | second.keys() if first.get(name) != second.get(name)}
