@@ -63,12 +63,33 @@ class Moment(NamedTuple):
         """The same moment in the wall clock as it is now, ns."""
         return self.at(now).wall_ns
 
-    def earliest_stamp(self, now: Now) -> int:
-        """What another program that stamps by this host's wall clock has written since is not older, ns.
 
-        It may have done so before the clock was set or after it.
+class WallClocks:
+    """What this host's wall clock said at the boot, over time: it may be set, and more than once.
+
+    Not thread-safe: the source thread follows it, at least once in some seconds.
+    """
+
+    _MOST = 64
+
+    def __init__(self) -> None:
+        self._each: list[Moment] = []  # since when it said so, oldest first
+
+    def follow(self, now: Now) -> None:
+        """Notice whether it was set."""
+        moment = Moment.of(now)
+        if not self._each or abs(moment.booted_ns - self._each[-1].booted_ns) >= STEP_NS:
+            self._each = [*self._each[1 - self._MOST :], moment]
+
+    def earliest_stamp(self, since: Moment, now: Now) -> int:
+        """What another program that stamps by this clock has written since then is not older, ns.
+
+        It may have done so by the clock of then, of now, or any between them.
         """
-        return min(self.wall_ns, self.wall(now))
+        self.follow(now)
+        later = [each.booted_ns for each in self._each if each.boot_ns > since.boot_ns]
+        before = [each.booted_ns for each in self._each if each.boot_ns <= since.boot_ns][-1:]
+        return since.boot_ns + min(since.booted_ns, *before, *later)
 
 
 def moment_of(item: SourceReady | SourceLost | Surveyed, now: Now) -> Moment:

@@ -329,7 +329,7 @@ class World:
 
     def _do_freeze(self, host: SimAgent, seconds: float, asleep: bool) -> None:
         process = host.process
-        if process is None or process.dead:
+        if process is None or process.dead or process.stopped_until > self.sched.now:
             return
         self.tell(host.name, f"{'the host sleeps' if asleep else 'SIGSTOP'} for {seconds:.0f} s")
         process.stopped_until = self.sched.now + seconds

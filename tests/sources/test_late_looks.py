@@ -395,6 +395,17 @@ def test_what_a_running_guest_has_left_over_is_asked_for_until_it_is_known() -> 
         until(lambda: len(observer.check) == 1)  # it remembers the old disk error
 
 
+def test_what_a_running_guest_has_left_over_is_asked_for_again_once_its_disks_are_known() -> None:
+    host = SimulatedHost(1)
+    (guest,) = host.guests.values()
+    guest.disk_errors = {"vda": 1}
+    host.failures = {"xml": 3.0}
+    with observed(host) as (observer, seen):
+        seen.wait(SourceReady)
+        until(lambda: len(observer.check) == 1)
+        assert observer.check._cases[guest.uuid].stale == {"virtio-disk0": 1}
+
+
 def test_a_hosts_uuid_that_could_not_be_had_at_first_is_told_when_it_is_known() -> None:
     host = SimulatedHost(1)
     host.failures = {"capabilities": 2.0}

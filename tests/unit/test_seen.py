@@ -4,7 +4,7 @@ import pytest
 
 from virtbus.model import Now
 from virtbus.observations import SourceLost, SourceReady, SourceSeen
-from virtbus.seen import ANSWER_SECONDS, MARGIN_SECONDS, Moment, SeenThrough, earliest
+from virtbus.seen import ANSWER_SECONDS, MARGIN_SECONDS, Moment, SeenThrough, WallClocks, earliest
 from virtbus.testing import a_host
 from virtbus.words import GapReason
 
@@ -112,8 +112,28 @@ def test_what_the_clock_wandered_changes_no_stamp():
 def test_a_stamp_of_either_clock_is_not_older_than_its_moment(step):
     moment, now = Moment.of(at(100)), at(160, stepped=step)
     before_the_step, after_it = at(130), at(130, stepped=step)
-    assert moment.earliest_stamp(now) < min(before_the_step.wall_ns, after_it.wall_ns)
-    assert moment.earliest_stamp(now) in (at(100).wall_ns, at(100, stepped=step).wall_ns)
+    clocks = WallClocks()
+    assert clocks.earliest_stamp(moment, now) < min(before_the_step.wall_ns, after_it.wall_ns)
+    assert clocks.earliest_stamp(moment, now) in (at(100).wall_ns, at(100, stepped=step).wall_ns)
+
+
+@pytest.mark.parametrize("noticed", [90, 110, 149])
+def test_a_stamp_of_a_clock_that_was_set_twice_is_not_older_than_its_moment(noticed):
+    clocks, moment = WallClocks(), Moment.of(at(100))
+    for second in (10, noticed, 150, 160):
+        step = 0 if second < noticed else -30 if second < 150 else 7200
+        clocks.follow(at(second, stepped=step))
+    assert clocks.earliest_stamp(moment, at(160, stepped=7200)) == at(100, stepped=-30).wall_ns
+    later = Moment.of(at(155, stepped=7200))
+    assert clocks.earliest_stamp(later, at(160, stepped=7200)) == later.wall_ns
+
+
+def test_the_memory_of_clocks_is_bounded():
+    clocks = WallClocks()
+    for second in range(1000):
+        clocks.follow(at(second, stepped=-second))
+    assert len(clocks._each) <= 64
+    assert clocks.earliest_stamp(Moment.of(at(0)), at(1000)) == at(0, stepped=-999).wall_ns
 
 
 def test_moments_are_ordered_by_the_boots_clock_whatever_the_wall_clock_did():

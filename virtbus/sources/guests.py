@@ -73,7 +73,7 @@ class Guests:
 
     def __init__(self, shared: Shared, connector: Connector, crew: Crew, options: SourceOptions) -> None:
         self._clock, self._lock, self._check = shared.clock, shared.lock, shared.check
-        self._cache = shared.cache
+        self._cache, self._clocks = shared.cache, shared.clocks
         self._options = options
         self._many = options.host is not None  # one hypervisor among others on its host
         self._asker = Asker(shared, options.owner_rules)
@@ -296,7 +296,7 @@ class Guests:
                 return
             if uuid in self.reconciling:
                 since = self.reconciling[uuid]
-                since_ns = None if since is None else since.earliest_stamp(now)
+                since_ns = None if since is None else self._clocks.earliest_stamp(since, now)
                 found = self._check.reconcile(
                     uuid, entry.name, entry.number, look, entry.devices,
                     since_ns=since_ns, mono=now.monotonic, ns=now.wall_ns,

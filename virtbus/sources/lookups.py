@@ -363,7 +363,10 @@ class Asker:
             session.notes.put(Looked(uuid, look))
             return look.complete
         elif want is Want.BASELINE:
-            session.notes.put(Baseline(uuid, link.disk_errors(uuid)))
+            wrong = link.disk_errors(uuid)
+            if wrong and self._lacks_description(uuid):
+                return False
+            session.notes.put(Baseline(uuid, wrong))
         return True
 
     def _read(self, link: Link, uuid: str) -> None:
@@ -389,9 +392,7 @@ class Asker:
             except SourceUnavailable as error:
                 look = replace(look, complete=False)
                 emit(LookupFinished("failed", uuid, error))
-            entry = self._shared.cache.get(uuid)
-            if look.messages and entry is not None and entry.xml is None and not entry.refused:
-                # They name disks by target: whose errors they are is only known with the XML.
+            if look.messages and self._lacks_description(uuid):
                 look = replace(look, messages=None, complete=False)
         if state == PAUSED:
             # Only of a paused guest: of one that runs it shows what is over.
@@ -403,6 +404,11 @@ class Asker:
                 look = replace(look, complete=look.complete and isinstance(error, Unsupported))
                 emit(LookupFinished("failed", uuid, error))
         return self._with_space(link, uuid, look)
+
+    def _lacks_description(self, uuid: str) -> bool:
+        """Disks are named by target: whose errors they are is only known with the XML, which is to come."""
+        entry = self._shared.cache.get(uuid)
+        return entry is not None and entry.xml is None and not entry.refused
 
     def _with_space(self, link: Link, uuid: str, look: Look) -> Look:
         """For devices that report no space: what their images and file systems have."""

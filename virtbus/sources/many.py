@@ -24,7 +24,7 @@ from virtbus.errors import SourceUnavailable, VirtbusError
 from virtbus.model import Check, Clock, Host, Hypervisor, Now
 from virtbus.observations import Description, SourceReady, Surveyed
 from virtbus.retry import Backoff
-from virtbus.seen import Moment, boot_id
+from virtbus.seen import Moment, WallClocks, boot_id
 from virtbus.sources import Sink, SourceOptions
 from virtbus.sources.crew import Crew, Pulse
 from virtbus.sources.libvirt import LibvirtConnector
@@ -234,6 +234,7 @@ class ManySource:
         self._uri = uri
         self._connector = connector or (lambda path: SocketConnector(path, settings.uri, self._options))
         self._crew = Crew(clock=lambda: self.clock().monotonic)
+        self._clocks = WallClocks()
         self._members: dict[str, Member] = {}
         self._woken: queue.SimpleQueue[Member | None] = queue.SimpleQueue()  # None: look for sockets
         self._look_at = float("-inf")
@@ -346,12 +347,13 @@ class ManySource:
                 item = self._woken.get_nowait()
 
     def _step(self, sink: Sink, watch: Watch) -> None:
-        now = self.clock().monotonic
+        reading = self.clock()
+        self._clocks.follow(reading)
+        now = reading.monotonic
         if now >= self._look_at:
             self._looked_at, self._look_at = now, now + LOOK_SECONDS
-            at = self.clock()
             self._found(look(self._patterns, watch.add), sink)
-            self._before = Moment.of(at)
+            self._before = Moment.of(reading)
         for path, member in list(self._members.items()):
             if member.due > now:
                 continue
@@ -411,7 +413,7 @@ class ManySource:
             connector = self._connector(path)
         return Observer(
             connector, options=self._options, clock=self.clock, crew=self._crew, retry=retry,
-            absent=self._before,
+            absent=self._before, clocks=self._clocks,
         )  # fmt: skip
 
     def _remove(self, path: str) -> None:

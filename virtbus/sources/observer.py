@@ -16,7 +16,7 @@ from virtbus.errors import ConfigError, SourceDenied, SourceUnavailable
 from virtbus.model import Clock, Now
 from virtbus.observations import Description, Observation, SourceGone, SourceLost, SourceReady
 from virtbus.retry import Backoff
-from virtbus.seen import MARGIN_SECONDS, Moment
+from virtbus.seen import MARGIN_SECONDS, Moment, WallClocks
 from virtbus.sources import Sink, SourceOptions
 from virtbus.sources.crew import Crew, Opened, Opener, Opening, Pulse, Witness
 from virtbus.sources.guests import Guests
@@ -47,12 +47,13 @@ class Observer:
         crew: Crew | None = None,
         retry: Callable[[Exception | str], float] | None = None,
         absent: Moment | None = None,
+        clocks: WallClocks | None = None,
     ) -> None:
         """`retry`: why the hypervisor is away → seconds until it is tried again (a short backoff).
 
         `absent`: a moment at which its socket was not there yet, if any is known.
         """
-        shared = self._shared = Shared(clock or Clock(), options.grace_seconds)
+        shared = self._shared = Shared(clock or Clock(), options.grace_seconds, clocks)
         self.clock, self.check, self.cache = shared.clock, shared.check, shared.cache
         self._connector = connector
         self._options = options
@@ -134,6 +135,7 @@ class Observer:
         Raises SourceDenied or ConfigError, and nothing else, before the first look.
         """
         self._awake = False
+        self._shared.clocks.follow(self.clock())
         try:
             return self._step()
         except (SourceDenied, ConfigError) as error:

@@ -20,6 +20,7 @@ from virtbus.observations import (
     RawIoError,
     SourceSeen,
 )
+from virtbus.seen import WallClocks
 from virtbus.sources import Sink
 from virtbus.sources.crosscheck import LATE_SECONDS, CrossCheck, Verdict
 from virtbus.sources.descriptions import Cache
@@ -128,8 +129,11 @@ class Shared:
     `lock` is held around `check` and the sink, so that an error never changes sides with a resume.
     """
 
-    def __init__(self, clock: Callable[[], Now], grace_seconds: float) -> None:
+    def __init__(
+        self, clock: Callable[[], Now], grace_seconds: float, clocks: WallClocks | None = None
+    ) -> None:
         self.clock = clock
+        self.clocks = clocks or WallClocks()
         self.lock = threading.Lock()
         self.check = CrossCheck(grace_seconds)
         self.cache = Cache()
