@@ -399,7 +399,7 @@ def install(opt: Path) -> None:
     launcher = opt / "bin" / "virtbus"
     # -I: neither the caller's PYTHON* variables nor his folder decide what a daemon imports.
     launcher.write_text(
-        "#!/opt/virtbus/bin/python -I\nimport sys\n\nfrom virtbus.cli import main\n\nsys.exit(main())\n",
+        "#!/opt/virtbus/bin/python -I\nimport sys\n\nfrom virtbus.__main__ import main\n\nsys.exit(main())\n",
         encoding="utf-8",
     )
     launcher.chmod(0o755)

@@ -17,12 +17,15 @@ from tests.ports import free_ports
 from virtbus.commands import consume
 from virtbus.errors import BusUnavailable
 from virtbus.fleet import Fleet, Publishers
-from virtbus.integrations.base import EVENT, Action
+from virtbus.integrations.base import EVENT, HOLD, Action, TargetUnavailable
+from virtbus.integrations.reactor import _BATCH
 from virtbus.integrations.store import ActionStore
-from virtbus.integrations.telemetry import REACT, EventPutAside
+from virtbus.integrations.telemetry import REACT, Audited, EventPutAside, EventsLeft, EventsTaken
 from virtbus.integrations.worker import MOST_SURPRISES
+from virtbus.model import IoError
 from virtbus.retry import no_waiting
 from virtbus.telemetry import METRICS
+from virtbus.testing import a_host, a_record, an_io_error
 
 
 class Forwarding(Recording):
@@ -155,6 +158,100 @@ def test_an_event_that_its_library_chokes_on_is_given_up_after_a_while(world):
         world.run(9)
     assert len(tries) == 2 * MOST_SURPRISES
     assert world.store.waiting() == []
+
+
+# ---- a control plane that is away for hours
+
+
+class Telling(Plane):
+    """Shows and holds hosts, and hands over each error, as Kubernetes does."""
+
+    def wants(self, delivery):
+        if not isinstance(delivery.event, IoError):
+            return None
+        return Action(delivery.id, delivery.id, EVENT, delivery.type, {"target": "h2"}, topic="event")
+
+
+def some_errors(count, *, first=1):
+    """Errors of a host that no test looks at, with their records."""
+    made = [(an_io_error(host=a_host(name="h3")), f"e{number}") for number in range(first, first + count)]
+    return [(event, a_record(event, id=id_)) for event, id_ in made]
+
+
+def given_up(world):
+    return [line.key for line in world.told if isinstance(line, Audited) and line.outcome == "given up"]
+
+
+@pytest.mark.timeout(60)  # it would wait for ever
+def test_events_that_wait_for_an_absent_control_plane_keep_no_heartbeat_away(tmp_path, monkeypatch):
+    """Holds and conditions are decided from heartbeats, which come behind the events in the same queue."""
+    monkeypatch.setattr("virtbus.integrations.worker.MOST_WAITING", 20)
+    world = World(tmp_path, ["h1", "h2", "h3"], plane=Telling("h1", "h2", "h3"))
+    world.run(60)
+    with world.outage():
+        world.bus.waiting += some_errors(100)
+        world.bad = {"h1"}
+        world.run(60)
+        assert world.reactor._heartbeat_age() <= 10
+        assert world.store.rows()["h1"].state == "holding"
+        events = [action.key for _, action, _ in world.store.waiting() if action.verb == EVENT]
+        assert len(events) <= 20
+        assert given_up(world) + events == [f"e{number}" for number in range(1, 101)], (
+            "the oldest, each named"
+        )
+    world.run(90)
+    assert world.plane.held == {"h1"}
+    assert [action for _, action, _ in world.store.waiting() if action.verb == EVENT] == []
+    assert len([one for one in world.plane.done if one == (EVENT, "h2")]) == len(events)
+    world.kill()
+
+
+def test_a_hold_does_not_wait_behind_events(tmp_path):
+    world = World(tmp_path, ["h1", "h2", "h3"], plane=Telling("h1", "h2", "h3"))
+    world.run(60)
+    world.bad = {"h1"}
+    while not world.reactor._store.rows():
+        world.wall, world.monotonic = world.wall + 1, world.monotonic + 1
+        world.bus.waiting += some_errors(50, first=50 * int(world.monotonic))  # ten a second are executed
+        if not int(world.monotonic) % 10:
+            world.beat()
+        while world.bus.waiting:
+            world.reactor.step(0.0)
+        world.reactor.step(0.0)
+    world.monotonic += 1
+    while (HOLD, "h1") not in world.plane.done:
+        assert world.reactor._worker.step()
+    assert world.reactor._worker.waiting > 100
+    world.kill()
+
+
+def test_what_is_only_handed_over_waits_in_the_broker_and_nothing_is_given_up(world, monkeypatch):
+    monkeypatch.setattr("virtbus.integrations.worker.MOST_WAITING", 20)
+    world.start()
+    world.bus.waiting = some_errors(100)
+
+    def away(action):
+        raise TargetUnavailable("away")
+
+    world.plane.fails = away
+    for _ in range(200):
+        world.monotonic += 1
+        world.reactor.step(0.0)
+        world.reactor._worker.step()
+    kept = len(world.bus.acked)
+    assert 20 <= kept == len(world.store.waiting()) < 20 + _BATCH, "and what came in one batch with the last"
+    assert len(world.bus.waiting) == 100 - kept
+    assert [line.waiting for line in world.told if isinstance(line, EventsLeft)] == [kept]
+    world.plane.fails = lambda action: None
+    while world.bus.waiting or world.store.waiting():
+        world.monotonic += 1
+        world.reactor.step(0.0)
+        world.reactor._worker.step()
+    assert world.bus.acked == [f"e{number}" for number in range(1, 101)]
+    assert given_up(world) == []
+    lines = [line for line in world.told if isinstance(line, EventsLeft | EventsTaken)]
+    assert len(lines) % 2 == 0, "each time it is full it says once that it was, and once that it is not"
+    assert isinstance(lines[-1], EventsTaken)
 
 
 # ---- watched

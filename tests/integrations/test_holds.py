@@ -242,7 +242,7 @@ def test_a_hold_of_a_node_that_is_not_there_eats_no_place_and_is_set_when_it_com
 @pytest.mark.timeout(60)  # it would wait for ever
 def test_hosts_that_the_control_plane_does_not_know_keep_no_event_away(world, monkeypatch):
     """Their conditions wait for them, more than a reactor lets wait before it hears no more events."""
-    monkeypatch.setattr("virtbus.integrations.reactor._MOST_WAITING", 5)
+    monkeypatch.setattr("virtbus.integrations.worker.MOST_WAITING", 5)
     world.agents |= {f"elsewhere-{number}": str(uuid.uuid4()) for number in range(20)}
     world.run(30)
     held_h1(world)

@@ -175,6 +175,49 @@ def test_an_answer_without_end_is_not_read_to_its_end(server):
     assert said < 10_000_000
 
 
+HEAD = b"HTTP/1.1 200 OK\r\n"
+DRIPS = {
+    "the status line": (b"HTTP/1.1 200 ", b"x", False),
+    "the headers": (HEAD, b"x-more: y\r\n", False),
+    "answers before the answer": (b"", b"HTTP/1.1 100 Continue\r\n\r\n", False),
+    "the body": (HEAD + b"\r\n", b"x", True),
+    "a chunk's size": (HEAD + b"transfer-encoding: chunked\r\n\r\n1;", b"x", True),
+}
+
+
+@pytest.mark.parametrize("what", DRIPS)
+def test_an_answer_that_drips_without_end_is_given_up(server, what):
+    begin, drop, accepted = DRIPS[what]
+    end = threading.Event()
+
+    def drip(handler):
+        handler.wfile.write(begin)
+        with suppress(OSError):
+            while not end.wait(0.02):
+                handler.wfile.write(drop)
+
+    server.handler.do_POST = drip
+    hook = a_hook(server, timeout_seconds=0.5)
+    try:
+        if accepted:  # it said so before it dripped
+            assert hook.execute(an_action()) == "200 OK"
+        else:
+            with pytest.raises(TargetUnavailable, match=r"no whole answer within 0\.5 s|headers"):
+                hook.execute(an_action())
+    finally:
+        end.set()
+        hook.close()
+
+
+def test_a_kept_connection_has_its_whole_time_for_each_answer(server):
+    hook = a_hook(server, timeout_seconds=5.0)
+    for _ in range(3):
+        hook.execute(an_action())
+        assert hook._connection.sock.gettimeout() == 5.0
+    hook.close()
+    assert server.connections == 1
+
+
 def test_a_redirect_is_not_followed_and_gets_no_token(server, tmp_path):
     (tmp_path / "token").write_text("s3cret")
     elsewhere = Server()

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import base64
 import http.client
+import io
 import os
 import re
 import signal
 import socket
 import ssl
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -148,11 +150,48 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
 _REFUSED_STATUS = frozenset({400, 413, 415, 422})
 
 
+class _Deadline(io.RawIOBase):
+    """What a socket reads, until one moment: its own timeout begins again with each byte that comes."""
+
+    def __init__(self, raw: io.RawIOBase, sock: socket.socket, seconds: float) -> None:
+        self._raw, self._sock, self._seconds = raw, sock, seconds
+        self._end = time.monotonic() + seconds
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self._end - time.monotonic()
+        try:
+            if left <= 0:
+                raise TimeoutError
+            self._sock.settimeout(left)
+            return self._raw.readinto(buffer)
+        except TimeoutError as error:
+            raise TimeoutError(f"no whole answer within {self._seconds:g} s") from error
+
+    def close(self) -> None:
+        if not self.closed:
+            self._sock.settimeout(self._seconds)  # a kept connection's next request begins with it
+            self._raw.close()
+        super().close()
+
+
+class _Answer(http.client.HTTPResponse):
+    """An answer that is read within the connection's timeout, as a whole."""
+
+    def __init__(self, sock: socket.socket, *arguments: Any, **named: Any) -> None:
+        super().__init__(sock, *arguments, **named)
+        raw: Any = self.fp.detach()
+        self.fp = io.BufferedReader(_Deadline(raw, sock, sock.gettimeout() or 0.0))
+
+
 class Webhook(_Hook):
     """POST to `react.webhook.url` in the CloudEvents HTTP binding (1.0), over one kept connection.
 
     2xx: done. 400, 413, 415, 422: never again (an operator is notified). Anything else, also a redirect: once
-    more later; nothing is lost by a wrong path or an expired token.
+    more later; nothing is lost by a wrong path or an expired token. An answer that is not there as a whole
+    after `react.webhook.timeout_seconds` is given up; of its text only what a message shows is read.
     """
 
     name: ClassVar[str] = "webhook"
@@ -191,6 +230,7 @@ class Webhook(_Hook):
         self._connection: http.client.HTTPConnection = made(
             self._host, self._port, timeout=self._settings.timeout_seconds
         )
+        self._connection.response_class = _Answer
 
     def execute(self, action: Action) -> str:
         """See Integration."""
@@ -230,16 +270,24 @@ class Webhook(_Hook):
             try:
                 connection.request("POST", self._path, data, dict(headers))  # connects when it is closed
                 answer = connection.getresponse()
-                said = answer.read(_TOLD_BYTES).decode("utf-8", "replace").strip()
-                if not answer.isclosed():  # it says more than anybody reads, perhaps without an end
-                    connection.close()
-                return answer.status, answer.reason, said
             except (ConnectionError, http.client.RemoteDisconnected):
                 connection.close()
                 if not kept:
                     raise
                 # The server had closed the idle connection: once more on a new one.
+            else:
+                return answer.status, answer.reason, self._said(answer)
         raise AssertionError("a second failure is raised")
+
+    def _said(self, answer: http.client.HTTPResponse) -> str:
+        """The beginning of its text; the verdict stands in its status, whatever becomes of the rest."""
+        said = b""
+        with suppress(OSError, http.client.HTTPException):
+            said = answer.read(_TOLD_BYTES)
+        if not answer.isclosed():  # it says more than anybody reads, perhaps without an end
+            answer.close()
+            self._connection.close()
+        return said.decode("utf-8", "replace").strip()
 
     def probe(self) -> Sequence[Check]:
         """See Integration. Connects (and checks TLS), sends nothing."""

@@ -29,7 +29,6 @@ from virtbus.telemetry import TelemetryEvent, Trouble, emit
 _BATCH = 64
 _BATCH_SECONDS = 0.05
 _JUDGE_SECONDS = 1.0
-_MOST_WAITING = 10_000  # events: a report that its host's control plane does not know yet keeps none away
 _ABSENT_SECONDS = 60.0  # a host that the control plane does not know is not tried again before
 LISTEN_SECONDS = 3600.0  # the longest heartbeat interval: who was not heard for so long does not speak
 _NOTE_SECONDS = 60.0  # how often it is written down that a held host was heard
@@ -128,7 +127,7 @@ class Reactor:
     def step(self, timeout: float) -> None:
         """Take one event, and judge when it is time; `run` does nothing else."""
         delivery = None
-        if self._worker.events_waiting >= _MOST_WAITING:
+        if not self._worker.has_room(listen=self._acts_on_hosts()):
             time.sleep(min(timeout, 0.2))  # the control plane is slow: the events wait in the broker
         else:
             delivery = self._consumer.receive(timeout)

@@ -203,6 +203,20 @@ class ActionStore:
                 )
                 self._finished -= cut
 
+    def give_up(self, numbers: Sequence[int], result: str, wall: float) -> set[int]:
+        """End those that still wait, in one transaction; their numbers."""
+        given = set()
+        with self._transaction() as db:
+            for number in numbers:
+                if db.execute(
+                    "UPDATE actions SET state = 'given up', result = ?, ended_at = ?"
+                    " WHERE number = ? AND state = 'waiting'",
+                    [result, wall, number],
+                ).rowcount:
+                    given.add(number)
+            self._finished += len(given)
+        return given
+
     # ---- holds
 
     def rows(self) -> dict[str, Row]:

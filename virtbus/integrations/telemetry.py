@@ -28,6 +28,7 @@ class Result(StrEnum):
     MISSING = "no target"  # the control plane does not know the host
     REFUSED = "refused"
     FAILED = "failed"  # and is tried again
+    GIVEN_UP = "given up"  # an event, for newer ones: the control plane was away for too long
 
 
 class ReactMetrics:
@@ -162,6 +163,24 @@ class ActionGivenUp(_OfReact, level="error", counts=("actions:integration,verb,=
     why: str
     key: str
     error: Exception
+
+
+class EventsGivenUp(_OfReact, level="error", every=60):
+    """too many events wait for the control plane; the oldest are given up, so that heartbeats are heard"""
+
+    events: int
+
+
+class EventsLeft(_OfReact, level="warning"):
+    """too many events wait to be handed over; no more are taken, the broker keeps them"""
+
+    waiting: int
+
+
+class EventsTaken(_OfReact):
+    """events are taken from the broker again"""
+
+    waiting: int
 
 
 class ReleaseRefused(

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from heapq import heappop, heappush
 
 from virtbus.envelope import uuid7
 from virtbus.errors import VirtbusError
@@ -22,11 +20,15 @@ from virtbus.integrations.base import (
     TargetMissing,
 )
 from virtbus.integrations.holds import Change, Finding, HoldState, Row, in_words
+from virtbus.integrations.lines import Line, Lines, line_of
 from virtbus.integrations.store import HOLD_TOPIC, ActionStore, Stored
 from virtbus.integrations.telemetry import (
     ActionFailed,
     ActionGivenUp,
     Audited,
+    EventsGivenUp,
+    EventsLeft,
+    EventsTaken,
     HoldFound,
     LookFailed,
     ReleaseRefused,
@@ -38,6 +40,7 @@ from virtbus.retry import Backoff
 from virtbus.telemetry import TelemetryEvent
 
 RETRY_CEILING_SECONDS = 60.0
+MOST_WAITING = 10_000  # events: a report that its host's control plane does not know yet keeps none away
 MOST_SURPRISES = (
     20  # an event that makes a client library raise what nobody expects is given up after so many
 )
@@ -121,14 +124,6 @@ class LookSchedule:
         self._not_before = now + wait
 
 
-_Line = tuple[str, str]  # target and topic: what is done in order
-
-
-def _line(action: Action) -> _Line:
-    """A report that fails does not keep its host from being held."""
-    return (action.target, action.topic)
-
-
 class Worker:
     """Executes what is stored: in order for each target and topic, others go on while one fails."""
 
@@ -150,17 +145,15 @@ class Worker:
         self._tokens, self._filled_at = self._burst, clock().monotonic
         self._dry_run, self._by, self._clock, self._tell = dry_run, by, clock, tell
         self._changed = threading.Condition()
-        self._queues: dict[_Line, deque[tuple[int, Action, int]]] = {}
-        self._due: list[tuple[float, int, _Line]] = []  # when, number, line
-        self._backoffs: dict[_Line, Backoff] = {}
+        self._lines = Lines()
+        self._backoffs: dict[Line, Backoff] = {}
+        self._full = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="virtbus-react", daemon=True)
         self.looks = LookSchedule()
         self._look_backoff = Backoff(f"react {integration.name}", ceiling=RETRY_CEILING_SECONDS)
         self.absent: dict[str, float] = {}  # host: when (monotonic) the control plane did not know it
         self.stale: set[str] = set()  # hosts that don't show what we last reported of them, or nothing
-        self.waiting = 0
-        self.events_waiting = 0  # of them, those that hand over an event
         self.failure: Exception | None = None  # what ended the thread, if something did
 
     @property
@@ -211,15 +204,41 @@ class Worker:
 
     def _append(self, number: int, action: Action, attempts: int) -> None:
         with self._changed:
-            self.waiting += 1
-            self.events_waiting += action.verb == EVENT
-            line = _line(action)
-            queue = self._queues.get(line)
-            if queue is None:
-                queue = self._queues[line] = deque()
-                heappush(self._due, (0.0, number, line))
+            if self._lines.append((number, action, attempts)):
                 self._changed.notify_all()
-            queue.append((number, action, attempts))
+
+    @property
+    def waiting(self) -> int:
+        """Actions that are stored and not done."""
+        return self._lines.waiting
+
+    def has_room(self, *, listen: bool) -> bool:
+        """Whether another event may be taken from the broker.
+
+        Where heartbeats decide (`listen`), it always may: they come in the same order as the events. Then the
+        oldest events that wait are given up; else the broker keeps what there is no room for.
+        """
+        waiting, full = self._lines.events, self._full
+        if listen and waiting >= MOST_WAITING:
+            self._give_up(waiting - MOST_WAITING + MOST_WAITING // 10 + 1)
+        elif not listen:
+            self._full = waiting >= (MOST_WAITING - MOST_WAITING // 10 if full else MOST_WAITING)
+            if self._full != full:
+                self._tell((EventsLeft if self._full else EventsTaken)(self._integration.name, waiting))
+        return not self._full
+
+    def _give_up(self, count: int) -> None:
+        with self._changed:
+            cut = self._lines.cut(count)
+            for _, action, _ in cut:
+                if line_of(action) not in self._lines:
+                    self._backoffs.pop(line_of(action), None)
+        why = f"{MOST_WAITING} events wait for the control plane, and newer ones came"
+        given = self._store.give_up([number for number, *_ in cut], why, self._clock().wall_ns / 1e9)
+        self._tell(EventsGivenUp(self._integration.name, len(given)))
+        for number, action, attempts in cut:
+            outcome, text = (Result.GIVEN_UP, why) if number in given else (Result.REPLACED, None)
+            self._audit(action, outcome, text, attempts)
 
     def _run(self) -> None:
         try:
@@ -239,36 +258,24 @@ class Worker:
             now = self._clock().monotonic
             if self._wait(now) > 0:
                 return False
-            line = None if self.looks.due(now) <= 0 else heappop(self._due)[2]
-            if line is not None:
+            taken = None if self.looks.due(now) <= 0 else self._lines.take(now)
+            if taken is not None:
                 self._tokens -= 1.0
-                number, action, attempts = self._queues[line][0]
-        if line is None:
+        if taken is None:
             self._look()
             return True
-        wait = self._turn(number, action, attempts)
+        wait = self._turn(*taken)
         with self._changed:
-            queue = self._queues[line]
             if wait is None:
-                queue.popleft()
-                self.waiting -= 1
-                self.events_waiting -= action.verb == EVENT
-                self._backoffs.pop(line, None)
-            else:
-                queue[0] = (number, action, attempts + 1)
-            if queue:
-                heappush(self._due, (self._clock().monotonic + (wait or 0.0), queue[0][0], line))
-            else:
-                del self._queues[line]
+                self._backoffs.pop(line_of(taken[1]), None)
+            self._lines.end(self._clock().monotonic + (wait or 0.0), settled=wait is None)
         return True
 
     def _wait(self, now: float) -> float:
         """Seconds until something is due and the rate allows it; 0 or less: now."""
         self._tokens = min(self._burst, self._tokens + (now - self._filled_at) / self._spacing)
         self._filled_at = now
-        action = float("inf")
-        if self._due:
-            action = max(self._due[0][0] - now, (1.0 - self._tokens) * self._spacing)
+        action = max(self._lines.due_at() - now, (1.0 - self._tokens) * self._spacing)
         return min(self.looks.due(now), action)
 
     # ---- one action
@@ -311,7 +318,7 @@ class Worker:
             self._tell(ActionGivenUp(name, action.verb, action.target, action.why, action.key, error))
             return None
         backoff = self._backoffs.setdefault(
-            _line(action), Backoff(f"react {name}", ceiling=RETRY_CEILING_SECONDS)
+            line_of(action), Backoff(f"react {name}", ceiling=RETRY_CEILING_SECONDS)
         )
         wait = backoff.next_wait()
         seconds = round(wait, 3)
