@@ -461,6 +461,18 @@ def test_what_the_replaced_machine_still_had_in_its_spool_is_not_held_against_th
     assert (host.agent_id, host.incidents) == (new.agent, 0)
 
 
+def test_a_heartbeat_that_comes_once_more_brings_no_replaced_machine_back():
+    fleet = Fleet()
+    old, new = Machine(fleet, 1, name="compute-1"), Machine(fleet, 2, name="compute-1")
+    old.beat(0)
+    old.beat(60)
+    for at in range(100, 500, 60):
+        new.beat(at)
+        view(fleet, at)
+    old.is_heard_again(500, 1)
+    assert [one.agent_id for one in view(fleet, 501).hosts] == [new.agent]
+
+
 def test_a_machine_that_comes_back_under_a_name_that_is_taken_makes_two_claims():
     fleet = Fleet()
     old, new = Machine(fleet, 1, name="compute-1"), Machine(fleet, 2, name="compute-1")

@@ -97,15 +97,20 @@ class Runs:
             self._order.remove(epoch)
             self._order.insert(self._order.index(previous) + 1, epoch)
 
+    def has_counted(self, epoch: str, id_: str) -> bool:
+        """Whether this heartbeat came before, or one that its run made later."""
+        last = self._beating.get(epoch)
+        return last is not None and "" < id_ <= last
+
     def beats(self, epoch: str, id_: str = "") -> bool:
         """A heartbeat of this run came; whether it speaks for the agent now (or is one that came late).
 
         Its id is a UUIDv7, so it grows within a run; "" where none is known.
         """
         self.meets(epoch)
-        last = self._beating.get(epoch)
-        if last and id_ and id_ <= last:
+        if self.has_counted(epoch, id_):
             return False
+        last = self._beating.get(epoch)
         if last is None or epoch != next(reversed(self._beating)):
             self._doubts += 1
             # One that overtakes the next run's comes once; a second in a row is an agent that lives.

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 
-from virtbus.fleet.agent import Agent, Ended, Incident, Rate, Version
+from virtbus.fleet.agent import Agent, Ended, Incident, Rate, Runs, Version
 from virtbus.fleet.storage import Backend, backend_of
 from virtbus.fleet.view import FleetRules, FleetView, judge
 from virtbus.model import (
@@ -64,7 +64,7 @@ class Fleet:
         self._backend_of: dict[Backend, Backend] = {}
         self._since: float | None = None  # monotonic: when we began to listen
         self._since_wall = 0.0  # the same in Unix seconds
-        self._replaced: dict[str, str] = {}  # agents of the past → who speaks for their host now
+        self._replaced: dict[str, Runs] = {}  # agents of the past, for whose hosts others speak now
 
     def __len__(self) -> int:
         return len(self._agents)
@@ -75,12 +75,13 @@ class Fleet:
         `attributes` are its CloudEvents attributes: `source`, `id`, `epoch` and `sequence` are read.
         """
         id_ = attributes["source"].rpartition("/")[2]
-        returned = id_ in self._replaced
-        if returned and not isinstance(event, Heartbeat):
-            return None  # what an agent of the past still had in its spool
+        event_id = attributes.get("id", "")
+        past = self._replaced.get(id_)
+        if past is not None and (not isinstance(event, Heartbeat) or past.has_counted(event.epoch, event_id)):
+            return None  # what an agent of the past still had in its spool, or had said
         agent = self._agents.get(id_)
         if agent is None:
-            agent = self._agents[id_] = Agent(id_)
+            agent = self._agents[id_] = Agent(id_, runs=past or Runs())
         agent.heard = now.monotonic
         if self._since is None:
             self._since, self._since_wall = now.monotonic, now.wall_ns / 1e9
@@ -100,8 +101,8 @@ class Fleet:
         elif isinstance(event, IoErrorResolved):
             self._resolved(agent, event, version, now)
         elif isinstance(event, Heartbeat):
-            self._heartbeat(agent, event, attributes.get("id", ""), now)
-            if returned:
+            self._heartbeat(agent, event, event_id, now)
+            if past is not None:
                 del self._replaced[id_]  # it lives after all: two claims, until one of them falls silent
             else:
                 self._replace_older(agent)
@@ -125,11 +126,11 @@ class Fleet:
         for other in [one for one in self._agents.values() if one.name == agent.name and one is not agent]:
             same = other.host is None or None in (other.host.uuid, host.uuid) or other.host.uuid == host.uuid
             if same:
-                self._drop(other, agent)
+                self._drop(other)
 
-    def _drop(self, agent: Agent, successor: Agent) -> None:
+    def _drop(self, agent: Agent) -> None:
         del self._agents[agent.id]
-        self._replaced[agent.id] = successor.id
+        self._replaced[agent.id] = agent.runs
         while len(self._replaced) > _MAX_REPLACED:
             del self._replaced[next(iter(self._replaced))]
 
@@ -276,10 +277,10 @@ class Fleet:
             agent.id: agent.state(now.monotonic, rules.silent_intervals, rules.round_seconds)
             for agent in self._agents.values()
         }
-        live = {agent.name: agent for agent in self._agents.values() if states[agent.id] != "silent"}
+        live = {agent.name for agent in self._agents.values() if states[agent.id] != "silent"}
         for agent in list(self._agents.values()):
             if agent.name in live and states[agent.id] == "silent":
-                self._drop(agent, live[agent.name])
+                self._drop(agent)
                 del states[agent.id]
         return states
 

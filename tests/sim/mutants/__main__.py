@@ -39,8 +39,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()
     survived = 0
+    plans = {seed: draw(seed) for seed in range(1, given.seeds + 1)}
     for name in given.names or mutants.MUTANTS:
-        chances = {seed: mutants.MUTANTS[name].chance(draw(seed)) for seed in range(1, given.seeds + 1)}
+        chances = {seed: mutants.MUTANTS[name].chance(plan) for seed, plan in plans.items()}
         likely = sorted((seed for seed, chance in chances.items() if chance), key=lambda one: -chances[one])
         seeds = likely[: given.plays]
         with multiprocessing.Pool(given.jobs, _made, (name,), maxtasksperchild=500) as pool:
