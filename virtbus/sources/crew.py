@@ -25,7 +25,7 @@ from virtbus.words import GapReason
 
 AT_ONCE = 8  # calls that run at the same time, those that hang not counted
 LATE_SECONDS = 1.0  # a call that runs for longer hangs
-IDLE_SECONDS = 5.0  # an idle thread is kept so long
+IDLE_SECONDS = 1.0  # an idle thread is kept so long
 OPEN_SECONDS = 30.0  # then an attempt to connect is given up (its thread ends when its call does)
 OPENING_LIMIT = 4  # attempts that hang at the same time
 # Between two questions: a gap begins at most so long, and a margin, before its cause. A question wakes
@@ -33,6 +33,14 @@ OPENING_LIMIT = 4  # attempts that hang at the same time
 PROVE_SECONDS, QUIET_SECONDS = 2.0, 10.0
 
 Call: TypeAlias = Callable[[], None]
+
+
+def after(moment: float, every: float) -> float:
+    """The next of the moments that all share who do something `every` so many seconds.
+
+    One wake-up of this process then serves a hundred connections.
+    """
+    return (moment // every + 1.0) * every
 
 
 class Crew:
@@ -220,9 +228,10 @@ class Witness:
 
     def step(self, now: Now) -> float:
         """Ask if it is time to → when to be called again (monotonic)."""
-        quiet = QUIET_SECONDS if self._quiet is None else self._quiet
-        space = PROVE_SECONDS if self._session.heard else max(quiet, PROVE_SECONDS)
-        left = space - (now.boot - self._asked.boot)
+        due = self._asked.boot + PROVE_SECONDS
+        if not self._session.heard:
+            due = max(due, after(self._asked.boot, QUIET_SECONDS if self._quiet is None else self._quiet))
+        left = due - now.boot
         if left > 0:
             return now.monotonic + left
         if not self._asking:

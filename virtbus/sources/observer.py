@@ -18,7 +18,7 @@ from virtbus.observations import Description, Observation, SourceGone, SourceLos
 from virtbus.retry import Backoff
 from virtbus.seen import MARGIN_SECONDS, Moment, WallClocks
 from virtbus.sources import Sink, SourceOptions
-from virtbus.sources.crew import Crew, Opened, Opener, Opening, Pulse, Witness
+from virtbus.sources.crew import Crew, Opened, Opener, Opening, Pulse, Witness, after
 from virtbus.sources.guests import Guests
 from virtbus.sources.link import Connector, Link
 from virtbus.sources.session import Closed, Session, Shared
@@ -213,7 +213,7 @@ class Observer:
         found = ready.host.hypervisor
         emit(SourceRegistered(self._connector.uri, found.libvirt_version, found.version, len(ready.domains)))
         now = self.clock()
-        self._alive_at = now.monotonic + self._alive_seconds
+        self._alive_at = after(now.monotonic, self._alive_seconds)
         return Witness(session, opened.link, self._crew, now, self._options.quiet_seconds)
 
     def _appeared_ns(self) -> int | None:
@@ -248,7 +248,7 @@ class Observer:
             return self.clock().monotonic
         now = self.clock()
         if now.monotonic >= self._alive_at:
-            self._alive_at = now.monotonic + self._alive_seconds
+            self._alive_at = after(now.monotonic, self._alive_seconds)
             if not link.alive():
                 return self._cut_off(Closed("the connection is closed", self._alive_seconds))
         due = min(self._alive_at, witness.step(now), self.guests.next_due())
