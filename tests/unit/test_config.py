@@ -157,6 +157,20 @@ def test_a_secret_that_every_user_can_read_is_named_with_its_place_and_the_remed
     assert exposed(file, 0o644, '[bus]\nurl = "amqp://u@h"\n') == []
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[libvirt.discover]\nsockets = ["/run/user/*/libvirt/virtqemud-sock"]\n',
+        '[[libvirt.owner_rules]]\nplatform = "lab"\nnamespace = "http://lab.org/x/1.0"\n',
+        '[http]\nallowed_hosts = ["host-1"]\n',
+        '[react]\npublishers = ["virtbus-{host}"]\n[react.fleet]\nlocal_paths = ["/var"]\n'
+        '[react.fleet.groups]\nceph = ["rbd/*"]\n',
+    ],
+)
+def test_a_list_in_an_open_file_is_no_secret(tmp_path, text):
+    assert exposed(tmp_path / "virtbus.toml", 0o644, text) == []
+
+
 def test_a_secret_in_a_flag_shows_in_ps_and_is_named():
     loaded = loading.load(environment={}, flags={"bus.url": "amqp://u:secret@h"})
     assert loading.exposed_secrets(loaded) == [
