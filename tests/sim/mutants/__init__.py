@@ -155,9 +155,9 @@ MUTANTS = {
     ),
     "a_disk_behind_the_look_is_blamed": _one(
         "an error that came behind the look at its pause is blamed for the next pause too",
-        "virtbus.sources.cases:Case.keep_told",
-        "self.stale = self.stale | _kept(self.events)",
-        "pass",
+        "virtbus.sources.cases:Case.decide",
+        "(wrong if looked else self.stale) | _kept(events)",
+        "wrong if looked else self.stale | _kept(events)",
         needs=(("behind",),),
     ),
     "a_resume_without_us_is_not_believed": _one(
