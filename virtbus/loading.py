@@ -340,14 +340,12 @@ def exposed_secrets(loaded: Loaded) -> list[str]:
     """Secrets that another user of this host can read: what, where, and what to do; one line each."""
     plain, shown = msgspec.to_builtins(loaded.config), dict(leaves(effective(loaded.config)))
     found = []
-    for key, value in [
-        (key, list(value) if isinstance(value, tuple) else value) for key, value in leaves(plain)
-    ]:
+    for key, value in leaves(plain):
         origin = loaded.origins.get(key, loaded.origins.get(key.rpartition(".")[0], ""))
         if value is not None and key.endswith(("password_file", "url_file", "token_file", "key_file")):
             if _is_open(value):
                 found.append(f"{key}: {value} can be read by every user: chmod o-r it")
-        elif value in (None, [], shown[key]):
+        elif value is None or (list(value) if isinstance(value, tuple) else value) == shown[key]:
             continue
         elif origin.startswith("flag"):
             found.append(f"{key}: a secret in a flag shows in ps: put it into a file (bus.url_file, say)")
