@@ -28,7 +28,15 @@ from dataclasses import dataclass
 from enum import Enum
 
 from virtbus.model import Device, Evidence, Now
-from virtbus.observations import Burst, DomainGone, DomainHalted, DomainResumed, Observation, RawIoError
+from virtbus.observations import (
+    LATE_SECONDS,
+    Burst,
+    DomainGone,
+    DomainHalted,
+    DomainResumed,
+    Observation,
+    RawIoError,
+)
 from virtbus.sources.cases import (
     ACTION_UNKNOWN,
     Case,
@@ -59,7 +67,6 @@ from virtbus.words import ENOSPC, EvidenceCheck, EvidenceVerdict, Origin
 
 __all__ = ["ACTION_UNKNOWN", "CrossCheck", "Decision", "Verdict"]
 
-LATE_SECONDS = 10.0  # an event that is later than this after its finding is an error of its own
 EVIDENCE_SECONDS = 60.0  # at most one look for evidence per device in this time
 STAMP_SLACK_NS = 2_000_000_000  # between libvirt's own stamp of an error and our callback
 
@@ -331,7 +338,7 @@ class CrossCheck:
 
     def known(self, raw: RawIoError) -> Burst:
         """An event of verdict KNOWN, as it is passed on: its facts, no count."""
-        return Burst(raw, 0, raw.observed_at, raw.observed_at)
+        return Burst(raw, 0, raw.observed_at, raw.observed_at, late=True)
 
     # ---- after a (re)connect
 
