@@ -256,11 +256,15 @@ def test_a_disk_whose_event_came_behind_the_look_is_not_blamed_for_the_next_paus
     assert told + findings(check, 61.0) == []
 
 
-def test_a_pause_that_a_busy_host_hears_of_late_is_told_by_its_event_alone() -> None:
+@pytest.mark.parametrize("looked", [False, True])
+def test_a_pause_that_a_busy_host_hears_of_late_is_told_by_its_event_alone(looked: bool) -> None:
     check = CrossCheck(GRACE)
     for at in (0.0, 30.0):
         check.event(raw(at=at), at)
         assert check.doubtful(at + 1.5) == [UUID]
+        if looked:
+            assert not check.runs(UUID, replace(IO_PAUSE, asked_at=at + 1.6))
+            assert check.doubtful(at + 20.0) == []
         suspend(check, at + 2.5)
         look_at(check, IO_PAUSE, at + 2.6)
         assert findings(check, at + 4.0) == []

@@ -23,6 +23,7 @@ A disk error that virDomainGetDiskErrors gives may be an old one: QEMU keeps it 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -271,9 +272,10 @@ class CrossCheck:
         case = self._cases.get(uuid)
         if case is None or case.doubted_at is None or look.asked_at <= case.doubted_at:
             return False
-        case.doubted_at = None
         if look.state == RUNNING:
             self.resumed(uuid)
+        else:
+            case.ask_at = math.inf  # the pause itself is on its way to us
         return look.state == RUNNING
 
     # ---- what follows
@@ -302,7 +304,8 @@ class CrossCheck:
 
     def next_doubt(self) -> float | None:
         """When `doubtful` has something to say (monotonic), or None."""
-        return min((c.ask_at for c in self._cases.values() if c.doubted_at is not None), default=None)
+        asked = [c.ask_at for c in self._cases.values() if c.doubted_at is not None]
+        return min((at for at in asked if at < math.inf), default=None)
 
     def doubtful(self, mono: float) -> list[str]:
         """The domains to look at now: an event reported a pause that did not come within the grace time."""
