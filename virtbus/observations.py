@@ -35,6 +35,9 @@ class RawIoError(NamedTuple):
     observed_at: int  # wall clock, ns
 
 
+LATE_SECONDS = 10.0  # an event that comes later than this after its finding is an error of its own
+
+
 @dataclass(frozen=True, slots=True)
 class Burst:
     """Equal errors (all but the time) that were drained together: counts are exact, times are the edges."""
@@ -49,6 +52,7 @@ class Burst:
     evidence: tuple[Evidence, ...] = ()
     stamp_ns: int | None = None  # the hypervisor's own time of the last of them, where it kept one
     rivals: frozenset[str] = frozenset()  # aliases that the same look found in error beside it
+    late: bool = False  # the event of an error that a look has found before it; see LATE_SECONDS
 
 
 @dataclass(frozen=True, slots=True)

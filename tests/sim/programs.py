@@ -151,6 +151,7 @@ class SimAgent(Program):
 
     def killed(self, after: float, keeps: bool) -> None:
         now = self.world.sched.now
+        self.world.truth.ends[self.name].append(now)
         self.blind = [(begin, min(end, now)) for begin, end in self.blind]
         self.blind.append((now, now + after))
 

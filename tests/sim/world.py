@@ -26,10 +26,11 @@ from tests.sim.runtime import HostClock, Process, Scheduler, Virtual, installed
 from virtbus import consumer as consumer_module
 from virtbus import telemetry
 from virtbus.bus import BusOptions
-from virtbus.sources import many
+from virtbus.sources import SourceOptions, many
 from virtbus.sources.link import PAUSED, RUNNING
 from virtbus.spool import faults as points
 
+GRACE_SECONDS = SourceOptions().grace_seconds
 ON_TMPFS = Path("/dev/shm")
 
 
@@ -318,6 +319,7 @@ class World:
             return
         self.tally.faults += 1
         self.tell(host.name, "SIGTERM of the agent")
+        self.truth.ends[host.name].append(self.sched.now)
         host.agent.stop()
         process = host.process
         assert process is not None
@@ -352,6 +354,8 @@ class World:
             return
         self.tell(host.name, f"the host is busy for {seconds:.0f} s")
         process.lag = lag
+        if lag >= GRACE_SECONDS:
+            self.truth.slow.setdefault(host.name, []).append((self.sched.now, self.sched.now + seconds))
         self.sched.sleep(seconds)
         process.lag = 0.0
 

@@ -40,6 +40,7 @@ UNNAMED = {
     "virtio-disk1": replace(DEVICES["virtio-disk1"], source=DeviceSource("network", protocol="nbd")),
 }
 IO_PAUSE = Look(PAUSED, PAUSED_IOERROR, {"vda": 1})
+RUNS = Look(RUNNING, 1)
 
 
 def raw(
@@ -253,6 +254,30 @@ def test_a_disk_whose_event_came_behind_the_look_is_not_blamed_for_the_next_paus
     suspend(check, 60.0)
     look_at(check, Look(PAUSED, PAUSED_IOERROR, {"vda": 1, "vdb": 1}), 60.1)
     assert told + findings(check, 61.0) == []
+
+
+@pytest.mark.parametrize("looked", [False, True])
+def test_a_pause_that_a_busy_host_hears_of_late_is_told_by_its_event_alone(looked: bool) -> None:
+    check = CrossCheck(GRACE)
+    for at in (0.0, 30.0):
+        check.event(raw(at=at), at)
+        assert check.doubtful(at + 1.5) == [UUID]
+        if looked:
+            assert not check.runs(UUID, replace(IO_PAUSE, asked_at=at + 1.6))
+            assert check.doubtful(at + 20.0) == []
+        suspend(check, at + 2.5)
+        look_at(check, IO_PAUSE, at + 2.6)
+        assert findings(check, at + 4.0) == []
+        check.resumed(UUID)
+
+
+def test_an_event_whose_guest_was_seen_running_explains_no_later_pause() -> None:
+    check = CrossCheck(GRACE)
+    check.event(raw(), 0.0)
+    assert check.runs(UUID, replace(RUNS, asked_at=1.6))
+    suspend(check, 2.5)
+    look_at(check, IO_PAUSE, 2.6)
+    assert [burst.raw.alias for burst in findings(check, 4.0)] == ["virtio-disk0"]
 
 
 def test_the_same_disk_that_fails_again_without_an_event_is_told_again() -> None:

@@ -41,6 +41,7 @@ from virtbus.agent.telling import (
 )
 from virtbus.model import Event, Host, Now, OpenIncident
 from virtbus.observations import (
+    LATE_SECONDS,
     Burst,
     DeviceRemoved,
     DomainGone,
@@ -172,6 +173,8 @@ class Incidents:
                 return []
             if self._tells_of(burst):
                 burst = replace(burst, count=0)
+        elif burst.late and self._is_another(burst):
+            burst = replace(burst, count=1)
         return self._teller.error(burst)
 
     def _gone(self, gone: DomainGone) -> list[Event]:
@@ -317,6 +320,13 @@ class Incidents:
             return failed >= 0 and (finding.stamp_ns is None or told(failed))
         whole_host = self._book.open.get(f"{LIVE}*")
         return whole_host is not None and uuid in whole_host.paused
+
+    def _is_another(self, late: Burst) -> bool:
+        """Whether what a look found was an older error, which an earlier run reported, and this a new one."""
+        uuid, alias = late.raw.domain_uuid, late.raw.alias
+        own = [one for one in self._book.of(uuid) if not one.drill and one.device.alias in (None, alias)]
+        latest = max((one.newest_ns for one in own if uuid in one.paused), default=None)
+        return latest is not None and late.first_ns - latest > LATE_SECONDS * 1e9
 
     def _is_left_over(self, finding: Burst) -> bool:
         """Whether a disk error is kept from before: the look found a device beside it that never failed.

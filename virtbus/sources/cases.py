@@ -85,13 +85,15 @@ class Case:
 
     def suspended(self, *, by_io_error: bool, grace: float, mono: float, ns: int) -> None:
         """The guest was paused: decided after `grace` seconds, unless a look was ahead of the callback."""
+        # Its event came just now, or longer ago on a busy host, and no look has seen the guest run since.
+        explained = self.doubted_at is not None or mono - self.credit_at <= grace
         self.paused, self.paused_at = True, mono
         self.doubted_at = None
         if self.found_ahead:
             self.found_ahead = False
             self.credit = {}
             return
-        events = self.credit if mono - self.credit_at <= grace else {}
+        events = self.credit if explained else {}
         self.pauses.append(Pause(ns, mono, mono + grace, by_io_error, events, held=self.held))
         self.credit, self.held = {}, []
 

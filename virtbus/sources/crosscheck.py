@@ -23,12 +23,21 @@ A disk error that virDomainGetDiskErrors gives may be an old one: QEMU keeps it 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from virtbus.model import Device, Evidence, Now
-from virtbus.observations import Burst, DomainGone, DomainHalted, DomainResumed, Observation, RawIoError
+from virtbus.observations import (
+    LATE_SECONDS,
+    Burst,
+    DomainGone,
+    DomainHalted,
+    DomainResumed,
+    Observation,
+    RawIoError,
+)
 from virtbus.sources.cases import (
     ACTION_UNKNOWN,
     Case,
@@ -59,7 +68,6 @@ from virtbus.words import ENOSPC, EvidenceCheck, EvidenceVerdict, Origin
 
 __all__ = ["ACTION_UNKNOWN", "CrossCheck", "Decision", "Verdict"]
 
-LATE_SECONDS = 10.0  # an event that is later than this after its finding is an error of its own
 EVIDENCE_SECONDS = 60.0  # at most one look for evidence per device in this time
 STAMP_SLACK_NS = 2_000_000_000  # between libvirt's own stamp of an error and our callback
 
@@ -264,9 +272,10 @@ class CrossCheck:
         case = self._cases.get(uuid)
         if case is None or case.doubted_at is None or look.asked_at <= case.doubted_at:
             return False
-        case.doubted_at = None
         if look.state == RUNNING:
             self.resumed(uuid)
+        else:
+            case.ask_at = math.inf  # the pause itself is on its way to us
         return look.state == RUNNING
 
     # ---- what follows
@@ -295,7 +304,8 @@ class CrossCheck:
 
     def next_doubt(self) -> float | None:
         """When `doubtful` has something to say (monotonic), or None."""
-        return min((c.ask_at for c in self._cases.values() if c.doubted_at is not None), default=None)
+        asked = [c.ask_at for c in self._cases.values() if c.doubted_at is not None]
+        return min((at for at in asked if at < math.inf), default=None)
 
     def doubtful(self, mono: float) -> list[str]:
         """The domains to look at now: an event reported a pause that did not come within the grace time."""
@@ -331,7 +341,7 @@ class CrossCheck:
 
     def known(self, raw: RawIoError) -> Burst:
         """An event of verdict KNOWN, as it is passed on: its facts, no count."""
-        return Burst(raw, 0, raw.observed_at, raw.observed_at)
+        return Burst(raw, 0, raw.observed_at, raw.observed_at, late=True)
 
     # ---- after a (re)connect
 

@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from virtbus.model import Now
 from virtbus.observations import (
+    LATE_SECONDS,
     CallbackLost,
     DeviceRemoved,
     DomainGone,
@@ -22,7 +23,7 @@ from virtbus.observations import (
 )
 from virtbus.seen import WallClocks
 from virtbus.sources import Sink
-from virtbus.sources.crosscheck import LATE_SECONDS, CrossCheck, Verdict
+from virtbus.sources.crosscheck import CrossCheck, Verdict
 from virtbus.sources.descriptions import Cache
 from virtbus.sources.evidence import Look
 from virtbus.sources.link import STATE_AFTER, STOPPED, left_by, runs_again
