@@ -129,6 +129,15 @@ def test_a_host_that_needs_no_libvirt_is_ready_without_it_wherever_that_is_asked
     assert one.agent.not_ready() == ["source is starting", "spool: the disk is full"]
 
 
+def test_before_its_start_no_agent_is_ready_although_its_pages_answer(tmp_path):
+    one = House(tmp_path, libvirt_absent=lambda: True)
+    assert one.agent.not_ready() == ["the agent is starting"]
+    one.start()
+    assert one.agent.not_ready() == []
+    one.agent.stop()
+    one.agent.join()
+
+
 def test_being_cut_off_is_a_gap_from_the_last_sign_of_life_to_the_next_look(house):
     one = house()
     one.wait("gap")

@@ -283,6 +283,8 @@ class Agent:
 
         The broker is not a reason, nor is libvirt on a host that has none and need not have it.
         """
+        if not self._threads:
+            return ["the agent is starting"]  # the HTTP pages answer already, the gauges show nothing yet
         return ([] if self._libvirt_absent() else self.not_observing()) + self.intake.writer.troubles()
 
     def summary(self) -> str:
