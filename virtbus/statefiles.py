@@ -30,8 +30,8 @@ def check(*paths: Path) -> None:
             mode = path.lstat().st_mode
             if stat.S_ISLNK(mode):
                 mode = path.stat().st_mode
-        except OSError:
-            if not path.is_symlink():
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ELOOP) or not path.is_symlink():
                 continue
             raise _refusal(path, f"a symbolic link that leads nowhere ({path.readlink()})") from None
         if not stat.S_ISREG(mode):

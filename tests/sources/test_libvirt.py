@@ -134,6 +134,46 @@ def test_a_probe_fails_without_lifecycle_events() -> None:
     assert (checks["libvirt events"].status, checks["libvirt events"].exit_code) == ("failed", 69)
 
 
+def test_a_connection_that_lacks_a_needed_event_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source tries again every 2 s: a daemon has room for so many clients."""
+    closed = threading.Event()
+    daemon = mock.Mock(close=closed.set)
+    daemon.domainEventRegisterAny.side_effect = libvirt.libvirtError("unknown event")
+    monkeypatch.setattr(libvirt, "openReadOnly", lambda uri: daemon)
+    with pytest.raises(SourceUnavailable, match="none of the events LIFECYCLE"):
+        LibvirtConnector("qemu:///system", SourceOptions()).open(mock.Mock())
+    assert closed.wait(10)
+
+
+def test_an_event_that_the_daemon_lacks_is_reported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("virtbus.sources.libvirt._HEARD_SECONDS", 0.001)
+    told: list[object] = []
+    monkeypatch.setattr("virtbus.sources.libvirt.emit", told.append)
+    daemon = Daemon(None)
+    register = daemon.domainEventRegisterAny
+
+    def refusing(domain, event, callback, opaque):
+        if event == libvirt.VIR_DOMAIN_EVENT_ID_METADATA_CHANGE:
+            raise libvirt.libvirtError("unknown event")
+        return register(domain, event, callback, opaque)
+
+    daemon.domainEventRegisterAny = refusing
+    connector = LibvirtConnector("qemu:///system", SourceOptions())
+    connector._listen(daemon, mock.Mock(), [], may_be_stuck=True)
+    assert daemon.rounds == 3
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize(("in_company", "rounds"), [(True, 1), (False, 3)])
+def test_a_daemon_to_which_somebody_else_always_listens_is_not_left(in_company, rounds, monkeypatch) -> None:
+    monkeypatch.setattr("virtbus.sources.libvirt._HEARD_SECONDS", 0.001)
+    daemon = Daemon(None)
+    daemon.setKeepAlive = daemon.registerCloseCallback = mock.Mock()
+    monkeypatch.setattr(libvirt, "openReadOnly", lambda uri: daemon)
+    LibvirtConnector("qemu:///system", SourceOptions(), in_company=in_company).open(mock.Mock())
+    assert daemon.rounds == rounds
+
+
 def test_observation_ends_when_it_is_told_to() -> None:
     seen, stop = Seen(), threading.Event()
     thread = threading.Thread(target=LibvirtSource("test:///default").run, args=(seen, stop))

@@ -151,6 +151,38 @@ def test_a_daemon_that_libvirt_uri_names_too_is_observed_once(sockets: Sockets) 
     assert set(sockets.opened) == {other.uri}
 
 
+def test_a_description_and_a_look_call_a_connection_by_the_same_name() -> None:
+    uri = "test:///default?authfile=/etc/libvirt/auth.conf"
+    source = ManySource(Discover(sockets=("/nowhere/*",)), options=OPTIONS, uri=uri)
+    seen, stop = Seen(), threading.Event()
+    thread = threading.Thread(target=source.run, args=(seen, stop))
+    thread.start()
+    (ready,) = seen.wait(SourceReady)
+    assert isinstance(ready, SourceReady)
+    (domain,) = ready.domains
+    known = source.describe(domain.uuid)
+    stop.set()
+    thread.join(DEADLINE)
+    assert known is not None
+    assert known.connection == ready.connection
+
+
+def test_a_socket_appeared_when_it_was_first_seen_whatever_happens_to_its_rights(tmp_path: Path) -> None:
+    """Until somebody lets us in its guest may run unseen."""
+    path = tmp_path / "virtqemud-sock"
+    bind(path)
+    came = path.stat().st_ctime_ns
+    connector = SocketConnector(str(path), "qemu+unix:///session?socket={socket}", OPTIONS)
+    for change in (lambda: path.chmod(0o600), lambda: bind(path)):
+        with pytest.raises(SourceUnavailable):
+            connector.open(None)
+        change()
+        assert path.stat().st_ctime_ns > came
+    with pytest.raises(SourceUnavailable):
+        connector.open(None)
+    assert connector.appeared_ns == came
+
+
 def test_a_socket_that_comes_later_is_found_by_inotify(sockets: Sockets) -> None:
     with observed(sockets) as (_, seen):
         seen.wait(Surveyed)

@@ -1467,6 +1467,18 @@ def test_a_guest_that_came_back_behind_another_socket_was_started_again(restarte
     assert told([first, second]) == [("resolved", "domain_stopped"), ("opened", 1)]
 
 
+@pytest.mark.parametrize("name", ["qemu:///system?authfile=***", "/run/gu\udcffest"])
+def test_a_connection_that_comes_back_is_the_same_whatever_its_name(name):
+    bench = Bench(describe=lambda uuid: replace(described(uuid), connection=name))
+    bench.see(an_error(domain="there", action=PAUSE))
+    bench.commit()
+    bench.restart()
+    assert bench.ready(a_state("there", "paused", paused=True), connection=name, whole=False) == []
+    bench.restart()
+    hangs = Surveyed(bench.wall_ns, HOST, frozenset(), frozenset({name}))
+    assert bench.see(hangs) == []
+
+
 def test_a_guest_that_two_sockets_show_is_not_started_again_by_the_second(restarted):
     there = a_state("there", "paused", paused=True)
     assert restarted.ready(there, connection="/run/there", whole=False) == []

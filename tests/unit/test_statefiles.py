@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Callable
@@ -34,6 +35,19 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "a symbolic link that leads nowhere": lambda path: path.symlink_to("gone"),
 }
 BESIDE = ("", "-wal", "-shm", "-journal")
+
+
+def test_a_link_into_a_folder_that_we_may_not_enter_is_reported_by_who_opens_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file may be whole: an operator who is asked to move the link away would lose it."""
+    (tmp_path / "spool.db").symlink_to(tmp_path / "private" / "spool.db")
+
+    def denied(self: Path, **_: object) -> os.stat_result:
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "stat", denied)
+    statefiles.check(tmp_path / "spool.db")
 
 
 @pytest.fixture(params=KINDS)

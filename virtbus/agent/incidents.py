@@ -30,7 +30,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from virtbus.agent.book import Book, GuestWatch
-from virtbus.agent.incident import DRILL, LIVE, PAUSE_CODE, REPORT_CODE, uuid_in
+from virtbus.agent.incident import DRILL, LIVE, PAUSE_CODE, REPORT_CODE, clean, uuid_in
 from virtbus.agent.telling import (
     HALTED_STATES,
     UNKNOWN_HOST,
@@ -222,8 +222,8 @@ class Incidents:
             elif domain := domains.get(uuid_in(incident.key)):
                 renumbered = None not in (incident.run, domain.number) and incident.run != domain.number
                 # Behind another socket a guest is another process, with whatever number.
-                moved = incident.connection not in ("", ready.connection) and self._watch.is_unseen(incident)
-                if renumbered or (moved and not ready.whole):
+                elsewhere = not ready.whole and incident.connection not in ("", clean(ready.connection))
+                if renumbered or (elsewhere and self._watch.is_unseen(incident)):
                     restarted.add(domain.uuid)
                     events += self._teller.resolve(incident, ResolutionCause.DOMAIN_STOPPED, ready.at_ns)
                 elif domain.state in _RUNNING_STATES and incident.removed:
@@ -272,6 +272,7 @@ class Incidents:
         watch = self._watch
         known = survey.domains | watch.sighted | (watch.unsighted - watch.unreached)
         asked = None if watch.blind or not watch.unreached else frozenset(watch.unreached)
+        unreached = {"", *map(clean, survey.unreached)}  # of a guest without a connection nobody knows
         waiting: set[str] = set()
         events: list[Event] = []
         for incident in list(self._book.open.values()):
@@ -281,7 +282,7 @@ class Incidents:
             uuid = uuid_in(incident.key)
             if incident.drill or uuid in known or (asked is not None and uuid not in asked):
                 continue
-            if survey.unreached and (not incident.connection or incident.connection in survey.unreached):
+            if survey.unreached and incident.connection in unreached:
                 waiting.add(uuid)
             else:
                 events += self._teller.resolve(incident, ResolutionCause.DOMAIN_STOPPED, survey.at_ns)

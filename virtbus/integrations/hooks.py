@@ -190,8 +190,9 @@ class Webhook(_Hook):
     """POST to `react.webhook.url` in the CloudEvents HTTP binding (1.0), over one kept connection.
 
     2xx: done. 400, 413, 415, 422: never again (an operator is notified). Anything else, also a redirect: once
-    more later; nothing is lost by a wrong path or an expired token. An answer that is not there as a whole
-    after `react.webhook.timeout_seconds` is given up; of its text only what a message shows is read.
+    more later; nothing is lost by a wrong path or an expired token. Where status and headers are not there
+    within `react.webhook.timeout_seconds`, it is given up; the text after them changes no verdict, and only
+    what a message shows of it is read.
     """
 
     name: ClassVar[str] = "webhook"

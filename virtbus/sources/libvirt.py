@@ -319,13 +319,14 @@ def _dotted(version: tuple[int, int, int]) -> str:
 class LibvirtConnector:
     """Opens links to one URI. See `virtbus.sources.link.Connector`."""
 
-    def __init__(self, uri: str, options: SourceOptions) -> None:
+    def __init__(self, uri: str, options: SourceOptions, *, in_company: bool = False) -> None:
+        """`in_company`: another client of the daemon listens all the time, as virt-launcher does."""
         self.uri = redaction.uri(uri)  # what messages say
         self.appeared_ns: int | None = None
         self._address = uri
         self._interval = options.keepalive_interval_seconds
         self._count = options.keepalive_count
-        self._one_of_many = options.host is not None
+        self._in_company = in_company
 
     def open(self, handler: Handler | None) -> LibvirtLink:
         """See Connector."""
@@ -337,8 +338,7 @@ class LibvirtConnector:
                 raise ConfigError(f"libvirt.uri {self.uri}: {error.get_error_message()}") from error
             raise _translated(error, self.uri) from error
         link = LibvirtLink(connection, self._address)
-        # Where a daemon serves one guest, the guest's own process listens too: its queue can't get stuck.
-        may_be_stuck = not self._one_of_many
+        may_be_stuck = not self._in_company
         try:
             connection.setKeepAlive(self._interval, self._count)
         except libvirt.libvirtError as error:
@@ -351,9 +351,11 @@ class LibvirtConnector:
         try:
             self._watch_closing(connection, handler)
             self._listen(connection, handler, link.registered, may_be_stuck=may_be_stuck)
-        except libvirt.libvirtError as error:
+        except BaseException as error:
             link.close()
-            raise _translated(error, f"{self.uri}: event registration") from error
+            if isinstance(error, libvirt.libvirtError):
+                raise _translated(error, f"{self.uri}: event registration") from error
+            raise
         return link
 
     def _watch_closing(self, connection: Any, handler: Handler) -> None:
@@ -376,11 +378,13 @@ class LibvirtConnector:
         When the last listener leaves a daemon in a storm, libvirt may leave events in its queue without the
         timer that empties it (virObjectEventStateQueueRemote reads it without the lock): until all listeners
         have left once more nobody gets an event, while calls are answered. So while nothing is heard we leave
-        and come again. What happens meanwhile is before the connection, for the look to find.
+        and come again. What happens meanwhile is before the connection, for the look to find. Where somebody
+        else always listens it can't happen.
         """
         heard = threading.Event()
         callbacks = _callbacks(handler, heard)
-        self._register(connection, callbacks, registered)
+        for refusal in self._register(connection, callbacks, registered):
+            emit(refusal)
         for _ in range(_WAKES if may_be_stuck else 0):
             if heard.wait(_HEARD_SECONDS):
                 break
@@ -390,8 +394,9 @@ class LibvirtConnector:
 
     def _register(
         self, connection: Any, callbacks: Mapping[str, Callable[..., None]], registered: list[int]
-    ) -> None:
-        """Every event we use. One that the daemon does not know is logged and skipped."""
+    ) -> list[EventUnsupported]:
+        """Every event we use → those that the daemon does not know."""
+        unknown = []
         for names, key in _EVENTS:
             for name in names:
                 number = getattr(libvirt, f"VIR_DOMAIN_EVENT_ID_{name}", None)
@@ -402,12 +407,13 @@ class LibvirtConnector:
                 except libvirt.libvirtError as error:
                     if not connection.isAlive():
                         raise
-                    emit(EventUnsupported(name, error.get_error_message() or str(error)))
+                    unknown.append(EventUnsupported(name, error.get_error_message() or str(error)))
                 else:
                     break
             else:
                 if names[0] in ("LIFECYCLE", "IO_ERROR_REASON"):
                     raise SourceUnavailable(f"{self.uri} offers none of the events {', '.join(names)}")
+        return unknown
 
 
 # For each callback the events that call it: the first that the daemon knows is registered.

@@ -153,6 +153,7 @@ class SocketConnector:
 
     def __init__(self, path: str, template: str, options: SourceOptions) -> None:
         self.uri = path
+        self._in_pod = path.endswith(KUBEVIRT.partition("*")[2])
         self.appeared_ns: int | None = None
         self._template = template
         self._options = options
@@ -168,7 +169,9 @@ class SocketConnector:
             status = os.fstat(descriptor)
             if not stat.S_ISSOCK(status.st_mode):
                 raise SourceUnavailable(f"{self.uri} is not a socket")
-            self.appeared_ns = status.st_ctime_ns
+            # The first one counts until somebody lets us in: a change of rights stamps it again, and so does
+            # a daemon that starts under its running guest.
+            self.appeared_ns = min(self.appeared_ns or status.st_ctime_ns, status.st_ctime_ns)
             yield f"/proc/self/fd/{descriptor}"
         finally:
             os.close(descriptor)
@@ -176,7 +179,8 @@ class SocketConnector:
     def open(self, handler: Handler | None) -> Link:
         """See Connector."""
         with self._short() as name:
-            connector = LibvirtConnector(self._template.replace("{socket}", name), self._options)
+            address = self._template.replace("{socket}", name)
+            connector = LibvirtConnector(address, self._options, in_company=self._in_pod)
             connector.uri = self.uri
             return connector.open(handler)
 
@@ -269,11 +273,11 @@ class ManySource:
     def describe(self, domain_uuid: str) -> Description | None:
         """See Source."""
         found: Description | None = None
-        for path, member in list(self._members.items()):
+        for member in list(self._members.values()):
             entry = member.observer.cache.get(domain_uuid)
             if entry is not None:
                 found = member.observer.describe(domain_uuid)
-                found = found and replace(found, connection=path)
+                found = found and replace(found, connection=member.observer.connection)
                 if found is not None and member.observer.connected:
                     return found
         return found
@@ -432,7 +436,7 @@ class ManySource:
         ended while nobody looked open. When it was looked at, or is gone, that is reported again.
         """
         now = self.clock()
-        unreached = frozenset(path for path, each in self._members.items() if not each.settled)
+        unreached = frozenset(each.observer.connection for each in self._members.values() if not each.settled)
         if self._unreached is None:
             if unreached and now.monotonic < self._survey_at:
                 return

@@ -227,6 +227,11 @@ class Observer:
         return stamp if self._absent.at(now) is self._absent else self._absent.wall(now)
 
     @property
+    def connection(self) -> str:
+        """What `SourceReady` and all else that is reported calls this hypervisor's connection."""
+        return self._connector.uri
+
+    @property
     def _alive_seconds(self) -> float:
         return self._options.quiet_seconds or ALIVE_SECONDS
 

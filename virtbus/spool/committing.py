@@ -33,6 +33,7 @@ class Committer:
         self._mirror, self._scribe = mirror, scribe
         now = mirror.clock()
         self._seen = Moment.stamped(mirror.account.alive_ns, now)  # not in the file yet perhaps
+        self._opened = self._seen
         # As the file has them: the wall clock's beginning, and Mirror.earlier_ns.
         self._clock = self._clock_written = (self._seen.booted_ns, mirror.earlier_ns)
         self._owing = False  # a commit failed and none succeeded since: what it held is not safe
@@ -196,7 +197,10 @@ class Committer:
         reading = self._mirror.clock()
         now = reading.monotonic
         if not self._owing and seen.boot_ns > self._seen.boot_ns:
-            self._seen, self._mirror.earlier_ns = seen, 0
+            self._seen = seen
+            # Of the moment at which we were opened others have a stamp of their own: that is no news.
+            if seen.boot_ns - self._opened.boot_ns >= STEP_NS:
+                self._mirror.earlier_ns = 0
         if self._follow_clock(reading):  # a power cut from here on must find it
             self._sign_at = now
         try:
