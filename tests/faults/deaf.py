@@ -8,6 +8,7 @@ connection.
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -82,8 +83,8 @@ def heard_by_ours(uri: str) -> bool:
     return errors > 0
 
 
-def main(rounds: int) -> bool:
-    """Print how often each was deaf."""
+def compared(rounds: int) -> bool:
+    """Print how often each was deaf → whether ours never was."""
     deaf = {"bare": 0, "ours": 0}
     with Lab() as lab:
         guests = [
@@ -96,7 +97,7 @@ def main(rounds: int) -> bool:
         for _ in range(rounds):
             for name, heard in (("bare", heard_by_bare), ("ours", heard_by_ours)):
                 victim = bare(lab.uri_ro)
-                victim.send_signal(19)
+                victim.send_signal(signal.SIGSTOP)
                 time.sleep(FROZEN_SECONDS)
                 victim.kill()
                 victim.wait()
@@ -107,8 +108,13 @@ def main(rounds: int) -> bool:
     return deaf["ours"] == 0
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Compare, or be the one that listens."""
     if sys.argv[1:2] == ["listen"]:
         own(sys.argv[2])
     else:
-        sys.exit(not main(int([*sys.argv[1:], "20"][0])))
+        sys.exit(not compared(int([*sys.argv[1:], "20"][0])))
+
+
+if __name__ == "__main__":
+    main()

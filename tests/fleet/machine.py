@@ -57,7 +57,7 @@ class Machine:
     def say(self, event: Event, at: float, *, numbered: bool = True, epoch: str | None = None) -> None:
         attributes = {
             "source": f"/virtbus/agents/{self.agent}",
-            "id": uuid_of(len(self.said), 7),
+            "id": f"{len(self.said):08x}-0000-7000-8000-000000000000",  # as UUIDv7s grow
             "epoch": epoch or self.epoch,
         }
         self.said.append((event, attributes))

@@ -90,15 +90,18 @@ def test_an_agent_that_goes_on_beating_is_the_newest_run_even_if_another_seemed_
     assert runs.newest == "live"
 
 
+FIVE = [f"0000000{number}-0000-7000-8000-000000000000" for number in range(5)]
+
+
 def test_heartbeats_that_come_once_more_speak_for_no_run():
     runs = Runs()
-    assert runs.beats("a", "01")
-    assert runs.beats("a", "02")
-    assert runs.beats("b", "03")
-    assert [runs.beats("a", "01"), runs.beats("a", "02")] == [False, False]
-    assert not runs.beats("b", "03")
+    assert runs.beats("a", FIVE[0])
+    assert runs.beats("a", FIVE[1])
+    assert runs.beats("b", FIVE[2])
+    assert [runs.beats("a", FIVE[0]), runs.beats("a", FIVE[1])] == [False, False]
+    assert not runs.beats("b", FIVE[2])
     assert runs.newest == "b"
-    assert [runs.beats("a", "04"), runs.beats("a", "05")] == [False, True]
+    assert [runs.beats("a", FIVE[3]), runs.beats("a", FIVE[4])] == [False, True]
     assert runs.newest == "a"
 
 
@@ -605,3 +608,10 @@ def test_what_began_while_we_listened_is_told():
             machines[0].fails(at, 0, CEPH)
             machines[0].fails(at, 1, FILER)
     assert view(fleet, 399).hosts[0].answer is Answer.BAD
+
+
+def test_heartbeats_whose_ids_do_not_grow_are_each_counted() -> None:
+    """An id of any other shape says nothing about order; only the same one twice is one heartbeat."""
+    runs = Runs()
+    ids = ["ffffffff-0000-4000-8000-000000000000", "00000000-0000-4000-8000-000000000000", "b", "a", "a"]
+    assert [runs.beats("one", id_) for id_ in ids] == [True, True, True, True, False]

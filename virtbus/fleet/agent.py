@@ -98,14 +98,14 @@ class Runs:
             self._order.insert(self._order.index(previous) + 1, epoch)
 
     def has_counted(self, epoch: str, id_: str) -> bool:
-        """Whether this heartbeat came before, or one that its run made later."""
-        last = self._beating.get(epoch)
-        return last is not None and "" < id_ <= last
+        """Whether this heartbeat came before, or one that its run made later: a UUIDv7 grows within a run."""
+        last = self._beating.get(epoch, "")
+        return last != "" and (id_ == last or (id_ < last and _grows(id_) and _grows(last)))
 
     def beats(self, epoch: str, id_: str = "") -> bool:
         """A heartbeat of this run came; whether it speaks for the agent now (or is one that came late).
 
-        Its id is a UUIDv7, so it grows within a run; "" where none is known.
+        `id_` is the event's, "" where none is known.
         """
         self.meets(epoch)
         if self.has_counted(epoch, id_):
@@ -125,6 +125,11 @@ class Runs:
         self._order.remove(epoch)
         self._order.append(epoch)
         return True
+
+
+def _grows(id_: str) -> bool:
+    """Whether it has the shape of a UUIDv7."""
+    return len(id_) == 36 and id_[14] == "7"
 
 
 @dataclass(slots=True)
