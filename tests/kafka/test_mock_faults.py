@@ -101,8 +101,10 @@ def test_an_error_in_the_middle_loses_nothing_and_the_producer_is_soon_rebuilt(
 ) -> None:
     items = records(200, keys=10)
     feed = TimedFeed(items)
+    # What is too large in a batch is sent alone, and refused there: a second error may be that one.
+    times = 1 if code == KafkaError.MSG_SIZE_TOO_LARGE else 2
     with opened(mock.url, TOPIC) as bus:
-        mock.push_errors(PRODUCE, KafkaError.NO_ERROR, code, KafkaError.NO_ERROR, code)
+        mock.push_errors(PRODUCE, *[KafkaError.NO_ERROR, code] * times)
         until_empty(bus, feed)
     if rebuilt:  # of the others librdkafka makes good by itself
         assert mock.requests(INIT_PRODUCER_ID) > 1, "a new producer asks for an id of its own"
