@@ -671,6 +671,19 @@ def test_a_nameless_event_that_was_held_is_told_also_where_its_pause_never_comes
     assert [(each.raw.alias, each.count) for each in check.gone(UUID)] == [("", 1)]
 
 
+@pytest.mark.parametrize("action", [ACTION_REPORT, ACTION_PAUSE])
+def test_where_a_disk_left_after_a_nameless_event_the_one_that_stayed_is_not_blamed(action: int) -> None:
+    """It was one of two, and may have been the other."""
+    check = CrossCheck(GRACE)
+    check.event(raw("", action=action), 0.0)
+    assert check.has_nameless(UUID)
+    check.removed(UUID, "virtio-disk1")
+    assert not check.has_nameless(UUID)
+    check.resumed(UUID)
+    check.event(raw("", action=action, at=20.0), 20.0)
+    assert check.has_nameless(UUID), "of those that are there now"
+
+
 def test_a_nameless_event_after_its_finding_is_not_counted_again() -> None:
     check = CrossCheck(GRACE)
     suspend(check, 0.0)

@@ -82,6 +82,7 @@ class Case:
     reports: dict[str, RawIoError] = field(default_factory=dict)  # alias → the last one without a pause
     looked_for: dict[str, float] = field(default_factory=dict)  # alias → when evidence was last asked for
     wanting: set[str] = field(default_factory=set)  # aliases whose evidence is being looked for
+    unnameable: bool = False  # a device left after events without a name: only a look at trouble tells whose
 
     def suspended(self, *, by_io_error: bool, grace: float, mono: float, ns: int) -> None:
         """The guest was paused: decided after `grace` seconds, unless a look was ahead of the callback."""
@@ -102,6 +103,7 @@ class Case:
         self.resumed_at = max(self.resumed_at, mono)
         self.paused = self.found_ahead = False
         self.doubted_at = None
+        self.unnameable = False
         for pause in self.pauses:
             pause.over = True
         self.credit = {}

@@ -222,6 +222,9 @@ class CrossCheck:
         case.wanting.discard(alias)
         for kept in (case.stale, case.last_ns, case.reports, case.looked_for):
             kept.pop(alias, None)
+        # What came without a name may have been of this device: the one that is left is not the only suspect.
+        case.reports.pop("", None)
+        case.unnameable = case.has_nameless()
 
     def looked(self, uuid: str, look: Look, devices: Mapping[str, Device]) -> list[Burst]:
         """What a look found: kept for the undecided pause that it saw.
@@ -254,9 +257,9 @@ class CrossCheck:
         return [] if case is None else case.identified(alias)
 
     def has_nameless(self, uuid: str) -> bool:
-        """Whether something was reported of the domain without the name of its device."""
+        """Whether something was reported of the domain without a name, and its only device is the one."""
         case = self._cases.get(uuid)
-        return case is not None and case.has_nameless()
+        return case is not None and case.has_nameless() and not case.unnameable
 
     def baseline(self, uuid: str, name: str, number: int | None, wrong: Mapping[str, int]) -> None:
         """The disk errors (by alias) of a guest that runs: left over from before."""
