@@ -82,7 +82,7 @@ class Case:
     reports: dict[str, RawIoError] = field(default_factory=dict)  # alias → the last one without a pause
     looked_for: dict[str, float] = field(default_factory=dict)  # alias → when evidence was last asked for
     wanting: set[str] = field(default_factory=set)  # aliases whose evidence is being looked for
-    unnameable: bool = False  # a device left after events without a name: only a look at trouble tells whose
+    unnameable: bool = False  # a disk left after events without a name: they may be its own
 
     def suspended(self, *, by_io_error: bool, grace: float, mono: float, ns: int) -> None:
         """The guest was paused: decided after `grace` seconds, unless a look was ahead of the callback."""
@@ -111,6 +111,14 @@ class Case:
         self.events.clear()
         self.synthesised.clear()
         self.unseen.clear()
+
+    def removed(self, alias: str) -> None:
+        """The device was unplugged; what came without a name may have been of it."""
+        self.wanting.discard(alias)
+        for kept in (self.stale, self.last_ns, self.reports, self.looked_for):
+            kept.pop(alias, None)
+        self.reports.pop("", None)
+        self.unnameable = self.has_nameless()
 
     def has_nameless(self) -> bool:
         """Whether something was reported without the name of its device."""

@@ -217,14 +217,8 @@ class CrossCheck:
     def removed(self, uuid: str, alias: str) -> None:
         """The device was unplugged: nothing is kept of it but what belongs to a pause that goes on."""
         case = self._cases.get(uuid)
-        if case is None:
-            return
-        case.wanting.discard(alias)
-        for kept in (case.stale, case.last_ns, case.reports, case.looked_for):
-            kept.pop(alias, None)
-        # What came without a name may have been of this device: the one that is left is not the only suspect.
-        case.reports.pop("", None)
-        case.unnameable = case.has_nameless()
+        if case is not None:
+            case.removed(alias)
 
     def looked(self, uuid: str, look: Look, devices: Mapping[str, Device]) -> list[Burst]:
         """What a look found: kept for the undecided pause that it saw.
