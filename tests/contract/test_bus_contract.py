@@ -433,6 +433,16 @@ def test_dead_letters_are_counted_and_listed_and_a_look_changes_nothing(rig: Rig
             assert letters.count() == 0
 
 
+def test_a_look_that_follows_at_once_sees_every_dead_letter(rig: Rig) -> None:
+    """What a look has read must be back when it lets go, not when the broker comes to it."""
+    with opened(rig) as bus:
+        with_dead_letters(rig, bus, 3)
+        for look in range(40):
+            with bus.dead_letters("a") as letters:
+                assert letters.count() == 3, f"look {look}"
+                assert len(list(letters.read())) == 3
+
+
 def test_a_dead_letter_that_is_sent_back_comes_to_its_group_alone_as_it_was(rig: Rig) -> None:
     with opened(rig) as bus, joined(rig, bus, "b") as other:
         items = with_dead_letters(rig, bus, 2)

@@ -32,6 +32,7 @@ _FRAME_OVERHEAD = 8 + 14 + 64  # frame, content header, and what the properties'
 _BROKERS = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count", "x-opt-")
 # A letter that was looked at so often is stored again: a policy may limit deliveries, also of dead letters.
 _LOOKS = 8
+_BACK_SECONDS = 2.0  # for a broker to requeue what a look has read
 
 
 class _Desk:
@@ -202,12 +203,16 @@ class AmqpDeadLetters(DeadLetters):
     def count(self) -> int:
         """See virtbus.bus.DeadLetters."""
         with self._asking("counting") as link:
-            try:
-                with link.brief_channel() as channel:
-                    found: int = channel.queue_declare(self._queue, passive=True).message_count
-            except amqp.NotFound:
-                found = 0
-        return found + len(self._open)
+            return self._waiting(link) + len(self._open)
+
+    def _waiting(self, link: BrokerLink) -> int:
+        """How many letters anyone may get now. Raises as LINK_FAULTS."""
+        try:
+            with link.brief_channel() as channel:
+                found: int = channel.queue_declare(self._queue, passive=True).message_count
+        except amqp.NotFound:
+            return 0
+        return found
 
     def read(self, limit: int | None = None) -> Iterator[DeadLetter]:
         """See virtbus.bus.DeadLetters."""
@@ -252,8 +257,23 @@ class AmqpDeadLetters(DeadLetters):
                 self._store(letter, headers, self._queue, "keeping")
         except (BusUnavailable, BusDenied) as error:
             emit(Trouble("storing dead letters again", error))
-        self._open.clear()
+        if self._open:
+            with suppress(BusUnavailable, BusDenied):  # the broker puts them back when it notices
+                self._put_back()
+            self._open.clear()
         self._desk.close()
+
+    def _put_back(self) -> None:
+        """Requeue what was read, until the broker shows it.
+
+        It would do so by itself when the connection ends, but some time later: the next look would miss it.
+        """
+        with self._asking("putting back") as link:
+            expected = self._waiting(link) + len(self._open)
+            self._desk.channel().basic_recover(requeue=True)
+            until = time.monotonic() + _BACK_SECONDS
+            while self._waiting(link) < expected and time.monotonic() < until:  # or someone else took one
+                time.sleep(0.01)
 
     def _store(self, letter: DeadLetter, headers: Mapping[str, Any], queue: str, doing: str) -> None:
         """Publish it to a queue, confirmed; then remove it here."""
