@@ -99,6 +99,15 @@ class DeviceRemoved:
 
 
 @dataclass(frozen=True, slots=True)
+class DevicesKnown:
+    """The devices that a guest has: its XML could be read only after the look around."""
+
+    domain_uuid: str
+    aliases: frozenset[str]
+    at_ns: int
+
+
+@dataclass(frozen=True, slots=True)
 class DomainState:
     """One domain of a snapshot; a pause of unknown reason with a disk error is `paused_by_io_error` too."""
 
@@ -106,7 +115,7 @@ class DomainState:
     name: str
     state: str
     paused_by_io_error: bool
-    aliases: frozenset[str] | None = None  # the devices it has; None when its XML could not be read
+    aliases: frozenset[str] | None = None  # the devices it has; None: not read yet on this connection
     number: int | None = None  # libvirt's id of this run of it: another one is another run
 
 
@@ -193,6 +202,7 @@ Observation: TypeAlias = (
     | DomainHalted
     | DomainGone
     | DeviceRemoved
+    | DevicesKnown
     | HostKnown
     | SourceReady
     | SourceLost

@@ -14,7 +14,7 @@ from tests.sources.simulated import Guest, Seen, SimulatedHost
 from tests.sources.test_observer import OPTIONS, is_finding, observed, until
 from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.model import Clock, Event, IoError, IoErrorResolved
-from virtbus.observations import Burst, HostKnown, Observation, SourceLost, SourceReady
+from virtbus.observations import Burst, DevicesKnown, HostKnown, Observation, SourceLost, SourceReady
 from virtbus.retry import no_waiting
 from virtbus.sources.link import (
     ACTION_PAUSE,
@@ -27,6 +27,7 @@ from virtbus.sources.link import (
     STOPPED_MIGRATED,
 )
 from virtbus.sources.observer import Observer
+from virtbus.words import ResolutionCause
 
 FOR_EVER = float("inf")
 
@@ -88,6 +89,10 @@ class Run:
     def counts(self) -> list[int]:
         """The count of each error event so far."""
         return [event.occurrences.count for event in self.take_in() if isinstance(event, IoError)]
+
+    def causes(self) -> list[ResolutionCause]:
+        """Why each incident ended that did."""
+        return [event.resolution.cause for event in self.take_in() if isinstance(event, IoErrorResolved)]
 
     def aliases(self) -> set[str | None]:
         """The devices that the error events name."""
@@ -442,6 +447,61 @@ def test_a_look_that_began_before_the_connection_was_lost_does_not_speak_for_the
         host.release.set()
         until(lambda: not run.observer.guests.reconciling)
         assert sum(run.counts()) == 1
+
+
+TWO_DISKS = """<domain id='1'><name>guest1</name><uuid>00000000-0000-0000-0000-000000000001</uuid><devices>
+<disk type='file' device='disk'><source file='/img/a'/><target dev='vda'/><alias name='virtio-disk0'/></disk>
+<disk type='file' device='disk'><source file='/img/b'/><target dev='vdb'/><alias name='virtio-disk1'/></disk>
+</devices></domain>"""
+
+
+@pytest.mark.parametrize("restarted", [True, False], ids=["agent restarted", "connection lost"])
+@pytest.mark.parametrize("late", [True, False], ids=["described late", "described at once"])
+def test_a_disk_that_was_unplugged_unseen_ends_its_incident_whenever_the_description_comes(
+    restarted: bool, late: bool
+) -> None:
+    host, states = SimulatedHost(1), dict[str, bytes]()
+    (guest,) = host.guests.values()
+    guest.xml = TWO_DISKS
+
+    def unplug() -> None:
+        guest.xml = TWO_DISKS.replace(TWO_DISKS.splitlines()[2], "")
+        host.failures = {"xml": FOR_EVER if late else 0}
+
+    with Run(host, states) as run:
+        host.io_error(guest, "virtio-disk1", ACTION_REPORT, path="/img/b")
+        run.seen.wait(Burst)
+        assert [event.device.alias for event in run.take_in() if isinstance(event, IoError)] == [
+            "virtio-disk1"
+        ]
+        if not restarted:
+            unplug()
+            host.cut()
+            run.seen.wait(SourceReady, 2)
+            host.failures = {}
+            until(lambda: ResolutionCause.DEVICE_REMOVED in run.causes())
+    if restarted:
+        unplug()
+        with Run(host, states) as run:
+            host.failures = {}
+            until(lambda: ResolutionCause.DEVICE_REMOVED in run.causes())
+
+
+def test_an_error_without_a_name_is_not_blamed_on_the_disk_that_stayed_when_another_left_unseen() -> None:
+    host = SimulatedHost(1)
+    (guest,) = host.guests.values()
+    guest.xml = TWO_DISKS
+    with Run(host, {}) as run:
+        host.io_error(guest, "", ACTION_REPORT, path="")
+        run.seen.wait(Burst)
+        assert run.aliases() == {None}
+        guest.xml = TWO_DISKS.replace(TWO_DISKS.splitlines()[2], "")
+        host.failures = {"xml": FOR_EVER}
+        host.cut()
+        run.seen.wait(SourceReady, 2)
+        host.failures = {}
+        run.seen.wait(DevicesKnown)
+        assert run.seen.of(Burst)[1:] == []
 
 
 # ---------------------------------------------------------------------------------- facts as they are now

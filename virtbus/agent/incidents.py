@@ -44,6 +44,7 @@ from virtbus.observations import (
     LATE_SECONDS,
     Burst,
     DeviceRemoved,
+    DevicesKnown,
     DomainGone,
     DomainHalted,
     DomainResumed,
@@ -128,6 +129,8 @@ class Incidents:
                 return self._gone(observation)
             case DeviceRemoved():
                 return self._removed(observation)
+            case DevicesKnown(domain_uuid=uuid, aliases=aliases, at_ns=at):
+                return [e for one in self._book.of(uuid) for e in self._teller.devices(one, aliases, at)]
             case SourceReady():
                 return self._connected(observation)
             case Surveyed():
@@ -228,13 +231,8 @@ class Incidents:
                     events += self._teller.resolve(incident, ResolutionCause.DOMAIN_STOPPED, ready.at_ns)
                 elif domain.state in _RUNNING_STATES and incident.removed:
                     events += self._teller.resolve(incident, ResolutionCause.DEVICE_REMOVED, ready.at_ns)
-                elif (
-                    incident.scope is Scope.DEVICE
-                    and incident.enriched  # else the alias may never have been in the XML
-                    and domain.aliases is not None
-                    and incident.device.alias not in domain.aliases
-                ):
-                    events += self._teller.removed(incident, ready.at_ns)
+                elif domain.aliases is not None:
+                    events += self._teller.devices(incident, domain.aliases, ready.at_ns)
             elif ready.whole:  # else it is another connection's guest, or reported gone by its own
                 events += self._teller.resolve(incident, ResolutionCause.DOMAIN_STOPPED, ready.at_ns)
         self._book.forget(lambda uuid, _alias: uuid in restarted or (ready.whole and uuid not in domains))

@@ -11,6 +11,7 @@ from virtbus.observations import (
     Burst,
     CallbackLost,
     DeviceRemoved,
+    DevicesKnown,
     DomainGone,
     DomainHalted,
     DomainResumed,
@@ -118,7 +119,9 @@ class IntakeQueue:
             return
         if isinstance(observation, SourceGone | Surveyed):
             key = (*kind, getattr(observation, "connection", None))
-        elif isinstance(observation, DomainResumed | DomainHalted | DomainGone | DeviceRemoved):
+        elif isinstance(
+            observation, DomainResumed | DomainHalted | DomainGone | DeviceRemoved | DevicesKnown
+        ):
             key = (*kind, observation.domain_uuid, getattr(observation, "alias", None))
         else:
             self._dropped_errors += callbacks_in(observation)

@@ -276,6 +276,13 @@ class Teller:
                 self.schedule(incident)
         return events
 
+    def devices(self, incident: IncidentState, aliases: frozenset[str], at_ns: int) -> list[Event]:
+        """Its guest has these devices now: was the incident's own unplugged unseen?"""
+        # Without a description the alias may never have been in the XML.
+        if incident.scope is not Scope.DEVICE or not incident.enriched or incident.device.alias in aliases:
+            return []
+        return self.removed(incident, at_ns)
+
     def removed(self, incident: IncidentState, at_ns: int) -> list[Event]:
         """The device is gone; its incident stays open while the guest that it paused stands still."""
         if incident.paused:

@@ -214,11 +214,12 @@ class CrossCheck:
         found = [b for pause in case.pauses for b in case.decide(pause, 0.0, {}) if b.count]
         return found + case.release_all()
 
-    def removed(self, uuid: str, alias: str) -> None:
-        """The device was unplugged: nothing is kept of it but what belongs to a pause that goes on."""
+    def removed(self, uuid: str, *aliases: str) -> None:
+        """Devices were unplugged: nothing is kept of them but what belongs to a pause that goes on."""
         case = self._cases.get(uuid)
         if case is not None:
-            case.removed(alias)
+            for alias in aliases:
+                case.removed(alias)
 
     def looked(self, uuid: str, look: Look, devices: Mapping[str, Device]) -> list[Burst]:
         """What a look found: kept for the undecided pause that it saw.

@@ -55,6 +55,9 @@ class Cache:
         self._lock = threading.Lock()
         self._entries: dict[str, Entry] = {}
         self._gone: OrderedDict[str, Entry] = OrderedDict()
+        self._unread: set[str] = set()  # whose XML is from before this connection, if there is any
+        self._wanted: set[str] = set()  # whose aliases were asked for before their XML was read
+        self._missing: dict[str, frozenset[str]] = {}  # aliases that were in that one, and are no more
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -85,9 +88,30 @@ class Cache:
         return raw._replace(path=path, reason=reason)
 
     def aliases(self, uuid: str) -> frozenset[str] | None:
-        """The aliases of a domain's devices; None when its XML was not read."""
+        """The aliases of a domain's devices; None when its XML was not read on this connection."""
         entry = self._entries.get(uuid)
-        return None if entry is None or entry.xml is None else frozenset(entry.xml.devices)
+        if entry is None or entry.xml is None or uuid in self._unread:
+            self._wanted.add(uuid)
+            return None
+        return frozenset(entry.xml.devices)
+
+    def doubt(self) -> None:
+        """A new connection: a disk may have been unplugged since each XML was read."""
+        with self._lock:
+            self._unread, self._wanted, self._missing = set(self._entries), set(), {}
+
+    def late(self, uuid: str) -> tuple[frozenset[str], frozenset[str] | None]:
+        """What an XML that was just read shows after the look around; each is given once.
+
+        The aliases of devices that were unplugged while nobody listened; and those of all its devices, if
+        `aliases` did not know them when it was asked.
+        """
+        aliases = self.aliases(uuid)
+        with self._lock:
+            missing, waiting = self._missing.pop(uuid, frozenset()), uuid in self._wanted
+            if aliases is not None:
+                self._wanted.discard(uuid)
+        return missing, aliases if waiting else None
 
     def resolve(self, uuid: str, path: str) -> str:
         """The alias of the disk that an event without one speaks of; "" when that is unclear."""
@@ -130,6 +154,9 @@ class Cache:
         with self._lock:
             old = self._entries.get(uuid)
             if old is not None:
+                if uuid in self._unread and xml is not None:
+                    self._unread.discard(uuid)
+                    self._missing[uuid] = frozenset(old.devices) - frozenset(xml.devices)
                 self._entries[uuid] = _described(replace(old, xml=xml, refused=xml is None))
 
     def may_ask(self, uuid: str, now: float) -> bool:

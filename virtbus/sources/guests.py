@@ -12,7 +12,15 @@ from dataclasses import dataclass, field, replace
 
 from virtbus.errors import SourceUnavailable
 from virtbus.model import Device, Host
-from virtbus.observations import Burst, DomainGone, DomainResumed, DomainState, HostKnown, SourceReady
+from virtbus.observations import (
+    Burst,
+    DevicesKnown,
+    DomainGone,
+    DomainResumed,
+    DomainState,
+    HostKnown,
+    SourceReady,
+)
 from virtbus.seen import Moment, boot_id, earliest
 from virtbus.sources import Sink, SourceOptions
 from virtbus.sources.crew import Crew, Opened
@@ -103,6 +111,7 @@ class Guests:
         """
         facts = opened.facts
         self._asker.begin(session, facts)
+        self._cache.doubt()
         here = frozenset(domain.uuid for domain in opened.domains)
         for entry in self._cache.active():
             if entry.uuid not in here:
@@ -183,8 +192,7 @@ class Guests:
                     uuid, domain.name, domain.id, alias=alias, mono=now.monotonic, ns=now.wall_ns
                 )
             by_error = by_error if look is None else look.paused_by_io_error
-            aliases = self._cache.aliases(uuid)
-            state = _state(domain.state)
+            state, aliases = _state(domain.state), self._cache.aliases(uuid)
             states[uuid] = DomainState(uuid, domain.name, state, by_error, aliases, domain.id)
         for uuid, said in since.items():
             old = states.pop(uuid, None)
@@ -261,7 +269,11 @@ class Guests:
 
     def _on_description(self, session: Session, uuid: str) -> None:
         """What was reported of the domain without its device's name may get it now."""
+        missing, aliases = self._cache.late(uuid)
         with self._lock:
+            self._check.removed(uuid, *missing)
+            if session.live and aliases is not None:
+                session.tell([DevicesKnown(uuid, aliases, self._clock().wall_ns)])
             if session.live and self._check.has_nameless(uuid) and (alias := self._cache.resolve(uuid, "")):
                 session.tell(self._check.identified(uuid, alias))
 
@@ -362,10 +374,14 @@ class Guests:
                     session.tell([DomainResumed(decision.bursts[0].raw.domain_uuid, now.wall_ns)])
 
     def _host(self, facts: HostFacts) -> Host:
-        if self._options.host is not None:
-            return replace(self._options.host, hypervisor=facts.hypervisor)
-        boot = boot_id() if facts.local else None
-        return Host(name=facts.name, uuid=self._asker.host_uuid, boot_id=boot, hypervisor=facts.hypervisor)
+        return _host(facts, self._options.host, self._asker.host_uuid)
+
+
+def _host(facts: HostFacts, given: Host | None, uuid: str | None) -> Host:
+    if given is not None:
+        return replace(given, hypervisor=facts.hypervisor)
+    boot = boot_id() if facts.local else None
+    return Host(name=facts.name, uuid=uuid, boot_id=boot, hypervisor=facts.hypervisor)
 
 
 def _state(number: int) -> str:
