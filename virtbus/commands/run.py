@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 
 from virtbus import redaction, telemetry
 from virtbus.agent.agent import Agent, AgentOptions
 from virtbus.agent.control import ControlSocket
 from virtbus.agent.http import HttpServer
 from virtbus.agent.identity import load_agent_id, tie_to_host, was_tied
-from virtbus.agent.incidents import IncidentLimits, Incidents
+from virtbus.agent.incidents import Incidents
 from virtbus.agent.systemd import Systemd
 from virtbus.bus.certificates import watch_files
 from virtbus.commands.common import (
@@ -46,7 +45,7 @@ from virtbus.errors import AgentBroken, ConfigError, RestartNeeded, VirtbusError
 from virtbus.loading import Loaded, bus_url, differences, exposed_secrets
 from virtbus.model import Clock
 from virtbus.sources.sockets import has_socket, socket_folder, was_removed
-from virtbus.spool import Spool, SpoolLimits, prepare_state_dir
+from virtbus.spool import Spool, prepare_state_dir
 from virtbus.telemetry import (
     METRICS,
     ConfigRefused,
@@ -82,8 +81,7 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
         state_dir = Path(config.state_dir)
         prepare_state_dir(state_dir)
         agent_id, previous = load_agent_id(state_dir)
-        limits = SpoolLimits(max_bytes=config.spool.max_bytes, max_age_seconds=config.spool.max_age_seconds)
-        spool = Spool.open(state_dir, limits=limits, agent_id=agent_id, clock=clock)
+        spool = Spool.open(state_dir, limits=config.spool, agent_id=agent_id, clock=clock)
         stack.callback(spool.close)
         source = open_source(config, since_ns=spool.opening.stamps_since_ns)
         METRICS.spool_max_bytes.set(config.spool.max_bytes)
@@ -92,10 +90,7 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
             source=source,
             bus=bus,
             spool=spool,
-            incidents=Incidents(
-                IncidentLimits(**msgspec.structs.asdict(config.incidents)),
-                new_id=lambda: uuid7(clock().wall_ns),
-            ),
+            incidents=Incidents(config.incidents, new_id=lambda: uuid7(clock().wall_ns)),
             agent_id=agent_id,
             previous_agent_id=previous,
             options=AgentOptions(

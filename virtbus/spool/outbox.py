@@ -19,13 +19,13 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
+from virtbus.config import SpoolLimits
 from virtbus.errors import SpoolCorrupt, SpoolFull
 from virtbus.model import Clock, Event, Host, Outcome, Record, Stamp
 from virtbus.seen import Moment
 from virtbus.spool import files, opening
 from virtbus.spool.committing import Committer
 from virtbus.spool.draft import Scribe
-from virtbus.spool.mirror import SpoolLimits
 from virtbus.spool.missing import count_events
 from virtbus.spool.settling import Settler
 
