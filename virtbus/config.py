@@ -162,7 +162,7 @@ class Bus(_Section, frozen=True):
     kafka: Kafka = Kafka()
 
 
-class SpoolSettings(_Section, frozen=True):
+class SpoolLimits(_Section, frozen=True):
     """The durable outbox."""
 
     max_bytes: Annotated[int, Meta(ge=1 << 20, le=1 << 40)] = 256 << 20
@@ -171,7 +171,7 @@ class SpoolSettings(_Section, frozen=True):
     """Give up older events (named in a gap event); null: never"""
 
 
-class IncidentSettings(_Section, frozen=True):
+class IncidentLimits(_Section, frozen=True):
     """How errors are folded into incidents."""
 
     fold: bool = True
@@ -344,8 +344,8 @@ class Config(_Section, frozen=True):
     """After SIGTERM, publish what is there for so long at most"""
     libvirt: Libvirt = Libvirt()
     bus: Bus = Bus()
-    spool: SpoolSettings = SpoolSettings()
-    incidents: IncidentSettings = IncidentSettings()
+    spool: SpoolLimits = SpoolLimits()
+    incidents: IncidentLimits = IncidentLimits()
     heartbeat: HeartbeatSettings = HeartbeatSettings()
     http: Http = Http()
     control: Control = Control()

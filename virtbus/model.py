@@ -8,7 +8,7 @@ seconds. Unknown is `None`, never absent.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import Enum
@@ -475,6 +475,3 @@ class Check:
     remedy: str | None = None
     exit_code: int = 0
     details: Mapping[str, object] = field(default_factory=dict)
-
-
-Checks: TypeAlias = Sequence[Check]

@@ -25,6 +25,7 @@ from virtbus.errors import BusUnavailable, SourceDenied, SpoolFull
 from virtbus.model import Confirmed, Deferred, IoError, Refused, Unroutable, to_ns
 from virtbus.observations import DomainGone, SourceLost, SourceReady
 from virtbus.spool import Spool, SpoolLimits
+from virtbus.spool.committing import Committer
 from virtbus.telemetry import METRICS
 from virtbus.testing import FakeBus, FakeSource, a_host, a_raw_io_error, no_waiting
 
@@ -171,14 +172,14 @@ def test_without_folding_each_callback_of_a_storm_is_an_event_of_its_own(house):
 @pytest.fixture
 def hanging_disk(monkeypatch):
     """Between the two events that it gives, commits hang."""
-    commit, hangs, goes_on = Spool.commit, threading.Event(), threading.Event()
+    commit, hangs, goes_on = Committer.commit, threading.Event(), threading.Event()
 
     def waits(self, *words):
         if hangs.is_set():
             goes_on.wait(60)
         return commit(self, *words)
 
-    monkeypatch.setattr(Spool, "commit", waits)
+    monkeypatch.setattr(Committer, "commit", waits)
     yield hangs, goes_on
     goes_on.set()
 
@@ -217,14 +218,14 @@ def test_errors_that_found_no_room_are_named_with_their_number(hanging_disk, hou
 
 
 def test_a_disk_that_fails_for_a_while_costs_no_count_and_is_told(house, monkeypatch):
-    commit, broken = Spool.commit, threading.Event()
+    commit, broken = Committer.commit, threading.Event()
 
     def fails(self, *words):
         if broken.is_set():
             raise SpoolFull("the disk is full")
         return commit(self, *words)
 
-    monkeypatch.setattr(Spool, "commit", fails)
+    monkeypatch.setattr(Committer, "commit", fails)
     with no_waiting():
         one = house()
         one.wait("gap")
@@ -271,14 +272,14 @@ def test_a_disk_that_fails_shows_before_the_first_error_needs_it(house, monkeypa
 
 @pytest.mark.parametrize("where", ["commit", "alive"])
 def test_a_disk_that_hangs_shows_in_readiness_and_metric(house, monkeypatch, where):
-    done, hangs, real = threading.Event(), threading.Event(), getattr(Spool, where)
+    done, hangs, real = threading.Event(), threading.Event(), getattr(Committer, where)
 
     def hang(self, *words):
         if hangs.is_set():
             done.wait(60)
         return real(self, *words)
 
-    monkeypatch.setattr(Spool, where, hang)
+    monkeypatch.setattr(Committer, where, hang)
     one = house()
     one.wait("gap")
     wait_until(lambda: one.agent.not_ready() == [])
@@ -298,7 +299,7 @@ def test_a_disk_that_hangs_shows_in_readiness_and_metric(house, monkeypatch, whe
 
 @pytest.mark.parametrize("commit_fails", [False, True])
 def test_counts_that_wait_for_their_windows_end_are_told_by_the_next_start(house, monkeypatch, commit_fails):
-    commit, broken, committed = Spool.commit, threading.Event(), {}
+    commit, broken, committed = Committer.commit, threading.Event(), {}
 
     def fails_once(self, events, states=None):
         if broken.is_set():
@@ -312,7 +313,7 @@ def test_counts_that_wait_for_their_windows_end_are_told_by_the_next_start(house
         kept = [msgspec.json.decode(state) for key, state in list(committed.items()) if "incident/" in key]
         return sum(pending["count"] for state in kept for pending in state.get("pending", ()))
 
-    monkeypatch.setattr(Spool, "commit", fails_once)
+    monkeypatch.setattr(Committer, "commit", fails_once)
     a_minute = IncidentLimits(first_window_seconds=60.0)
     error = a_raw_io_error()
     with no_waiting():
@@ -347,7 +348,7 @@ def test_a_state_that_cant_be_read_is_named_in_a_gap_and_the_agent_starts(house)
 
 
 def test_an_event_and_what_its_incident_remembers_of_it_are_in_one_commit(house, monkeypatch):
-    commit, told, remembered = Spool.commit, [], []
+    commit, told, remembered = Committer.commit, [], []
 
     def notes(self, events, states=None):
         stamps = commit(self, events, states)
@@ -358,7 +359,7 @@ def test_an_event_and_what_its_incident_remembers_of_it_are_in_one_commit(house,
                 remembered.append(state and msgspec.json.decode(state)["told"])
         return stamps
 
-    monkeypatch.setattr(Spool, "commit", notes)
+    monkeypatch.setattr(Committer, "commit", notes)
     one = house(limits=IncidentLimits(first_window_seconds=0.05, max_window_seconds=0.05))
     one.wait("gap")
     for _ in range(5):
@@ -370,14 +371,14 @@ def test_an_event_and_what_its_incident_remembers_of_it_are_in_one_commit(house,
 
 
 def test_errors_of_a_storm_that_are_only_counted_share_a_commit(house, monkeypatch):
-    commit, committed = Spool.commit, []
+    commit, committed = Committer.commit, []
 
     def notes(self, events, states=None):
         stamps = commit(self, events, states)
         committed.extend(state for key, state in (states or {}).items() if "incident/" in key)
         return stamps
 
-    monkeypatch.setattr(Spool, "commit", notes)
+    monkeypatch.setattr(Committer, "commit", notes)
     monkeypatch.setattr("virtbus.agent.intake.GATHER_SECONDS", 0.5)
     one = house(a_raw_io_error(), limits=IncidentLimits(first_window_seconds=60.0))
     one.wait("io_error.v1")

@@ -16,7 +16,6 @@ from tests.agent.process import AgentProcess, on_a_terminal, virtbus
 from tests.commandline import cli, commands_of
 from tests.faults.spool_kit import io_error, open_spool
 from virtbus import schema
-from virtbus.commands import spool as spool_commands
 from virtbus.commands.ask import table as status_table
 from virtbus.commands.fleet import table
 from virtbus.fleet import BackendHealth, Blame, FleetView, HostHealth
@@ -241,13 +240,10 @@ def test_the_list_of_a_spool_fits_80_columns(tmp_path: Path, quiet_log: None) ->
     (record,) = spool.take(1, frozenset())
     spool.settle([(record, Refused(ValueError("the broker says " + "that it is too large, " * 20)))])
     for dead in (False, True):
-        out = io.StringIO()
-        spool_commands.list_events(tmp_path, out, dead=dead)
-        assert record.key in out.getvalue() or not dead
-        assert too_wide(out.getvalue()) == []
-    out = io.StringIO()
-    spool_commands.status(tmp_path, out)
-    assert too_wide(out.getvalue()) == []
+        shown = virtbus("spool", "list", *(["--dead"] if dead else []), "--state-dir", str(tmp_path)).stdout
+        assert record.key in shown or not dead
+        assert too_wide(shown) == []
+    assert too_wide(virtbus("spool", "status", "--state-dir", str(tmp_path)).stdout) == []
     spool.close()
 
 

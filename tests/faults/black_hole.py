@@ -52,8 +52,8 @@ class Watched:
                 self.records.setdefault(record.id, record)
             return records
 
-        self.spool.commit = noted_commit  # type: ignore[method-assign]
-        self.spool.take = noted_take  # type: ignore[method-assign]
+        self.spool.commit = noted_commit
+        self.spool.take = noted_take
         self.agent = Agent(
             source=FakeSource(),
             bus=open_bus(url, BusOptions()),

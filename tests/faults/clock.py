@@ -65,7 +65,7 @@ def injected(url: str, folder: Path, *, seconds: float = 9.0) -> bool:
         commits.append(Commit(time.monotonic(), list(events), stamps))
         return stamps
 
-    spool.commit = noted  # type: ignore[method-assign]
+    spool.commit = noted
     source = FakeSource()
     agent = Agent(
         source=source,
@@ -82,7 +82,7 @@ def injected(url: str, folder: Path, *, seconds: float = 9.0) -> bool:
         beats.append(time.monotonic())
         return heartbeat()
 
-    agent.heartbeat = beat  # type: ignore[method-assign]
+    agent.heartbeat = beat
     agent.start()
     while not agent.intake.opened.is_set():
         time.sleep(0.01)
@@ -143,7 +143,7 @@ def faked(url: str, folder: Path, runs: int, library: Path) -> bool:
         told.append(time.monotonic())
         return note(line, begun)
 
-    bench._note = noted  # type: ignore[method-assign]
+    bench._note = noted
     longest = 0.0
 
     def jumps() -> None:

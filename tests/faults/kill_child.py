@@ -96,7 +96,7 @@ def main() -> None:
             pipe.write(json.dumps([stamp.id, stamp.epoch, stamp.sequence]) + "\n")
         return stamps
 
-    spool.commit = telling  # type: ignore[method-assign, assignment]
+    spool.commit = telling
     if point == "during_compaction":
         # A backlog that is drained leaves free pages behind; only then there is something to compact.
         telling([an_io_error(domain=a_domain(uuid=domain(number % DOMAINS))) for number in range(3000)])
@@ -118,7 +118,7 @@ def main() -> None:
             killer.visit("after ack")  # confirmed, and not settled yet
             yield each
 
-    bus.publish = killable  # type: ignore[method-assign]
+    bus.publish = killable
     agent = Agent(
         source=Storm(float(rate)),
         bus=bus,

@@ -18,9 +18,9 @@ from tests.agent.process import AgentProcess, virtbus
 from tests.commandline import cli, commands_of
 from tests.faultkit import wait_until
 from tests.faults.disks import read_only_files
-from virtbus.agent.systemd import Systemd
 from virtbus.cli import COMMANDS as TABLE
 from virtbus.commands import run
+from virtbus.commands.run import Systemd
 
 SILENCE = "replay:/dev/null"  # a source that observes, and has nothing to tell
 

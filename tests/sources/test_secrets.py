@@ -23,7 +23,7 @@ from virtbus import envelope, telemetry
 from virtbus.agent.agent import Agent, AgentOptions
 from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.commands import watch
-from virtbus.envelope.canonical import plain
+from virtbus.envelope.encoding import plain
 from virtbus.errors import SourceUnavailable
 from virtbus.observations import RawIoError
 from virtbus.sources import SourceOptions

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from virtbus import loading
+
 NEAR = ("127.", "::1", "localhost")
+OF_THE_TESTS = ("VIRTBUS_CI", "VIRTBUS_TEST_")
 
 
 @pytest.fixture(autouse=True)
@@ -21,6 +26,15 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def no_settings_of_this_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What an installed agent or a developer's shell sets here is none of a test's business."""
+    monkeypatch.setattr(loading, "DEFAULT_FILE", tmp_path / "etc" / "virtbus.toml")
+    for name in list(os.environ):
+        if name.startswith(loading.ENVIRONMENT_PREFIX) and not name.startswith(OF_THE_TESTS):
+            monkeypatch.delenv(name)
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 from contextlib import closing
 
 import pytest
+from click.testing import CliRunner
 
 from virtbus import cli
 from virtbus.commands import ask, consume, doctor, fleet
@@ -83,10 +83,10 @@ def test_the_spools_list_shows_a_dead_letters_reason_tamely(tmp_path, monkeypatc
     )  # fmt: skip
     monkeypatch.setattr(spool_command, "_entries", lambda db, dead, limit: [entry])
     monkeypatch.setattr(spool_command, "_reading", lambda folder: closing(_Database()))
-    out = io.StringIO()
-    spool_command.list_events(tmp_path, out, dead=True)
-    assert "gnp.exe" in out.getvalue()
-    assert is_tame(out.getvalue())
+    monkeypatch.setattr("virtbus.telemetry.configure", lambda **_: None)
+    shown = CliRunner().invoke(spool_command.command, ["list", "--dead", "--state-dir", str(tmp_path)]).stdout
+    assert "gnp.exe" in shown
+    assert is_tame(shown)
 
 
 class _Database:

@@ -31,14 +31,8 @@ from dataclasses import replace
 
 from virtbus.agent.book import Book, GuestWatch
 from virtbus.agent.incident import DRILL, LIVE, PAUSE_CODE, REPORT_CODE, clean, uuid_in
-from virtbus.agent.telling import (
-    HALTED_STATES,
-    UNKNOWN_HOST,
-    WHOLE_HOST,
-    Describe,
-    IncidentLimits,
-    Teller,
-)
+from virtbus.agent.telling import HALTED_STATES, UNKNOWN_HOST, WHOLE_HOST, Describe, Teller
+from virtbus.config import IncidentLimits
 from virtbus.model import Event, Host, Now, OpenIncident
 from virtbus.observations import (
     LATE_SECONDS,

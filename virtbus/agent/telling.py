@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeAlias
 
 from virtbus.agent.book import PAUSED_GUESTS, Book, GuestWatch
@@ -27,6 +27,7 @@ from virtbus.agent.incident import (
     clean,
     uuid_in,
 )
+from virtbus.config import IncidentLimits
 from virtbus.model import Device, Domain, Event, Host, Incident, Now, Resolution, to_datetime
 from virtbus.observations import Burst, Description
 from virtbus.telemetry import Trouble, emit
@@ -43,50 +44,19 @@ UNKNOWN_HOST = Host(name="unknown")
 
 FREE_MESSAGES = 10  # after these an incident waits between messages …
 MESSAGE_SPACING = 1.0  # … at least this many seconds
+FLAPPING_PAUSES, FLAPPING_SECONDS = 3, 600.0  # so many pauses within so many seconds are a loop
 HALTED_STATES = frozenset({GuestState.PAUSED, GuestState.CRASHED, GuestState.PM_SUSPENDED})
 _GONE_CAUSES = frozenset({ResolutionCause.DOMAIN_STOPPED, ResolutionCause.MIGRATED})
 
 
-@dataclass(frozen=True)
-class IncidentLimits:
-    """How errors are folded; times in seconds.
-
-    `fold=False` publishes each callback as an event of its own, at any rate; callbacks that were
-    folded before they came here (a `Burst`, when the queue was long) stay one event with their count.
-    `max_open` bounds what is open together: three quarters for devices; beyond that one per
-    domain (scope `domain`, alias null); when all is taken one for the whole host (scope `host`,
-    domain `WHOLE_HOST`), and one for its drills. Flapping is `flapping_pauses` pauses within
-    `flapping_window_seconds`.
-    """
-
-    fold: bool = True
-    first_window_seconds: float = 1.0
-    max_window_seconds: float = 60.0
-    quiet_seconds: float = 300.0
-    max_open: int = 1000
-    flapping_pauses: int = 3
-    flapping_window_seconds: float = 600.0
-
-    def __post_init__(self) -> None:
-        """Refuse limits that contradict each other (ValueError)."""
-        if not 0 < self.first_window_seconds <= self.max_window_seconds < math.inf:
-            raise ValueError(
-                f"incidents: first_window_seconds={self.first_window_seconds} must be above 0 and at most "
-                f"max_window_seconds={self.max_window_seconds}"
-            )
-        if not 0 < self.quiet_seconds < math.inf:
-            raise ValueError(f"incidents: quiet_seconds={self.quiet_seconds} must be above 0")
-        if self.max_open < 1:
-            raise ValueError(f"incidents: max_open={self.max_open} must be at least 1")
-        if self.flapping_pauses < 2 or not self.flapping_window_seconds > 0:
-            raise ValueError(
-                f"incidents: flapping_pauses={self.flapping_pauses} must be at least 2, and "
-                f"flapping_window_seconds={self.flapping_window_seconds} above 0"
-            )
-
-
 class Teller:
-    """Makes events of errors, resumes and ends; `now` and `describe` are those of the present call."""
+    """Makes events of errors, resumes and ends; `now` and `describe` are those of the present call.
+
+    Of `max_open` incidents three quarters are for devices; beyond that one per domain (scope `domain`,
+    alias null), and when all is taken one for the whole host (scope `host`, domain `WHOLE_HOST`) and one for
+    its drills. Without `fold` each callback is an event of its own; those that were folded before they came
+    here (a `Burst`, when the queue was long) stay one event with their count.
+    """
 
     def __init__(
         self, limits: IncidentLimits, book: Book, watch: GuestWatch, new_id: Callable[[], str]
@@ -247,14 +217,14 @@ class Teller:
     def pause(self, incident: IncidentState, domain_uuid: str, times: int = 1) -> None:
         """An error of the incident paused a guest, so many times."""
         if len(incident.paused) < PAUSED_GUESTS:
-            incident.pause(domain_uuid, times, self.now.monotonic, self._limits.flapping_pauses)
+            incident.pause(domain_uuid, times, self.now.monotonic, FLAPPING_PAUSES)
 
     def _recent_pauses(self, incident: IncidentState) -> list[float]:
-        return incident.pauses_since(self.now.monotonic - self._limits.flapping_window_seconds)
+        return incident.pauses_since(self.now.monotonic - FLAPPING_SECONDS)
 
     def flaps(self, incident: IncidentState) -> bool:
         """Whether its guest is in a loop of pauses and resumes."""
-        enough = self._limits.flapping_pauses
+        enough = FLAPPING_PAUSES
         return len(incident.paused_at) >= enough and len(self._recent_pauses(incident)) >= enough
 
     def resume(self, domain_uuid: str, at_ns: int) -> list[Event]:

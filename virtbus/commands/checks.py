@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
 import pwd
 import shutil
@@ -16,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from virtbus import schema, statefiles
+from virtbus import schema
 from virtbus.bus import Bus
 from virtbus.errors import VirtbusError
 from virtbus.loading import Loaded, exposed_secrets
 from virtbus.model import Check
 from virtbus.spool import prepare_state_dir
-from virtbus.spool.files import DATABASE, LOCK, connect_to_read, read_holder
+from virtbus.spool.files import DATABASE, connect_to_read, who_holds
 
 SLOW_SYNC_SECONDS = 0.1
 FULL, FILLING = 0.9, 0.5  # of spool.max_bytes; above FULL all that is left is kept for gap events
@@ -179,12 +178,12 @@ def spool(look: Look) -> Iterator[Check]:
     else:
         yield ok("spool space", f"{free >> 20} MiB free")
     yield _backlog(folder / DATABASE, look.max_bytes)
-    if _is_held(folder):
-        pid = read_holder(folder).pid
-        summary = f"an agent runs on {folder}, pid {pid}; a second one needs a --state-dir of its own"
-        yield ok("agent", summary, pid=pid)
-    else:
+    holder = who_holds(folder)
+    if holder is None:
         yield ok("agent", f"no agent runs on {folder} now")
+    else:
+        summary = f"an agent runs on {folder}, pid {holder.pid}; a second one needs a --state-dir of its own"
+        yield ok("agent", summary, pid=holder.pid)
 
 
 def _to_be_made(folder: Path) -> Check:
@@ -236,17 +235,6 @@ def _backlog(path: Path, max_bytes: int) -> Check:
     if used >= FILLING:
         return warn("spool backlog", summary, "see why the broker does not take them (below)", **details)
     return ok("spool backlog", summary, **details)
-
-
-def _is_held(folder: Path) -> bool:
-    """Whether an agent runs on this spool."""
-    try:
-        statefiles.check(folder / LOCK)
-        with (folder / LOCK).open("rb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        return isinstance(error, BlockingIOError)
-    return False
 
 
 def _sync_time(folder: Path) -> float:

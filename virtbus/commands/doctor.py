@@ -18,7 +18,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -107,17 +107,8 @@ def _bounded(name: str, part: Callable[[Look], Iterable[Check]], look: Look) -> 
 # -------------------------------------------------------------------------------------------- the broker
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """A broker's TLS port, and the name to be verified there."""
-
-    host: str
-    port: int
-    name: str
-
-
-def _targets(loaded: Loaded) -> list[_Target]:
-    """Every broker that the bus URL reaches by TLS."""
+def _targets(loaded: Loaded) -> list[tuple[str, int, str]]:
+    """(host, port, name to be verified there) of every broker that the bus URL reaches by TLS."""
     targets = []
     try:
         for url in re.split(r";(?=[a-z][a-z0-9+.-]*:)", bus_url(loaded.config)):
@@ -126,7 +117,7 @@ def _targets(loaded: Loaded) -> list[_Target]:
                 continue
             for host, port in parts.hosts:
                 name = loaded.config.bus.tls.server_name or host
-                targets.append(_Target(host, port or DEFAULT_PORTS[parts.scheme], name))
+                targets.append((host, port or DEFAULT_PORTS[parts.scheme], name))
     except ConfigError:
         return []  # the bus's own check reports it
     return targets
@@ -147,21 +138,21 @@ _VERIFY_REMEDIES = {
 def _tls(look: Look) -> Iterator[Check]:
     """One handshake with each broker, our trust and our certificate: chain, host name, days left."""
     files = look.loaded.config.bus.tls
-    for target in _targets(look.loaded):
-        where = f"{target.host}:{target.port}"
+    for host, port, name in _targets(look.loaded):
+        where = f"{host}:{port}"
         try:
             context = ssl.create_default_context(cafile=files.ca_file)
             if files.cert_file is not None:
                 context.load_cert_chain(files.cert_file, files.key_file)
         except OSError as error:  # ssl.SSLError is one
-            named = ", ".join(name for name in (files.ca_file, files.cert_file, files.key_file) if name)
+            named = ", ".join(filter(None, (files.ca_file, files.cert_file, files.key_file)))
             remedy = "bus.tls.* name PEM files that this user can read; the key belongs to the certificate"
             yield fail("tls", f"{named}: can't be used: {error.strerror or error}", remedy, os.EX_CONFIG)
             continue
         try:
             with (
-                socket.create_connection((target.host, target.port), look.timeout) as plain,
-                context.wrap_socket(plain, server_hostname=target.name) as secure,
+                socket.create_connection((host, port), look.timeout) as plain,
+                context.wrap_socket(plain, server_hostname=name) as secure,
             ):
                 certificate, version = secure.getpeercert() or {}, secure.version()
         except ssl.SSLCertVerificationError as error:
@@ -175,7 +166,7 @@ def _tls(look: Look) -> Iterator[Check]:
             yield fail("tls", f"{where}: no TLS connection: {reason}", remedy, os.EX_UNAVAILABLE)
             continue
         days = (ssl.cert_time_to_seconds(str(certificate["notAfter"])) - time.time()) / 86400
-        summary = f"{where}: {version}, verified for {target.name}, {days:.0f} days left"
+        summary = f"{where}: {version}, verified for {name}, {days:.0f} days left"
         details: dict[str, Any] = {"days_left": round(days, 1), "protocol": version}
         if days < SOON_DAYS:
             yield warn("tls", summary, "renew the broker's certificate", **details)

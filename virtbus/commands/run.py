@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import click
-import msgspec
 
 from virtbus import redaction, telemetry
 from virtbus.agent.agent import Agent, AgentOptions
 from virtbus.agent.control import ControlSocket
 from virtbus.agent.http import HttpServer
 from virtbus.agent.identity import load_agent_id, tie_to_host, was_tied
-from virtbus.agent.incidents import IncidentLimits, Incidents
-from virtbus.agent.systemd import Systemd
+from virtbus.agent.incidents import Incidents
 from virtbus.bus.certificates import watch_files
 from virtbus.commands.common import (
     common,
@@ -46,7 +44,7 @@ from virtbus.errors import AgentBroken, ConfigError, RestartNeeded, VirtbusError
 from virtbus.loading import Loaded, bus_url, differences, exposed_secrets
 from virtbus.model import Clock
 from virtbus.sources.sockets import has_socket, socket_folder, was_removed
-from virtbus.spool import Spool, SpoolLimits, prepare_state_dir
+from virtbus.spool import Spool, prepare_state_dir
 from virtbus.telemetry import (
     METRICS,
     ConfigRefused,
@@ -82,8 +80,7 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
         state_dir = Path(config.state_dir)
         prepare_state_dir(state_dir)
         agent_id, previous = load_agent_id(state_dir)
-        limits = SpoolLimits(max_bytes=config.spool.max_bytes, max_age_seconds=config.spool.max_age_seconds)
-        spool = Spool.open(state_dir, limits=limits, agent_id=agent_id, clock=clock)
+        spool = Spool.open(state_dir, limits=config.spool, agent_id=agent_id, clock=clock)
         stack.callback(spool.close)
         source = open_source(config, since_ns=spool.opening.stamps_since_ns)
         METRICS.spool_max_bytes.set(config.spool.max_bytes)
@@ -92,10 +89,7 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
             source=source,
             bus=bus,
             spool=spool,
-            incidents=Incidents(
-                IncidentLimits(**msgspec.structs.asdict(config.incidents)),
-                new_id=lambda: uuid7(clock().wall_ns),
-            ),
+            incidents=Incidents(config.incidents, new_id=lambda: uuid7(clock().wall_ns)),
             agent_id=agent_id,
             previous_agent_id=previous,
             options=AgentOptions(
@@ -234,6 +228,36 @@ def _open_control(path: str, agent: Agent, stack: ExitStack, *, named: bool) -> 
         return
     control.start()
     stack.callback(control.close)
+
+
+class Systemd:
+    """The service manager behind $NOTIFY_SOCKET (sd_notify(3)); without one every call is without effect."""
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        """Read $NOTIFY_SOCKET, $WATCHDOG_USEC and $WATCHDOG_PID."""
+        address = environment.get("NOTIFY_SOCKET", "")
+        self._address = f"\0{address[1:]}" if address.startswith("@") else address
+        meant = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        usec = environment.get("WATCHDOG_USEC", "")
+        # sd_watchdog_enabled(3) recommends half of the time.
+        self.watchdog_seconds = int(usec) / 2e6 if meant and usec.isdecimal() and int(usec) else None
+
+    def tell(self, **states: str | int) -> bool:
+        """Send assignments such as READY=1, STATUS="…"; whether somebody was there to take them."""
+        if not self._address:
+            return False
+        lines = "\n".join(f"{name}={' '.join(str(value).splitlines()[:1])}" for name, value in states.items())
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+            sender.setblocking(False)  # a service manager that hangs must not hang the agent
+            try:
+                sender.sendto(lines.encode(), self._address)
+            except OSError:
+                return False
+        return True
+
+    def reloading(self) -> None:
+        """Say that a reload begins (Type=notify-reload wants the time); READY=1 ends it."""
+        self.tell(RELOADING=1, MONOTONIC_USEC=time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000)
 
 
 class _Signals:

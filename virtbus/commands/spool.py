@@ -6,11 +6,11 @@ import json
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import click
 
@@ -72,16 +72,6 @@ def _reading(state_dir: Path) -> Iterator[sqlite3.Connection]:
         raise InputMissing(f"{path} can't be read: {error}; run as the agent's user") from error
 
 
-def _holder(state_dir: Path) -> str | None:
-    """Who holds the spool now, or None; found by the lock itself, for the file outlives its writer."""
-    try:
-        files.Lock(state_dir).close()
-    except SpoolBusy:
-        holder = files.read_holder(state_dir)
-        return f"{holder.pid} ({holder.command})"
-    return None
-
-
 def _entries(db: sqlite3.Connection, *, dead: bool, limit: int) -> list[Listed]:
     columns = "position, id, epoch, seq, key, class, count, bytes, created_ns, attempts"
     columns += ", why, error FROM dead" if dead else ", NULL, NULL FROM events"
@@ -99,97 +89,12 @@ def _one(db: sqlite3.Connection, sql: str) -> tuple[Any, ...]:
     return found
 
 
-def status(state_dir: Path, out: TextIO, *, as_json: bool = False) -> None:
-    """How much waits and since when, who holds the spool, and which runs are not settled yet."""
-    path = state_dir / files.DATABASE
-    with _reading(state_dir) as db:
-        pending, size, oldest = _one(db, "SELECT count(*), total(bytes), min(created_ns) FROM events")
-        dead, dead_size = _one(db, "SELECT count(*), total(bytes) FROM dead")
-        (unnamed,) = _one(db, "SELECT total(last - first + 1) FROM losses")
-        (asked,) = _one(db, "SELECT count(*) FROM requests")
-        runs = db.execute("SELECT epoch, last, alive_ns FROM runs ORDER BY run").fetchall()
-    aside = sorted(each.name for each in state_dir.glob(f"{files.DATABASE}.damaged-*Z"))
-    data: dict[str, Any] = {
-        "path": str(path),
-        "held_by": _holder(state_dir),
-        "pending": pending,
-        "bytes": int(size),
-        "oldest_seconds": None if oldest is None else round(max(0.0, (time.time_ns() - oldest) / 1e9), 1),
-        "dead": dead,
-        "dead_bytes": int(dead_size),
-        "unnamed": int(unnamed),
-        "requests": asked,
-        "file_bytes": sum(each.stat().st_size for each in (path, *files.siblings(path)) if each.exists()),
-        "runs": [
-            {"epoch": epoch, "last_sequence": last, "alive_at": to_datetime(alive).isoformat()}
-            for epoch, last, alive in runs
-        ],
-        "set_aside": aside,
-    }
-    if as_json:
-        out.write(json.dumps(data, indent=2) + "\n")
-        return
-    since = "" if oldest is None else f", the oldest for {data['oldest_seconds']:.0f} s"
-    shown = [
-        ("spool", f"{path} ({data['file_bytes']} bytes on the disk)"),
-        ("held by", data["held_by"] or "nobody"),
-        ("waiting", f"{pending} events, {data['bytes']} bytes{since}"),
-        ("dead", f"{dead} events, {data['dead_bytes']} bytes"),
-    ]
-    if unnamed:
-        shown.append(("lost", f"{data['unnamed']} events, to be named in the agent's next gap event"))
-    if asked:
-        shown.append(("requests", f"{asked}, to be carried out by the agent"))
-    out.write(rows([*shown, *(("damaged", str(state_dir / name)) for name in aside)]))
-
-
-def list_events(
-    state_dir: Path, out: TextIO, *, dead: bool = False, limit: int = 100, as_json: bool = False
-) -> None:
-    """The events that wait (or the dead letters), the oldest first; as JSON, one object per line."""
-    with _reading(state_dir) as db:
-        entries = _entries(db, dead=dead, limit=limit)
-        (total,) = db.execute(f"SELECT count(*) FROM {_table(dead)}").fetchone()  # noqa: S608 - our own names
-    if as_json:
-        out.writelines(json.dumps(asdict(entry)) + "\n" for entry in entries)
-        return
-    if not entries:
-        out.write(_nothing(dead))
-        return
-    out.write(f"{'#':>7} {'kind':8} {'count':>7} {'age':>10} {'tries':>5}  key\n")
-    for entry in entries:
-        out.write(
-            f"{entry.position:>7} {entry.kind:8} {entry.count:>7} {entry.age_seconds:>8.0f} s "
-            f"{entry.attempts:>5}  {cut(entry.key, 37)}\n"
-        )
-        if entry.why is not None:
-            out.write(wrapped(f"{'':8}{entry.why}: {entry.error}", indent=10))
-    if total > len(entries):
-        out.write(f"… and {total - len(entries)} more (--limit)\n")
-
-
 def _table(dead: bool) -> str:
     return "dead" if dead else "events"
 
 
 def _nothing(dead: bool) -> str:
-    return "no dead letters\n" if dead else "nothing waits\n"
-
-
-def show(state_dir: Path, which: str, out: TextIO) -> None:
-    """One event as it would go out, attributes and data. `which` is its id or its number in `list`."""
-    with _reading(state_dir) as db:
-        for table in ("events", "dead"):
-            for position in _find(db, table, [which]):
-                sql = f"SELECT attributes, body FROM {table} WHERE position=?"  # noqa: S608 - our own names
-                attributes, body = db.execute(sql, (position,)).fetchone()
-                try:
-                    event = {**json.loads(attributes), "data": json.loads(body)}
-                except ValueError:
-                    event = {"attributes": attributes, "body": repr(body)}
-                out.write(json.dumps(event, indent=2, ensure_ascii=False) + "\n")
-                return
-    raise InputMissing(f"no event {which} in the spool; `virtbus spool list` shows what there is")
+    return "no dead letters" if dead else "nothing waits"
 
 
 def _find(db: sqlite3.Connection, table: str, which: Iterable[str]) -> list[int]:
@@ -202,53 +107,11 @@ def _find(db: sqlite3.Connection, table: str, which: Iterable[str]) -> list[int]
     ]
 
 
-def retry(state_dir: Path, which: Sequence[str], out: TextIO, *, patience: float = 0.0) -> None:
-    """Send refused dead letters again, with their ids; all of them when none is named.
-
-    Invalid and damaged ones stay: nobody could read them. Beside an agent it waits until that has done it;
-    raises AgentUnavailable when nothing is done for `patience` seconds (0 does not wait).
-    """
-    with _reading(state_dir) as db:
-        chosen = _find(db, "dead", which) if which else _all(db, "dead WHERE why='refused'")
-    if not chosen and not which:
-        out.write("no dead letter was refused: nothing to send again\n")
-        return
-    _request(state_dir, requests.RETRY, chosen, out, "to be sent again", patience)
-
-
-def drop(
-    state_dir: Path,
-    which: Sequence[str],
-    out: TextIO,
-    *,
-    dead: bool = False,
-    confirm: Callable[[str], bool],
-    patience: float = 0.0,
-) -> None:
-    """Give up events that wait, or dead letters; each event is named in a gap event (operator_dropped).
-
-    `which` are ids or numbers of `list`; none means all. `confirm` is asked once, with the whole question.
-    `patience` as for `retry`.
-    """
-    with _reading(state_dir) as db:
-        chosen = _find(db, _table(dead), which) if which else _all(db, _table(dead))
-    if not chosen and not which:
-        out.write(_nothing(dead))
-        return
-    what = "dead letters" if dead else "waiting events"
-    if chosen and not confirm(f"Drop {len(chosen)} {what} of {state_dir} for good?"):
-        out.write("nothing was dropped\n")
-        return
-    _request(state_dir, requests.DROP, chosen, out, "to be dropped", patience)
-
-
 def _all(db: sqlite3.Connection, where: str) -> list[int]:
     return [row for (row,) in db.execute(f"SELECT position FROM {where}")]  # noqa: S608 - our own names
 
 
-def _request(
-    state_dir: Path, action: str, chosen: Sequence[int], out: TextIO, what: str, patience: float
-) -> None:
+def _request(state_dir: Path, action: str, chosen: Sequence[int], what: str, patience: float) -> None:
     """Write the operator's request; carry it out here, or leave it to the agent that runs and wait for it."""
     if not chosen:
         raise InputMissing("no such event in the spool; `virtbus spool list` and `list --dead` show them")
@@ -267,12 +130,12 @@ def _request(
             elif patience:
                 _await(db, last, len(chosen), action, patience)
     except sqlite3.Error as error:
-        files.raise_translated(error, path)
+        raise files.translate(error, path) from error
     finally:
         if lock is not None:
             lock.close()
     when = "done" if lock is not None or patience else "the agent does it; see `virtbus spool status`"
-    out.write(f"{len(chosen)} events {what}: {when}\n")
+    click.echo(f"{len(chosen)} events {what}: {when}")
 
 
 def _await(db: sqlite3.Connection, last: int, count: int, action: str, patience: float) -> None:
@@ -323,7 +186,47 @@ def status_command(as_json: bool, **options: Any) -> None:
     \b
     Example: virtbus spool status --json
     """
-    status(_folder(options), sys.stdout, as_json=as_json)
+    folder = _folder(options)
+    path, holder = folder / files.DATABASE, files.who_holds(folder)
+    with _reading(folder) as db:
+        pending, size, oldest = _one(db, "SELECT count(*), total(bytes), min(created_ns) FROM events")
+        dead, dead_size = _one(db, "SELECT count(*), total(bytes) FROM dead")
+        (unnamed,) = _one(db, "SELECT total(last - first + 1) FROM losses")
+        (asked,) = _one(db, "SELECT count(*) FROM requests")
+        runs = db.execute("SELECT epoch, last, alive_ns FROM runs ORDER BY run").fetchall()
+    aside = sorted(each.name for each in folder.glob(f"{files.DATABASE}.damaged-*Z"))
+    data: dict[str, Any] = {
+        "path": str(path),
+        "held_by": None if holder is None else f"{holder.pid} ({holder.command})",
+        "pending": pending,
+        "bytes": int(size),
+        "oldest_seconds": None if oldest is None else round(max(0.0, (time.time_ns() - oldest) / 1e9), 1),
+        "dead": dead,
+        "dead_bytes": int(dead_size),
+        "unnamed": int(unnamed),
+        "requests": asked,
+        "file_bytes": sum(each.stat().st_size for each in (path, *files.siblings(path)) if each.exists()),
+        "runs": [
+            {"epoch": epoch, "last_sequence": last, "alive_at": to_datetime(alive).isoformat()}
+            for epoch, last, alive in runs
+        ],
+        "set_aside": aside,
+    }
+    if as_json:
+        click.echo(json.dumps(data, indent=2))
+        return
+    since = "" if oldest is None else f", the oldest for {data['oldest_seconds']:.0f} s"
+    shown = [
+        ("spool", f"{path} ({data['file_bytes']} bytes on the disk)"),
+        ("held by", data["held_by"] or "nobody"),
+        ("waiting", f"{pending} events, {data['bytes']} bytes{since}"),
+        ("dead", f"{dead} events, {data['dead_bytes']} bytes"),
+    ]
+    if unnamed:
+        shown.append(("lost", f"{data['unnamed']} events, to be named in the agent's next gap event"))
+    if asked:
+        shown.append(("requests", f"{asked}, to be carried out by the agent"))
+    click.echo(rows([*shown, *(("damaged", str(folder / name)) for name in aside)]), nl=False)
 
 
 @command.command("list")
@@ -338,7 +241,26 @@ def list_command(dead: bool, limit: int, as_json: bool, **options: Any) -> None:
     \b
     Example: virtbus spool list --dead
     """
-    list_events(_folder(options), sys.stdout, dead=dead, limit=limit, as_json=as_json)
+    with _reading(_folder(options)) as db:
+        entries = _entries(db, dead=dead, limit=limit)
+        (total,) = _one(db, f"SELECT count(*) FROM {_table(dead)}")  # noqa: S608 - our own names
+    if as_json:
+        for entry in entries:
+            click.echo(json.dumps(asdict(entry)))
+        return
+    if not entries:
+        click.echo(_nothing(dead))
+        return
+    click.echo(f"{'#':>7} {'kind':8} {'count':>7} {'age':>10} {'tries':>5}  key")
+    for entry in entries:
+        click.echo(
+            f"{entry.position:>7} {entry.kind:8} {entry.count:>7} {entry.age_seconds:>8.0f} s "
+            f"{entry.attempts:>5}  {cut(entry.key, 37)}"
+        )
+        if entry.why is not None:
+            click.echo(wrapped(f"{'':8}{entry.why}: {entry.error}", indent=10), nl=False)
+    if total > len(entries):
+        click.echo(f"… and {total - len(entries)} more (--limit)")
 
 
 @command.command("show")
@@ -351,7 +273,20 @@ def show_command(event: str, **options: Any) -> None:
     \b
     Example: virtbus spool show 17
     """
-    show(_folder(options), event, sys.stdout)
+    with _reading(_folder(options)) as db:
+        for table in ("events", "dead"):
+            for position in _find(db, table, [event]):
+                attributes, body = _one(
+                    db,
+                    f"SELECT attributes, body FROM {table} WHERE position={position}",  # noqa: S608 - our own
+                )
+                try:
+                    found = {**json.loads(attributes), "data": json.loads(body)}
+                except ValueError:
+                    found = {"attributes": attributes, "body": repr(body)}
+                click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+                return
+    raise InputMissing(f"no event {event} in the spool; `virtbus spool list` shows what there is")
 
 
 @command.command("retry")
@@ -362,10 +297,18 @@ def show_command(event: str, **options: Any) -> None:
 def retry_command(events: tuple[str, ...], timeout: float, **options: Any) -> None:
     """Send refused dead letters again, with the same ids; all of them when none is named.
 
+    Invalid and damaged ones stay: nobody could read them.
+
     \b
     Example: virtbus spool retry 17 18
     """
-    retry(_folder(options), events, sys.stdout, patience=timeout)
+    folder = _folder(options)
+    with _reading(folder) as db:
+        chosen = _find(db, "dead", events) if events else _all(db, "dead WHERE why='refused'")
+    if not chosen and not events:
+        click.echo("no dead letter was refused: nothing to send again")
+        return
+    _request(folder, requests.RETRY, chosen, "to be sent again", timeout)
 
 
 @command.command("drop")
@@ -381,8 +324,15 @@ def drop_command(events: tuple[str, ...], dead: bool, yes: bool, timeout: float,
     \b
     Example: virtbus spool drop --dead
     """
-
-    def confirm(question: str) -> bool:
-        return yes or click.confirm(question, err=True)
-
-    drop(_folder(options), events, sys.stdout, dead=dead, confirm=confirm, patience=timeout)
+    folder = _folder(options)
+    with _reading(folder) as db:
+        chosen = _find(db, _table(dead), events) if events else _all(db, _table(dead))
+    if not chosen and not events:
+        click.echo(_nothing(dead))
+        return
+    what = "dead letters" if dead else "waiting events"
+    question = f"Drop {len(chosen)} {what} of {folder} for good?"
+    if chosen and not yes and not click.confirm(question, err=True):
+        click.echo("nothing was dropped")
+        return
+    _request(folder, requests.DROP, chosen, "to be dropped", timeout)

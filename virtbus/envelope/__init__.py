@@ -9,10 +9,11 @@ and severity extensions, and the RabbitMQ binding that Knative uses; RFC 3339, 6
 
 from __future__ import annotations
 
-from virtbus.envelope.canonical import MAX_DATA_BYTES, MAX_WIRE_BYTES
 from virtbus.envelope.decoding import MAX_DECODE_BYTES, Envelope, decode, decode_structured, to_event
 from virtbus.envelope.encoding import (
     CONTENT_TYPE,
+    MAX_DATA_BYTES,
+    MAX_WIRE_BYTES,
     ROUTING_WORDS,
     STRUCTURED_CONTENT_TYPE,
     AmqpWire,
@@ -20,7 +21,6 @@ from virtbus.envelope.encoding import (
     InvalidEvent,
     KafkaWire,
     encode,
-    partition_key,
     record,
     routing_key,
     structured_json,
@@ -32,6 +32,6 @@ from virtbus.envelope.encoding import (
 __all__ = [
     "CONTENT_TYPE", "MAX_DATA_BYTES", "MAX_DECODE_BYTES", "MAX_WIRE_BYTES", "ROUTING_WORDS",
     "STRUCTURED_CONTENT_TYPE", "AmqpWire", "Encoded", "Envelope", "InvalidEvent", "KafkaWire", "decode",
-    "decode_structured", "encode", "partition_key", "record", "routing_key", "structured_json", "to_amqp",
+    "decode_structured", "encode", "record", "routing_key", "structured_json", "to_amqp",
     "to_event", "to_kafka", "uuid7",
 ]  # fmt: skip

@@ -18,8 +18,7 @@ from typing import Any
 import msgspec
 
 from virtbus import schema
-from virtbus.envelope.canonical import timestamp
-from virtbus.envelope.encoding import STRUCTURED_CONTENT_TYPE, is_json
+from virtbus.envelope.encoding import STRUCTURED_CONTENT_TYPE, is_json, timestamp
 from virtbus.errors import SchemaError
 from virtbus.model import Binding, Event, Gap, Heartbeat, IoError, IoErrorResolved, Message
 

@@ -13,10 +13,11 @@ _MAX_SOURCES_OF_A_HOST = 32  # agents that one host's user can have had: each re
 class Publishers:
     """The broker users whose events are believed (`react.publishers`), and the agents they spoke for.
 
-    Without patterns everybody is believed. A pattern with {host} binds a user to one host. A source (an
-    agent) belongs to the first user who spoke for it: nobody else's events count for it, or one heartbeat
-    would silence a host of somebody else's. Only RabbitMQ proves the user (user-id); Kafka and the embedded
-    bus prove none, so that with patterns nothing of theirs is believed.
+    Without patterns everybody is believed. A pattern with {host} binds a user to one host. Events without a
+    host (an agent that has not seen its hypervisor yet) need a pattern without it, or one whose other words
+    fit. A source (an agent) belongs to the first user who spoke for it: nobody else's events count for it, or
+    one heartbeat would silence a host of somebody else's. Only RabbitMQ proves the user (user-id); Kafka and
+    the embedded bus prove none, so that with patterns nothing of theirs is believed.
     """
 
     def __init__(self, patterns: Sequence[str] = (), owners: MutableMapping[str, str] | None = None) -> None:
@@ -31,7 +32,8 @@ class Publishers:
             return None
         if publisher is None:
             return "the broker does not prove who published it"
-        fitting = [pattern for pattern in self._patterns if believed((pattern,), publisher, host)]
+        name = "*" if host is None else _literal(host)  # for no host yet, {host} is any
+        fitting = [one for one in self._patterns if fnmatchcase(publisher, one.replace("{host}", name))]
         if not fitting:
             return f"publisher {publisher} may not speak for host {host}"
         owner = self._owners.get(source)
@@ -47,21 +49,6 @@ class Publishers:
         self._owners[source] = publisher
         self._sources[publisher] += 1
         return None
-
-
-def believed(patterns: Sequence[str], publisher: str | None, host: str | None) -> bool:
-    """Whether a broker user may send events of `host`; without patterns everybody may.
-
-    `publisher` is what the broker proved (AMQP user-id). A pattern with {host} binds a user to one host:
-    nobody else's events count for it. Events without a host (an agent that has not seen its hypervisor
-    yet) need a pattern without {host}, or one whose other words fit.
-    """
-    if not patterns:
-        return True
-    if publisher is None:
-        return False
-    name = "*" if host is None else _literal(host)
-    return any(fnmatchcase(publisher, pattern.replace("{host}", name)) for pattern in patterns)
 
 
 def _literal(text: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 
 from virtbus.fleet.agent import Agent, Ended, Incident, Rate, Runs, Version
-from virtbus.fleet.storage import Backend, backend_of
+from virtbus.fleet.storage import Backend, identify
 from virtbus.fleet.view import FleetRules, FleetView, judge
 from virtbus.model import (
     Device,
@@ -233,7 +233,7 @@ class Fleet:
         return agent.booted is not None and 0 <= onset - agent.booted <= self.rules.after_boot_seconds
 
     def _backend(self, host: str, device: Device) -> Backend:
-        found = backend_of(host, device, self.rules.storage)
+        found = identify(host, device.source, self.rules.storage)
         if len(self._backend_of) >= _MAX_USERS:
             self._backend_of.clear()
         backend = self._backend_of.setdefault(found, found)  # one object for equal ones: quick to compare

@@ -15,7 +15,7 @@ from enum import Enum
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
-from virtbus.model import Device, DeviceSource
+from virtbus.model import DeviceSource
 
 # Mount points that the platforms name after the share, alike on every host (as many parts as it takes to
 # name the share): Nova and Cinder by a hash of the export, oVirt by server and export or by the storage
@@ -87,11 +87,6 @@ def identify(host: str, source: DeviceSource | None, rules: StorageRules) -> Bac
     if source.path is not None and source.type in ("file", "block", "dir"):
         return _path(host, source, source.path, rules)
     return _unidentified(host, source.type, _part(source))
-
-
-def backend_of(host: str, device: Device, rules: StorageRules) -> Backend:
-    """`identify` for a device."""
-    return identify(host, device.source, rules)
 
 
 def _words(source: DeviceSource) -> list[str]:

@@ -334,21 +334,16 @@ class Worker:
         """Bookkeeping: the action and what it means for the hold, in one transaction."""
         state = "done" if result in (Result.DONE, Result.MISSING) else "refused"
         wall = self._clock().wall_ns / 1e9
-        if action.verb == HOLD:
-            becomes = {Result.DONE: HoldState.HELD, Result.MISSING: HoldState.FREE}.get(
-                result, HoldState.LEFT
-            )
-            if becomes is HoldState.LEFT:
-                self._leave_alone(action.target)
-            self._store.finish(
-                number, state, text, wall, host=action.target, was=HoldState.HOLDING, becomes=becomes
-            )
-        elif action.verb == RELEASE:
-            self._store.finish(
-                number, state, text, wall, host=action.target, was=HoldState.RELEASING, becomes=HoldState.FREE
-            )
-        else:
+        if action.verb not in (HOLD, RELEASE):
             self._store.finish(number, state, text, wall)
+            return
+        was, becomes = HoldState.RELEASING, HoldState.FREE
+        if action.verb == HOLD:
+            was, ends = HoldState.HOLDING, {Result.DONE: HoldState.HELD, Result.MISSING: HoldState.FREE}
+            becomes = ends.get(result, HoldState.LEFT)
+        if becomes is HoldState.LEFT:
+            self._leave_alone(action.target)
+        self._store.finish(number, state, text, wall, host=action.target, was=was, becomes=becomes)
 
     def _audit(self, action: Action, outcome: Result, result: str | None, attempts: int) -> None:
         name = self._integration.name

@@ -8,8 +8,8 @@ Both write to one file (`files`) and share one memory of it (`mirror`: `index` k
 
 from __future__ import annotations
 
+from virtbus.config import SpoolLimits
 from virtbus.spool.files import prepare_state_dir
-from virtbus.spool.mirror import SpoolLimits
 from virtbus.spool.opening import Opening
 from virtbus.spool.outbox import Spool, SpoolStats
 

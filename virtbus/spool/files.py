@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -260,6 +260,17 @@ def read_holder(state_dir: Path) -> Holder:
     return Holder(int(pid) if pid.isdigit() else None, command or None, epoch if is_uuid else None)
 
 
+def who_holds(state_dir: Path) -> Holder | None:
+    """Who holds the spool now; None: nobody. The lock itself shows it, for its file outlives its writer."""
+    try:
+        statefiles.check(state_dir / LOCK)
+        with (state_dir / LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return read_holder(state_dir) if isinstance(error, BlockingIOError) else None
+    return None
+
+
 # --------------------------------------------------------------------------------- errors
 
 
@@ -303,11 +314,6 @@ def translate(error: sqlite3.Error, path: Path) -> VirtbusError:
         sqlite3.SQLITE_BUSY: "another program holds a lock on it",
     }.get(code_of(error), "check the disk")
     return SpoolFull(f"{path} can't be written ({name}: {error}); {hint}")
-
-
-def raise_translated(error: sqlite3.Error, path: Path) -> NoReturn:
-    """Raise `translate(error, path)` from `error`."""
-    raise translate(error, path) from error
 
 
 # --------------------------------------------------------------------------------- SQLite

@@ -6,23 +6,15 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+from virtbus.config import SpoolLimits
 from virtbus.model import Clock
 from virtbus.spool import files
 from virtbus.spool.files import EventRow, NotOurs
 from virtbus.spool.index import Births, Index
 from virtbus.spool.missing import Account, Missing, put_loss
 from virtbus.telemetry import Trouble, emit
-
-
-@dataclass(frozen=True, slots=True)
-class SpoolLimits:
-    """The spool's bounds. `max_age_seconds` counts time that passed, whatever a clock says."""
-
-    max_bytes: int = 256 << 20
-    max_age_seconds: float | None = None
 
 
 class Mirror:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from virtbus import envelope
+from virtbus.config import SpoolLimits
 from virtbus.errors import SpoolFull
 from virtbus.model import Clock, Now, PreviousRun, SequenceRange
 from virtbus.seen import Moment, boot_id
 from virtbus.spool import faults, files
 from virtbus.spool.files import COLUMNS, Damaged, EventRow
-from virtbus.spool.mirror import Mirror, SpoolLimits
+from virtbus.spool.mirror import Mirror
 from virtbus.spool.missing import CHUNK, FULL, Account, Missing, count_events, mark, merge_ranges, put_run
 from virtbus.spool.rescue import finish_rescue, rescue
 from virtbus.telemetry import SpoolSetAside, emit

@@ -13,19 +13,15 @@ damaged files that were moved away. In memory it holds about ten bytes per event
 from __future__ import annotations
 
 import sqlite3
-import threading
-from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
+from virtbus.config import SpoolLimits
 from virtbus.errors import SpoolCorrupt, SpoolFull
-from virtbus.model import Clock, Event, Host, Outcome, Record, Stamp
-from virtbus.seen import Moment
+from virtbus.model import Clock, Host
 from virtbus.spool import files, opening
 from virtbus.spool.committing import Committer
 from virtbus.spool.draft import Scribe
-from virtbus.spool.mirror import SpoolLimits
 from virtbus.spool.missing import count_events
 from virtbus.spool.settling import Settler
 
@@ -57,7 +53,8 @@ class Spool:
        gap event, and that event is named again if it gets lost itself;
     4. a row that is not what was written is never taken.
 
-    One thread calls commit, alive and states, one take, settle, give_back and wait; any calls stats and wake.
+    One thread calls `commit`, `alive` and `states` (see Committer), one `take`, `settle`, `give_back` and
+    `wait` (see Settler); any calls `stats` and `wake`.
     """
 
     def __init__(
@@ -71,8 +68,11 @@ class Spool:
         self.epoch = self._mirror.account.epoch
         self.format = f"{files.MAJOR}.{minor}"
         self._scribe = Scribe(self.epoch, agent_id)
-        self._committer = Committer(self._mirror, self._scribe)
-        self._settler = Settler(self._mirror)
+        self._committer = committer = Committer(self._mirror, self._scribe)
+        self._settler = settler = Settler(self._mirror)
+        self.commit, self.alive, self.states = committer.commit, committer.alive, committer.states
+        self.take, self.settle = settler.take, settler.settle
+        self.give_back, self.wait = settler.give_back, settler.wait
 
     @classmethod
     def open(
@@ -116,40 +116,10 @@ class Spool:
     def agent_id(self, agent_id: str) -> None:
         self._scribe.agent_id = agent_id
 
-    def commit(
-        self, events: Sequence[Event], states: Mapping[str, bytes | None] | None = None
-    ) -> list[Stamp]:
-        """See Committer.commit."""
-        return self._committer.commit(events, states)
-
-    def alive(self, seen: Moment) -> bool:
-        """See Committer.alive."""
-        return self._committer.alive(seen)
-
     @property
     def refusal(self) -> SpoolFull | None:
         """Why the disk did not take the last sign of life; None when it did."""
         return self._committer.refusal
-
-    def states(self) -> dict[str, bytes]:
-        """The incident states as last committed."""
-        return self._committer.states()
-
-    def take(self, limit: int, busy: AbstractSet[str]) -> list[Record]:
-        """See Settler.take and virtbus.bus.Feed."""
-        return self._settler.take(limit, busy)
-
-    def settle(self, outcomes: Sequence[tuple[Record, Outcome]]) -> None:
-        """See Settler.settle."""
-        self._settler.settle(outcomes)
-
-    def give_back(self, error: Exception) -> None:
-        """See Settler.give_back."""
-        self._settler.give_back(error)
-
-    def wait(self, timeout: float, stop: threading.Event) -> bool:
-        """See Settler.wait."""
-        return self._settler.wait(timeout, stop)
 
     def wake(self) -> None:
         """End a `wait` at once."""
