@@ -14,7 +14,7 @@ from pathlib import Path
 from tests.sim import mutants
 from tests.sim.plan import Plan, draw
 from tests.sim.shrink import shrink
-from tests.sim.world import Tally, World
+from tests.sim.world import Tally, World, settle
 
 SEEDS = 200
 
@@ -77,6 +77,7 @@ def main() -> int:
     count = given.seeds or (SEEDS if given.hours is None else sys.maxsize // 2)
     of = f" of {count}" if given.seeds or given.hours is None else ""
     seeds = range(given.first, given.first + count)
+    settle()
     with multiprocessing.Pool(given.jobs, maxtasksperchild=500) as pool:
         for done, tally in enumerate(pool.imap(play, seeds, chunksize=4), 1):
             whole.add(tally)

@@ -13,6 +13,7 @@ import sys
 from tests.sim import mutants
 from tests.sim.plan import draw
 from tests.sim.shrink import play
+from tests.sim.world import settle
 
 
 def _made(name: str) -> None:
@@ -39,6 +40,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()
     survived = 0
+    settle()
     plans = {seed: draw(seed) for seed in range(1, given.seeds + 1)}
     for name in given.names or mutants.MUTANTS:
         chances = {seed: mutants.MUTANTS[name].chance(plan) for seed, plan in plans.items()}
