@@ -73,6 +73,13 @@ def drafts() -> list[str]:
     ]
 
 
+def pending() -> list[str]:
+    """Notes that stand under no version: a release would go out without them."""
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    noted = text.partition("## [Unreleased]\n")[2].partition("\n## ")[0].strip()
+    return ["CHANGELOG.md has notes under [Unreleased]: give them the version's heading"] if noted else []
+
+
 def sync() -> None:
     """Write version and repository into each of these lines."""
     for name, pattern, wanted in repeated():
@@ -106,7 +113,7 @@ def main(words: list[str]) -> int:
                 wrong.append(f"the tag is {tag[-1]}, the version is {version()}")
             if tag:
                 notes(version())
-                wrong += drafts()
+                wrong += [*drafts(), *pending()]
             for line in wrong:
                 print(line, file=sys.stderr)
             if differences():

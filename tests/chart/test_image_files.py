@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
+
+from virtbus import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
 EXTRAS = {"agent": ("agent", "kafka"), "react": ("kafka", "kubernetes", "nova")}
@@ -157,3 +160,19 @@ def test_a_version_that_differs_is_named_with_its_file(tmp_path: Path) -> None:
     assert "charts/virtbus/Chart.yaml: 9.9.9; it must be " in done.stderr
     subprocess.run([*command, "sync"], check=True)
     subprocess.run([*command, "check"], check=True)
+
+
+def test_a_tag_is_refused_for_a_draft_and_for_notes_without_a_version(tmp_path: Path) -> None:
+    _copy_of_what_names(ADDRESS, tmp_path)
+    index = tmp_path / "schemas/index.json"
+    index.parent.mkdir(exist_ok=True)
+    index.write_text(json.dumps([{"file": "x/1.1.json", "status": "draft"}]))
+    changes = tmp_path / "CHANGELOG.md"
+    heading = "## [Unreleased]\n"
+    assert heading in changes.read_text()
+    changes.write_text(changes.read_text().replace(heading, f"{heading}\n### Fixed\n\n- A fault.\n"))
+    tag = f"v{__version__}"
+    command = [sys.executable, str(tmp_path / ".packaging/release.py"), "check", "--tag", tag]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert [line.split()[0] for line in done.stderr.splitlines()] == ["schemas/x/1.1.json", "CHANGELOG.md"]

@@ -111,13 +111,18 @@ def test_the_tag_is_the_version_and_has_notes(tell: Callable[[str], None]) -> No
     )  # fmt: skip
     index = json.loads((CHECKOUT / "schemas/index.json").read_text())
     drafts = [entry["file"] for entry in index if entry["status"] == "draft"]
-    # A draft stops the release, each one by name; nothing else is wrong.
-    assert done.returncode == (1 if drafts else 0), done.stderr
-    assert [line.split()[0] for line in done.stderr.splitlines()] == [f"schemas/{file}" for file in drafts]
+    changes = (CHECKOUT / "CHANGELOG.md").read_text()
+    noted = changes.partition("## [Unreleased]\n")[2].partition("\n## ")[0].strip()
+    # Between two releases each draft stops one, by name, and so do notes without a version; nothing else is wrong.
+    stops = [*(f"schemas/{file}" for file in drafts), *(["CHANGELOG.md"] if noted else [])]
+    assert done.returncode == (1 if stops else 0), done.stderr
+    assert [line.split()[0] for line in done.stderr.splitlines()] == stops
     notes = next(step for step in steps("release") if "notes" in step)
     assert 'release.py notes "${GITHUB_REF_NAME#v}"' in notes
     text = run(sys.executable, ".packaging/release.py", "notes", __version__)
     assert "### Added" in text
+    frozen = [entry["id"].rpartition("schema:")[2] for entry in index if entry["status"] == "released"]
+    tell(f"{TAG}: schemas released: {', '.join(frozen)}; held back by: {', '.join(stops) or 'nothing'}")
     tell(f"{TAG}: chart, Dockerfile and package have this version; notes: {len(text.splitlines())} lines")
 
 
