@@ -212,10 +212,10 @@ class Lock:
         Whoever goes on writing has a second writer beside it: the lock's name leads elsewhere.
         """
         if self._files is None:
-            self._files = (_identity(self._fd), _identity(database))
+            self._files = (statefiles.identity(self._fd), statefiles.identity(database))
         for path, known in zip((self.path, database), self._files, strict=True):
             try:
-                now = _identity(path)
+                now = statefiles.identity(path)
             except FileNotFoundError:
                 now = None
             except OSError:
@@ -241,11 +241,6 @@ class Lock:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def _identity(file: int | Path) -> tuple[int, int]:
-    found = os.fstat(file) if isinstance(file, int) else file.stat()
-    return found.st_dev, found.st_ino
 
 
 def read_holder(state_dir: Path) -> Holder:
