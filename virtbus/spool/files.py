@@ -12,6 +12,7 @@ import fcntl
 import os
 import re
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -194,16 +195,21 @@ class Lock:
                 f"{self.path} can't be opened: {error.strerror}; check rights and space"
             ) from error
         self.before = read_holder(state_dir)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._fd)
-            holder = self.before
-            who = "another process" if holder.pid is None else f"process {holder.pid} ({holder.command})"
-            raise SpoolBusy(
-                f"the spool in {state_dir} is in use by {who}; stop it first, or set another --state-dir "
-                "(in the chart: spool.hostPath)"
-            ) from error
+        for left in reversed(range(20)):  # who only looks (`who_holds`) has it for a moment
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if left and isinstance(error, BlockingIOError):
+                    time.sleep(0.01)
+                    continue
+                os.close(self._fd)
+                holder = self.before
+                who = "another process" if holder.pid is None else f"process {holder.pid} ({holder.command})"
+                raise SpoolBusy(
+                    f"the spool in {state_dir} is in use by {who}; stop it first, or set another --state-dir "
+                    "(in the chart: spool.hostPath)"
+                ) from error
         self._files: tuple[tuple[int, int], tuple[int, int]] | None = None
 
     def check(self, database: Path) -> None:
