@@ -10,7 +10,6 @@ groups that are given the same file never take each other's marks for their own.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sqlite3
 import weakref
@@ -61,7 +60,7 @@ class Marks:
         self._path, self._rows, self._name = path, rows, scope
         self._recent: OrderedDict[Mark, None] = OrderedDict()
         self._database: sqlite3.Connection | None = None
-        self._inode: tuple[int, int] | None = None
+        self._identity: tuple[int, int] | None = None
         self._lock = -1
         self._count = self._scope = 0
         if path is not None:
@@ -72,17 +71,22 @@ class Marks:
         if not path.parent.is_dir():
             raise ConfigError(f"dedupe file {path}: there is no folder {path.parent}; create it")
         try:
-            statefiles.check(_lock_path(path))
             statefiles.check_database(path)
+            self._lock = statefiles.claim(path.with_name(f"{path.name}.lock"))
         except statefiles.NotRegular as error:
             raise ConfigError(f"dedupe file {path}: {error.strerror}, or name another") from error
+        except statefiles.Claimed as holder:
+            raise ConfigError(
+                f"dedupe file {path} is in use by process {holder}: give each consumer a file of its own"
+            ) from None
+        except OSError as error:
+            raise self._unusable(error) from error
         try:
-            self._lock = _lock(path)
             self._database = database = sqlite3.connect(
                 path, isolation_level=None, timeout=5.0, check_same_thread=False
             )
             path.chmod(0o600)
-            self._inode = _inode(path)
+            self._identity = statefiles.identity(path)
             database.execute("PRAGMA journal_mode = WAL")
             database.execute("PRAGMA synchronous = FULL")
             (version,) = database.execute("PRAGMA user_version").fetchone()
@@ -99,12 +103,14 @@ class Marks:
             (self._count,) = database.execute("SELECT count(*) FROM seen").fetchone()
         except (sqlite3.Error, OSError) as error:
             self._let_go()
-            raise ConfigError(
-                f"dedupe file {path} can't be used: {error}; name a file of this consumer's own, or remove it"
-            ) from error
+            raise self._unusable(error) from error
         except ConfigError:
             self._let_go()
             raise
+
+    def _unusable(self, error: Exception) -> ConfigError:
+        then = "name a file of this consumer's own, or remove it"
+        return ConfigError(f"dedupe file {self._path} can't be used: {error}; {then}")
 
     def _file(self) -> sqlite3.Connection | None:
         """The database, if there is one; a file that was removed or replaced under us is opened again.
@@ -112,8 +118,11 @@ class Marks:
         SQLite would go on with the removed one, and no restart would find what it says is on disk.
         """
         path = self._path
-        if path is None or (self._database is not None and _inode(path) == self._inode):
-            return self._database
+        if path is None:
+            return None
+        with suppress(OSError):  # gone, or out of reach
+            if self._database is not None and statefiles.identity(path) == self._identity:
+                return self._database
         self._let_go()
         try:
             self._open(path)
@@ -257,33 +266,3 @@ def _in_forked_child() -> None:
 
 
 os.register_at_fork(after_in_child=_in_forked_child)
-
-
-def _inode(path: Path) -> tuple[int, int] | None:
-    """Which file stands there; None: none, or one that can't be reached."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _lock_path(path: Path) -> Path:
-    return path.with_name(f"{path.name}.lock")
-
-
-def _lock(path: Path) -> int:
-    """A lock beside the file, for as long as it stays open; ConfigError while another consumer has it."""
-    lock = os.open(_lock_path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(lock, 20, 0).decode(errors="replace").strip()
-        os.close(lock)
-        raise ConfigError(
-            f"dedupe file {path} is in use by process {holder or '(unknown)'}: "
-            "give each consumer a file of its own"
-        ) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, b"%d\n" % os.getpid(), 0)
-    return lock

@@ -1,8 +1,10 @@
-"""What may stand where a file of ours stands: a regular file, or nothing."""
+"""Files of ours: what may stand in their place, which file it is, and who has claimed it."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
 import stat
 from pathlib import Path
 
@@ -13,6 +15,10 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
     (stat.S_ISCHR, "a device"),
 )
+
+
+class Claimed(Exception):
+    """Another process has claimed the file; the text is its process id, as far as it is known."""
 
 
 class NotRegular(OSError):
@@ -41,6 +47,30 @@ def check(*paths: Path) -> None:
 def check_database(path: Path) -> None:
     """`check` of a SQLite database and of what SQLite keeps beside it."""
     check(path, *(path.with_name(path.name + end) for end in ("-wal", "-shm", "-journal")))
+
+
+def identity(file: int | Path) -> tuple[int, int]:
+    """Which file it is, whatever it is called. Raises OSError."""
+    found = os.fstat(file) if isinstance(file, int) else file.stat()
+    return found.st_dev, found.st_ino
+
+
+def claim(path: Path) -> int:
+    """Lock a file for as long as the descriptor stays open, and write our process id into it.
+
+    Raises Claimed, NotRegular, OSError.
+    """
+    check(path)
+    claimed = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(claimed, 20, 0).decode(errors="replace").strip()
+        os.close(claimed)
+        raise Claimed(holder or "(unknown)") from None
+    os.ftruncate(claimed, 0)
+    os.pwrite(claimed, b"%d\n" % os.getpid(), 0)
+    return claimed
 
 
 def _refusal(path: Path, kind: str) -> NotRegular:

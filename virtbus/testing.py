@@ -2,7 +2,7 @@
 
 - events and records: `an_io_error()`, `a_resolved()`, `a_gap()`, `a_heartbeat()`, `a_record()`; every
   field of an event can be overridden by name, and all of them fit their schemas;
-- `FakeSource` plays observations, `FakeBus` is a broker in memory, `ListFeed` feeds a bus from a list;
+- `FakeSource` plays observations, `FakeBus` a broker that only takes, `ListFeed` feeds a bus from a list;
 - `no_waiting()` takes the waiting out of retries.
 """
 
@@ -23,8 +23,7 @@ from threading import Event as StopEvent
 from typing import Any, TypeVar
 
 from virtbus import envelope, model, observations, words
-from virtbus.bus import DeadLetters, Feed, Memory
-from virtbus.bus.subscription import Item, LineSubscription
+from virtbus.bus import DeadLetters, Feed, Memory, Subscription
 from virtbus.errors import BusUnavailable
 from virtbus.model import to_ns
 from virtbus.retry import no_waiting  # noqa: F401 - a part of this module
@@ -216,7 +215,6 @@ class ListFeed:
         self.took: list[str] = []
         self.outcomes: list[tuple[model.Record, model.Outcome]] = []
         self.most_taken = 0
-        self.busy_seen: list[frozenset[str]] = []
         for record in items:
             self.add(record)
 
@@ -346,87 +344,46 @@ Decide = Callable[[model.Record], model.Outcome]
 
 
 class FakeBus:
-    """A broker in memory that keeps the bus contract; `decide` says what becomes of each record.
+    """A broker in memory, as a publisher sees it; `decide` says what becomes of each record.
 
-    `delivered` has what was confirmed, in order. `unavailable`, when set, is raised by `publish` and
-    `receive`. A group's messages are kept from its first `consume` on, until they are acknowledged;
-    `dead[group]` has (message, reason).
+    `delivered` has what was confirmed, in order. `unavailable`, when set, is raised by `publish`. A test that
+    consumes, too, takes `embedded:`, which is a real bus in a file.
     """
 
-    def __init__(
-        self, decide: Decide = lambda record: model.Confirmed(), *, structured: bool = False
-    ) -> None:
+    def __init__(self, decide: Decide = lambda record: model.Confirmed()) -> None:
         """`decide` may return any outcome; a `Deferred` ends that `publish`, as the contract says."""
         self.decide = decide
         self.unavailable: Exception | None = None
         self.delivered: list[model.Record] = []
-        self.dead: dict[str, list[tuple[model.Message, str]]] = {}
-        self.ticks = 0
         self.closed = False
-        self._structured = structured
-        self._groups: dict[str, deque[model.Message]] = {}
-        self._changed = threading.Condition()
 
     def publish(self, feed: Feed) -> Iterator[tuple[model.Record, model.Outcome]]:
         """See virtbus.bus.Bus."""
-        self._check()
-        while True:
-            taken = feed.take(16, frozenset())
-            if not taken:
-                return
-            deferred = False
-            for record in taken:
-                outcome = self.decide(record)
-                if isinstance(outcome, model.Confirmed):
-                    self._deliver(record)
-                deferred = deferred or type(outcome).__name__ == "Deferred"
-                yield record, outcome
-            if deferred or self.closed:
-                return
-
-    def _check(self) -> None:
         if self.closed:
             raise BusUnavailable("the bus was closed")
         if self.unavailable is not None:
             raise self.unavailable
-
-    def _deliver(self, record: model.Record) -> None:
-        wire = envelope.to_amqp(record.attributes, record.body, structured=self._structured)
-        with self._changed:
-            self.delivered.append(record)
-            number = len(self.delivered)
-            for group, messages in self._groups.items():
-                messages.append(
-                    model.Message(
-                        binding=model.Binding.AMQP,
-                        headers=dict(wire.headers),
-                        content_type=wire.content_type,
-                        body=wire.body,
-                        key=record.key,
-                        redelivered=False,
-                        user_id="fake",
-                        position=f"{group}#{number}",
-                        handle=number,
-                    )
-                )
-            self._changed.notify_all()
+        deferred = False
+        while not (deferred or self.closed) and (taken := feed.take(16, frozenset())):
+            for record in taken:
+                outcome = self.decide(record)
+                if isinstance(outcome, model.Confirmed):
+                    self.delivered.append(record)
+                deferred = deferred or type(outcome).__name__ == "Deferred"
+                yield record, outcome
 
     def tick(self) -> None:
-        """See virtbus.bus.Bus; counts in `ticks`."""
-        self.ticks += 1
+        """See virtbus.bus.Bus: there is no peer."""
 
     def consume(
         self, group: str | None, *, prefetch: int = 100, exclusive: bool = False, memory: Memory | None = None
-    ) -> FakeSubscription:
-        """See virtbus.bus.Bus."""
-        name = group if group is not None else f"tap-{len(self._groups)}"
-        with self._changed:
-            self._groups.setdefault(name, deque())
-        return FakeSubscription(self, name, prefetch, durable=group is not None)
+    ) -> Subscription:
+        """Nobody can."""
+        raise NotImplementedError("take embedded:, which is a real bus in a file")
 
     def dead_letters(self, group: str) -> DeadLetters:
-        """See `dead`; this bus sends nothing back."""
-        raise NotImplementedError(f"the dead letters of group {group} are in FakeBus.dead")
+        """As `consume`."""
+        raise NotImplementedError("take embedded:, which is a real bus in a file")
 
     def probe(self) -> Sequence[model.Check]:
         """See virtbus.bus.Bus."""
@@ -434,60 +391,4 @@ class FakeBus:
 
     def close(self) -> None:
         """See virtbus.bus.Bus."""
-        with self._changed:
-            self.closed = True
-            self._changed.notify_all()
-
-
-class FakeSubscription(LineSubscription):
-    """A subscription of a FakeBus."""
-
-    def __init__(self, bus: FakeBus, group: str, prefetch: int, *, durable: bool) -> None:
-        """Made by `FakeBus.consume`."""
-        super().__init__(group if durable else None, prefetch)
-        self._bus, self._messages, self._prefetch = bus, bus._groups[group], prefetch
-        self._name = group
-        self._unsettled: set[Item] = set()
-        self.closed = False
-
-    def receive(self, timeout: float) -> model.Message | None:
-        """See virtbus.bus.Subscription."""
-        limit = time.monotonic() + timeout
-        with self._bus._changed:
-            while not self.closed:
-                self._bus._check()
-                now = time.monotonic()
-                while self._messages and len(self._unsettled) < self._prefetch:
-                    message = self._messages.popleft()
-                    number = int(message.position.partition("#")[2])
-                    item = Item(message.key, number, message)
-                    item.message = dataclasses.replace(message, handle=item)
-                    self._unsettled.add(item)
-                    self._line.arrived(item)
-                found = self._line.next(now)
-                if found is not None or now >= limit:
-                    return found
-                self._bus._changed.wait(min(self._line.due(), limit) - now)
-        return None
-
-    def _done(self, item: Item) -> None:
-        self._unsettled.discard(item)
-
-    def _put_aside(self, item: Item, reason: str) -> None:
-        self._bus.dead.setdefault(self._name, []).append((item.message, reason))
-        self._done(item)
-
-    def close(self) -> None:
-        """See virtbus.bus.Subscription."""
-        with self._bus._changed:
-            if self.closed:
-                return
-            self.closed = True
-            if self._group is not None:
-                for item in sorted(self._unsettled, key=lambda item: -item.number):
-                    seen = item.origin.redelivered or item in self._line.out or item.due > 0
-                    self._messages.appendleft(dataclasses.replace(item.origin, redelivered=seen))
-            else:
-                del self._bus._groups[self._name]
-            self._line.forget()
-            self._bus._changed.notify_all()
+        self.closed = True

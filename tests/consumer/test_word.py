@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from virtbus.bus import BusOptions, open_bus
+from virtbus.bus import Bus, BusOptions, open_bus
+from virtbus.bus.embedded import EmbeddedBus
 from virtbus.consumer import Consumer, MissingEvents
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError, ConsumerClosed, GroupTakenOver
 from virtbus.model import Message
-from virtbus.testing import FakeBus, ListFeed, a_record, an_io_error, records
+from virtbus.testing import ListFeed, a_record, an_io_error, records
 
 
 @pytest.fixture
@@ -38,9 +39,15 @@ def publish(url: str, items: Any) -> None:
     bus.close()
 
 
-def on_fake_bus(monkeypatch: pytest.MonkeyPatch, bus: FakeBus, **options: Any) -> Consumer:
+@pytest.fixture
+def bus(tmp_path: Path) -> Bus:
+    return open_bus(f"embedded://{tmp_path}/bus.db")
+
+
+def on(bus: Bus, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Consumer:
+    """A consumer of this very object."""
     monkeypatch.setattr("virtbus.consumer.open_bus", lambda url, options: bus)
-    return Consumer("fake:", group="g", **options)
+    return Consumer("embedded:", group="g", **options)
 
 
 def drain(consumer: Consumer, wait: float = 0.3) -> list[str]:
@@ -99,10 +106,9 @@ def test_a_dedupe_file_in_use_is_one_clear_error(url: str, tmp_path: Path) -> No
 
 
 def test_a_dead_letter_never_marks_what_has_the_same_id(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    bus: Bus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    bus = FakeBus()
-    with on_fake_bus(monkeypatch, bus, dedupe=tmp_path / "seen.db") as consumer:
+    with on(bus, monkeypatch, dedupe=tmp_path / "seen.db") as consumer:
         consumer.receive(0.0)
         record = a_record()
         ListFeed([record]).publish(bus)
@@ -115,9 +121,10 @@ def test_a_dead_letter_never_marks_what_has_the_same_id(
         assert true.id == record.id
 
 
-def test_a_forged_copy_in_hand_does_not_decide_for_the_true_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    bus = FakeBus()
-    with on_fake_bus(monkeypatch, bus) as consumer:
+def test_a_forged_copy_in_hand_does_not_decide_for_the_true_one(
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with on(bus, monkeypatch) as consumer:
         consumer.receive(0.0)
         true = a_record(an_io_error())
         forged = a_record(an_io_error(), id=true.id)
@@ -217,10 +224,9 @@ def test_a_forked_child_is_told_to_make_its_own(url: str) -> None:
 
 
 def test_a_second_thread_at_the_same_time_is_refused_and_may_follow_later(
-    monkeypatch: pytest.MonkeyPatch,
+    bus: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bus = FakeBus()
-    with on_fake_bus(monkeypatch, bus) as consumer:
+    with on(bus, monkeypatch) as consumer:
         consumer.receive(0.0)
         ListFeed(records(2, keys=2)).drain(bus)
         delivery = consumer.receive(1.0)
@@ -296,15 +302,15 @@ def test_an_argument_that_can_not_be_used_is_refused_at_once_and_by_name(
     assert len(str(caught.value)) < 400
 
 
-def test_an_on_missing_that_raises_costs_no_event(monkeypatch: pytest.MonkeyPatch) -> None:
-    bus, told = FakeBus(), []
+def test_an_on_missing_that_raises_costs_no_event(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
 
     def raises(missing: MissingEvents) -> None:
         told.append((missing.first, missing.last))
         raise ValueError("the author's own")
 
     options = {"check_gaps": True, "reorder_seconds": 0.0, "on_missing": raises}
-    with on_fake_bus(monkeypatch, bus, **options) as consumer:
+    with on(bus, monkeypatch, **options) as consumer:
         consumer.receive(0.0)
         items = records(5)
         ListFeed([items[0], *items[3:]]).publish(bus)
@@ -354,10 +360,10 @@ def broken() -> Any:
     return record._replace(body=b'{"not": "an io_error"}')
 
 
-def test_without_validation_data_is_handed_over_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    bus, items, validated = FakeBus(), [broken(), a_record()], []
+def test_without_validation_data_is_handed_over_as_it_is(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    items, validated = [broken(), a_record()], []
     monkeypatch.setattr("virtbus.schema.validate", lambda *words: validated.append(words) or [])
-    with on_fake_bus(monkeypatch, bus, validate=False) as consumer:
+    with on(bus, monkeypatch, validate=False) as consumer:
         consumer.receive(0.0)
         ListFeed(items).publish(bus)
         first, second = consumer.receive(1.0), consumer.receive(1.0)
@@ -369,12 +375,12 @@ def test_without_validation_data_is_handed_over_as_it_is(monkeypatch: pytest.Mon
     assert validated == []
 
 
-def test_with_validation_each_event_is_validated_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_validation_each_event_is_validated_once(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
     from virtbus import schema
 
-    bus, item, validate, validated = FakeBus(), a_record(), schema.validate, []
+    item, validate, validated = a_record(), schema.validate, []
     monkeypatch.setattr("virtbus.schema.validate", lambda *words: validated.append(words) or validate(*words))
-    with on_fake_bus(monkeypatch, bus) as consumer:
+    with on(bus, monkeypatch) as consumer:
         consumer.receive(0.0)
         ListFeed([item]).publish(bus)
         assert consumer.receive(1.0) is not None
@@ -384,11 +390,11 @@ def test_with_validation_each_event_is_validated_once(monkeypatch: pytest.Monkey
 # ------------------------------------------------------------------------------------- refusals
 
 
-class Refusing(FakeBus):
+class Refusing(EmbeddedBus):
     """A broker that refuses whoever subscribes, until it is told better."""
 
-    def __init__(self, error: Exception) -> None:
-        super().__init__()
+    def __init__(self, folder: Path, error: Exception) -> None:
+        super().__init__(f"embedded://{folder}/bus.db", options=BusOptions())
         self.error: Exception | None = error
         self.asked = 0
 
@@ -399,9 +405,11 @@ class Refusing(FakeBus):
         return super().consume(group, **more)
 
 
-def test_a_refused_log_in_is_ridden_out_like_an_absent_broker(monkeypatch: pytest.MonkeyPatch) -> None:
-    bus = Refusing(BusDenied("access refused"))
-    with on_fake_bus(monkeypatch, bus) as consumer:
+def test_a_refused_log_in_is_ridden_out_like_an_absent_broker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bus = Refusing(tmp_path, BusDenied("access refused"))
+    with on(bus, monkeypatch) as consumer:
         assert consumer.receive(0.2) is None
         bus.error = None
         assert consumer.receive(0.0) is None
@@ -411,24 +419,23 @@ def test_a_refused_log_in_is_ridden_out_like_an_absent_broker(monkeypatch: pytes
 
 @pytest.mark.parametrize("options", [{"give_up_when_denied": True}, {"patient": False}])
 def test_a_refused_log_in_is_raised_for_who_asks_for_it(
-    monkeypatch: pytest.MonkeyPatch, options: dict[str, bool]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, bool]
 ) -> None:
     with (
-        on_fake_bus(monkeypatch, Refusing(BusDenied("access refused")), **options) as consumer,
+        on(Refusing(tmp_path, BusDenied("access refused")), monkeypatch, **options) as consumer,
         pytest.raises(BusDenied, match="access refused"),
     ):
         consumer.receive(0.2)
 
 
-def test_a_member_that_was_replaced_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    bus = Refusing(GroupTakenOver("a newer member took over"))
-    with on_fake_bus(monkeypatch, bus) as consumer, pytest.raises(GroupTakenOver):
+def test_a_member_that_was_replaced_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bus = Refusing(tmp_path, GroupTakenOver("a newer member took over"))
+    with on(bus, monkeypatch) as consumer, pytest.raises(GroupTakenOver):
         consumer.receive(0.2)
 
 
-def test_a_dead_letter_raises_nothing_that_a_broker_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    bus = FakeBus()
-    with on_fake_bus(monkeypatch, bus) as consumer:
+def test_a_dead_letter_raises_nothing_that_a_broker_does(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    with on(bus, monkeypatch) as consumer:
         consumer.receive(0.0)
         ListFeed([a_record()]).publish(bus)
         delivery = consumer.receive(1.0)
@@ -446,11 +453,10 @@ def test_a_dead_letter_raises_nothing_that_a_broker_does(monkeypatch: pytest.Mon
 
 
 def test_the_sdk_logs_under_virtbus_in_a_consumers_words(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bus = FakeBus()
-    bus.unavailable = BusUnavailable("connection refused")
-    with caplog.at_level(logging.INFO, logger="virtbus"), on_fake_bus(monkeypatch, bus) as consumer:
+    bus = Refusing(tmp_path, BusUnavailable("connection refused"))
+    with caplog.at_level(logging.INFO, logger="virtbus"), on(bus, monkeypatch) as consumer:
         consumer.receive(0.1)
     lines = [record for record in caplog.records if record.name == "virtbus"]
     assert any("delivered again" in line.getMessage() and line.levelname == "WARNING" for line in lines)

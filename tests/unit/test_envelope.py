@@ -202,7 +202,7 @@ def check_round_trip(event: Event) -> None:
         assert envelope.to_event(decoded) == event
 
 
-@settings(relaxed, max_examples=2000)
+@settings(relaxed, max_examples=1000)
 @given(event=io_errors)
 def test_any_error_arrives_with_the_same_facts_in_each_mode_and_binding(event: IoError) -> None:
     check_round_trip(event)

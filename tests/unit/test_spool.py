@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -94,6 +95,17 @@ def test_a_failed_second_start_leaves_the_holder_in_the_lock_file(spool, folder)
     with pytest.raises(SpoolBusy):
         open_spool(folder)
     assert files.read_holder(folder).pid == os.getpid()
+
+
+def test_a_look_at_who_holds_the_spool_keeps_no_agent_from_starting(folder, monkeypatch):
+    folder.mkdir()
+    (folder / files.LOCK).touch()
+    look = os.open(folder / files.LOCK, os.O_RDONLY)
+    fcntl.flock(look, fcntl.LOCK_SH)  # as doctor and `spool status` do, for a moment
+    sleeps = []
+    monkeypatch.setattr(files.time, "sleep", lambda seconds: sleeps.append(seconds) or os.close(look))
+    open_spool(folder).close()
+    assert len(sleeps) == 1
 
 
 def test_a_folder_that_can_not_be_made_is_one_clear_line(tmp_path):

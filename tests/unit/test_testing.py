@@ -106,29 +106,6 @@ def test_a_fake_bus_that_is_unavailable_or_closed_raises_and_takes_nothing() -> 
     assert feed.took == []
 
 
-def test_a_fake_subscription_keeps_order_retries_and_dead_letters_as_the_contract_says() -> None:
-    items = records(3)
-    bus = FakeBus()
-    subscription = bus.consume("a")
-    ListFeed(items).publish(bus)
-    first = subscription.receive(1.0)
-    assert first is not None
-    subscription.retry(first, 0.2)
-    assert subscription.receive(0.05) is None  # nothing of its key before it
-    again = subscription.receive(1.0)
-    assert again is not None
-    assert again.redelivered
-    assert again.headers["ce-id"] == items[0].id
-    subscription.dead_letter(again, "no")
-    second = subscription.receive(1.0)
-    assert second is not None
-    subscription.close()  # without a verdict
-    other = bus.consume("a")
-    got = [other.receive(1.0), other.receive(1.0)]
-    assert [one.headers["ce-id"] for one in got if one] == [items[1].id, items[2].id]
-    assert [reason for _, reason in bus.dead["a"]] == ["no"]
-
-
 # ------------------------------------------------------------------------------------- the source
 
 

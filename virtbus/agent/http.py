@@ -20,6 +20,7 @@ from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
+from virtbus.bus import is_loopback
 from virtbus.errors import ConfigError
 from virtbus.telemetry import METRICS, Trouble, emit
 
@@ -103,13 +104,6 @@ def _listening(host: str, port: int, handler: type[BaseHTTPRequestHandler]) -> _
         return _Server(("0.0.0.0", port), handler)  # noqa: S104 - what was asked for
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
-
-
 class HttpServer:
     """/metrics, /livez and /readyz on a thread of its own."""
 
@@ -130,7 +124,7 @@ class HttpServer:
         """
         host, _, port = listen.rpartition(":")
         host = host.strip("[]")
-        guarded = _is_loopback(host)
+        guarded = is_loopback(host.lower())
         allowed = {name.lower() for name in allowed_hosts}
 
         class Handler(BaseHTTPRequestHandler):

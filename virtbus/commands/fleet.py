@@ -31,6 +31,7 @@ from virtbus.commands.react import fleet_rules, serving
 from virtbus.consumer import Consumer, Delivery
 from virtbus.errors import ConfigError
 from virtbus.fleet import BackendHealth, Blame, Fleet, FleetView, HostHealth, Publishers
+from virtbus.integrations.base import utc
 from virtbus.integrations.telemetry import REACT, Disbelieved, EventPutAside
 from virtbus.loading import bus_url
 from virtbus.log import takes_escapes
@@ -168,12 +169,8 @@ def _json(name: str, value: Any) -> Any:
     if isinstance(value, Blame):
         return value.value
     if isinstance(value, float):
-        return _time(value) if name == "since" else round(value, 3)
+        return utc(value) if name == "since" else round(value, 3)
     return list(value) if isinstance(value, tuple) else value
-
-
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 _ORDER = {Blame.HOST: 0, Blame.UNDETERMINED: 1, Blame.BACKEND: 2, Blame.NONE: 3}

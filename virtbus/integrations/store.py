@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sqlite3
@@ -88,9 +87,8 @@ class ActionStore:
         try:
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                statefiles.check(path.with_suffix(".lock"))
                 statefiles.check_database(path)
-                self._handle = _claim(path.with_suffix(".lock"))
+                self._handle = statefiles.claim(path.with_suffix(".lock"))
             self._db = sqlite3.connect(
                 ":memory:" if path is None else path, isolation_level=None, check_same_thread=False
             )
@@ -103,6 +101,10 @@ class ActionStore:
                 "SELECT count(*) FROM actions WHERE state <> 'waiting'"
             ).fetchone()
             self._check()
+        except statefiles.Claimed as holder:
+            raise ConfigError(
+                f"{path}: another process ({holder}) runs this integration; end it first"
+            ) from None
         except statefiles.NotRegular as error:
             raise StateUnavailable(f"{path} can't be used: {error.strerror}") from error
         except (sqlite3.Error, OSError, ValueError) as error:
@@ -349,18 +351,3 @@ def _insert(db: sqlite3.Connection, action: Action, wall: float) -> Stored | Non
          json.dumps(dict(action.body), sort_keys=True), wall],
     )  # fmt: skip
     return (int(cursor.lastrowid or 0), action) if cursor.rowcount else None
-
-
-def _claim(path: Path) -> int:
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        owner = os.pread(handle, 32, 0).decode("ascii", "replace").strip()
-        os.close(handle)
-        raise ConfigError(
-            f"{path}: another process{f' ({owner})' if owner else ''} runs this integration; end it first"
-        ) from error
-    os.ftruncate(handle, 0)
-    os.pwrite(handle, str(os.getpid()).encode(), 0)
-    return handle

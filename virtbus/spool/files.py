@@ -12,6 +12,7 @@ import fcntl
 import os
 import re
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -194,16 +195,21 @@ class Lock:
                 f"{self.path} can't be opened: {error.strerror}; check rights and space"
             ) from error
         self.before = read_holder(state_dir)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._fd)
-            holder = self.before
-            who = "another process" if holder.pid is None else f"process {holder.pid} ({holder.command})"
-            raise SpoolBusy(
-                f"the spool in {state_dir} is in use by {who}; stop it first, or set another --state-dir "
-                "(in the chart: spool.hostPath)"
-            ) from error
+        for left in reversed(range(20)):  # who only looks (`who_holds`) has it for a moment
+            try:
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if left and isinstance(error, BlockingIOError):
+                    time.sleep(0.01)
+                    continue
+                os.close(self._fd)
+                holder = self.before
+                who = "another process" if holder.pid is None else f"process {holder.pid} ({holder.command})"
+                raise SpoolBusy(
+                    f"the spool in {state_dir} is in use by {who}; stop it first, or set another --state-dir "
+                    "(in the chart: spool.hostPath)"
+                ) from error
         self._files: tuple[tuple[int, int], tuple[int, int]] | None = None
 
     def check(self, database: Path) -> None:
@@ -212,10 +218,10 @@ class Lock:
         Whoever goes on writing has a second writer beside it: the lock's name leads elsewhere.
         """
         if self._files is None:
-            self._files = (_identity(self._fd), _identity(database))
+            self._files = (statefiles.identity(self._fd), statefiles.identity(database))
         for path, known in zip((self.path, database), self._files, strict=True):
             try:
-                now = _identity(path)
+                now = statefiles.identity(path)
             except FileNotFoundError:
                 now = None
             except OSError:
@@ -241,11 +247,6 @@ class Lock:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-
-def _identity(file: int | Path) -> tuple[int, int]:
-    found = os.fstat(file) if isinstance(file, int) else file.stat()
-    return found.st_dev, found.st_ino
 
 
 def read_holder(state_dir: Path) -> Holder:

@@ -146,8 +146,7 @@ class Log:
             except BaseException:
                 self.close()
                 raise
-            found = path.stat()
-            self._identity = found.st_dev, found.st_ino
+            self._identity = statefiles.identity(path)
 
     @contextmanager
     def transaction(self, *, durable: bool = False) -> Iterator[sqlite3.Connection]:
@@ -272,8 +271,7 @@ class Log:
     def check_file(self) -> None:
         """Raise BusUnavailable when the path no longer names the file that is open here."""
         with suppress(OSError):
-            found = self.path.stat()
-            if (found.st_dev, found.st_ino) == self._identity:
+            if statefiles.identity(self.path) == self._identity:
                 return
         raise BusUnavailable(f"embedded bus {self.path}: the file was removed or replaced while in use")
 
