@@ -388,7 +388,10 @@ def _stamp(truth: Truth, host: str, at: float) -> float:
 def _every_pause(truth: Truth, events: list[Event], gaps: dict[str, list[Interval]]) -> Iterator[str]:
     """docs/events.md: a guest that stands by an error when a gap ends is found, whoever saw its pause.
 
-    Unless it stood when the gap began: that it was resumed meanwhile, and paused again, nobody can tell.
+    Unless it stood when the gap began, an event had said so, and the disk that fails now had failed before:
+    that it was resumed meanwhile, and paused again, nobody can tell. QEMU keeps a disk's error when the guest
+    is resumed, libvirt keeps no message and no time of an error that pauses, and a listing that calls the
+    pause by another word than before may be of the same one (of a daemon that started again meanwhile, say).
     """
     told: dict[tuple[str, str], list[float]] = defaultdict(list)
     for event in events:
@@ -397,7 +400,10 @@ def _every_pause(truth: Truth, events: list[Event], gaps: dict[str, list[Interva
                 truth.made[event.arrival.record.id][0]
             )
     for stood in truth.stood:
+        if not stood.listed:
+            continue
         its = [gap for gap in gaps[stood.host] if gap.uuid in (None, stood.uuid)]
+        at_all = told[stood.host, stood.uuid]
         for gap in its:
             seen_until = min([other.start for other in its if other.end > gap.end + 0.5], default=math.inf)
             if stood.begin > gap.end or min(stood.end, seen_until, truth.ended) < gap.end + PAUSE_SECONDS:
@@ -406,17 +412,25 @@ def _every_pause(truth: Truth, events: list[Event], gaps: dict[str, list[Interva
             for other in sorted(its, key=lambda each: -each.end):
                 if other.end >= blind:
                     blind = min(blind, other.start - 1.0)
-            if any(
-                (one.host, one.uuid) == (stood.host, stood.uuid) and blind <= one.end <= stood.begin
+            if _failed_before(truth, stood) and any(
+                any(one.begin <= at <= stood.begin for at in at_all)
                 for one in truth.stood
+                if (one.host, one.uuid) == (stood.host, stood.uuid) and blind <= one.end <= stood.begin
             ):
                 continue
-            if not any(stood.begin <= at <= gap.end + FOUND_SECONDS for at in told[stood.host, stood.uuid]):
+            if not any(stood.begin <= at <= gap.end + FOUND_SECONDS for at in at_all):
                 yield (
                     f"P1: {stood.host}: {stood.uuid} stands since {stood.begin:.3f} and did when a gap ended "
                     f"at {gap.end:.3f}, and it was not found"
                 )
                 break
+
+
+def _failed_before(truth: Truth, stood: Stood) -> bool:
+    """Whether the disk that a guest stands by had failed already."""
+    its = [error for error in truth.errors if (error.host, error.uuid) == (stood.host, stood.uuid)]
+    now = {error.alias for error in its if error.at == stood.begin}
+    return any(error.alias in now and error.at < stood.begin for error in its)
 
 
 def _lies_in(error: Error, gaps: list[Interval]) -> bool:
