@@ -115,9 +115,9 @@ def reconcile(
         elif row.state is not HoldState.HELD or (asked is not None and name not in asked):
             continue
         elif mark is not None:
-            known = replace(row, target=mark.target, uid=mark.uid)
+            marked = replace(row, target=mark.target, uid=mark.uid)
             wiped = acting and not mark.intact
-            change = Change(_again(known), Finding.WIPED, True) if wiped else Change(known)
+            change = Change(_again(marked), Finding.WIPED, True) if wiped else Change(marked)
         elif not acting:
             continue
         elif name not in found.uids:
