@@ -76,6 +76,7 @@ class Truth:
     standstills: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # of one that saw
     ends: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # of a host's agent
     skews: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # host → (since when, skew)
+    clocks: dict[str, set[float]] = field(default_factory=dict)  # host → the skews that its spools know of
     boots: dict[str, list[float]] = field(default_factory=dict)  # host → when its power was cut
     sockets: dict[str, str] = field(default_factory=dict)  # of nodes → whose
     pending: dict[str, int] = field(default_factory=dict)
@@ -324,7 +325,9 @@ def _every_message(
     begins where what was seen is committed, which may be before the error. And not of one whose stamp, since
     the clock was set back, is older than that of an error before it, or lies ahead of now: it can't be told
     from one that was told. Nor where the agent ended before a look that failed was asked again: the next run
-    asks for what is newer than what this one saw.
+    asks for what is newer than what this one saw. Nor of one whose stamp is older than the gap by a clock
+    that no file knows of: one that was set back while the spool's disk took nothing, and set again before a
+    run could open it.
     """
     later: dict[tuple[str, str, str], list[Error]] = defaultdict(list)
     made: dict[tuple[str, str], list[Error]] = defaultdict(list)
@@ -367,6 +370,9 @@ def _every_message(
             if told_all or not error.kept or not inside or gone or until - found_at < LOOK_SECONDS:
                 continue
             stamp, end = (_stamp(truth, host, at) for at in (error.at, max(g.end for g in inside)))
+            unknown_clock = _skew(truth, host, error.at) not in truth.clocks[host]
+            if unknown_clock and stamp <= _stamp(truth, host, min(g.start for g in inside)):
+                continue
             if any(
                 one.at < error.at and (stamp <= _stamp(truth, host, one.at) <= end or stamp > end)
                 for one in made[host, uuid]
@@ -382,7 +388,12 @@ def _every_message(
 
 def _stamp(truth: Truth, host: str, at: float) -> float:
     """What the host's wall clock said at a true time."""
-    return at + [skew for since, skew in truth.skews[host] if since <= at][-1]
+    return at + _skew(truth, host, at)
+
+
+def _skew(truth: Truth, host: str, at: float) -> float:
+    """By how much the host's wall clock was off at a true time."""
+    return [skew for since, skew in truth.skews[host] if since <= max(at, 0.0)][-1]
 
 
 def _every_pause(truth: Truth, events: list[Event], gaps: dict[str, list[Interval]]) -> Iterator[str]:
