@@ -182,6 +182,19 @@ def test_a_node_that_registered_anew_is_held_again_and_shows_its_condition(world
     assert world.findings == [Finding.REGISTERED_ANEW]
 
 
+@pytest.mark.parametrize("still", [False, True])
+def test_what_another_instance_gave_back_before_its_node_registered_anew_is_not_held_again(world, still):
+    held_h1(world)
+    world.kill()
+    world.plane.take_back("h1")  # by the instance that was active meanwhile
+    world.plane.register_anew("h1")
+    world.bad = {"h1"} if still else set()
+    world.run(60)
+    assert world.findings == [Finding.TARGET_GONE]
+    assert world.plane.held == world.bad, "the policy decides again"
+    assert world.plane.done.count((HOLD, "h1")) == 1 + still
+
+
 def test_a_well_node_that_registered_anew_shows_its_condition_within_minutes(world):
     world.run(30)
     world.plane.register_anew("h2")
@@ -440,13 +453,25 @@ def a_mark(**more):
     ],
 )
 def test_what_a_look_means(found, finding, state):
-    changes = reconcile({"h1": a_row()}, found, asked=None, reported={"h1"}, acting=True, wall=9.0)
+    changes = reconcile(
+        {"h1": a_row()}, found, asked=None, reported={"h1"}, acting=True, known=True, wall=9.0
+    )
     assert [(one.finding, one.row.state) for one in changes] == ([(finding, state)] if finding else [])
+
+
+@pytest.mark.parametrize("found", [Found([], {"h1": "u2"}), Found([], {"h1": "u1"}, {"h1": None})])
+def test_what_was_replaced_while_another_instance_may_have_acted_is_forgotten(found):
+    changes = reconcile(
+        {"h1": a_row()}, found, asked=None, reported={"h1"}, acting=True, known=False, wall=9.0
+    )
+    assert [(one.finding, one.row.state, one.again) for one in changes] == [
+        (Finding.TARGET_GONE, HoldState.FREE, False)
+    ]
 
 
 def test_two_marks_that_name_one_host_are_both_adopted():
     marks = [a_mark(uid="u1"), Hold("h1", "n2", "why", uid="u2")]
-    changes = reconcile({}, Found(marks, {}), asked=None, reported=(), acting=True, wall=9.0)
+    changes = reconcile({}, Found(marks, {}), asked=None, reported=(), acting=True, known=True, wall=9.0)
     assert [(one.row.host, one.row.target) for one in changes] == [("h1", "n1"), ("n2", "n2")]
 
 
@@ -455,7 +480,7 @@ def test_two_marks_that_name_one_host_are_both_adopted():
 def test_whatever_a_mark_says_can_be_stored_and_lies_in_the_past(tmp_path, since, times):
     mark = Hold("h1", "h1", "\ud800", since=since, times=times, uid="u")
     store = ActionStore(tmp_path / "store.db")
-    store.reconcile(Found([mark], {"h1": "u"}), asked=None, acting=True, wall=1000.0)
+    store.reconcile(Found([mark], {"h1": "u"}), asked=None, acting=True, known=True, wall=1000.0)
     row = store.rows()["h1"]
     assert (row.state, row.since, row.times, row.why) == (HoldState.HELD, 1000.0, 1, "?")
     store.close()
@@ -463,21 +488,23 @@ def test_whatever_a_mark_says_can_be_stored_and_lies_in_the_past(tmp_path, since
 
 def test_a_look_at_some_says_nothing_of_the_others():
     rows = {"h1": a_row()}
-    assert reconcile(rows, Found([], {}), asked=["h2"], reported=(), acting=True, wall=9.0) == []
+    assert reconcile(rows, Found([], {}), asked=["h2"], reported=(), acting=True, known=True, wall=9.0) == []
 
 
 def test_what_is_under_way_is_not_corrected():
     for state in (HoldState.HOLDING, HoldState.RELEASING):
         rows = {"h1": a_row(state)}
-        assert reconcile(rows, Found([], {}), asked=None, reported=(), acting=True, wall=9.0) == []
+        assert (
+            reconcile(rows, Found([], {}), asked=None, reported=(), acting=True, known=True, wall=9.0) == []
+        )
         marked = Found([a_mark()], {"h1": "u1"})
-        assert reconcile(rows, marked, asked=None, reported=(), acting=True, wall=9.0) == []
+        assert reconcile(rows, marked, asked=None, reported=(), acting=True, known=True, wall=9.0) == []
 
 
 def test_a_mark_is_known_by_the_object_it_stands_on_whatever_name_it_tells():
     changes = reconcile(
         {"h1.example.org": Row("h1.example.org", HoldState.HELD, 1.0, uid="u1", target="n1")},
-        Found([a_mark()], {}), asked=None, reported=(), acting=True, wall=9.0,
+        Found([a_mark()], {}), asked=None, reported=(), acting=True, known=True, wall=9.0,
     )  # fmt: skip
     assert changes == []
 

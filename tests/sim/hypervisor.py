@@ -84,12 +84,13 @@ class Error:
 
 @dataclass(frozen=True)
 class Stood:
-    """A guest was paused by an I/O error, and a listing says so."""
+    """A guest was paused by an I/O error."""
 
     host: str
     uuid: str
     begin: float
     end: float
+    listed: bool  # a listing says why
 
 
 @dataclass
@@ -293,8 +294,9 @@ class Daemon:
             self.lifecycle(guest, RESUMED, 0)
 
     def _stood(self, guest: Guest) -> None:
-        if guest.state == PAUSED and guest.reason == PAUSED_IOERROR:
-            self.stood.append(Stood(self.host, guest.uuid, guest.stands_since, self.sched.now))
+        if guest.state == PAUSED and guest.reason in (PAUSED_IOERROR, PAUSED_UNKNOWN):
+            listed = guest.reason == PAUSED_IOERROR
+            self.stood.append(Stood(self.host, guest.uuid, guest.stands_since, self.sched.now, listed))
 
     def leave(self, guest: Guest) -> None:
         self._stood(guest)

@@ -76,6 +76,7 @@ class Truth:
     standstills: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # of one that saw
     ends: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # of a host's agent
     skews: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # host → (since when, skew)
+    clocks: dict[str, set[float]] = field(default_factory=dict)  # host → the skews that its spools know of
     boots: dict[str, list[float]] = field(default_factory=dict)  # host → when its power was cut
     sockets: dict[str, str] = field(default_factory=dict)  # of nodes → whose
     pending: dict[str, int] = field(default_factory=dict)
@@ -324,7 +325,9 @@ def _every_message(
     begins where what was seen is committed, which may be before the error. And not of one whose stamp, since
     the clock was set back, is older than that of an error before it, or lies ahead of now: it can't be told
     from one that was told. Nor where the agent ended before a look that failed was asked again: the next run
-    asks for what is newer than what this one saw.
+    asks for what is newer than what this one saw. Nor of one whose stamp is older than the gap by a clock
+    that no file knows of: one that was set back while the spool's disk took nothing, and set again before a
+    run could open it.
     """
     later: dict[tuple[str, str, str], list[Error]] = defaultdict(list)
     made: dict[tuple[str, str], list[Error]] = defaultdict(list)
@@ -367,6 +370,9 @@ def _every_message(
             if told_all or not error.kept or not inside or gone or until - found_at < LOOK_SECONDS:
                 continue
             stamp, end = (_stamp(truth, host, at) for at in (error.at, max(g.end for g in inside)))
+            unknown_clock = _skew(truth, host, error.at) not in truth.clocks[host]
+            if unknown_clock and stamp <= _stamp(truth, host, min(g.start for g in inside)):
+                continue
             if any(
                 one.at < error.at and (stamp <= _stamp(truth, host, one.at) <= end or stamp > end)
                 for one in made[host, uuid]
@@ -382,13 +388,21 @@ def _every_message(
 
 def _stamp(truth: Truth, host: str, at: float) -> float:
     """What the host's wall clock said at a true time."""
-    return at + [skew for since, skew in truth.skews[host] if since <= at][-1]
+    return at + _skew(truth, host, at)
+
+
+def _skew(truth: Truth, host: str, at: float) -> float:
+    """By how much the host's wall clock was off at a true time."""
+    return [skew for since, skew in truth.skews[host] if since <= max(at, 0.0)][-1]
 
 
 def _every_pause(truth: Truth, events: list[Event], gaps: dict[str, list[Interval]]) -> Iterator[str]:
     """docs/events.md: a guest that stands by an error when a gap ends is found, whoever saw its pause.
 
-    Unless it stood when the gap began: that it was resumed meanwhile, and paused again, nobody can tell.
+    Unless it stood when the gap began, an event had said so, and the disk that fails now had failed before:
+    that it was resumed meanwhile, and paused again, nobody can tell. QEMU keeps a disk's error when the guest
+    is resumed, libvirt keeps no message and no time of an error that pauses, and a listing that calls the
+    pause by another word than before may be of the same one (of a daemon that started again meanwhile, say).
     """
     told: dict[tuple[str, str], list[float]] = defaultdict(list)
     for event in events:
@@ -397,7 +411,10 @@ def _every_pause(truth: Truth, events: list[Event], gaps: dict[str, list[Interva
                 truth.made[event.arrival.record.id][0]
             )
     for stood in truth.stood:
+        if not stood.listed:
+            continue
         its = [gap for gap in gaps[stood.host] if gap.uuid in (None, stood.uuid)]
+        at_all = told[stood.host, stood.uuid]
         for gap in its:
             seen_until = min([other.start for other in its if other.end > gap.end + 0.5], default=math.inf)
             if stood.begin > gap.end or min(stood.end, seen_until, truth.ended) < gap.end + PAUSE_SECONDS:
@@ -406,17 +423,25 @@ def _every_pause(truth: Truth, events: list[Event], gaps: dict[str, list[Interva
             for other in sorted(its, key=lambda each: -each.end):
                 if other.end >= blind:
                     blind = min(blind, other.start - 1.0)
-            if any(
-                (one.host, one.uuid) == (stood.host, stood.uuid) and blind <= one.end <= stood.begin
+            if _failed_before(truth, stood) and any(
+                any(one.begin <= at <= stood.begin for at in at_all)
                 for one in truth.stood
+                if (one.host, one.uuid) == (stood.host, stood.uuid) and blind <= one.end <= stood.begin
             ):
                 continue
-            if not any(stood.begin <= at <= gap.end + FOUND_SECONDS for at in told[stood.host, stood.uuid]):
+            if not any(stood.begin <= at <= gap.end + FOUND_SECONDS for at in at_all):
                 yield (
                     f"P1: {stood.host}: {stood.uuid} stands since {stood.begin:.3f} and did when a gap ended "
                     f"at {gap.end:.3f}, and it was not found"
                 )
                 break
+
+
+def _failed_before(truth: Truth, stood: Stood) -> bool:
+    """Whether the disk that a guest stands by had failed already."""
+    its = [error for error in truth.errors if (error.host, error.uuid) == (stood.host, stood.uuid)]
+    now = {error.alias for error in its if error.at == stood.begin}
+    return any(error.alias in now and error.at < stood.begin for error in its)
 
 
 def _lies_in(error: Error, gaps: list[Interval]) -> bool:

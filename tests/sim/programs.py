@@ -26,6 +26,7 @@ from virtbus.integrations.policy import HoldPolicy, HoldRules
 from virtbus.integrations.reactor import Reactor
 from virtbus.integrations.store import ActionStore
 from virtbus.model import Clock, Stamp
+from virtbus.seen import Moment
 from virtbus.sequences import MissingEvents
 from virtbus.sources import Source, SourceOptions
 from virtbus.sources.many import ManySource
@@ -194,12 +195,21 @@ class SimAgent(Program):
     def _watch(self, spool: Spool) -> None:
         """What the oracle hears of commits."""
         truth, sched = self.world.truth, self.world.sched
-        commit, stamp = spool.commit, spool._scribe._stamp
+        commit, alive, stamp = spool.commit, spool.alive, spool._scribe._stamp
+        clocks = truth.clocks.setdefault(self.name, set())
+        clocks.add(self.clock.skew)
 
         def committed(*args: object) -> list[Stamp]:
             stamps = commit(*args)  # type: ignore[arg-type]
             truth.promise(self.name, spool.epoch, stamps)
+            clocks.add(self.clock.skew)
             return stamps
+
+        def signed(seen: Moment) -> bool:
+            done = alive(seen)
+            if done:
+                clocks.add(self.clock.skew)
+            return done
 
         def stamped(draft: object) -> Stamp:
             made = stamp(draft)  # type: ignore[arg-type]
@@ -208,6 +218,7 @@ class SimAgent(Program):
 
         truth.epochs.setdefault(self.name, []).append(spool.epoch)
         spool.commit = committed  # type: ignore[method-assign, assignment]
+        spool.alive = signed  # type: ignore[method-assign]
         spool._scribe._stamp = stamped  # type: ignore[method-assign]
 
     def disk_code(self, path: str) -> int:

@@ -116,6 +116,7 @@ class World:
                 self.sched.run(plan.faulty_seconds)
                 self._heal()
                 self.sched.run(plan.faulty_seconds + plan.quiet_seconds)
+                self._wait_for_the_last()
                 self._look()
         finally:
             gc.enable()
@@ -555,6 +556,15 @@ class World:
         self.sched.sleep(30.0)
         for guest in host.daemon.guests.values():
             host.daemon.resume(guest)
+
+    def _wait_for_the_last(self) -> None:
+        """What was sent a moment ago, a heartbeat say, may take a second to be acknowledged."""
+        end = self.sched.now + 1.0
+        agents = [host.agent for host in self.hosts if host.agent is not None]
+        while self.sched.now < end and (
+            any(map(len, self.broker.groups.values())) or any(one.spool.stats().pending for one in agents)
+        ):
+            self.sched.run(self.sched.now + 0.05)
 
     def _look(self) -> None:
         """What is left, for the oracle."""

@@ -102,6 +102,34 @@ def test_a_pause_whose_event_never_comes_is_told_with_the_device_that_a_look_fou
     assert [item.check for item in found.evidence][:3] == ["lifecycle", "state", "disk_errors"]
 
 
+@pytest.mark.parametrize("looked", [True, False])
+def test_a_pause_whose_late_event_alone_can_explain_it_is_not_seen_through_before(looked: bool) -> None:
+    """Whoever is killed before the event comes has not seen this error: it has to lie in the gap."""
+    check = CrossCheck(GRACE)
+    check.baseline(UUID, "db1", 1, {"virtio-disk0": 1})
+    suspend(check, 5.0, by_io_error=False)
+    if looked:
+        look_at(check, Look(PAUSED, PAUSED_UNKNOWN, {"vda": 1}))
+    assert findings(check, 6.0) == findings(check, 7.0) == []
+    assert check.undecided() == []
+    assert check.undecided_since(7.5) == 5.0
+    assert check.undecided_since(15.5) is None, "not for ever: it may be an operator's"
+    assert check.event(raw(at=7.6), 7.6) is Verdict.TELL
+    assert check.undecided_since(7.7) is None
+
+
+def test_a_pause_that_no_disk_can_explain_is_seen_through() -> None:
+    check = CrossCheck(GRACE)
+    suspend(check, 5.0, by_io_error=False)
+    look_at(check, Look(PAUSED, PAUSED_UNKNOWN, {}))
+    assert findings(check, 6.0) == []
+    assert check.undecided_since(6.5) is None
+    suspend(check, 8.0, by_io_error=False)
+    assert findings(check, 9.0) == findings(check, 10.0) == []
+    check.resumed(UUID, 10.1)
+    assert check.undecided_since(10.2) is None
+
+
 def test_a_pause_of_unknown_reason_with_a_disk_error_is_a_pause_by_io_error() -> None:
     check = CrossCheck(GRACE)
     suspend(check, 0.0, by_io_error=False)
@@ -648,7 +676,7 @@ def test_a_further_nameless_event_of_a_guest_waits_for_the_look_and_is_told_with
     check.event(raw(""), 0.0)
     assert check.event(raw("", at=0.1), 0.1) is Verdict.HOLD
     suspend(check, 0.2)
-    assert check.undecided_since() == 0.2
+    assert check.undecided_since(0.3) == 0.2
     look_at(check, Look(PAUSED, PAUSED_IOERROR, {"vda": 1, "vdb": 1}))
     bursts = decide(check, 2.0)
     assert [(each.raw.alias, each.count, each.origin) for each in bursts] == [

@@ -90,20 +90,51 @@ def test_a_subject_that_is_gone_is_not_asked_again() -> None:
     assert len(questions) == 0
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans(), st.floats(0, 5)), max_size=40))
-def test_any_question_is_open_until_it_is_answered(history: list[tuple[str, bool, float]]) -> None:
-    questions, now, unanswered = Questions(), 0.0, set()
-    for subject, answers, wait in history:
-        questions.open(subject, Want.TROUBLE)
-        unanswered.add(subject)
+def test_what_failed_while_more_was_asked_is_asked_with_it() -> None:
+    questions = Questions()
+    questions.open("a", Want.TROUBLE)
+    asked = taken(questions, 0.0)
+    questions.open("a", Want.DESCRIPTION)
+    questions.answered(asked, Want.TROUBLE, 1.0)
+    asked = taken(questions, 1.0)
+    assert asked.want == BOTH
+    questions.answered(asked, Want.TROUBLE, 1.0)
+    assert questions.take(1.9 + FIRST_WAIT, ()) is None  # its count of failures went on
+    assert taken(questions, 1.0 + 2 * FIRST_WAIT).want == Want.TROUBLE
+
+
+STEPS = st.tuples(
+    st.sampled_from(("open", "take", "answer", "fail")),
+    st.sampled_from("ab"),
+    st.sampled_from((Want.DESCRIPTION, Want.TROUBLE, Want.BASELINE)),
+    st.floats(0, 5),
+)
+
+
+@given(st.lists(STEPS, min_size=30, max_size=60))
+def test_any_question_is_open_until_it_is_answered(history: list[tuple[str, str, Want, float]]) -> None:
+    questions, now = Questions(), 0.0
+    unanswered = {"a": Want.NOTHING, "b": Want.NOTHING}
+    calls: dict[str, Asked] = {}
+    opened = {"a": Want.NOTHING, "b": Want.NOTHING}  # since the call began
+    for what, subject, want, wait in [*history, ("answer", "a", BOTH, 0.0), ("answer", "b", BOTH, 0.0)]:
         now += wait
-        asked = questions.take(now, ())
-        if asked is not None:
-            questions.answered(asked, Want.NOTHING if answers else asked.want, now)
-            unanswered -= {asked.subject} if answers else set()
-    assert len(questions) == len(unanswered)
-    while unanswered:
+        if what == "open":
+            questions.open(subject, want)
+            unanswered[subject] |= want
+            opened[subject] |= want
+        elif what == "take":
+            asked = questions.take(now, calls)
+            if asked is not None:
+                calls[asked.subject], opened[asked.subject] = asked, Want.NOTHING
+        elif subject in calls:
+            asked = calls.pop(subject)
+            failed = asked.want & want if what == "fail" else Want.NOTHING
+            questions.answered(asked, failed, now)
+            unanswered[subject] &= ~asked.want | failed | opened[subject]
+    while len(questions):
         now += LONGEST_WAIT
         asked = taken(questions, now)
+        assert asked.want == unanswered.pop(asked.subject)
         questions.answered(asked, Want.NOTHING, now)
-        unanswered.remove(asked.subject)
+    assert not any(unanswered.values())

@@ -1396,6 +1396,29 @@ def test_a_clock_set_back_since_an_incidents_last_error_hides_no_error_that_a_lo
     assert counted(events, Origin.RECONCILE) == 1
 
 
+@pytest.mark.parametrize("over", [False, True])
+@pytest.mark.parametrize("since", [0, 1, 2])
+def test_an_error_that_was_told_is_known_by_its_stamp_whichever_clock_wrote_it(over, since):
+    """A disk's message may be of each image of its chain, and so of any clock that was set back since."""
+    bench, stamps = Bench(quiet_seconds=10.0), []
+    for back in (0, 3600, 30):
+        bench.wall_ns -= back * SECOND
+        bench.wait(1)
+        bench.see(an_error())
+        stamps.append(bench.wall_ns)
+    bench.wait(2 + 30 * over)
+    bench.commit()
+    bench.restart(down_seconds=60)
+
+    def found(stamp):
+        return an_error(at=stamp, origin=Origin.RECONCILE, stamp_ns=stamp)
+
+    known = bench.ready(a_state(), findings=(found(stamps[since]),)) + bench.wait(5)
+    assert counted(known, Origin.RECONCILE) == 0
+    events = bench.see(found(bench.wall_ns - SECOND)) + bench.wait(120)
+    assert counted(events, Origin.RECONCILE) == 1, "and what nobody reported is reported"
+
+
 # ------------------------------------------------------------------------- of many connections, one hangs
 
 

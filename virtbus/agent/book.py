@@ -99,7 +99,7 @@ class Book:
         self._kept = kept
         self.open: dict[str, IncidentState] = {}
         self._of_domain: dict[str, list[IncidentState]] = {}  # those of scope device and domain
-        self._seen: dict[str, int] = {}  # oldest first
+        self._seen: dict[str, tuple[int, ...]] = {}  # the last error of what is over (ns), oldest first
         self._changed: dict[str, None] = {} if host is None else {META: None}
 
     @property
@@ -163,7 +163,7 @@ class Book:
         if not incident.drill:
             key = SEEN + incident.key.removeprefix(LIVE)
             self._seen.pop(key, None)
-            self._seen[key] = incident.newest_ns
+            self._seen[key] = incident.told_ns
             self._changed[key] = None
             while len(self._seen) > self._kept:
                 oldest = next(iter(self._seen))
@@ -182,10 +182,10 @@ class Book:
         """Whether a device had an incident that is over."""
         return f"{SEEN}{uuid}/{alias}" in self._seen
 
-    def last_seen(self, finding: Burst) -> int:
-        """The last error of the finding's device in an incident that is over (ns), or -1."""
+    def last_seen(self, finding: Burst) -> tuple[int, ...]:
+        """The last error of the finding's device in an incident that is over: `IncidentState.told_ns`."""
         uuid, alias = finding.raw.domain_uuid, finding.raw.alias
-        return max(self._seen.get(f"{SEEN}{uuid}/{alias}", -1), self._seen.get(f"{SEEN}{uuid}", -1))
+        return (*self._seen.get(f"{SEEN}{uuid}/{alias}", ()), *self._seen.get(f"{SEEN}{uuid}", ()))
 
     # ---- through a restart
 
@@ -196,7 +196,8 @@ class Book:
             if key in self.open:
                 out[key] = self.open[key].freeze(now)
             elif key in self._seen:
-                out[key] = freeze_other(Seen(FORMAT, self._seen[key]))
+                last_ns, *lasts = self._seen[key]
+                out[key] = freeze_other(Seen(FORMAT, last_ns, lasts))
             elif key == META:
                 out[key] = freeze_other(Meta(FORMAT, self._host, self._throttles))
             else:
@@ -214,7 +215,7 @@ class Book:
                     found.thaw(now)
                     self.add(found)
                 elif isinstance(found, Seen):
-                    self._seen[key] = found.last_ns
+                    self._seen[key] = (found.last_ns, *found.lasts)
                 elif isinstance(found, Meta):
                     self._host = self._host or found.host
                     self._throttles = found.throttles

@@ -29,6 +29,7 @@ from virtbus.words import Action, DiskError, GuestState, Origin, Phase, Scope
 
 FORMAT = 1  # of the states; another one is not read
 PAUSES_KEPT = 16  # for the rate of a loop
+CLOCKS_KEPT = 8  # that were set back, one after another
 
 # A state's key: <kind><domain uuid>/<alias, empty when unknown>, <kind><domain uuid> for a whole domain,
 # <kind>* for the whole host.
@@ -152,6 +153,7 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
     paused_at: list[float] = []  # the last pauses of a loop
     flapping: bool = False  # as last reported
     stamp_ns: int | None = None  # the hypervisor's own time of its newest error, where it kept one
+    lasts: list[int] = []  # its last error by each wall clock that was set back since, and by the present one
     run: int | None = None  # the domain's id (virDomainGetID) at its last error: another start has another
     removed: bool = False  # its device was unplugged while the guest stood still
     connection: str = ""  # that has its domain, where the source has several and it is known
@@ -168,6 +170,11 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
     def newest_ns(self) -> int:
         """Its last error, by whichever clock says later (ns)."""
         return max(self.last_ns, self.stamp_ns or 0)
+
+    @property
+    def told_ns(self) -> tuple[int, ...]:
+        """Its last error by whichever clock says later, and by each of our own (ns)."""
+        return (self.newest_ns, *self.lasts)
 
     def add(self, burst: Burst, facts: Facts) -> None:
         """Count a burst into what is pending, each origin by itself."""
@@ -190,6 +197,7 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
             self.run = self.run if burst.raw.domain_id is None else burst.raw.domain_id
             self.first_ns = min(self.first_ns, first)
             self.last_ns = max(self.last_ns, last)
+            self.lasts = [*(at for at in self.lasts if at > last), last][-CLOCKS_KEPT:]
 
     def pause(self, domain_uuid: str, times: int, at: float, keep: int) -> None:
         """Its error paused a guest; further errors of a paused guest do not count as pauses."""
@@ -311,7 +319,7 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
 
     def check(self) -> None:
         """Raise OverflowError when one of its wall-clock times is none that a clock could have read."""
-        times = [self.opened_ns, self.first_ns, self.last_ns, self.saved_ns]
+        times = [self.opened_ns, self.first_ns, self.last_ns, self.saved_ns, *self.lasts]
         times += [at for pending in self.pending for at in (pending.first_ns, pending.last_ns)]
         if any(not -(2**63) <= at < 2**63 for at in times):
             raise OverflowError("its times are out of range")
@@ -322,6 +330,7 @@ class Seen(msgspec.Struct, omit_defaults=True):
 
     format: int
     last_ns: int  # the later one of our time and the hypervisor's own
+    lasts: list[int] = []  # as in IncidentState
 
 
 class Meta(msgspec.Struct):

@@ -237,7 +237,7 @@ class Incidents:
             if domain.state in HALTED_STATES:
                 self._watch.halt(domain.uuid, GuestState(domain.state))
         # Devices that failed before last: a disk error that is kept explains no pause that another one does.
-        for finding in sorted(ready.findings, key=lambda one: self._book.last_seen(one) >= 0):
+        for finding in sorted(ready.findings, key=lambda one: bool(self._book.last_seen(one))):
             events += self._error(finding)
         for domain in domains.values():
             if domain.state in _RUNNING_STATES:
@@ -302,15 +302,16 @@ class Incidents:
             return any(is_told(finding.last_ns, last, now_ns) for last in last_ns)
 
         if finding.raw.action_code != PAUSE_CODE:
-            return told(seen, *(one.newest_ns for one in own))
+            return told(*seen, *(at for one in own for at in one.told_ns))
         holding = [one for one in own if uuid in one.paused]
         if holding:
             if finding.stamp_ns is None and finding.message is None:
                 return True
-            return told(*(one.newest_ns for one in holding))
+            return told(*(at for one in holding for at in one.told_ns))
         if any(uuid in one.paused for one in live):
-            failed = max([seen, *(one.newest_ns for one in own if alias and one.device.alias == alias)])
-            return failed >= 0 and (finding.stamp_ns is None or told(failed))
+            its = [one for one in own if alias and one.device.alias == alias]
+            failed = (*seen, *(at for one in its for at in one.told_ns))
+            return bool(failed) and (finding.stamp_ns is None or told(*failed))
         whole_host = self._book.open.get(f"{LIVE}*")
         return whole_host is not None and uuid in whole_host.paused
 

@@ -9,9 +9,12 @@ What stands there when a host that we hold is looked at, and what it means:
 |---|---|---|---|
 | there | there | held | nothing |
 | there | gone | another controller overwrote it | held again |
-| gone | the object is another one, or shows nothing of ours | it was registered again | held again |
+| gone | the object is another one, or shows nothing of ours | it was registered again | held again, (1) |
 | gone | the same object | an operator took it away | left alone until the host was well once |
 | gone | no object | the host left the control plane | forgotten |
+
+(1) Forgotten where another instance may have been the active one since the look before: it may have given the
+host back before the object was replaced, and the policy decides again.
 """
 
 from __future__ import annotations
@@ -90,13 +93,14 @@ def reconcile(
     asked: Collection[str] | None,
     reported: Collection[str],
     acting: bool,
+    known: bool,
     wall: float,
 ) -> list[Change]:
     """Correct `rows` by what was found; only changed rows are returned.
 
     `asked` names the hosts that were looked at, None means all; `reported` those whose condition was shown
     before the look. Without `acting` (we have heard no agent: another instance may be the active one)
-    nothing is undone or set again.
+    nothing is undone or set again. `known`: what is held was read before, and we were active ever since.
     """
     by_uid = {row.uid: name for name, row in rows.items() if row.uid and row.ours}
     marks: dict[str, Hold] = {}
@@ -111,16 +115,15 @@ def reconcile(
         elif row.state is not HoldState.HELD or (asked is not None and name not in asked):
             continue
         elif mark is not None:
-            known = replace(row, target=mark.target, uid=mark.uid)
+            marked = replace(row, target=mark.target, uid=mark.uid)
             wiped = acting and not mark.intact
-            change = Change(_again(known), Finding.WIPED, True) if wiped else Change(known)
+            change = Change(_again(marked), Finding.WIPED, True) if wiped else Change(marked)
         elif not acting:
             continue
         elif name not in found.uids:
             change = Change(replace(row, state=HoldState.FREE, uid=""), Finding.TARGET_GONE)
         elif (row.uid and found.uids[name] != row.uid) or (name in found.bare and name in reported):
-            anew = replace(_again(row), uid=found.uids[name])
-            change = Change(anew, Finding.REGISTERED_ANEW, True)
+            change = _registered_anew(row, found.uids[name], known)
         else:
             change = Change(replace(row, state=HoldState.LEFT), Finding.REMOVED_BY_HAND)
         if change.row != row or change.again:
@@ -164,6 +167,12 @@ def _unsure(row: Row, mark: Hold | None) -> Change:
         return Change(replace(row, state=HoldState.FREE))
     held = replace(row, state=HoldState.HELD, target=mark.target, uid=mark.uid)
     return Change(held) if mark.intact else Change(_again(held), Finding.WIPED, True)
+
+
+def _registered_anew(row: Row, uid: str, known: bool) -> Change:
+    if not known:
+        return Change(replace(row, state=HoldState.FREE, uid=""), Finding.TARGET_GONE)
+    return Change(replace(_again(row), uid=uid), Finding.REGISTERED_ANEW, True)
 
 
 def _again(row: Row) -> Row:

@@ -268,7 +268,7 @@ class ActionStore:
             )
 
     def reconcile(
-        self, found: Found, *, asked: Collection[str] | None, acting: bool, wall: float
+        self, found: Found, *, asked: Collection[str] | None, acting: bool, known: bool, wall: float
     ) -> list[Change]:
         """Correct the rows by a look; what changed. See `holds.reconcile`."""
         with self._transaction() as db:
@@ -276,7 +276,7 @@ class ActionStore:
             pending = "SELECT target FROM actions WHERE state = 'waiting' AND verb = ?"
             reported -= {host for (host,) in db.execute(pending, [REPORT])}
             changes = holds.reconcile(
-                _rows(db), found, asked=asked, reported=reported, acting=acting, wall=wall
+                _rows(db), found, asked=asked, reported=reported, acting=acting, known=known, wall=wall
             )
             for change in changes:
                 _put(db, change.row)

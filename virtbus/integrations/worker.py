@@ -355,7 +355,7 @@ class Worker:
 
     def _look(self) -> None:
         now = self._clock()
-        everything = self.looks.everything(now.monotonic)
+        everything, known = self.looks.everything(now.monotonic), self.looks.known
         rows = self._store.rows()
         held = {host: row.target for host, row in rows.items() if row.ours}
         others: list[str] = [*rows, *self._store.conditions()] if everything else []
@@ -376,7 +376,11 @@ class Worker:
             stored = {host: json.loads(text).get("status") for host, text in self._store.conditions().items()}
             self.stale |= {host for host, status in found.shown.items() if stored.get(host) != status}
             for change in self._store.reconcile(
-                found, asked=None if everything else asked, acting=acting, wall=now.wall_ns / 1e9
+                found,
+                asked=None if everything else asked,
+                acting=acting,
+                known=known,
+                wall=now.wall_ns / 1e9,
             ):
                 self._corrected(change, now)
         self.looks.done(now.monotonic, self._clock().monotonic, everything=everything)

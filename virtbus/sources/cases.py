@@ -71,6 +71,9 @@ class Case:
     held: list[RawIoError] = field(default_factory=list)  # as of a pause, whose pause is still to come
     found_ahead: bool = False  # a finding whose pause is still to come
     doubted_at: float | None = None  # an event reported a pause, and no pause came yet
+    puzzled_at: float = float(
+        "-inf"
+    )  # a pause that nothing explained began, and goes on: its event may be late
     ask_at: float = 0.0  # when a look is to decide
     # Since the last resume: alias ("": not known) → its event, or its finding.
     events: dict[str, RawIoError] = field(default_factory=dict)
@@ -89,7 +92,7 @@ class Case:
         # Its event came just now, or longer ago on a busy host, and no look has seen the guest run since.
         explained = self.doubted_at is not None or mono - self.credit_at <= grace
         self.paused, self.paused_at = True, mono
-        self.doubted_at = None
+        self.doubted_at, self.puzzled_at = None, float("-inf")
         if self.found_ahead:
             self.found_ahead = False
             self.credit = {}
@@ -102,7 +105,7 @@ class Case:
         """The guest runs again: whatever fails from now on is new."""
         self.resumed_at = max(self.resumed_at, mono)
         self.paused = self.found_ahead = False
-        self.doubted_at = None
+        self.doubted_at, self.puzzled_at = None, float("-inf")
         self.unnameable = False
         for pause in self.pauses:
             pause.over = True
@@ -191,6 +194,8 @@ class Case:
             found += [self._facts_of(raw, look, devices) for alias, raw in events.items() if alias != named]
         if not complete(look) and not pause.over:
             self.unseen |= {*events, *missed}
+        if not (found or events or self.synthesised or pause.over) and (look is None or by_error):
+            self.puzzled_at = pause.began
         return found
 
     def _facts_of(self, raw: RawIoError, look: Look | None, devices: Mapping[str, Device]) -> Burst:

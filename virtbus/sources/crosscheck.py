@@ -156,6 +156,7 @@ class CrossCheck:
             case.wanting.add(alias)
             return Verdict.TELL_AND_LOOK
         case.events[alias] = raw
+        case.puzzled_at = -math.inf
         # "" is a finding that could not name its device; an event without a name is of any finding.
         for name in (alias, "") if alias else tuple(case.synthesised):
             finding = case.synthesised.pop(name, None)
@@ -314,11 +315,16 @@ class CrossCheck:
             self._cases[uuid].ask_at = mono + LATE_SECONDS  # a look may fail
         return found
 
-    def undecided_since(self) -> float | None:
-        """When the oldest pause began that waits for a decision (monotonic), or None."""
+    def undecided_since(self, mono: float) -> float | None:
+        """When the oldest pause began that waits for a decision, or for its event (monotonic), or None.
+
+        One of unknown reason, of a disk that failed before, looks like an operator's until its event comes.
+        """
         cases = self._cases.values()
         moments = [pause.began for case in cases for pause in case.pauses]
-        return min(moments + [case.credit_at for case in cases if case.held], default=None)
+        moments += [case.credit_at for case in cases if case.held]
+        moments += [case.puzzled_at for case in cases if mono - case.puzzled_at <= LATE_SECONDS]
+        return min(moments, default=None)
 
     def undecided(self) -> list[str]:
         """The domains that wait for a decision."""

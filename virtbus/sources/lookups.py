@@ -90,10 +90,6 @@ class Questions:
 
     def open(self, subject: str, want: Want) -> None:
         """Ask; what waits after a failure is asked at once, too: something new has happened."""
-        failed = self._failed.get(subject)
-        if failed is not None:
-            want |= failed.want
-            failed.want = Want.NOTHING  # its count of failures goes on
         self._due[subject] = self._due.get(subject, Want.NOTHING) | want
 
     def forget(self, subject: str) -> None:
@@ -111,9 +107,9 @@ class Questions:
         """The subject to ask next: one that is not being asked already."""
         if now >= self._next:
             for subject, failed in self._failed.items():
-                if failed.due <= now and failed.want:
+                if failed.due <= now:
                     self.open(subject, Want.NOTHING)
-            waits = [failed.due for failed in self._failed.values() if failed.want]
+            waits = [failed.due for subject, failed in self._failed.items() if subject not in self._due]
             self._next = min(waits, default=math.inf)
         return next((subject for subject in self._due if subject not in busy), None)
 
@@ -122,9 +118,10 @@ class Questions:
         subject = self.ready(now, busy)
         if subject is None:
             return None
+        want = self._due.pop(subject)
         failed = self._failed.pop(subject, None)
         self._asked[subject] = 0 if failed is None else failed.attempts
-        return Asked(subject, self._due.pop(subject), self._era)
+        return Asked(subject, want if failed is None else want | failed.want, self._era)
 
     def answered(self, asked: Asked, unanswered: Want, now: float) -> None:
         """What became of it: `unanswered` is asked again, later."""

@@ -278,7 +278,7 @@ class Session:
         with self._shared.lock:
             if self.live:
                 self.seen = asked
-                began = self._shared.check.undecided_since()
+                began = self._shared.check.undecided_since(asked.monotonic)
                 undecided = 0.0 if began is None else max(0.0, asked.monotonic - began)
                 self._sink(SourceSeen(asked, self.connection, undecided))
 
