@@ -13,7 +13,7 @@ import pytest
 from tests.sources.simulated import Guest, Seen, SimulatedHost
 from tests.sources.test_observer import OPTIONS, is_finding, observed, until
 from virtbus.agent.incidents import IncidentLimits, Incidents
-from virtbus.model import Clock, Event, IoError, IoErrorResolved
+from virtbus.model import Clock, Event, Hypervisor, IoError, IoErrorResolved
 from virtbus.observations import Burst, HostKnown, Observation, SourceLost, SourceReady
 from virtbus.retry import no_waiting
 from virtbus.sources.link import (
@@ -416,6 +416,21 @@ def test_a_hosts_uuid_that_could_not_be_had_at_first_is_told_when_it_is_known() 
         known = seen.wait(HostKnown)[0]
     assert isinstance(known, HostKnown)
     assert known.host.uuid == "8205ba32-5064-4f22-a9f1-ef2a4c104c2b"
+
+
+def test_a_hypervisor_that_is_slow_to_say_its_version_holds_nothing_up() -> None:
+    host = SimulatedHost(1)
+    host.probed.clear()
+    with observed(host) as (_, seen):
+        ready = seen.wait(SourceReady)[0]
+        assert isinstance(ready, SourceReady)
+        assert ready.host.hypervisor == Hypervisor("QEMU", None, "9.0.0")
+        host.probed.set()
+        (known,) = seen.wait(
+            lambda item: isinstance(item, HostKnown) and item.host.hypervisor.version == "7.2.0"
+        )
+    assert isinstance(known, HostKnown)
+    assert known.host.hypervisor.merges is False
 
 
 def test_the_look_after_a_lost_callback_is_taken_until_it_is_answered() -> None:

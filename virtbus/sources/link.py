@@ -95,11 +95,10 @@ class DomainAt(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """What a connection says about its host; asking never blocks on a guest."""
+    """What a connection says about its host at once; asking never blocks on a guest."""
 
     name: str
-    hypervisor: Hypervisor
-    throttles: bool  # errors are merged before we see them: counts are lower bounds
+    hypervisor: Hypervisor  # its version is asked for by itself
     keeps_messages: bool  # virDomainGetMessages reports I/O errors (libvirt 11.1 and later)
     local: bool  # paths in domain XML are paths of the machine we run on
 
@@ -141,7 +140,10 @@ class Link(Protocol):
     """One connection. Calls may block for ever and raise SourceUnavailable."""
 
     def facts(self) -> HostFacts:
-        """The host and its versions."""
+        """The host; the daemon probes nothing for it."""
+
+    def version(self) -> str:
+        """The hypervisor's version, dotted; the daemon may probe it for seconds."""
 
     def capabilities(self) -> str:
         """The capabilities XML; the daemon may probe for seconds."""

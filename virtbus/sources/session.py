@@ -90,7 +90,10 @@ class JobFailed:
 
 @dataclass(frozen=True, slots=True)
 class HostAnswered:
-    """The host's UUID is known now."""
+    """The host's UUID is known now, or its hypervisor's version."""
+
+    uuid: str | None = None
+    version: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
