@@ -564,7 +564,7 @@ def test_a_storm_without_an_alias_is_one_incident_that_is_named_when_a_candidate
         mirror = "<mirror type='file'><source file='/img/c'/></mirror>"
         guest.xml = guest.xml.replace("<target dev='vdb'/>", f"{mirror}<target dev='vdb'/>")
         host.io_error(guest, "", ACTION_REPORT, path="")
-        until(lambda: run.observer.cache.resolve(guest.uuid, "") == "b")
+        until(lambda: run.observer.cache.copied(guest.uuid) == {"b"})
         until(lambda: any(isinstance(item, Burst) for item in run.seen.all))
         for _ in range(5):
             host.io_error(guest, "", ACTION_REPORT, path="")

@@ -126,7 +126,7 @@ class _Watch(Handler):
     def changed(self, uuid: str) -> None:
         """Not shown."""
 
-    def job_failed(self, uuid: str, disk: str) -> None:
+    def job_ended(self, uuid: str, disk: str, *, failed: bool) -> None:
         """Not shown."""
 
     def undecodable(self) -> None:

@@ -210,7 +210,7 @@ class Guests:
             by_error = domain.state == PAUSED and domain.reason == PAUSED_IOERROR
             if by_error and look is None and uuid not in since:
                 # The listing itself is reported, whatever becomes of the look; that refines it.
-                alias = self._cache.resolve(uuid, "")
+                alias = self._cache.only_disk(uuid)
                 findings += self._check.listed(
                     uuid, domain.name, domain.id, alias=alias, mono=now.monotonic, ns=now.wall_ns
                 )
@@ -283,7 +283,8 @@ class Guests:
                 with self._lock:
                     self._check.baseline(entry.uuid, entry.name, entry.number, wrong)
         elif isinstance(note, Described):
-            self._on_description(session, note.uuid)
+            with self._lock:
+                session.described(note.uuid)
         elif isinstance(note, JobFailed):
             entry = self._cache.get(note.uuid)
             emit(BlockJobFailed(note.uuid if entry is None else entry.name, note.disk))
@@ -295,12 +296,6 @@ class Guests:
             for entry in self._cache.active():
                 self.reconciling.setdefault(entry.uuid, self._ready_at)
                 self._lookups.request(entry.uuid, Want.TROUBLE)
-
-    def _on_description(self, session: Session, uuid: str) -> None:
-        """What was reported of the domain without its device's name may get it now."""
-        with self._lock:
-            if session.live and self._check.has_nameless(uuid) and (alias := self._cache.resolve(uuid, "")):
-                session.tell(self._check.identified(uuid, alias))
 
     def _on_lifecycle(self, note: Lifecycle) -> None:
         uuid, event = note.uuid, note.event
@@ -350,6 +345,8 @@ class Guests:
                 else:
                     session.tell([*found, resumed] if overtaken and found else found)
             session.tell(self._check.looked(uuid, look, entry.devices))
+            if self._first is None:  # what it found has been reported by now
+                session.described(uuid)
             if self._check.runs(uuid, look):
                 session.tell([resumed])
 
@@ -394,6 +391,8 @@ class Guests:
                 devices[uuid] = {} if entry is None else entry.devices
             for decision in self._check.due(now.monotonic, devices):
                 session.tell(decision.bursts)
+                if decision.bursts:
+                    session.described(decision.bursts[0].raw.domain_uuid)
                 if decision.over and any(burst.count for burst in decision.bursts):
                     # The pause is reported after its end: say again that it is over.
                     session.tell([DomainResumed(decision.bursts[0].raw.domain_uuid, now.wall_ns)])

@@ -453,8 +453,9 @@ def _callbacks(handler: Handler, heard: threading.Event) -> Mapping[str, Callabl
 
     def job(_c: Any, dom: Any, disk: str, _kind: int, status: int, _o: object) -> None:
         # Completed, failed, cancelled or ready: each of them changes the XML.
-        if status == libvirt.VIR_DOMAIN_BLOCK_JOB_FAILED:
-            handler.job_failed(dom.UUIDString(), disk or "")
+        if status != libvirt.VIR_DOMAIN_BLOCK_JOB_READY:
+            failed = status == libvirt.VIR_DOMAIN_BLOCK_JOB_FAILED
+            handler.job_ended(dom.UUIDString(), disk or "", failed=failed)
         handler.changed(dom.UUIDString())
 
     def noticing(callback: Callable[..., None]) -> Callable[..., None]:

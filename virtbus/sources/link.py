@@ -126,8 +126,8 @@ class Handler(Protocol):
     def changed(self, uuid: str) -> None:
         """The domain's XML is not what it was."""
 
-    def job_failed(self, uuid: str, disk: str) -> None:
-        """A block job (copy, commit, pull) of a disk failed; the guest does not notice."""
+    def job_ended(self, uuid: str, disk: str, *, failed: bool) -> None:
+        """A block job (copy, commit, pull) of a disk ended; `disk` is its target or path."""
 
     def undecodable(self) -> None:
         """A callback was lost: its text is not UTF-8, and nobody knows which domain it spoke of."""
