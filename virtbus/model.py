@@ -89,6 +89,20 @@ class Hypervisor:
     version: str | None = None
     libvirt_version: str | None = None
 
+    @property
+    def merges(self) -> bool | None:
+        """Whether errors are merged before anybody sees them: counts are lower bounds; None: not known.
+
+        QEMU does from 9.2 on: one BLOCK_IO_ERROR a second and device.
+        """
+        if self.kind not in (None, "QEMU"):
+            return False
+        major, _, rest = (self.version or "").partition(".")
+        minor = rest.partition(".")[0]
+        if self.kind is None or not (major.isdecimal() and minor.isdecimal()):
+            return None
+        return (int(major), int(minor)) >= (9, 2)
+
 
 @dataclass(frozen=True, slots=True)
 class Host:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
-from virtbus.model import Device, Domain, Evidence, Host, Now
+from virtbus.model import Device, Domain, Evidence, Host, Hypervisor, Now
 from virtbus.words import DiskError, GapReason, GuestState, Origin, ResolutionCause
 
 
@@ -20,6 +20,7 @@ class Description:
     domain: Domain
     devices: Mapping[str, Device]
     connection: str = ""  # that has the domain, where a source has several
+    hypervisor: Hypervisor | None = None  # of that connection; None: the host's
 
 
 class RawIoError(NamedTuple):
@@ -131,7 +132,7 @@ class SourceReady:
     at_ns: int
     domains: tuple[DomainState, ...]
     findings: tuple[Burst, ...] = ()
-    throttles: bool = False  # the hypervisor merges errors: counts are lower bounds
+    throttles: bool = False  # errors are merged (Hypervisor.merges), whatever the host's hypervisor is
     connection: str = ""  # of whose guests this speaks, where a source has several
     proves: bool = False  # `SourceSeen` follows: without it nothing counts as seen
     whole: bool = True  # these are all guests of the host; else the others' connections speak for them

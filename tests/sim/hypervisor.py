@@ -470,11 +470,14 @@ class ModelLink:
         quirks = self.daemon.quirks
         return HostFacts(
             name=self.daemon.host,
-            hypervisor=Versions("QEMU", quirks.qemu, quirks.libvirt),
-            throttles=False,
+            hypervisor=Versions("QEMU", None, quirks.libvirt),
             keeps_messages=quirks.keeps_messages,
             local=True,
         )
+
+    def version(self) -> str:
+        self._call()
+        return self.daemon.quirks.qemu
 
     def capabilities(self) -> str:
         self._call()

@@ -198,8 +198,8 @@ class Told:
     def changed(self, uuid: str) -> None:
         """Not compared: which calls change a description is a matter of each release."""
 
-    def job_failed(self, uuid: str, disk: str) -> None:
-        self.said.append(f"job of {disk} failed")
+    def job_ended(self, uuid: str, disk: str, *, failed: bool) -> None:
+        self.said.append(f"job of {disk} ended, failed {failed}")
 
     def undecodable(self) -> None:
         self.said.append("undecodable")

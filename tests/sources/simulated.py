@@ -54,12 +54,15 @@ class Guest:
 class SimulatedHost:
     """The host: guests, connections, and a switch for each thing that can go wrong. Also a Connector."""
 
-    def __init__(self, guests: int = 0, *, keeps_messages: bool = False, throttles: bool = False) -> None:
+    def __init__(self, guests: int = 0, *, keeps_messages: bool = False) -> None:
         self.uri = "simulated:///"
         self.appeared_ns: int | None = None
         self.guests: dict[str, Guest] = {}
         self.keeps_messages = keeps_messages
-        self.throttles = throttles
+        self.qemu = "7.2.0"
+        self.probed = threading.Event()  # while not set, the question for QEMU's version hangs
+        self.probed.set()
+        self.probing = 0  # how many such questions were asked
         self.links: list[SimulatedLink] = []
         self.down = False
         self.frozen = threading.Event()  # while set, `open` hangs
@@ -180,11 +183,16 @@ class SimulatedLink:
         self._check()
         return HostFacts(
             name="simulated",
-            hypervisor=Hypervisor("QEMU", "7.2.0", "9.0.0"),
-            throttles=self.host.throttles,
+            hypervisor=Hypervisor("QEMU", None, "9.0.0"),
             keeps_messages=self.host.keeps_messages,
             local=False,
         )
+
+    def version(self) -> str:
+        self._check("version")
+        self.host.probing += 1
+        self.host.probed.wait()
+        return self.host.qemu
 
     def capabilities(self) -> str:
         self._check("capabilities")

@@ -25,6 +25,7 @@ from virtbus.sources.link import (
     STOPPED,
     Space,
 )
+from virtbus.sources.nameless import MOST_WAITING
 from virtbus.words import Origin
 
 GRACE = 1.0
@@ -704,12 +705,113 @@ def test_where_a_disk_left_after_a_nameless_event_the_one_that_stayed_is_not_bla
     """It was one of two, and may have been the other."""
     check = CrossCheck(GRACE)
     check.event(raw("", action=action), 0.0)
-    assert check.has_nameless(UUID)
     check.removed(UUID, "virtio-disk1")
-    assert not check.has_nameless(UUID)
+    assert check.described(UUID, "virtio-disk0", frozenset(), 0.1) == []
     check.resumed(UUID)
+    assert check.described(UUID, "virtio-disk0", frozenset(), 10.0) == []
     check.event(raw("", action=action, at=20.0), 20.0)
-    assert check.has_nameless(UUID), "of those that are there now"
+    assert named(check.described(UUID, "virtio-disk0", frozenset(), 20.1)) == [("virtio-disk0", 0)]
+
+
+def named(bursts: list[Burst]) -> list[tuple[str, int]]:
+    return [(burst.raw.alias, burst.count) for burst in bursts]
+
+
+def test_an_old_disk_error_is_no_reason_to_name_the_one_that_stayed() -> None:
+    check = CrossCheck(GRACE)
+    check.baseline(UUID, "db1", 1, {"virtio-disk0": 1})
+    check.event(raw(""), 10.0)
+    suspend(check, 10.0)
+    check.removed(UUID, "virtio-disk1")
+    look_at(check, Look(PAUSED, PAUSED_IOERROR, {"vda": 1}), 10.5)
+    assert {alias for alias, _ in named(decide(check, 12.0))} == {""}
+
+
+def nameless_report(check: CrossCheck, *copied: str, at: float = 0.0) -> Verdict:
+    """An error's event without a name, while these disks had a block job as far as anybody knows."""
+    verdict = check.event(raw("", at, action=ACTION_REPORT), at)
+    check.suspect(UUID, frozenset(copied))
+    return verdict
+
+
+A, B = "virtio-disk0", "virtio-disk1"
+
+
+@pytest.mark.parametrize("known", [(A, B), (B,), ()], ids=["both copies", "one copy", "no copy"])
+def test_of_two_disks_that_were_copied_the_one_whose_copy_goes_on_is_not_blamed(
+    known: tuple[str, ...],
+) -> None:
+    """Whatever was known of the copies at the error: the one that ended since is told of at its end."""
+    check = CrossCheck(GRACE)
+    nameless_report(check, *known)
+    check.suspect(UUID, frozenset({A}))  # its copy ended
+    assert check.described(UUID, "", frozenset({B}), 0.1) == []
+    assert check.described(UUID, "", frozenset({B}), 5.0) == [], "nor later"
+    assert check.described(UUID, "", frozenset(), 6.0) == []
+    nameless_report(check, B, at=20.0)
+    assert named(check.described(UUID, "", frozenset({B}), 20.1)) == [(B, 0)], (
+        "a later one is of its own time"
+    )
+
+
+def test_the_only_disk_that_was_copied_is_named_also_when_its_copy_has_ended() -> None:
+    check = CrossCheck(GRACE)
+    nameless_report(check, A)
+    check.suspect(UUID, frozenset({A}))
+    assert named(check.described(UUID, "", frozenset(), 0.1)) == [(A, 0)]
+
+
+def test_a_disk_whose_copy_began_later_is_not_blamed_for_what_no_description_explained() -> None:
+    check = CrossCheck(GRACE)
+    nameless_report(check)
+    assert check.described(UUID, "", frozenset(), 0.1) == []  # a backup of one of the two, say
+    assert check.described(UUID, "", frozenset({A}), 60.0) == []
+
+
+def test_a_pauses_device_is_named_by_the_look_before_any_copy_and_by_the_copy_where_that_is_of_no_use() -> (
+    None
+):
+    for wrong, expected in (({"vdb": 1}, B), ({}, A)):
+        check = CrossCheck(GRACE)
+        check.event(raw(""), 0.0)
+        check.suspect(UUID, frozenset({A}))
+        suspend(check, 0.0)
+        assert check.described(UUID, "", frozenset({A}), 0.1) == []
+        look_at(check, Look(PAUSED, PAUSED_IOERROR, wrong), 0.1)
+        found = [burst for burst in decide(check, 1.0) if burst.raw.alias]
+        found += check.described(UUID, "", frozenset({A}), 1.0)
+        assert named(found) == [(expected, 0)]
+
+
+def test_a_pause_without_an_event_is_not_of_the_disk_that_is_copied() -> None:
+    check = CrossCheck(GRACE)
+    assert len(check.listed(UUID, "db1", 1, alias="", mono=0.0, ns=0)) == 1
+    assert check.described(UUID, "", frozenset({A}), 0.1) == []
+    assert named(check.described(UUID, A, frozenset(), 0.2)) == [], "there were two"
+
+
+def test_a_further_error_without_a_name_waits_for_the_description_and_is_counted_once() -> None:
+    check = CrossCheck(GRACE)
+    assert nameless_report(check, A) is Verdict.TELL_AND_LOOK
+    assert named(check.described(UUID, "", frozenset({A}), 0.1)) == [(A, 0)]
+    assert [nameless_report(check, A, at=at) for at in (5.0, 5.1)] == [Verdict.HOLD] * 2
+    assert (check.undecided_since(5.1), check.next_due()) == (5.0, 5.0 + GRACE)
+    assert named(check.described(UUID, "", frozenset({A}), 5.2)) == [(A, 1), (A, 1)]
+    assert nameless_report(check, A, at=8.0) is Verdict.HOLD
+    assert named(check.described(UUID, "", frozenset({A, B}), 8.1)) == [("", 1)]
+    assert nameless_report(check, A, B, at=8.2) is Verdict.TELL, "it is read that nobody can tell"
+    assert nameless_report(check, A, B, at=20.0) is Verdict.HOLD
+    assert named(findings(check, 20.0 + GRACE)) == [("", 1)], "and no description came"
+    assert nameless_report(check, A, B, at=30.0) is Verdict.HOLD
+    assert named(check.gone(UUID)) == [("", 1)]
+
+
+def test_few_errors_wait_for_a_description() -> None:
+    check = CrossCheck(GRACE)
+    check.event(raw(A, action=ACTION_REPORT), 0.0)
+    verdicts = [nameless_report(check, at=1.0) for _ in range(1000)]
+    assert verdicts.count(Verdict.HOLD) == MOST_WAITING
+    assert len(findings(check, 9.0)) == MOST_WAITING
 
 
 def test_a_nameless_event_after_its_finding_is_not_counted_again() -> None:

@@ -294,7 +294,7 @@ def test_a_qcow2_images_data_file_is_told_beside_it() -> None:
     store = "<dataStore type='block'><format type='raw'/><source dev='/dev/vg/root'/></dataStore>"
     xml = domain(disk(f"<source file='/meta/root.qcow2'>{store}</source>"))
     assert source_of(xml).data_file == "/dev/vg/root"
-    assert parse(xml).resolve("/dev/vg/root") == "virtio-disk0"
+    assert parse(xml).owners("/dev/vg/root") == ["virtio-disk0"]
 
 
 def test_namespaces_of_one_nvme_controller_are_told_apart() -> None:
@@ -313,7 +313,7 @@ def test_a_network_image_below_names_its_protocol_and_servers() -> None:
         disk("<source file='/img/top'/>", more=f"<backingStore type='network'>{below}</backingStore>")
     )
     assert source_of(xml).backing == ("nbd://198.51.100.9:10809,unix:/run/nbd/base",)
-    assert parse(xml).resolve("base") == "virtio-disk0"
+    assert parse(xml).owners("base") == ["virtio-disk0"]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tests.sources.simulated import DEADLINE, Guest, Seen, SimulatedHost
 from tests.sources.test_observer import OPTIONS, until
 from virtbus.config import Discover
 from virtbus.errors import SourceUnavailable
-from virtbus.model import Clock, Now
+from virtbus.model import Clock, Hypervisor, Now
 from virtbus.observations import (
     DomainGone,
     Observation,
@@ -106,6 +106,7 @@ def observed(sockets: Sockets, clock: Callable[[], Now] | None = None) -> Iterat
             stop.set()
             for host in sockets.hosts.values():
                 host.release.set()
+                host.probed.set()
                 host.answers.set()
                 host.frozen.clear()
             thread.join(DEADLINE)
@@ -132,6 +133,57 @@ def test_each_socket_is_looked_at_and_speaks_for_its_own_guest_on_the_named_node
         known = source.describe(guest_of(hosts[3]).uuid)
         assert known is not None
         assert known.domain.name == "pod3"
+
+
+def test_all_are_connected_before_one_after_the_other_is_asked_for_its_hypervisors_version(
+    sockets: Sockets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A daemon that was never asked probes its QEMU: 0.4 s of a core each."""
+    monkeypatch.setattr("virtbus.sources.many.ASK_SECONDS", 1e9)
+    hosts = [sockets.add(f"pod{number}") for number in range(10)]
+    for number, host in enumerate(hosts):
+        host.qemu = f"9.{number}.0"
+        host.probed.clear()
+    with observed(sockets) as (source, seen):
+        ready = seen.wait(SourceReady, 10)
+        assert {item.host.hypervisor for item in ready if isinstance(item, SourceReady)} == {Hypervisor()}
+        until(lambda: sum(host.probing for host in hosts) == 1)
+        known = [source.describe(guest_of(host).uuid) for host in hosts]
+        assert {each and each.hypervisor for each in known} == {Hypervisor("QEMU", None, "9.0.0")}
+        for asked in range(1, 11):
+            until(lambda asked=asked: sum(host.probing for host in hosts) == asked)  # type: ignore[misc]
+            next(host for host in hosts if host.probing and not host.probed.is_set()).probed.set()
+        for host in hosts:
+            until(lambda host=host: version_of(source, host) == host.qemu)  # type: ignore[misc]
+        assert [host.probing for host in hosts] == [1] * 10
+
+
+def version_of(source: ManySource, host: SimulatedHost) -> str | None:
+    known = source.describe(guest_of(host).uuid)
+    return None if known is None or known.hypervisor is None else known.hypervisor.version
+
+
+def test_a_daemon_that_does_not_say_its_hypervisors_version_keeps_no_other_from_being_asked(
+    sockets: Sockets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("virtbus.sources.many.ASK_SECONDS", 0.01)
+    hosts = [sockets.add(f"pod{number}") for number in range(4)]
+    for host in hosts[:3]:
+        host.probed.clear()
+    with observed(sockets) as (source, _):
+        until(lambda: version_of(source, hosts[3]) == "7.2.0")
+        for host in hosts[:3]:
+            host.probed.set()
+        until(lambda: all(version_of(source, host) == "7.2.0" for host in hosts))
+
+
+def test_another_daemon_on_a_socket_is_asked_for_its_own_hypervisors_version(sockets: Sockets) -> None:
+    host = sockets.add("pod1")
+    with observed(sockets) as (source, _):
+        until(lambda: version_of(source, host) == "7.2.0")
+        host.qemu = "10.0.0"
+        host.cut()
+        until(lambda: version_of(source, host) == "10.0.0")
 
 
 def test_a_daemon_that_libvirt_uri_names_too_is_observed_once(sockets: Sockets) -> None:

@@ -12,6 +12,7 @@ from virtbus.model import (
     Domain,
     Evidence,
     Host,
+    Hypervisor,
     IoError,
     IoErrorResolved,
     Now,
@@ -1127,9 +1128,13 @@ def test_the_first_look_names_the_host():
     assert bench.see(an_error())[0].host == HOST
 
 
-def test_counts_of_a_hypervisor_that_merges_errors_are_lower_bounds_also_after_a_restart():
-    bench = Bench()
-    bench.ready(throttles=True)
+def on_qemu(version):
+    return Host("compute-17", hypervisor=Hypervisor("QEMU", version, "9.0.0"))
+
+
+def test_counts_are_lower_bounds_where_a_source_says_so_also_after_a_restart():
+    bench = Bench(host=on_qemu("7.2.22"))
+    bench.see(SourceReady(on_qemu("7.2.22"), bench.wall_ns, (a_state(),), throttles=True))
     (event,) = bench.see(an_error())
     assert event.occurrences.lower_bound
     bench.commit()
@@ -1138,6 +1143,58 @@ def test_counts_of_a_hypervisor_that_merges_errors_are_lower_bounds_also_after_a
     assert event.occurrences.lower_bound
     events = bench.see(DomainGone("guest-a", START, "migrated"))
     assert [event.occurrences.lower_bound for event in events] == [True, True]
+
+
+def test_counts_of_a_hypervisor_that_merges_errors_are_lower_bounds_whatever_replaces_it():
+    bench = Bench(host=on_qemu("10.0.0"))
+    (event,) = bench.see(an_error())
+    assert event.occurrences.lower_bound
+    bench.see(HostKnown(on_qemu("7.2.22"), START))  # by now: what was merged stays so
+    (event,) = bench.see(an_error(OTHER_DISK))
+    assert not event.occurrences.lower_bound
+    bench.commit()
+    bench.restart()
+    events = bench.see(DomainGone("guest-a", START, "migrated"))
+    assert [event.occurrences.lower_bound for event in events] == [True, False]
+
+
+def test_counts_are_lower_bounds_for_as_long_as_it_is_not_known_whether_errors_are_merged():
+    bench = Bench(host=on_qemu(None))
+    (event,) = bench.see(an_error())
+    assert event.occurrences.lower_bound
+    bench.commit()
+    bench.restart()
+    (event,) = bench.see(an_error(OTHER_DISK))
+    assert event.occurrences.lower_bound
+    bench.see(HostKnown(on_qemu("7.2.22"), START))
+    events = bench.see(DomainGone("guest-a", START, "migrated"))
+    assert [event.occurrences.lower_bound for event in events] == [False, False]
+
+
+def test_where_a_host_has_several_hypervisors_an_event_speaks_of_its_guests_own():
+    versions = {"guest-a": "7.2.22", "guest-b": "10.0.0", "guest-c": None}
+
+    def describe(uuid):
+        known = described(uuid)
+        return replace(known, hypervisor=Hypervisor("QEMU", versions[uuid], "9.0.0"))
+
+    bench = Bench(host=Host("node-1"), describe=describe)
+    events = [event for uuid in versions for event in bench.see(an_error(domain=uuid))]
+    assert [event.host for event in events] == [on_qemu_of_node(version) for version in versions.values()]
+    assert [event.occurrences.lower_bound for event in events] == [False, True, True]
+    bench.commit()
+    versions |= {
+        "guest-a": None,
+        "guest-c": "7.2.22",
+    }  # a new connection knows nothing yet; the last one does
+    bench.restart()
+    events = [event for uuid in versions for event in bench.see(DomainGone(uuid, START, "migrated"))]
+    assert [event.host.hypervisor.version for event in events] == ["7.2.22", "10.0.0", "7.2.22"]
+    assert [event.occurrences.lower_bound for event in events] == [False, True, False]
+
+
+def on_qemu_of_node(version):
+    return replace(on_qemu(version), name="node-1")
 
 
 def test_open_incidents_are_listed_oldest_first_with_what_is_pending():

@@ -115,7 +115,7 @@ class Book:
 
     @property
     def throttles(self) -> bool:
-        """Whether the hypervisor merges errors: then counts are lower bounds."""
+        """Whether the source says that errors are merged, whatever its hypervisor's version says."""
         return self._throttles
 
     @throttles.setter

@@ -14,6 +14,7 @@ from virtbus.model import (
     ErrorFacts,
     Evidence,
     Host,
+    Hypervisor,
     Incident,
     IoError,
     IoErrorResolved,
@@ -138,7 +139,7 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
     opened_at: float
     first_ns: int
     last_ns: int
-    lower_bound: bool
+    lower_bound: bool  # whatever becomes known of the hypervisor
     width: float  # of the window, seconds
     window_ends_at: float
     allowed_at: float  # no message before this
@@ -157,6 +158,7 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
     run: int | None = None  # the domain's id (virDomainGetID) at its last error: another start has another
     removed: bool = False  # its device was unplugged while the guest stood still
     connection: str = ""  # that has its domain, where the source has several and it is known
+    hypervisor: Hypervisor | None = None  # of that connection
     described: bool = False  # its device's description changed since it was last reported
     saved_at: float = 0.0
     saved_ns: int = 0
@@ -232,6 +234,14 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
             scope=self.scope,
         )
 
+    def on(self, host: Host) -> Host:
+        """The host with this guest's own hypervisor, where there are several."""
+        return host if self.hypervisor is None else replace(host, hypervisor=self.hypervisor)
+
+    def _is_lower_bound(self, host: Host) -> bool:
+        """Also while it is not known whether errors are merged."""
+        return self.lower_bound or host.hypervisor.merges is not False
+
     def io_error(self, host: Host, pending: Pending, incident: Incident) -> IoError:
         """The event of one pending count; `told` includes it already."""
         facts = pending.facts
@@ -239,6 +249,7 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
         if facts.action_code == PAUSE_CODE and self.paused:
             # The error comes before the lifecycle event: the cache does not know of the pause yet.
             domain = replace(domain, state=GuestState.PAUSED)
+        host = self.on(host)
         return IoError(
             host=host,
             domain=domain,
@@ -258,7 +269,7 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
                 total=self.told,
                 first=to_datetime(pending.first_ns),
                 last=to_datetime(pending.last_ns),
-                lower_bound=self.lower_bound,
+                lower_bound=self._is_lower_bound(host),
             ),
             incident=incident,
             origin=pending.origin,
@@ -267,6 +278,7 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
 
     def resolved(self, host: Host, incident: Incident, resolution: Resolution) -> IoErrorResolved:
         """The event of its end; nothing is pending any more."""
+        host = self.on(host)
         return IoErrorResolved(
             host=host,
             domain=self.domain,
@@ -275,7 +287,7 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
                 total=self.told,
                 first=to_datetime(self.first_ns),
                 last=to_datetime(self.last_ns),
-                lower_bound=self.lower_bound,
+                lower_bound=self._is_lower_bound(host),
             ),
             incident=incident,
             resolution=resolution,

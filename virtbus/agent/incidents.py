@@ -207,9 +207,7 @@ class Incidents:
         3. Guests run, or are paused, as the look found them.
         4. No incident counts as quiet before we have watched it again for the widest window.
         """
-        self._book.host = ready.host
-        # Of many connections any: a bound is lower, never wrong.
-        self._book.throttles = ready.throttles or (not ready.whole and self._book.throttles)
+        self._book.host, self._book.throttles = ready.host, ready.throttles
         domains = {one.uuid: one for one in ready.domains if one.state != GuestState.SHUT_OFF}
         events: list[Event] = []
         restarted: set[str] = set()

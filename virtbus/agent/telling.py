@@ -116,7 +116,7 @@ class Teller:
             opened_at=at,
             first_ns=first_ns,
             last_ns=last_ns,
-            lower_bound=self._book.throttles,
+            lower_bound=False,
             width=self._limits.first_window_seconds,
             window_ends_at=at,
             allowed_at=at,
@@ -148,7 +148,6 @@ class Teller:
         incident.add(burst, facts)
         if burst.count:
             incident.quiet_since_at = at
-            incident.lower_bound = incident.lower_bound or self._book.throttles
             if facts.action_code == PAUSE_CODE:
                 # Only a pause that was reported late counts more than one: callbacks come several per pause.
                 self.pause(
@@ -179,6 +178,8 @@ class Teller:
             incident.messages += 1
             incident.allowed_at = at + (MESSAGE_SPACING if incident.messages >= FREE_MESSAGES else 0.0)
             host = self._book.host or UNKNOWN_HOST
+            merges = self._book.throttles or incident.on(host).hypervisor.merges is True
+            incident.lower_bound = incident.lower_bound or merges
             events.append(incident.io_error(host, pending, self._shown(incident, phase)))
         if events:
             if widen:
@@ -205,6 +206,9 @@ class Teller:
         if description is None:
             return
         incident.domain, incident.connection = description.domain, clean(description.connection)
+        found = description.hypervisor
+        if found is not None and (found.version is not None or incident.hypervisor is None):
+            incident.hypervisor = found
         device = description.devices.get(incident.device.alias or "")
         if incident.scope is Scope.DOMAIN:
             incident.enriched = True

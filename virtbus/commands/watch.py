@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import sys
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
@@ -39,7 +40,8 @@ def run(uri: str, *, as_json: bool, out: TextIO, timeout: float | None = None) -
     deadline = None if timeout is None else time.monotonic() + timeout
     try:
         facts = link.facts()
-        watch.say(recording.host_line(Host(facts.name, hypervisor=facts.hypervisor)), facts.name)
+        found = Host(facts.name, hypervisor=replace(facts.hypervisor, version=link.version()))
+        watch.say(recording.host_line(found), facts.name)
         for domain in link.domains():
             watch.describe(link, domain.uuid, domain.name, STATES.get(domain.state, ""))
         while True:
@@ -124,7 +126,7 @@ class _Watch(Handler):
     def changed(self, uuid: str) -> None:
         """Not shown."""
 
-    def job_failed(self, uuid: str, disk: str) -> None:
+    def job_ended(self, uuid: str, disk: str, *, failed: bool) -> None:
         """Not shown."""
 
     def undecodable(self) -> None:

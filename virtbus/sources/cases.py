@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
 from virtbus.model import Device
-from virtbus.observations import Burst, RawIoError
-from virtbus.seen import is_told
-from virtbus.sources.evidence import (
-    Look,
-    Message,
-    disk_errors_by_alias,
-    disks_by_target,
-    gather,
-    newest_by_alias,
-    newest_message,
-)
-from virtbus.sources.link import (
-    ACTION_PAUSE,
-    ACTION_REPORT,
-    DISK_ERROR_NO_SPACE,
-    DISK_ERROR_UNSPECIFIED,
-    DISK_ERRORS,
-)
-from virtbus.words import ENOSPC, DiskError, Origin
-
-ACTION_UNKNOWN = -1  # the guest runs, and the policy does not say whether it was ever paused
+from virtbus.observations import LATE_SECONDS, Burst, RawIoError
+from virtbus.sources.evidence import Look, Message, disk_errors_by_alias, newest_by_alias
+from virtbus.sources.findings import action_by_policy, burst_of, raw_error
+from virtbus.sources.link import ACTION_PAUSE, DISK_ERROR_NO_SPACE, DISK_ERROR_UNSPECIFIED
+from virtbus.words import ENOSPC, Origin
 
 
 @dataclass(slots=True, eq=False)
@@ -52,6 +36,16 @@ class Finding:
 
     at: float  # monotonic
     raw: RawIoError
+
+
+@dataclass(slots=True)
+class Nameless:
+    """Who may have been a device that its event does not name: also those who do not look so any more."""
+
+    left: set[str] = field(default_factory=set)  # unplugged since
+    copied: set[str] = field(default_factory=set)  # with a block job then or since; "": nobody knows which
+    waiting: list[RawIoError] = field(default_factory=list)  # without a pause: until the XML is read
+    since: float = 0.0  # when the first of them came (monotonic)
 
 
 @dataclass(slots=True)
@@ -85,7 +79,8 @@ class Case:
     reports: dict[str, RawIoError] = field(default_factory=dict)  # alias → the last one without a pause
     looked_for: dict[str, float] = field(default_factory=dict)  # alias → when evidence was last asked for
     wanting: set[str] = field(default_factory=set)  # aliases whose evidence is being looked for
-    unnameable: bool = False  # a disk left after events without a name: they may be its own
+    nameless: Nameless = field(default_factory=Nameless)
+    unclear_at: float = float("-inf")  # when the XML was read, and did not show whose such an event was
 
     def suspended(self, *, by_io_error: bool, grace: float, mono: float, ns: int) -> None:
         """The guest was paused: decided after `grace` seconds, unless a look was ahead of the callback."""
@@ -106,7 +101,6 @@ class Case:
         self.resumed_at = max(self.resumed_at, mono)
         self.paused = self.found_ahead = False
         self.doubted_at, self.puzzled_at = None, float("-inf")
-        self.unnameable = False
         for pause in self.pauses:
             pause.over = True
         self.credit = {}
@@ -115,40 +109,37 @@ class Case:
         self.synthesised.clear()
         self.unseen.clear()
 
-    def removed(self, alias: str) -> None:
-        """The device was unplugged; what came without a name may have been of it."""
-        self.wanting.discard(alias)
-        for kept in (self.stale, self.last_ns, self.reports, self.looked_for):
-            kept.pop(alias, None)
-        self.reports.pop("", None)
-        self.unnameable = self.has_nameless()
+    def removed(self, aliases: Iterable[str]) -> None:
+        """Devices were unplugged; what came without a name may have been of one of them."""
+        for alias in aliases:
+            self.wanting.discard(alias)
+            for kept in (self.stale, self.last_ns, self.reports, self.looked_for):
+                kept.pop(alias, None)
+            self.reports.pop("", None)
+            if self.has_nameless():
+                self.nameless.left.add(alias)
 
     def has_nameless(self) -> bool:
         """Whether something was reported without the name of its device."""
         held = [*self.held, *(raw for pause in self.pauses for raw in pause.held)]
-        return bool(held) or any("" in each for each in (self.reports, self.events, self.synthesised))
+        is_told = any("" in each for each in (self.reports, self.events, self.synthesised))
+        return bool(held or self.nameless.waiting) or is_told
 
-    def identified(self, alias: str) -> list[Burst]:
-        """The device behind the events that came without its name: their facts, without a count."""
-        raws = [found.pop("") for found in (self.reports, self.events) if "" in found]
-        if finding := self.synthesised.pop("", None):
-            raws.append(finding.raw)
-        for raw in raws:
-            self.last_ns[alias] = max(self.last_ns.get(alias, 0), raw.observed_at)
-            kept = self.events if raw.action_code == ACTION_PAUSE else self.reports
-            kept[alias] = raw._replace(alias=alias)
-        for names in (self.unseen, self.wanting):
-            if "" in names:
-                names.discard("")
-                names.add(alias)
-        for each in (*(pause.events for pause in self.pauses), self.credit):
-            if "" in each:
-                each[alias] = each.pop("")._replace(alias=alias)
-        for held in (*(pause.held for pause in self.pauses), self.held):
-            held[:] = [raw._replace(alias=raw.alias or alias) for raw in held]
-        return [
-            burst_of(raw._replace(alias=alias), 0, Origin.EVENT, None, None, pause=False) for raw in raws[:1]
-        ]
+    def began(self, mono: float) -> list[float]:
+        """When each thing came that is not decided yet (monotonic).
+
+        One of unknown reason, of a disk that failed before, looks like an operator's until its event comes.
+        """
+        moments = [pause.began for pause in self.pauses]
+        moments += [self.puzzled_at] if mono - self.puzzled_at <= LATE_SECONDS else []
+        moments += [self.credit_at] if self.held else []
+        return moments + ([self.nameless.since] if self.nameless.waiting else [])
+
+    def due(self, grace: float) -> list[float]:
+        """When each of them is to be decided."""
+        moments = [pause.due for pause in self.pauses]
+        moments += [self.credit_at + grace] if self.held else []
+        return moments + ([self.nameless.since + grace] if self.nameless.waiting else [])
 
     def paused_since(self, mono: float) -> bool:
         """Whether a pause came after `mono`, which what was asked before does not know."""
@@ -231,7 +222,7 @@ class Case:
     ) -> tuple[list[Burst], list[str]]:
         """The held events, under the names of devices that nobody reported → (they, who is left)."""
         found, left = [], list(missed)
-        only = next(iter(pause.wrong)) if len(pause.wrong) == 1 else ""
+        only = next(iter(pause.wrong)) if len(pause.wrong) == 1 and not self.nameless.left else ""
         for event in pause.held:
             alias = event.alias or (left.pop(0) if left else only)
             raw = event._replace(alias=alias)
@@ -402,7 +393,7 @@ def missed_devices(
     wrong = {alias: code for alias, code in wrong.items() if alias not in known}
     # One that failed before failed again: the only one, or the only one whose events libvirt loses.
     for suspects in (list(wrong), [alias for alias in wrong if _is_unnamed(devices.get(alias))]):
-        if len(suspects) == 1:
+        if len(suspects) == 1 and not case.nameless.left:
             return suspects
     return [""]
 
@@ -411,76 +402,3 @@ def _is_unnamed(device: Device | None) -> bool:
     """A network disk whose source has no name: libvirt up to 9.0 drops its I/O-error events."""
     source = None if device is None else device.source
     return source is not None and source.type == "network" and not source.path
-
-
-def newer_messages(
-    look: Look,
-    since_ns: int | None,
-    case: Case | None,
-    devices: Mapping[str, Device],
-    slack_ns: int,
-    ns: int,
-) -> dict[str, Message]:
-    """The messages about an error which nobody reported, by alias; the newest of each."""
-    if since_ns is None or look.messages is None:
-        return {}
-    # Each for itself: of a clock that was set back the newest stamp is not the newest error.
-    newer: dict[str, Message] = {}
-    aliases = disks_by_target(devices)
-    for message in look.messages:
-        alias = aliases.get(message.target, "")
-        if message.at_ns is None or message.at_ns <= since_ns:
-            continue
-        last_ns = None if case is None else case.last_ns.get(alias)
-        if last_ns is not None and is_told(message.at_ns, last_ns + slack_ns, ns + slack_ns):
-            continue
-        known = newer.get(alias)
-        if known is None or known.at_ns is None or known.at_ns < message.at_ns:
-            newer[alias] = message
-    return newer
-
-
-def action_by_policy(device: Device | None) -> int:
-    """What the hypervisor did about an error of a guest that runs, as far as the policies say."""
-    policy = None if device is None else device.policy
-    asked = set() if policy is None else {policy.write, policy.read} - {None}
-    return ACTION_REPORT if asked and asked <= {"report"} else ACTION_UNKNOWN
-
-
-def raw_error(
-    domain: tuple[str, str, int | None], *, alias: str, code: int | None, action: int, ns: int
-) -> RawIoError:
-    """An error that no event reported; `code` is the disk's error (virDomainDiskErrorCode), if known."""
-    # libvirt's reason and its "no space" disk error come from the same word of QEMU, "nospace".
-    reason = ENOSPC if code == DISK_ERROR_NO_SPACE else ""
-    return RawIoError(*domain, path="", alias=alias, action_code=action, reason=reason, observed_at=ns)
-
-
-def burst_of(
-    raw: RawIoError,
-    count: int,
-    origin: Origin,
-    look: Look | None,
-    device: Device | None,
-    *,
-    pause: bool,
-) -> Burst:
-    """An error, or (count 0) facts about one, with what a look found at its device."""
-    target = None if device is None else device.target
-    kept = None
-    code = None
-    if look is not None and target is not None:
-        kept = newest_message(look.messages, target)
-        code = (look.disk_errors or {}).get(target)
-    evidence = gather(look, device, raw.reason, lifecycle=origin is Origin.LIFECYCLE, pause=pause)
-    return Burst(
-        raw=raw,
-        count=count,
-        first_ns=raw.observed_at,
-        last_ns=raw.observed_at,
-        origin=origin,
-        message=kept.text if kept else None,
-        stamp_ns=kept.at_ns if kept else None,
-        disk_error=None if code is None else DISK_ERRORS.get(code, DiskError.UNSPECIFIED),
-        evidence=evidence,
-    )

@@ -38,16 +38,9 @@ from virtbus.observations import (
     Observation,
     RawIoError,
 )
-from virtbus.sources.cases import (
-    ACTION_UNKNOWN,
-    Case,
-    Finding,
-    burst_of,
-    complete,
-    newer_messages,
-    raw_error,
-)
+from virtbus.sources.cases import Case, Finding, Nameless, complete
 from virtbus.sources.evidence import Look, disk_errors_by_alias
+from virtbus.sources.findings import ACTION_UNKNOWN, burst_of, newer_messages, raw_error
 from virtbus.sources.link import (
     ACTION_PAUSE,
     CRASHED_EVENT,
@@ -64,6 +57,7 @@ from virtbus.sources.link import (
     left_by,
     runs_again,
 )
+from virtbus.sources.nameless import described, release_waiting, waits
 from virtbus.words import ENOSPC, EvidenceCheck, EvidenceVerdict, Origin
 
 __all__ = ["ACTION_UNKNOWN", "CrossCheck", "Decision", "Verdict"]
@@ -142,10 +136,14 @@ class CrossCheck:
             return Verdict.KNOWN
         case = self._case(raw.domain_uuid, raw.domain_name, raw.domain_id)
         alias = raw.alias
+        if not alias and not case.has_nameless():
+            case.nameless = Nameless()
         pause = case.pauses[-1] if case.pauses and not case.pauses[-1].over else None
         if raw.action_code == ACTION_PAUSE and not case.synthesised and case.hold(raw, pause):
             if pause is None:
                 case.expect(mono, self._grace)
+            return Verdict.HOLD
+        if raw.action_code != ACTION_PAUSE and waits(case, raw, mono):
             return Verdict.HOLD
         case.last_ns[alias] = raw.observed_at
         if raw.action_code != ACTION_PAUSE:
@@ -213,14 +211,13 @@ class CrossCheck:
         if case is None:
             return []
         found = [b for pause in case.pauses for b in case.decide(pause, 0.0, {}) if b.count]
-        return found + case.release_all()
+        return found + case.release_all() + release_waiting(case)
 
     def removed(self, uuid: str, *aliases: str) -> None:
         """Devices were unplugged: nothing is kept of them but what belongs to a pause that goes on."""
         case = self._cases.get(uuid)
         if case is not None:
-            for alias in aliases:
-                case.removed(alias)
+            case.removed(aliases)
 
     def looked(self, uuid: str, look: Look, devices: Mapping[str, Device]) -> list[Burst]:
         """What a look found: kept for the undecided pause that it saw.
@@ -247,15 +244,15 @@ class CrossCheck:
             found += case.look_back(look, devices)
         return found
 
-    def identified(self, uuid: str, alias: str) -> list[Burst]:
-        """The device behind the events that came without its name: their facts, without a count."""
-        case = self._cases.get(uuid)
-        return [] if case is None else case.identified(alias)
+    def suspect(self, uuid: str, aliases: frozenset[str]) -> None:
+        """Disks that have a block job, or had one until now: an event without a name may be of any."""
+        if (case := self._cases.get(uuid)) is not None and case.has_nameless():
+            case.nameless.copied |= aliases
 
-    def has_nameless(self, uuid: str) -> bool:
-        """Whether something was reported of the domain without a name, and its only device is the one."""
+    def described(self, uuid: str, only_disk: str, copied: frozenset[str], mono: float) -> list[Burst]:
+        """The domain's XML was read: it may show of which device an event without a name was."""
         case = self._cases.get(uuid)
-        return case is not None and case.has_nameless() and not case.unnameable
+        return [] if case is None or not case.has_nameless() else described(case, only_disk, copied, mono)
 
     def baseline(self, uuid: str, name: str, number: int | None, wrong: Mapping[str, int]) -> None:
         """The disk errors (by alias) of a guest that runs: left over from before."""
@@ -281,9 +278,7 @@ class CrossCheck:
 
     def next_due(self) -> float | None:
         """When `due` has something to say (monotonic), or None."""
-        cases = self._cases.values()
-        moments = [pause.due for case in cases for pause in case.pauses]
-        return min(moments + [case.credit_at + self._grace for case in cases if case.held], default=None)
+        return min((at for case in self._cases.values() for at in case.due(self._grace)), default=None)
 
     def due(self, mono: float, devices: Mapping[str, Mapping[str, Device]]) -> list[Decision]:
         """The decisions about pauses whose grace is over; `devices` by domain, as far as they are known."""
@@ -297,8 +292,9 @@ class CrossCheck:
                 bursts = case.decide(pause, mono, devices.get(uuid, {}))
                 decisions.append(Decision(bursts, not case.paused))
             if case.held and case.credit_at + self._grace <= mono:  # and no pause came
-                over = case.doubted_at is None and not case.paused
-                decisions.append(Decision(case.release_all(), over))
+                decisions.append(Decision(case.release_all(), case.doubted_at is None and not case.paused))
+            if case.nameless.waiting and case.nameless.since + self._grace <= mono:
+                decisions.append(Decision(release_waiting(case), over=False))
         return decisions
 
     def next_doubt(self) -> float | None:
@@ -316,15 +312,8 @@ class CrossCheck:
         return found
 
     def undecided_since(self, mono: float) -> float | None:
-        """When the oldest pause began that waits for a decision, or for its event (monotonic), or None.
-
-        One of unknown reason, of a disk that failed before, looks like an operator's until its event comes.
-        """
-        cases = self._cases.values()
-        moments = [pause.began for case in cases for pause in case.pauses]
-        moments += [case.credit_at for case in cases if case.held]
-        moments += [case.puzzled_at for case in cases if mono - case.puzzled_at <= LATE_SECONDS]
-        return min(moments, default=None)
+        """When the oldest pause began that waits for a decision, or for its event (monotonic), or None."""
+        return min((at for case in self._cases.values() for at in case.began(mono)), default=None)
 
     def undecided(self) -> list[str]:
         """The domains that wait for a decision."""
@@ -392,7 +381,9 @@ class CrossCheck:
         case = self._cases.get(uuid)
         if case is not None and case.paused and look.state != PAUSED and not case.paused_since(look.asked_at):
             self.resumed(uuid)  # and nobody reported it
-        newer = newer_messages(look, since_ns, case, devices, self.slack_ns, ns)
+        newer = newer_messages(
+            look, since_ns, {} if case is None else case.last_ns, devices, self.slack_ns, ns
+        )
         if not look.paused_by_io_error and not newer:
             return []
         return self._case(uuid, name, number).reconcile(look, newer, devices, mono=mono, ns=ns)

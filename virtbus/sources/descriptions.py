@@ -15,10 +15,13 @@ from virtbus import redaction
 from virtbus.model import Device, DeviceSource, Domain
 from virtbus.observations import Description, RawIoError
 from virtbus.sources.domain_xml import DomainXml
+from virtbus.sources.evidence import disks_by_target
+from virtbus.sources.link import ACTION_PAUSE
 from virtbus.words import GuestState
 
 GONE_KEPT = 1024  # entries of domains that are gone
 STRANGE_KEPT = 16  # paths of a domain that its XML does not explain
+FRESH_SECONDS = 1.0  # a copy begins without an event: so long a description shows all that run
 ASK_AGAIN_SECONDS = 10.0  # between two look-ups of a domain whose description lacks something
 
 
@@ -33,6 +36,8 @@ class Entry:
     xml: DomainXml | None = None
     refused: bool = False
     asked_at: float = float("-inf")
+    read_at: float = float("-inf")  # when its XML was asked for (monotonic), and when it last changed since
+    changed_at: float = float("-inf")
     strange: frozenset[tuple[str, str]] = frozenset()  # (alias, path) that its XML was read again for
     description: Description | None = field(default=None, compare=False)
 
@@ -113,10 +118,41 @@ class Cache:
                 self._wanted.discard(uuid)
         return missing, aliases if waiting else None
 
-    def resolve(self, uuid: str, path: str) -> str:
-        """The alias of the disk that an event without one speaks of; "" when that is unclear."""
+    def resolve(self, raw: RawIoError, now: float) -> str:
+        """The alias of the disk that an event without one speaks of; "" when that is unclear.
+
+        By its path; else the only disk; else, of an error without a pause, as libvirt gives no alias during a
+        copy, the only copied one. A pause's disk is found by the look. `now` is monotonic.
+        """
+        entry = self._entries.get(raw.domain_uuid)
+        if entry is None or entry.xml is None:
+            return ""
+        owners = entry.xml.owners(raw.path) if raw.path else []
+        if owners:
+            return owners[0] if len(owners) == 1 else ""
+        if entry.read_at < entry.changed_at:
+            return ""
+        is_fresh = raw.action_code != ACTION_PAUSE and now - entry.read_at <= FRESH_SECONDS
+        copied = entry.xml.copying if is_fresh and entry.xml.complete else ()
+        return entry.xml.only_disk or (next(iter(copied)) if len(copied) == 1 else "")
+
+    def only_disk(self, uuid: str) -> str:
+        """The alias of a domain's only disk; "" where there are several, or may be."""
         entry = self._entries.get(uuid)
-        return "" if entry is None or entry.xml is None else entry.xml.resolve(path)
+        return "" if entry is None or entry.xml is None else entry.xml.only_disk
+
+    def copied(self, uuid: str) -> frozenset[str] | None:
+        """The disks that had a block job when the XML was read; None: there may be others than it shows."""
+        entry = self._entries.get(uuid)
+        return None if entry is None or entry.xml is None or not entry.xml.complete else entry.xml.copying
+
+    def disk(self, uuid: str, name: str) -> str:
+        """The alias of the disk that a block job's event names by its target or path; "" when unknown."""
+        entry = self._entries.get(uuid)
+        if entry is None or entry.xml is None:
+            return ""
+        owners = entry.xml.owners(name)
+        return disks_by_target(entry.devices).get(name) or (owners[0] if len(owners) == 1 else "")
 
     def stale(self, uuid: str, alias: str, path: str) -> bool:
         """Whether an event's path shows that the disk has another source by now than its XML had.
@@ -149,7 +185,14 @@ class Cache:
             self._entries[uuid] = _described(replace(old, name=name, number=number, state=state))
             return fresh
 
-    def read(self, uuid: str, xml: DomainXml | None) -> None:
+    def outdate(self, uuid: str, now: float) -> None:
+        """Its XML is another one by now."""
+        with self._lock:
+            old = self._entries.get(uuid)
+            if old is not None:
+                self._entries[uuid] = replace(old, changed_at=now)
+
+    def read(self, uuid: str, xml: DomainXml | None, asked_at: float = float("inf")) -> None:
         """Its XML was read, or (None) refused. Of a domain that is gone it is of no use."""
         with self._lock:
             old = self._entries.get(uuid)
@@ -157,7 +200,7 @@ class Cache:
                 if uuid in self._unread and xml is not None:
                     self._unread.discard(uuid)
                     self._missing[uuid] = frozenset(old.devices) - frozenset(xml.devices)
-                self._entries[uuid] = _described(replace(old, xml=xml, refused=xml is None))
+                self._entries[uuid] = _described(replace(old, xml=xml, refused=xml is None, read_at=asked_at))
 
     def may_ask(self, uuid: str, now: float) -> bool:
         """Whether it is worth to ask for what an entry lacks; True counts as asked."""

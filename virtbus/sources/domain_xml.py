@@ -53,21 +53,14 @@ class DomainXml:
         """Whether a path, as an event gives it, is of one of the disk's images."""
         return hash(path) in self.images.get(alias, ())
 
-    def resolve(self, path: str) -> str:
-        """The alias of the disk that an event without one speaks of; "" when that is unclear.
+    def owners(self, path: str) -> list[str]:
+        """The disks that have an image of this name, as an event gives it."""
+        return [alias for alias in self.images if self.has_image(alias, path)]
 
-        By its path; else the only disk; else, as libvirt gives no alias during a copy, the only copied one.
-        """
-        if path:
-            named = [alias for alias in self.images if self.has_image(alias, path)]
-            if named:
-                return named[0] if len(named) == 1 else ""
-        if not self.complete:
-            return ""
-        for suspects in (list(self.images), sorted(self.copying)):
-            if len(suspects) == 1:
-                return suspects[0]
-        return ""
+    @property
+    def only_disk(self) -> str:
+        """The alias of the only disk; "" where there are several, or may be."""
+        return next(iter(self.images)) if len(self.images) == 1 and self.complete else ""
 
 
 def parse(

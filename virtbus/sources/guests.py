@@ -11,16 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from virtbus.errors import SourceUnavailable
-from virtbus.model import Device, Host
-from virtbus.observations import (
-    Burst,
-    DevicesKnown,
-    DomainGone,
-    DomainResumed,
-    DomainState,
-    HostKnown,
-    SourceReady,
-)
+from virtbus.model import Device, Host, Hypervisor
+from virtbus.observations import Burst, DomainGone, DomainResumed, DomainState, HostKnown, SourceReady
 from virtbus.seen import Moment, boot_id, earliest
 from virtbus.sources import Sink, SourceOptions
 from virtbus.sources.crew import Crew, Opened
@@ -76,14 +68,44 @@ class FirstLook:
     findings: list[Burst] = field(default_factory=list)
 
 
+class HostFound:
+    """The host and its hypervisor, as far as the present connection has said."""
+
+    def __init__(self, shared: Host | None) -> None:
+        """`shared`: the host of several hypervisors, each of which is its own guests' alone."""
+        self._shared = shared
+        self._facts: HostFacts | None = None
+        self.uuid: str | None = None
+        self.hypervisor = Hypervisor()
+        self.version_due = False  # nobody has asked this connection for its hypervisor's version yet
+
+    def begin(self, facts: HostFacts) -> None:
+        """A new connection: perhaps another hypervisor."""
+        self._facts, self.hypervisor, self.version_due = facts, facts.hypervisor, True
+
+    def answered(self, note: HostAnswered) -> None:
+        """What had to be asked for by itself."""
+        self.uuid = note.uuid or self.uuid
+        self.hypervisor = replace(self.hypervisor, version=note.version or self.hypervisor.version)
+
+    def host(self) -> Host:
+        """As it is reported; of a shared one the guests' descriptions name the hypervisor."""
+        if self._shared is not None:
+            return self._shared
+        facts = self._facts
+        assert facts is not None
+        boot = boot_id() if facts.local else None
+        return Host(name=facts.name, uuid=self.uuid, boot_id=boot, hypervisor=self.hypervisor)
+
+
 class Guests:
     """The guests of one hypervisor, over all its connections."""
 
     def __init__(self, shared: Shared, connector: Connector, crew: Crew, options: SourceOptions) -> None:
         self._clock, self._lock, self._check = shared.clock, shared.lock, shared.check
         self._cache, self._clocks = shared.cache, shared.clocks
-        self._options = options
         self._many = options.host is not None  # one hypervisor among others on its host
+        self.on = HostFound(options.host)
         self._asker = Asker(shared, options.owner_rules)
         self._lookups = Lookups(
             connector,
@@ -99,7 +121,6 @@ class Guests:
         self._troubled: dict[str, float] = {}  # uuid → when to look at it (monotonic)
         self._vanished: list[str] = []  # were there before the connection was lost, and are not
         self._first: FirstLook | None = None
-        self._facts: HostFacts | None = None
         self._ready_at: Moment | None = None
 
     # ---- the connection comes and goes
@@ -110,6 +131,7 @@ class Guests:
         What the hypervisor remembers is asked for from `since` on.
         """
         facts = opened.facts
+        self.on.begin(facts)
         self._asker.begin(session, facts)
         self._cache.doubt()
         here = frozenset(domain.uuid for domain in opened.domains)
@@ -140,8 +162,10 @@ class Guests:
                     want |= Want.TROUBLE
                     self.reconciling[domain.uuid] = earliest(*moments) if moments else None
                 self._lookups.request(domain.uuid, want)
-        if self._asker.host_uuid is None and not self._many:
-            self._lookups.request(HOST, Want.HOST)
+        if not self._many:
+            self.ask_version()
+            if self.on.uuid is None:
+                self._lookups.request(HOST, Want.HOST)
         self._lookups.resume()
 
     def looked(self, session: Session) -> bool:
@@ -180,14 +204,14 @@ class Guests:
         assert self._first is not None
         since, looks, findings = session.since_listing or {}, self._first.looks, list(self._first.findings)
         now = self._clock()
-        self._facts, self._ready_at = opened.facts, Moment.of(now)
+        self._ready_at = Moment.of(now)
         states = {}
         for domain in opened.domains:
             uuid, look = domain.uuid, looks.get(domain.uuid)
             by_error = domain.state == PAUSED and domain.reason == PAUSED_IOERROR
             if by_error and look is None and uuid not in since:
                 # The listing itself is reported, whatever becomes of the look; that refines it.
-                alias = self._cache.resolve(uuid, "")
+                alias = self._cache.only_disk(uuid)
                 findings += self._check.listed(
                     uuid, domain.name, domain.id, alias=alias, mono=now.monotonic, ns=now.wall_ns
                 )
@@ -204,11 +228,10 @@ class Guests:
             aliases = self._cache.aliases(uuid) if old is None else old.aliases
             states[uuid] = DomainState(uuid, name, state, still, aliases, number)
         return SourceReady(
-            host=self._host(opened.facts),
+            host=self.on.host(),
             at_ns=now.wall_ns,
             domains=tuple(states.values()),
             findings=tuple(findings),
-            throttles=opened.facts.throttles,
             connection=session.connection,
             proves=True,
             whole=not self._many,
@@ -229,6 +252,11 @@ class Guests:
                     sink(burst)
                 sink(DomainGone(entry.uuid, self._clock().wall_ns, ResolutionCause.DOMAIN_STOPPED))
             self._cache.gone(entry.uuid)
+
+    def ask_version(self) -> None:
+        """Ask for the hypervisor's version: a daemon that was never asked probes its QEMU for it."""
+        self.on.version_due = False
+        self._lookups.request(HOST, Want.VERSION)
 
     def missed(self, uuid: str) -> None:
         """Somebody asked for a description that the cache does not have."""
@@ -255,27 +283,19 @@ class Guests:
                 with self._lock:
                     self._check.baseline(entry.uuid, entry.name, entry.number, wrong)
         elif isinstance(note, Described):
-            self._on_description(session, note.uuid)
+            with self._lock:
+                session.described(note.uuid)
         elif isinstance(note, JobFailed):
             entry = self._cache.get(note.uuid)
             emit(BlockJobFailed(note.uuid if entry is None else entry.name, note.disk))
         elif isinstance(note, HostAnswered):
-            if self._first is None and self._facts is not None:
-                session.tell([HostKnown(self._host(self._facts), self._clock().wall_ns)])
+            self.on.answered(note)
+            if self._first is None and not self._many:
+                session.tell([HostKnown(self.on.host(), self._clock().wall_ns)])
         elif isinstance(note, Undecodable):
             for entry in self._cache.active():
                 self.reconciling.setdefault(entry.uuid, self._ready_at)
                 self._lookups.request(entry.uuid, Want.TROUBLE)
-
-    def _on_description(self, session: Session, uuid: str) -> None:
-        """What was reported of the domain without its device's name may get it now."""
-        missing, aliases = self._cache.late(uuid)
-        with self._lock:
-            self._check.removed(uuid, *missing)
-            if session.live and aliases is not None:
-                session.tell([DevicesKnown(uuid, aliases, self._clock().wall_ns)])
-            if session.live and self._check.has_nameless(uuid) and (alias := self._cache.resolve(uuid, "")):
-                session.tell(self._check.identified(uuid, alias))
 
     def _on_lifecycle(self, note: Lifecycle) -> None:
         uuid, event = note.uuid, note.event
@@ -325,6 +345,8 @@ class Guests:
                 else:
                     session.tell([*found, resumed] if overtaken and found else found)
             session.tell(self._check.looked(uuid, look, entry.devices))
+            if self._first is None:  # what it found has been reported by now
+                session.described(uuid)
             if self._check.runs(uuid, look):
                 session.tell([resumed])
 
@@ -369,19 +391,11 @@ class Guests:
                 devices[uuid] = {} if entry is None else entry.devices
             for decision in self._check.due(now.monotonic, devices):
                 session.tell(decision.bursts)
+                if decision.bursts:
+                    session.described(decision.bursts[0].raw.domain_uuid)
                 if decision.over and any(burst.count for burst in decision.bursts):
                     # The pause is reported after its end: say again that it is over.
                     session.tell([DomainResumed(decision.bursts[0].raw.domain_uuid, now.wall_ns)])
-
-    def _host(self, facts: HostFacts) -> Host:
-        return _host(facts, self._options.host, self._asker.host_uuid)
-
-
-def _host(facts: HostFacts, given: Host | None, uuid: str | None) -> Host:
-    if given is not None:
-        return replace(given, hypervisor=facts.hypervisor)
-    boot = boot_id() if facts.local else None
-    return Host(name=facts.name, uuid=uuid, boot_id=boot, hypervisor=facts.hypervisor)
 
 
 def _state(number: int) -> str:

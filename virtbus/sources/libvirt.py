@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -29,7 +30,6 @@ from virtbus.sources.probing import checks_of, unreachable
 from virtbus.sources.sockets import is_local
 from virtbus.telemetry import CallbackUndecodable, EventUnsupported, LibvirtSaid, Trouble, emit
 
-THROTTLES_FROM = (9, 2, 0)  # QEMU merges BLOCK_IO_ERROR events of a device, one a second
 KEEPS_MESSAGES_FROM = (11, 1, 0)  # libvirt remembers the last I/O error of each image
 
 _DENIED = (
@@ -180,16 +180,19 @@ class LibvirtLink:
         connection = self._connection
         with _calling(self._uri):
             kind = connection.getType()
-            version = _version(connection.getVersion())
             libvirt_version = _version(connection.getLibVersion())
             name = connection.getHostname()
         return HostFacts(
             name=name,
-            hypervisor=Hypervisor(kind, _dotted(version), _dotted(libvirt_version)),
-            throttles=kind == "QEMU" and version >= THROTTLES_FROM,
+            hypervisor=Hypervisor(kind, None, _dotted(libvirt_version)),
             keeps_messages=kind == "QEMU" and libvirt_version >= KEEPS_MESSAGES_FROM,
             local=self._local,
         )
+
+    def version(self) -> str:
+        """See Link."""
+        with _calling(f"{self._uri}: version"):
+            return _dotted(_version(self._connection.getVersion()))
 
     def capabilities(self) -> str:
         """See Link."""
@@ -450,8 +453,9 @@ def _callbacks(handler: Handler, heard: threading.Event) -> Mapping[str, Callabl
 
     def job(_c: Any, dom: Any, disk: str, _kind: int, status: int, _o: object) -> None:
         # Completed, failed, cancelled or ready: each of them changes the XML.
-        if status == libvirt.VIR_DOMAIN_BLOCK_JOB_FAILED:
-            handler.job_failed(dom.UUIDString(), disk or "")
+        if status != libvirt.VIR_DOMAIN_BLOCK_JOB_READY:
+            failed = status == libvirt.VIR_DOMAIN_BLOCK_JOB_FAILED
+            handler.job_ended(dom.UUIDString(), disk or "", failed=failed)
         handler.changed(dom.UUIDString())
 
     def noticing(callback: Callable[..., None]) -> Callable[..., None]:
@@ -485,7 +489,9 @@ class LibvirtSource(Observer):
         except VirtbusError as error:
             return [unreachable(error)]
         try:
-            return checks_of(self._libvirt.uri, link.facts(), len(link.domains()), link.probe_events())
+            facts = link.facts()
+            facts = replace(facts, hypervisor=replace(facts.hypervisor, version=link.version()))
+            return checks_of(self._libvirt.uri, facts, len(link.domains()), link.probe_events())
         except VirtbusError as error:
             return [Check("libvirt", "failed", str(error), "see the daemon's own log", error.exit_code)]
         finally:

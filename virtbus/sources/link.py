@@ -95,11 +95,10 @@ class DomainAt(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """What a connection says about its host; asking never blocks on a guest."""
+    """What a connection says about its host at once; asking never blocks on a guest."""
 
     name: str
-    hypervisor: Hypervisor
-    throttles: bool  # errors are merged before we see them: counts are lower bounds
+    hypervisor: Hypervisor  # its version is asked for by itself
     keeps_messages: bool  # virDomainGetMessages reports I/O errors (libvirt 11.1 and later)
     local: bool  # paths in domain XML are paths of the machine we run on
 
@@ -127,8 +126,8 @@ class Handler(Protocol):
     def changed(self, uuid: str) -> None:
         """The domain's XML is not what it was."""
 
-    def job_failed(self, uuid: str, disk: str) -> None:
-        """A block job (copy, commit, pull) of a disk failed; the guest does not notice."""
+    def job_ended(self, uuid: str, disk: str, *, failed: bool) -> None:
+        """A block job (copy, commit, pull) of a disk ended; `disk` is its target or path."""
 
     def undecodable(self) -> None:
         """A callback was lost: its text is not UTF-8, and nobody knows which domain it spoke of."""
@@ -141,7 +140,10 @@ class Link(Protocol):
     """One connection. Calls may block for ever and raise SourceUnavailable."""
 
     def facts(self) -> HostFacts:
-        """The host and its versions."""
+        """The host; the daemon probes nothing for it."""
+
+    def version(self) -> str:
+        """The hypervisor's version, dotted; the daemon may probe it for seconds."""
 
     def capabilities(self) -> str:
         """The capabilities XML; the daemon may probe for seconds."""

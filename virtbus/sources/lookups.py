@@ -55,7 +55,8 @@ class Want(Flag):
     DESCRIPTION = auto()
     TROUBLE = auto()
     BASELINE = auto()  # the disk errors that a running guest has left over
-    HOST = auto()  # asked under the key "", which is not a domain's
+    HOST = auto()  # the host's UUID; this and the next are asked under the key "", which is not a domain's
+    VERSION = auto()  # its hypervisor's
 
 
 class Asked(NamedTuple):
@@ -309,7 +310,6 @@ class Asker:
 
     def __init__(self, shared: Shared, owner_rules: Sequence[OwnerRule]) -> None:
         self.session: Session | None = None
-        self.host_uuid: str | None = None
         self.local = False  # paths in domain XML are paths of this machine
         self.messages_offered = False
         self._shared = shared
@@ -346,9 +346,13 @@ class Asker:
 
     def _answer(self, link: Link, uuid: str, want: Want, session: Session | None) -> bool:
         if want is Want.HOST:
-            self.host_uuid = domain_xml.host_uuid(link.capabilities())
+            answer = HostAnswered(uuid=domain_xml.host_uuid(link.capabilities()))
             if session is not None:
-                session.notes.put(HostAnswered())
+                session.notes.put(answer)
+        elif want is Want.VERSION:
+            answer = HostAnswered(version=link.version())
+            if session is not None:
+                session.notes.put(answer)
         elif want is Want.DESCRIPTION:
             self._read(link, uuid)
             if session is not None:
@@ -367,13 +371,14 @@ class Asker:
         return True
 
     def _read(self, link: Link, uuid: str) -> None:
+        asked_at = self._shared.clock().monotonic
         try:
             xml = domain_xml.parse(link.xml(uuid), owner_rules=self._owner_rules)
         except SchemaError as error:
-            self._shared.cache.read(uuid, None)
+            self._shared.cache.read(uuid, None, asked_at)
             emit(DomainUnreadable(uuid, error))
         else:
-            self._shared.cache.read(uuid, xml)
+            self._shared.cache.read(uuid, xml, asked_at)
 
     def _look(self, link: Link, uuid: str) -> Look:
         asked_at = self._shared.clock().monotonic

@@ -36,6 +36,7 @@ from virtbus.telemetry import Trouble, emit
 LOOK_SECONDS = 30.0  # between two looks for sockets of which inotify said nothing
 LEAST_SECONDS = 0.2  # between two looks, however often inotify says something
 SURVEY_SECONDS = 30.0  # a survey of the guests waits no longer for sockets that were there at the start
+ASK_SECONDS = 1.0  # at most so long one daemon is waited for before the next is asked for its hypervisor
 STALE_AFTER = 4  # refusals in a row: nobody will listen on this socket any more, its daemon is gone …
 STALE_SECONDS = 300.0  # … and it is tried again so rarely; a new daemon makes a new socket
 FIRST_SECONDS = 0.05
@@ -240,6 +241,8 @@ class ManySource:
         self._crew = Crew(clock=lambda: self.clock().monotonic)
         self._clocks = WallClocks()
         self._members: dict[str, Member] = {}
+        self._asked: Observer | None = None  # whose hypervisor's version was asked for last, and when
+        self._asked_at = float("-inf")
         self._woken: queue.SimpleQueue[Member | None] = queue.SimpleQueue()  # None: look for sockets
         self._look_at = float("-inf")
         self._looked_at = float("-inf")
@@ -276,8 +279,11 @@ class ManySource:
         for member in list(self._members.values()):
             entry = member.observer.cache.get(domain_uuid)
             if entry is not None:
-                found = member.observer.describe(domain_uuid)
-                found = found and replace(found, connection=member.observer.connection)
+                observer = member.observer
+                found = observer.describe(domain_uuid)
+                found = found and replace(
+                    found, connection=observer.connection, hypervisor=observer.guests.on.hypervisor
+                )
                 if found is not None and member.observer.connected:
                     return found
         return found
@@ -376,7 +382,23 @@ class ManySource:
                     self._remove(path)
                 else:
                     member.due = min(member.due, member.gone_at)
+        self._ask_version(now)
         self._survey(sink)
+
+    def _ask_version(self, now: float) -> None:
+        """Of one hypervisor after another: the question may cost its daemon half a second of a core.
+
+        Where a daemon is slow the next one's turn comes after ASK_SECONDS.
+        """
+        asked = self._asked
+        is_waited_for = asked is not None and asked.connected and asked.guests.on.hypervisor.version is None
+        if is_waited_for and now < self._asked_at + ASK_SECONDS:
+            return
+        waiting = (each.observer for each in self._members.values())
+        self._asked = next((each for each in waiting if each.connected and each.guests.on.version_due), None)
+        if self._asked is not None:
+            self._asked.guests.ask_version()
+            self._asked_at = now
 
     def _found(self, sockets: dict[str, Identity], sink: Sink) -> None:
         """The sockets that are there now: new ones are tried, replaced ones at once, others' ends noticed."""

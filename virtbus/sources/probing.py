@@ -29,7 +29,7 @@ def checks_of(uri: str, facts: HostFacts, domains: int, events: Mapping[str, str
         "hypervisor_version": version,
         "libvirt_version": libvirt_version,
         "domains": domains,
-        "throttles": facts.throttles,
+        "throttles": facts.hypervisor.merges,
     }
     words = f"{facts.name}: {kind} {version} behind libvirt {libvirt_version}, {domains} domain(s) active"
     checks = [Check("libvirt", "ok", words, details=details)]
@@ -41,7 +41,7 @@ def checks_of(uri: str, facts: HostFacts, domains: int, events: Mapping[str, str
         status, code = ("failed", SourceUnavailable.exit_code) if events.get("LIFECYCLE") else ("warning", 0)
         remedy = "what depends on them is found later, by looking; a newer libvirt offers them"
         checks.append(Check("libvirt events", status, f"not offered: {missing}", remedy, code))
-    if facts.throttles:
+    if facts.hypervisor.merges:
         words = f"{kind} {version} merges a device's errors, one event a second: counts are lower bounds"
         remedy = "nothing to fix: read occurrences.lower_bound, and docs/libvirt.md"
         checks.append(Check("error counts", "warning", words, remedy))

@@ -16,6 +16,7 @@ from virtbus.observations import (
     LATE_SECONDS,
     CallbackLost,
     DeviceRemoved,
+    DevicesKnown,
     DomainGone,
     Observation,
     RawIoError,
@@ -90,7 +91,10 @@ class JobFailed:
 
 @dataclass(frozen=True, slots=True)
 class HostAnswered:
-    """The host's UUID is known now."""
+    """The host's UUID is known now, or its hypervisor's version."""
+
+    uuid: str | None = None
+    version: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,12 +197,11 @@ class Session:
             if not self.live:
                 return
             stale = shared.cache.stale(uuid, given, path)
-            alias = given or shared.cache.resolve(uuid, path)
-            if alias != given:
-                raw = raw._replace(alias=alias)
-                for burst in shared.check.identified(uuid, alias):
-                    self._sink(burst)
+            alias = given or shared.cache.resolve(raw._replace(path=path), now.monotonic)
+            raw = raw._replace(alias=alias)
             verdict = shared.check.event(raw, now.monotonic)
+            if not alias:
+                shared.check.suspect(uuid, shared.cache.copied(uuid) or frozenset())
             if verdict is not Verdict.HOLD:
                 self._sink(raw if verdict is not Verdict.KNOWN else shared.check.known(raw))
             if uuid in self._left:
@@ -207,6 +210,8 @@ class Session:
                 return
         if verdict is Verdict.TELL_AND_LOOK:
             self.notes.put(LookAt(uuid))
+        elif verdict is Verdict.HOLD:  # until it is read who may have been it
+            self.notes.put(Changed(uuid))
         if stale or not given or not shared.cache.knows(uuid, alias):
             if shared.cache.get(uuid) is None:
                 shared.cache.saw(uuid, raw.domain_name, raw.domain_id, "running")
@@ -246,16 +251,21 @@ class Session:
         with self._shared.lock:
             if self.live:
                 self._shared.check.removed(uuid, alias)
+                self._shared.cache.outdate(uuid, now.monotonic)
                 self._sink(DeviceRemoved(uuid, alias, now.wall_ns))
         self.notes.put(Changed(uuid))
 
     def changed(self, uuid: str) -> None:
         """See Handler."""
+        self._shared.cache.outdate(uuid, self._shared.clock().monotonic)
         self.notes.put(Changed(uuid))
 
-    def job_failed(self, uuid: str, disk: str) -> None:
+    def job_ended(self, uuid: str, disk: str, *, failed: bool) -> None:
         """See Handler."""
-        self.notes.put(JobFailed(uuid, disk))
+        with self._shared.lock:
+            self._shared.check.suspect(uuid, frozenset({self._shared.cache.disk(uuid, disk)}))
+        if failed:
+            self.notes.put(JobFailed(uuid, disk))
 
     def undecodable(self) -> None:
         """See Handler. Reports a gap at once: it may have been an I/O error that left no other trace."""
@@ -272,6 +282,17 @@ class Session:
         """Report what a look found; the observer's lock is held."""
         for each in found:
             self._sink(each)
+
+    def described(self, uuid: str) -> None:
+        """Say what an XML that was just read shows of what was reported before; the lock is held."""
+        cache, check, now = self._shared.cache, self._shared.check, self._shared.clock()
+        missing, aliases = cache.late(uuid)
+        check.removed(uuid, *missing)
+        if self.live and aliases is not None:
+            self.tell([DevicesKnown(uuid, aliases, now.wall_ns)])
+        copied = cache.copied(uuid)
+        if self.live and copied is not None:
+            self.tell(check.described(uuid, cache.only_disk(uuid), copied, now.monotonic))
 
     def saw(self, asked: Now) -> None:
         """The daemon answered a question asked at `asked`: everything it sent before has been received."""
