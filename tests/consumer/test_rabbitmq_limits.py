@@ -23,7 +23,7 @@ import pytest
 from tests.brokers.rabbitmq import RabbitMQ
 from tests.faultkit import wait_until
 from tests.faults.amqp_kit import close_connections
-from tests.faults.consumer_kit import GROUP, QUEUE, dead_ids, die, make_group, publish, publish_raw
+from tests.faults.consumer_kit import GROUP, QUEUE, dead_ids, die, make_group, publish, publish_raw, waiting
 from virtbus.bus import CUT_HEADER, REASON_HEADER, BusOptions, open_bus
 from virtbus.bus.amqp.connection import translated
 from virtbus.bus.amqp.letters import USER_HEADER, letter
@@ -76,10 +76,11 @@ def test_a_broker_with_larger_frames_is_read_over_one_connection(rabbitmq_alone:
 def test_a_dead_letter_that_does_not_fit_is_cut_and_says_so(amqp_url: str) -> None:
     make_group(amqp_url)
     publish_raw(amqp_url, b"{}", {"trace": "t" * 130_950, "small": "kept"})
-    with Consumer(amqp_url, group=GROUP) as consumer:
-        assert consumer.receive(1.0) is None
     bus = open_bus(amqp_url, BusOptions())
-    with bus.dead_letters(GROUP) as letters:
+    with Consumer(amqp_url, group=GROUP) as consumer, bus.dead_letters(GROUP) as letters:
+        wait_until(
+            lambda: consumer.receive(0.3) is None and letters.count() == 1, timeout=60, what="the letter"
+        )
         (letter,) = letters.read()
         assert REASON_HEADER in letter.message.headers
         assert "not a CloudEvent" in letter.reason
@@ -102,7 +103,11 @@ def test_a_broker_that_allows_one_channel_is_enough(rabbitmq_alone: RabbitMQ) ->
             subscription._verify_at = 0.0  # type: ignore[union-attr]
             found += received(consumer, 1)
             publish_raw(url, b"poison")
-            assert consumer.receive(1.0) is None
+            wait_until(
+                lambda: consumer.receive(0.3) is None and waiting(url, f"{QUEUE}.dead") == 1,
+                timeout=60,
+                what="the letter",
+            )
     assert {one.id for one in found} == {record.id for record in items}
     assert dead_ids(url) == [None]
 
