@@ -11,7 +11,8 @@ they come with many deliveries it stays at one: an event that kills its consumer
 from the first redelivery on: quorum queues put what comes back behind what came back before, and only a
 consumer that has all of it keeps its order. basic.qos can't change a consumer, and a cancelled one would hand
 the queue to whoever stands by; so each member subscribes several times at once, with rising prefetch, and
-climbs by cancelling the lower rungs: the next in line is its own.
+climbs by cancelling the lower rungs: the next in line is its own. Members that come together subscribe one
+after the other (`_Topology.take_turn`), or another's rung would stand in between.
 
 **Never deaf.** Every few seconds the group makes sure of its queue, its exchange and its binding, without
 traffic. A marker exchange `virtbus.<group>.watch`, bound to the exchange, goes with it: one that was deleted
@@ -24,6 +25,7 @@ consumer fills no broker, and the broker may believe in a dead connection for as
 from __future__ import annotations
 
 import hashlib
+import random
 import threading
 import time
 import uuid
@@ -136,6 +138,24 @@ class _Topology:
                 told += "; the queue is the operator's: bind it again"
             self._mark(link)
             emit(GroupRepaired(self.queue, told))
+
+    def take_turn(self, link: BrokerLink) -> str | None:
+        """From here on no other member of the group subscribes: until the queue of this name is deleted.
+
+        An exclusive one with the marker's name, so that nobody needs a further right. None: there is none
+        (nothing to be kept in turn, no right, no room), or somebody hangs with it. Raises as LINK_FAULTS.
+        """
+        name, until = f"{self.queue}.watch", time.monotonic() + self._options.connect_timeout
+        while self.durable and self._options.declare and time.monotonic() < until:
+            try:
+                with link.brief_channel() as side:
+                    side.queue_declare(name, exclusive=True, auto_delete=False)
+                return name
+            except amqp.ResourceLocked:
+                time.sleep(random.uniform(0.02, 0.1))  # noqa: S311 - no secret
+            except (amqp.AccessRefused, amqp.PreconditionFailed):
+                break
+        return None
 
     def _look(self, channel: Any) -> None:
         channel.queue_declare(self.queue, passive=True)
@@ -303,6 +323,7 @@ class AmqpSubscription(LineSubscription):
     def _subscribe(self, link: BrokerLink) -> None:
         self._forget()
         self._calm, self._ending = False, ""
+        turn = self._topology.take_turn(link)
         channel = self._channel = link.channel()
         top = min(_PREFETCH_MAX, self._prefetch + (_SPARE if self._topology.durable else 0))
         rooms = [*(rung for rung in _RUNGS if self._topology.durable and rung < top), top]
@@ -318,6 +339,9 @@ class AmqpSubscription(LineSubscription):
                 callback=lambda raw: self._on_delivery(channel, raw),
                 on_cancel=self._on_cancel,
             )
+        if turn is not None:
+            link.be_patient()
+            channel.queue_delete(turn)
         self._rungs = rungs
         self._climb()
 
