@@ -444,6 +444,24 @@ def test_a_forged_sender_in_a_header_is_not_who_published(rabbitmq: RabbitMQ) ->
     bus.close()
 
 
+@pytest.mark.parametrize("odd", ["boom", 5, [], [5], {"reason": "x"}, [{"reason": 5, "time": "x"}]])
+def test_a_sender_who_writes_the_brokers_own_header_breaks_no_look(odd: object, amqp_url: str) -> None:
+    make_group(amqp_url)
+    with kombu.Connection(amqp_url) as connection:
+        channel = connection.channel()
+        channel.confirm_select()
+        for headers in ({"x-death": odd}, {REASON_HEADER: "good"}):
+            message = amqp.Message(b"x", application_headers=headers)
+            channel.basic_publish_confirm(message, "", f"{QUEUE}.dead")
+    bus = open_bus(amqp_url, BusOptions())
+    with bus.dead_letters(GROUP) as letters:
+        found = list(letters.read())
+        assert [letter.reason for letter in found][1:] == ["good"]
+        letters.send_back(found[0])
+        assert letters.count() == 1
+    bus.close()
+
+
 def test_a_senders_headers_say_nothing_in_our_name() -> None:
     forged = {REASON_HEADER: "theirs", CUT_HEADER: "theirs", USER_HEADER: "other", "trace": "t"}
     message = Message(Binding.AMQP, forged, None, b"x", None, False, None, "q#1", None)

@@ -40,7 +40,7 @@ from amqp import spec
 
 from virtbus.bus import BusOptions
 from virtbus.bus.amqp.connection import LINK_FAULTS, BrokerLink, Dialer, Waker, lost, translated
-from virtbus.bus.amqp.letters import AmqpLetterStore
+from virtbus.bus.amqp.letters import STUB_BYTES, AmqpLetterStore, stub_of
 from virtbus.bus.amqp.wire import ProtocolViolation, received
 from virtbus.bus.subscription import Item, LineSubscription
 from virtbus.envelope import MAX_DECODE_BYTES
@@ -61,7 +61,7 @@ _REMEMBERED = 10_000  # retries that are resumed after a reconnection
 
 
 class MessageTooLarge(TelemetryEvent, level="warning", every=10):
-    """a message is too large for an event; rejected into the dead letters"""
+    """a message is too large for an event; its beginning goes to the dead letters"""
 
     queue: str
     size_bytes: int
@@ -209,6 +209,7 @@ class _Origin:
 
     tag: int
     properties: Mapping[str, Any]
+    cut: str | None = None  # what was cut of the message when it came
 
 
 class AmqpSubscription(LineSubscription):
@@ -401,21 +402,23 @@ class AmqpSubscription(LineSubscription):
 
     def _on_delivery(self, channel: Any, raw: Any) -> None:
         properties, queue, tag = raw.properties, self._topology.queue, raw.delivery_info["delivery_tag"]
-        if len(raw.body) > MAX_DECODE_BYTES:
-            # No event of ours is so large, and what is prefetched of them would fill the memory: the broker
-            # itself dead-letters it (x-dead-letter-exchange), with the reason in x-death.
-            channel.basic_reject(tag, requeue=False)
-            emit(MessageTooLarge(queue, len(raw.body), properties.get("user_id")))
-            return
+        size, cut = len(raw.body), None
+        if size > MAX_DECODE_BYTES:  # no event of ours, and what is prefetched of them would fill the memory
+            raw.body, cut = raw.body[:STUB_BYTES], stub_of(size)
         key = _key(properties.get("application_headers") or {}, raw.delivery_info["routing_key"])
-        item = Item(key if key is not None else tag, tag, _Origin(tag, properties))
+        item = Item(key if key is not None else tag, tag, _Origin(tag, properties, cut))
         message = item.message = received(raw, queue, key=key, handle=item)
         if message.redelivered and self._resumed:
             name = _name(message, properties)
             due = self._resumed.pop(name, 0.0)
             if due > time.monotonic():
                 item.due = self._resumed[name] = due
-        self._line.arrived(item)
+        if cut is None:
+            self._line.arrived(item)
+        else:
+            emit(MessageTooLarge(queue, size, properties.get("user_id")))
+            reason = f"{message.position}: {size} bytes are more than the {MAX_DECODE_BYTES} that are read"
+            self._dead_letter(item, reason)
         if not self._calm and (message.attempts or 0) <= _CAREFUL_AT:
             self._calm = True
             self._climb()
