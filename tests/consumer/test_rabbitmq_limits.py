@@ -444,6 +444,43 @@ def test_a_forged_sender_in_a_header_is_not_who_published(rabbitmq: RabbitMQ) ->
     bus.close()
 
 
+def test_looks_at_dead_letters_lose_none_under_a_policys_delivery_limit(
+    rabbitmq: RabbitMQ, vhost: str
+) -> None:
+    url = rabbitmq.url(vhost)
+    make_group(url)
+    rabbitmq.policy(vhost, "^virtbus", delivery_limit=3)
+    with kombu.Connection(url) as connection:
+        channel = connection.channel()
+        channel.confirm_select()
+        for _ in range(3):
+            channel.basic_publish_confirm(amqp.Message(b"x"), "", f"{QUEUE}.dead")
+    bus = open_bus(url, BusOptions())
+    for look in range(10):
+        with bus.dead_letters(GROUP) as letters:
+            assert len(list(letters.read())) == 3, f"look {look}"
+    bus.close()
+
+
+def test_a_queue_that_another_client_has_for_itself_is_waited_for(amqp_url: str) -> None:
+    with kombu.Connection(amqp_url) as connection:
+        channel = connection.channel()
+        channel.exchange_declare("virtbus.events", "topic", durable=True, auto_delete=False)
+        channel.queue_declare(QUEUE, durable=True, auto_delete=False)
+        channel.queue_bind(QUEUE, "virtbus.events", "#")
+        channel.basic_consume(QUEUE, exclusive=True)
+        with (
+            Consumer(amqp_url, group=GROUP, patient=False) as consumer,
+            pytest.raises(BusUnavailable, match=r"in exclusive use.*: end the client that has it"),
+        ):
+            consumer.receive(0.5)
+    items = records(1)
+    with Consumer(amqp_url, group=GROUP, give_up_when_denied=True) as consumer:
+        consumer.receive(0.3)
+        publish(amqp_url, items)
+        assert [one.id for one in received(consumer, 1)] == [items[0].id]
+
+
 @pytest.mark.parametrize("odd", ["boom", 5, [], [5], {"reason": "x"}, [{"reason": 5, "time": "x"}]])
 def test_a_sender_who_writes_the_brokers_own_header_breaks_no_look(odd: object, amqp_url: str) -> None:
     make_group(amqp_url)

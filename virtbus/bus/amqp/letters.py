@@ -30,8 +30,9 @@ STUB_BYTES = 65536  # of a body that no dead-letter queue takes, or that we do n
 _FRAME_OVERHEAD = 8 + 14 + 64  # frame, content header, and what the properties' names need
 # What the broker adds to a message on its way.
 _BROKERS = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count", "x-opt-")
-# A letter that was looked at so often is stored again: a policy may limit deliveries, also of dead letters.
-_LOOKS = 8
+# A letter that was looked at so often is stored again, which puts it behind the others: a policy may limit
+# deliveries, also of dead letters.
+_LOOKS = 3
 _BACK_SECONDS = 2.0  # for a broker to requeue what a look has read
 
 
