@@ -27,6 +27,7 @@ from tests.faults.consumer_kit import GROUP, QUEUE, dead_ids, die, make_group, p
 from virtbus.bus import CUT_HEADER, REASON_HEADER, BusOptions, open_bus
 from virtbus.bus.amqp.connection import translated
 from virtbus.bus.amqp.letters import USER_HEADER, letter
+from virtbus.bus.amqp.subscription import AmqpSubscription
 from virtbus.consumer import Consumer, Delivery
 from virtbus.errors import BusDenied, BusUnavailable, RecordRefused
 from virtbus.model import Binding, Message
@@ -46,6 +47,16 @@ def received(consumer: Consumer, count: int, seconds: float = 30.0) -> list[Deli
             found.append(delivery)
             delivery.ack()
     return found
+
+
+def iter_deliveries(consumer: Consumer, count: int) -> Iterator[Delivery]:
+    """So many, without a verdict."""
+    until = time.monotonic() + 30
+    while count and time.monotonic() < until:
+        delivery = consumer.receive(0.5)
+        if delivery is not None:
+            count -= 1
+            yield delivery
 
 
 @contextmanager
@@ -113,6 +124,40 @@ def test_a_broker_that_allows_one_channel_is_enough(rabbitmq_alone: RabbitMQ) ->
 
 
 # ------------------------------------------------------------------------------------- deliveries
+
+
+def test_an_ack_waits_for_no_other_where_events_take_their_time(
+    rabbitmq: RabbitMQ, vhost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is acknowledged and not sent comes again after a cut: without a dedupe file as an effect."""
+    monkeypatch.setattr(AmqpSubscription, "beat", lambda self: None)  # it would send them within a second
+    url = rabbitmq.url(vhost)
+    make_group(url)
+    items = records(20, keys=20)
+    publish(url, items)
+    with Consumer(url, group=GROUP) as consumer:
+        for delivery in iter_deliveries(consumer, 6):
+            if delivery.id != items[5].id:
+                time.sleep(0.1)
+                delivery.ack()
+        wait_until(lambda: rabbitmq.queues(vhost)[QUEUE] == 15, timeout=30, what="five acks")
+
+
+def test_after_a_cut_nothing_is_handed_out_that_somebody_else_gets(
+    rabbitmq: RabbitMQ, vhost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AmqpSubscription, "beat", lambda self: None)  # it would hear of it within a second
+    url = rabbitmq.url(vhost)
+    make_group(url)
+    publish(url, records(20, keys=20))
+    with Consumer(url, group=GROUP) as consumer:
+        (first,) = iter_deliveries(consumer, 1)
+        cut = consumer._grip.subscription._link  # type: ignore[union-attr]
+        close_connections(rabbitmq, vhost)
+        time.sleep(0.1)  # of work
+        first.ack()
+        assert len(list(iter_deliveries(consumer, 1))) == 1
+        assert consumer._grip.subscription._link is not cut  # type: ignore[union-attr]
 
 
 def test_a_delivery_tells_how_often_it_came(amqp_url: str) -> None:

@@ -50,6 +50,7 @@ from virtbus.retry import Backoff
 from virtbus.telemetry import BusCutOff, Notice, TelemetryEvent, Trouble, emit
 
 _ACKS_TOGETHER = 1024  # bytes
+_DEAF_SECONDS = 0.05  # while messages are here: acks not sent, and a cut not heard of, mean repeats
 _CAREFUL_AT = 8  # deliveries without a verdict; RabbitMQ's own limit, where there is one, is 20
 _RUNGS = (1, 2, 3, 5, 9)  # prefetch while messages come with so many: one, beside those that wait here
 _SPARE = 50  # messages that wait to be dead-lettered, beside the prefetch
@@ -236,6 +237,7 @@ class AmqpSubscription(LineSubscription):
         self._next_try = 0.0
         self._stood_since = 0.0
         self._verify_at = 0.0
+        self._pumped_at = 0.0
         self._closed = threading.Event()
         self._beat: threading.Thread | None = None
 
@@ -245,7 +247,11 @@ class AmqpSubscription(LineSubscription):
         while not self._closed.is_set():
             self._connect(limit)
             with self._lock:
+                if time.monotonic() - self._pumped_at > _DEAF_SECONDS:
+                    self._pump(0.0)
                 self._serve()
+                if self._link is None:
+                    continue
                 now = time.monotonic()
                 # Who dies of a message before the next rung has what follows gets it back behind all of that.
                 message = self._line.next(now) if self._ending not in self._channel.callbacks else None
@@ -370,6 +376,7 @@ class AmqpSubscription(LineSubscription):
                 self._link.connection.pump(max(0.0, timeout))
             except LINK_FAULTS as error:
                 self._lose(error)
+        self._pumped_at = time.monotonic()
 
     def beat(self) -> None:
         """What the thread does while the caller works on a message; `receive` does it while it waits."""
