@@ -28,7 +28,9 @@ Mark = tuple[str, str]
 
 _FORMAT = 1  # PRAGMA user_version
 _RECENT = 10_000  # marks kept in memory
-_TABLES = """
+_NAMES = {"scope", "seen", "run", "note"}
+_TABLES = f"""
+BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS scope (number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE);
 CREATE TABLE IF NOT EXISTS seen (number INTEGER PRIMARY KEY AUTOINCREMENT, scope INTEGER NOT NULL,
   source TEXT NOT NULL, id TEXT NOT NULL, UNIQUE (scope, source, id));
@@ -36,6 +38,8 @@ CREATE TABLE IF NOT EXISTS run (number INTEGER PRIMARY KEY, scope INTEGER NOT NU
   source TEXT NOT NULL, epoch TEXT NOT NULL, state TEXT NOT NULL, UNIQUE (scope, source, epoch));
 CREATE TABLE IF NOT EXISTS note (scope INTEGER NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL,
   PRIMARY KEY (scope, name)) WITHOUT ROWID;
+PRAGMA user_version = {_FORMAT};
+COMMIT;
 """
 
 
@@ -53,7 +57,7 @@ class Marks:
     """
 
     def __init__(self, path: Path | None, scope: str, rows: int) -> None:
-        """`scope` names bus and group, `rows` bounds the marks of the whole file.
+        """`scope` names bus and group, `rows` bounds its marks.
 
         Raises ConfigError when the file can't be used, or another consumer uses it.
         """
@@ -85,22 +89,23 @@ class Marks:
             self._database = database = sqlite3.connect(
                 path, isolation_level=None, timeout=5.0, check_same_thread=False
             )
+            (version,) = database.execute("PRAGMA user_version").fetchone()
+            found = database.execute("SELECT tbl_name FROM sqlite_schema WHERE tbl_name NOT LIKE 'sqlite_%'")
+            tables = {name for (name,) in found}
+            if tables and (version, tables) != (_FORMAT, _NAMES):
+                raise ConfigError(
+                    f"dedupe file {path} was made by another release or program; remove it, or name another"
+                )
             path.chmod(0o600)
             self._identity = statefiles.identity(path)
             database.execute("PRAGMA journal_mode = WAL")
             database.execute("PRAGMA synchronous = FULL")
-            (version,) = database.execute("PRAGMA user_version").fetchone()
-            (tables,) = database.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-            if version != _FORMAT and tables:
-                raise ConfigError(
-                    f"dedupe file {path} was made by another release; remove it, or name another"
-                )
             database.executescript(_TABLES)
-            database.execute(f"PRAGMA user_version = {_FORMAT}")
             name = [self._name]
             database.execute("INSERT OR IGNORE INTO scope (name) VALUES (?)", name)
             (self._scope,) = database.execute("SELECT number FROM scope WHERE name = ?", name).fetchone()
-            (self._count,) = database.execute("SELECT count(*) FROM seen").fetchone()
+            own = "SELECT count(*) FROM seen WHERE scope = ?"
+            (self._count,) = database.execute(own, [self._scope]).fetchone()
         except (sqlite3.Error, OSError) as error:
             self._let_go()
             raise self._unusable(error) from error
@@ -210,7 +215,9 @@ class Marks:
             # A tenth at a time, so that the bound costs little.
             over = count - self._rows + self._rows // 10
             database.execute(
-                "DELETE FROM seen WHERE number IN (SELECT number FROM seen ORDER BY number LIMIT ?)", [over]
+                "DELETE FROM seen WHERE number IN "
+                "(SELECT number FROM seen WHERE scope = ? ORDER BY number LIMIT ?)",
+                [scope, over],
             )
             count -= over
         for source, epoch, state in runs:

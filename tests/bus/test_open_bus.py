@@ -41,6 +41,15 @@ def test_a_bus_has_one_name_with_tls_and_without_and_another_for_each_place_of_i
     assert {url: bus_name(url, options) for url in names} == names
 
 
+@pytest.mark.parametrize("separator", [";", ",", " ; "])
+def test_brokers_in_a_list_have_one_name_in_any_order_and_without_their_secrets(separator: str) -> None:
+    one, two = "amqp://u:s3cret@One//", "amqps://u:s3cret@two/v"
+    names = {bus_name(separator.join(order), BusOptions(exchange="e")) for order in ((one, two), (two, one))}
+    assert names == {"amqp://one//;amqp://two/v e"}
+    rotated = bus_name(separator.join((one, two)).replace("s3cret", "other"), BusOptions(exchange="e"))
+    assert names == {rotated}
+
+
 def test_several_brokers_may_stand_in_one_url() -> None:
     bus = open_bus("amqp://one;amqps://two")
     assert isinstance(bus, AmqpBus)

@@ -14,6 +14,7 @@ import pytest
 from virtbus.bus import BusOptions, open_bus
 from virtbus.consumer import Consumer
 from virtbus.errors import ConfigError, DedupeUnavailable
+from virtbus.marks import Marks
 from virtbus.testing import ListFeed, records
 
 
@@ -112,6 +113,34 @@ def test_a_close_without_the_marks_says_so_and_lets_go_of_the_bus(url, file):
     assert left(url, file) == 5
 
 
+@pytest.mark.parametrize("version", [0, 1])
+def test_another_programs_database_is_refused_untouched(version: int, url: str, file: Path) -> None:
+    with closing(sqlite3.connect(file)) as other:
+        other.execute("CREATE TABLE theirs (x)")
+        other.execute(f"PRAGMA user_version = {version}")
+    file.chmod(0o644)
+    before = file.read_bytes()
+    with pytest.raises(ConfigError, match="another"):
+        Consumer(url, group="g", dedupe=file)
+    assert file.read_bytes() == before  # also the mode of its journal
+    assert file.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_group_evicts_nobody_elses_marks(file: Path) -> None:
+    mine = [("agent", str(number)) for number in range(50)]
+    marks = Marks(file, "mine", 50)
+    marks.write(mine)
+    marks.close()
+    other = Marks(file, "other", 10)
+    other.write([("agent", str(number)) for number in range(30)])
+    assert not other.has(("agent", "0"))  # its own oldest gave way
+    assert other.has(("agent", "29"))
+    other.close()
+    marks = Marks(file, "mine", 50)
+    assert all(marks.has(mark) for mark in mine)
+    marks.close()
+
+
 def test_a_path_that_is_no_file_is_refused_untouched(url: str, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe, 0o644)
@@ -160,9 +189,11 @@ def test_a_file_that_can_not_be_made_again_now_is_waited_for(url, file):
 def test_a_damaged_file_is_told_as_such(url, file):
     with Consumer(url, group="g", dedupe=file) as consumer:
         consumer.receive(1.0).ack()
-    pages = file.read_bytes()
-    file.write_bytes(pages[: 4 * 4096] + b"A" * 4096 + pages[5 * 4096 :])
     with Consumer(url, group="g", dedupe=file) as consumer:
+        with file.open("r+b") as pages:
+            pages.seek(4 * 4096)
+            pages.write(b"A" * 4096)
+        consumer._seen._database.execute("PRAGMA shrink_memory")  # it reads from the file
         with pytest.raises(DedupeUnavailable, match="damaged: move it away"):
             consumer.receive(1.0)
         file.rename(file.with_name("damaged"))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 
+from tests.faults.consumer_kit import GROUP, make_group
+from tests.faults.consumer_kit import publish as send
 from virtbus.bus import BusOptions, open_bus
 from virtbus.consumer import Consumer
 from virtbus.errors import BusDenied
@@ -56,3 +61,33 @@ def test_with_kafka_the_newer_takes_over_and_the_older_is_told(kafka_url, kafka_
     assert drain(second, 8.0) == 10
     first.close()
     second.close()
+
+
+def test_members_that_start_at_the_same_time_keep_the_order_of_a_domain(amqp_url: str) -> None:
+    """Each subscribes several times: were another's in between, the queue would go to and fro."""
+    make_group(amqp_url)
+    send(amqp_url, records(40))  # of one domain
+    members, handled, done = 3, [], threading.Event()
+    together = threading.Barrier(members)
+
+    def work() -> None:
+        with Consumer(amqp_url, group=GROUP) as consumer:
+            together.wait()
+            while not done.is_set():
+                delivery = consumer.receive(0.2)
+                if delivery is not None:
+                    handled.append(int(delivery.attributes["sequence"]))
+                    time.sleep(0.01)  # so that another one could come in between
+                    handled.append(int(delivery.attributes["sequence"]))
+                    delivery.ack()
+
+    threads = [threading.Thread(target=work) for _ in range(members)]
+    for thread in threads:
+        thread.start()
+    until = time.monotonic() + 60
+    while len(set(handled)) < 40 and time.monotonic() < until:
+        time.sleep(0.05)
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert handled == [number for number in range(1, 41) for _ in range(2)]

@@ -30,6 +30,7 @@ CUT_HEADER = "x-virtbus-cut"
 """The header of a dead letter that says what of it was left out, where it did not fit as it came."""
 
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]*\Z")
+_NEXT_URL = re.compile(r"\s*[;,]\s*(?=[a-z][a-z0-9+.-]*://)", re.IGNORECASE)
 _GROUP = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 
 
@@ -313,14 +314,19 @@ def bus_name(url: str, options: BusOptions) -> str:
     It ends with what the events are in on that broker. Which option names that for a third party's adapter
     nobody knows here, so all of them count.
     """
-    scheme, _, rest = url.strip().partition(":")
-    authority, slash, path = rest.removeprefix("//").partition("/")
-    hosts = ",".join(sorted(re.split("[,;]", authority.rpartition("@")[2].lower())))
-    kind, folder = _without_tls(scheme.lower()), str(options.state_dir or "")
+    brokers = [_broker_name(each) for each in _NEXT_URL.split(url.strip(" ;,"))]
+    kind, folder = brokers[0].partition(":")[0], str(options.state_dir or "")
     within = {"amqp": options.exchange, "kafka": options.topic, "embedded": folder}.get(
         kind, " ".join(filter(None, (options.exchange, options.topic, folder)))
     )
-    return f"{kind}://{hosts}{slash}{path} {within}"
+    return f"{';'.join(sorted(brokers))} {within}"
+
+
+def _broker_name(url: str) -> str:
+    scheme, _, rest = url.partition(":")
+    authority, slash, path = rest.removeprefix("//").partition("/")
+    hosts = ",".join(sorted(re.split("[,;]", authority.rpartition("@")[2].lower())))
+    return f"{_without_tls(scheme.lower())}://{hosts}{slash}{path}"
 
 
 def _without_tls(scheme: str) -> str:

@@ -154,18 +154,17 @@ class LineSubscription:
         """See virtbus.bus.Subscription."""
         with self._lock:
             item = self._line.verdict(message)
-            if item is None:
-                return
-            reason = cut_text(reason, REASON_BYTES)
-            if self._group is None:
-                emit(
-                    Notice(
-                        f"{message.position}: no group keeps dead letters, so this is only logged: {reason}"
-                    )
-                )
-                self._done(item)
-            else:
-                self._put_aside(item, reason)
+            if item is not None:
+                self._dead_letter(item, reason)
+
+    def _dead_letter(self, item: Item, reason: str) -> None:
+        reason = cut_text(reason, REASON_BYTES)
+        if self._group is None:
+            told = f"{item.message.position}: no group keeps dead letters, so this is only logged: {reason}"
+            emit(Notice(told))
+            self._done(item)
+        else:
+            self._put_aside(item, reason)
 
     def _put_aside(self, item: Item, reason: str) -> None:
         assert self._letters is not None

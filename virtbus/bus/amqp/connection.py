@@ -406,6 +406,8 @@ def faults(name: str, *, doing: str) -> errors.Translations:
 def _of_broker(error: AMQPError, where: str) -> BusUnavailable | BusDenied:
     code = getattr(error, "reply_code", 0) or 0
     text = str(getattr(error, "reply_text", "") or "").strip()
+    if code == 403 and "in exclusive use" in text:
+        return BusUnavailable(f"{where}: {text}: end the client that has it")
     if code == 403:
         return BusDenied(f"{where}: access refused ({text}): check user, password and permissions")
     # Of connections or channels; of a user, a virtual host or the node.

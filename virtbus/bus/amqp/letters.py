@@ -26,12 +26,13 @@ USER_HEADER = "x-virtbus-user-id"
 AT_HEADER = "x-virtbus-dead-at"
 _OURS = frozenset({REASON_HEADER, CUT_HEADER, USER_HEADER, AT_HEADER})
 _KEPT = ("content_type", "content_encoding", "message_id", "timestamp", "type", "app_id")
-_STUB_BYTES = 65536  # of a body that no dead-letter queue takes
+STUB_BYTES = 65536  # of a body that no dead-letter queue takes, or that we do not keep in memory
 _FRAME_OVERHEAD = 8 + 14 + 64  # frame, content header, and what the properties' names need
 # What the broker adds to a message on its way.
 _BROKERS = ("x-death", "x-first-death-", "x-last-death-", "x-delivery-count", "x-acquired-count", "x-opt-")
-# A letter that was looked at so often is stored again: a policy may limit deliveries, also of dead letters.
-_LOOKS = 8
+# A letter that was looked at so often is stored again, which puts it behind the others: a policy may limit
+# deliveries, also of dead letters.
+_LOOKS = 3
 _BACK_SECONDS = 2.0  # for a broker to requeue what a look has read
 
 
@@ -120,7 +121,8 @@ class AmqpLetterStore:
             with desk.failing(doing):
                 link.declare_queue(self.name)  # refused: it is the operator's, if it is there
         room = link.connection.frame_max - _FRAME_OVERHEAD
-        content, cut = letter(item.message, item.origin.properties, reason, room, smaller)
+        origin = item.origin
+        content, cut = letter(item.message, origin.properties, reason, room, smaller, origin.cut)
         try:
             desk.publish(content, self.name, doing)
         except BusUnavailable:
@@ -136,12 +138,13 @@ class AmqpLetterStore:
 
 
 def letter(
-    message: Message, properties: Mapping[str, Any], reason: str, room: int, smaller: int = 0
-) -> tuple[amqp.Message, str | None]:
+    message: Message, properties: Mapping[str, Any], reason: str, room: int, smaller: int = 0,
+    cut: str | None = None,
+) -> tuple[amqp.Message, str | None]:  # fmt: skip
     """The message as it came with the reason in front, and what had to be cut for `room` bytes of properties.
 
     Who published it moves into a header: the broker lets nobody publish under another user's name. With
-    `smaller` 1 its body becomes a stub, with 2 its headers go too.
+    `smaller` 1 its body becomes a stub, with 2 its headers go too. `cut` was cut before.
     """
     basic = {name: properties[name] for name in _KEPT if name in properties}
     headers: dict[str, Any] = {
@@ -150,7 +153,8 @@ def letter(
     }
     if message.user_id is not None:
         headers[USER_HEADER] = message.user_id
-    left, body, cuts, dropped = room - _size(headers) - 300 * len(basic), message.body, [], []
+    left, body, dropped = room - _size(headers) - 300 * len(basic), message.body, []
+    cuts = [] if cut is None else [cut]
     theirs = {name: value for name, value in message.headers.items() if name not in _OURS}
     for name, size in sorted(
         ((name, _size({name: theirs[name]})) for name in theirs), key=lambda one: one[1]
@@ -161,13 +165,18 @@ def letter(
             del theirs[name]
     if dropped:
         cuts.append(f"headers left out: {', '.join(dropped)[:400]}")
-    if smaller and len(body) > _STUB_BYTES:
-        cuts.append(f"body: the first {_STUB_BYTES} of {len(body)} bytes")
-        body = body[:_STUB_BYTES]
+    if smaller and len(body) > STUB_BYTES:
+        cuts.append(stub_of(len(body)))
+        body = body[:STUB_BYTES]
     cut = "; ".join(cuts) or None
     if cut is not None:
         headers[CUT_HEADER] = cut_text(cut, REASON_BYTES)
     return amqp.Message(body, application_headers={**headers, **theirs}, delivery_mode=2, **basic), cut
+
+
+def stub_of(size: int) -> str:
+    """What of a body of so many bytes a stub keeps."""
+    return f"body: the first {STUB_BYTES} of {size} bytes"
 
 
 def _size(headers: Mapping[str, Any]) -> int:
@@ -288,7 +297,9 @@ class AmqpDeadLetters(DeadLetters):
 
 def _dead_letter(raw: Any, queue: str) -> DeadLetter:
     message = received(raw, queue, handle=raw)
-    death = (message.headers.get("x-death") or [{}])[0]  # type: ignore[index]
+    deaths = message.headers.get("x-death")  # the broker's, or what somebody wrote there
+    known = isinstance(deaths, list) and deaths and isinstance(deaths[0], dict)
+    death = deaths[0] if known else {}  # type: ignore[index]
     if message.user_id is None and isinstance(user := message.headers.get(USER_HEADER), str):
         message = replace(message, user_id=user)  # our own letters have it there
     return DeadLetter.of(

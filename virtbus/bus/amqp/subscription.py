@@ -11,7 +11,8 @@ they come with many deliveries it stays at one: an event that kills its consumer
 from the first redelivery on: quorum queues put what comes back behind what came back before, and only a
 consumer that has all of it keeps its order. basic.qos can't change a consumer, and a cancelled one would hand
 the queue to whoever stands by; so each member subscribes several times at once, with rising prefetch, and
-climbs by cancelling the lower rungs: the next in line is its own.
+climbs by cancelling the lower rungs: the next in line is its own. Members that come together subscribe one
+after the other (`_Topology.take_turn`), or another's rung would stand in between.
 
 **Never deaf.** Every few seconds the group makes sure of its queue, its exchange and its binding, without
 traffic. A marker exchange `virtbus.<group>.watch`, bound to the exchange, goes with it: one that was deleted
@@ -24,6 +25,7 @@ consumer fills no broker, and the broker may believe in a dead connection for as
 from __future__ import annotations
 
 import hashlib
+import random
 import threading
 import time
 import uuid
@@ -38,7 +40,7 @@ from amqp import spec
 
 from virtbus.bus import BusOptions
 from virtbus.bus.amqp.connection import LINK_FAULTS, BrokerLink, Dialer, Waker, lost, translated
-from virtbus.bus.amqp.letters import AmqpLetterStore
+from virtbus.bus.amqp.letters import STUB_BYTES, AmqpLetterStore, stub_of
 from virtbus.bus.amqp.wire import ProtocolViolation, received
 from virtbus.bus.subscription import Item, LineSubscription
 from virtbus.envelope import MAX_DECODE_BYTES
@@ -48,6 +50,7 @@ from virtbus.retry import Backoff
 from virtbus.telemetry import BusCutOff, Notice, TelemetryEvent, Trouble, emit
 
 _ACKS_TOGETHER = 1024  # bytes
+_DEAF_SECONDS = 0.05  # while messages are here: acks not sent, and a cut not heard of, mean repeats
 _CAREFUL_AT = 8  # deliveries without a verdict; RabbitMQ's own limit, where there is one, is 20
 _RUNGS = (1, 2, 3, 5, 9)  # prefetch while messages come with so many: one, beside those that wait here
 _SPARE = 50  # messages that wait to be dead-lettered, beside the prefetch
@@ -59,7 +62,7 @@ _REMEMBERED = 10_000  # retries that are resumed after a reconnection
 
 
 class MessageTooLarge(TelemetryEvent, level="warning", every=10):
-    """a message is too large for an event; rejected into the dead letters"""
+    """a message is too large for an event; its beginning goes to the dead letters"""
 
     queue: str
     size_bytes: int
@@ -137,6 +140,24 @@ class _Topology:
             self._mark(link)
             emit(GroupRepaired(self.queue, told))
 
+    def take_turn(self, link: BrokerLink) -> str | None:
+        """From here on no other member of the group subscribes: until the queue of this name is deleted.
+
+        An exclusive one with the marker's name, so that nobody needs a further right. None: there is none
+        (nothing to be kept in turn, no right, no room), or somebody hangs with it. Raises as LINK_FAULTS.
+        """
+        name, until = f"{self.queue}.watch", time.monotonic() + self._options.connect_timeout
+        while self.durable and self._options.declare and time.monotonic() < until:
+            try:
+                with link.brief_channel() as side:
+                    side.queue_declare(name, exclusive=True, auto_delete=False)
+                return name
+            except amqp.ResourceLocked:
+                time.sleep(random.uniform(0.02, 0.1))  # noqa: S311 - no secret
+            except (amqp.AccessRefused, amqp.PreconditionFailed):
+                break
+        return None
+
     def _look(self, channel: Any) -> None:
         channel.queue_declare(self.queue, passive=True)
 
@@ -189,6 +210,7 @@ class _Origin:
 
     tag: int
     properties: Mapping[str, Any]
+    cut: str | None = None  # what was cut of the message when it came
 
 
 class AmqpSubscription(LineSubscription):
@@ -215,6 +237,7 @@ class AmqpSubscription(LineSubscription):
         self._next_try = 0.0
         self._stood_since = 0.0
         self._verify_at = 0.0
+        self._pumped_at = 0.0
         self._closed = threading.Event()
         self._beat: threading.Thread | None = None
 
@@ -224,7 +247,11 @@ class AmqpSubscription(LineSubscription):
         while not self._closed.is_set():
             self._connect(limit)
             with self._lock:
+                if time.monotonic() - self._pumped_at > _DEAF_SECONDS:
+                    self._pump(0.0)
                 self._serve()
+                if self._link is None:
+                    continue
                 now = time.monotonic()
                 # Who dies of a message before the next rung has what follows gets it back behind all of that.
                 message = self._line.next(now) if self._ending not in self._channel.callbacks else None
@@ -303,6 +330,7 @@ class AmqpSubscription(LineSubscription):
     def _subscribe(self, link: BrokerLink) -> None:
         self._forget()
         self._calm, self._ending = False, ""
+        turn = self._topology.take_turn(link)
         channel = self._channel = link.channel()
         top = min(_PREFETCH_MAX, self._prefetch + (_SPARE if self._topology.durable else 0))
         rooms = [*(rung for rung in _RUNGS if self._topology.durable and rung < top), top]
@@ -318,6 +346,9 @@ class AmqpSubscription(LineSubscription):
                 callback=lambda raw: self._on_delivery(channel, raw),
                 on_cancel=self._on_cancel,
             )
+        if turn is not None:
+            link.be_patient()
+            channel.queue_delete(turn)
         self._rungs = rungs
         self._climb()
 
@@ -345,6 +376,7 @@ class AmqpSubscription(LineSubscription):
                 self._link.connection.pump(max(0.0, timeout))
             except LINK_FAULTS as error:
                 self._lose(error)
+        self._pumped_at = time.monotonic()
 
     def beat(self) -> None:
         """What the thread does while the caller works on a message; `receive` does it while it waits."""
@@ -377,21 +409,23 @@ class AmqpSubscription(LineSubscription):
 
     def _on_delivery(self, channel: Any, raw: Any) -> None:
         properties, queue, tag = raw.properties, self._topology.queue, raw.delivery_info["delivery_tag"]
-        if len(raw.body) > MAX_DECODE_BYTES:
-            # No event of ours is so large, and what is prefetched of them would fill the memory: the broker
-            # itself dead-letters it (x-dead-letter-exchange), with the reason in x-death.
-            channel.basic_reject(tag, requeue=False)
-            emit(MessageTooLarge(queue, len(raw.body), properties.get("user_id")))
-            return
+        size, cut = len(raw.body), None
+        if size > MAX_DECODE_BYTES:  # no event of ours, and what is prefetched of them would fill the memory
+            raw.body, cut = raw.body[:STUB_BYTES], stub_of(size)
         key = _key(properties.get("application_headers") or {}, raw.delivery_info["routing_key"])
-        item = Item(key if key is not None else tag, tag, _Origin(tag, properties))
+        item = Item(key if key is not None else tag, tag, _Origin(tag, properties, cut))
         message = item.message = received(raw, queue, key=key, handle=item)
         if message.redelivered and self._resumed:
             name = _name(message, properties)
             due = self._resumed.pop(name, 0.0)
             if due > time.monotonic():
                 item.due = self._resumed[name] = due
-        self._line.arrived(item)
+        if cut is None:
+            self._line.arrived(item)
+        else:
+            emit(MessageTooLarge(queue, size, properties.get("user_id")))
+            reason = f"{message.position}: {size} bytes are more than the {MAX_DECODE_BYTES} that are read"
+            self._dead_letter(item, reason)
         if not self._calm and (message.attempts or 0) <= _CAREFUL_AT:
             self._calm = True
             self._climb()
