@@ -151,7 +151,7 @@ def _is_new(rows: Mapping[str, Row], name: str) -> bool:
 
 
 def _adopted(name: str, hold: Hold, wall: float) -> Change:
-    # A mark says since when it is held, and not how long ago its agent spoke: for all that is known, just now.
+    # A mark says since when it is held, not how long ago its agent spoke: for all that is known, just now.
     since = wall if hold.since is None else hold.since
     adopted = Row(name, HoldState.HELD, since, hold.times, hold.why, hold.target, hold.uid, heard_at=wall)
     if hold.intact:
