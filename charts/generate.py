@@ -111,11 +111,18 @@ def scheduling(whose: str) -> Schema:
     }
 
 
+# An image's reference without tag and digest. The API server takes anything; kubelet would say InvalidImageName.
+_HOST = r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?)(:[0-9]{1,5})?"
+_PART = r"[a-z0-9]+([._-]+[a-z0-9]+)*"
+REPOSITORY = rf"^({_HOST}/)?{_PART}(/{_PART})*$"
+REGISTRY = rf"^({_HOST}(/{_PART})*/?)?$"
+
+
 def image(description: str) -> Schema:
     """An image by tag or digest."""
     return strict(
         description,
-        repository=text("Registry and name, without tag", minLength=1, pattern=r"^[^@\s]+$"),
+        repository=text("Registry and name, without tag", minLength=1, pattern=REPOSITORY),
         tag=text("Tag; default: the chart's appVersion", pattern=r"^[A-Za-z0-9_.-]*$"),
         digest=text("Digest; wins over the tag", pattern=r"^(sha256:[0-9a-f]{64})?$"),
         pullPolicy=text("When to pull", enum=["Always", "IfNotPresent", "Never"]),
@@ -158,7 +165,7 @@ def chart_values() -> dict[str, Schema]:
             "type": "object",
             "description": "Values of a parent chart",
             "properties": {
-                "imageRegistry": text("Instead of the registry of each image"),
+                "imageRegistry": text("Instead of the registry of each image", pattern=REGISTRY),
                 "imagePullSecrets": {
                     "type": "array",
                     "description": "Secrets to pull with, by name or as `{name: …}`; beside `imagePullSecrets`",

@@ -246,6 +246,10 @@ class ReactNova(_Section, frozen=True):
     """The service to disable"""
 
 
+# A name, with or without a DNS name before it: what Kubernetes takes for a taint's key.
+_LABEL_KEY = r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+
+
 class ReactKubernetes(_Section, frozen=True):
     """Kubernetes: `virtbus react --with kubernetes`."""
 
@@ -253,7 +257,7 @@ class ReactKubernetes(_Section, frozen=True):
     """File; none: in the cluster, or the user's"""
     context: str | None = None
     """Context of the kubeconfig"""
-    taint: Text = "virtbus.io/storage-unhealthy"
+    taint: Annotated[str, Meta(pattern=_LABEL_KEY, max_length=317)] = "virtbus.io/storage-unhealthy"
     """Key of the NoSchedule taint"""
     events: Literal["node", "vmi"] = "node"
     """Where Kubernetes Events are written: on nodes; vmi: also on the VirtualMachineInstance of a guest in

@@ -379,3 +379,45 @@ def test_the_network_policy_of_react_lets_metrics_in_and_that_of_the_doctor_noth
     doctor = helm.one(found, "NetworkPolicy", "vb-ioerrors-doctor")["spec"]
     assert (doctor["policyTypes"], doctor["ingress"]) == (["Ingress", "Egress"], [])
     assert doctor["egress"] == agents["egress"]
+
+
+class _Once(yaml.SafeLoader):
+    """Refuses a key that comes twice, as many tools that read what helm rendered do."""
+
+
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> Object:
+    keys = [loader.construct_object(key) for key, _ in node.value]
+    assert len(keys) == len(set(keys)), f"twice: {sorted(key for key in keys if keys.count(key) > 1)}"
+    return loader.construct_mapping(node, deep=True)
+
+
+_Once.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def test_a_label_or_annotation_that_is_set_twice_stands_once_and_no_selector_loses_its_pods(
+    tmp_path: Path,
+) -> None:
+    labels = {"app.kubernetes.io/name": "x", "app.kubernetes.io/component": "x", "helm.sh/chart": "x"}
+    clash = {"team": "own", **labels}
+    sums = {"checksum/config": "x", "kubectl.kubernetes.io/default-container": "mine"}
+    values = tmp_path / "values.yaml"
+    values.write_text(yaml.safe_dump({
+        "commonLabels": {"team": "common", **labels}, "commonAnnotations": {"team": "common", **sums},
+        "podLabels": clash, "podAnnotations": {"team": "own", **sums},
+        "react": {"enabled": True, "with": "kubernetes", "podAnnotations": {"team": "own", **sums}},
+        "podMonitor": {"enabled": True, "labels": clash}, "serviceMonitor": {"labels": clash},
+        "prometheusRule": {"enabled": True, "labels": clash}, "dashboard": {"enabled": True, "labels": clash},
+    }))  # fmt: skip
+    text = helm.template("4", helm.MINIMAL, values)
+    found = [one for one in yaml.load_all(text, _Once) if one]
+    for item in found:
+        assert item["metadata"]["labels"]["app.kubernetes.io/name"] == "virtbus"
+        if (template := item.get("spec", {}).get("template")) is not None:
+            own = template["metadata"]
+            assert item["spec"]["selector"]["matchLabels"].items() <= own["labels"].items()
+            assert len(own["annotations"]["checksum/config"]) == 64
+            assert own["annotations"]["team"] == "own"
+    agent = helm.one(found, "DaemonSet")["spec"]["template"]["metadata"]
+    assert agent["annotations"]["kubectl.kubernetes.io/default-container"] == "mine"
+    assert agent["labels"]["team"] == "own"
+    assert helm.one(found, "PodMonitor", "vb-virtbus")["metadata"]["labels"]["team"] == "own"

@@ -191,7 +191,7 @@ class Simulation:
             self.own = self.fleet.witnessed = frozenset()
             self.last.clear()
             self.released_at.clear()
-            self.held = {name: replace(row, agent="", heard_at=row.since) for name, row in self.held.items()}
+            self.held = {name: replace(row, agent="", heard_at=at) for name, row in self.held.items()}
         for host in self.hosts:
             host.machine.fleet = self._bus()
 

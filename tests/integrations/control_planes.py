@@ -155,7 +155,13 @@ class NovaApi:
             "PYTHONPATH": str(self.folder),
             "PYTHONWARNINGS": "ignore",
         }
-        manage = [str(CACHE / "bin" / "nova-manage"), "--config-file", str(self.folder / "nova.conf")]
+        # By its interpreter: the script's own first line names the folder that it was installed in.
+        manage = [
+            str(PYTHON),
+            str(CACHE / "bin" / "nova-manage"),
+            "--config-file",
+            str(self.folder / "nova.conf"),
+        ]
         for words in (
             ["api_db", "sync"],
             ["cell_v2", "map_cell0", "--database_connection", f"sqlite:///{self.folder}/cell0.db"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import urllib.request
@@ -17,7 +18,7 @@ from tests.ports import free_ports
 from virtbus.commands import consume
 from virtbus.errors import BusUnavailable
 from virtbus.fleet import Fleet, Publishers
-from virtbus.integrations.base import EVENT, HOLD, Action, TargetUnavailable
+from virtbus.integrations.base import EVENT, HOLD, Action, Integration, TargetUnavailable
 from virtbus.integrations.reactor import _BATCH
 from virtbus.integrations.store import ActionStore
 from virtbus.integrations.telemetry import REACT, Audited, EventPutAside, EventsLeft, EventsTaken
@@ -270,6 +271,22 @@ def test_the_metrics_of_a_reactor_are_its_own_and_begin_at_zero(tmp_path):
     assert get("virtbus_fleet_hosts_in_trouble", {"blame": "undetermined"}) == 1
     assert get("virtbus_react_heartbeat_age_seconds", {"integration": "plane"}) < 60
     assert get("virtbus_source_connected", {}) is None, "an agent's, which would page"
+    world.kill()
+
+
+def test_what_only_hands_over_shows_the_fleet_and_no_age_of_holds_that_grows_for_ever(tmp_path):
+    """An alert on the age would fire for ever, and one on the fleet's verdict never."""
+
+    class HandsOver(Integration):
+        name = "hands-over"
+
+    world = World(tmp_path, ["h1", "h2", "h3", "h4"], plane=HandsOver())
+    world.bad = {"h1", "h2"}
+    world.run(1300)
+    get = REACT.registry.get_sample_value
+    assert math.isnan(get("virtbus_react_look_age_seconds", {"integration": "hands-over"}))
+    assert get("virtbus_fleet_hosts", {"state": "observing"}) == 4
+    assert get("virtbus_fleet_storage_in_trouble", {"blame": "backend"}) == 1
     world.kill()
 
 

@@ -358,6 +358,26 @@ def test_a_decommissioned_host_is_given_back_after_a_day(tmp_path):
     world.kill()
 
 
+@pytest.mark.parametrize("losing_state", [False, True])
+def test_a_long_held_host_whose_agent_is_silent_for_hours_keeps_its_hold_over_a_restart(
+    tmp_path, losing_state
+):
+    """A broken disk ends the agent, too: without a store nobody knows how long ago it spoke."""
+    world = World(tmp_path, HOSTS)
+    held_h1(world)
+    world.wall += 2 * 86_400.0
+    world.run(130)
+    world.silent = {"h1"}
+    world.run(30)
+    world.kill(losing_state=losing_state)
+    world.run(3700)
+    assert world.plane.held == {"h1"}
+    world.wall += 86_400.0
+    world.run(130)
+    assert world.plane.held == set(), "not for ever"
+    world.kill()
+
+
 def test_a_decommissioned_host_is_given_back_although_our_clock_once_was_years_ahead(tmp_path):
     world = World(tmp_path, HOSTS)
     world.wall += 3 * 365 * 86_400.0

@@ -9,6 +9,7 @@ import uuid
 from pathlib import Path
 
 import pytest
+from openstack import exceptions as openstack_exceptions
 
 from tests.agent.process import AgentProcess
 from tests.conftest import need
@@ -171,6 +172,18 @@ def test_a_body_that_nova_refuses_is_given_up_and_a_nova_that_is_away_is_tried_a
         away.execute(an_action(HOLD, "compute-1"))
     assert away.probe()[0].status == "failed"
     away.close()
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 406, 409, 411, 412, 425, 429, 499, 500, 503])
+def test_an_answer_that_may_change_gives_nothing_up(status):
+    """A hold that is given up leaves a host at fault open until it was well once."""
+    from virtbus.integrations.openstack import call
+
+    def answers():
+        raise openstack_exceptions.HttpException("no", http_status=status)
+
+    with pytest.raises(TargetUnavailable):
+        call("x", answers)
 
 
 def test_events_on_rabbitmq_disable_the_service_and_a_well_heartbeat_enables_it(

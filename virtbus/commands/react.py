@@ -44,6 +44,7 @@ from virtbus.integrations.base import (
     NotOurs,
     may_hold,
     open_integration,
+    short,
     utc,
 )
 from virtbus.integrations.policy import HoldPolicy, HoldRules
@@ -340,7 +341,7 @@ def release_command(
     results = []
     with _holding(ctx, names, settings, given) as found:
         for integration, held in found:
-            holds = [hold for hold in held if host in (hold.host, hold.target)]
+            holds = _meant(host, held)
             for hold in holds:
                 results.append((integration.name, hold.host, True, _release(integration, hold)))
             if not holds:
@@ -351,6 +352,24 @@ def release_command(
     else:
         for name, _, _, text in results:
             click.echo(f"{name}: {cut(text, len(text))}")
+
+
+def _meant(host: str, held: Sequence[Hold]) -> Sequence[Hold]:
+    """The holds of a host, by one of its names, or with or without its domain where that means one host.
+
+    Raises ConfigError where it means several.
+    """
+    exact = [hold for hold in held if host in (hold.host, hold.target)]
+    alike = [
+        hold
+        for hold in held
+        for name in dict.fromkeys((hold.host, hold.target))
+        if name == short(host) or short(name) == host
+    ]
+    found = exact or list(dict.fromkeys(alike))
+    if not exact and len(found) > 1:
+        raise ConfigError(f"{host} may be {', '.join(hold.host for hold in found)}: name it with its domain")
+    return found
 
 
 def _release(integration: Integration, hold: Hold) -> str:

@@ -107,7 +107,7 @@ def reconcile(
     for hold in [_bounded(one, wall) for one in found.holds]:
         name = by_uid.get(hold.uid, hold.host)
         marks[hold.target if name in marks else name] = hold  # two marks for one host are two holds
-    out = [_adopted(name, rows.get(name), hold, wall) for name, hold in marks.items() if _is_new(rows, name)]
+    out = [_adopted(name, hold, wall) for name, hold in marks.items() if _is_new(rows, name)]
     for name, row in rows.items():
         mark = marks.get(name)
         if row.state is HoldState.UNSURE and (mark is not None or acting):
@@ -153,10 +153,10 @@ def _is_new(rows: Mapping[str, Row], name: str) -> bool:
     return name not in rows or not rows[name].ours
 
 
-def _adopted(name: str, row: Row | None, hold: Hold, wall: float) -> Change:
+def _adopted(name: str, hold: Hold, wall: float) -> Change:
+    # A mark says since when it is held, not how long ago its agent spoke: for all that is known, just now.
     since = wall if hold.since is None else hold.since
-    heard = since if row is None else max(since, row.heard_at)
-    adopted = Row(name, HoldState.HELD, since, hold.times, hold.why, hold.target, hold.uid, heard_at=heard)
+    adopted = Row(name, HoldState.HELD, since, hold.times, hold.why, hold.target, hold.uid, heard_at=wall)
     if hold.intact:
         return Change(adopted, Finding.ADOPTED)
     return Change(_again(adopted), Finding.ADOPTED, True)

@@ -26,7 +26,14 @@ from virtbus.bus import is_loopback
 from virtbus.config import React, read_secret
 from virtbus.consumer import Delivery
 from virtbus.errors import ConfigError
-from virtbus.integrations.base import EVENT, Action, ActionRefused, Integration, TargetUnavailable
+from virtbus.integrations.base import (
+    EVENT,
+    REFUSED_STATUS,
+    Action,
+    ActionRefused,
+    Integration,
+    TargetUnavailable,
+)
 from virtbus.model import Check
 from virtbus.telemetry import TelemetryEvent, emit
 from virtbus.words import Origin
@@ -146,10 +153,6 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
             pipe.close()
 
 
-# The event itself is what the server does not want: once more would change nothing.
-_REFUSED_STATUS = frozenset({400, 413, 415, 422})
-
-
 class _Deadline(io.RawIOBase):
     """What a socket reads, until one moment: its own timeout begins again with each byte that comes."""
 
@@ -253,7 +256,7 @@ class Webhook(_Hook):
         if 200 <= status < 300:
             return f"{status} {reason}"
         text = f"{self._name} answered {status} {reason}: {said}"
-        if status in _REFUSED_STATUS:
+        if status in REFUSED_STATUS:
             raise ActionRefused(text)
         if 300 <= status < 400:
             text += "; a redirect is not followed: put the right address into react.webhook.url"

@@ -33,6 +33,7 @@ from virtbus.integrations import vmi
 from virtbus.integrations.base import (
     EVENT,
     HOLD,
+    REFUSED_STATUS,
     REPORT,
     Action,
     ActionRefused,
@@ -56,6 +57,7 @@ DETAILS = "virtbus.io/hold"  # JSON: host, why, since, times, by
 COMPONENT = "virtbus"
 _TIMEOUT = 10.0
 _CONFLICTS = 5
+_LOGIN_SECONDS = 10.0  # a login that was refused is not read again more often
 _KNOWN_SECONDS = 60.0  # the list of nodes is not read more often to find a host by its name
 _MERGE = "application/merge-patch+json"
 _STRATEGIC = "application/strategic-merge-patch+json"
@@ -109,15 +111,25 @@ class Kubernetes(Integration):
         self._names: dict[str, str] = {}  # host: node
         self._listed: list[_Node] = []
         self._listed_at = float("-inf")
+        self._own = own
+        self._log_in()
+
+    def _log_in(self) -> None:
+        """Read who we are. Raises ConfigError when there is no cluster to be found."""
+        own = self._own
+        self._logged_in_at = time.monotonic()
         try:
             if own.kubeconfig is None and own.context is None:
                 load: Any = config.load_config
                 with redirect_stdout(StringIO()):  # it prints where it looks, among what our commands print
                     load()
-                made = client.ApiClient()
+                settings: Any = client.Configuration.get_default_copy()
             else:
                 new: Any = config.new_client_from_config
-                made = new(config_file=own.kubeconfig, context=own.context)
+                settings = new(config_file=own.kubeconfig, context=own.context).configuration
+            # Its own retries would sleep for as long as a server's Retry-After says: that is ours to decide.
+            settings.retries = urllib3.Retry(0)
+            made: Any = client.ApiClient(settings)
         # OSError, YAMLError, TypeError, …: its own reader trusts the file to be one.
         except Exception as error:
             why = " ".join(str(error).split())
@@ -128,6 +140,15 @@ class Kubernetes(Integration):
         # Any: every field of the client's models is Optional to a type checker.
         self._client: Any = made
         self._api: Any = client.CoreV1Api(made)
+
+    def _log_in_again(self) -> None:
+        """A token or certificate that was refused may have been renewed since the client read it."""
+        if time.monotonic() - self._logged_in_at < _LOGIN_SECONDS:
+            return
+        before = self._client
+        with suppress(ConfigError):  # the file may be in the middle of being replaced
+            self._log_in()
+            before.close()
 
     def condition(self, host: HostHealth) -> Mapping[str, str] | None:
         """See Integration."""
@@ -145,7 +166,11 @@ class Kubernetes(Integration):
     def execute(self, action: Action) -> str:
         """See Integration."""
         if action.verb == EVENT:
-            return vmi.put(self._api, action.body, _TIMEOUT)
+            try:
+                return vmi.put(self._api, action.body, _TIMEOUT)
+            except TargetDenied:
+                self._log_in_again()
+                raise
         node = action.body.get("target") or self._find(action.target)
         if action.verb == REPORT:
             return self._report(node, action)
@@ -160,11 +185,10 @@ class Kubernetes(Integration):
 
     def _report(self, node: str, action: Action) -> str:
         condition = dict(action.body)
-        before = self._call("reading", node, self._api.read_node, node)
-        known = next((one for one in before.status.conditions or () if one.type == CONDITION), None)
+        known = self._read(node).shows
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         entry = {"type": CONDITION, "lastHeartbeatTime": now, **condition}
-        changed = known is None or known.status != condition["status"]
+        changed = known != condition["status"]
         if changed:
             entry["lastTransitionTime"] = now
         # Conditions merge by their type: nobody else's are touched.
@@ -311,12 +335,11 @@ class Kubernetes(Integration):
         return next((host for host, name in self._hosts.items() if name == node), node)
 
     def _read(self, node: str) -> _Node:
-        return _facts(self._call("reading", node, self._api.read_node, node, _preload_content=False))
+        return _facts(json.loads(self._call("reading", node, self._api.read_node, node)))
 
     def _list(self) -> None:
-        """All nodes, as plain JSON: the client's own objects would cost a second of CPU for a thousand."""
-        found = self._call("listing", "*", self._api.list_node, _preload_content=False)
-        self._listed = [_facts(one) for one in json.loads(found.data).get("items", ())]
+        found = json.loads(self._call("listing", "*", self._api.list_node))
+        self._listed = [_facts(one) for one in found.get("items", ())]
         self._listed_at = time.monotonic()
         self._names.clear()
 
@@ -341,13 +364,19 @@ class Kubernetes(Integration):
     def _named(self, host: str) -> str | None:
         return target_of(host, {node.name: node.hostnames for node in self._listed})
 
-    def _call(self, doing: str, node: str, call: Callable[..., Any], *words: Any, **more: Any) -> Any:
-        """Do one request. Raises what `_translated` makes of its error."""
+    def _call(self, doing: str, node: str, call: Callable[..., Any], *words: Any, **more: Any) -> bytes:
+        """Do one request; its answer as it came. Raises what `_translated` makes of its error.
+
+        The client's own objects would cost a second of CPU for a thousand nodes, and refuse an answer that
+        lacks anything, also one that nobody reads.
+        """
         try:
-            answer = call(*words, **more, _request_timeout=_TIMEOUT)
+            answer: bytes = call(*words, **more, _request_timeout=_TIMEOUT, _preload_content=False).data
         except (ApiException, urllib3.exceptions.HTTPError) as error:
             if isinstance(error, ApiException) and error.status == 404:
                 self._names = {host: name for host, name in self._names.items() if name != node}
+            if isinstance(error, ApiException) and error.status == 401:
+                self._log_in_again()
             raise _translated(error, doing, node) from error
         return answer
 
@@ -379,8 +408,8 @@ class Kubernetes(Integration):
         )
         spec = client.V1SelfSubjectAccessReviewSpec(resource_attributes=asked)
         ask = client.AuthorizationV1Api(self._client).create_self_subject_access_review
-        answer = self._call("asking", "*", ask, client.V1SelfSubjectAccessReview(spec=spec))
-        return bool(answer.status.allowed)
+        answer = json.loads(self._call("asking", "*", ask, client.V1SelfSubjectAccessReview(spec=spec)))
+        return bool(answer["status"]["allowed"])
 
     def close(self) -> None:
         """See Integration."""
@@ -396,14 +425,12 @@ def _translated(error: Exception, doing: str, node: str) -> TargetUnavailable | 
         return _Conflict(text)
     if error.status == 404:
         return TargetMissing(f"{text}: there is no such node")
-    if error.status in (400, 422):
+    if error.status in REFUSED_STATUS:
         return ActionRefused(f"{text}: {error.body}")
     return TargetDenied(text) if error.status in (401, 403) else TargetUnavailable(text)
 
 
-def _facts(answer: Any) -> _Node:
-    """A node of a list, or the answer that holds one."""
-    node = answer if isinstance(answer, dict) else json.loads(answer.data)
+def _facts(node: dict[str, Any]) -> _Node:
     metadata, status = node["metadata"], node.get("status", {})
     return _Node(
         name=metadata["name"],

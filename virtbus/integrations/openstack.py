@@ -29,6 +29,7 @@ from virtbus.errors import ConfigError
 from virtbus.integrations.base import (
     EVENT,
     HOLD,
+    REFUSED_STATUS,
     Action,
     ActionRefused,
     Found,
@@ -66,8 +67,7 @@ def call(doing: str, call: Callable[[], T]) -> T:
     except exceptions.HttpException as error:
         status = error.status_code
         text = f"{doing}: {status or ''} {error.details or error.message}".strip()
-        # 409 is a matter of time, and an operator can fix 401, 403 and 404.
-        if status is not None and 400 <= status < 500 and status not in (401, 403, 404, 408, 409, 425, 429):
+        if status in REFUSED_STATUS:
             raise ActionRefused(text) from error
         raise (TargetDenied(text) if status in (401, 403) else TargetUnavailable(text)) from error
     except (exceptions.SDKException, keystone.ClientException, requests.RequestException, OSError) as error:

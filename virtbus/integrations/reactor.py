@@ -8,6 +8,7 @@ is stored, in order for each target, until it succeeds, and reads from the contr
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -116,6 +117,8 @@ class Reactor:
         return self._clock().monotonic - self._heartbeat_at
 
     def _look_age(self) -> float:
+        if not self._worker.looks.possible:
+            return math.nan  # it has no holds to be read: no age that grows
         looked = self._worker.looks.looked_at
         return self._clock().monotonic - (self._begun if looked is None else looked)
 
@@ -208,10 +211,10 @@ class Reactor:
     def _judge(self, now: Now) -> None:
         name = self._integration.name
         REACT.waiting.labels(name).set(self._worker.waiting)
-        if not self._acts_on_hosts():
-            return
         view = self.fleet.view(now)
         REACT.show_fleet(view)
+        if not self._acts_on_hosts():
+            return
         self._witness(view)
         if self._shows:
             self._show(view.hosts, now)

@@ -17,7 +17,7 @@ from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 
 from virtbus.consumer import Delivery
-from virtbus.integrations.base import EVENT, Action, ActionRefused, TargetUnavailable
+from virtbus.integrations.base import EVENT, Action, ActionRefused, TargetDenied, TargetUnavailable
 from virtbus.model import IoError, IoErrorResolved
 from virtbus.words import Action as Did
 from virtbus.words import Origin, Platform
@@ -71,15 +71,17 @@ def put(api: Any, body: Mapping[str, Any], timeout: float) -> str:
         "firstTimestamp": body["first"], "source": {"component": COMPONENT},
         "reportingComponent": COMPONENT, "reportingInstance": COMPONENT,
     }  # fmt: skip
+    # The answer is not read: the client's objects would refuse one that lacks anything.
+    asked = {"_request_timeout": timeout, "_preload_content": False}
     try:
         try:
-            api.patch_namespaced_event(name, namespace, told, _request_timeout=timeout)
+            _ = api.patch_namespaced_event(name, namespace, told, **asked).data
         except ApiException as error:
             if error.status != 404:
                 raise
             if body["type"] == "Normal":
                 return "its Event is not there (any more)"
-            api.create_namespaced_event(namespace, whole, _request_timeout=timeout)
+            _ = api.create_namespaced_event(namespace, whole, **asked).data
     except (ApiException, urllib3.exceptions.HTTPError) as error:
         doing = f"writing an Event on VMI {namespace}/{body['name']}: "
         if not isinstance(error, ApiException):
@@ -87,7 +89,7 @@ def put(api: Any, body: Mapping[str, Any], timeout: float) -> str:
         doing += f"{error.status} {error.reason}"
         if error.status in (400, 403, 404, 422):
             raise ActionRefused(f"{doing}; it takes events create and patch there") from error
-        raise TargetUnavailable(doing) from error
+        raise (TargetDenied if error.status == 401 else TargetUnavailable)(doing) from error
     return f"Event {name}: {told['reason']}"
 
 

@@ -53,6 +53,12 @@
 {{- if not .Values.enabled -}}
 {{- fail "\n\nenabled is false, but this chart renders all the same: name `condition: virtbus.enabled` for it in the parent's Chart.yaml" -}}
 {{- end -}}
+{{- if or (hasPrefix "127." .Values.http.host) (eq "[::1]" .Values.http.host) -}}
+{{- fail (printf "\n\nhttp.host = %s is the pod's own loopback: kubelet's probes would not reach it, and every pod be restarted for ever; leave it at [::], or take 0.0.0.0" .Values.http.host) -}}
+{{- end -}}
+{{- if and .Values.react.enabled .Values.serviceAccount.create (eq (include "virtbus.serviceAccountName" .) (printf "%s-react" (include "virtbus.fullname" .))) -}}
+{{- fail (printf "\n\nserviceAccount.name = %s is the account of virtbus react: choose another one" .Values.serviceAccount.name) -}}
+{{- end -}}
 {{- $sockets := printf "%s/" (clean .Values.libvirt.socketDir) -}}
 {{- $spool := printf "%s/" (clean .Values.spool.hostPath) -}}
 {{- if eq .Values.spool.type "hostPath" -}}

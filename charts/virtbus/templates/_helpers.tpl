@@ -47,21 +47,16 @@ app.kubernetes.io/instance: {{ .root.Release.Name | quote }}
 app.kubernetes.io/component: {{ .component }}
 {{- end -}}
 
+{{/* Of (dict "root" . "component" … "own" .Values.…): each key once, the selector's first, then those of this object. */}}
 {{- define "virtbus.labels" -}}
-{{ include "virtbus.selector" . }}
-app.kubernetes.io/version: {{ .root.Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .root.Release.Service }}
-helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
-{{- with .root.Values.commonLabels }}
-{{ toYaml . }}
-{{- end }}
+{{- $chart := printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" -}}
+{{- $by := dict "app.kubernetes.io/managed-by" .root.Release.Service "helm.sh/chart" $chart -}}
+{{- $_ := set $by "app.kubernetes.io/version" .root.Chart.AppVersion -}}
+{{- merge (include "virtbus.podLabels" . | fromYaml) $by | toYaml -}}
 {{- end -}}
 
 {{- define "virtbus.podLabels" -}}
-{{ include "virtbus.selector" . }}
-{{- with .root.Values.commonLabels }}
-{{ toYaml . }}
-{{- end }}
+{{- merge (include "virtbus.selector" . | fromYaml) (default dict .own) .root.Values.commonLabels | toYaml -}}
 {{- end -}}
 
 {{/* The annotations of an object: the common ones and those of (dict "root" . "own" .Values.…). */}}
@@ -70,6 +65,12 @@ helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace 
 annotations:
   {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- end -}}
+
+{{/* Those of a pod: what it was made from, its own ones, the common ones. Of (dict "root" . "config" … "own" …). */}}
+{{- define "virtbus.podAnnotations" -}}
+{{- $sums := dict "checksum/config" (sha256sum .config) "checksum/secrets" (include "virtbus.secretsChecksum" .root) -}}
+{{- merge $sums .own .root.Values.commonAnnotations | toYaml -}}
 {{- end -}}
 
 {{/* Of (dict "root" . "image" .Values.image). global.imageRegistry takes the place of the registry's host. */}}

@@ -1,0 +1,185 @@
+"""What the Kubernetes integration makes of an API server's bad day: a gateway's answers, a login that ends.
+
+What it does on a good one is tried against a real server in with_kubernetes.py.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import urllib3
+
+from virtbus.config import React, ReactKubernetes
+from virtbus.integrations.base import (
+    EVENT,
+    HOLD,
+    REFUSED_STATUS,
+    REPORT,
+    Action,
+    ActionRefused,
+    TargetDenied,
+    TargetUnavailable,
+    open_integration,
+)
+
+NODE = {"metadata": {"name": "h1", "uid": "u1", "resourceVersion": "1"}, "spec": {}, "status": {}}
+CONDITION = {"status": "True", "reason": "NoTrouble", "message": ""}
+TIME = "2026-05-04T03:00:00Z"
+VMI_EVENT = {"namespace": "n", "event": "e", "type": "Warning", "reason": "IOError", "message": "m",
+             "count": 1, "last": TIME, "first": TIME, "name": "web", "uid": "u"}  # fmt: skip
+
+
+class Server:
+    """Answers every request with one node to who bears the token, or with `status` and its headers."""
+
+    def __init__(self) -> None:
+        self.status, self.headers, self.token = 200, {}, "first"
+        self.requests: list[str] = []
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            timeout = 0.5  # an idle connection is closed
+
+            def answer(self) -> None:
+                self.rfile.read(int(self.headers.get("content-length") or 0))
+                outer.requests.append(f"{self.command} {self.path}")
+                known = self.headers["authorization"] == f"Bearer {outer.token}"
+                body = json.dumps(NODE if outer.status == 200 else {}).encode()
+                self.send_response(outer.status if known else 401)
+                for name, value in {**outer.headers, "content-length": str(len(body))}.items():
+                    self.send_header(name, value)
+                self.send_header("content-type", "application/json")
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_GET = do_PATCH = do_POST = answer
+
+            def log_message(self, *words: object) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = False  # closing waits for them
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def kubeconfig(self, folder: Path, user: dict[str, str]) -> Path:
+        file = folder / "kubeconfig"
+        file.write_text(json.dumps({
+            "clusters": [{"name": "c", "cluster": {"server": self.url}}],
+            "users": [{"name": "u", "user": user}],
+            "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+            "current-context": "c",
+        }))  # fmt: skip
+        return file
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    made = Server()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def token(tmp_path: Path) -> Path:
+    file = tmp_path / "token"
+    file.write_text("first")
+    return file
+
+
+@pytest.fixture
+def kubernetes(server: Server, token: Path, tmp_path: Path) -> Iterator[Any]:
+    file = server.kubeconfig(tmp_path, {"tokenFile": str(token)})
+    made = open_integration(
+        "kubernetes", React(kubernetes=ReactKubernetes(kubeconfig=str(file), events="vmi"))
+    )
+    yield made
+    made.close()
+
+
+def an_action(verb: str, **body: object) -> Action:
+    return Action(f"{verb}/h1/1", "h1", verb, "host: why", {"target": "h1", **body})
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_server_that_asks_for_patience_keeps_no_other_host_waiting(server, kubernetes, monkeypatch, status):
+    """The client's own retries would sleep for as long as the server says, and no signal would end us."""
+    slept: list[float] = []
+    monkeypatch.setattr(urllib3.util.retry.time, "sleep", slept.append)
+    server.status, server.headers = status, {"retry-after": "3600"}
+    for action in (an_action(HOLD), an_action(REPORT, **CONDITION), an_action(EVENT, **VMI_EVENT)):
+        with pytest.raises(TargetUnavailable):
+            kubernetes.execute(action)
+    with pytest.raises(TargetUnavailable):
+        kubernetes.look({}, everything=True)
+    assert slept == []
+    assert len(server.requests) == 4, "each was asked once; when it is asked again, we decide"
+
+
+@pytest.mark.parametrize("status", [405, 408, 409, 410, 412, 429, 500, 502])
+def test_an_answer_that_may_change_is_tried_again(server, kubernetes, status):
+    server.status = status
+    with pytest.raises(TargetUnavailable):
+        kubernetes.execute(an_action(HOLD))
+
+
+@pytest.mark.parametrize("status", sorted(REFUSED_STATUS))
+def test_an_answer_about_the_action_itself_is_final(server, kubernetes, status):
+    server.status = status
+    with pytest.raises(ActionRefused):
+        kubernetes.execute(an_action(HOLD))
+
+
+@pytest.mark.parametrize("where", ["in a file that the kubeconfig names", "in the kubeconfig"])
+@pytest.mark.parametrize("verb", [HOLD, EVENT, "look"])
+def test_a_token_that_was_renewed_is_used_without_a_restart(
+    server, token, tmp_path, monkeypatch, where, verb
+):
+    """A bound token ends after an hour; the client reads it once."""
+    if where == "in the kubeconfig":
+        server.kubeconfig(tmp_path, {"token": "first"})
+    settings = ReactKubernetes(kubeconfig=str(tmp_path / "kubeconfig"), events="vmi")
+    if where != "in the kubeconfig":
+        server.kubeconfig(tmp_path, {"tokenFile": str(token)})
+    made = open_integration("kubernetes", React(kubernetes=settings))
+
+    def ask() -> None:
+        if verb == "look":
+            made.look({}, everything=True)
+        else:
+            made.execute(an_action(verb, **(VMI_EVENT if verb == EVENT else {})))
+
+    ask()
+    server.token = "second"
+    with pytest.raises(TargetDenied):
+        ask()
+    token.write_text("second")
+    if where == "in the kubeconfig":
+        server.kubeconfig(tmp_path, {"token": "second"})
+    monkeypatch.setattr("virtbus.integrations.kubernetes._LOGIN_SECONDS", 0.0, raising=False)
+    with pytest.raises(TargetDenied):
+        ask()
+    ask()
+    made.close()
+
+
+def test_a_kubeconfig_that_is_being_replaced_ends_nothing(server, kubernetes, tmp_path, monkeypatch):
+    monkeypatch.setattr("virtbus.integrations.kubernetes._LOGIN_SECONDS", 0.0, raising=False)
+    server.token = "second"
+    (tmp_path / "kubeconfig").write_text("")
+    for _ in range(2):
+        with pytest.raises(TargetDenied):
+            kubernetes.execute(an_action(HOLD))
