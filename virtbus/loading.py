@@ -72,6 +72,7 @@ def load(
         if given is not None:
             _set(merged, key, given)
             origins[key] = f"flag --{key.replace('.', '-').replace('_', '-')}"
+    _take_the_flags_broker(merged, flags or {})
     # The schema's check can't even read text that is not UTF-8.
     problems += list(_unusable_text(merged, origins)) or _check(schema, merged, origins)
     if not problems:
@@ -108,6 +109,17 @@ def _read(path: Path, *, must_exist: bool) -> tuple[dict[str, Any] | None, dict[
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     lines = _lines_of_keys(text)
     return found, {key: f"{path}:{lines[key]}" if key in lines else str(path) for key, _ in leaves(found)}
+
+
+def _take_the_flags_broker(merged: dict[str, Any], flags: Mapping[str, object]) -> None:
+    """A flag's broker is logged into as the flag says: address and login of another one go."""
+    url, bus = flags.get("bus.url"), merged.get("bus")
+    if not isinstance(url, str) or not isinstance(bus, dict):
+        return
+    login = url.partition("://")[2].rpartition("@")[0]
+    for name in ("url_file", *(("username", "password_file") if ":" in login else ())):
+        if flags.get(f"bus.{name}") is None:
+            bus.pop(name, None)
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,6 @@
 """A scheduler that acts: it keeps new guests off a host while a guest there is paused by an I/O error.
 
-python acting.py amqps://scheduler@broker// state.db
+python acting.py amqps://scheduler:SECRET@broker/virtbus state.db
 """
 
 import logging

@@ -1,6 +1,6 @@
 """A scheduler in forty lines: it places guests on the healthiest host, by what the bus tells.
 
-python scheduler.py amqps://scheduler@broker// web-1 web-2 db-1
+python scheduler.py amqps://scheduler:SECRET@broker/virtbus web-1 web-2 db-1
 """
 
 import sys

@@ -44,9 +44,14 @@ def missing() -> list[str]:
     return lacks
 
 
-def suite_root(suite: str, packages: tuple[str, ...] = PACKAGES) -> Path:
-    """The root folder of a Debian suite with these packages, made if it is not there yet."""
-    recipe = hashlib.sha256(repr((suite, packages, OPTIONS.get(suite))).encode()).hexdigest()[:8]
+def suite_root(suite: str, packages: tuple[str, ...] = PACKAGES, variant: str = "apt") -> Path:
+    """The root folder of a Debian suite with these packages, made if it is not there yet.
+
+    `variant` is mmdebstrap's: "apt" has the least that packages can be installed in, "important" is a Debian
+    as debootstrap makes it.
+    """
+    made_of = (suite, packages, OPTIONS.get(suite), *([variant] if variant != "apt" else []))
+    recipe = hashlib.sha256(repr(made_of).encode()).hexdigest()[:8]
     folder = CHECKOUT / ".cache" / "suites"
     folder.mkdir(parents=True, exist_ok=True)
     root = folder / f"{suite}-{recipe}"
@@ -57,9 +62,10 @@ def suite_root(suite: str, packages: tuple[str, ...] = PACKAGES) -> Path:
         if not root.exists():
             fresh = folder / f"{suite}.new"
             shutil.rmtree(fresh, ignore_errors=True)
+            words = ["--quiet", "--mode=root", f"--variant={variant}"]
+            words += [f"--include={','.join(packages)}"] if packages else []
             done = subprocess.run(
-                ["mmdebstrap", "--quiet", "--mode=root", "--variant=apt", f"--include={','.join(packages)}",
-                 *PROGRESS, *OPTIONS.get(suite, []), suite, str(fresh)],
+                ["mmdebstrap", *words, *PROGRESS, *OPTIONS.get(suite, []), suite, str(fresh)],
                 capture_output=True, text=True, cwd="/",
             )  # fmt: skip
             if done.returncode:

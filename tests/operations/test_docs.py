@@ -75,7 +75,12 @@ ALL = sorted(set(commands()))
 ELSEWHERE = {"helm", "kubectl", "docker", "podman", "buildah"}
 # These would change this machine: that a shell understands them is shown. The install page's
 # are run in root file systems of their own: tests/packages.
-OF_THE_HOST = ("groupadd", "useradd", "echo", "apt-get", "dnf", "systemctl", "python3")
+OF_THE_HOST = (
+    *("groupadd", "useradd", "echo", "apt-get", "dnf", "systemctl", "python3", "install", "runuser"),
+    "ansible-playbook",
+)
+# Where the documents' broker is, and as whom.
+BROKER = r"amqps?://[a-z]+(:SECRET)?@[a-z.]+/(/|virtbus\b)"
 INSTALLED = "/opt/virtbus/bin/virtbus"
 PIPS = ("/opt/virtbus/bin/pip", "consumer/bin/pip")
 
@@ -208,7 +213,7 @@ def test_a_package_of_the_documents_is_one_that_is_built_or_one_that_our_own_tar
     found: tuple[str, str],
 ) -> None:
     ours = {f"./virtbus_{__version__}-1_amd64.deb", f"./virtbus-{__version__}-1.x86_64.rpm"}
-    system = (ROOT / "tests" / "system-packages.txt").read_text().split("\n")
+    system = [*(ROOT / "tests" / "system-packages.txt").read_text().split("\n"), "libvirt-daemon-system"]
     words = shlex.split(found[1], comments=True)
     named = {word for word in words[words.index("install") + 1 :] if not word.startswith("-")}
     assert named
@@ -225,11 +230,14 @@ def ours(words: list[str], tmp_path: Path, rabbitmq: RabbitMQ, vhost: str, libvi
     replaced = []
     for word in words:
         word = re.sub(
-            r"amqps?://[a-z]+@[a-z.]+//",
+            BROKER,
             rabbitmq.tls_url(vhost) if "amqps" in word else rabbitmq.url(vhost),
             word,
         )
         word = word.replace("qemu:///system", libvirt).replace("/tmp/virtbus", str(tmp_path / "virtbus"))
+        if word == "--once":  # that is a whole minute
+            replaced += ["--listen", "1"]
+            continue
         replaced.append(word.replace("DIR", str(tmp_path / "out")).replace("OLD", str(ROOT / "schemas")))
     return replaced
 
@@ -274,7 +282,7 @@ def test_a_virtbus_command_of_the_documents_works(
     if words[0] == "agent-id":
         environment["VIRTBUS_STATE_DIR"] = str(tmp_path)
         words += ["--user", "root"]
-    lasting = words[0] in LASTING and not {"--count", "--timeout", "--once"} & set(words)
+    lasting = words[0] in LASTING and not {"--count", "--timeout", "--listen"} & set(words)
     process = subprocess.Popen(
         [*COMMAND, *words], env=environment, cwd=ROOT, text=True,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -297,7 +305,7 @@ def test_a_python_example_of_the_documents_handles_a_real_event(
     found: tuple[str, str], tmp_path: Path
 ) -> None:
     url = f"embedded://{tmp_path}/bus.db"
-    code = re.sub(r"amqps?://[a-z]+@[a-z.]+//", url, found[1])
+    code = re.sub(BROKER, url, found[1])
     assert url in code
     with (tmp_path / "out").open("wb") as out:
         process = subprocess.Popen(
@@ -325,13 +333,14 @@ def wait_until(check: Callable[[], object]) -> None:
 # ---------------------------------------------------------------------------------------- brokers
 
 
-@pytest.mark.parametrize(
-    "found", [found for found in of("rabbitmqctl") if found[0] not in ("security.md", "tutorial.md")], ids=ids
-)
+# Pages whose commands belong together, and are run so by a test of their own.
+TOGETHER = ("security.md", "tutorial.md", "install.md")
+
+
+@pytest.mark.parametrize("found", [found for found in of("rabbitmqctl") if found[0] not in TOGETHER], ids=ids)
 def test_a_rabbitmq_command_of_the_documents_is_taken(
     found: tuple[str, str], rabbitmq: RabbitMQ, vhost: str
 ) -> None:
-    """Those of security.md are run, and what they forbid is tried, in test_security.py."""
     program, action, *words = shlex.split(found[1], comments=True)
     assert program == "rabbitmqctl"
     rabbitmq.rabbitmqctl(action, "--vhost", vhost, *words)

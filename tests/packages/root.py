@@ -17,6 +17,9 @@ from types import TracebackType
 from tests.lab import chroot
 from tests.lab.lab import CHECKOUT
 
+# Copies live here, on the same disk as what they are made from.
+FOLDER = CHECKOUT / ".cache" / "roots"
+
 # Mounts of its own, which go with the process. /tmp is this machine's: the lab's sockets lie there.
 INSIDE = """\
 root=$1; shift
@@ -36,7 +39,8 @@ class Root:
 
     def __init__(self, suite: str) -> None:
         pristine = chroot.suite_root(suite)
-        self.path = Path(tempfile.mkdtemp(prefix=f"{suite}-", dir=_folder())) / "root"
+        FOLDER.mkdir(parents=True, exist_ok=True)
+        self.path = Path(tempfile.mkdtemp(prefix=f"{suite}-", dir=FOLDER)) / "root"
         subprocess.run(["cp", "-a", "--reflink=auto", str(pristine), str(self.path)], check=True)
         (self.path / "run/systemd/system").mkdir(parents=True)
         stub = self.path / "usr/bin/systemctl"
@@ -93,12 +97,6 @@ class Root:
         """dpkg's word for a package's state, such as `installed`; empty for one it does not know."""
         told = self.run("dpkg-query", "--show", "--showformat=${db:Status-Status}", package, check=False)
         return told.stdout
-
-
-def _folder() -> Path:
-    folder = CHECKOUT / ".cache" / "roots"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def earlier(deb: Path, version: str, folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The play of docs/fleet.md, as it stands there, on a fresh Debian with a real RabbitMQ as the broker's host.
+"""Inventory and play of docs/fleet.md, as they stand there, on a fresh Debian with a real RabbitMQ as broker.
 
 Part of `make packages-test`. Ansible is fetched once, into .cache. The host is a root file system without a
 systemd that runs; `systemctl` answers for it.
@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,7 +31,9 @@ from tests.packages.with_packages import package
 pytestmark = [pytest.mark.rabbitmq, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 ANSIBLE = "ansible==11.13.0"
-HOST, BROKER, PASSWORD = "compute-7", "broker.example", "s3cret"
+HOST, BROKER = "compute-007.example", "broker.example"
+
+FLEET = (CHECKOUT / "docs" / "fleet.md").read_text(encoding="utf-8")
 
 # A daemon that is there, and is not enabled or running before it is told to be.
 SYSTEMCTL = """\
@@ -61,11 +64,24 @@ def ansible() -> Path:
     return made / "bin"
 
 
-def play() -> str:
-    """The page's own."""
-    text = (CHECKOUT / "docs" / "fleet.md").read_text(encoding="utf-8")
-    (found,) = re.findall(r"^```yaml\n(- hosts: .*?)^```", text, re.MULTILINE | re.DOTALL)
+def page(language: str) -> str:
+    """The page's one block of a language."""
+    (found,) = re.findall(rf"^```{language}\n(.*?)^```", FLEET, re.MULTILINE | re.DOTALL)
     return str(found)
+
+
+def inventory(vhost: str, broker: str, host: str) -> str:
+    """The page's, with what says how these hosts are reached; this machine's Ansible is root already."""
+    text = page("ini")
+    for line, mine in (
+        (BROKER, f"{BROKER} {broker}"),
+        ("compute-[001:100].example", f"{HOST} {host}"),
+        ("ansible_become=true", "ansible_become=false"),
+        ("virtbus_vhost=virtbus", f"virtbus_vhost={vhost}"),
+    ):
+        text, changed = re.subn(rf"^{re.escape(line)}$", mine, text, flags=re.MULTILINE)
+        assert changed == 1, line
+    return text
 
 
 def script(file: Path, text: str) -> Path:
@@ -90,7 +106,7 @@ def test_the_play_installs_seeds_permits_configures_and_changes_nothing_the_seco
     root: Root, rabbitmq: RabbitMQ, vhost: str, tmp_path: Path
 ) -> None:
     programs = ansible()
-    (tmp_path / "play.yaml").write_text(play())
+    (tmp_path / "virtbus.yaml").write_text(page("yaml"))
     shutil.copy(package("deb"), tmp_path)
     # How a command gets into the host, and how one reaches this test's broker.
     enter = root.command("/usr/bin/true")[:-1]
@@ -104,39 +120,48 @@ def test_the_play_installs_seeds_permits_configures_and_changes_nothing_the_seco
         f'#!/bin/sh\ntest "$2" != -n || shift 3\nexec env {shlex.join([*variables, *words])} -q "$@"\n',
     )
     (tmp_path / "inventory").write_text(
-        f"[hypervisors]\n{HOST} virtbus_password={PASSWORD} ansible_connection=community.general.chroot "
-        f"ansible_host={root.path} ansible_chroot_exe={tmp_path}/enter ansible_become=false "
-        "ansible_python_interpreter=/usr/bin/python3\n"
-        f"[brokers]\n{BROKER} ansible_connection=local ansible_become=false "
-        f"ansible_python_interpreter={programs}/python\n"
+        inventory(
+            vhost,
+            f"ansible_connection=local ansible_python_interpreter={programs}/python",
+            f"ansible_connection=community.general.chroot ansible_host={root.path} "
+            f"ansible_chroot_exe={tmp_path}/enter ansible_python_interpreter=/usr/bin/python3",
+        )
     )
 
     def run() -> dict[str, int]:
+        """Both hosts' figures, added up."""
         done = subprocess.run(
-            [programs / "ansible-playbook", "--inventory", "inventory",
-             "--extra-vars", f"virtbus_vhost={vhost}", "play.yaml"],
+            [programs / "ansible-playbook", "--inventory", "inventory", "virtbus.yaml"],
             cwd=tmp_path, capture_output=True, text=True,
             env={"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "HOME": str(tmp_path), "LC_ALL": "C.UTF-8"},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
-        (recap,) = re.findall(rf"^{HOST} +: (.*)$", done.stdout, re.MULTILINE)
-        return {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", recap)}
+        recap = done.stdout.partition("PLAY RECAP")[2]
+        figures: Counter[str] = Counter()
+        for name, value in re.findall(r"(\w+)=(\d+)", recap):
+            figures[name] += int(value)
+        assert all(host in recap for host in (HOST, BROKER))
+        return figures
 
-    assert run()["changed"] >= 6
+    assert run()["changed"] >= 8
     told = (root.path / "var/log/systemctl").read_text().splitlines()
     assert {"enable virtbus", "start virtbus", "restart virtbus"} <= set(told)
     assert root.run("virtbus", "config", "check", user="virtbus").returncode == 0
     again = run()
     assert (again["changed"], again["failed"], again["unreachable"]) == (0, 0, 0)
 
+    # The group's user is enough for the page's two commands; the exchange is there from the first one on.
+    mine = rabbitmq.url(vhost, "scheduler", (tmp_path / "passwords/scheduler").read_text().strip())
+    for line in re.findall(r"^virtbus (?:consume|fleet) .*$", FLEET, re.MULTILINE):
+        words = shlex.split(re.sub(r"amqps://\S+", mine, line).replace(" --once", ""))
+        root.run(*words, "--listen" if "fleet" in words else "--timeout", "1")
+    assert {"virtbus.scheduler", "virtbus.scheduler.dead"} == set(rabbitmq.queues(vhost))
+
     # The host's user speaks for its own agent and for no other one.
     identity = root.run("virtbus", "agent-id").stdout.strip()
-    with amqp.Connection(f"127.0.0.1:{rabbitmq.port}", virtual_host=vhost) as operator:
-        operator.channel().exchange_declare("virtbus.events", "topic", durable=True, auto_delete=False)
+    user, password = f"virtbus-{HOST.partition('.')[0]}", (tmp_path / "passwords" / HOST).read_text().strip()
     for agent, refused in ((identity, False), ("11111111-2222-4333-8444-555555555555", True)):
-        with amqp.Connection(
-            f"127.0.0.1:{rabbitmq.port}", f"virtbus-{HOST}", PASSWORD, virtual_host=vhost
-        ) as connection:
+        with amqp.Connection(f"127.0.0.1:{rabbitmq.port}", user, password, virtual_host=vhost) as connection:
             channel = connection.channel()
             channel.confirm_select()
             message = amqp.Message("{}")

@@ -10,15 +10,13 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from tests.brokers.rabbitmq import RabbitMQ, wait_until
 from tests.conftest import need
 from tests.lab import chroot
 from tests.lab.lab import CHECKOUT, PAUSED_IOERROR, RUNNING, Guest, Lab, missing
+from tests.packages.machine import SECONDS, Machine
 from tests.packages.root import Root, earlier
 from tests.ports import free_ports
 from virtbus import __version__
@@ -35,7 +34,6 @@ from virtbus import __version__
 pytestmark = [pytest.mark.lab, pytest.mark.rabbitmq, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 DIST = CHECKOUT / "dist"
-SECONDS = 600  # for what another process does: an end to the wait for what never comes
 # What the scripts ask of systemd: a running agent takes the new code, and nothing else is started.
 RELOAD = ["daemon-reload"]
 START = [*RELOAD, "try-restart virtbus.service"]
@@ -55,7 +53,7 @@ def package(kind: str) -> Path:
 class Told:
     """What a consumer of the package prints: events by (source, id)."""
 
-    def __init__(self, root: Root, url: str) -> None:
+    def __init__(self, root: Root | Machine, url: str) -> None:
         self.events: dict[tuple[str, str], dict[str, Any]] = {}
         self.process = subprocess.Popen(
             root.command("/usr/bin/virtbus", "consume", "--bus", url, "--group", "packages"),
@@ -241,61 +239,6 @@ def backlog(root: Root) -> int:
     """How many events wait in the spool."""
     status = json.loads(root.run("virtbus", "spool", "status", "--json", user="virtbus").stdout)
     return int(status["pending"])
-
-
-def page(heading: str, language: str) -> list[str]:
-    """The blocks of one language below a heading of the install page."""
-    text = (CHECKOUT / "docs/install.md").read_text()
-    part = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    return re.findall(rf"^```{language}\n(.*?)^```", part, re.MULTILINE | re.DOTALL)
-
-
-def test_the_install_pages_own_commands_lead_from_the_package_to_a_guests_error_on_rabbitmq(
-    root: Root, rabbitmq: RabbitMQ, vhost: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    started = time.monotonic()
-    shutil.copy(package("deb"), root.path / "root")
-    http = f"127.0.0.1:{free_ports(1)[0]}"
-    url = rabbitmq.url(vhost)
-    with Lab(root=root.path) as lab, ExitStack() as stack:
-        told: Told | None = None
-        for command in (
-            line for block in page("Debian and Ubuntu", "console") for line in block.splitlines()
-        ):
-            if command.startswith("systemctl"):
-                root.run("sh", "-c", command)
-                assert root.asked_of_systemd()[-1:] == ["enable --now virtbus"]
-                stack.enter_context(agent(root, http))
-            elif command.startswith("virtbus emit"):
-                told = Told(root, url)
-                stack.callback(told.close)
-                wait_until(lambda: "virtbus.packages" in rabbitmq.queues(vhost), "the group's queue", SECONDS)
-                root.run("sh", "-c", command)
-                wait_until(told.errors, "the drill comes", SECONDS)
-            else:
-                # This root's program has an address for its pages that no other test uses.
-                root.run("sh", "-c", f"cd /root && {command}")
-            if command.startswith("apt-get"):
-                # What stands on the page, with this broker, this guest's libvirt and this test's port.
-                (text,) = page("Debian and Ubuntu", "toml")
-                account, _, place = url.removeprefix("amqp://").partition("@")
-                user, _, password = account.partition(":")
-                text, changed = re.subn(
-                    r"^url = .*$", f'url = "amqp://{user}@{place}"', text, flags=re.MULTILINE
-                )
-                assert changed == 1
-                text += f'[libvirt]\nuri = "{lab.uri_ro}"\n[http]\nlisten = "{http}"\n'
-                (root.path / CONFIG).write_text(text)
-                (root.path / "etc/virtbus/password").write_text(f"{password}\n")
-                root.run("chown", "root:virtbus", "/etc/virtbus/password")
-                root.run("chmod", "0640", "/etc/virtbus/password")
-        assert told is not None
-        drilled = told.errors()
-        guest = lab.guest("db1").start()
-        fail(guest)
-        wait_until(lambda: told.errors() == drilled + guest.injected(), "the guest's error comes", SECONDS)
-    with capsys.disabled():
-        print(f"\n  {root.path.parent.name}: {(time.monotonic() - started) / 60:.1f} minutes", end="")
 
 
 def test_the_wheel_is_installed_without_a_compiler_and_has_no_relative_link(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_the_tag_is_the_version_and_has_notes(tell: Callable[[str], None]) -> No
     drafts = [entry["file"] for entry in index if entry["status"] == "draft"]
     changes = (CHECKOUT / "CHANGELOG.md").read_text()
     noted = changes.partition("## [Unreleased]\n")[2].partition("\n## ")[0].strip()
-    # Between two releases each draft stops one, by name, and so do notes without a version; nothing else is wrong.
+    # Between two releases each draft stops one, by name, and so do notes without a version; nothing else.
     stops = [*(f"schemas/{file}" for file in drafts), *(["CHANGELOG.md"] if noted else [])]
     assert done.returncode == (1 if stops else 0), done.stderr
     assert [line.split()[0] for line in done.stderr.splitlines()] == stops

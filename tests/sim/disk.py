@@ -14,7 +14,7 @@ import random
 import sqlite3
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,7 +152,7 @@ class _Shim:
     """Registered once a process; `journal` is whose turn it is to note."""
 
     def __init__(self) -> None:
-        with sqlite3.connect(":memory:"):
+        with closing(sqlite3.connect(":memory:")):
             library = next(
                 line.split()[-1]
                 for line in Path("/proc/self/maps").read_text().splitlines()

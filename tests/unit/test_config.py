@@ -171,6 +171,19 @@ def test_a_list_in_an_open_file_is_no_secret(tmp_path, text):
     assert exposed(tmp_path / "virtbus.toml", 0o644, text) == []
 
 
+def test_a_broker_that_a_flag_names_is_logged_into_as_the_flag_says(settings_file):
+    """As of `virtbus consume --bus …` on a host whose agent has a login of its own."""
+    mine = "amqp://me:secret@other//"
+    path = settings_file('[bus]\nusername = "agent"\npassword_file = "/etc/virtbus/password"\n')
+    assert loading.load(file=path, environment={}, flags={"bus.url": mine}).config.bus == config.Bus(url=mine)
+    elsewhere = {"VIRTBUS_BUS__URL_FILE": "/run/url", "VIRTBUS_BUS__PASSWORD_FILE": "/run/password"}
+    loaded = loading.load(file=path, environment=elsewhere, flags={"bus.url": mine})
+    assert loaded.config.bus == config.Bus(url=mine)
+    # Without a password in it, the one that is set belongs to it.
+    bus = loading.load(file=path, environment={}, flags={"bus.url": "amqp://me@other//"}).config.bus
+    assert (bus.username, bus.password_file) == ("agent", "/etc/virtbus/password")
+
+
 def test_a_secret_in_a_flag_shows_in_ps_and_is_named():
     loaded = loading.load(environment={}, flags={"bus.url": "amqp://u:secret@h"})
     assert loading.exposed_secrets(loaded) == [

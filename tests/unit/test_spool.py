@@ -694,7 +694,8 @@ def test_a_flipped_bit_in_a_body_is_found_at_the_start_and_the_rest_is_rescued(f
     at = data.index(b'"name":"guest-4"')
     data[at + 9] ^= 1
     spool.path.write_bytes(data)
-    assert sqlite3.connect(spool.path).execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    with closing(sqlite3.connect(spool.path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     after = open_spool(folder, clock=clock)
     opening = after.opening
     after.commit([gap(missing=opening.missing)])
@@ -974,8 +975,8 @@ def test_an_older_file_is_migrated_and_the_previous_release_still_uses_it(folder
 def test_a_migration_that_was_killed_is_done_by_the_next_start(folder, clock, monkeypatch):
     open_spool(folder, clock=clock).close()
     monkeypatch.setattr(files, "MIGRATIONS", (*files.MIGRATIONS, LATER[-1] + "; SELECT nonsense(1)"))
-    with pytest.raises(Exception, match="nonsense"):
-        files.migrate(files.connect(folder / "spool.db"), 0)
+    with closing(files.connect(folder / "spool.db")) as db, pytest.raises(Exception, match="nonsense"):
+        files.migrate(db, 0)
     monkeypatch.setattr(files, "MIGRATIONS", LATER)
     after = open_spool(folder, clock=clock)
     after.close()
@@ -1216,6 +1217,7 @@ def test_a_start_reads_what_an_earlier_agent_committed_and_shuts_it_out_meanwhil
     with pytest.raises(SpoolFull, match="another agent has begun to write here"):
         first.commit([io_error(2)])
     second.close()
+    first.close()
 
 
 class NoLock(files.Lock):

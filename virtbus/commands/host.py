@@ -24,7 +24,7 @@ WATCHDOG_SECONDS = 5  # libvirtd 9.0 bears a listener that is frozen for so long
 _BY_HAND = """\
 # A system user of its own, whom libvirtd must know, and the broker's URL in a file for root alone:
 #   useradd --system --user-group --no-create-home --shell /usr/sbin/nologin {user}
-#   install -m 0600 /dev/stdin /etc/virtbus/bus-url <<< 'amqps://virtbus:password@broker:5671//'
+#   install -D -m 0600 /dev/stdin /etc/virtbus/bus-url <<< 'amqps://virtbus:password@broker:5671//'
 #   virtbus print unit > /etc/systemd/system/virtbus.service
 #   systemctl daemon-reload && systemctl enable --now virtbus
 # Without the file: take LoadCredential and the line after it out, and set bus.url in the configuration.
@@ -63,7 +63,6 @@ StateDirectory=virtbus
 StateDirectoryMode=0700
 RuntimeDirectory=virtbus
 RuntimeDirectoryMode=0700
-ConfigurationDirectory=virtbus
 UMask=0077
 
 MemoryMax=256M

@@ -1,4 +1,4 @@
-// Command consumer acts on virtbus events from RabbitMQ: consumer amqps://scheduler@broker// go-scheduler
+// Command consumer acts on virtbus events from RabbitMQ: consumer amqps://scheduler:SECRET@broker/virtbus go-scheduler
 //
 // It declares its own queue, acknowledges after the effect, leaves what it can't read to a dead-letter queue, and
 // reconnects for ever.

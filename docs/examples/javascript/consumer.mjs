@@ -1,4 +1,4 @@
-// Acts on virtbus events from RabbitMQ: node consumer.mjs amqps://scheduler@broker// js-scheduler
+// Acts on virtbus events from RabbitMQ: node consumer.mjs amqps://scheduler:SECRET@broker/virtbus js-scheduler
 //
 // It declares its own queue, acknowledges after the effect, leaves what it can't read to a dead-letter queue, and
 // reconnects for ever.
