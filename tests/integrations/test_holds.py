@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 import uuid
+from collections import Counter
+from functools import partialmethod
 
 import pytest
 
 from tests.integrations.plane import POINTS, RULES, Killed, World, story_of_a_kill
 from virtbus.integrations.base import HOLD, RELEASE, REPORT, ActionRefused, Found, Hold, TargetUnavailable
 from virtbus.integrations.holds import Finding, HoldState, Row, reconcile
+from virtbus.integrations.reactor import Reactor
 from virtbus.integrations.store import ActionStore
-from virtbus.integrations.telemetry import ReleaseRefused
+from virtbus.integrations.telemetry import Audited, ReleaseRefused
 from virtbus.retry import no_waiting
 
 HOSTS = ("h1", "h2", "h3")
@@ -342,6 +345,39 @@ def test_a_decommissioned_host_is_given_back_after_a_day(tmp_path):
     world.wall += 86_400.0
     world.run(3700)
     assert world.plane.held == set()
+    world.kill()
+
+
+@pytest.mark.parametrize("heard_again", [False, True])
+def test_a_reactor_that_was_deaf_for_a_day_gives_nothing_back_before_it_has_listened(tmp_path, heard_again):
+    """Nobody has spoken for the held host, nor for any other: that is rather our own connection."""
+    world = World(tmp_path, HOSTS)
+    held_h1(world)
+    world.run(3700)
+    world.silent = set(HOSTS)
+    world.run(60)
+    world.wall += 86_400.0
+    world.monotonic += 86_400.0
+    world.run(60)
+    if heard_again:
+        world.silent = {"h1"}  # its heartbeat comes a little later than those of the others
+        world.run(60)
+        world.silent = set()
+        world.run(60)
+    assert world.plane.held == {"h1"}
+    assert (RELEASE, "h1") not in world.plane.done
+    world.kill()
+
+
+def test_a_dry_run_says_once_what_it_would_show(tmp_path, monkeypatch):
+    world = World(tmp_path, HOSTS)
+    monkeypatch.setattr(Reactor, "__init__", partialmethod(Reactor.__init__, dry_run=True))
+    world.bad = {"h1"}
+    world.run(900)
+    would = Counter((one.verb, one.target) for one in world.told if isinstance(one, Audited))
+    assert would[HOLD, "h1"] == 1
+    assert would[REPORT, "h1"] <= 2, "well, then in trouble"
+    assert world.plane.done == []
     world.kill()
 
 
