@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+import sqlite3
 import uuid
 from collections import Counter
+from contextlib import closing
 from functools import partialmethod
 
 import pytest
 
 from tests.integrations.plane import POINTS, RULES, Killed, World, story_of_a_kill
+from virtbus.errors import ConfigError
 from virtbus.integrations.base import HOLD, RELEASE, REPORT, ActionRefused, Found, Hold, TargetUnavailable
 from virtbus.integrations.holds import Finding, HoldState, Row, reconcile
 from virtbus.integrations.reactor import Reactor
@@ -471,6 +474,19 @@ def test_whatever_happens_no_well_host_is_held_and_none_for_ever(tmp_path, seed)
     assert most <= 3, "a third of nine"
     if world.reactor is not None:
         world.kill()
+
+
+def test_a_state_that_a_newer_release_wrote_is_refused_and_never_read_as_something_else(tmp_path):
+    """An action of a kind that we don't know would be done as a release."""
+    file = tmp_path / "plane.db"
+    ActionStore(file).close()
+    with closing(sqlite3.connect(file)) as db, db:
+        db.execute(
+            "INSERT INTO actions (key, target, topic, verb, why, body, stored_at)"
+            " VALUES ('k', 'h1', 'hold', 'evict', '', '{}', 0)"
+        )
+    with pytest.raises(ConfigError, match=r"evict.*move it away"):
+        ActionStore(file)
 
 
 # ---- the table of holds.py
