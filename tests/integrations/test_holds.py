@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import random
+import sqlite3
 import uuid
+from collections import Counter
+from contextlib import closing
+from functools import partialmethod
 
 import pytest
 
 from tests.integrations.plane import POINTS, RULES, Killed, World, story_of_a_kill
+from virtbus.errors import ConfigError
 from virtbus.integrations.base import HOLD, RELEASE, REPORT, ActionRefused, Found, Hold, TargetUnavailable
 from virtbus.integrations.holds import Finding, HoldState, Row, reconcile
+from virtbus.integrations.reactor import Reactor
 from virtbus.integrations.store import ActionStore
-from virtbus.integrations.telemetry import ReleaseRefused
+from virtbus.integrations.telemetry import Audited, ReleaseRefused
 from virtbus.retry import no_waiting
 
 HOSTS = ("h1", "h2", "h3")
@@ -358,6 +364,39 @@ def test_a_decommissioned_host_is_given_back_after_a_day(tmp_path):
     world.kill()
 
 
+@pytest.mark.parametrize("heard_again", [False, True])
+def test_a_reactor_that_was_deaf_for_a_day_gives_nothing_back_before_it_has_listened(tmp_path, heard_again):
+    """Nobody has spoken for the held host, nor for any other: that is rather our own connection."""
+    world = World(tmp_path, HOSTS)
+    held_h1(world)
+    world.run(3700)
+    world.silent = set(HOSTS)
+    world.run(60)
+    world.wall += 86_400.0
+    world.monotonic += 86_400.0
+    world.run(60)
+    if heard_again:
+        world.silent = {"h1"}  # its heartbeat comes a little later than those of the others
+        world.run(60)
+        world.silent = set()
+        world.run(60)
+    assert world.plane.held == {"h1"}
+    assert (RELEASE, "h1") not in world.plane.done
+    world.kill()
+
+
+def test_a_dry_run_says_once_what_it_would_show(tmp_path, monkeypatch):
+    world = World(tmp_path, HOSTS)
+    monkeypatch.setattr(Reactor, "__init__", partialmethod(Reactor.__init__, dry_run=True))
+    world.bad = {"h1"}
+    world.run(900)
+    would = Counter((one.verb, one.target) for one in world.told if isinstance(one, Audited))
+    assert would[HOLD, "h1"] == 1
+    assert would[REPORT, "h1"] <= 2, "well, then in trouble"
+    assert world.plane.done == []
+    world.kill()
+
+
 @pytest.mark.parametrize("losing_state", [False, True])
 def test_a_long_held_host_whose_agent_is_silent_for_hours_keeps_its_hold_over_a_restart(
     tmp_path, losing_state
@@ -448,6 +487,19 @@ def test_whatever_happens_no_well_host_is_held_and_none_for_ever(tmp_path, seed)
     assert most <= 3, "a third of nine"
     if world.reactor is not None:
         world.kill()
+
+
+def test_a_state_that_a_newer_release_wrote_is_refused_and_never_read_as_something_else(tmp_path):
+    """An action of a kind that we don't know would be done as a release."""
+    file = tmp_path / "plane.db"
+    ActionStore(file).close()
+    with closing(sqlite3.connect(file)) as db, db:
+        db.execute(
+            "INSERT INTO actions (key, target, topic, verb, why, body, stored_at)"
+            " VALUES ('k', 'h1', 'hold', 'evict', '', '{}', 0)"
+        )
+    with pytest.raises(ConfigError, match=r"evict.*move it away"):
+        ActionStore(file)
 
 
 # ---- the table of holds.py

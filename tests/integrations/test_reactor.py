@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import tracemalloc
 import uuid
 from contextlib import closing
 
@@ -390,6 +391,24 @@ def test_what_a_commands_exit_code_means(code, error):
     action = Action("k", "t", EVENT, "", {"attributes": dict(a_record().attributes), "data": "{}"})
     with pytest.raises(error, match=r"no$"):
         open_integration("exec", settings).execute(action)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_command_that_says_more_than_fits_into_memory_costs_none(ends):
+    shell = "head -c 50000000 /dev/zero; echo the end" if ends else "yes"
+    ran = type(React().exec)(command=("/bin/sh", "-c", shell), timeout_seconds=60.0 if ends else 1.0)
+    hook = open_integration("exec", React(exec=ran))
+    action = Action("k", "t", EVENT, "", {"attributes": dict(a_record().attributes), "data": "{}"})
+    tracemalloc.start()
+    try:
+        if ends:
+            assert hook.execute(action).endswith("the end")
+        else:
+            with pytest.raises(TargetUnavailable, match="longer than 1 s"):
+                hook.execute(action)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_command_that_hangs_is_killed_with_all_it_started(tmp_path):

@@ -10,6 +10,7 @@ import http.client
 import io
 import os
 import re
+import selectors
 import signal
 import socket
 import ssl
@@ -18,6 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from tempfile import TemporaryFile
 from typing import Any, ClassVar
 from urllib.parse import quote, urlsplit
 
@@ -110,23 +112,26 @@ class Exec(_Hook):
             if name in attributes
         }
         try:
-            process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
-                start_new_session=True,
-            )
+            with TemporaryFile() as given:
+                given.write(event + b"\n")
+                given.seek(0)
+                process = subprocess.Popen(
+                    self._command,
+                    stdin=given,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, **environment},
+                    start_new_session=True,
+                )
         except OSError as error:
             raise TargetUnavailable(f"{self._command[0]} can't be started: {error.strerror}") from error
         try:
-            output, _ = process.communicate(event + b"\n", timeout=self._timeout)
+            output = _end_of_output(process, self._timeout)
         except subprocess.TimeoutExpired as error:
             raise TargetUnavailable(f"{self._command[0]} ran longer than {self._timeout:g} s") from error
         finally:
             _end_group(process)
-        said = output.decode("utf-8", "replace").strip()[-_TOLD_BYTES:]
+        said = output.decode("utf-8", "replace").strip()
         if process.returncode == ActionRefused.exit_code:
             raise ActionRefused(f"{self._command[0]} refused the event: {said}")
         if process.returncode != 0:
@@ -143,14 +148,33 @@ class Exec(_Hook):
         return [Check("exec", "ok", found)]
 
 
+def _end_of_output(process: subprocess.Popen[bytes], seconds: float) -> bytes:
+    """The last of what it says until it ends: it may say more than fits into memory.
+
+    Raises subprocess.TimeoutExpired.
+    """
+    assert process.stdout is not None
+    end, said = time.monotonic() + seconds, b""
+    with selectors.DefaultSelector() as ready:
+        ready.register(process.stdout, selectors.EVENT_READ)
+        while ready.select(max(0.0, end - time.monotonic())):
+            more = os.read(process.stdout.fileno(), 65_536)
+            if not more:
+                process.wait(max(0.0, end - time.monotonic()))
+                return said
+            said = (said + more)[-_TOLD_BYTES:]
+            if time.monotonic() >= end:
+                break
+    raise subprocess.TimeoutExpired(process.args, seconds)
+
+
 def _end_group(process: subprocess.Popen[bytes]) -> None:
     """Nothing that the command started outlives it."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None and not pipe.closed:
-            pipe.close()
+    if process.stdout is not None:
+        process.stdout.close()
 
 
 class _Deadline(io.RawIOBase):

@@ -32,6 +32,7 @@ _BATCH_SECONDS = 0.05
 _JUDGE_SECONDS = 1.0
 _ABSENT_SECONDS = 60.0  # a host that the control plane does not know is not tried again before
 LISTEN_SECONDS = 3600.0  # the longest heartbeat interval: who was not heard for so long does not speak
+_DEAF_SECONDS = 2 * LISTEN_SECONDS
 _NOTE_SECONDS = 60.0  # how often it is written down that a held host was heard
 # What an action's own text or numbers make SQLite's binding raise; a disk that is full ends the run instead.
 _UNSTORABLE = (ValueError, TypeError, OverflowError, sqlite3.DataError, sqlite3.InterfaceError)
@@ -116,6 +117,10 @@ class Reactor:
     def _heartbeat_age(self) -> float:
         return self._clock().monotonic - self._heartbeat_at
 
+    def _is_deaf(self, now: Now) -> bool:
+        """No agent is heard, not even one that beats as seldom as it may."""
+        return now.monotonic - self._heartbeat_at > _DEAF_SECONDS
+
     def _look_age(self) -> float:
         if not self._worker.looks.possible:
             return math.nan  # it has no holds to be read: no age that grows
@@ -168,9 +173,9 @@ class Reactor:
             self._unusable(delivery, error)
             return
         if isinstance(delivery.event, Heartbeat):
-            self._heartbeat_at = now.monotonic
-            if self._listening_since is None:
+            if self._listening_since is None or self._is_deaf(now):
                 self._listening_since = now.monotonic
+            self._heartbeat_at = now.monotonic
         if not self._batch:
             self._batch_since = now.monotonic
         self._batch.append((delivery, action))
@@ -312,7 +317,7 @@ class Reactor:
     def _give_back_orphans(self, ours: Mapping[str, Row], view: FleetView, now: Now) -> None:
         since = self._listening_since
         listened = since is not None and now.monotonic - since >= LISTEN_SECONDS
-        listened = listened and not view.suspect_ourselves
+        listened = listened and not view.suspect_ourselves and not self._is_deaf(now)
         for row, why in orphaned(ours.values(), view, now.wall_ns / 1e9, listened=listened):
             if row.state is not HoldState.RELEASING:
                 self._worker.release(row, why, now)

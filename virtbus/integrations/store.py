@@ -15,7 +15,7 @@ from pathlib import Path
 from virtbus import statefiles
 from virtbus.errors import ConfigError, StateUnavailable
 from virtbus.integrations import holds
-from virtbus.integrations.base import REPORT, Action, Found
+from virtbus.integrations.base import REPORT, Action, Found, Verb
 from virtbus.integrations.holds import Change, HoldState, Row
 
 KEPT_ROWS = 200_000  # finished actions: what comes again is recognised by them, and the audit can be read
@@ -152,7 +152,7 @@ class ActionStore:
         with self._lock:
             rows = self._db.execute(f"SELECT {columns} FROM actions WHERE state = 'waiting' ORDER BY number")  # noqa: S608
             return [
-                (number, Action(key, target, verb, why, json.loads(body), topic), attempts)
+                (number, Action(key, target, Verb(verb), why, json.loads(body), topic), attempts)
                 for number, attempts, key, target, verb, why, body, topic in rows
             ]
 

@@ -374,7 +374,8 @@ class Worker:
             return
         if found is not None:
             stored = {host: json.loads(text).get("status") for host, text in self._store.conditions().items()}
-            self.stale |= {host for host, status in found.shown.items() if stored.get(host) != status}
+            if acting:
+                self.stale |= {host for host, status in found.shown.items() if stored.get(host) != status}
             for change in self._store.reconcile(
                 found,
                 asked=None if everything else asked,
