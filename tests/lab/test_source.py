@@ -144,7 +144,7 @@ def test_a_storms_count_is_what_was_injected_unless_the_hypervisor_merges(lab: L
     guest = lab.guest("storm", bus="ide", policy="report").start()
     with observed(lab.uri_ro) as (_, seen):
         guest.fail()
-        wait_until(lambda: guest.injected() > 3000, "a storm rages", 30)
+        wait_until(lambda: guest.injected() > 3000, "a storm rages", 120)
         guest.heal()
         ready = seen.of(SourceReady)[0]
         assert isinstance(ready, SourceReady)

@@ -292,7 +292,9 @@ def test_a_virtbus_command_of_the_documents_works(
         assert process.poll() is None, process.communicate()
         process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode in ((0, 130) if lasting else (0,)), out + err
+    # Python itself says that it was interrupted while it still started, on a busy machine.
+    interrupted = (0, 130, -signal.SIGINT)
+    assert process.returncode in (interrupted if lasting else (0,)), out + err
     assert "FAIL" not in out
 
 

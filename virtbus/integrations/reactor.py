@@ -134,11 +134,10 @@ class Reactor:
 
     def step(self, timeout: float) -> None:
         """Take one event, and judge when it is time; `run` does nothing else."""
-        delivery = None
-        if not self._worker.has_room(listen=self._acts_on_hosts()):
+        has_room = self._worker.has_room(listen=self._acts_on_hosts())
+        delivery = self._consumer.receive(timeout) if has_room else None
+        if not has_room:
             time.sleep(min(timeout, 0.2))  # the control plane is slow: the events wait in the broker
-        else:
-            delivery = self._consumer.receive(timeout)
             if delivery is not None:
                 self._take(delivery)
         now = self._clock()
