@@ -62,6 +62,6 @@ def test_a_daemon_that_goes_away_ends_the_watch_with_an_error(lab: Lab) -> None:
     killer = threading.Timer(0.5, lab.kill_libvirtd)
     killer.start()
     # The callback says so, or the question that was under way.
-    with pytest.raises(SourceUnavailable, match="closed the connection|End of file"):
+    with pytest.raises(SourceUnavailable, match=r"closed the connection|End of file"):
         watch.run(lab.uri_ro, as_json=False, out=io.StringIO(), timeout=20.0)
     killer.join()

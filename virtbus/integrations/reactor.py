@@ -138,8 +138,8 @@ class Reactor:
         delivery = self._consumer.receive(timeout) if has_room else None
         if not has_room:
             time.sleep(min(timeout, 0.2))  # the control plane is slow: the events wait in the broker
-            if delivery is not None:
-                self._take(delivery)
+        if delivery is not None:
+            self._take(delivery)
         now = self._clock()
         # What came together is stored together; nothing waits for what may come.
         if self._batch and (
