@@ -6,6 +6,7 @@ VIRTBUS_CI=1 (set by .ci/run) it fails instead, because there nothing may be mis
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ from tests.chart.fixtures import kube_apiserver  # noqa: F401
 from tests.kafka.fixtures import kafka_cluster, kafka_topic, kafka_url, own_kafka  # noqa: F401
 from tests.lab import lab as lab_module
 from tests.lab.lab import Lab
+from virtbus import telemetry
 
 # A test that uses a fixture of the left bears the marker of the right.
 MARKERS = {"lab": "lab", "rabbitmq": "rabbitmq", "rabbitmq_alone": "rabbitmq"}
@@ -44,6 +46,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for fixture in getattr(item, "fixturenames", ()):
             if fixture in MARKERS:
                 item.add_marker(MARKERS[fixture])
+
+
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """What a test does to the log ends with it, and no line is left out as the repeat of another test's."""
+    log = logging.getLogger("virtbus")
+    handlers, propagate, level = log.handlers, log.propagate, log.level
+    telemetry._limiter._seen.clear()
+    yield
+    log.handlers, log.propagate = handlers, propagate
+    log.setLevel(level)
 
 
 def need(lacks: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ What stands below a setting is its description; that of a section is its class's
 from __future__ import annotations
 
 import ast
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -297,15 +297,9 @@ class ReactWebhook(_Section, frozen=True):
     """For an answer"""
 
 
-class React(_Section, frozen=True):
-    """`virtbus react`: when and how often a control plane is called."""
+class HoldRules(_Section, frozen=True):
+    """When a host is held and released: settings of `[react]`."""
 
-    state_dir: Text | None = None
-    """Folder of its state; none: state_dir/react"""
-    publishers: Annotated[tuple[str, ...], Meta(examples=[["virtbus-{host}"]])] = ()
-    """Broker users (globs) whose events are believed; {host} is the event's host name"""
-    types: tuple[str, ...] = ("io_error.v1", "io_error_resolved.v1", "gap.v1")
-    """Event types for exec and webhook (the last words suffice)"""
     when: Literal["host", "undetermined", "any"] = "host"
     """A host is held back when it is at fault; also when that is unclear; or for any trouble, a
     backend's too"""
@@ -317,6 +311,17 @@ class React(_Section, frozen=True):
     """Well for so long before it is released; doubles when it comes again"""
     max_share: Annotated[float, Meta(gt=0, le=1)] = 0.1
     """Share of all hosts that may be held at once (one always may)"""
+
+
+class React(HoldRules, frozen=True):
+    """`virtbus react`: when and how often a control plane is called."""
+
+    state_dir: Text | None = None
+    """Folder of its state; none: state_dir/react"""
+    publishers: Annotated[tuple[str, ...], Meta(examples=[["virtbus-{host}"]])] = ()
+    """Broker users (globs) whose events are believed; {host} is the event's host name"""
+    types: tuple[str, ...] = ("io_error.v1", "io_error_resolved.v1", "gap.v1")
+    """Event types for exec and webhook (the last words suffice)"""
     actions_per_minute: Annotated[float, Meta(gt=0, le=1_000_000)] = 600.0
     """Upper limit"""
     listen: Annotated[str, Meta(pattern=_LISTEN, examples=["127.0.0.1:9467", "0.0.0.0:9467"])] = (
@@ -360,13 +365,14 @@ class Config(_Section, frozen=True):
 def json_schema(*, described: bool = True) -> dict[str, Any]:
     """The configuration's JSON schema (2020-12): what `virtbus config schema` prints."""
     schema: dict[str, Any] = msgspec.json.schema(Config)
-    if described:  # what stands below each setting
-        for node in ast.parse(Path(__file__).read_text(encoding="utf-8")).body:
-            if not isinstance(node, ast.ClassDef):
-                continue
-            for setting, text in pairwise(node.body):
+    if described:  # what stands below each setting, also of a section that another one begins with
+        parsed = ast.parse(Path(__file__).read_text(encoding="utf-8")).body
+        sections = {node.name: node for node in parsed if isinstance(node, ast.ClassDef)}
+        for section, definition in schema["$defs"].items():
+            bases = [sections[ast.unparse(base)] for base in sections[section].bases]
+            settings = definition["properties"]
+            for setting, text in chain(*(pairwise(each.body) for each in (*bases, sections[section]))):
                 if isinstance(setting, ast.AnnAssign) and isinstance(text, ast.Expr):
-                    settings = schema["$defs"][node.name]["properties"]
                     name, words = ast.unparse(setting.target), str(ast.literal_eval(text.value)).split()
                     settings[name] = {"description": " ".join(words), **settings[name]}
     return {

@@ -159,10 +159,8 @@ def fill_with_dead_letters(folder: Path, number: int) -> None:
 
 
 @pytest.fixture
-def quiet_log() -> Iterator[None]:
+def quiet_log() -> None:
     configure(level="error", stream=io.StringIO())
-    yield
-    configure()
 
 
 def test_a_retry_of_many_beside_an_agent_shows_how_far_the_agent_is(tmp_path: Path, quiet_log: None) -> None:

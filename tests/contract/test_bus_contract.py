@@ -156,21 +156,21 @@ def test_publish_can_be_called_again_and_again(rig: Rig) -> None:
 
 def test_close_from_another_thread_ends_a_running_publish(rig: Rig) -> None:
     bus = rig.open()
-    endless = _Endless()
+    endless, begun = _Endless(), threading.Event()
     with joined(rig, bus, "a"):
         pass
 
     def publish() -> None:
         for record, outcome in bus.publish(endless):
             endless.settle(record, outcome, again=False)
+            begun.set()
 
     thread = threading.Thread(target=publish)
     thread.start()
-    time.sleep(0.3)
+    assert begun.wait(60)
     bus.close()
     thread.join(timeout=10.0)
     assert not thread.is_alive()
-    assert endless.outcomes
     assert not endless._taken, "a record without an outcome"
     assert {type(outcome) for _, outcome in endless.outcomes} <= {Confirmed, Deferred}
 

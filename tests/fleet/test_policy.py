@@ -94,7 +94,7 @@ def test_only_a_host_that_is_bad_is_held(host):
     ],
 )
 def test_an_operator_may_have_more_held_than_what_is_at_fault(when, host, holds):
-    decisions = told(play(HoldPolicy(HoldRules(when)), view(host), 100))
+    decisions = told(play(HoldPolicy(HoldRules(when=when)), view(host), 100))
     assert decisions == ([(30.0, "c", True)] if holds else [])
 
 
@@ -196,7 +196,7 @@ def test_what_somebody_else_holds_is_left_alone_until_it_was_well():
 
 def test_a_host_at_fault_goes_before_one_of_which_nothing_is_known():
     first = replace(UNDETERMINED, name="a", agent_id="a")
-    policy = HoldPolicy(HoldRules("undetermined", max_share=0.01))
+    policy = HoldPolicy(HoldRules(when="undetermined", max_share=0.01))
     assert [one.host for _, one in play(policy, view(first, BAD), 100)] == ["c"]
 
 

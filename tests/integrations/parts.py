@@ -124,7 +124,7 @@ def running(
     lines: list[Any] = [] if told is None else told
     store = ActionStore(folder / f"{integration.name}.db")
     consumer = Consumer(url, group=f"react-{integration.name}", exclusive=True)
-    policy = HoldPolicy(rules or HoldRules("any", min_guests=1, raise_seconds=0.0, clear_seconds=0.0))
+    policy = HoldPolicy(rules or HoldRules(when="any", min_guests=1, raise_seconds=0.0, clear_seconds=0.0))
     reactor = Reactor(
         integration,
         consumer=consumer,

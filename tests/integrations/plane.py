@@ -40,7 +40,7 @@ from virtbus.model import Now, OpenIncident, OpenIncidents, SourceHealth, to_dat
 from virtbus.telemetry import METRICS, TelemetryEvent
 from virtbus.testing import a_device, a_heartbeat, a_host, a_record
 
-RULES = HoldRules("any", 1, raise_seconds=30.0, clear_seconds=60.0, max_share=0.34)
+RULES = HoldRules(when="any", min_guests=1, raise_seconds=30.0, clear_seconds=60.0, max_share=0.34)
 
 
 class Killed(BaseException):

@@ -324,7 +324,13 @@ def test_never_more_than_the_share_is_held_and_what_is_withheld_is_told(url, tmp
     target, told = Recording(), []
     hosts = [f"compute-{number}" for number in range(10)]
     publish(url, *(heartbeat(host, guests=1, agent=str(uuid.uuid4())) for host in hosts))
-    with running(target, url, tmp_path, told=told, rules=HoldRules("any", 1, 0.0, 0.0, 0.3)):
+    with running(
+        target,
+        url,
+        tmp_path,
+        told=told,
+        rules=HoldRules(when="any", min_guests=1, raise_seconds=0.0, clear_seconds=0.0, max_share=0.3),
+    ):
         eventually(lambda: any(isinstance(line, Withheld) for line in told), "withheld")
         time.sleep(1.2)
     assert len({host for _, host in target.done}) == len(target.done) == 3

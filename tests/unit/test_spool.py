@@ -13,6 +13,7 @@ import sys
 import threading
 from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -103,7 +104,8 @@ def test_a_look_at_who_holds_the_spool_keeps_no_agent_from_starting(folder, monk
     look = os.open(folder / files.LOCK, os.O_RDONLY)
     fcntl.flock(look, fcntl.LOCK_SH)  # as doctor and `spool status` do, for a moment
     sleeps = []
-    monkeypatch.setattr(files.time, "sleep", lambda seconds: sleeps.append(seconds) or os.close(look))
+    over = SimpleNamespace(sleep=lambda seconds: sleeps.append(seconds) or os.close(look))
+    monkeypatch.setattr(files, "time", over)
     open_spool(folder).close()
     assert len(sleeps) == 1
 

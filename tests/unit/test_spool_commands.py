@@ -49,12 +49,6 @@ def filled(folder, clock):
     spool.close()
 
 
-@pytest.fixture(autouse=True)
-def no_log(monkeypatch):
-    """The commands set up the log of their process, which is that of all tests here."""
-    monkeypatch.setattr("virtbus.telemetry.configure", lambda **_: None)
-
-
 def said(command, folder, *words):
     """What `virtbus spool COMMAND` prints; what it raises is raised here."""
     arguments = [command, *words, "--state-dir", str(folder)]

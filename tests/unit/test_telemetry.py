@@ -15,17 +15,10 @@ from virtbus import telemetry
 from virtbus.telemetry import METRICS, BusLost, Notice, Trouble, emit
 
 
-@pytest.fixture(autouse=True)
-def the_log_afterwards():
-    yield
-    telemetry.configure()
-
-
 @pytest.fixture
 def log():
     stream = io.StringIO()
     telemetry.configure(level="info", fmt="json", stream=stream)
-    telemetry._limiter._seen.clear()
     return lambda: [json.loads(line) for line in stream.getvalue().splitlines()]
 
 

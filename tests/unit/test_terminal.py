@@ -83,7 +83,6 @@ def test_the_spools_list_shows_a_dead_letters_reason_tamely(tmp_path, monkeypatc
     )  # fmt: skip
     monkeypatch.setattr(spool_command, "_entries", lambda db, dead, limit: [entry])
     monkeypatch.setattr(spool_command, "_reading", lambda folder: closing(_Database()))
-    monkeypatch.setattr("virtbus.telemetry.configure", lambda **_: None)
     shown = CliRunner().invoke(spool_command.command, ["list", "--dead", "--state-dir", str(tmp_path)]).stdout
     assert "gnp.exe" in shown
     assert is_tame(shown)

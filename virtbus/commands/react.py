@@ -47,7 +47,7 @@ from virtbus.integrations.base import (
     short,
     utc,
 )
-from virtbus.integrations.policy import HoldPolicy, HoldRules
+from virtbus.integrations.policy import HoldPolicy
 from virtbus.integrations.reactor import Reactor
 from virtbus.integrations.store import ActionStore
 from virtbus.integrations.telemetry import REACT
@@ -113,13 +113,12 @@ def _reactor(
     )
     stack.callback(consumer.close)
     emit(Notice(f"{name}: {'dry run' if dry_run else f'group {named}, state in {_folder(config)}'}"))
-    rules = HoldRules(react.when, react.min_guests, react.raise_seconds, react.clear_seconds, react.max_share)
     return Reactor(
         integration,
         consumer=consumer,
         store=store,
         fleet=Fleet(fleet_rules(config)),
-        policy=HoldPolicy(rules),
+        policy=HoldPolicy(react),
         publishers=react.publishers,
         actions_per_minute=react.actions_per_minute,
         dry_run=dry_run,

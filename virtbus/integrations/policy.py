@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from virtbus.config import HoldRules
 from virtbus.fleet import Answer, Blame, FleetView, HostHealth
 
 _FLAP_SECONDS = 3600.0  # a host that is held again within this is held twice as long, each time
@@ -28,17 +29,6 @@ class Decision:
     host: str
     hold: bool
     why: str
-
-
-@dataclass(frozen=True, slots=True)
-class HoldRules:
-    """See `virtbus.config.React`, where each is a setting."""
-
-    when: str = "host"  # "host", "undetermined" or "any"
-    min_guests: int = 2
-    raise_seconds: float = 30.0
-    clear_seconds: float = 300.0
-    max_share: float = 0.1
 
 
 class HoldPolicy:
