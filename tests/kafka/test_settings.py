@@ -68,6 +68,15 @@ def test_options_that_librdkafka_refuses_together_are_told_at_once() -> None:
 
 
 @pytest.mark.parametrize(
+    "option", [{"auto.offset.reset": "latest"}, {"partition.assignment.strategy": "range"}]
+)
+def test_an_option_that_a_group_rests_on_can_not_be_set(option: dict[str, str]) -> None:
+    (line,) = problems("kafka://host", extra=option)
+    (name,) = option
+    assert line.startswith(f"bus.kafka.options: {name} can't be set: ")
+
+
+@pytest.mark.parametrize(
     "url", ["kafka://a b", "kafka://host:", "kafka://host:port", "kafka://host:70000", "kafka://[::1"]
 )
 def test_a_host_or_port_that_cannot_be_read_is_named(url: str) -> None:

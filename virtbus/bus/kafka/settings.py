@@ -56,6 +56,8 @@ _OWNED: Mapping[str, str] = {
         ("enable.auto.commit", "auto.commit.enable", "enable.auto.offset.store", "group.id"),
         "at-least-once consuming rests on it",
     ),
+    "auto.offset.reset": "a group that skips what is left of a topic would not hear of it",
+    "partition.assignment.strategy": "retries and what has no verdict rest on cooperative-sticky",
 }
 
 
