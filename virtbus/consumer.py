@@ -36,7 +36,7 @@ from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from virtbus import envelope
-from virtbus.bus import Bus, BusOptions, Memory, Subscription, bus_name, checked_group, open_bus
+from virtbus.bus import Bus, BusOptions, DeferredMemory, Subscription, bus_name, checked_group, open_bus
 from virtbus.errors import (
     BusDenied,
     BusUnavailable,
@@ -149,12 +149,16 @@ class Delivery:
 
 
 class _Grip:
-    """What a Consumer holds on to, let go exactly once, and never by a forked child."""
+    """What a Consumer holds on to, let go exactly once, and never by a forked child; and who uses it now."""
 
     def __init__(self, bus: Bus, seen: Marks) -> None:
         self.bus, self.seen = bus, seen
         self.subscription: Subscription | None = None
         self.pid = os.getpid()
+        self.busy = threading.RLock()
+        self.calls = 0  # of the thread that has `busy`: a signal's handler may call in the middle of another
+        self.closing = False  # at the end of the outermost call
+        self.gone = False
 
     def leave(self) -> None:
         """Leave the group; what the bus has to keep of it is known then."""
@@ -163,6 +167,7 @@ class _Grip:
             subscription.close()
 
     def let_go(self) -> None:
+        self.gone = True
         if os.getpid() == self.pid:
             try:
                 self.leave()
@@ -170,19 +175,33 @@ class _Grip:
             finally:
                 self.seen.close()
 
+    def check_usable(self) -> None:
+        if os.getpid() != self.pid:
+            theirs = f"this Consumer belongs to process {self.pid}, and this is {os.getpid()}"
+            raise ConfigError(f"{theirs}: nothing of it survives a fork, make a Consumer in each process")
+        if self.gone:
+            raise ConsumerClosed("this Consumer was closed: make another one")
+
 
 def _one_thread(method: Callable[Concatenate[Consumer, P], T]) -> Callable[Concatenate[Consumer, P], T]:
     """Two threads at once would acknowledge what is not on disk yet: the second one is refused."""
 
     @wraps(method)
     def alone(self: Consumer, /, *arguments: P.args, **named: P.kwargs) -> T:
-        self._check_usable()
-        if not self._busy.acquire(blocking=False):
+        grip = self._grip
+        grip.check_usable()
+        if not grip.busy.acquire(blocking=False):
             raise ConfigError("another thread uses this Consumer now: one at a time, or a Consumer for each")
+        grip.calls += 1
         try:
             return method(self, *arguments, **named)
         finally:
-            self._busy.release()
+            grip.calls -= 1
+            try:
+                if grip.closing and not grip.calls:
+                    self.close()
+            finally:
+                grip.busy.release()
 
     return alone
 
@@ -247,7 +266,7 @@ class Consumer:
         self._seen = self._grip.seen
         self._group, self._prefetch, self._validate = group, prefetch, validate
         self._exclusive, self._max_attempts = exclusive, max_attempts
-        self._memory = _Memory(self._seen.notes(), on_missing)
+        self._memory = DeferredMemory(self._seen.notes(), on_missing)
         self._flush_rows = min(FLUSH_ROWS, prefetch) if group_commit and dedupe is not None else 1
         self._sequences = SequenceCheck(reorder_seconds, self._memory.missing, enabled=check_gaps)
         self._sequences.restore(self._seen.runs())
@@ -258,12 +277,11 @@ class Consumer:
         self._done: dict[Mark, list[Message]] = {}
         self._done_since = 0.0
         self._stop = threading.Event()
-        self._busy = threading.RLock()
         self._backoff, self._connected = Backoff("consume"), False
         self._patient, self._give_up_when_denied = patient, give_up_when_denied
 
     def __enter__(self) -> Consumer:
-        self._check_usable()
+        self._grip.check_usable()
         return self
 
     def __exit__(
@@ -273,7 +291,7 @@ class Consumer:
 
     def __iter__(self) -> Iterator[Delivery]:
         """Deliveries for ever, until `stop`."""
-        self._check_usable()
+        self._grip.check_usable()
         while not self._stop.is_set():
             delivery = self.receive(_IDLE_SECONDS)
             if delivery is not None:
@@ -295,6 +313,8 @@ class Consumer:
             message = None
             try:
                 if self._next is None:
+                    if self._patient or self._connected:
+                        left = min(left, _IDLE_SECONDS)  # to hear of `stop`
                     message = self._next_message(min(left, FLUSH_SECONDS) if self._done else left)
                     self._next = None if message is None else self._opened(message)
                     self._backoff.reset()
@@ -302,7 +322,7 @@ class Consumer:
                 self._lost(error, deadline)
             self._sequences.tick(time.monotonic())
             self._memory.tell()  # with no event half-way: the author's function may raise
-            if self._next is not None:
+            if self._next is not None and not self._grip.closing:
                 delivery, self._next = self._next, None
                 return delivery
             if message is None and time.monotonic() >= deadline:
@@ -316,29 +336,27 @@ class Consumer:
     def close(self) -> None:
         """Write the outstanding marks, send their acks, and leave. Idempotent.
 
-        Raises DedupeUnavailable, having left, when the marks can't be written: those events come again.
+        From another thread it ends a call that is under way first; from within one (a signal's handler, or
+        `on_missing`) it takes effect at that call's end. Raises DedupeUnavailable, having left, when the
+        marks can't be written: those events come again.
         """
         self._stop.set()
-        if not self._let_go.alive or os.getpid() != self._grip.pid:
+        grip = self._grip
+        if grip.gone or os.getpid() != grip.pid:
             return
-        try:
-            with suppress(BusUnavailable, BusDenied):  # the marks are on disk: what comes again is recognised
-                self._flush(closing=True)
-            self._grip.leave()
-            with suppress(DedupeUnavailable):  # how far the bus got with these acks: good to know, no more
-                self._seen.write([], (), self._memory.fresh)
-        finally:
-            self._let_go()
-        self._memory.tell()
-
-    def _check_usable(self) -> None:
-        if os.getpid() != self._grip.pid:
-            raise ConfigError(
-                f"this Consumer belongs to process {self._grip.pid}, and this is {os.getpid()}: connections "
-                "and files do not survive a fork, make a Consumer in each process"
-            )
-        if not self._let_go.alive:
-            raise ConsumerClosed("this Consumer was closed: make another one")
+        with grip.busy:
+            grip.closing = grip.calls > 0
+            if grip.closing or grip.gone:
+                return
+            try:
+                with suppress(BusUnavailable, BusDenied):  # marks are on disk: what comes again is recognised
+                    self._flush(closing=True)
+                grip.leave()
+                with suppress(DedupeUnavailable):  # how far the bus got with these acks: no more than useful
+                    self._seen.write([], (), self._memory.fresh)
+            finally:
+                self._let_go()
+            self._memory.tell()
 
     # ---- one message
 
@@ -480,17 +498,3 @@ class Consumer:
         else:
             emit(BusCutOff("consumer", error))
         self._backoff.wait(self._stop, error, limit=max(0.0, deadline - time.monotonic()))
-
-
-class _Memory(Memory):
-    """What is missing is reported between two messages: the author's function may raise."""
-
-    def __init__(self, notes: dict[str, str], on_missing: Callable[[MissingEvents], None]) -> None:
-        self._on_missing = on_missing
-        self._missing: deque[MissingEvents] = deque()
-        super().__init__(notes, self._missing.append)
-
-    def tell(self) -> None:
-        """Report what is missing to the author's function."""
-        while self._missing:
-            self._on_missing(self._missing.popleft())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -202,6 +203,58 @@ def test_a_stopped_consumer_ends_its_loop_and_gives_nothing(url: str) -> None:
                 consumer.stop()
         assert len(found) == 3
         assert consumer.receive(1.0) is None
+
+
+@pytest.mark.parametrize("how", ["stop", "close"])
+@pytest.mark.parametrize("kind", ["amqp", "embedded", "kafka"])
+def test_a_long_wait_ends_when_another_thread_ends_the_consumer(
+    how: str, kind: str, request: pytest.FixtureRequest
+) -> None:
+    where, options = request.getfixturevalue("url" if kind == "embedded" else f"{kind}_url"), BusOptions()
+    if kind == "kafka":
+        options = BusOptions(topic=request.getfixturevalue("kafka_topic"))
+    consumer = Consumer(where, group="other", options=options)
+    while consumer.receive(0.5) is not None:  # connected
+        pass
+    ending = threading.Timer(0.5, getattr(consumer, how))
+    ending.start()
+    assert consumer.receive(3600.0) is None
+    ending.join()
+    consumer.close()
+    with pytest.raises(ConsumerClosed):
+        consumer.receive(0.0)
+
+
+def test_a_signals_handler_may_close_the_consumer_in_the_middle_of_a_wait(amqp_url: str) -> None:
+    consumer = Consumer(amqp_url, group="g")
+    while consumer.receive(0.5) is not None:
+        pass
+    before = signal.signal(signal.SIGALRM, lambda *_: consumer.close())
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        assert consumer.receive(3600.0) is None
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(ConsumerClosed):
+        consumer.receive(0.0)
+
+
+def test_an_on_missing_may_close_the_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
+    bus, told = FakeBus(), []
+
+    def end(missing: MissingEvents) -> None:
+        told.append((missing.first, missing.last))
+        consumer.close()
+
+    consumer = on_fake_bus(monkeypatch, bus, check_gaps=True, reorder_seconds=0.0, on_missing=end)
+    consumer.receive(0.0)
+    first, _, third, fourth = records(4)
+    ListFeed([first, third, fourth]).drain(bus)
+    for delivery in consumer:
+        delivery.ack()
+    assert told == [(2, 2)]
+    with pytest.raises(ConsumerClosed):
+        consumer.receive(0.0)
 
 
 def test_a_forked_child_is_told_to_make_its_own(url: str) -> None:

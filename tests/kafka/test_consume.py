@@ -15,16 +15,17 @@ from pathlib import Path
 import pytest
 from confluent_kafka.cimpl import NewPartitions
 
-from tests.kafka.cluster import Cluster
+from tests.kafka.cluster import Cluster, kafka_version
 from tests.kafka.help import admin, bare_producer, hosts, opened, read
 from tests.kafka.mock import produce_with_header
 from virtbus import envelope
-from virtbus.bus import Subscription
+from virtbus.bus import BusOptions, Subscription
 from virtbus.bus.kafka import subscription as kafka_consumer
 from virtbus.bus.kafka.bus import KafkaBus
 from virtbus.bus.kafka.client import headers_of
 from virtbus.bus.kafka.places import Track
-from virtbus.errors import BusUnavailable, SchemaError
+from virtbus.consumer import Consumer
+from virtbus.errors import BusUnavailable, ConfigError, SchemaError
 from virtbus.model import Message
 from virtbus.testing import ListFeed, a_record, records
 
@@ -132,9 +133,12 @@ def test_without_a_group_partitions_that_are_added_are_found_too(
 # -------------------------------------------------------------------------------------- rebalance
 
 
+@pytest.mark.parametrize("protocol", ["classic", "consumer"])
 def test_a_rebalance_loses_nothing_and_repeats_only_what_was_not_acknowledged(
-    kafka_url: str, kafka_topic: str
+    protocol: str, kafka_url: str, kafka_topic: str
 ) -> None:
+    if protocol == "consumer" and kafka_version().startswith("3."):
+        pytest.skip("Kafka 4.0 and later have this protocol")
     items = records(40, keys=20)
     seen: dict[str, int] = {}
 
@@ -142,7 +146,8 @@ def test_a_rebalance_loses_nothing_and_repeats_only_what_was_not_acknowledged(
         for message in messages:
             seen[event_id(message)] = seen.get(event_id(message), 0) + 1
 
-    with opened(kafka_url, kafka_topic, topic_partitions=6) as bus:
+    extra = {"group.protocol": protocol}
+    with opened(kafka_url, kafka_topic, topic_partitions=6, extra=extra) as bus:
         ListFeed(items).publish(bus)
         with joined(bus, "g") as first:
             handled = take(first, 15)
@@ -160,6 +165,15 @@ def test_a_rebalance_loses_nothing_and_repeats_only_what_was_not_acknowledged(
     assert set(seen) == {record.id for record in items}
     repeated = {event for event, times in seen.items() if times > 1}
     assert repeated.isdisjoint(map(event_id, handled)), "what had been acknowledged before came again"
+
+
+def test_an_exclusive_member_needs_the_classic_protocol() -> None:
+    options = BusOptions(extra={"group.protocol": "consumer"})
+    with (
+        Consumer("kafka://127.0.0.1:1", group="g", options=options, exclusive=True) as consumer,
+        pytest.raises(ConfigError, match=r"exclusive.*group\.protocol = classic"),
+    ):
+        consumer.receive(0.0)
 
 
 def both_have_partitions(first: Subscription, second: Subscription, seconds: float = 30.0) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from confluent_kafka import Consumer as bare_consumer
 from confluent_kafka import TopicPartition
 
-from tests.kafka.help import admin, opened
+from tests.kafka.help import admin, bare_producer, hosts, opened
 from virtbus import Consumer, MissingEvents
 from virtbus.bus import BusOptions
 from virtbus.bus.kafka import subscription as kafka_consumer
@@ -146,6 +147,30 @@ def test_a_running_consumer_that_is_slower_than_retention(kafka_url, kafka_topic
         delivery.ack()
     assert one.take(2) == sent[8:]
     assert facts(one.told) == [(f"{kafka_topic}[0]", 2, 7, Cause.RETENTION)]
+
+
+def test_a_group_that_an_operator_moved_behind_an_open_transaction_has_lost_nothing(
+    kafka_url, kafka_topic, group, publish
+):
+    """The broker calls the end of a log what is before the transaction; the operator's tool does not."""
+    first = publish(3)
+    one = group()
+    assert one.take(3) == first
+    one.consumer.close()
+    producer = bare_producer(kafka_url, **{"transactional.id": kafka_topic})
+    producer.init_transactions(20)
+    producer.begin_transaction()
+    producer.produce(kafka_topic, b"somebody else's", partition=0)
+    producer.flush(20)
+    tool = bare_consumer({"bootstrap.servers": hosts(kafka_url), "group.id": "virtbus.g"})
+    tool.commit(offsets=[TopicPartition(kafka_topic, 0, 4)], asynchronous=False)
+    tool.close()
+    one.open()
+    assert one.take(1, seconds=3.0) == []
+    producer.abort_transaction(20)
+    more = publish(2)
+    assert one.take(2) == more
+    assert one.told == []
 
 
 def test_a_new_group_is_told_nothing(kafka_url, kafka_topic, group, publish):

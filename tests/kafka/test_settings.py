@@ -63,6 +63,17 @@ def test_options_that_librdkafka_refuses_together_are_told_at_once() -> None:
     (line,) = problems("kafka://host", extra={"max.in.flight.requests.per.connection": "100"})
     assert line.startswith("bus.kafka: librdkafka refuses the settings: ")
     assert "`max.in.flight` must be set <= 5" in line
+    (line,) = problems("kafka://host", extra={"max.poll.interval.ms": "6000"})  # a consumer's
+    assert "must be >= `session.timeout.ms`" in line
+
+
+@pytest.mark.parametrize(
+    "option", [{"auto.offset.reset": "latest"}, {"partition.assignment.strategy": "range"}]
+)
+def test_an_option_that_a_group_rests_on_can_not_be_set(option: dict[str, str]) -> None:
+    (line,) = problems("kafka://host", extra=option)
+    (name,) = option
+    assert line.startswith(f"bus.kafka.options: {name} can't be set: ")
 
 
 @pytest.mark.parametrize(

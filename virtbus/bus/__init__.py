@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -236,6 +237,20 @@ class Memory:
     def keep(self, name: str, value: str) -> None:
         """Note this; it is on disk with the next marks that are, and with `Consumer.close`."""
         self._notes[name] = self.fresh[name] = value
+
+
+class DeferredMemory(Memory):
+    """What is missing is reported when `tell` is called: the author's function may raise."""
+
+    def __init__(self, notes: dict[str, str], on_missing: Callable[[MissingEvents], None]) -> None:
+        self._on_missing = on_missing
+        self._missing: deque[MissingEvents] = deque()
+        super().__init__(notes, self._missing.append)
+
+    def tell(self) -> None:
+        """Report what is missing to the author's function."""
+        while self._missing:
+            self._on_missing(self._missing.popleft())
 
 
 class Bus(Protocol):

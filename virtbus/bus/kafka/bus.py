@@ -21,7 +21,7 @@ from virtbus.bus import BusOptions, DeadLetters, Feed, Memory, Subscription, che
 from virtbus.bus.kafka.client import Admin, Watch, is_purged, make, oneline, translate
 from virtbus.bus.kafka.settings import KafkaSettings, check
 from virtbus.envelope import to_kafka
-from virtbus.errors import BusDenied, BusUnavailable, RecordRefused, VirtbusError
+from virtbus.errors import BusDenied, BusUnavailable, ConfigError, RecordRefused, VirtbusError
 from virtbus.model import Check, Confirmed, Deferred, Outcome, Record, Refused
 from virtbus.telemetry import METRICS, BusConnected, BusLost, InsecureTransport, emit
 
@@ -402,8 +402,10 @@ class KafkaBus:
     ) -> Subscription:
         """See virtbus.bus.Bus. A group is Kafka's consumer group `virtbus.<group>`; a new one begins with
         the oldest event that the topic still holds. Without a group it connects at once, to
-        know what "now" is.
+        know what "now" is. Raises ConfigError for `exclusive` with the group protocol that has no takeover.
         """
+        if exclusive and self._settings.next_protocol:
+            raise ConfigError("an exclusive member needs bus.kafka.options group.protocol = classic")
         from virtbus.bus.kafka.subscription import KafkaSubscription
 
         return KafkaSubscription(self._settings, checked_group(group), prefetch, exclusive, memory)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from confluent_kafka import KafkaException, Producer
+from confluent_kafka import Consumer, KafkaException, Producer
 
 from virtbus import redaction
 from virtbus.bus import BusOptions, is_loopback
@@ -56,6 +56,8 @@ _OWNED: Mapping[str, str] = {
         ("enable.auto.commit", "auto.commit.enable", "enable.auto.offset.store", "group.id"),
         "at-least-once consuming rests on it",
     ),
+    "auto.offset.reset": "a group that skips what is left of a topic would not hear of it",
+    "partition.assignment.strategy": "retries and what has no verdict rest on cooperative-sticky",
 }
 
 
@@ -92,6 +94,11 @@ class KafkaSettings:
             verified = extra.get("enable.ssl.certificate.verification", "true").lower() in ("true", "t", "1")
             return not verified or extra.get("ssl.endpoint.identification.algorithm", "https") != "https"
         return not all(is_loopback(server.rpartition(":")[0].strip("[]")) for server in self.servers)
+
+    @property
+    def next_protocol(self) -> bool:
+        """Whether groups use the protocol of KIP-848."""
+        return self.options.extra.get("group.protocol", "").lower() == "consumer"
 
     def password(self) -> str:
         """The password as it stands now. Raises BusDenied when its file can't be read."""
@@ -167,17 +174,20 @@ class KafkaSettings:
 
     def consumer(self, watch: Watch, group_id: str, prefetch: int) -> dict[str, Any]:
         """The options of a consumer whose stored offsets are committed in the background."""
+        classic = {
+            "partition.assignment.strategy": "cooperative-sticky",
+            "session.timeout.ms": 10_000,
+            "heartbeat.interval.ms": 1_000,
+        }
         return {
             "auto.offset.reset": "earliest",
-            "partition.assignment.strategy": "cooperative-sticky",
+            **({} if self.next_protocol else classic),  # there the broker decides about these
             "queued.min.messages": max(1, min(prefetch, 10_000_000)),
             "queued.max.messages.kbytes": 8192,
             "fetch.wait.max.ms": 100,
             "auto.commit.interval.ms": 200,
             "fetch.error.backoff.ms": 100,
             "topic.metadata.refresh.interval.ms": 30_000,
-            "session.timeout.ms": 10_000,
-            "heartbeat.interval.ms": 1_000,
             **self.client(watch),
             "group.id": group_id,
             # Only what `store_offsets` was given is committed: librdkafka does it in the background, at a
@@ -277,10 +287,12 @@ def check(url: str, options: BusOptions) -> KafkaSettings:
 
 def _combination_problems(settings: KafkaSettings) -> Iterator[str]:
     """What librdkafka says of our options and the operator's together; without secrets, and to no broker."""
-    config = replace(settings, mechanism=None).producer(Watch())
-    del config["bootstrap.servers"]
+    plain = replace(settings, mechanism=None)
+    producer, consumer = plain.producer(Watch()), plain.consumer(Watch(), "check", 1)
+    del producer["bootstrap.servers"], consumer["bootstrap.servers"]
     try:
-        Producer(config)
+        Producer(producer)
+        Consumer(consumer).close()
     except KafkaException as error:
         yield f"bus.kafka: librdkafka refuses the settings: {oneline(error.args[0].str())}"
 

@@ -13,10 +13,12 @@ from typing import Any
 from confluent_kafka import (
     OFFSET_BEGINNING,
     Consumer,
+    IsolationLevel,
     KafkaError,
     KafkaException,
     TopicPartition,
 )
+from confluent_kafka.admin import OffsetSpec  # type: ignore[attr-defined]
 
 from virtbus.bus import Memory
 from virtbus.bus.kafka.client import (
@@ -270,7 +272,7 @@ class KafkaSubscription(LineSubscription):
     def _assigned(self, consumer: Any, places: list[Any]) -> None:
         """Partitions are ours: go on where the group left off."""
         begun = []
-        for place, start, read in _starts(consumer, places, self._losses):
+        for place, start, read in _starts(consumer, places, self._losses, self._settings):
             track = self._assign(place.partition, None if read is None else read.next)
             if read is not None and read.sure is not None:
                 track.sure = read.sure
@@ -383,7 +385,7 @@ def _now(consumer: Any, topic: str) -> list[Any]:
 
 
 def _starts(
-    consumer: Any, places: list[Any], losses: Losses
+    consumer: Any, places: list[Any], losses: Losses, settings: KafkaSettings
 ) -> Iterator[tuple[Any, int | None, Place | None]]:
     """(place, where to go on instead of its commit, how far it was read); reports what is lost on the way.
 
@@ -397,6 +399,8 @@ def _starts(
         start, read = None, None
         if known is not None and known.offset >= 0:
             read = Place.committed(known.offset, known.metadata or "")
+            if ends is not None and read.next > ends[1]:  # before an open transaction the log is not over
+                ends = _whole(settings, place, ends)
         if known is not None and ends is not None:
             start, read = losses.resume(place.partition, read, *ends)
         yield place, start, read
@@ -420,6 +424,21 @@ def _ends(consumer: Any, place: Any, timeout: float = _ASK_SECONDS) -> tuple[int
     except KafkaException:
         return None
     return found
+
+
+def _whole(settings: KafkaSettings, place: Any, ends: tuple[int, int]) -> tuple[int, int] | None:
+    """`ends` with what open transactions hold back."""
+    where = TopicPartition(place.topic, place.partition)
+
+    def ask(client: Any) -> Any:
+        asked = {where: OffsetSpec.latest()}  # type: ignore[no-untyped-call]
+        return client.list_offsets(asked, isolation_level=IsolationLevel.READ_UNCOMMITTED)[where]
+
+    try:
+        found: Any = Admin(settings).call(f"looking for the end of {place.topic}[{place.partition}]", ask)
+    except (BusUnavailable, BusDenied):
+        return None
+    return ends[0], max(ends[1], found.offset)
 
 
 def _added(consumer: Any, topic: str, known: Container[int]) -> list[int]:
