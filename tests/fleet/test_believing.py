@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from virtbus.fleet import Publishers
+from virtbus.integrations.store import ActionStore
 
 MINE, HIS = "/virtbus/agents/mine", "/virtbus/agents/his"
 BOUND = ("virtbus-{host}",)
@@ -42,6 +43,22 @@ def test_what_was_known_before_a_restart_still_holds():
     owners = {MINE: "virtbus-c1"}
     assert Publishers(BOUND, owners).refuses("virtbus-evil", MINE, "evil") is not None
     assert Publishers(BOUND, owners).refuses("virtbus-c1", MINE, "c1") is None
+
+
+def test_a_fleet_that_is_given_a_user_for_each_host_is_believed_after_it(tmp_path):
+    """What the user claimed that all of them had before is void: nobody believes that user any more."""
+    store = ActionStore(tmp_path / "store.db")
+    shared = Publishers(("virtbus",), store.owners)
+    assert shared.refuses("virtbus", MINE, "c1") is None
+    store.close()
+    store = ActionStore(tmp_path / "store.db")
+    bound = Publishers(BOUND, store.owners)
+    assert bound.refuses("virtbus-c1", MINE, "c1") is None
+    assert bound.refuses("virtbus-evil", MINE, "evil") is not None
+    store.close()
+    store = ActionStore(tmp_path / "store.db")
+    assert Publishers(BOUND, store.owners).refuses("virtbus-evil", MINE, "evil") is not None
+    store.close()
 
 
 def test_a_refused_event_claims_no_agent():

@@ -28,7 +28,12 @@ from virtbus.integrations.base import (
     open_integration,
 )
 
-NODE = {"metadata": {"name": "h1", "uid": "u1", "resourceVersion": "1"}, "spec": {}, "status": {}}
+NODE: dict[str, Any] = {
+    "metadata": {"name": "h1", "uid": "u1", "resourceVersion": "1"},
+    "spec": {},
+    "status": {"addresses": [{"type": "Hostname", "address": "Rack7-H1"}]},
+}
+NODE["items"] = [dict(NODE)]
 CONDITION = {"status": "True", "reason": "NoTrouble", "message": ""}
 TIME = "2026-05-04T03:00:00Z"
 VMI_EVENT = {"namespace": "n", "event": "e", "type": "Warning", "reason": "IOError", "message": "m",
@@ -141,6 +146,13 @@ def test_an_answer_about_the_action_itself_is_final(server, kubernetes, status):
     server.status = status
     with pytest.raises(ActionRefused):
         kubernetes.execute(an_action(HOLD))
+
+
+@pytest.mark.parametrize("host", ["H1", "H1.Example.org", "rack7-h1"])
+def test_a_host_whose_name_has_capitals_is_the_node_that_kubelet_names_without(server, kubernetes, host):
+    action = Action(f"{HOLD}/{host}/1", host, HOLD, "host: why", {})
+    assert kubernetes.execute(action).endswith("set")
+    assert "PATCH /api/v1/nodes/h1" in server.requests
 
 
 @pytest.mark.parametrize("where", ["in a file that the kubeconfig names", "in the kubeconfig"])

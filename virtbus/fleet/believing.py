@@ -37,15 +37,18 @@ class Publishers:
         if not fitting:
             return f"publisher {publisher} may not speak for host {host}"
         owner = self._owners.get(source)
-        if owner is not None:
-            return (
-                None if owner == publisher else f"publisher {publisher} may not speak for {owner}'s {source}"
-            )
+        if owner == publisher:
+            return None
+        # A user whom the patterns no longer name claims nothing: the fleet was given other users.
+        if owner is not None and believed(self._patterns, owner, None):
+            return f"publisher {publisher} may not speak for {owner}'s {source}"
         of_one_host = all("{host}" in pattern for pattern in fitting)
         if of_one_host and self._sources[publisher] >= _MAX_SOURCES_OF_A_HOST:
             return f"publisher {publisher} spoke for {self._sources[publisher]} agents of one host already"
-        if len(self._owners) >= _MAX_SOURCES:
+        if owner is None and len(self._owners) >= _MAX_SOURCES:
             return f"publisher {publisher} names an agent beyond the {_MAX_SOURCES} that can be told apart"
+        if owner is not None:
+            self._sources[owner] -= 1
         self._owners[source] = publisher
         self._sources[publisher] += 1
         return None

@@ -342,7 +342,8 @@ class Kubernetes(Integration):
         return known
 
     def _named(self, host: str) -> str | None:
-        return target_of(host, {node.name: node.hostnames for node in self._listed})
+        # kubelet makes its node's name of the hostname in lower case.
+        return target_of(host.lower(), {node.name: node.hostnames for node in self._listed})
 
     def _call(self, doing: str, node: str, call: Callable[..., Any], *words: Any, **more: Any) -> bytes:
         """Do one request; its answer as it came. Raises what `_translated` makes of its error.
@@ -447,7 +448,9 @@ def _facts(node: dict[str, Any]) -> _Node:
             None,
         ),
         hostnames=frozenset(
-            one.get("address", "") for one in status.get("addresses") or () if one.get("type") == "Hostname"
+            one.get("address", "").lower()
+            for one in status.get("addresses") or ()
+            if one.get("type") == "Hostname"
         ),
     )
 

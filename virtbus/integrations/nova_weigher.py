@@ -71,7 +71,9 @@ class HealthWeigher(weights.BaseHostWeigher):  # type: ignore[misc] # Nova carri
         self._looked = now
         try:
             found = self._path.stat()
-            if time.time() - found.st_mtime > STALE_SECONDS:
+            if (
+                abs(time.time() - found.st_mtime) > STALE_SECONDS
+            ):  # a clock that was ahead may have written it
                 self._hosts, self._mark = {}, (0, 0)
             elif (found.st_mtime_ns, found.st_ino) != self._mark:
                 self._hosts = _hosts(json.loads(self._path.read_text(encoding="utf-8")))

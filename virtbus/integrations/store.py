@@ -325,7 +325,7 @@ class _Owners(dict[str, str]):
 
     def __setitem__(self, source: str, publisher: str) -> None:
         with self._store._transaction() as db:
-            db.execute("INSERT OR IGNORE INTO owners VALUES (?, ?)", [source, publisher])
+            db.execute("INSERT OR REPLACE INTO owners VALUES (?, ?)", [source, publisher])
         super().__setitem__(source, publisher)
 
 
