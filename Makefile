@@ -14,12 +14,13 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 ACTIONLINT := .cache/bin/actionlint
 
-.PHONY: dist packages-test rehearse pages help setup demo unit sim sim-mutants test check audit faults matrix brokers soak bench chart pictures \
+.PHONY: dist pythons packages-test rehearse pages help setup demo unit sim sim-mutants test check audit faults matrix brokers soak bench chart pictures \
   sbom clean packages
 
 help:
 	@echo "make demo    a real guest's disk fails, and the error comes out as a CloudEvent"
 	@echo "make unit    the pure tests, in seconds: no root, no broker, no network"
+	@echo "make pythons   the unit tests on newer Pythons, those of other Debian releases"
 	@echo "make sim     a simulated cloud against every promise, in virtual time (SEEDS=200, HOURS=h, SEED=n, PLAN=file, GUEST=name, KEEP=file)"
 	@echo "make test    all tests, with real QEMU guests and a real RabbitMQ (TESTS=…, PYTEST_ARGS=…)"
 	@echo "make check   ruff, mypy --strict, import-linter, the schemas' compatibility, wording, workflows, Dockerfile, pages"
@@ -100,6 +101,11 @@ $(VENV)/.unit: pyproject.toml $(VENV)/bin/python
 
 unit: $(VENV)/.unit
 	$(PYTEST) -q $(PYTEST_ARGS) tests/unit
+
+# The unit tests on the Python of Debian 13 and of the release after it. The first time it makes root file systems.
+pythons: setup
+	@tests/install-packages matrix
+	$(BIN)/python -m tests.lab.pythons
 
 # SEED=n tells the story of one seed, GUEST=guest-11 that of one guest in it. A seed takes half a second of a core;
 # HOURS=2 plays what fits into two hours of this machine.
