@@ -24,7 +24,10 @@ ASK_AGAIN_SECONDS = 10.0  # between two look-ups of a domain whose description l
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One domain: `xml` is None until it was read, `refused` when it can't be."""
+    """One domain: `xml` is None until it was read, `refused` when it can't be.
+
+    `changes` were reported of its devices; the XML knows of the first `read_at` of them.
+    """
 
     uuid: str
     name: str
@@ -34,6 +37,8 @@ class Entry:
     refused: bool = False
     asked_at: float = float("-inf")
     strange: frozenset[tuple[str, str]] = frozenset()  # (alias, path) that its XML was read again for
+    changes: int = 0
+    read_at: int = 0
     description: Description | None = field(default=None, compare=False)
 
     @property
@@ -92,7 +97,21 @@ class Cache:
     def resolve(self, uuid: str, path: str) -> str:
         """The alias of the disk that an event without one speaks of; "" when that is unclear."""
         entry = self._entries.get(uuid)
-        return "" if entry is None or entry.xml is None else entry.xml.resolve(path)
+        if entry is None or entry.xml is None:
+            return ""
+        return entry.xml.resolve(path, by_path_alone=entry.read_at < entry.changes)
+
+    def changed(self, uuid: str) -> None:
+        """Its devices may be others by now than its XML had: until that is read none is the only one."""
+        with self._lock:
+            old = self._entries.get(uuid)
+            if old is not None:
+                self._entries[uuid] = replace(old, changes=old.changes + 1)
+
+    def changes(self, uuid: str) -> int:
+        """How often `changed` was said; to be asked before the XML is."""
+        entry = self._entries.get(uuid)
+        return 0 if entry is None else entry.changes
 
     def stale(self, uuid: str, alias: str, path: str) -> bool:
         """Whether an event's path shows that the disk has another source by now than its XML had.
@@ -125,12 +144,12 @@ class Cache:
             self._entries[uuid] = _described(replace(old, name=name, number=number, state=state))
             return fresh
 
-    def read(self, uuid: str, xml: DomainXml | None) -> None:
-        """Its XML was read, or (None) refused. Of a domain that is gone it is of no use."""
+    def read(self, uuid: str, xml: DomainXml | None, changes: int = 0) -> None:
+        """Its XML was read after so many `changes`, or (None) refused; no use if the domain is gone."""
         with self._lock:
             old = self._entries.get(uuid)
             if old is not None:
-                self._entries[uuid] = _described(replace(old, xml=xml, refused=xml is None))
+                self._entries[uuid] = _described(replace(old, xml=xml, refused=xml is None, read_at=changes))
 
     def may_ask(self, uuid: str, now: float) -> bool:
         """Whether it is worth to ask for what an entry lacks; True counts as asked."""

@@ -53,7 +53,7 @@ class DomainXml:
         """Whether a path, as an event gives it, is of one of the disk's images."""
         return hash(path) in self.images.get(alias, ())
 
-    def resolve(self, path: str) -> str:
+    def resolve(self, path: str, *, by_path_alone: bool = False) -> str:
         """The alias of the disk that an event without one speaks of; "" when that is unclear.
 
         By its path; else the only disk; else, as libvirt gives no alias during a copy, the only copied one.
@@ -62,7 +62,7 @@ class DomainXml:
             named = [alias for alias in self.images if self.has_image(alias, path)]
             if named:
                 return named[0] if len(named) == 1 else ""
-        if not self.complete:
+        if by_path_alone or not self.complete:
             return ""
         for suspects in (list(self.images), sorted(self.copying)):
             if len(suspects) == 1:

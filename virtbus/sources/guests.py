@@ -124,6 +124,7 @@ class Guests:
                 if paused is not (domain.state == PAUSED and domain.reason in _IO_PAUSE_REASONS):
                     continue
                 self._cache.saw(domain.uuid, domain.name, domain.id, _state(domain.state))
+                self._cache.changed(domain.uuid)  # nobody reported what was plugged meanwhile
                 want = Want.DESCRIPTION
                 # What an earlier connection asked and never got an answer to is still to be answered.
                 moments = [each for each in (since, unanswered.get(domain.uuid)) if each is not None]

@@ -367,13 +367,14 @@ class Asker:
         return True
 
     def _read(self, link: Link, uuid: str) -> None:
+        changes = self._shared.cache.changes(uuid)
         try:
             xml = domain_xml.parse(link.xml(uuid), owner_rules=self._owner_rules)
         except SchemaError as error:
-            self._shared.cache.read(uuid, None)
+            self._shared.cache.read(uuid, None, changes)
             emit(DomainUnreadable(uuid, error))
         else:
-            self._shared.cache.read(uuid, xml)
+            self._shared.cache.read(uuid, xml, changes)
 
     def _look(self, link: Link, uuid: str) -> Look:
         asked_at = self._shared.clock().monotonic

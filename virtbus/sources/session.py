@@ -251,6 +251,7 @@ class Session:
 
     def changed(self, uuid: str) -> None:
         """See Handler."""
+        self._shared.cache.changed(uuid)
         self.notes.put(Changed(uuid))
 
     def job_failed(self, uuid: str, disk: str) -> None:
