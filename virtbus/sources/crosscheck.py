@@ -315,10 +315,7 @@ class CrossCheck:
         return found
 
     def undecided_since(self, mono: float) -> float | None:
-        """When the oldest pause began that waits for a decision, or for its event (monotonic), or None.
-
-        One of unknown reason, of a disk that failed before, looks like an operator's until its event comes.
-        """
+        """When the oldest pause began that waits for a decision, or for its event (monotonic), or None."""
         cases = self._cases.values()
         moments = [pause.began for case in cases for pause in case.pauses]
         moments += [case.credit_at for case in cases if case.held]
