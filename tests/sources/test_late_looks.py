@@ -24,6 +24,8 @@ from virtbus.observations import (
     SourceReady,
 )
 from virtbus.retry import no_waiting
+from virtbus.sources import domain_xml
+from virtbus.sources.descriptions import Cache
 from virtbus.sources.link import (
     ACTION_PAUSE,
     ACTION_REPORT,
@@ -619,6 +621,53 @@ def test_an_event_without_an_alias_is_matched_by_path_or_by_the_only_candidate_a
             host.io_error(guest, "", ACTION_REPORT, path=path)
         assert run.aliases() == {alias or None}
         assert sum(run.counts()) == 3
+
+
+SECOND_DISK = "<disk type='file'><source file='/img/b'/><target dev='vdb'/><alias name='b'/></disk></devices>"
+
+
+@pytest.mark.parametrize("path", ["", "/img/a"])
+def test_an_error_without_an_alias_is_not_blamed_on_a_disk_that_is_the_only_one_no_more(path: str) -> None:
+    host = SimulatedHost(1)
+    (guest,) = host.guests.values()
+    with Run(host, {}) as run:
+        until(lambda: host_knows(run, guest))
+        host.hanging.add(guest.uuid)
+        guest.xml = guest.xml.replace("</devices>", SECOND_DISK)
+        for handler in host.handlers():
+            handler.changed(guest.uuid)
+        host.io_error(guest, "", ACTION_REPORT, path=path)
+        assert run.aliases() == {"virtio-disk0" if path else None}
+        assert run.counts() == [1]
+        host.release.set()
+
+
+def test_a_pause_that_a_listing_shows_is_not_blamed_on_what_was_the_only_disk_before_the_connection() -> None:
+    host = SimulatedHost(1)
+    (guest,) = host.guests.values()
+    with Run(host, {}) as run:
+        until(lambda: host_knows(run, guest))
+        host.hanging.add(guest.uuid)
+        guest.xml = guest.xml.replace("</devices>", SECOND_DISK)
+        guest.state, guest.reason, guest.disk_errors = PAUSED, PAUSED_IOERROR, {"vdb": 1}
+        host.cut()
+        until(lambda: sum(run.counts()) == 1)
+        assert run.aliases() == {None}
+        host.release.set()
+        until(lambda: run.aliases() == {None, "b"})
+        assert sum(run.counts()) == 1
+
+
+def test_a_description_that_was_asked_for_before_a_change_does_not_know_of_it() -> None:
+    cache, uuid = Cache(), "one"
+    xml = domain_xml.parse(SimulatedHost().add().xml)
+    cache.saw(uuid, "guest1", 1, "running")
+    asked = cache.changes(uuid)
+    cache.changed(uuid)
+    cache.read(uuid, xml, asked)
+    assert cache.resolve(uuid, "") == ""
+    cache.read(uuid, xml, cache.changes(uuid))
+    assert cache.resolve(uuid, "") == "virtio-disk0"
 
 
 def test_a_storm_without_an_alias_is_one_incident_that_is_named_when_a_candidate_is_known() -> None:

@@ -186,7 +186,7 @@ class Case:
         if not complete(look) and not pause.over:
             self.unseen |= {*events, *missed}
         if not (found or events or self.synthesised or pause.over) and (look is None or by_error):
-            self.puzzled_at = pause.began
+            self.puzzled_at = pause.began  # of a disk that failed before: until its event comes an operator's
         return found
 
     def _facts_of(self, raw: RawIoError, look: Look | None, devices: Mapping[str, Device]) -> Burst:

@@ -100,9 +100,10 @@ class Cache:
             return None
         return frozenset(entry.xml.devices)
 
-    def doubt(self) -> None:
-        """A new connection: a disk may have been unplugged since each XML was read."""
+    def doubt(self, now: float) -> None:
+        """A new connection: disks may have been plugged and unplugged since each XML was read."""
         with self._lock:
+            self._entries = {uuid: replace(entry, changed_at=now) for uuid, entry in self._entries.items()}
             self._unread, self._wanted, self._missing = set(self._entries), set(), {}
 
     def late(self, uuid: str) -> tuple[frozenset[str], frozenset[str] | None]:

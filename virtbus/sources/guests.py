@@ -133,7 +133,7 @@ class Guests:
         facts = opened.facts
         self.on.begin(facts)
         self._asker.begin(session, facts)
-        self._cache.doubt()
+        self._cache.doubt(self._clock().monotonic)
         here = frozenset(domain.uuid for domain in opened.domains)
         for entry in self._cache.active():
             if entry.uuid not in here:
