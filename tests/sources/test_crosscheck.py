@@ -15,6 +15,7 @@ from virtbus.model import Device, DeviceSource, ErrorPolicy, Evidence, Now
 from virtbus.observations import Burst, RawIoError
 from virtbus.sources.crosscheck import ACTION_UNKNOWN, CrossCheck, Verdict
 from virtbus.sources.evidence import FreeSpace, Look, gather, read_messages
+from virtbus.sources.findings import late_event
 from virtbus.sources.link import (
     ACTION_PAUSE,
     ACTION_REPORT,
@@ -134,7 +135,7 @@ def test_an_event_that_comes_after_its_finding_adds_facts_and_no_count() -> None
     assert len(findings(check, 1.0)) == 1
     late = raw(at=1.5, reason="message")
     assert check.event(late, 1.5) is Verdict.KNOWN
-    assert check.known(late).count == 0
+    assert late_event(late).count == 0
     assert check.event(raw(at=1.6), 1.6) is Verdict.TELL
 
 

@@ -245,13 +245,17 @@ class CrossCheck:
 
     def suspect(self, uuid: str, aliases: frozenset[str]) -> None:
         """Disks that have a block job, or had one until now: an event without a name may be of any."""
-        if (case := self._cases.get(uuid)) is not None and case.has_nameless():
-            case.nameless.copied |= aliases
+        if self.has_nameless(uuid):
+            self._cases[uuid].nameless.busy |= aliases
 
-    def described(self, uuid: str, only_disk: str, copied: frozenset[str], mono: float) -> list[Burst]:
-        """The domain's XML was read: it may show of which device an event without a name was."""
+    def has_nameless(self, uuid: str) -> bool:
+        """Whether something was reported of the domain without a name, or waits for one."""
         case = self._cases.get(uuid)
-        return [] if case is None or not case.has_nameless() else described(case, only_disk, copied, mono)
+        return case is not None and case.has_nameless()
+
+    def described(self, uuid: str, only_disk: str, jobs: frozenset[str] | None, mono: float) -> list[Burst]:
+        """The domain's disks were read: that may show whose an event without a name was."""
+        return described(self._cases[uuid], only_disk, jobs, mono) if self.has_nameless(uuid) else []
 
     def baseline(self, uuid: str, name: str, number: int | None, wrong: Mapping[str, int]) -> None:
         """The disk errors (by alias) of a guest that runs: left over from before."""
@@ -331,10 +335,6 @@ class CrossCheck:
             return frozenset()
         last = {**case.reports, **case.events}
         return frozenset(alias for alias, raw in last.items() if raw.reason == ENOSPC)
-
-    def known(self, raw: RawIoError) -> Burst:
-        """An event of verdict KNOWN, as it is passed on: its facts, no count."""
-        return Burst(raw, 0, raw.observed_at, raw.observed_at, late=True)
 
     # ---- after a (re)connect
 

@@ -38,6 +38,7 @@ class Entry:
     asked_at: float = float("-inf")
     read_at: float = float("-inf")  # when its XML was asked for (monotonic), and when it last changed since
     changed_at: float = float("-inf")
+    jobs: frozenset[str] | None = None  # the disks that had a block job at `read_at`; None: nobody asked
     strange: frozenset[tuple[str, str]] = frozenset()  # (alias, path) that its XML was read again for
     description: Description | None = field(default=None, compare=False)
 
@@ -98,7 +99,7 @@ class Cache:
         """The alias of the disk that an event without one speaks of; "" when that is unclear.
 
         By its path; else the only disk; else, of an error without a pause, as libvirt gives no alias during a
-        copy, the only copied one. A pause's disk is found by the look. `now` is monotonic.
+        block job, the only one that has one. A pause's disk is found by the look. `now` is monotonic.
         """
         entry = self._entries.get(raw.domain_uuid)
         if entry is None or entry.xml is None:
@@ -109,18 +110,18 @@ class Cache:
         if entry.read_at < entry.changed_at:
             return ""
         is_fresh = raw.action_code != ACTION_PAUSE and now - entry.read_at <= FRESH_SECONDS
-        copied = entry.xml.copying if is_fresh and entry.xml.complete else ()
-        return entry.xml.only_disk or (next(iter(copied)) if len(copied) == 1 else "")
+        jobs = (entry.jobs or ()) if is_fresh and entry.xml.complete else ()
+        return entry.xml.only_disk or (next(iter(jobs)) if len(jobs) == 1 else "")
 
     def only_disk(self, uuid: str) -> str:
         """The alias of a domain's only disk; "" where there are several, or may be."""
         entry = self._entries.get(uuid)
         return "" if entry is None or entry.xml is None else entry.xml.only_disk
 
-    def copied(self, uuid: str) -> frozenset[str] | None:
-        """The disks that had a block job when the XML was read; None: there may be others than it shows."""
+    def jobs(self, uuid: str) -> frozenset[str] | None:
+        """The disks that had a block job when that was asked; None: not known, or there may be others."""
         entry = self._entries.get(uuid)
-        return None if entry is None or entry.xml is None or not entry.xml.complete else entry.xml.copying
+        return None if entry is None or entry.xml is None or not entry.xml.complete else entry.jobs
 
     def disk(self, uuid: str, name: str) -> str:
         """The alias of the disk that a block job's event names by its target or path; "" when unknown."""
@@ -168,12 +169,23 @@ class Cache:
             if old is not None:
                 self._entries[uuid] = replace(old, changed_at=now)
 
-    def read(self, uuid: str, xml: DomainXml | None, asked_at: float = float("inf")) -> None:
-        """Its XML was read, or (None) refused. Of a domain that is gone it is of no use."""
+    def read(
+        self,
+        uuid: str,
+        xml: DomainXml | None,
+        asked_at: float = float("inf"),
+        jobs: frozenset[str] | None = None,
+    ) -> None:
+        """Its XML was read, or (None) refused, and the disks with a `jobs`.
+
+        Of a domain that is gone it is of no use.
+        """
         with self._lock:
             old = self._entries.get(uuid)
             if old is not None:
-                self._entries[uuid] = _described(replace(old, xml=xml, refused=xml is None, read_at=asked_at))
+                self._entries[uuid] = _described(
+                    replace(old, xml=xml, refused=xml is None, read_at=asked_at, jobs=jobs)
+                )
 
     def may_ask(self, uuid: str, now: float) -> bool:
         """Whether it is worth to ask for what an entry lacks; True counts as asked."""

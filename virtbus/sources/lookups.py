@@ -382,6 +382,21 @@ class Asker:
             emit(DomainUnreadable(uuid, error))
         else:
             self._shared.cache.read(uuid, xml, asked_at)
+            with self._shared.lock:
+                is_wanted = self._shared.check.has_nameless(uuid)
+            if is_wanted and xml.complete and not xml.only_disk:
+                self._shared.cache.read(uuid, xml, asked_at, self._jobs(link, uuid, xml))
+
+    def _jobs(self, link: Link, uuid: str, xml: domain_xml.DomainXml) -> frozenset[str] | None:
+        """The disks with a block job, whose errors libvirt reports without a name; None: it does not say."""
+        disks = disks_by_target({alias: xml.devices[alias] for alias in xml.images})
+        try:
+            return frozenset(alias for target, alias in disks.items() if link.has_job(uuid, target))
+        except NoSuchDomain:
+            raise
+        except SourceUnavailable as error:
+            emit(LookupFinished("failed", uuid, error))
+            return None
 
     def _look(self, link: Link, uuid: str) -> Look:
         asked_at = self._shared.clock().monotonic

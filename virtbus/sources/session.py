@@ -26,6 +26,7 @@ from virtbus.sources import Sink
 from virtbus.sources.crosscheck import CrossCheck, Verdict
 from virtbus.sources.descriptions import Cache
 from virtbus.sources.evidence import Look
+from virtbus.sources.findings import late_event
 from virtbus.sources.link import STATE_AFTER, STOPPED, left_by, runs_again
 from virtbus.words import GapReason, ResolutionCause
 
@@ -200,9 +201,9 @@ class Session:
             raw = raw._replace(alias=alias)
             verdict = shared.check.event(raw, now.monotonic)
             if not alias:
-                shared.check.suspect(uuid, shared.cache.copied(uuid) or frozenset())
+                shared.check.suspect(uuid, shared.cache.jobs(uuid) or frozenset())
             if verdict is not Verdict.HOLD:
-                self._sink(raw if verdict is not Verdict.KNOWN else shared.check.known(raw))
+                self._sink(raw if verdict is not Verdict.KNOWN else late_event(raw))
             if uuid in self._left:
                 # A hypervisor that merges errors may send one late: nothing else would end its incident.
                 self.tell([*shared.check.gone(uuid), DomainGone(uuid, now.wall_ns, self._left[uuid][1])])
@@ -285,10 +286,9 @@ class Session:
     def described(self, uuid: str) -> None:
         """Name what was reported of the domain without its device, if its XML can; the lock is held."""
         cache = self._shared.cache
-        copied = cache.copied(uuid)
-        if self.live and copied is not None:
-            now = self._shared.clock().monotonic
-            self.tell(self._shared.check.described(uuid, cache.only_disk(uuid), copied, now))
+        now = self._shared.clock().monotonic
+        if self.live:
+            self.tell(self._shared.check.described(uuid, cache.only_disk(uuid), cache.jobs(uuid), now))
 
     def saw(self, asked: Now) -> None:
         """The daemon answered a question asked at `asked`: everything it sent before has been received."""
