@@ -782,7 +782,7 @@ def test_a_further_error_without_a_name_waits_for_the_description_and_is_counted
 def test_few_errors_wait_for_a_description() -> None:
     check = CrossCheck(GRACE)
     check.event(raw(A, action=ACTION_REPORT), 0.0)
-    verdicts = [nameless_report(check, at=1.0) for _ in range(1000)]
+    verdicts = [nameless_report(check, at=1.0) for _ in range(2 * MOST_WAITING)]
     assert verdicts.count(Verdict.HOLD) == MOST_WAITING
     assert len(findings(check, 9.0)) == MOST_WAITING
 

@@ -557,11 +557,11 @@ def test_a_storm_without_an_alias_is_one_incident_that_is_named_when_a_candidate
         until(lambda: host_knows(run, guest))
         guest.jobs = {"vdb"}
         host.io_error(guest, "", ACTION_REPORT, path="")
-        until(lambda: run.observer.cache.jobs(guest.uuid) == {"b"})
+        until(lambda: (entry := run.observer.cache.get(guest.uuid)) is not None and entry.jobs == {"b"})
         until(lambda: any(isinstance(item, Burst) for item in run.seen.all))
         for _ in range(5):
             host.io_error(guest, "", ACTION_REPORT, path="")
-        assert sum(run.counts()) == 6
+        until(lambda: sum(run.counts()) == 6)
         assert {event.incident.id for event in run.events if isinstance(event, IoError)} == {
             run.events[0].incident.id  # type: ignore[union-attr]
         }

@@ -38,7 +38,8 @@ class Entry:
     asked_at: float = float("-inf")
     read_at: float = float("-inf")  # when its XML was asked for (monotonic), and when it last changed since
     changed_at: float = float("-inf")
-    jobs: frozenset[str] | None = None  # the disks that had a block job at `read_at`; None: nobody asked
+    jobs: frozenset[str] = frozenset()  # the disks that had a block job, and when that was asked last
+    jobs_at: float = float("-inf")
     strange: frozenset[tuple[str, str]] = frozenset()  # (alias, path) that its XML was read again for
     description: Description | None = field(default=None, compare=False)
 
@@ -109,9 +110,10 @@ class Cache:
             return owners[0] if len(owners) == 1 else ""
         if entry.read_at < entry.changed_at:
             return ""
-        is_fresh = raw.action_code != ACTION_PAUSE and now - entry.read_at <= FRESH_SECONDS
-        jobs = (entry.jobs or ()) if is_fresh and entry.xml.complete else ()
-        return entry.xml.only_disk or (next(iter(jobs)) if len(jobs) == 1 else "")
+        is_fresh = entry.jobs_at >= entry.changed_at and now - entry.jobs_at <= FRESH_SECONDS
+        may_be_copied = is_fresh and raw.action_code != ACTION_PAUSE and entry.xml.complete
+        copied = next(iter(entry.jobs)) if may_be_copied and len(entry.jobs) == 1 else ""
+        return entry.xml.only_disk or copied
 
     def only_disk(self, uuid: str) -> str:
         """The alias of a domain's only disk; "" where there are several, or may be."""
@@ -119,9 +121,11 @@ class Cache:
         return "" if entry is None or entry.xml is None else entry.xml.only_disk
 
     def jobs(self, uuid: str) -> frozenset[str] | None:
-        """The disks that had a block job when that was asked; None: not known, or there may be others."""
+        """The disks that had a block job at the last reading; None: not asked then, or others may have."""
         entry = self._entries.get(uuid)
-        return None if entry is None or entry.xml is None or not entry.xml.complete else entry.jobs
+        if entry is None or entry.xml is None or not entry.xml.complete or entry.jobs_at < entry.read_at:
+            return None
+        return entry.jobs
 
     def disk(self, uuid: str, name: str) -> str:
         """The alias of the disk that a block job's event names by its target or path; "" when unknown."""
@@ -176,16 +180,18 @@ class Cache:
         asked_at: float = float("inf"),
         jobs: frozenset[str] | None = None,
     ) -> None:
-        """Its XML was read, or (None) refused, and the disks with a `jobs`.
+        """Its XML was read, or (None) refused; `jobs`: the disks that have a block job, where that was asked.
 
         Of a domain that is gone it is of no use.
         """
         with self._lock:
             old = self._entries.get(uuid)
-            if old is not None:
-                self._entries[uuid] = _described(
-                    replace(old, xml=xml, refused=xml is None, read_at=asked_at, jobs=jobs)
-                )
+            if old is None:
+                return
+            read = replace(old, xml=xml, refused=xml is None, read_at=asked_at)
+            if jobs is not None:
+                read = replace(read, jobs=jobs, jobs_at=asked_at)
+            self._entries[uuid] = _described(read)
 
     def may_ask(self, uuid: str, now: float) -> bool:
         """Whether it is worth to ask for what an entry lacks; True counts as asked."""

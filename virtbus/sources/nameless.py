@@ -16,7 +16,7 @@ from virtbus.sources.descriptions import FRESH_SECONDS
 from virtbus.sources.findings import burst_of
 from virtbus.words import Origin
 
-MOST_WAITING = 256  # errors of a domain; what comes beyond is reported without a name
+MOST_WAITING = 4096  # errors of a domain; what comes beyond is reported without a name
 
 
 def waits(case: Case, raw: RawIoError, mono: float) -> bool:
