@@ -741,6 +741,16 @@ def test_a_disk_whose_copy_began_later_is_not_blamed_for_what_no_description_exp
     assert check.described(UUID, "", frozenset({A}), 60.0) == []
 
 
+def test_each_error_without_a_name_is_of_its_own_time() -> None:
+    """The disks are read after each, unless that has just shown nothing."""
+    check = CrossCheck(GRACE)
+    assert [nameless_report(check, at=at) for at in (0.0, 5.0)] == [Verdict.TELL_AND_LOOK] * 2
+    assert check.described(UUID, "", frozenset(), 5.1) == []
+    assert nameless_report(check, at=5.2) in (Verdict.TELL, Verdict.TELL_AND_LOOK)
+    assert check.described(UUID, "", frozenset({A}), 3600.0) == []
+    assert not check.has_nameless(UUID)
+
+
 def test_a_pauses_device_is_named_by_the_look_before_any_copy_and_by_the_copy_where_that_is_of_no_use() -> (
     None
 ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 
@@ -112,8 +113,23 @@ def test_where_nobody_says_which_disks_have_a_job_none_is_blamed(failures: float
         until(lambda: "has_job" not in host.failures or host.failures["has_job"] in (0.0, float("inf")))
         fail(host, guest)
         until(lambda: sum(run.counts()) == 2)
-        assert "b" not in run.aliases()
+        decided(run, guest)
+        assert run.aliases() == {None}
         assert len({event.incident.id for event in run.events if isinstance(event, IoError)}) == 1
+
+
+def test_a_storm_of_what_nobody_can_name_is_not_looked_at_each_time() -> None:
+    with copying("vda", "vdb", fresh=3600.0) as (host, guest, run):
+        fail(host, guest)
+        decided(run, guest)
+        calls: list[str] = []
+        call = host.call
+        with mock.patch.object(host, "call", lambda uuid: calls.append(uuid) or call(uuid)):
+            for _ in range(1000):
+                fail(host, guest)
+            until(lambda: sum(run.counts()) == 1001)
+        assert run.aliases() == {None}
+        assert len(calls) < 50
 
 
 def test_a_disk_that_was_plugged_in_may_be_the_one_that_an_error_does_not_name() -> None:

@@ -57,7 +57,7 @@ from virtbus.sources.link import (
     left_by,
     runs_again,
 )
-from virtbus.sources.nameless import described, release_waiting, waits
+from virtbus.sources.nameless import described, is_unclear, release_waiting, waits
 from virtbus.words import ENOSPC, EvidenceCheck, EvidenceVerdict, Origin
 
 __all__ = ["ACTION_UNKNOWN", "CrossCheck", "Decision", "Verdict"]
@@ -81,6 +81,19 @@ class Decision:
 
     bursts: list[Burst]
     over: bool  # the guest runs again by now
+
+
+def _reported(case: Case, raw: RawIoError, mono: float) -> Verdict:
+    """An error that the guest was given: looked at once in a while, and each that names no device."""
+    alias = raw.alias
+    case.last_ns[alias], case.reports[alias] = raw.observed_at, raw
+    if not alias and is_unclear(case, mono):
+        case.nameless.busy.add("")  # what is read later says nothing of it
+    elif not alias or mono - case.looked_for.get(alias, float("-inf")) >= EVIDENCE_SECONDS:
+        case.looked_for[alias] = mono
+        case.wanting.add(alias)
+        return Verdict.TELL_AND_LOOK
+    return Verdict.TELL
 
 
 class Departures:
@@ -143,16 +156,9 @@ class CrossCheck:
             if pause is None:
                 case.expect(mono, self._grace)
             return Verdict.HOLD
-        if raw.action_code != ACTION_PAUSE and waits(case, raw, mono):
-            return Verdict.HOLD
-        case.last_ns[alias] = raw.observed_at
         if raw.action_code != ACTION_PAUSE:
-            case.reports[alias] = raw
-            if mono - case.looked_for.get(alias, float("-inf")) < EVIDENCE_SECONDS:
-                return Verdict.TELL
-            case.looked_for[alias] = mono
-            case.wanting.add(alias)
-            return Verdict.TELL_AND_LOOK
+            return Verdict.HOLD if waits(case, raw, mono) else _reported(case, raw, mono)
+        case.last_ns[alias] = raw.observed_at
         case.events[alias] = raw
         # "" is a finding that could not name its device; an event without a name is of any finding.
         for name in (alias, "") if alias else tuple(case.synthesised):

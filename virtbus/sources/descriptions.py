@@ -111,7 +111,7 @@ class Cache:
         if entry.read_at < entry.changed_at:
             return ""
         is_fresh = entry.jobs_at >= entry.changed_at and now - entry.jobs_at <= FRESH_SECONDS
-        may_be_copied = is_fresh and raw.action_code != ACTION_PAUSE and entry.xml.complete
+        may_be_copied = is_fresh and raw.action_code != ACTION_PAUSE
         copied = next(iter(entry.jobs)) if may_be_copied and len(entry.jobs) == 1 else ""
         return entry.xml.only_disk or copied
 
@@ -121,11 +121,9 @@ class Cache:
         return "" if entry is None or entry.xml is None else entry.xml.only_disk
 
     def jobs(self, uuid: str) -> frozenset[str] | None:
-        """The disks that had a block job at the last reading; None: not asked then, or others may have."""
+        """The disks that had a block job at the last reading ("": nobody knows); None: not asked then."""
         entry = self._entries.get(uuid)
-        if entry is None or entry.xml is None or not entry.xml.complete or entry.jobs_at < entry.read_at:
-            return None
-        return entry.jobs
+        return None if entry is None or entry.jobs_at < entry.read_at else entry.jobs
 
     def disk(self, uuid: str, name: str) -> str:
         """The alias of the disk that a block job's event names by its target or path; "" when unknown."""

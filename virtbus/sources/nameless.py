@@ -25,12 +25,16 @@ def waits(case: Case, raw: RawIoError, mono: float) -> bool:
     Where no device of the guest has an error yet it is reported at once, and named later.
     """
     wants = case.nameless
-    is_unclear = mono - case.unclear_at <= FRESH_SECONDS or len(wants.waiting) >= MOST_WAITING
-    if raw.alias or is_unclear or not any(case.last_ns):
+    if raw.alias or not any(case.last_ns) or len(wants.waiting) >= MOST_WAITING or is_unclear(case, mono):
         return False
     wants.since = wants.since if wants.waiting else mono
     wants.waiting.append(raw)
     return True
+
+
+def is_unclear(case: Case, mono: float) -> bool:
+    """Whether the disks were read a moment ago, and did not show whose an error without a name is."""
+    return mono - case.unclear_at <= FRESH_SECONDS
 
 
 def release_waiting(case: Case, alias: str = "") -> list[Burst]:
