@@ -23,6 +23,7 @@ MARGIN_SECONDS = 1.0
 STEP_NS = 100_000_000
 STANDSTILL_SECONDS = 5.0  # a wait that takes so much longer than asked for: the process stood still
 ANSWER_SECONDS = 20.0  # a connection that did not answer for so long is not ready
+ANSWER_OF_MANY_SECONDS = 50.0  # … one of many, which is asked every 30 s where nothing happens
 
 
 def boot_id() -> str | None:
@@ -175,12 +176,12 @@ class SeenThrough:
             self.moment = proven
         return self.moment
 
-    def silent_for(self, now: Now) -> float | None:
-        """Seconds for which a connection that has to answer has not; None while it does."""
+    def silent_for(self, now: Now, most: float) -> float | None:
+        """Seconds for which a connection that has to answer has not; None for `most` seconds after it did."""
         if not self.connected or not self.proves or self._answered is None:
             return None
         silent = now.boot - self._answered
-        return silent if silent > ANSWER_SECONDS else None
+        return silent if silent > most else None
 
 
 class Sight:
@@ -258,6 +259,8 @@ class Sight:
         if stood < STANDSTILL_SECONDS:
             return 0.0, []
         blind = [seen.moment for seen in self.connections.values() if seen.connected and not seen.proves]
+        if self._surveyed:  # others may have come, failed and gone meanwhile: no connection speaks of them
+            blind.append(Moment.of(before, MARGIN_SECONDS))
         return stood, blind
 
     @property
@@ -273,8 +276,15 @@ class Sight:
     def troubles(self, now: Now) -> list[str]:
         """Why the source is not seen now, a line each."""
         troubles = [] if self.state is SourceState.CONNECTED else [f"source is {self.state}"]
-        for seen in [] if self._surveyed else list(self.connections.values()):
-            silent = seen.silent_for(now)
-            if silent is not None:
-                troubles.append(f"source: no answer on the connection of the events for {silent:.0f} s")
+        connected = [seen for seen in list(self.connections.values()) if seen.connected]
+        if self._surveyed:  # one that is silent concerns its own guests; all of them are: so is our process
+            silent = [seen.silent_for(now, ANSWER_OF_MANY_SECONDS) for seen in connected]
+            shown = min((each for each in silent if each is not None), default=None)
+            if shown is not None and None not in silent:
+                troubles.append(f"source: no answer on any of {len(silent)} connections for {shown:.0f} s")
+            return troubles
+        for seen in connected:
+            alone = seen.silent_for(now, ANSWER_SECONDS)
+            if alone is not None:
+                troubles.append(f"source: no answer on the connection of the events for {alone:.0f} s")
         return troubles

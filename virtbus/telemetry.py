@@ -247,8 +247,14 @@ class SourceRegistered(TelemetryEvent, sets={"source_connected": 1}, counts=("so
 
     uri: str
     libvirt_version: str | None
-    hypervisor_version: str | None
     domains: int
+
+
+class HypervisorKnown(TelemetryEvent):
+    """the hypervisor's version is known"""
+
+    uri: str
+    hypervisor_version: str
 
 
 class SourceCutOff(TelemetryEvent, level="warning", every=30, sets={"source_connected": 0}):

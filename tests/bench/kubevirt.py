@@ -53,6 +53,8 @@ def measured(node: Node, count: int, seconds: float) -> dict[str, float]:
             begun = time.monotonic()
             one.until(lambda: one.log.count("libvirt connected") >= count, f"{count} connected", 300)
             took = time.monotonic() - begun
+            one.until(lambda: one.log.count("version is known") >= count, f"{count} versions known", 300)
+            known = time.monotonic() - begun
             time.sleep(15)  # threads that only the start needed have ended
             pid = one.process.pid
             spent, begun = cpu_seconds(pid), time.monotonic()
@@ -60,7 +62,7 @@ def measured(node: Node, count: int, seconds: float) -> dict[str, float]:
             cpu = (cpu_seconds(pid) - spent) / (time.monotonic() - begun) * 100
             proc = Path(f"/proc/{pid}")
             return {
-                "up": took, "cpu": cpu, "anon": memory(pid)["RssAnon"],
+                "up": took, "known": known, "cpu": cpu, "anon": memory(pid)["RssAnon"],
                 "threads": len(list((proc / "task").iterdir())), "files": len(list((proc / "fd").iterdir())),
             }  # fmt: skip
 
@@ -104,4 +106,6 @@ def rows(rounds: int, *, counts: Sequence[int] = COUNTS, seconds: float = SECOND
             least=False),
         Row("kubevirt up", f"from exec until {all_of} are connected and looked at",
             tuple(f["up"] for f in most), "s", 10, least=False),
+        Row("kubevirt known", "from exec until it is known of each which QEMU it has",
+            tuple(f["known"] for f in most), "s"),
     ]  # fmt: skip

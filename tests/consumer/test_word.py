@@ -239,14 +239,14 @@ def test_a_signals_handler_may_close_the_consumer_in_the_middle_of_a_wait(amqp_u
         consumer.receive(0.0)
 
 
-def test_an_on_missing_may_close_the_consumer(monkeypatch: pytest.MonkeyPatch) -> None:
-    bus, told = FakeBus(), []
+def test_an_on_missing_may_close_the_consumer(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
 
     def end(missing: MissingEvents) -> None:
         told.append((missing.first, missing.last))
         consumer.close()
 
-    consumer = on_fake_bus(monkeypatch, bus, check_gaps=True, reorder_seconds=0.0, on_missing=end)
+    consumer = on(bus, monkeypatch, check_gaps=True, reorder_seconds=0.0, on_missing=end)
     consumer.receive(0.0)
     first, _, third, fourth = records(4)
     ListFeed([first, third, fourth]).drain(bus)

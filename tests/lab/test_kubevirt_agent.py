@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,12 +13,15 @@ from typing import Any
 
 import pytest
 
+from tests.agent.process import AgentProcess, virtbus
 from tests.agent.test_agent import House
 from tests.conftest import need
 from tests.faultkit import wait_until
+from tests.faults.seen_kit import seconds_of
 from tests.lab.kubevirt import Node, Pod, connectable
 from tests.lab.lab import PAUSED_IOERROR, RUNNING, Guest, missing
 from virtbus.config import Discover
+from virtbus.seen import STANDSTILL_SECONDS
 from virtbus.sources import SourceOptions
 from virtbus.sources.many import ManySource
 
@@ -204,3 +211,53 @@ def test_the_agent_connects_where_the_nodes_path_is_longer_than_an_address(node:
     assert (check.status, check.summary) == ("ok", f"1 of 1 sockets answer ({node.pattern})")
     with connectable(pod.socket_on_node) as name:
         assert len(name) < 107
+
+
+def test_an_agent_that_stood_still_tells_what_pods_went_through_meanwhile(node: Node, tmp_path: Path) -> None:
+    """One fails, one ends in trouble, one comes and fails, one comes, fails and goes."""
+    stays, ends, fine = (node.pod("shop", name) for name in ("stays", "ends", "fine"))
+    guests = {pod: pod.launch() for pod in (stays, ends, fine)}
+    settings = f"[libvirt.discover]\nsockets = [{json.dumps(node.pattern)}]\nhost = 'node-1'\n"
+    bus = f"embedded://{tmp_path}/bus.db"
+    with AgentProcess(tmp_path, libvirt="qemu:///system", bus=bus, settings=settings) as agent:
+        agent.until(lambda: agent.log.count("libvirt connected") == 3, "all are connected", SECONDS)
+        fail(guests[ends])
+        agent.until(lambda: agent.metric("virtbus_incidents_open") == 1, "the first is told", SECONDS)
+        began = time.time()
+        os.kill(agent.process.pid, signal.SIGSTOP)
+        fail(guests[stays])
+        ends.end()
+        comes, short = node.pod("shop", "comes"), node.pod("shop", "short")
+        guests |= {pod: pod.launch() for pod in (comes, short)}
+        fail(guests[comes])
+        fail(guests[short])
+        short.end()
+        time.sleep(max(0.0, 2 * STANDSTILL_SECONDS - (time.time() - began)))
+        os.kill(agent.process.pid, signal.SIGCONT)
+        agent.until(lambda: agent.metric("virtbus_incidents_open") == 2 and agent.get("/readyz")[0] == 200,
+                    "it sees again", SECONDS)  # fmt: skip
+        go_on(guests[stays])
+        fail(guests[stays])
+        agent.until(lambda: agent.log.count("version is known") >= 3, "each hypervisor is known", SECONDS)
+        agent.until(lambda: agent.status()["spool"]["pending"] == 0, "all is delivered", SECONDS)
+        agent.stop()
+    lines = virtbus("consume", "--bus", bus, "--group", "test", "--timeout", "2").stdout.splitlines()
+    events = [json.loads(line) for line in lines]
+    data = {kind: [each["data"] for each in events if kind in each["type"]] for kind in ("io_error", "gap")}
+    counts: dict[str, int] = {}
+    for one in data["io_error"]:
+        uuid = one["domain"]["uuid"]
+        counts[uuid] = counts.get(uuid, 0) + (one["occurrences"].get("count") or 0)
+    expected = {stays: 2, ends: 1, comes: 1}
+    assert counts == {guests[pod].uuid: count for pod, count in expected.items()}
+    causes = {
+        one["domain"]["uuid"]: one["resolution"]["cause"] for one in data["io_error"] if "resolution" in one
+    }
+    assert causes == {guests[ends].uuid: "domain_stopped"}
+    frozen = [one for one in data["gap"] if one["reason"] == "agent_standstill"]
+    assert all(seconds_of(one["started_at"]) <= began for one in frozen)
+    for pod in (stays, ends, fine):
+        assert [pod.uid in (one["detail"] or "") for one in frozen].count(True) == 1
+    assert [one for one in frozen if str(node.pods) not in (one["detail"] or "")], (
+        "and of pods that nobody saw"
+    )

@@ -142,12 +142,10 @@ def test_an_error_of_an_unnamed_network_disk_is_told_although_libvirt_loses_it(l
 
 def test_a_storms_count_is_what_was_injected_unless_the_hypervisor_merges(lab: Lab) -> None:
     guest = lab.guest("storm", bus="ide", policy="report").start()
-    with observed(lab.uri_ro) as (_, seen):
+    with observed(lab.uri_ro) as (source, seen):
         guest.fail()
         wait_until(lambda: guest.injected() > 3000, "a storm rages", 120)
         guest.heal()
-        ready = seen.of(SourceReady)[0]
-        assert isinstance(ready, SourceReady)
         injected = 0
 
         def calm() -> bool:
@@ -155,12 +153,12 @@ def test_a_storms_count_is_what_was_injected_unless_the_hypervisor_merges(lab: L
             before, injected = injected, guest.injected()
             return before == injected
 
-        wait_until(calm, "the storm is over", 10)
+        wait_until(calm, "the storm is over", 60)
         time.sleep(1.0)
         told = errors(seen)
     assert {(origin, alias) for origin, alias, _ in told} == {("event", "ide0-0-0")}
     count = sum(count for _, _, count in told)
-    assert count <= injected if ready.host.hypervisor.merges else count == injected
+    assert count <= injected if source.guests.on.hypervisor.merges else count == injected
     assert {item.action_code for item in seen.of(RawIoError) if isinstance(item, RawIoError)} == {
         ACTION_REPORT
     }
@@ -487,7 +485,6 @@ def test_of_two_copied_disks_the_one_whose_copy_goes_on_is_not_blamed(
             20,
         )
         answers.set()
-        wait_until(lambda: source.cache.copied(guest.uuid) == {"virtio-disk1"}, "the XML shows one copy", 20)
         wait_until(lambda: not source.check._cases[guest.uuid].has_nameless(), "whose it was is decided", 20)
         assert {alias for _, alias, _ in errors(seen)} <= {"", "virtio-disk0"}  # newer ones name it
         assert all(item.raw.alias != "virtio-disk1" for item in seen.of(Burst) if isinstance(item, Burst))

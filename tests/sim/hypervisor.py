@@ -500,6 +500,9 @@ class ModelLink:
     def xml(self, uuid: str) -> str:
         return self._guest(uuid).xml
 
+    def has_job(self, uuid: str, target: str) -> bool:
+        return self._guest(uuid).copying
+
     def disk_errors(self, uuid: str) -> Mapping[str, int]:
         return dict(self._guest(uuid).disk_errors)
 

@@ -41,6 +41,7 @@ class Guest:
     reason: int = 1
     disk_errors: dict[str, int] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
+    jobs: set[str] = field(default_factory=set)  # targets of disks with a block job
     xml: str = ""
 
     def __post_init__(self) -> None:
@@ -210,6 +211,10 @@ class SimulatedLink:
     def xml(self, uuid: str) -> str:
         self._check("xml")
         return self.host.call(uuid).xml
+
+    def has_job(self, uuid: str, target: str) -> bool:
+        self._check("has_job")
+        return target in self.host.call(uuid).jobs
 
     def disk_errors(self, uuid: str) -> Mapping[str, int]:
         self._check("disk_errors")

@@ -15,6 +15,7 @@ from virtbus.model import Device, DeviceSource, ErrorPolicy, Evidence, Now
 from virtbus.observations import Burst, RawIoError
 from virtbus.sources.crosscheck import ACTION_UNKNOWN, CrossCheck, Verdict
 from virtbus.sources.evidence import FreeSpace, Look, gather, read_messages
+from virtbus.sources.findings import late_event
 from virtbus.sources.link import (
     ACTION_PAUSE,
     ACTION_REPORT,
@@ -162,7 +163,7 @@ def test_an_event_that_comes_after_its_finding_adds_facts_and_no_count() -> None
     assert len(findings(check, 1.0)) == 1
     late = raw(at=1.5, reason="message")
     assert check.event(late, 1.5) is Verdict.KNOWN
-    assert check.known(late).count == 0
+    assert late_event(late).count == 0
     assert check.event(raw(at=1.6), 1.6) is Verdict.TELL
 
 
@@ -768,6 +769,16 @@ def test_a_disk_whose_copy_began_later_is_not_blamed_for_what_no_description_exp
     assert check.described(UUID, "", frozenset({A}), 60.0) == []
 
 
+def test_each_error_without_a_name_is_of_its_own_time() -> None:
+    """The disks are read after each, unless that has just shown nothing."""
+    check = CrossCheck(GRACE)
+    assert [nameless_report(check, at=at) for at in (0.0, 5.0)] == [Verdict.TELL_AND_LOOK] * 2
+    assert check.described(UUID, "", frozenset(), 5.1) == []
+    assert nameless_report(check, at=5.2) in (Verdict.TELL, Verdict.TELL_AND_LOOK)
+    assert check.described(UUID, "", frozenset({A}), 3600.0) == []
+    assert not check.has_nameless(UUID)
+
+
 def test_a_pauses_device_is_named_by_the_look_before_any_copy_and_by_the_copy_where_that_is_of_no_use() -> (
     None
 ):
@@ -809,7 +820,7 @@ def test_a_further_error_without_a_name_waits_for_the_description_and_is_counted
 def test_few_errors_wait_for_a_description() -> None:
     check = CrossCheck(GRACE)
     check.event(raw(A, action=ACTION_REPORT), 0.0)
-    verdicts = [nameless_report(check, at=1.0) for _ in range(1000)]
+    verdicts = [nameless_report(check, at=1.0) for _ in range(2 * MOST_WAITING)]
     assert verdicts.count(Verdict.HOLD) == MOST_WAITING
     assert len(findings(check, 9.0)) == MOST_WAITING
 

@@ -118,20 +118,21 @@ def test_a_uri_tells_whether_paths_are_ours(uri: str, local: bool) -> None:
     assert is_local(uri) is local
 
 
-def facts(version: str = "7.2.22") -> HostFacts:
-    return HostFacts("h", Hypervisor("QEMU", version, "11.3.0"), keeps_messages=False, local=True)
+FACTS = HostFacts("h", Hypervisor("QEMU", None, "11.3.0"), keeps_messages=False, local=True)
 
 
 def test_a_probe_warns_of_events_that_the_daemon_lacks_and_of_merged_counts() -> None:
     events = {"LIFECYCLE": None, "IO_ERROR_REASON": None, "METADATA_CHANGE": "unknown event"}
-    checks = {check.name: check for check in checks_of("u", facts("10.0.0"), 0, events)}
+    checks = {check.name: check for check in checks_of("u", FACTS, "10.0.0", 0, events)}
     assert checks["libvirt events"].status == "warning"
     assert "METADATA_CHANGE" in checks["libvirt events"].summary
     assert checks["error counts"].status == "warning"
 
 
 def test_a_probe_fails_without_lifecycle_events() -> None:
-    checks = {check.name: check for check in checks_of("u", facts(), 0, {"LIFECYCLE": "unknown event"})}
+    checks = {
+        check.name: check for check in checks_of("u", FACTS, "7.2.22", 0, {"LIFECYCLE": "unknown event"})
+    }
     assert (checks["libvirt events"].status, checks["libvirt events"].exit_code) == ("failed", 69)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 
@@ -13,14 +14,12 @@ from tests.sources.test_observer import until
 from virtbus.model import IoError
 from virtbus.sources.link import ACTION_REPORT, PAUSED, PAUSED_IOERROR
 
-MIRROR = "<mirror type='file'><source file='/img/copy'/></mirror>"
 
-
-def two_disks(guest: Guest, *copied: str) -> str:
-    """The guest's XML with a second disk (alias b, target vdb), and a block job of these disks."""
+def two_disks(guest: Guest) -> str:
+    """The guest's XML with two disks: a (vda) and b (vdb)."""
     disks = "".join(
-        f"<disk type='file' device='disk'><source file='/img/{alias}'/>{MIRROR if alias in copied else ''}"
-        f"<target dev='vd{alias}'/><alias name='{alias}'/></disk>"
+        f"<disk type='file' device='disk'><source file='/img/{alias}'/><target dev='vd{alias}'/>"
+        f"<alias name='{alias}'/></disk>"
         for alias in ("a", "b")
     )
     head = f"<domain id='1'><name>{guest.name}</name><uuid>{guest.uuid}</uuid>"
@@ -28,31 +27,30 @@ def two_disks(guest: Guest, *copied: str) -> str:
 
 
 @contextmanager
-def copying(*copied: str, fresh: float = 0.0) -> Iterator[tuple[SimulatedHost, Guest, Run]]:
-    """A guest whose description is known, and is `fresh` for so many seconds."""
+def copying(*targets: str, fresh: float = 0.0) -> Iterator[tuple[SimulatedHost, Guest, Run]]:
+    """A guest whose description is known, and is `fresh` for so many seconds; these disks are copied."""
     host = SimulatedHost(1)
     guest = next(iter(host.guests.values()))
-    guest.xml = two_disks(guest, *copied)
+    guest.xml, guest.jobs = two_disks(guest), set(targets)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("virtbus.sources.descriptions.FRESH_SECONDS", fresh)
+        patch.setattr("virtbus.sources.nameless.FRESH_SECONDS", fresh)
         with Run(host, {}) as run:
             until(lambda: host_knows(run, guest))
             yield host, guest, run
 
 
-def reread(host: SimulatedHost, guest: Guest, run: Run, xml: str) -> None:
-    """Until this XML was read, and what it says was taken over."""
-    guest.xml = xml
-    before = run.observer.cache.get(guest.uuid)
-    assert before is not None
+def end(host: SimulatedHost, guest: Guest, target: str, *, failed: bool) -> None:
+    """A copy ends."""
+    guest.jobs = guest.jobs - {target}
     for handler in host.handlers():
+        handler.job_ended(guest.uuid, target, failed=failed)
         handler.changed(guest.uuid)
 
-    def is_read() -> bool:
-        entry = run.observer.cache.get(guest.uuid)
-        return entry is not None and entry.read_at > before.read_at and entry.read_at >= entry.changed_at
 
-    until(is_read)
+def fail(host: SimulatedHost, guest: Guest) -> None:
+    """An error's event without a name, and without a pause."""
+    host.io_error(guest, "", ACTION_REPORT, path="")
 
 
 def decided(run: Run, guest: Guest) -> None:
@@ -61,46 +59,77 @@ def decided(run: Run, guest: Guest) -> None:
 
 
 def test_the_disk_whose_copy_goes_on_is_not_blamed_for_the_error_of_the_one_whose_copy_ended() -> None:
-    with copying("a", "b") as (host, guest, run):
+    with copying("vda", "vdb") as (host, guest, run):
         host.failures["xml"] = 1.0  # the description that follows the error is late
-        host.io_error(guest, "", ACTION_REPORT, path="")
-        for handler in host.handlers():
-            handler.job_ended(guest.uuid, "vda", failed=True)
-        reread(host, guest, run, two_disks(guest, "b"))
+        fail(host, guest)
+        end(host, guest, "vda", failed=True)
         decided(run, guest)
         assert run.aliases() == {None}
         assert run.counts() == [1]
 
 
-def test_the_disk_whose_copy_is_known_is_not_blamed_for_one_whose_copy_began_since() -> None:
-    """Nothing says that a copy begins."""
-    with copying("a") as (host, guest, run):
-        guest.xml = two_disks(guest, "a", "b")
-        host.io_error(guest, "", ACTION_REPORT, path="")
-        reread(host, guest, run, two_disks(guest, "a", "b"))
+def test_the_disk_that_is_known_to_be_copied_is_not_blamed_for_one_whose_job_began_since() -> None:
+    """Nothing says that a copy or a backup begins."""
+    with copying("vda") as (host, guest, run):
+        fail(host, guest)
+        until(lambda: run.aliases() == {None, "a"})
+        guest.jobs = {"vda", "vdb"}
+        fail(host, guest)
+        until(lambda: sum(run.counts()) == 2)
         decided(run, guest)
-        assert run.aliases() == {None}
+        told = [
+            (event.device.alias, event.occurrences.count)
+            for event in run.events
+            if isinstance(event, IoError)
+        ]
+        assert told[-1] == (None, 1)
 
 
 def test_the_disk_whose_copy_was_pivoted_before_the_description_is_named() -> None:
-    with copying("a") as (host, guest, run):
+    with copying("vda") as (host, guest, run):
         host.failures["xml"] = 1.0
-        host.io_error(guest, "", ACTION_REPORT, path="")
-        for handler in host.handlers():
-            handler.job_ended(guest.uuid, "vda", failed=False)
-        reread(host, guest, run, two_disks(guest).replace("/img/a", "/img/copy"))
+        fail(host, guest)
+        guest.xml = guest.xml.replace("/img/a", "/img/copy")
+        end(host, guest, "vda", failed=False)
         until(lambda: run.aliases() == {None, "a"})
         assert sum(run.counts()) == 1
 
 
 def test_further_errors_of_a_copied_disk_are_of_one_incident_however_old_its_description_is() -> None:
-    with copying("a") as (host, guest, run):
-        host.io_error(guest, "", ACTION_REPORT, path="")
+    with copying("vda") as (host, guest, run):
+        fail(host, guest)
         until(lambda: run.aliases() == {None, "a"})
         for _ in range(3):
-            host.io_error(guest, "", ACTION_REPORT, path="")
+            fail(host, guest)
         until(lambda: sum(run.counts()) == 4)
         assert len({event.incident.id for event in run.events if isinstance(event, IoError)}) == 1
+
+
+@pytest.mark.parametrize("failures", [1.0, float("inf")], ids=["once", "always"])
+def test_where_nobody_says_which_disks_have_a_job_none_is_blamed(failures: float) -> None:
+    with copying("vda", fresh=60.0) as (host, guest, run):
+        host.failures["has_job"] = failures
+        fail(host, guest)
+        until(lambda: "has_job" not in host.failures or host.failures["has_job"] in (0.0, float("inf")))
+        fail(host, guest)
+        until(lambda: sum(run.counts()) == 2)
+        decided(run, guest)
+        assert run.aliases() == {None}
+        assert len({event.incident.id for event in run.events if isinstance(event, IoError)}) == 1
+
+
+def test_a_storm_of_what_nobody_can_name_is_not_looked_at_each_time() -> None:
+    with copying("vda", "vdb", fresh=3600.0) as (host, guest, run):
+        fail(host, guest)
+        decided(run, guest)
+        calls: list[str] = []
+        call = host.call
+        with mock.patch.object(host, "call", lambda uuid: calls.append(uuid) or call(uuid)):
+            for _ in range(1000):
+                fail(host, guest)
+            until(lambda: sum(run.counts()) == 1001)
+        assert run.aliases() == {None}
+        assert len(calls) < 50
 
 
 def test_a_disk_that_was_plugged_in_may_be_the_one_that_an_error_does_not_name() -> None:
@@ -112,8 +141,7 @@ def test_a_disk_that_was_plugged_in_may_be_the_one_that_an_error_does_not_name()
         guest.xml = two_disks(guest)
         for handler in host.handlers():
             handler.changed(guest.uuid)  # DEVICE_ADDED
-        host.io_error(guest, "", ACTION_REPORT, path="")
-        reread(host, guest, run, two_disks(guest))
+        fail(host, guest)
         decided(run, guest)
         assert run.aliases() == {None}
 
@@ -121,7 +149,7 @@ def test_a_disk_that_was_plugged_in_may_be_the_one_that_an_error_does_not_name()
 def test_a_guest_that_is_listed_as_paused_is_not_said_to_be_so_by_the_disk_that_is_copied() -> None:
     host = SimulatedHost(1)
     guest = next(iter(host.guests.values()))
-    guest.xml = two_disks(guest, "a")
+    guest.xml, guest.jobs = two_disks(guest), {"vda"}
     guest.state, guest.reason = PAUSED, PAUSED_IOERROR
     host.failures["state"] = 1.0
     with Run(host, {}) as run:

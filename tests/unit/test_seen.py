@@ -3,8 +3,17 @@
 import pytest
 
 from virtbus.model import Now
-from virtbus.observations import SourceLost, SourceReady, SourceSeen
-from virtbus.seen import ANSWER_SECONDS, MARGIN_SECONDS, Moment, SeenThrough, WallClocks, earliest
+from virtbus.observations import SourceLost, SourceReady, SourceSeen, Surveyed
+from virtbus.seen import (
+    ANSWER_OF_MANY_SECONDS,
+    ANSWER_SECONDS,
+    MARGIN_SECONDS,
+    Moment,
+    SeenThrough,
+    Sight,
+    WallClocks,
+    earliest,
+)
 from virtbus.testing import a_host
 from virtbus.words import GapReason
 
@@ -80,9 +89,35 @@ def test_of_two_losses_the_first_begins_the_gap_and_a_standstill_keeps_its_reaso
 def test_a_connection_that_does_not_answer_is_silent_and_one_that_stood_still_at_once():
     seen = connected()
     seen.take(SourceSeen(at(110)), at(110))
-    assert seen.silent_for(at(110 + ANSWER_SECONDS)) is None
-    assert seen.silent_for(at(170)) == 60
-    assert seen.silent_for(at(170, slept=60)) == 60
+    assert seen.silent_for(at(110 + ANSWER_SECONDS), ANSWER_SECONDS) is None
+    assert seen.silent_for(at(170), ANSWER_SECONDS) == 60
+    assert seen.silent_for(at(170, slept=60), ANSWER_SECONDS) == 60
+
+
+def test_of_many_connections_one_that_is_silent_is_its_guests_matter_and_all_of_them_are_ours():
+    """The agent was stopped, say, and goes on: until it has connected again it sees nobody."""
+    sight = Sight(Moment.of(at(0)), at(0))
+    for name in ("a", "b"):
+        found = SourceReady(a_host(), at(100).wall_ns, (), connection=name, proves=True, whole=False)
+        sight.take(found, at(100))
+    sight.surveyed(Surveyed(at(100).wall_ns, a_host(), frozenset()))
+    sight.take(SourceSeen(at(130), "a"), at(130))
+    assert sight.troubles(at(130 + ANSWER_OF_MANY_SECONDS)) == []
+    assert sight.troubles(at(190)) == ["source: no answer on any of 2 connections for 60 s"]
+    assert sight.troubles(at(190, slept=60)) == ["source: no answer on any of 2 connections for 60 s"]
+    sight.take(SourceLost(at(190).wall_ns, "gone", "a"), at(190))
+    assert sight.troubles(at(190)) == ["source: no answer on any of 1 connections for 90 s"]
+    found = SourceReady(a_host(), at(191).wall_ns, (), connection="a", proves=True, whole=False)
+    sight.take(found, at(191))
+    assert sight.troubles(at(191)) == []
+
+
+def test_guests_that_came_and_went_while_the_agent_stood_still_lie_in_a_gap_of_the_host():
+    sight = Sight(Moment.of(at(0)), at(0))
+    assert sight.blinded(at(100), at(160), 1.0) == (59.0, [])
+    sight.surveyed(Surveyed(at(100).wall_ns, a_host(), frozenset()))
+    assert sight.blinded(at(100), at(102), 1.0) == (0.0, [])
+    assert sight.blinded(at(100), at(160), 1.0) == (59.0, [Moment.of(at(100), MARGIN_SECONDS)])
 
 
 @pytest.mark.parametrize("step", [-3600.0, 3600.0])

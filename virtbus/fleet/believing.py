@@ -32,15 +32,14 @@ class Publishers:
             return None
         if publisher is None:
             return "the broker does not prove who published it"
-        name = "*" if host is None else _literal(host)  # for no host yet, {host} is any
-        fitting = [one for one in self._patterns if fnmatchcase(publisher, one.replace("{host}", name))]
+        fitting = self._fitting(publisher, host)
         if not fitting:
             return f"publisher {publisher} may not speak for host {host}"
         owner = self._owners.get(source)
         if owner == publisher:
             return None
         # A user whom the patterns no longer name claims nothing: the fleet was given other users.
-        if owner is not None and believed(self._patterns, owner, None):
+        if owner is not None and self._fitting(owner, None):
             return f"publisher {publisher} may not speak for {owner}'s {source}"
         of_one_host = all("{host}" in pattern for pattern in fitting)
         if of_one_host and self._sources[publisher] >= _MAX_SOURCES_OF_A_HOST:
@@ -52,6 +51,11 @@ class Publishers:
         self._owners[source] = publisher
         self._sources[publisher] += 1
         return None
+
+    def _fitting(self, publisher: str, host: str | None) -> list[str]:
+        """The patterns by which a user may speak for a host; for no host yet, {host} is any."""
+        name = "*" if host is None else _literal(host)
+        return [one for one in self._patterns if fnmatchcase(publisher, one.replace("{host}", name))]
 
 
 def _literal(text: str) -> str:

@@ -43,7 +43,7 @@ class Nameless:
     """Who may have been a device that its event does not name: also those who do not look so any more."""
 
     left: set[str] = field(default_factory=set)  # unplugged since
-    copied: set[str] = field(default_factory=set)  # with a block job then or since; "": nobody knows which
+    busy: set[str] = field(default_factory=set)  # with a block job then or since; "": nobody knows which
     waiting: list[RawIoError] = field(default_factory=list)  # without a pause: until the XML is read
     since: float = 0.0  # when the first of them came (monotonic)
 

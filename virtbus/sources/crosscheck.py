@@ -57,7 +57,7 @@ from virtbus.sources.link import (
     left_by,
     runs_again,
 )
-from virtbus.sources.nameless import described, release_waiting, waits
+from virtbus.sources.nameless import described, is_unclear, release_waiting, waits
 from virtbus.words import ENOSPC, EvidenceCheck, EvidenceVerdict, Origin
 
 __all__ = ["ACTION_UNKNOWN", "CrossCheck", "Decision", "Verdict"]
@@ -81,6 +81,19 @@ class Decision:
 
     bursts: list[Burst]
     over: bool  # the guest runs again by now
+
+
+def _reported(case: Case, raw: RawIoError, mono: float) -> Verdict:
+    """An error that the guest was given: looked at once in a while, and each that names no device."""
+    alias = raw.alias
+    case.last_ns[alias], case.reports[alias] = raw.observed_at, raw
+    if not alias and is_unclear(case, mono):
+        case.nameless.busy.add("")  # what is read later says nothing of it
+    elif not alias or mono - case.looked_for.get(alias, float("-inf")) >= EVIDENCE_SECONDS:
+        case.looked_for[alias] = mono
+        case.wanting.add(alias)
+        return Verdict.TELL_AND_LOOK
+    return Verdict.TELL
 
 
 class Departures:
@@ -143,16 +156,9 @@ class CrossCheck:
             if pause is None:
                 case.expect(mono, self._grace)
             return Verdict.HOLD
-        if raw.action_code != ACTION_PAUSE and waits(case, raw, mono):
-            return Verdict.HOLD
-        case.last_ns[alias] = raw.observed_at
         if raw.action_code != ACTION_PAUSE:
-            case.reports[alias] = raw
-            if mono - case.looked_for.get(alias, float("-inf")) < EVIDENCE_SECONDS:
-                return Verdict.TELL
-            case.looked_for[alias] = mono
-            case.wanting.add(alias)
-            return Verdict.TELL_AND_LOOK
+            return Verdict.HOLD if waits(case, raw, mono) else _reported(case, raw, mono)
+        case.last_ns[alias] = raw.observed_at
         case.events[alias] = raw
         case.puzzled_at = -math.inf
         # "" is a finding that could not name its device; an event without a name is of any finding.
@@ -246,13 +252,17 @@ class CrossCheck:
 
     def suspect(self, uuid: str, aliases: frozenset[str]) -> None:
         """Disks that have a block job, or had one until now: an event without a name may be of any."""
-        if (case := self._cases.get(uuid)) is not None and case.has_nameless():
-            case.nameless.copied |= aliases
+        if self.has_nameless(uuid):
+            self._cases[uuid].nameless.busy |= aliases
 
-    def described(self, uuid: str, only_disk: str, copied: frozenset[str], mono: float) -> list[Burst]:
-        """The domain's XML was read: it may show of which device an event without a name was."""
+    def has_nameless(self, uuid: str) -> bool:
+        """Whether something was reported of the domain without a name, or waits for one."""
         case = self._cases.get(uuid)
-        return [] if case is None or not case.has_nameless() else described(case, only_disk, copied, mono)
+        return case is not None and case.has_nameless()
+
+    def described(self, uuid: str, only_disk: str, jobs: frozenset[str] | None, mono: float) -> list[Burst]:
+        """The domain's disks were read: that may show whose an event without a name was."""
+        return described(self._cases[uuid], only_disk, jobs, mono) if self.has_nameless(uuid) else []
 
     def baseline(self, uuid: str, name: str, number: int | None, wrong: Mapping[str, int]) -> None:
         """The disk errors (by alias) of a guest that runs: left over from before."""
@@ -331,10 +341,6 @@ class CrossCheck:
             return frozenset()
         last = {**case.reports, **case.events}
         return frozenset(alias for alias, raw in last.items() if raw.reason == ENOSPC)
-
-    def known(self, raw: RawIoError) -> Burst:
-        """An event of verdict KNOWN, as it is passed on: its facts, no count."""
-        return Burst(raw, 0, raw.observed_at, raw.observed_at, late=True)
 
     # ---- after a (re)connect
 

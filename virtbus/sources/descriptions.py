@@ -38,6 +38,8 @@ class Entry:
     asked_at: float = float("-inf")
     read_at: float = float("-inf")  # when its XML was asked for (monotonic), and when it last changed since
     changed_at: float = float("-inf")
+    jobs: frozenset[str] = frozenset()  # the disks that had a block job, and when that was asked last
+    jobs_at: float = float("-inf")
     strange: frozenset[tuple[str, str]] = frozenset()  # (alias, path) that its XML was read again for
     description: Description | None = field(default=None, compare=False)
 
@@ -101,7 +103,7 @@ class Cache:
         return frozenset(entry.xml.devices)
 
     def doubt(self, now: float) -> None:
-        """A new connection: disks may have been plugged and unplugged since each XML was read."""
+        """Nobody listens: from now on disks may be plugged and unplugged without a word."""
         with self._lock:
             self._entries = {uuid: replace(entry, changed_at=now) for uuid, entry in self._entries.items()}
             self._unread, self._wanted, self._missing = set(self._entries), set(), {}
@@ -123,7 +125,7 @@ class Cache:
         """The alias of the disk that an event without one speaks of; "" when that is unclear.
 
         By its path; else the only disk; else, of an error without a pause, as libvirt gives no alias during a
-        copy, the only copied one. A pause's disk is found by the look. `now` is monotonic.
+        block job, the only one that has one. A pause's disk is found by the look. `now` is monotonic.
         """
         entry = self._entries.get(raw.domain_uuid)
         if entry is None or entry.xml is None:
@@ -132,20 +134,22 @@ class Cache:
         if owners:
             return owners[0] if len(owners) == 1 else ""
         if entry.read_at < entry.changed_at:
-            return ""
-        is_fresh = raw.action_code != ACTION_PAUSE and now - entry.read_at <= FRESH_SECONDS
-        copied = entry.xml.copying if is_fresh and entry.xml.complete else ()
-        return entry.xml.only_disk or (next(iter(copied)) if len(copied) == 1 else "")
+            return ""  # a disk may have been plugged in
+        is_fresh = entry.jobs_at >= entry.changed_at and now - entry.jobs_at <= FRESH_SECONDS
+        may_be_copied = is_fresh and raw.action_code != ACTION_PAUSE
+        copied = next(iter(entry.jobs)) if may_be_copied and len(entry.jobs) == 1 else ""
+        return entry.xml.only_disk or copied
 
     def only_disk(self, uuid: str) -> str:
         """The alias of a domain's only disk; "" where there are several, or may be."""
         entry = self._entries.get(uuid)
-        return "" if entry is None or entry.xml is None else entry.xml.only_disk
+        known = entry is not None and entry.read_at >= entry.changed_at
+        return entry.xml.only_disk if entry is not None and entry.xml is not None and known else ""
 
-    def copied(self, uuid: str) -> frozenset[str] | None:
-        """The disks that had a block job when the XML was read; None: there may be others than it shows."""
+    def jobs(self, uuid: str) -> frozenset[str] | None:
+        """The disks that had a block job at the last reading ("": nobody knows); None: not asked then."""
         entry = self._entries.get(uuid)
-        return None if entry is None or entry.xml is None or not entry.xml.complete else entry.xml.copying
+        return None if entry is None or entry.jobs_at < entry.read_at else entry.jobs
 
     def disk(self, uuid: str, name: str) -> str:
         """The alias of the disk that a block job's event names by its target or path; "" when unknown."""
@@ -193,15 +197,28 @@ class Cache:
             if old is not None:
                 self._entries[uuid] = replace(old, changed_at=now)
 
-    def read(self, uuid: str, xml: DomainXml | None, asked_at: float = float("inf")) -> None:
-        """Its XML was read, or (None) refused. Of a domain that is gone it is of no use."""
+    def read(
+        self,
+        uuid: str,
+        xml: DomainXml | None,
+        asked_at: float = float("inf"),
+        jobs: frozenset[str] | None = None,
+    ) -> None:
+        """Its XML was read, or (None) refused; `jobs`: the disks that have a block job, where that was asked.
+
+        Of a domain that is gone it is of no use.
+        """
         with self._lock:
             old = self._entries.get(uuid)
-            if old is not None:
-                if uuid in self._unread and xml is not None:
-                    self._unread.discard(uuid)
-                    self._missing[uuid] = frozenset(old.devices) - frozenset(xml.devices)
-                self._entries[uuid] = _described(replace(old, xml=xml, refused=xml is None, read_at=asked_at))
+            if old is None:
+                return
+            if uuid in self._unread and xml is not None and asked_at >= old.changed_at:
+                self._unread.discard(uuid)
+                self._missing[uuid] = frozenset(old.devices) - frozenset(xml.devices)
+            read = replace(old, xml=xml, refused=xml is None, read_at=asked_at)
+            if jobs is not None:
+                read = replace(read, jobs=jobs, jobs_at=asked_at)
+            self._entries[uuid] = _described(read)
 
     def may_ask(self, uuid: str, now: float) -> bool:
         """Whether it is worth to ask for what an entry lacks; True counts as asked."""

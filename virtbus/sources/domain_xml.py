@@ -46,7 +46,6 @@ class DomainXml:
     devices: Mapping[str, Device]
     # Disk → hashes of the names that libvirt may give its images: names may hold secrets.
     images: Mapping[str, frozenset[int]] = field(default_factory=dict)
-    copying: frozenset[str] = frozenset()  # disks with a block job
     complete: bool = True  # False: QEMU may have disks that libvirt does not know
 
     def has_image(self, alias: str, path: str) -> bool:
@@ -77,7 +76,6 @@ def parse(
     number = root.get("id", "")
     devices: dict[str, Device] = {}
     images: dict[str, frozenset[int]] = {}
-    copying = set()
     for element in root.iterfind("devices/*"):
         device = _device(element)
         if device is None or device.alias is None:
@@ -85,8 +83,6 @@ def parse(
         devices.setdefault(device.alias, device)  # a <console> bears its <serial>'s alias, after it
         if element.tag == "disk" and element.find("source") is not None:
             images[device.alias] = frozenset(map(hash, _names(element)))
-            if element.find("mirror") is not None:
-                copying.add(device.alias)
     if root.find(f"metadata/{{{KUBEVIRT}}}kubevirt") is not None:
         devices = {alias: _kubevirt_volume(device) for alias, device in devices.items()}
     return DomainXml(
@@ -96,7 +92,6 @@ def parse(
         owner=_owner(root, uuid, name, owner_rules),
         devices=devices,
         images=images,
-        copying=frozenset(copying),
         complete=root.find(COMMANDLINE) is None,
     )
 

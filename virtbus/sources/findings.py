@@ -14,6 +14,11 @@ from virtbus.words import ENOSPC, DiskError, Origin
 ACTION_UNKNOWN = -1  # the guest runs, and the policy does not say whether it was ever paused
 
 
+def late_event(raw: RawIoError) -> Burst:
+    """An event whose error a look has found before it, as it is passed on: its facts, no count."""
+    return Burst(raw, 0, raw.observed_at, raw.observed_at, late=True)
+
+
 def newer_messages(
     look: Look,
     since_ns: int | None,

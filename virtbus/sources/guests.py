@@ -50,7 +50,7 @@ from virtbus.sources.session import (
     Shared,
     Undecodable,
 )
-from virtbus.telemetry import BlockJobFailed, emit
+from virtbus.telemetry import BlockJobFailed, HypervisorKnown, emit
 from virtbus.words import GuestState, ResolutionCause
 
 SNAPSHOT_SECONDS = 3.0  # what the first look could not see by then comes later
@@ -133,7 +133,6 @@ class Guests:
         facts = opened.facts
         self.on.begin(facts)
         self._asker.begin(session, facts)
-        self._cache.doubt(self._clock().monotonic)
         here = frozenset(domain.uuid for domain in opened.domains)
         for entry in self._cache.active():
             if entry.uuid not in here:
@@ -241,6 +240,7 @@ class Guests:
 
     def leave(self) -> None:
         """The connection is let go of."""
+        self._cache.doubt(self._clock().monotonic)
         self._first, self._asker.session = None, None
         self._lookups.pause()
 
@@ -290,6 +290,8 @@ class Guests:
             emit(BlockJobFailed(note.uuid if entry is None else entry.name, note.disk))
         elif isinstance(note, HostAnswered):
             self.on.answered(note)
+            if note.version is not None:
+                emit(HypervisorKnown(session.connection, note.version))
             if self._first is None and not self._many:
                 session.tell([HostKnown(self.on.host(), self._clock().wall_ns)])
         elif isinstance(note, Undecodable):

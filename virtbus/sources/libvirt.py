@@ -13,7 +13,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -230,8 +229,12 @@ class LibvirtLink:
     def xml(self, uuid: str) -> str:
         """See Link."""
         with _calling(f"domain {uuid}: XML"):
-            text: str = self._domain(uuid).XMLDesc(0)
-            return text
+            return str(self._domain(uuid).XMLDesc(0))
+
+    def has_job(self, uuid: str, target: str) -> bool:
+        """See Link."""
+        with _calling(f"domain {uuid}: block job of {target}"):
+            return bool(self._domain(uuid).blockJobInfo(target))
 
     def disk_errors(self, uuid: str) -> Mapping[str, int]:
         """See Link."""
@@ -489,9 +492,8 @@ class LibvirtSource(Observer):
         except VirtbusError as error:
             return [unreachable(error)]
         try:
-            facts = link.facts()
-            facts = replace(facts, hypervisor=replace(facts.hypervisor, version=link.version()))
-            return checks_of(self._libvirt.uri, facts, len(link.domains()), link.probe_events())
+            found = len(link.domains()), link.probe_events()
+            return checks_of(self._libvirt.uri, link.facts(), link.version(), *found)
         except VirtbusError as error:
             return [Check("libvirt", "failed", str(error), "see the daemon's own log", error.exit_code)]
         finally:

@@ -157,6 +157,9 @@ class Link(Protocol):
     def xml(self, uuid: str) -> str:
         """The live XML of one domain."""
 
+    def has_job(self, uuid: str, target: str) -> bool:
+        """Whether a disk has a block job (a copy or backup, say); asks the guest's QEMU, which may hang."""
+
     def disk_errors(self, uuid: str) -> Mapping[str, int]:
         """Disk errors by target (virDomainGetDiskErrors); asks the guest's QEMU, which may hang."""
 

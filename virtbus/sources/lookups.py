@@ -44,6 +44,7 @@ from virtbus.sources.session import Baseline, Described, HostAnswered, Looked, S
 from virtbus.telemetry import DomainUnreadable, LookupFinished, LookupsReplaced, Trouble, emit
 
 HOST = ""  # the look-up key of what is not a domain's
+NOBODY_KNOWS = frozenset({""})
 FIRST_WAIT = 1.0
 LONGEST_WAIT = 60.0
 
@@ -379,6 +380,23 @@ class Asker:
             emit(DomainUnreadable(uuid, error))
         else:
             self._shared.cache.read(uuid, xml, asked_at)
+            with self._shared.lock:
+                is_wanted = self._shared.check.has_nameless(uuid)
+            if is_wanted and not xml.only_disk:
+                self._shared.cache.read(uuid, xml, asked_at, self._jobs(link, uuid, xml))
+
+    def _jobs(self, link: Link, uuid: str, xml: domain_xml.DomainXml) -> frozenset[str]:
+        """The disks with a block job, whose errors libvirt reports without a name; "": nobody knows."""
+        if not xml.complete:
+            return NOBODY_KNOWS
+        disks = disks_by_target({alias: xml.devices[alias] for alias in xml.images})
+        try:
+            return frozenset(alias for target, alias in disks.items() if link.has_job(uuid, target))
+        except NoSuchDomain:
+            raise
+        except SourceUnavailable as error:
+            emit(LookupFinished("failed", uuid, error))
+            return NOBODY_KNOWS
 
     def _look(self, link: Link, uuid: str) -> Look:
         asked_at = self._shared.clock().monotonic

@@ -1,4 +1,4 @@
-"""Errors whose events name no device: who may have been it, as far as a domain's XML shows. Pure.
+"""Errors whose events name no device: who may have been it, as far as a domain's disks show. Pure.
 
 libvirt up to 9.0 names none during a block job. Guarantees:
 
@@ -16,21 +16,25 @@ from virtbus.sources.descriptions import FRESH_SECONDS
 from virtbus.sources.findings import burst_of
 from virtbus.words import Origin
 
-MOST_WAITING = 256  # errors of a domain; what comes beyond is reported without a name
+MOST_WAITING = 4096  # errors of a domain; what comes beyond is reported without a name
 
 
 def waits(case: Case, raw: RawIoError, mono: float) -> bool:
-    """Whether an error without a device and a pause waits until the XML is read, and shows whose it is.
+    """Whether an error without a device and a pause waits until the disks are read, and show whose it is.
 
     Where no device of the guest has an error yet it is reported at once, and named later.
     """
     wants = case.nameless
-    is_unclear = mono - case.unclear_at <= FRESH_SECONDS or len(wants.waiting) >= MOST_WAITING
-    if raw.alias or is_unclear or not any(case.last_ns):
+    if raw.alias or not any(case.last_ns) or len(wants.waiting) >= MOST_WAITING or is_unclear(case, mono):
         return False
     wants.since = wants.since if wants.waiting else mono
     wants.waiting.append(raw)
     return True
+
+
+def is_unclear(case: Case, mono: float) -> bool:
+    """Whether the disks were read a moment ago, and did not show whose an error without a name is."""
+    return mono - case.unclear_at <= FRESH_SECONDS
 
 
 def release_waiting(case: Case, alias: str = "") -> list[Burst]:
@@ -42,23 +46,26 @@ def release_waiting(case: Case, alias: str = "") -> list[Burst]:
     return [burst_of(raw._replace(alias=alias), 1, Origin.EVENT, None, None, pause=False) for raw in raws]
 
 
-def described(case: Case, only_disk: str, copied: frozenset[str], mono: float) -> list[Burst]:
-    """The XML was read: name what came without a name, where nobody else can have been it.
+def described(case: Case, only_disk: str, jobs: frozenset[str] | None, mono: float) -> list[Burst]:
+    """The disks were read: name what came without a name, where nobody else can have been it.
 
-    During a copy libvirt names no device; of a pause the look at it says more, and comes first.
+    During its block job libvirt names no disk; of a pause the look at it says more, and comes first. `jobs`:
+    the disks that have one; None: it is not known.
     """
     seen = case.nameless
-    if only_disk and seen.left | seen.copied <= {only_disk}:
+    if only_disk and seen.left | seen.busy <= {only_disk}:
         return identified(case, only_disk) + release_waiting(case, only_disk)
-    seen.copied |= copied
-    alias = next(iter(seen.copied)) if len(seen.copied) == 1 and not seen.left else ""
+    if jobs is None:
+        return []
+    seen.busy |= jobs
+    alias = next(iter(seen.busy)) if len(seen.busy) == 1 and not seen.left else ""
     is_decided = not (case.pauses or case.credit)
     found = identified(case, alias, pauses=is_decided, listed=False) if alias else []
     found += release_waiting(case, alias)
     case.reports.pop("", None)  # what a later description shows says nothing of it, nor of a decided pause
     case.unclear_at = case.unclear_at if alias else mono
     if is_decided:
-        seen.copied.add("")
+        seen.busy.add("")
     return found
 
 

@@ -210,8 +210,8 @@ class Observer:
     def _begin_to_listen(self, session: Session, opened: Opened) -> Witness:
         ready = self.guests.tell_ready(session, opened, self._appeared_ns())
         self.ever_ready = True
-        found = self.guests.on.hypervisor
-        emit(SourceRegistered(self._connector.uri, found.libvirt_version, found.version, len(ready.domains)))
+        libvirt_version = self.guests.on.hypervisor.libvirt_version
+        emit(SourceRegistered(self._connector.uri, libvirt_version, len(ready.domains)))
         now = self.clock()
         self._alive_at = after(now.monotonic, self._alive_seconds)
         return Witness(session, opened.link, self._crew, now, self._options.quiet_seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from virtbus.errors import ConfigError, SourceDenied, SourceUnavailable, VirtbusError
 from virtbus.model import Check
@@ -19,17 +20,19 @@ def unreachable(error: VirtbusError) -> Check:
     return Check("libvirt", "failed", str(error), remedy, error.exit_code)
 
 
-def checks_of(uri: str, facts: HostFacts, domains: int, events: Mapping[str, str | None]) -> Sequence[Check]:
+def checks_of(
+    uri: str, facts: HostFacts, version: str, domains: int, events: Mapping[str, str | None]
+) -> Sequence[Check]:
     """A connection was made; `events` are their names and libvirt's refusals (None: it can be registered)."""
-    kind, version = facts.hypervisor.kind, facts.hypervisor.version
-    libvirt_version = facts.hypervisor.libvirt_version
+    kind, libvirt_version = facts.hypervisor.kind, facts.hypervisor.libvirt_version
+    merges = replace(facts.hypervisor, version=version).merges
     details = {
         "uri": uri,
         "hypervisor": kind,
         "hypervisor_version": version,
         "libvirt_version": libvirt_version,
         "domains": domains,
-        "throttles": facts.hypervisor.merges,
+        "throttles": merges,
     }
     words = f"{facts.name}: {kind} {version} behind libvirt {libvirt_version}, {domains} domain(s) active"
     checks = [Check("libvirt", "ok", words, details=details)]
@@ -41,7 +44,7 @@ def checks_of(uri: str, facts: HostFacts, domains: int, events: Mapping[str, str
         status, code = ("failed", SourceUnavailable.exit_code) if events.get("LIFECYCLE") else ("warning", 0)
         remedy = "what depends on them is found later, by looking; a newer libvirt offers them"
         checks.append(Check("libvirt events", status, f"not offered: {missing}", remedy, code))
-    if facts.hypervisor.merges:
+    if merges:
         words = f"{kind} {version} merges a device's errors, one event a second: counts are lower bounds"
         remedy = "nothing to fix: read occurrences.lower_bound, and docs/libvirt.md"
         checks.append(Check("error counts", "warning", words, remedy))

@@ -27,6 +27,7 @@ from virtbus.sources import Sink
 from virtbus.sources.crosscheck import CrossCheck, Verdict
 from virtbus.sources.descriptions import Cache
 from virtbus.sources.evidence import Look
+from virtbus.sources.findings import late_event
 from virtbus.sources.link import STATE_AFTER, STOPPED, left_by, runs_again
 from virtbus.words import GapReason, ResolutionCause
 
@@ -201,9 +202,9 @@ class Session:
             raw = raw._replace(alias=alias)
             verdict = shared.check.event(raw, now.monotonic)
             if not alias:
-                shared.check.suspect(uuid, shared.cache.copied(uuid) or frozenset())
+                shared.check.suspect(uuid, shared.cache.jobs(uuid) or frozenset())
             if verdict is not Verdict.HOLD:
-                self._sink(raw if verdict is not Verdict.KNOWN else shared.check.known(raw))
+                self._sink(raw if verdict is not Verdict.KNOWN else late_event(raw))
             if uuid in self._left:
                 # A hypervisor that merges errors may send one late: nothing else would end its incident.
                 self.tell([*shared.check.gone(uuid), DomainGone(uuid, now.wall_ns, self._left[uuid][1])])
@@ -288,11 +289,11 @@ class Session:
         cache, check, now = self._shared.cache, self._shared.check, self._shared.clock()
         missing, aliases = cache.late(uuid)
         check.removed(uuid, *missing)
-        if self.live and aliases is not None:
+        if not self.live:
+            return
+        if aliases is not None:
             self.tell([DevicesKnown(uuid, aliases, now.wall_ns)])
-        copied = cache.copied(uuid)
-        if self.live and copied is not None:
-            self.tell(check.described(uuid, cache.only_disk(uuid), copied, now.monotonic))
+        self.tell(check.described(uuid, cache.only_disk(uuid), cache.jobs(uuid), now.monotonic))
 
     def saw(self, asked: Now) -> None:
         """The daemon answered a question asked at `asked`: everything it sent before has been received."""
