@@ -291,6 +291,7 @@ def _lock(path: Path) -> int:
             f"dedupe file {path} is in use by process {holder or '(unknown)'}: "
             "give each consumer a file of its own"
         ) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, b"%d\n" % os.getpid(), 0)
+    with suppress(OSError):  # no room: it is only told to others
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, b"%d\n" % os.getpid(), 0)
     return lock
