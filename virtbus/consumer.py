@@ -50,7 +50,7 @@ from virtbus.marks import Mark, Marks
 from virtbus.model import Event, Message
 from virtbus.retry import Backoff
 from virtbus.sequences import MissingEvents, SequenceCheck
-from virtbus.telemetry import BusCutOff, ConsumerRefused, PoisonMessage, emit
+from virtbus.telemetry import BusCutOff, ConsumerRefused, NoVerdicts, PoisonMessage, emit
 
 __all__ = ["Consumer", "Delivery", "MissingEvents"]
 
@@ -63,6 +63,7 @@ FLUSH_SECONDS = 0.05
 MAX_ATTEMPTS = 100  # a storm of kills counts deliveries of good events too: some 20 in 200 kills
 REORDER_SECONDS = 60.0
 _IDLE_SECONDS = 1.0
+_SILENT_SECONDS = 600.0  # without a verdict while nothing more may be handed out
 _YEAR = 366 * 86400.0
 _RETRIED = 10_000  # events remembered that had `retry` as their verdict
 
@@ -126,11 +127,7 @@ class Delivery:
         if not isinstance(after, int | float) or isinstance(after, bool):
             raise ConfigError(f"retry(after={after!r}): take a number of seconds")
         if not 0 <= after <= _YEAR:  # NaN fails too
-            try:
-                told = f"={after:g}"
-            except OverflowError:
-                told = " beyond any number"
-            raise ConfigError(f"retry(after{told}): take 0 to {_YEAR:.0f} seconds")
+            raise ConfigError(f"retry(after={min(after, 1e300):g}): take 0 to {_YEAR:.0f} seconds")
         self._consumer._retry(self, float(after))
 
     def dead_letter(self, reason: str) -> None:
@@ -271,6 +268,7 @@ class Consumer:
         self._sequences = SequenceCheck(reorder_seconds, self._memory.missing, enabled=check_gaps)
         self._sequences.restore(self._seen.runs())
         self._in_flight: dict[Mark, list[Message]] = {}
+        self._verdict_at = time.monotonic()  # the last one
         self._again: deque[Message] = deque()  # copies whose first one did not decide for them
         self._next: Delivery | None = None  # opened, not handed out yet
         self._retried: OrderedDict[Mark, None] = OrderedDict()
@@ -327,6 +325,8 @@ class Consumer:
                 return delivery
             if message is None and time.monotonic() >= deadline:
                 break
+        if len(self._in_flight) >= self._prefetch and time.monotonic() - self._verdict_at > _SILENT_SECONDS:
+            emit(NoVerdicts(len(self._in_flight)))
         return None
 
     def stop(self) -> None:
@@ -350,7 +350,7 @@ class Consumer:
                 return
             try:
                 with suppress(BusUnavailable, BusDenied):  # marks are on disk: what comes again is recognised
-                    self._flush(closing=True)
+                    self._flush()
                 grip.leave()
                 with suppress(DedupeUnavailable):  # how far the bus got with these acks: no more than useful
                     self._seen.write([], (), self._memory.fresh)
@@ -422,7 +422,7 @@ class Consumer:
         """
         if not delivery._open:
             raise ConfigError(f"event {delivery.id} has had its verdict; give each delivery exactly one")
-        delivery._open = False
+        delivery._open, self._verdict_at = False, time.monotonic()
         first = delivery._message
         same: list[Message] = []
         for copy in self._in_flight.pop((delivery.source, delivery.id), []):
@@ -471,10 +471,8 @@ class Consumer:
             with suppress(BusUnavailable, BusDenied):  # what comes again is recognised
                 self._flush()
 
-    def _flush(self, *, closing: bool = False) -> None:
+    def _flush(self) -> None:
         """Write the marks of what is done in one transaction, then send the acks."""
-        if not self._done and not closing:
-            return
         fresh, marks = self._memory.fresh, list(self._done)
         for mark in marks:
             self._sequences.settled(*mark)

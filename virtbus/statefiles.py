@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 _KINDS = (
@@ -68,8 +69,9 @@ def claim(path: Path) -> int:
         holder = os.pread(claimed, 20, 0).decode(errors="replace").strip()
         os.close(claimed)
         raise Claimed(holder or "(unknown)") from None
-    os.ftruncate(claimed, 0)
-    os.pwrite(claimed, b"%d\n" % os.getpid(), 0)
+    with suppress(OSError):  # no room: it is only told to others
+        os.ftruncate(claimed, 0)
+        os.pwrite(claimed, b"%d\n" % os.getpid(), 0)
     return claimed
 
 

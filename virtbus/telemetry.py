@@ -415,6 +415,12 @@ class ConsumerRefused(TelemetryEvent, level="error", every=30):
     error: Exception | str
 
 
+class NoVerdicts(TelemetryEvent, level="warning", every=600):
+    """no event has had its verdict (ack, retry, dead_letter) for minutes; `prefetch` allows no other one"""
+
+    waiting: int
+
+
 class LookupFinished(TelemetryEvent, level="debug", counts=("lookups:result",)):
     """domain looked up"""
 

@@ -113,6 +113,18 @@ def test_a_close_without_the_marks_says_so_and_lets_go_of_the_bus(url, file):
     assert left(url, file) == 5
 
 
+def test_a_start_on_a_full_disk_can_be_tried_again(url: str, file: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        for _ in range(2):
+            with pytest.raises(ConfigError, match="can't be used"):
+                Consumer(url, group="g", dedupe=file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert left(url, file) == 5
+
+
 @pytest.mark.parametrize("version", [0, 1])
 def test_another_programs_database_is_refused_untouched(version: int, url: str, file: Path) -> None:
     with closing(sqlite3.connect(file)) as other:

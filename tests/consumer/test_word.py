@@ -405,6 +405,25 @@ def test_a_reason_that_is_no_text_is_refused_and_the_delivery_stays_open(url: st
         delivery.dead_letter("ünïcode \x00 " + "x" * 3000)
 
 
+def test_a_handler_that_gives_no_verdicts_is_told_why_nothing_comes_any_more(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bus = FakeBus()
+    with on_fake_bus(monkeypatch, bus, prefetch=2) as consumer:
+        consumer.receive(0.0)
+        ListFeed(records(3, keys=3)).drain(bus)
+        first, second = consumer.receive(1.0), consumer.receive(1.0)
+        assert consumer.receive(0.0) is None
+        assert "no event has had its verdict" not in caplog.text  # they may still be worked on
+        monkeypatch.setattr("virtbus.consumer._SILENT_SECONDS", 0.0)
+        assert consumer.receive(0.0) is None
+        assert "no event has had its verdict" in caplog.text
+        assert first is not None
+        assert second is not None
+        first.ack()
+        assert consumer.receive(1.0) is not None
+
+
 # ------------------------------------------------------------------------------------- validation
 
 
