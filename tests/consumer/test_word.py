@@ -406,10 +406,9 @@ def test_a_reason_that_is_no_text_is_refused_and_the_delivery_stays_open(url: st
 
 
 def test_a_handler_that_gives_no_verdicts_is_told_why_nothing_comes_any_more(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    bus: Bus, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    bus = FakeBus()
-    with on_fake_bus(monkeypatch, bus, prefetch=2) as consumer:
+    with on(bus, monkeypatch, prefetch=2) as consumer:
         consumer.receive(0.0)
         ListFeed(records(3, keys=3)).drain(bus)
         first, second = consumer.receive(1.0), consumer.receive(1.0)
