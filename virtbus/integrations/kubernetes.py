@@ -25,7 +25,7 @@ import urllib3
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
 
-from virtbus.config import React
+from virtbus.config import React, ReactKubernetes
 from virtbus.consumer import Delivery
 from virtbus.errors import ConfigError, VirtbusError
 from virtbus.fleet import Blame, HostHealth
@@ -115,31 +115,10 @@ class Kubernetes(Integration):
         self._log_in()
 
     def _log_in(self) -> None:
-        """Read who we are. Raises ConfigError when there is no cluster to be found."""
-        own = self._own
         self._logged_in_at = time.monotonic()
-        try:
-            if own.kubeconfig is None and own.context is None:
-                load: Any = config.load_config
-                with redirect_stdout(StringIO()):  # it prints where it looks, among what our commands print
-                    load()
-                settings: Any = client.Configuration.get_default_copy()
-            else:
-                new: Any = config.new_client_from_config
-                settings = new(config_file=own.kubeconfig, context=own.context).configuration
-            # Its own retries would sleep for as long as a server's Retry-After says: that is ours to decide.
-            settings.retries = urllib3.Retry(0)
-            made: Any = client.ApiClient(settings)
-        # OSError, YAMLError, TypeError, …: its own reader trusts the file to be one.
-        except Exception as error:
-            why = " ".join(str(error).split())
-            raise ConfigError(
-                f"no Kubernetes cluster: {why}; set react.kubernetes.kubeconfig, or run in a pod with a "
-                "service account"
-            ) from error
         # Any: every field of the client's models is Optional to a type checker.
-        self._client: Any = made
-        self._api: Any = client.CoreV1Api(made)
+        self._client: Any = _logged_in(self._own)
+        self._api: Any = client.CoreV1Api(self._client)
 
     def _log_in_again(self) -> None:
         """A token or certificate that was refused may have been renewed since the client read it."""
@@ -415,6 +394,29 @@ class Kubernetes(Integration):
     def close(self) -> None:
         """See Integration."""
         self._client.close()
+
+
+def _logged_in(own: ReactKubernetes) -> Any:
+    """The client of who we are now. Raises ConfigError when there is no cluster to be found."""
+    try:
+        if own.kubeconfig is None and own.context is None:
+            load: Any = config.load_config
+            with redirect_stdout(StringIO()):  # it prints where it looks, among what our commands print
+                load()
+            settings: Any = client.Configuration.get_default_copy()
+        else:
+            new: Any = config.new_client_from_config
+            settings = new(config_file=own.kubeconfig, context=own.context).configuration
+        # Its own retries would sleep for as long as a server's Retry-After says: that is ours to decide.
+        settings.retries = urllib3.Retry(0)
+        return client.ApiClient(settings)
+    # OSError, YAMLError, TypeError, …: its own reader trusts the file to be one.
+    except Exception as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(
+            f"no Kubernetes cluster: {why}; set react.kubernetes.kubeconfig, or run in a pod with a "
+            "service account"
+        ) from error
 
 
 def _translated(error: Exception, doing: str, node: str) -> TargetUnavailable | ActionRefused:
