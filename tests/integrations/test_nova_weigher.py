@@ -16,9 +16,9 @@ import pytest
 def weigher(tmp_path, monkeypatch):
     """Nova's base class does nothing that matters here."""
     weights = ModuleType("nova.scheduler.weights")
-    weights.BaseHostWeigher = object  # type: ignore[attr-defined]
+    weights.BaseHostWeigher = object
     scheduler = ModuleType("nova.scheduler")
-    scheduler.weights = weights  # type: ignore[attr-defined]
+    scheduler.weights = weights
     for module in (ModuleType("nova"), scheduler, weights):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.delitem(sys.modules, "virtbus.integrations.nova_weigher", raising=False)

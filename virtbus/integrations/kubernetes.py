@@ -115,10 +115,9 @@ class Kubernetes(Integration):
         self._log_in()
 
     def _log_in(self) -> None:
-        """Read who we are. Raises ConfigError when there is no cluster to be found."""
         self._logged_in_at = time.monotonic()
         # Any: every field of the client's models is Optional to a type checker.
-        self._client: Any = _connect(self._own)
+        self._client: Any = _logged_in(self._own)
         self._api: Any = client.CoreV1Api(self._client)
 
     def _log_in_again(self) -> None:
@@ -397,8 +396,8 @@ class Kubernetes(Integration):
         self._client.close()
 
 
-def _connect(own: ReactKubernetes) -> Any:
-    """A client with the login as it is now. Raises ConfigError when there is no cluster to be found."""
+def _logged_in(own: ReactKubernetes) -> Any:
+    """The client of who we are now. Raises ConfigError when there is no cluster to be found."""
     try:
         if own.kubeconfig is None and own.context is None:
             load: Any = config.load_config
@@ -410,7 +409,7 @@ def _connect(own: ReactKubernetes) -> Any:
             settings = new(config_file=own.kubeconfig, context=own.context).configuration
         # Its own retries would sleep for as long as a server's Retry-After says: that is ours to decide.
         settings.retries = urllib3.Retry(0)
-        made: Any = client.ApiClient(settings)
+        return client.ApiClient(settings)
     # OSError, YAMLError, TypeError, …: its own reader trusts the file to be one.
     except Exception as error:
         why = " ".join(str(error).split())
@@ -418,7 +417,6 @@ def _connect(own: ReactKubernetes) -> Any:
             f"no Kubernetes cluster: {why}; set react.kubernetes.kubeconfig, or run in a pod with a "
             "service account"
         ) from error
-    return made
 
 
 def _translated(error: Exception, doing: str, node: str) -> TargetUnavailable | ActionRefused:

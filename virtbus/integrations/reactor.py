@@ -72,7 +72,7 @@ class Reactor:
         self._batch_since = 0.0
         self._judged_at = float("-inf")
         self._noted_at = float("-inf")
-        self._listening_since: float | None = None
+        self._listening_since = math.inf
         self._heartbeat_at = self._begun = self._clock().monotonic
         self._shown = store.conditions()
         self._witnessed = self.fleet.witnessed = store.witnessed()
@@ -172,7 +172,7 @@ class Reactor:
             self._unusable(delivery, error)
             return
         if isinstance(delivery.event, Heartbeat):
-            if self._listening_since is None or self._is_deaf(now):
+            if self._listening_since == math.inf or self._is_deaf(now):
                 self._listening_since = now.monotonic
             self._heartbeat_at = now.monotonic
         if not self._batch:
@@ -314,9 +314,8 @@ class Reactor:
                 self._store.heard(host.name, host.agent_id, wall)
 
     def _give_back_orphans(self, ours: Mapping[str, Row], view: FleetView, now: Now) -> None:
-        since = self._listening_since
-        listened = since is not None and now.monotonic - since >= LISTEN_SECONDS
-        listened = listened and not view.suspect_ourselves and not self._is_deaf(now)
+        listened = now.monotonic - self._listening_since >= LISTEN_SECONDS and not self._is_deaf(now)
+        listened = listened and not view.suspect_ourselves
         for row, why in orphaned(ours.values(), view, now.wall_ns / 1e9, listened=listened):
             if row.state is not HoldState.RELEASING:
                 self._worker.release(row, why, now)
