@@ -182,7 +182,7 @@ MUTANTS = {
     ),
     "the_newest_message_last": _one(
         "of the messages that libvirt keeps of a disk the last counts, not the newest",
-        "virtbus.sources.cases:newer_messages",
+        "virtbus.sources.findings:newer_messages",
         "in look.messages:",
         "in {one.target: one for one in look.messages}.values():",
         messages=True,
@@ -190,7 +190,7 @@ MUTANTS = {
     ),
     "the_newest_stamp": _one(
         "of the messages that libvirt keeps of a disk only the newest stamp counts",
-        "virtbus.sources.cases:newer_messages",
+        "virtbus.sources.findings:newer_messages",
         "in look.messages:",
         "in {one.target: one for one in sorted(look.messages, key=lambda one: one.at_ns or -1)}.values():",
         messages=True,
