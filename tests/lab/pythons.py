@@ -17,7 +17,7 @@ from tests.lab.lab import CHECKOUT
 SUITES = ("trixie", "forky")
 # As in system-packages.txt, and what the tests of no real part call.
 PACKAGES = (
-    "ca-certificates", "gcc", "git", "libc6-dev", "libvirt-dev", "make", "openssl", "pkg-config",
+    "ca-certificates", "gcc", "git", "libc6-dev", "libvirt-dev", "make", "mount", "openssl", "pkg-config",
     "python3-dev", "python3-venv",
 )  # fmt: skip
 
@@ -42,7 +42,7 @@ def main(suites: list[str]) -> int:
         root = chroot.suite_root(suite, PACKAGES)
         inside = "cd /checkout && python3 --version && make unit VENV=/kept/venv PYTHON=python3"
         words = ["unshare", "--mount", "sh", "-euc", INSIDE, "inside", str(root), str(CHECKOUT), "sh", "-euc"]
-        clean = {name: value for name, value in os.environ.items() if name.startswith("PIP_")}
+        clean = {name: os.environ[name] for name in ("PIP_INDEX_URL", "PIP_CERT") if name in os.environ}
         clean |= {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "HOME": "/tmp"}
         print(f"{suite}: ", end="", flush=True)
         if subprocess.run([*words, inside], env=clean, check=False).returncode:
