@@ -250,13 +250,6 @@ class SourceRegistered(TelemetryEvent, sets={"source_connected": 1}, counts=("so
     domains: int
 
 
-class HypervisorKnown(TelemetryEvent):
-    """the hypervisor's version is known"""
-
-    uri: str
-    hypervisor_version: str
-
-
 class SourceCutOff(TelemetryEvent, level="warning", every=30, sets={"source_connected": 0}):
     """cut off from libvirt; reconnecting"""
 

@@ -50,13 +50,20 @@ from virtbus.sources.session import (
     Shared,
     Undecodable,
 )
-from virtbus.telemetry import BlockJobFailed, HypervisorKnown, emit
+from virtbus.telemetry import BlockJobFailed, TelemetryEvent, emit
 from virtbus.words import GuestState, ResolutionCause
 
 SNAPSHOT_SECONDS = 3.0  # what the first look could not see by then comes later
 # How long a look for evidence lets its error go first: both want Python's lock and libvirtd.
 LOOK_AFTER_SECONDS = 0.02
 _IO_PAUSE_REASONS = (PAUSED_IOERROR, PAUSED_UNKNOWN)
+
+
+class HypervisorKnown(TelemetryEvent):
+    """the hypervisor's version is known"""
+
+    uri: str
+    hypervisor_version: str
 
 
 @dataclass(slots=True)
