@@ -154,7 +154,9 @@ def test_the_play_installs_seeds_permits_configures_and_changes_nothing_the_seco
     mine = rabbitmq.url(vhost, "scheduler", (tmp_path / "passwords/scheduler").read_text().strip())
     for line in re.findall(r"^virtbus (?:consume|fleet) .*$", FLEET, re.MULTILINE):
         words = shlex.split(re.sub(r"amqps://\S+", mine, line).replace(" --once", ""))
-        root.run(*words, "--listen" if "fleet" in words else "--timeout", "1")
+        words += ["--listen" if "fleet" in words else "--timeout", "1"]
+        # From here, and not from the host, whose configuration is its agent's.
+        subprocess.run([sys.executable, "-m", *words], cwd=CHECKOUT, check=True)
     assert {"virtbus.scheduler", "virtbus.scheduler.dead"} == set(rabbitmq.queues(vhost))
 
     # The host's user speaks for its own agent and for no other one.
