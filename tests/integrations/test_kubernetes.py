@@ -123,7 +123,7 @@ def an_action(verb: str, **body: object) -> Action:
 def test_a_server_that_asks_for_patience_keeps_no_other_host_waiting(server, kubernetes, monkeypatch, status):
     """The client's own retries would sleep for as long as the server says, and no signal would end us."""
     slept: list[float] = []
-    monkeypatch.setattr(urllib3.util.retry.time, "sleep", slept.append)
+    monkeypatch.setattr(urllib3.util.retry.Retry, "sleep", lambda *_: slept.append(1.0))
     server.status, server.headers = status, {"retry-after": "3600"}
     for action in (an_action(HOLD), an_action(REPORT, **CONDITION), an_action(EVENT, **VMI_EVENT)):
         with pytest.raises(TargetUnavailable):

@@ -123,7 +123,7 @@ def test_12_libvirt_is_frozen(lab: Lab, doctor: Doctor) -> None:
 def test_13_qemu_throttles(lab: Lab, doctor: Doctor) -> None:
     # As if this QEMU were one of those that merge errors; all else is real.
     code = (
-        "import sys, virtbus.sources.libvirt as source; source.THROTTLES_FROM = (0, 0, 0); "
+        "import sys, virtbus.model as model; model.Hypervisor.merges = True; "
         "from virtbus.cli import main; main(sys.argv[1:])"
     )
     done = subprocess.run(
