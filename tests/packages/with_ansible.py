@@ -106,6 +106,9 @@ def test_the_play_installs_seeds_permits_configures_and_changes_nothing_the_seco
     root: Root, rabbitmq: RabbitMQ, vhost: str, tmp_path: Path
 ) -> None:
     programs = ansible()
+    for user in rabbitmq.rabbitmqctl("list_users", "--silent").split():
+        if user == "scheduler" or user.startswith("virtbus-"):  # of the suite before, with its passwords
+            rabbitmq.rabbitmqctl("delete_user", user)
     (tmp_path / "virtbus.yaml").write_text(page("yaml"))
     shutil.copy(package("deb"), tmp_path)
     # How a command gets into the host, and how one reaches this test's broker.
