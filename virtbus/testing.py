@@ -23,7 +23,7 @@ from threading import Event as StopEvent
 from typing import Any, TypeVar
 
 from virtbus import envelope, model, observations, words
-from virtbus.bus import DeadLetters, Feed, Memory, Subscription
+from virtbus.bus import Feed
 from virtbus.errors import BusUnavailable
 from virtbus.model import to_ns
 from virtbus.retry import no_waiting  # noqa: F401 - a part of this module
@@ -358,7 +358,7 @@ class FakeBus:
         self.closed = False
 
     def publish(self, feed: Feed) -> Iterator[tuple[model.Record, model.Outcome]]:
-        """See virtbus.bus.Bus."""
+        """See virtbus.bus.Publishing."""
         if self.closed:
             raise BusUnavailable("the bus was closed")
         if self.unavailable is not None:
@@ -373,22 +373,8 @@ class FakeBus:
                 yield record, outcome
 
     def tick(self) -> None:
-        """See virtbus.bus.Bus: there is no peer."""
-
-    def consume(
-        self, group: str | None, *, prefetch: int = 100, exclusive: bool = False, memory: Memory | None = None
-    ) -> Subscription:
-        """Nobody can."""
-        raise NotImplementedError("take embedded:, which is a real bus in a file")
-
-    def dead_letters(self, group: str) -> DeadLetters:
-        """As `consume`."""
-        raise NotImplementedError("take embedded:, which is a real bus in a file")
-
-    def probe(self) -> Sequence[model.Check]:
-        """See virtbus.bus.Bus."""
-        return (model.Check("bus", "ok", "a bus in memory"),)
+        """See virtbus.bus.Publishing: there is no peer."""
 
     def close(self) -> None:
-        """See virtbus.bus.Bus."""
+        """See virtbus.bus.Publishing."""
         self.closed = True

@@ -22,7 +22,7 @@ from virtbus.agent.intake import Intake
 from virtbus.agent.publisher import Publisher
 from virtbus.agent.queue import IntakeQueue
 from virtbus.agent.tap import Taps
-from virtbus.bus import Bus
+from virtbus.bus import Publishing
 from virtbus.errors import AgentBroken, VirtbusError
 from virtbus.model import (
     Backlog,
@@ -60,7 +60,7 @@ class Agent:
         self,
         *,
         source: Source,
-        bus: Bus,
+        bus: Publishing,
         spool: Spool,
         incidents: Incidents,
         agent_id: str,

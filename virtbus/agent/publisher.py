@@ -10,7 +10,7 @@ from collections.abc import Set as AbstractSet
 
 from virtbus import redaction
 from virtbus.agent.tap import Taps
-from virtbus.bus import Bus
+from virtbus.bus import Publishing
 from virtbus.errors import BusDenied, BusUnavailable, SpoolCorrupt, SpoolFull
 from virtbus.model import Confirmed, Deferred, Outcome, Parked, Record, Refused
 from virtbus.retry import Attempt, retrying, start_over
@@ -34,7 +34,7 @@ class Publisher:
         self,
         *,
         spool: Spool,
-        bus: Bus,
+        bus: Publishing,
         taps: Taps,
         heartbeat: Callable[[], Record],
         heartbeat_seconds: Callable[[], float],

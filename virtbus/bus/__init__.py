@@ -253,8 +253,8 @@ class DeferredMemory(Memory):
             self._on_missing(self._missing.popleft())
 
 
-class Bus(Protocol):
-    """A broker. One publisher thread owns an instance; `close` may be called from another."""
+class Publishing(Protocol):
+    """What an agent needs of a broker. One thread owns an instance; `close` may be called from another."""
 
     def publish(self, feed: Feed) -> Iterator[tuple[Record, Outcome]]:
         """Publish what `feed` gives until it gives nothing and nothing is unconfirmed.
@@ -275,6 +275,16 @@ class Bus(Protocol):
         found dead is thrown away; the next `publish` reconnects. Without a connection it does nothing.
         """
 
+    def close(self) -> None:
+        """Let go of connections; idempotent.
+
+        From another thread it ends a running `publish`: what is unconfirmed is `Deferred`.
+        """
+
+
+class Bus(Publishing, Protocol):
+    """A broker."""
+
     def consume(
         self, group: str | None, *, prefetch: int = 100, exclusive: bool = False, memory: Memory | None = None
     ) -> Subscription:
@@ -290,12 +300,6 @@ class Bus(Protocol):
 
     def probe(self) -> Sequence[Check]:
         """Look at reachability, credentials, TLS and topology; changes nothing."""
-
-    def close(self) -> None:
-        """Let go of connections; idempotent.
-
-        From another thread it ends a running `publish`: what is unconfirmed is `Deferred`.
-        """
 
 
 def open_bus(url: str, options: BusOptions | None = None) -> Bus:
