@@ -176,6 +176,18 @@ class Surveyed:
     unreached: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True, slots=True)
+class StoodStill:
+    """A source of many connections did not run from `since` to `at_ns`.
+
+    Each connection reports its own loss; guests of others may have come, failed and gone meanwhile.
+    """
+
+    at_ns: int
+    why: str
+    since: Now
+
+
 class SourceSeen(NamedTuple):
     """The connection answered: whatever it reported before `asked` stands before this in the queue.
 
@@ -210,5 +222,6 @@ Observation: TypeAlias = (
     | SourceGone
     | SourceSeen
     | Surveyed
+    | StoodStill
     | CallbackLost
 )

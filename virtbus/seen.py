@@ -259,8 +259,6 @@ class Sight:
         if stood < STANDSTILL_SECONDS:
             return 0.0, []
         blind = [seen.moment for seen in self.connections.values() if seen.connected and not seen.proves]
-        if self._surveyed:  # others may have come, failed and gone meanwhile: no connection speaks of them
-            blind.append(Moment.of(before, MARGIN_SECONDS))
         return stood, blind
 
     @property

@@ -20,7 +20,7 @@ from virtbus.agent.agent import Agent, AgentOptions
 from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.agent.publisher import Publisher
 from virtbus.errors import RestartNeeded, SpoolFull
-from virtbus.model import Host, Now
+from virtbus.model import Clock, Host, Now
 from virtbus.observations import (
     CallbackLost,
     DomainState,
@@ -29,9 +29,10 @@ from virtbus.observations import (
     SourceLost,
     SourceReady,
     SourceSeen,
+    StoodStill,
     Surveyed,
 )
-from virtbus.seen import Moment
+from virtbus.seen import MARGIN_SECONDS, Moment
 from virtbus.sources.link import RESUMED
 from virtbus.sources.observer import Observer
 from virtbus.spool import Spool, SpoolLimits, faults
@@ -561,6 +562,19 @@ def test_a_reload_of_the_heartbeats_interval_counts_from_now():
     publisher.heartbeat_in()
     interval[0] = 60.0
     assert publisher.heartbeat_in() <= 60.0
+
+
+def test_guests_that_came_and_went_while_the_agent_stood_still_lie_in_a_gap_of_the_host(house):
+    one = house()
+    one.source.play(Surveyed(time.time_ns(), a_host(), frozenset()))
+    one.wait("gap")
+    now = Clock()()
+    since = now._replace(wall_ns=now.wall_ns - 60 * 10**9, monotonic=now.monotonic - 60)
+    one.source.play(StoodStill(now.wall_ns, "stood still", since))
+    stood = one.wait("gap", 2)[1]["data"]
+    assert (stood["reason"], stood["detail"]) == ("agent_standstill", "stood still")
+    lasted = moment(stood["ended_at"]) - moment(stood["started_at"])
+    assert lasted == pytest.approx(60 + MARGIN_SECONDS, abs=0.01)
 
 
 def test_an_old_proof_does_not_bring_back_a_connection_that_has_ended(house):

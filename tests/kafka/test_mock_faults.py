@@ -194,11 +194,12 @@ def test_a_producer_that_is_thrown_away_leaves_no_thread_behind(mock: MockCluste
 
     with opened(mock.url, TOPIC) as bus:
         ListFeed(records(1)).publish(bus)
-        before = threads()
-        for _ in range(20):
+        before, thrown_away = threads(), 0
+        while thrown_away < 20:
+            # A request that the producer before had sent already may meet the error in place of this one's.
             mock.push_errors(PRODUCE, KafkaError.TOPIC_AUTHORIZATION_FAILED)
             outcomes = ListFeed(records(3, keys=3)).publish(bus)
-            assert any(isinstance(outcome, Deferred) for outcome in outcomes)
+            thrown_away += any(isinstance(outcome, Deferred) for outcome in outcomes)
         assert threads() <= before
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from virtbus import telemetry
+from virtbus.sources import SourceOptions
 from virtbus.sources.libvirt import LibvirtSource
 
 
@@ -23,7 +24,8 @@ def main(uri: str, user: int | None) -> None:
         os.setgroups([])
         os.setgid(user)
         os.setuid(user)
-    ready = LibvirtSource(uri).snapshot()
+    # Nothing waits for this look, so it need not give up a slow answer.
+    ready = LibvirtSource(uri, options=SourceOptions(lookup_deadline_seconds=60.0)).snapshot()
     found = [
         {
             "alias": burst.raw.alias,

@@ -138,7 +138,9 @@ def found_after_absence(lab: Lab) -> list[tuple[str, str, int, str | None]]:
     wait_until(lambda: guest.injected() > 0, "an error is reported", 20)
     guest.heal()
     time.sleep(1.5)
-    ready = LibvirtSource(lab.uri_ro, options=SourceOptions(since_ns=since_ns)).snapshot()
+    ready = LibvirtSource(
+        lab.uri_ro, options=SourceOptions(since_ns=since_ns, lookup_deadline_seconds=60.0)
+    ).snapshot()
     guest.destroy()
     return [(b.origin.value, b.raw.alias, b.raw.action_code, b.message) for b in ready.findings]
 

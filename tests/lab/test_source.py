@@ -235,7 +235,8 @@ def test_an_image_that_is_not_ours_to_see_is_not_judged_by_another_file_system(l
     guest = lab.guest("thin", ThinDisk()).start()
     guest.fail()
     guest.wait_state(PAUSED_IOERROR)
-    (found,) = LibvirtSource(lab.uri_ro).snapshot().findings  # from outside the lab's namespace
+    source = LibvirtSource(lab.uri_ro, options=SourceOptions(lookup_deadline_seconds=60.0))
+    (found,) = source.snapshot().findings  # from outside the lab's namespace
     assert {item.check: item.verdict for item in found.evidence}["file_system"] == "unavailable"
 
 

@@ -24,6 +24,7 @@ from virtbus.observations import (
     SourceGone,
     SourceLost,
     SourceReady,
+    StoodStill,
     Surveyed,
 )
 from virtbus.retry import no_waiting
@@ -270,6 +271,29 @@ def test_a_sockets_stamp_says_since_when_its_guest_runs_only_where_it_was_seen_t
         assert late.appeared_ns is not None
         before = came + skew[0] - late.appeared_ns  # how long before it came
         assert 0 <= before < 30 * 10**9 if hours else late.appeared_ns == new.appeared_ns
+
+
+def test_a_standstill_is_reported_of_the_host_and_before_the_losses_of_its_connections(
+    sockets: Sockets,
+) -> None:
+    """Whatever else the agent's threads did when it began: only this one knows that it did not look."""
+    real, slept = Clock(), [0.0]
+
+    def clock() -> Now:
+        now = real()
+        return now._replace(suspended=now.suspended + slept[0])
+
+    host = sockets.add("there")
+    with observed(sockets, clock) as (_, seen):
+        seen.wait(Surveyed)
+        slept[0] = 60.0
+        (lost,) = seen.wait(SourceLost)
+        (stood,) = seen.of(StoodStill)
+        assert isinstance(stood, StoodStill)
+        assert isinstance(lost, SourceLost)
+        assert (lost.connection, lost.why) == (host.uri, f"{host.uri}: {stood.why}")
+        assert seen.all.index(stood) < seen.all.index(lost)
+        assert stood.since.suspended < slept[0]
 
 
 def test_a_pod_that_ends_ends_its_guest_alone(sockets: Sockets) -> None:

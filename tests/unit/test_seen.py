@@ -112,14 +112,6 @@ def test_of_many_connections_one_that_is_silent_is_its_guests_matter_and_all_of_
     assert sight.troubles(at(191)) == []
 
 
-def test_guests_that_came_and_went_while_the_agent_stood_still_lie_in_a_gap_of_the_host():
-    sight = Sight(Moment.of(at(0)), at(0))
-    assert sight.blinded(at(100), at(160), 1.0) == (59.0, [])
-    sight.surveyed(Surveyed(at(100).wall_ns, a_host(), frozenset()))
-    assert sight.blinded(at(100), at(102), 1.0) == (0.0, [])
-    assert sight.blinded(at(100), at(160), 1.0) == (59.0, [Moment.of(at(100), MARGIN_SECONDS)])
-
-
 @pytest.mark.parametrize("step", [-3600.0, 3600.0])
 def test_a_clock_that_is_set_before_a_word_of_the_source_is_read_moves_no_edge(step):
     def told(seconds, kind, **more):

@@ -27,10 +27,11 @@ from virtbus.observations import (
     SourceLost,
     SourceReady,
     SourceSeen,
+    StoodStill,
     Surveyed,
 )
 from virtbus.retry import Backoff
-from virtbus.seen import Blind, Moment, Sight, moment_of, stalled_words
+from virtbus.seen import MARGIN_SECONDS, Blind, Moment, Sight, moment_of, stalled_words
 from virtbus.sources import Source
 from virtbus.spool import Spool
 from virtbus.telemetry import METRICS, SpoolUnwritable, SpoolWritable, Trouble, emit
@@ -322,6 +323,10 @@ class Intake:
                 if blind is not None:
                     # Guests whose end it did not report may have had errors until then.
                     events.append(self._gap(blind.reason, blind.why, blind.since, item.at_ns, now))
+                continue
+            if isinstance(item, StoodStill):
+                since = Moment.of(item.since, MARGIN_SECONDS)
+                events.append(self._gap(GapReason.AGENT_STANDSTILL, item.why, since, item.at_ns, now))
                 continue
             if isinstance(item, Surveyed):
                 self.sight.surveyed(item)

@@ -22,6 +22,7 @@ from virtbus.observations import (
     SourceLost,
     SourceReady,
     SourceSeen,
+    StoodStill,
     Surveyed,
 )
 from virtbus.telemetry import METRICS
@@ -116,6 +117,11 @@ class IntakeQueue:
             return
         if isinstance(observation, HostKnown):
             self._put_last(kind, observation)
+            return
+        if isinstance(observation, StoodStill):
+            before = self._folded.get(kind)
+            since = before.since if isinstance(before, StoodStill) else observation.since
+            self._put_last(kind, replace(observation, since=since))
             return
         if isinstance(observation, SourceGone | Surveyed):
             key = (*kind, getattr(observation, "connection", None))

@@ -199,17 +199,17 @@ class Pulse:
 
     def __init__(self, now: Now) -> None:
         self.last = now
-        self._before = now
+        self.before = now
 
     def beat(self, now: Now, waited: float) -> float | None:
         """After a wait of at most `waited` seconds → for how long the process stood still, if it did."""
-        self._before, self.last = self.last, now
-        stood = self.last.boot - self._before.boot - waited
+        self.before, self.last = self.last, now
+        stood = self.last.boot - self.before.boot - waited
         return stood if stood >= STANDSTILL_SECONDS else None
 
     def closed(self, session: Session, stood: float) -> Closed:
         """What a standstill means for a connection: blind since it last answered."""
-        since = self._before.boot if session.seen is None else min(session.seen.boot, self._before.boot)
+        since = self.before.boot if session.seen is None else min(session.seen.boot, self.before.boot)
         return Closed(stalled_words(stood), self.last.boot - since, GapReason.AGENT_STANDSTILL)
 
 

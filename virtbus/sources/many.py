@@ -22,9 +22,9 @@ from pathlib import Path
 from virtbus.config import Discover
 from virtbus.errors import SourceUnavailable, VirtbusError
 from virtbus.model import Check, Clock, Host, Hypervisor, Now
-from virtbus.observations import Description, SourceReady, Surveyed
+from virtbus.observations import Description, SourceReady, StoodStill, Surveyed
 from virtbus.retry import Backoff
-from virtbus.seen import Moment, WallClocks, boot_id
+from virtbus.seen import Moment, WallClocks, boot_id, stalled_words
 from virtbus.sources import Sink, SourceOptions
 from virtbus.sources.crew import Crew, Pulse
 from virtbus.sources.libvirt import LibvirtConnector
@@ -264,9 +264,7 @@ class ManySource:
                 self._wait()
                 stood = pulse.beat(self.clock(), POLL_SECONDS)
                 if stood is not None:
-                    for member in self._members.values():
-                        member.observer.stood_still(pulse, stood)
-                        member.due = float("-inf")
+                    self._stood_still(sink, pulse, stood)
         finally:
             for member in self._members.values():
                 member.observer.end()
@@ -384,6 +382,13 @@ class ManySource:
                     member.due = min(member.due, member.gone_at)
         self._ask_version(now)
         self._survey(sink)
+
+    def _stood_still(self, sink: Sink, pulse: Pulse, seconds: float) -> None:
+        if self._unreached is not None:  # before the survey the start's own gap speaks of all
+            sink(StoodStill(pulse.last.wall_ns, stalled_words(seconds), pulse.before))
+        for member in self._members.values():
+            member.observer.stood_still(pulse, seconds)
+            member.due = float("-inf")
 
     def _ask_version(self, now: float) -> None:
         """Of one hypervisor after another: the question may cost its daemon half a second of a core.
