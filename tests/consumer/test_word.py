@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import pkgutil
 import signal
 import sqlite3
 import subprocess
@@ -274,6 +275,29 @@ def test_a_forked_child_is_told_to_make_its_own(url: str) -> None:
         with os.fdopen(read) as told:
             assert "make a Consumer in each process" in told.read()
         assert len(drain(consumer)) == 9
+
+
+@pytest.mark.parametrize("half_way", ["bus.subscription.Line.next", "envelope.decode", "marks.Marks.has"])
+def test_a_signals_handler_that_raises_with_a_message_half_way_costs_no_event_and_no_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half_way: str
+) -> None:
+    url = f"embedded://{tmp_path}/bus.db"
+    with Consumer(url, group="g", dedupe=tmp_path / "seen.db") as consumer:
+        assert consumer.receive(0.0) is None
+        sent = records(6, keys=2)
+        publish(url, sent)
+        with monkeypatch.context() as patch:
+            real = pkgutil.resolve_name(f"virtbus.{half_way}")
+
+            def interrupted(*arguments: Any, **named: Any) -> Any:
+                patch.undo()
+                real(*arguments, **named)
+                raise KeyboardInterrupt
+
+            patch.setattr(f"virtbus.{half_way}", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                consumer.receive(1.0)
+        assert drain(consumer) == [record.id for record in sent]
 
 
 def test_a_second_thread_at_the_same_time_is_refused_and_may_follow_later(
