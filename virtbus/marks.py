@@ -69,9 +69,9 @@ class Marks:
             self._open(path)
 
     def _open(self, path: Path) -> None:
-        if not path.parent.is_dir():
-            raise ConfigError(f"dedupe file {path}: there is no folder {path.parent}; create it")
         try:
+            if not path.parent.is_dir():
+                raise ConfigError(f"dedupe file {path}: there is no folder {path.parent}; create it")
             statefiles.check_database(path)
             self._lock = statefiles.claim(path.with_name(f"{path.name}.lock"))
         except statefiles.NotRegular as error:
@@ -80,7 +80,7 @@ class Marks:
             raise ConfigError(
                 f"dedupe file {path} is in use by process {holder}: give each consumer a file of its own"
             ) from None
-        except OSError as error:
+        except (OSError, ValueError) as error:  # not a file's name: longer than one, or with a NUL
             raise self._unusable(error) from error
         try:
             self._database = database = sqlite3.connect(
