@@ -60,8 +60,8 @@ def identity(file: int | Path) -> tuple[int, int]:
 class LockFile:
     """A file that is open for the locks on it, until `close` or the end of this process.
 
-    A lock belongs to the open file, which a forked child shares: one that outlives us would keep the file from
-    whoever comes after us. So a child lets go at once, which leaves us ours.
+    A lock belongs to the open file, which a forked child shares: one that outlives us would keep the file
+    from whoever comes after us. So a child lets go at once, which leaves us ours.
     """
 
     def __init__(self, path: Path) -> None:
