@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Protocol
@@ -80,6 +80,7 @@ class Error:
     pauses: bool
     named: bool  # the event said which device it was
     kept: bool  # libvirt keeps a message of it that says when it was
+    hidden: bool = False  # its event never comes, and another one explains the pause
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Guest:
     reason: int = 1
     disk_errors: dict[str, int] = field(default_factory=dict)
     messages: dict[tuple[str, int], str] = field(default_factory=dict)  # (target, image) → what libvirt keeps
-    copying: bool = False  # a block job runs: events name no device
+    copying: set[str] = field(default_factory=set)  # aliases with a block job: their events name no device
     hangs_until: float = 0.0
     stands_since: float = 0.0
     here: bool = True
@@ -171,6 +172,7 @@ class Hypervisor(Protocol):
     def die(self, stalls: float, seconds: float) -> None: ...
     def hang(self, seconds: float) -> None: ...
     def error(self, guest: Guest, alias: str, *, pause: bool, events: int = 1) -> None: ...
+    def hide(self, guest: Guest, alias: str) -> None: ...
     def resume(self, guest: Guest) -> None: ...
     def leave(self, guest: Guest) -> None: ...
     def enter(self, guest: Guest) -> None: ...
@@ -242,8 +244,9 @@ class Daemon:
         kept = self.quirks.keeps_messages and not pause
         if kept:
             self._keep(guest, alias)
+        first = len(self.errors)
         for _ in range(events):
-            named = not guest.copying and not lost
+            named = alias not in guest.copying and not lost
             self.errors.append(Error(self.host, guest.uuid, alias, self.sched.now, pause, named, kept))
         late = self.quirks.latest() * self.sched.random.random() if self.sched.random.random() < 0.5 else 0.0
         if self.sched.random.random() < 0.9:
@@ -254,8 +257,8 @@ class Daemon:
             guest.uuid,
             guest.name,
             guest.number,
-            "" if guest.copying else guest.path(alias),
-            "" if guest.copying else alias,
+            "" if alias in guest.copying else guest.path(alias),
+            "" if alias in guest.copying else alias,
             ACTION_PAUSE if pause else ACTION_REPORT,
             "",
             0,
@@ -264,6 +267,8 @@ class Daemon:
             guest.disk_errors[DISKS[alias][0]] = DISK_ERROR_UNSPECIFIED
 
         def tell() -> None:
+            if not self.links:  # the guest has ended, and its daemon with it: what is known is its pause
+                self._hide(range(first + 1, first + events))
             for _ in range(0 if lost else events):
                 self._tell(lambda handler: handler.io_error(told._replace(observed_at=self._wall())))
 
@@ -276,6 +281,19 @@ class Daemon:
             self.lifecycle(guest, SUSPENDED, detail)
         if late:
             self.sched.spawn(lambda: (self.sched.sleep(late), tell())[0], self.sched.world)
+
+    def hide(self, guest: Guest, alias: str) -> None:
+        """Another disk's error came in the same pause: an event that is lost leaves nothing to infer it from.
+
+        But for a look at a guest that stands for long enough.
+        """
+        if self.quirks.loses_unnamed and guest.is_unnamed(alias):
+            its = [n for n, each in enumerate(self.errors) if (each.uuid, each.alias) == (guest.uuid, alias)]
+            self._hide(its[-1:])
+
+    def _hide(self, which: Iterable[int]) -> None:
+        for number in which:
+            self.errors[number] = replace(self.errors[number], hidden=True)
 
     def _keep(self, guest: Guest, alias: str) -> None:
         """libvirt keeps one message an image: the top one's first, its backing's behind it."""
@@ -343,7 +361,7 @@ class Daemon:
             messages={},
             unplugged=set(guest.unplugged),
             snapshots=dict(guest.snapshots),
-            copying=False,
+            copying=set(),
             hangs_until=0.0,
         )
         to.take(there)
@@ -501,7 +519,7 @@ class ModelLink:
         return self._guest(uuid).xml
 
     def has_job(self, uuid: str, target: str) -> bool:
-        return self._guest(uuid).copying
+        return target in {DISKS[alias][0] for alias in self._guest(uuid).copying}
 
     def disk_errors(self, uuid: str) -> Mapping[str, int]:
         return dict(self._guest(uuid).disk_errors)

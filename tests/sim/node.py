@@ -140,6 +140,9 @@ class Node:
     def error(self, guest: Guest, alias: str, *, pause: bool, events: int = 1) -> None:
         self._pods[guest.uuid].error(guest, alias, pause=pause, events=events)
 
+    def hide(self, guest: Guest, alias: str) -> None:
+        self._pods[guest.uuid].hide(guest, alias)
+
     def resume(self, guest: Guest) -> None:
         if guest.here:
             self._pods[guest.uuid].resume(guest)

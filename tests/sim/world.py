@@ -257,7 +257,8 @@ class World:
         alias = ALIASES[disk]
         if not one.here or alias in one.unplugged:
             return
-        one.copying = copying
+        if copying:
+            one.copying.add(alias)
         what = f"{'pauses' if pause else 'reports'}{', block job' if copying else ''}"
         self.tell(host.name, f"{one.name} {alias} fails ({what})")
         for events, stays, runs in times:
@@ -271,6 +272,7 @@ class World:
                 other = ALIASES[1 - disk]
                 if one.here and other not in one.unplugged:
                     daemon.error(one, other, pause=True)
+                    daemon.hide(one, alias)
                     self.tell(host.name, f"  {one.name} {other}: 1 error, on its way already")
             self.sched.sleep(stays)
             if pause:
@@ -279,7 +281,7 @@ class World:
                 daemon.resume(one)
                 self.tell(host.name, f"  {one.name} is resumed")
                 self.sched.sleep(runs)
-        one.copying = False
+        one.copying.discard(alias)
 
     def _do_kill(self, host: SimAgent, after: float) -> None:
         host.kill(after, "")

@@ -345,6 +345,18 @@ def test_two_quick_pauses_without_events_are_two_errors() -> None:
     assert [(b.count, b.first_ns) for b in findings(check, 1.3)] == [(1, 0), (1, 300_000_000)]
 
 
+def test_pauses_that_are_reported_at_once_are_as_many_errors_as_there_were() -> None:
+    """A daemon that hung says it all when it goes on: the last pause is decided first, for it was looked at."""
+    check = CrossCheck(GRACE)
+    for _ in range(2):
+        suspend(check, 0.0)
+        check.resumed(UUID, 0.0)
+    suspend(check, 0.0)
+    look_at(check, IO_PAUSE, 0.5)
+    assert len(findings(check, 1.5)) == 1
+    assert len(findings(check, 3.0)) == 2
+
+
 def test_a_pause_that_ended_before_it_was_told_says_that_the_guest_runs() -> None:
     check = CrossCheck(GRACE)
     suspend(check, 0.0)
@@ -510,16 +522,15 @@ def test_a_first_look_that_was_asked_before_the_pause_does_not_end_it() -> None:
     assert findings(check, 5.0) == []
 
 
-def test_the_message_of_another_image_from_before_the_clock_was_set_back_hides_none() -> None:
+@pytest.mark.parametrize("heard", [True, False])
+def test_the_message_of_another_image_from_before_the_clock_was_set_back_hides_none(heard: bool) -> None:
     check = CrossCheck(GRACE)
     check.slack_ns = 0
-    ahead, here = read_messages([line("vda", 50), line("vda", 30)])
-    assert ahead.at_ns is not None
-    assert here.at_ns is not None
-    check.event(raw(at=ahead.at_ns / S, action=ACTION_REPORT), 1.0)  # by the clock of then
-    at = here.at_ns / S
-    (found,) = reconcile(check, Look(RUNNING, 1, messages=(ahead, here)), at + 5.0, since=at - 5.0)
-    assert (found.first_ns, found.stamp_ns) == (here.at_ns, here.at_ns)
+    messages = read_messages([line("vda", 50), line("vda", 30)], 35 * S)
+    if heard:
+        check.event(raw(at=50.0, action=ACTION_REPORT), 1.0)  # by the clock of then
+    (found,) = reconcile(check, Look(RUNNING, 1, messages=messages), 35.0, since=25.0)
+    assert (found.first_ns, found.stamp_ns) == (30 * S, 30 * S)
 
 
 def test_the_evidence_for_an_error_comes_with_the_look_that_is_whole() -> None:

@@ -155,6 +155,7 @@ class Case:
         wrong = pause.wrong
         fresh = [alias for alias, code in wrong.items() if self.stale.get(alias) != code]
         by_error = look is not None and look.paused_by_io_error
+        synthesised = {} if pause.over else self.synthesised  # else they are of a later pause
         named: str | None = None
         if "" in events and by_error and (alias := suspect(self, wrong, events.keys(), devices)):
             named = alias  # first of all: what comes next may be of the same device
@@ -164,7 +165,7 @@ class Case:
                 self.events[alias] = self.events.pop("", events[alias])._replace(alias=alias)
         missed: list[str] = []
         if pause.certain or (by_error and fresh):
-            known = events.keys() | self.synthesised.keys() | {raw.alias for raw in pause.held if raw.alias}
+            known = events.keys() | synthesised.keys() | {raw.alias for raw in pause.held if raw.alias}
             missed = missed_devices(self, wrong if by_error else {}, known, devices)
         unsure = self.unsure
         looked = look is not None and look.disk_errors is not None
@@ -174,7 +175,7 @@ class Case:
         found = [] if named is None else [self._facts_of(events[named], look, devices)]
         held, missed = self._release(pause, missed, devices)
         found += held
-        explained = bool(found or events or self.synthesised)
+        explained = bool(found or events or synthesised)
         for alias in missed:
             origin = Origin.RECONCILE if unsure and explained else Origin.LIFECYCLE
             found.append(self.found(alias, pause.ns, look, devices, wrong.get(alias), origin))

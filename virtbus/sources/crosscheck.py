@@ -39,7 +39,7 @@ from virtbus.observations import (
     RawIoError,
 )
 from virtbus.sources.cases import Case, Finding, Nameless, complete
-from virtbus.sources.evidence import Look, disk_errors_by_alias
+from virtbus.sources.evidence import STAMP_SLACK_NS, Look, disk_errors_by_alias
 from virtbus.sources.findings import ACTION_UNKNOWN, burst_of, newer_messages, raw_error
 from virtbus.sources.link import (
     ACTION_PAUSE,
@@ -63,7 +63,6 @@ from virtbus.words import ENOSPC, EvidenceCheck, EvidenceVerdict, Origin
 __all__ = ["ACTION_UNKNOWN", "CrossCheck", "Decision", "Verdict"]
 
 EVIDENCE_SECONDS = 60.0  # at most one look for evidence per device in this time
-STAMP_SLACK_NS = 2_000_000_000  # between libvirt's own stamp of an error and our callback
 
 
 class Verdict(Enum):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,14 +23,24 @@ from virtbus.words import ENOSPC
 from virtbus.words import EvidenceCheck as Looked
 from virtbus.words import EvidenceVerdict as Says
 
+STAMP_SLACK_NS = 2_000_000_000  # between libvirt's own stamp of an error and our callback
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One "I/O error" line of virDomainGetMessages, as far as it could be read."""
+    """One "I/O error" line of virDomainGetMessages, as far as it could be read.
+
+    libvirt keeps one per image, in the order of the backing chain.
+    """
 
     target: str
     at_ns: int | None
     text: str
+
+    def recency(self, now_ns: float) -> tuple[bool, bool, int]:
+        """What messages are sorted by, oldest first: without a stamp, from ahead, the others."""
+        at_ns = self.at_ns or 0
+        return self.at_ns is not None, at_ns <= now_ns, at_ns
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +77,13 @@ _STAMP = re.compile(r"timestamp='(\d{4})-(\d\d)-(\d\d) (\d\d):(\d\d):(\d\d)\.(\d
 _TEXT = re.compile(r"message='(.*)'\s*$", re.DOTALL)
 
 
-def read_messages(lines: Sequence[str]) -> tuple[Message, ...]:
-    """The I/O errors among a domain's messages (libvirt 11.1 and later); other lines are left out."""
+def read_messages(lines: Sequence[str], now_ns: float = math.inf) -> tuple[Message, ...]:
+    """The I/O errors among a domain's messages (libvirt 11.1 and later), oldest first; others are left out.
+
+    A stamp that lies ahead of `now_ns` was written before the clock was set back, and so before the others.
+    """
     found = []
-    for line in lines:
+    for line in reversed(lines):  # of one disk's the top image comes first, and counts where stamps agree
         head = _MESSAGE.match(line)
         if head is None:
             continue
@@ -83,7 +97,7 @@ def read_messages(lines: Sequence[str]) -> tuple[Message, ...]:
                 moment = None
             at_ns = None if moment is None else to_ns(moment)
         found.append(Message(head["disk"], at_ns, redaction.text(text[1] if text else line)))
-    return tuple(found)
+    return tuple(sorted(found, key=lambda each: each.recency(now_ns)))
 
 
 DISK_KINDS = frozenset({None, "disk", "cdrom", "lun", "floppy"})  # None: a recording that does not say
@@ -101,20 +115,15 @@ def disk_errors_by_alias(disk_errors: Mapping[str, int], devices: Mapping[str, D
 
 
 def newest_message(messages: Sequence[Message] | None, target: str | None) -> Message | None:
-    """The last error of a disk: libvirt keeps one message per image, in the order of the backing chain."""
+    """The last error of a disk."""
     own = [message for message in messages or () if message.target == target]
-    return max(own, key=lambda message: message.at_ns or -1, default=None)
+    return own[-1] if own else None
 
 
 def newest_by_alias(look: Look, devices: Mapping[str, Device]) -> dict[str, Message]:
     """The last error of each disk that libvirt kept a message of; "" for a disk that nobody knows."""
     aliases = disks_by_target(devices)
-    found: dict[str, Message] = {}
-    for target in {message.target for message in look.messages or ()}:
-        message = newest_message(look.messages, target)
-        if message is not None:
-            found[aliases.get(target, "")] = message
-    return found
+    return {aliases.get(message.target, ""): message for message in look.messages or ()}
 
 
 # ------------------------------------------------------------------------------------------ evidence

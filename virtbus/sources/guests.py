@@ -16,8 +16,7 @@ from virtbus.observations import Burst, DomainGone, DomainResumed, DomainState, 
 from virtbus.seen import Moment, boot_id, earliest
 from virtbus.sources import Sink, SourceOptions
 from virtbus.sources.crew import Crew, Opened
-from virtbus.sources.crosscheck import STAMP_SLACK_NS
-from virtbus.sources.evidence import Look, disk_errors_by_alias
+from virtbus.sources.evidence import STAMP_SLACK_NS, Look, disk_errors_by_alias
 from virtbus.sources.link import (
     PAUSED,
     PAUSED_IOERROR,

@@ -29,7 +29,7 @@ from virtbus.config import OwnerRule
 from virtbus.errors import SchemaError, SourceUnavailable, VirtbusError
 from virtbus.sources import domain_xml
 from virtbus.sources.crew import Crew
-from virtbus.sources.evidence import FreeSpace, Look, disks_by_target, read_messages
+from virtbus.sources.evidence import STAMP_SLACK_NS, FreeSpace, Look, disks_by_target, read_messages
 from virtbus.sources.link import (
     DISK_ERROR_NO_SPACE,
     PAUSED,
@@ -404,7 +404,8 @@ class Asker:
         look = Look(state, reason, asked_at=asked_at)
         if self.messages_offered:
             try:
-                look = replace(look, messages=read_messages(link.messages(uuid)))
+                now_ns = self._shared.clock().wall_ns + (0 if self.local else STAMP_SLACK_NS)
+                look = replace(look, messages=read_messages(link.messages(uuid), now_ns))
             except Unsupported:
                 self.messages_offered = False
             except NoSuchDomain:
