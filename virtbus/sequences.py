@@ -59,7 +59,7 @@ class _State:
     next: int | None = None  # None: nothing came yet, others spoke of this run
     first: int | None = None  # what came first, while nothing shows that we heard the run begin
     since: float = float("-inf")  # when that came
-    above: set[int] = field(default_factory=set)  # what came below the first one that came, in the meantime
+    above: set[int] = field(default_factory=set)  # what came before `first` in the numbers, and after it
     beats: bool = False  # its heartbeats were heard
     holes: dict[int, float | None] = field(default_factory=dict)  # → missed since; None: not yet counted
     explained: list[tuple[int, int]] = field(default_factory=list)  # from `next` on, as gap events named them
@@ -73,7 +73,7 @@ class _State:
         holes = sorted({*self.holes, *self.open})
         return json.dumps({
             "next": self.next, "holes": _ranges(holes), "explained": self.explained, "first": self.first,
-            "beats": self.beats,
+            "above": _ranges(sorted(self.above - self.open)), "beats": self.beats,
         })  # fmt: skip
 
     @classmethod
@@ -82,6 +82,7 @@ class _State:
         found = json.loads(text)
         state = cls(found["next"], found.get("first"), beats=found.get("beats", False))
         state.holes = {n: None for first, last in found["holes"] for n in range(first, last + 1)}
+        state.above = {n for first, last in found.get("above", ()) for n in range(first, last + 1)}
         state.explained = [(first, last) for first, last in found["explained"]]
         return state
 

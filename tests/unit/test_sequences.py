@@ -154,6 +154,16 @@ def test_a_run_that_was_heard_before_a_restart_counts_for_the_next_one(check):
     assert check.missing() == [(SECOND, 1, 3)]
 
 
+def test_what_came_behind_later_numbers_before_a_restart_is_no_hole_once_the_run_is_known_to_begin(check):
+    check.beat(FIRST)
+    check.see(SECOND, 2)
+    check.restart()
+    check.see(SECOND, 1)
+    check.restart()
+    check.beat(SECOND)
+    assert check.missing() == []
+
+
 def test_a_late_event_of_a_run_before_all_that_is_known_is_no_alarm(check):
     check.see(SECOND, 1)
     check.see(FIRST, 40)
