@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -67,9 +68,11 @@ def findings(check: CrossCheck, at: float) -> list[Burst]:
     return [burst for burst in decide(check, at) if burst.count]
 
 
-def reconcile(check: CrossCheck, look: Look, at: float, since: float | None = None) -> list[Burst]:
-    since_ns = None if since is None else int(since * S)
-    return check.reconcile(UUID, "db1", 1, look, DEVICES, since_ns=since_ns, mono=at, ns=int(at * S))
+def reconcile(
+    check: CrossCheck, look: Look, at: float, since: float | None = None, until: float = math.inf
+) -> list[Burst]:
+    stamps = None if since is None else (int(since * S), until * S)
+    return check.reconcile(UUID, "db1", 1, look, DEVICES, stamps=stamps, mono=at, ns=int(at * S))
 
 
 # ------------------------------------------------------------------------------------------ one error
@@ -346,7 +349,7 @@ def test_two_quick_pauses_without_events_are_two_errors() -> None:
 
 
 def test_pauses_that_are_reported_at_once_are_as_many_errors_as_there_were() -> None:
-    """A daemon that hung says it all when it goes on: the last pause is decided first, for it was looked at."""
+    """A daemon that hung says it all when it goes on: the last pause is decided first, it was looked at."""
     check = CrossCheck(GRACE)
     for _ in range(2):
         suspend(check, 0.0)
@@ -533,6 +536,15 @@ def test_the_message_of_another_image_from_before_the_clock_was_set_back_hides_n
     assert (found.first_ns, found.stamp_ns) == (30 * S, 30 * S)
 
 
+def test_a_message_that_was_told_by_a_clock_that_was_set_back_is_not_told_again() -> None:
+    check = CrossCheck(GRACE)
+    check.slack_ns = 0
+    messages = read_messages([line("vda", 50), line("vda", 20)], 30 * S)
+    check.event(raw(at=20.0, action=ACTION_REPORT), 20.0)  # behind that of 50, by the clock of then
+    look = Look(RUNNING, 1, messages=messages)
+    assert reconcile(check, look, 30.0, since=19.0, until=30.0) == []
+
+
 def test_the_evidence_for_an_error_comes_with_the_look_that_is_whole() -> None:
     check = CrossCheck(GRACE)
     check.event(raw(action=ACTION_REPORT), 0.0)
@@ -552,7 +564,7 @@ def test_a_guest_that_was_started_anew_unseen_begins_without_a_past() -> None:
     check = CrossCheck(GRACE)
     check.event(raw(), 0.0)
     suspend(check, 0.0)
-    look = check.reconcile(UUID, "db1", 2, IO_PAUSE, DEVICES, since_ns=None, mono=5.0, ns=5 * S)
+    look = check.reconcile(UUID, "db1", 2, IO_PAUSE, DEVICES, stamps=None, mono=5.0, ns=5 * S)
     assert len(look) == 1
 
 
@@ -904,9 +916,7 @@ def test_only_disks_are_found_by_target() -> None:
         "virtio-disk0": Device("virtio-disk0", target="vda", kind="disk"),
         "net1": Device("net1", target="vda", kind="interface"),
     }
-    (found,) = CrossCheck(GRACE).reconcile(
-        UUID, "db1", 1, IO_PAUSE, devices, since_ns=None, mono=5.0, ns=5 * S
-    )
+    (found,) = CrossCheck(GRACE).reconcile(UUID, "db1", 1, IO_PAUSE, devices, stamps=None, mono=5.0, ns=5 * S)
     assert found.raw.alias == "virtio-disk0"
 
 

@@ -336,10 +336,10 @@ class Guests:
                 return
             if uuid in self.reconciling:
                 since = self.reconciling[uuid]
-                since_ns = None if since is None else self._clocks.earliest_stamp(since, now)
+                stamps = None if since is None else self._clocks.stamps(since, now, ours=self._asker.local)
                 found = self._check.reconcile(
                     uuid, entry.name, entry.number, look, entry.devices,
-                    since_ns=since_ns, mono=now.monotonic, ns=now.wall_ns,
+                    stamps=stamps, mono=now.monotonic, ns=now.wall_ns,
                 )  # fmt: skip
                 # The guest was resumed while it was looked at: what was found stands, and is over.
                 overtaken = session.resumed_at.get(uuid, -math.inf) >= look.asked_at
