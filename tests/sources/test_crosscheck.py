@@ -545,6 +545,22 @@ def test_a_message_that_was_told_by_a_clock_that_was_set_back_is_not_told_again(
     assert reconcile(check, look, 30.0, since=19.0, until=30.0) == []
 
 
+@pytest.mark.parametrize("stops_first", [True, False])
+def test_a_first_look_that_comes_late_takes_no_event_that_waits_for_a_name(stops_first: bool) -> None:
+    check = CrossCheck(GRACE)
+    check.event(raw("virtio-disk1", at=1.0, action=ACTION_REPORT), 1.0)
+    if stops_first:
+        suspend(check, 5.0, by_io_error=True)
+    for _ in range(3):
+        assert check.event(raw("", at=5.0), 5.0) is Verdict.HOLD
+    late = Look(PAUSED, PAUSED_IOERROR, {"vdb": 1}, asked_at=5.1)
+    assert reconcile(check, late, 5.2, since=0.5) == []
+    if not stops_first:
+        suspend(check, 5.3, by_io_error=True)
+    look_at(check, late, 5.3)
+    assert [(burst.raw.alias, burst.count) for burst in findings(check, 7.0)] == [("virtio-disk1", 1)] * 3
+
+
 def test_the_evidence_for_an_error_comes_with_the_look_that_is_whole() -> None:
     check = CrossCheck(GRACE)
     check.event(raw(action=ACTION_REPORT), 0.0)

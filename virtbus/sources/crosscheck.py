@@ -357,7 +357,7 @@ class CrossCheck:
         `alias` is its only disk, or "": then the look that comes later names it, without a count.
         """
         case = self._case(uuid, name, number)
-        if case.events or case.synthesised or any(not pause.over for pause in case.pauses):
+        if case.events or case.synthesised or case.held or any(not pause.over for pause in case.pauses):
             return []
         case.paused = case.found_ahead = True
         raw = raw_error((uuid, name, number), alias=alias, code=None, action=ACTION_PAUSE, ns=ns)
