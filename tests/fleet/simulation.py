@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from tests.fleet.machine import Machine, at_second, epoch_at, uuid_of
 from virtbus.fleet import Blame, Fleet, FleetView
 from virtbus.integrations.holds import HoldState, Row, orphaned
-from virtbus.integrations.policy import Held, HoldPolicy, HoldRules
+from virtbus.integrations.policy import HoldPolicy, HoldRules
 from virtbus.integrations.reactor import LISTEN_SECONDS
 from virtbus.model import DeviceSource, Event, Now, SourceHealth
 from virtbus.testing import MOMENT
@@ -91,7 +91,7 @@ class Simulation:
         self.rules = HoldRules(max_share=self.random.choice((0.1, 0.2, 0.34)))
         self.held: dict[str, Row] = {}
         self.released_at: dict[str, float] = {}
-        self.last: dict[str, Held] = {}
+        self.last: dict[str, int] = {}
         self.listening_since = 0.0
         self.fleet, self.policy = Fleet(), HoldPolicy(self.rules)
         self.queue: Queue | None = None  # while the reactor is away
@@ -298,8 +298,8 @@ class Simulation:
             row = self.held.get(host.name)
             if row is not None and host.state != "silent" and (at - row.heard_at >= 60 or not row.agent):
                 self.held[host.name] = replace(row, agent=host.agent_id, heard_at=at)
-        held = {name: Held(row.since, row.times) for name, row in self.held.items()}
-        for decision in self.policy.decide(view, held, now.monotonic, at):
+        held = {name: row.times for name, row in self.held.items()}
+        for decision in self.policy.decide(view, held, now.monotonic):
             if decision.hold:
                 self._hold(decision.host, at, decision.why, view)
             else:
@@ -342,8 +342,8 @@ class Simulation:
     def _hold(self, name: str, at: float, why: str, view: FleetView) -> None:
         self.found.holds += 1
         self.added_at = at
-        times = self.policy.times(self.last.get(name), self.released_at.get(name), at)
-        self.last[name] = Held(at, times)
+        times = self.policy.times(self.last.get(name, 0), self.released_at.get(name), at)
+        self.last[name] = times
         host = view.host(name)
         assert host is not None
         self.held[name] = Row(

@@ -69,7 +69,7 @@ def look_at(event: Event, attributes: dict[str, str]) -> None:
     view = fleet.view(Now(now.wall_ns + 100 * 10**9, 200.0))
     json.dumps(as_data(view))
     table(view, rows=None, columns=100)
-    HoldPolicy(HoldRules(when="any", min_guests=1, raise_seconds=0.0)).decide(view, {}, 1.0, 1.0)
+    HoldPolicy(HoldRules(when="any", min_guests=1, raise_seconds=0.0)).decide(view, {}, 1.0)
 
 
 @pytest.mark.parametrize("name", EVENTS)

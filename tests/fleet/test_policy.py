@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from virtbus.fleet import Answer, Blame, FleetView, HostHealth
-from virtbus.integrations.policy import Decision, Held, HoldPolicy, HoldRules
+from virtbus.integrations.policy import Decision, HoldPolicy, HoldRules
 
 WELL = HostHealth("c", "agent", "observing", 1.0, Blame.NONE, "", False, None, 0, 0, 0, 0, 0.0, (), True)
 BAD = replace(
@@ -27,7 +27,7 @@ def play(
     policy: HoldPolicy,
     shown: FleetView,
     seconds: float,
-    held: dict[str, Held] | None = None,
+    held: dict[str, int] | None = None,
     start: float = 0.0,
 ) -> list[tuple[float, Decision]]:
     """What is decided over a time of one view, each second; what is decided is done at once."""
@@ -35,10 +35,10 @@ def play(
     out = []
     now = start
     while now <= start + seconds:
-        for decision in policy.decide(shown, held, now, now):
+        for decision in policy.decide(shown, held, now):
             out.append((now - start, decision))
             if decision.hold:
-                held[decision.host] = Held(now, 1)
+                held[decision.host] = 1
             else:
                 del held[decision.host]
         now += 1.0
@@ -107,19 +107,19 @@ def test_nothing_is_held_while_most_agents_are_silent_at_once():
 def test_two_agents_that_claim_one_name_get_nothing_done():
     other = replace(WELL, agent_id="another")
     assert play(HoldPolicy(HoldRules()), view(BAD, other), 3600) == []
-    assert play(HoldPolicy(HoldRules()), view(WELL, other), 3600, {"c": Held(0.0, 1)}) == []
+    assert play(HoldPolicy(HoldRules()), view(WELL, other), 3600, {"c": 1}) == []
 
 
 def test_of_two_agents_of_one_name_the_one_that_is_heard_speaks():
     past = replace(BAD, agent_id="another", state="silent")
     for claims in ((past, WELL), (WELL, past)):
-        decisions = play(HoldPolicy(HoldRules(clear_seconds=300.0)), view(*claims), 400, {"c": Held(0.0, 1)})
+        decisions = play(HoldPolicy(HoldRules(clear_seconds=300.0)), view(*claims), 400, {"c": 1})
         assert told(decisions) == [(300.0, "c", False)]
 
 
 def test_a_held_host_is_released_when_it_was_well_for_clear_seconds():
     policy = HoldPolicy(HoldRules(clear_seconds=300.0))
-    decisions = play(policy, view(WELL), 400, {"c": Held(0.0, 1)})
+    decisions = play(policy, view(WELL), 400, {"c": 1})
     assert told(decisions) == [(300.0, "c", False)]
 
 
@@ -136,11 +136,11 @@ def test_a_held_host_is_released_when_it_was_well_for_clear_seconds():
     ids=["not fresh", "silent", "blind", "a backend's", "undetermined", "one guest stands still"],
 )
 def test_only_a_host_that_is_well_is_released(host):
-    assert play(HoldPolicy(HoldRules()), view(host), 86_400 // 24, {"c": Held(0.0, 1)}) == []
+    assert play(HoldPolicy(HoldRules()), view(host), 86_400 // 24, {"c": 1}) == []
 
 
 def test_well_is_counted_anew_after_a_doubt():
-    policy, held = HoldPolicy(HoldRules(clear_seconds=300.0)), {"c": Held(0.0, 1)}
+    policy, held = HoldPolicy(HoldRules(clear_seconds=300.0)), {"c": 1}
     assert play(policy, view(WELL), 299, held) == []
     assert play(policy, view(replace(WELL, state="silent")), 0, held, start=300) == []
     assert told(play(policy, view(WELL), 400, held, start=301)) == [(300.0, "c", False)]
@@ -149,14 +149,14 @@ def test_well_is_counted_anew_after_a_doubt():
 @pytest.mark.parametrize(("times", "seconds"), [(1, 300), (2, 600), (3, 1200), (5, 4800), (9, 4800)])
 def test_each_time_that_it_comes_back_it_must_be_well_for_twice_as_long(times, seconds):
     policy = HoldPolicy(HoldRules(clear_seconds=300.0))
-    assert told(play(policy, view(WELL), seconds + 10, {"c": Held(0.0, times)})) == [(seconds, "c", False)]
+    assert told(play(policy, view(WELL), seconds + 10, {"c": times})) == [(seconds, "c", False)]
 
 
 def test_how_often_in_a_row_a_host_was_held():
     policy = HoldPolicy(HoldRules())
-    assert policy.times(None, None, 0.0) == 1
-    assert policy.times(Held(0.0, 2), 1000.0, 1000.0 + 3600) == 3
-    assert policy.times(Held(0.0, 2), 1000.0, 1000.0 + 3601) == 1
+    assert policy.times(0, None, 0.0) == 1
+    assert policy.times(2, 1000.0, 1000.0 + 3600) == 3
+    assert policy.times(2, 1000.0, 1000.0 + 3601) == 1
 
 
 def test_never_more_than_the_share_is_held_and_what_is_withheld_is_told():
@@ -172,16 +172,16 @@ def test_one_host_may_always_be_held():
 
 
 def test_a_release_is_told_until_the_host_is_no_longer_held_and_frees_no_place_before():
-    policy, held = HoldPolicy(HoldRules(clear_seconds=10.0, max_share=0.01)), {"c": Held(0.0, 1)}
+    policy, held = HoldPolicy(HoldRules(clear_seconds=10.0, max_share=0.01)), {"c": 1}
     shown = view(WELL, replace(BAD, name="d", agent_id="d"))
     for now in range(100):
-        decisions = policy.decide(shown, held, float(now), float(now))
+        decisions = policy.decide(shown, held, float(now))
         assert [one.host for one in decisions] == (["c"] if now >= 10 else [])
-    assert [one.host for one in policy.decide(shown, {}, 100.0, 100.0)] == ["d"]
+    assert [one.host for one in policy.decide(shown, {}, 100.0)] == ["d"]
 
 
 def test_a_held_host_that_left_the_fleet_counts_for_an_hour():
-    policy, held = HoldPolicy(HoldRules()), {"gone": Held(0.0, 1)}
+    policy, held = HoldPolicy(HoldRules()), {"gone": 1}
     decisions = told(play(policy, view(BAD, others=14), 2 * 3600, held))
     assert decisions == [(3600.0, "c", True)]
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.fleet.world import SCENARIOS, World, play
 from virtbus.fleet import Blame, FleetView
-from virtbus.integrations.policy import Held, HoldPolicy, HoldRules
+from virtbus.integrations.policy import HoldPolicy, HoldRules
 
 PATHS = sorted(SCENARIOS.glob("*.toml"))
 EACH = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
@@ -77,9 +77,9 @@ def test_no_host_is_held_that_is_not_at_fault_whenever_the_reactor_starts(path, 
     world = World(path)
     policy, held = HoldPolicy(HoldRules()), {}
     for moment, view in play(world, from_=part * world.seconds):
-        for decision in policy.decide(view, held, moment, moment):
+        for decision in policy.decide(view, held, moment):
             assert not decision.hold or decision.host in world.truth_hosts, decision.why
-            held[decision.host] = Held(moment, 1)
+            held[decision.host] = 1
 
 
 def test_hosts_at_fault_are_held():
@@ -88,8 +88,8 @@ def test_hosts_at_fault_are_held():
     for path in PATHS:
         policy, held = HoldPolicy(HoldRules()), {}
         for moment, view in play(World(path)):
-            decisions = policy.decide(view, held, moment, moment)
-            held |= {one.host: Held(moment, 1) for one in decisions if one.hold}
+            decisions = policy.decide(view, held, moment)
+            held |= {one.host: 1 for one in decisions if one.hold}
         found += len(held)
     assert found >= 8, found
 

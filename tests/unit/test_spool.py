@@ -37,7 +37,7 @@ from tests.faults.spool_kit import (
 from virtbus.errors import ConfigError, RecordRefused, SpoolBusy, SpoolCorrupt, SpoolFull
 from virtbus.model import Confirmed, Deferred, IoError, Refused, SequenceRange, Unroutable, to_datetime
 from virtbus.seen import Moment
-from virtbus.spool import SpoolLimits, faults, files, opening, requests, rescue, settling
+from virtbus.spool import SpoolLimits, faults, files, opening, requests, settling
 from virtbus.telemetry import METRICS
 from virtbus.words import Origin, Phase
 
@@ -899,7 +899,7 @@ def test_a_rescue_that_was_killed_is_finished_by_the_next_start(folder, tmp_path
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rescue, "_set_aside", killed)
+    monkeypatch.setattr(opening, "_set_aside", killed)
     with pytest.raises(KeyboardInterrupt):
         open_spool(folder, clock=clock)
     monkeypatch.undo()

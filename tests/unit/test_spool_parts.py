@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from virtbus.model import PreviousRun, SequenceRange
 from virtbus.spool import files
 from virtbus.spool.draft import disk_bytes
-from virtbus.spool.index import Births, Index
+from virtbus.spool.mirror import Births, Index
 from virtbus.spool.missing import (
     CHUNK,
     Account,

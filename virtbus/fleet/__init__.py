@@ -14,7 +14,7 @@ a shared array is sick. Pure: no I/O, the clock is passed in.
 
 from __future__ import annotations
 
-from virtbus.fleet.believing import Publishers
+from virtbus.fleet.agent import Publishers
 from virtbus.fleet.state import Fleet
 from virtbus.fleet.storage import Sharing, StorageRules
 from virtbus.fleet.verdict import Answer, Blame, VerdictRules

@@ -15,14 +15,6 @@ _ABSENT_SECONDS = 3600.0  # the longest heartbeat interval: who was not heard fo
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """A host that we hold, as it is stored."""
-
-    since: float  # Unix seconds
-    times: int  # how often in a row, each within an hour of the last
-
-
-@dataclass(frozen=True, slots=True)
 class Decision:
     """Hold or release one host."""
 
@@ -58,10 +50,8 @@ class HoldPolicy:
         """Somebody else holds this host, or undid what we did: not ours until it has been well again."""
         self.left_alone.add(host)
 
-    def decide(
-        self, view: FleetView, held: Mapping[str, Held], now: float, wall: float
-    ) -> tuple[Decision, ...]:
-        """What to change now; `now` is monotonic and `wall` Unix seconds.
+    def decide(self, view: FleetView, held: Mapping[str, int], now: float) -> tuple[Decision, ...]:
+        """What to change now (monotonic); `held` says of each host how often in a row it is held.
 
         A release is sent again until the host is no longer among `held`.
         """
@@ -77,7 +67,7 @@ class HoldPolicy:
             if bad_since is not None and now - bad_since >= self._rules.raise_seconds:
                 if name not in held and name not in self.left_alone:
                     candidates.append((bad_since, host))
-            elif well_since is not None and now - well_since >= self._clear_seconds(held.get(name)):
+            elif well_since is not None and now - well_since >= self._clear_seconds(held.get(name, 1)):
                 self.left_alone.discard(name)
                 if name in held:
                     out.append(Decision(name, False, f"well for {now - well_since:.0f} s"))
@@ -95,11 +85,9 @@ class HoldPolicy:
         self.withheld = tuple(host.name for _, host in candidates[room:])
         return tuple(out)
 
-    def times(self, before: Held | None, released_at: float | None, wall: float) -> int:
+    def times(self, before: int, released_at: float | None, wall: float) -> int:
         """How often in a row a host is now held, when it was last released at `released_at`."""
-        if before is None or released_at is None or wall - released_at > _FLAP_SECONDS:
-            return 1
-        return before.times + 1
+        return 1 if released_at is None or wall - released_at > _FLAP_SECONDS else before + 1
 
     def _answer(self, claims: Sequence[HostHealth]) -> tuple[HostHealth, Answer]:
         """The one agent that speaks for the name, and what there is to say; nothing when there are two."""
@@ -126,7 +114,7 @@ class HoldPolicy:
             return None
         return since.setdefault(name, now)
 
-    def _counted(self, held: Mapping[str, Held], names: Mapping[str, object], now: float) -> int:
+    def _counted(self, held: Mapping[str, int], names: Mapping[str, object], now: float) -> int:
         """How many of the held hosts the limit counts: also those whose release is under way."""
         for known in [name for name in self._absent_since if name in names or name not in held]:
             del self._absent_since[known]
@@ -134,6 +122,5 @@ class HoldPolicy:
             self._absent_since.setdefault(name, now)
         return sum(now - self._absent_since.get(name, now) < _ABSENT_SECONDS for name in held)
 
-    def _clear_seconds(self, held: Held | None) -> float:
-        doublings = 0 if held is None else min(held.times - 1, _MOST_DOUBLINGS)
-        return self._rules.clear_seconds * float(2**doublings)
+    def _clear_seconds(self, times: int) -> float:
+        return self._rules.clear_seconds * float(2 ** min(times - 1, _MOST_DOUBLINGS))

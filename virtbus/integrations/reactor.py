@@ -20,7 +20,7 @@ from virtbus.errors import BusUnavailable
 from virtbus.fleet import Fleet, FleetView, HostHealth, Publishers
 from virtbus.integrations.base import REPORT, Action, Integration
 from virtbus.integrations.holds import HoldState, Row, in_words, not_ahead, orphaned, renamed
-from virtbus.integrations.policy import Decision, Held, HoldPolicy
+from virtbus.integrations.policy import Decision, HoldPolicy
 from virtbus.integrations.store import ActionStore
 from virtbus.integrations.telemetry import REACT, Disbelieved, EventPutAside, Withheld
 from virtbus.integrations.worker import Worker
@@ -265,9 +265,8 @@ class Reactor:
         return known
 
     def _decide(self, view: FleetView, rows: Mapping[str, Row], ours: Mapping[str, Row], now: Now) -> None:
-        wall = now.wall_ns / 1e9
-        held = {host: Held(row.since, row.times) for host, row in ours.items()}
-        decisions = self._policy.decide(view, held, now.monotonic, wall)
+        held = {host: row.times for host, row in ours.items()}
+        decisions = self._policy.decide(view, held, now.monotonic)
         well = {decision.host for decision in decisions if not decision.hold}
         for decision in decisions:
             if decision.hold:
@@ -285,14 +284,13 @@ class Reactor:
 
     def _hold(self, decision: Decision, before: Row | None, view: FleetView, now: Now) -> None:
         wall = now.wall_ns / 1e9
-        known = None if before is None else Held(before.since, before.times)
-        released_at = None if before is None else before.released_at
+        times, released_at = (0, None) if before is None else (before.times, before.released_at)
         host = view.host(decision.host)
         row = Row(
             decision.host,
             HoldState.HOLDING,
             wall,
-            self._policy.times(known, released_at, wall),
+            self._policy.times(times, released_at, wall),
             decision.why,
             agent="" if host is None else host.agent_id,
             heard_at=wall,

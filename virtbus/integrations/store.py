@@ -1,27 +1,34 @@
-"""What is to be done, stored before it is done, and what is held: SQLite, one process, bounded."""
+"""What is to be done, stored before it is done, and what is held: SQLite, one process, bounded.
+
+What waits is in memory too (`Lines`): in order for each target and topic; holds and releases go first.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 import threading
+from collections import deque
 from collections.abc import Collection, Iterator, MutableMapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import astuple, fields, replace
+from heapq import heapify, heappop, heappush, nsmallest
+from itertools import islice
 from pathlib import Path
 
 from virtbus import statefiles
 from virtbus.errors import ConfigError, StateUnavailable
 from virtbus.integrations import holds
-from virtbus.integrations.base import REPORT, Action, Found, Verb
+from virtbus.integrations.base import EVENT, HOLD, RELEASE, REPORT, Action, Found, Verb
 from virtbus.integrations.holds import Change, HoldState, Row
 
 KEPT_ROWS = 200_000  # finished actions: what comes again is recognised by them, and the audit can be read
 HOLD_TOPIC = "hold"
 
 Stored = tuple[int, Action]  # a stored action and its number
+Entry = tuple[int, Action, int]  # and how often it was tried
+Line = tuple[str, str]  # target and topic: what is done in order
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS actions (
@@ -83,7 +90,7 @@ class ActionStore:
     def __init__(self, path: Path | None) -> None:
         """Open or make the file; None keeps all in memory (for a dry run)."""
         self._lock = threading.Lock()
-        self._handle: int | None = None
+        self._handle: statefiles.LockFile | None = None
         try:
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -109,7 +116,7 @@ class ActionStore:
             raise StateUnavailable(f"{path} can't be used: {error.strerror}") from error
         except (sqlite3.Error, OSError, ValueError) as error:
             if self._handle is not None:
-                os.close(self._handle)
+                self._handle.close()
             raise ConfigError(
                 f"{path} can't be used: {error}; move it away (what is held is read from the control plane, "
                 "events that wait in it are not handed over)"
@@ -146,8 +153,8 @@ class ActionStore:
         with self._transaction() as db:
             return [stored for action in actions if (stored := _insert(db, action, wall)) is not None]
 
-    def waiting(self) -> list[tuple[int, Action, int]]:
-        """Number, action and attempts of all that is still to be done, oldest first."""
+    def waiting(self) -> list[Entry]:
+        """All that is still to be done, oldest first."""
         columns = "number, attempts, key, target, verb, why, body, topic"
         with self._lock:
             rows = self._db.execute(f"SELECT {columns} FROM actions WHERE state = 'waiting' ORDER BY number")  # noqa: S608
@@ -311,8 +318,7 @@ class ActionStore:
         with self._lock:
             self._db.close()
         if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
+            self._handle.close()
 
 
 class _Owners(dict[str, str]):
@@ -351,3 +357,94 @@ def _insert(db: sqlite3.Connection, action: Action, wall: float) -> Stored | Non
          json.dumps(dict(action.body), sort_keys=True), wall],
     )  # fmt: skip
     return (int(cursor.lastrowid or 0), action) if cursor.rowcount else None
+
+
+# ---- in memory
+
+
+def line_of(action: Action) -> Line:
+    """A report that fails does not keep its host from being held."""
+    return (action.target, action.topic)
+
+
+class Lines:
+    """Times are monotonic seconds. Not thread-safe: its owner locks."""
+
+    def __init__(self) -> None:
+        """Nothing waits."""
+        self._queues: dict[Line, deque[Entry]] = {}
+        # When, number, line: of holds and releases, then of the rest: no host waits behind many events.
+        self._due: tuple[list[tuple[float, int, Line]], list[tuple[float, int, Line]]] = ([], [])
+        self._in_hand: Line | None = None
+        self.waiting = 0
+        self.events = 0  # of them, those that hand over an event
+
+    def __contains__(self, line: Line) -> bool:
+        return line in self._queues
+
+    def append(self, entry: Entry) -> bool:
+        """Add one; whether it is due at once."""
+        action = entry[1]
+        self.waiting += 1
+        self.events += action.verb == EVENT
+        line = line_of(action)
+        if line in self._queues:
+            self._queues[line].append(entry)
+            return False
+        self._queues[line] = deque([entry])
+        self._push(0.0, line)
+        return True
+
+    def _push(self, at: float, line: Line) -> None:
+        number, action, _ = self._queues[line][0]
+        heappush(self._due[action.verb not in (HOLD, RELEASE)], (at, number, line))
+
+    def due_at(self) -> float:
+        """When the next one is due; infinite without one."""
+        return min((heap[0][0] for heap in self._due if heap), default=float("inf"))
+
+    def take(self, now: float) -> Entry:
+        """One that is due; `end` says what became of it, before the next is taken."""
+        heap = next(heap for heap in self._due if heap and heap[0][0] <= now)
+        self._in_hand = heappop(heap)[2]
+        return self._queues[self._in_hand][0]
+
+    def end(self, at: float, *, settled: bool) -> None:
+        """What was taken is settled, or stays first of its line; the line is due again at `at`."""
+        line, self._in_hand = self._in_hand, None
+        assert line is not None
+        queue = self._queues[line]
+        number, action, attempts = queue[0]
+        if settled:
+            queue.popleft()
+            self.waiting -= 1
+            self.events -= action.verb == EVENT
+        else:
+            queue[0] = (number, action, attempts + 1)
+        if queue:
+            self._push(at, line)
+        else:
+            del self._queues[line]
+
+    def cut(self, count: int) -> list[Entry]:
+        """Take the oldest `count` events out, but for the one in hand; oldest first."""
+        waiting = (
+            entry
+            for line, queue in self._queues.items()
+            for entry in islice(queue, line == self._in_hand, None)
+            if entry[1].verb == EVENT
+        )
+        cut = nsmallest(count, waiting, key=lambda entry: entry[0])
+        numbers = {number for number, *_ in cut}
+        for line in {line_of(action) for _, action, _ in cut}:
+            left = deque(entry for entry in self._queues[line] if entry[0] not in numbers)
+            if left:
+                self._queues[line] = left
+            else:
+                del self._queues[line]
+        for heap in self._due:
+            heap[:] = [item for item in heap if item[2] in self._queues]
+            heapify(heap)
+        self.waiting -= len(cut)
+        self.events -= len(cut)
+        return cut

@@ -20,8 +20,7 @@ from virtbus.integrations.base import (
     TargetMissing,
 )
 from virtbus.integrations.holds import Change, Finding, HoldState, Row, in_words
-from virtbus.integrations.lines import Line, Lines, line_of
-from virtbus.integrations.store import HOLD_TOPIC, ActionStore, Stored
+from virtbus.integrations.store import HOLD_TOPIC, ActionStore, Line, Lines, Stored, line_of
 from virtbus.integrations.telemetry import (
     ActionFailed,
     ActionGivenUp,
