@@ -191,8 +191,7 @@ class StoodStill:
 class SourceSeen(NamedTuple):
     """The connection answered: whatever it reported before `asked` stands before this in the queue.
 
-    But for the pauses of the last `undecided` seconds before that, of which it is not yet known by whom they
-    are reported.
+    But for what happened in the last `undecided` seconds before that: it waits for a decision who reports it.
     """
 
     asked: Now

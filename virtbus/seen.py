@@ -9,6 +9,7 @@ in.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,15 +83,19 @@ class WallClocks:
         if not self._each or abs(moment.booted_ns - self._each[-1].booted_ns) >= STEP_NS:
             self._each = [*self._each[1 - self._MOST :], moment]
 
-    def earliest_stamp(self, since: Moment, now: Now) -> int:
-        """What another program that stamps by this clock has written since then is not older, ns.
+    def stamps(self, since: Moment, now: Now, *, ours: bool = True) -> tuple[int, float]:
+        """What another program has stamped since then is not older than the first, nor newer than the second.
 
-        It may have done so by the clock of then, of now, or any between them.
+        It may have done so by the clock of then, of now, or any between them. What is newer was stamped
+        before the clock was set back; nothing is where the clock is not known (`ours`: it is this host's).
         """
         self.follow(now)
-        later = [each.booted_ns for each in self._each if each.boot_ns > since.boot_ns]
-        before = [each.booted_ns for each in self._each if each.boot_ns <= since.boot_ns][-1:]
-        return since.boot_ns + min(since.booted_ns, *before, *later)
+        ends = [*self._each[1:], Moment.of(now)]
+        used = [(one, end) for one, end in zip(self._each, ends, strict=True) if end.boot_ns > since.boot_ns]
+        earliest = since.boot_ns + min([since.booted_ns, *(one.booted_ns for one, _ in used)])
+        if not ours or since.boot_ns < self._each[0].boot_ns:
+            return earliest, math.inf
+        return earliest, STEP_NS + max([now.wall_ns, *(end.boot_ns + one.booted_ns for one, end in used)])
 
 
 def moment_of(item: SourceReady | SourceLost | Surveyed, now: Now) -> Moment:

@@ -240,14 +240,17 @@ class Daemon:
         """A request of the guest fails; QEMU reports it and, by its policy, stops the guest."""
         lost = self.quirks.loses_unnamed and guest.is_unnamed(alias)
         if lost:  # libvirt reports nothing; what is promised is that a pause is told
-            events = 1 if pause and guest.state == RUNNING else 0
+            events = 1 if pause else 0
+        hidden = lost and guest.state != RUNNING  # a look in time shows it
         kept = self.quirks.keeps_messages and not pause
         if kept:
             self._keep(guest, alias)
         first = len(self.errors)
         for _ in range(events):
             named = alias not in guest.copying and not lost
-            self.errors.append(Error(self.host, guest.uuid, alias, self.sched.now, pause, named, kept))
+            self.errors.append(
+                Error(self.host, guest.uuid, alias, self.sched.now, pause, named, kept, hidden)
+            )
         late = self.quirks.latest() * self.sched.random.random() if self.sched.random.random() < 0.5 else 0.0
         if self.sched.random.random() < 0.9:
             late = min(late, self.quirks.late)

@@ -72,6 +72,7 @@ class Truth:
     promised: dict[tuple[str, int], str] = field(default_factory=dict)  # (epoch, sequence) → id
     epochs: dict[str, list[str]] = field(default_factory=dict)  # host → its runs, in order
     blind: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    unanswered: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # looks failed or hung
     slow: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # threads come too late
     standstills: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # of one that saw
     ends: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # of a host's agent
@@ -327,11 +328,12 @@ def _every_message(
     Only of guests of which less was counted than happened, and not of an error that its own event told: a gap
     begins where what was seen is committed, which may be before the error. And not of one whose stamp, since
     the clock was set back, is older than that of an error before it, or lies ahead of now: it can't be told
-    from one that was told. Nor where the agent ended before a look that failed was asked again: the next run
-    asks for what is newer than what this one saw. Nor of one whose stamp is older than the gap by a clock
-    that nobody knows of: one that was set back while the spool's disk took nothing, and set again before a
-    run could open it, or set and set again while the agent stood still. Nor where events that had waited for
-    it came as it woke up: of which error each is, their time does not say.
+    from one that was told; now is when a look that failed, or hung, was answered at last. Nor where the agent
+    ended before a look that failed was asked again: the next run asks for what is newer than what this one
+    saw. Nor of one whose stamp lies outside of the gap by a clock that nobody knows of: one that was set back
+    while the spool's disk took nothing, and set again before a run could open it, or set and set again while
+    the agent stood still. Nor where events that had waited for it came as it woke up: of which error each is,
+    their time does not say.
     """
     later: dict[tuple[str, str, str], list[Error]] = defaultdict(list)
     made: dict[tuple[str, str], list[Error]] = defaultdict(list)
@@ -381,10 +383,12 @@ def _every_message(
             )
             if any(0 <= at - end < LOOK_SECONDS for _, end in stills for at, _ in counted[host, uuid, alias]):
                 continue
-            if unknown_clock and stamp <= _stamp(truth, host, min(g.start for g in inside)):
+            if unknown_clock and not _stamp(truth, host, min(g.start for g in inside)) < stamp <= end:
                 continue
+            late = [b for a, b in truth.unanswered.get(host, ()) if a - LATE_SECONDS <= found_at <= b]
+            looked = _stamp(truth, host, max(late) + LOOK_SECONDS) if late else end
             if any(
-                one.at < error.at and (stamp <= _stamp(truth, host, one.at) <= end or stamp > end)
+                one.at < error.at and (stamp <= _stamp(truth, host, one.at) <= looked or stamp > end)
                 for one in made[host, uuid]
                 if one.alias == alias or not one.named
             ):

@@ -388,11 +388,17 @@ class World:
     def _do_looks_fail(self, host: SimAgent, seconds: float) -> None:
         self.tell(host.name, f"looks fail for {seconds:.0f} s")
         host.daemon.failing_until = self.sched.now + seconds
+        self._leave_unanswered(host, seconds)
 
     def _do_looks_hang(self, host: SimAgent, seconds: float, guest: int) -> None:
         one = host.guest(guest)
         self.tell(host.name, f"looks at {one.name} hang for {seconds:.0f} s")
         one.hangs_until = self.sched.now + seconds
+        self._leave_unanswered(host, seconds)
+
+    def _leave_unanswered(self, host: SimAgent, seconds: float) -> None:
+        times = self.truth.unanswered.setdefault(host.name, [])
+        times.append((self.sched.now, self.sched.now + seconds))
 
     def _do_guest_restarts(self, host: SimAgent, seconds: float, guest: int, renamed: bool = False) -> None:
         one = host.guest(guest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -67,9 +68,11 @@ def findings(check: CrossCheck, at: float) -> list[Burst]:
     return [burst for burst in decide(check, at) if burst.count]
 
 
-def reconcile(check: CrossCheck, look: Look, at: float, since: float | None = None) -> list[Burst]:
-    since_ns = None if since is None else int(since * S)
-    return check.reconcile(UUID, "db1", 1, look, DEVICES, since_ns=since_ns, mono=at, ns=int(at * S))
+def reconcile(
+    check: CrossCheck, look: Look, at: float, since: float | None = None, until: float = math.inf
+) -> list[Burst]:
+    stamps = None if since is None else (int(since * S), until * S)
+    return check.reconcile(UUID, "db1", 1, look, DEVICES, stamps=stamps, mono=at, ns=int(at * S))
 
 
 # ------------------------------------------------------------------------------------------ one error
@@ -533,6 +536,31 @@ def test_the_message_of_another_image_from_before_the_clock_was_set_back_hides_n
     assert (found.first_ns, found.stamp_ns) == (30 * S, 30 * S)
 
 
+def test_a_message_that_was_told_by_a_clock_that_was_set_back_is_not_told_again() -> None:
+    check = CrossCheck(GRACE)
+    check.slack_ns = 0
+    messages = read_messages([line("vda", 50), line("vda", 20)], 30 * S)
+    check.event(raw(at=20.0, action=ACTION_REPORT), 20.0)  # behind that of 50, by the clock of then
+    look = Look(RUNNING, 1, messages=messages)
+    assert reconcile(check, look, 30.0, since=19.0, until=30.0) == []
+
+
+@pytest.mark.parametrize("stops_first", [True, False])
+def test_a_first_look_that_comes_late_takes_no_event_that_waits_for_a_name(stops_first: bool) -> None:
+    check = CrossCheck(GRACE)
+    check.event(raw("virtio-disk1", at=1.0, action=ACTION_REPORT), 1.0)
+    if stops_first:
+        suspend(check, 5.0, by_io_error=True)
+    for _ in range(3):
+        assert check.event(raw("", at=5.0), 5.0) is Verdict.HOLD
+    late = Look(PAUSED, PAUSED_IOERROR, {"vdb": 1}, asked_at=5.1)
+    assert reconcile(check, late, 5.2, since=0.5) == []
+    if not stops_first:
+        suspend(check, 5.3, by_io_error=True)
+    look_at(check, late, 5.3)
+    assert [(burst.raw.alias, burst.count) for burst in findings(check, 7.0)] == [("virtio-disk1", 1)] * 3
+
+
 def test_the_evidence_for_an_error_comes_with_the_look_that_is_whole() -> None:
     check = CrossCheck(GRACE)
     check.event(raw(action=ACTION_REPORT), 0.0)
@@ -552,7 +580,7 @@ def test_a_guest_that_was_started_anew_unseen_begins_without_a_past() -> None:
     check = CrossCheck(GRACE)
     check.event(raw(), 0.0)
     suspend(check, 0.0)
-    look = check.reconcile(UUID, "db1", 2, IO_PAUSE, DEVICES, since_ns=None, mono=5.0, ns=5 * S)
+    look = check.reconcile(UUID, "db1", 2, IO_PAUSE, DEVICES, stamps=None, mono=5.0, ns=5 * S)
     assert len(look) == 1
 
 
@@ -904,9 +932,7 @@ def test_only_disks_are_found_by_target() -> None:
         "virtio-disk0": Device("virtio-disk0", target="vda", kind="disk"),
         "net1": Device("net1", target="vda", kind="interface"),
     }
-    (found,) = CrossCheck(GRACE).reconcile(
-        UUID, "db1", 1, IO_PAUSE, devices, since_ns=None, mono=5.0, ns=5 * S
-    )
+    (found,) = CrossCheck(GRACE).reconcile(UUID, "db1", 1, IO_PAUSE, devices, stamps=None, mono=5.0, ns=5 * S)
     assert found.raw.alias == "virtio-disk0"
 
 

@@ -313,8 +313,8 @@ def test_a_first_look_that_saw_a_told_pause_and_answers_after_its_end_tells_noth
 # -------------------------------------------------------------------- errors that libvirt remembers
 
 
-def remembered(disk: str = "vda") -> str:
-    at = datetime.fromtimestamp(time.time() - 5, UTC)
+def remembered(disk: str = "vda", *, seconds_ago: float = 5.0) -> str:
+    at = datetime.fromtimestamp(time.time() - seconds_ago, UTC)
     return (
         f"I/O error: disk='{disk}', index='1', path='/img/a', "
         f"timestamp='{at:%Y-%m-%d %H:%M:%S.%f}+0000', message='Input/output error'"
@@ -340,6 +340,22 @@ def test_what_was_to_be_found_since_a_moment_is_still_found_when_the_connection_
         host.failures, host.hanging = {}, set()
         host.release.set()
         until(lambda: run.counts() == [1])
+
+
+def test_evidence_that_is_late_does_not_hide_the_error_that_nobody_saw() -> None:
+    """The look after the connection came back answers for both: the newer error's message is found first."""
+    host = SimulatedHost(keeps_messages=True)
+    guest = host.add()
+    host.failures = {"messages": FOR_EVER}
+    with Run(host, {}, since_ns=time.time_ns()) as run:
+        host.io_error(guest, action=ACTION_REPORT)
+        until(lambda: run.counts() == [1])
+        host.down = True
+        host.cut()
+        guest.messages, host.failures = [remembered(seconds_ago=-5.0)], {}
+        host.down = False
+        run.seen.wait(SourceReady, 2)
+        until(lambda: sum(run.counts()) == 2)
 
 
 @pytest.mark.parametrize("xml", ["<domain/>", "<network/>", "<!DOCTYPE domain><domain/>", " "])

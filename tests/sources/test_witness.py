@@ -8,9 +8,10 @@ import pytest
 
 from tests.faultkit import wait_until
 from virtbus.errors import SourceUnavailable
-from virtbus.model import Clock
+from virtbus.model import Clock, Now
 from virtbus.observations import Observation, SourceSeen
 from virtbus.sources.crew import Crew, Witness
+from virtbus.sources.link import RESUMED, SUSPENDED, SUSPENDED_IOERROR
 from virtbus.sources.session import Session, Shared
 
 
@@ -47,6 +48,30 @@ def test_a_question_that_failed_is_asked_again(monkeypatch: pytest.MonkeyPatch, 
     woken.set()
     thread.join()
     assert failures == []
+
+
+def test_what_waits_for_a_decision_may_have_happened_since_the_last_answer_before_it_came() -> None:
+    """A daemon that stood still says late what failed long before."""
+    now = [Now(0, 100.0)]
+    told: list[Observation] = []
+    session = Session(Shared(lambda: now[0], 1.0), told.append)
+
+    def proves(asked: float, answered: float) -> SourceSeen:
+        now[0] = Now(0, answered)
+        session.saw(Now(0, asked))
+        assert isinstance(told[-1], SourceSeen)
+        return told[-1]
+
+    assert proves(110.0, 110.1).undecided == 0.0
+    now[0] = Now(0, 130.0)  # its guest stands since 112, say
+    session.lifecycle("u", "db1", 1, SUSPENDED, SUSPENDED_IOERROR)
+    for asked, answered in ((120.0, 130.1), (130.2, 130.3)):
+        assert asked - proves(asked, answered).undecided == 110.0
+    now[0] = Now(0, 140.0)
+    session.lifecycle("u", "db1", 1, RESUMED, 0)
+    for at in (140.0, 142.0):  # it waits for a look once
+        session._shared.check.due(at, {})
+    assert proves(150.0, 150.1).undecided == 0.0
 
 
 def test_a_call_for_which_there_is_no_thread_is_made_when_there_is_one(

@@ -1,5 +1,7 @@
 """Seen through: what counts, what never does, and in which clock it is told. Pure."""
 
+import math
+
 import pytest
 
 from virtbus.model import Now
@@ -140,8 +142,8 @@ def test_a_stamp_of_either_clock_is_not_older_than_its_moment(step):
     moment, now = Moment.of(at(100)), at(160, stepped=step)
     before_the_step, after_it = at(130), at(130, stepped=step)
     clocks = WallClocks()
-    assert clocks.earliest_stamp(moment, now) < min(before_the_step.wall_ns, after_it.wall_ns)
-    assert clocks.earliest_stamp(moment, now) in (at(100).wall_ns, at(100, stepped=step).wall_ns)
+    assert clocks.stamps(moment, now)[0] < min(before_the_step.wall_ns, after_it.wall_ns)
+    assert clocks.stamps(moment, now)[0] in (at(100).wall_ns, at(100, stepped=step).wall_ns)
 
 
 @pytest.mark.parametrize("noticed", [90, 110, 149])
@@ -150,9 +152,35 @@ def test_a_stamp_of_a_clock_that_was_set_twice_is_not_older_than_its_moment(noti
     for second in (10, noticed, 150, 160):
         step = 0 if second < noticed else -30 if second < 150 else 7200
         clocks.follow(at(second, stepped=step))
-    assert clocks.earliest_stamp(moment, at(160, stepped=7200)) == at(100, stepped=-30).wall_ns
+    assert clocks.stamps(moment, at(160, stepped=7200))[0] == at(100, stepped=-30).wall_ns
     later = Moment.of(at(155, stepped=7200))
-    assert clocks.earliest_stamp(later, at(160, stepped=7200)) == later.wall_ns
+    assert clocks.stamps(later, at(160, stepped=7200))[0] == later.wall_ns
+
+
+def test_a_stamp_of_a_clock_that_was_set_back_before_is_later_than_any_since():
+    clocks = WallClocks()
+    clocks.follow(at(10, stepped=7200))
+    clocks.follow(at(50))
+    since, now = Moment.of(at(100)), at(160)
+    assert now.wall_ns <= clocks.stamps(since, now)[1] < at(40, stepped=7200).wall_ns
+    assert clocks.stamps(since, now, ours=False)[1] == math.inf
+    ahead = Moment.of(at(40, stepped=7200))
+    assert clocks.stamps(ahead, now)[1] >= at(49, stepped=7200).wall_ns, "it was set back since then"
+
+
+@pytest.mark.parametrize("step", [-30, 7200])
+def test_of_a_clock_that_was_set_since_both_stamps_may_be(step):
+    clocks, since = WallClocks(), Moment.of(at(100))
+    for second in (10, 150):
+        clocks.follow(at(second, stepped=0 if second < 150 else step))
+    _, latest = clocks.stamps(since, at(160, stepped=step))
+    assert latest >= max(at(150).wall_ns, at(160, stepped=step).wall_ns)
+
+
+def test_of_a_time_before_clocks_were_followed_no_stamp_is_too_late():
+    clocks = WallClocks()
+    clocks.follow(at(50))
+    assert clocks.stamps(Moment.of(at(40)), at(60))[1] == math.inf
 
 
 def test_the_memory_of_clocks_is_bounded():
@@ -160,7 +188,7 @@ def test_the_memory_of_clocks_is_bounded():
     for second in range(1000):
         clocks.follow(at(second, stepped=-second))
     assert len(clocks._each) <= 64
-    assert clocks.earliest_stamp(Moment.of(at(0)), at(1000)) == at(0, stepped=-999).wall_ns
+    assert clocks.stamps(Moment.of(at(0)), at(1000))[0] == at(0, stepped=-999).wall_ns
 
 
 def test_moments_are_ordered_by_the_boots_clock_whatever_the_wall_clock_did():

@@ -121,9 +121,12 @@ class Case:
 
     def has_nameless(self) -> bool:
         """Whether something was reported without the name of its device."""
-        held = [*self.held, *(raw for pause in self.pauses for raw in pause.held)]
         is_told = any("" in each for each in (self.reports, self.events, self.synthesised))
-        return bool(held or self.nameless.waiting) or is_told
+        return self.holds() or bool(self.nameless.waiting) or is_told
+
+    def holds(self) -> bool:
+        """Whether events wait for a look to name them."""
+        return bool(self.held) or any(pause.held for pause in self.pauses)
 
     def began(self, mono: float) -> list[float]:
         """When each thing came that is not decided yet (monotonic).
@@ -260,8 +263,10 @@ class Case:
         found: dict[str, Burst] = {}
         named: list[Burst] = []
         domain = (self.uuid, self.name, self.number)
-        # A pause whose beginning and end callbacks reported is theirs to report, however late the look is.
-        if look.paused_by_io_error and not self.paused_at <= look.asked_at <= self.resumed_at:
+        # A pause whose beginning and end callbacks reported, or whose events wait for names, is theirs to
+        # report, however late the look is.
+        is_theirs = self.holds() or self.paused_at <= look.asked_at <= self.resumed_at
+        if look.paused_by_io_error and not is_theirs:
             self.paused = True
             wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
             suspects = wrong or dict.fromkeys(newer, DISK_ERROR_UNSPECIFIED)

@@ -357,7 +357,7 @@ class CrossCheck:
         `alias` is its only disk, or "": then the look that comes later names it, without a count.
         """
         case = self._case(uuid, name, number)
-        if case.events or case.synthesised or any(not pause.over for pause in case.pauses):
+        if case.events or case.synthesised or case.held or any(not pause.over for pause in case.pauses):
             return []
         case.paused = case.found_ahead = True
         raw = raw_error((uuid, name, number), alias=alias, code=None, action=ACTION_PAUSE, ns=ns)
@@ -374,21 +374,21 @@ class CrossCheck:
         look: Look,
         devices: Mapping[str, Device],
         *,
-        since_ns: int | None,
+        stamps: tuple[int, float] | None,
         mono: float,
         ns: int,
     ) -> list[Burst]:
         """What the look after a (re)connect found at one domain and no event reported.
 
-        Errors that libvirt kept a message of count when they are newer than `since_ns` (the source's last
-        sign of life) and than what was reported of the device; None leaves messages alone.
+        Errors that libvirt kept a message of count when they are newer than what was reported of the device,
+        and of the time since the source's last sign of life: it has `stamps` behind the first and not behind
+        the second (ns); None leaves messages alone.
         """
         case = self._cases.get(uuid)
         if case is not None and case.paused and look.state != PAUSED and not case.paused_since(look.asked_at):
             self.resumed(uuid)  # and nobody reported it
-        newer = newer_messages(
-            look, since_ns, {} if case is None else case.last_ns, devices, self.slack_ns, ns
-        )
+        last_told = {} if case is None else case.last_ns
+        newer = newer_messages(look, stamps, last_told, devices, self.slack_ns, ns)
         if not look.paused_by_io_error and not newer:
             return []
         return self._case(uuid, name, number).reconcile(look, newer, devices, mono=mono, ns=ns)

@@ -21,7 +21,7 @@ def late_event(raw: RawIoError) -> Burst:
 
 def newer_messages(
     look: Look,
-    since_ns: int | None,
+    stamps: tuple[int, float] | None,
     last_told: Mapping[str, int],
     devices: Mapping[str, Device],
     slack_ns: int,
@@ -29,15 +29,17 @@ def newer_messages(
 ) -> dict[str, Message]:
     """The messages about an error which nobody reported, by alias; the newest of each.
 
+    `stamps`: of what nobody saw they lie behind the first and not behind the second (ns).
     `last_told`: alias → when its last error was reported (ns).
     """
-    if since_ns is None or look.messages is None:
+    if stamps is None or look.messages is None:
         return {}
+    since_ns, until_ns = stamps
     newer: dict[str, Message] = {}
     aliases = disks_by_target(devices)
     for message in look.messages:
         alias = aliases.get(message.target, "")
-        if message.at_ns is None or message.at_ns <= since_ns:
+        if message.at_ns is None or not since_ns < message.at_ns <= until_ns:
             continue
         last_ns = last_told.get(alias)
         if last_ns is not None and is_told(message.at_ns, last_ns + slack_ns, ns + slack_ns):

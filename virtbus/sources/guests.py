@@ -334,27 +334,27 @@ class Guests:
         with self._lock:
             if not session.live:
                 return
+            found, over = list[Burst](), list[DomainResumed]()
             if uuid in self.reconciling:
                 since = self.reconciling[uuid]
-                since_ns = None if since is None else self._clocks.earliest_stamp(since, now)
+                stamps = None if since is None else self._clocks.stamps(since, now, ours=self._asker.local)
                 found = self._check.reconcile(
                     uuid, entry.name, entry.number, look, entry.devices,
-                    since_ns=since_ns, mono=now.monotonic, ns=now.wall_ns,
+                    stamps=stamps, mono=now.monotonic, ns=now.wall_ns,
                 )  # fmt: skip
                 # The guest was resumed while it was looked at: what was found stands, and is over.
-                overtaken = session.resumed_at.get(uuid, -math.inf) >= look.asked_at
-                if overtaken:
+                if session.resumed_at.get(uuid, -math.inf) >= look.asked_at:
                     self._check.resumed(uuid)
+                    over = [resumed] if found else []
                 if look.complete:
                     del self.reconciling[uuid]
-                if self._first is not None:
-                    self._first.looks[uuid] = look
-                    self._first.findings += found
-                else:
-                    session.tell([*found, resumed] if overtaken and found else found)
-            session.tell(self._check.looked(uuid, look, entry.devices))
-            if self._first is None:  # what it found has been reported by now
+            found += self._check.looked(uuid, look, entry.devices)  # what it says of others comes behind
+            if self._first is None:
+                session.tell([*found, *over])
                 session.described(uuid)
+            else:
+                self._first.looks[uuid] = look
+                self._first.findings += found
             if self._check.runs(uuid, look):
                 session.tell([resumed])
 

@@ -5,8 +5,10 @@ They run on libvirt's thread and end within microseconds: no call into libvirt, 
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -30,6 +32,8 @@ from virtbus.sources.evidence import Look
 from virtbus.sources.findings import late_event
 from virtbus.sources.link import STATE_AFTER, STOPPED, left_by, runs_again
 from virtbus.words import GapReason, ResolutionCause
+
+MOST_ANSWERS = 64  # two minutes of them, and nothing waits for so long
 
 # ------------------------------------------------------------------------ notes for the source thread
 
@@ -177,6 +181,8 @@ class Session:
         self.connection = connection
         self.heard = False  # something, since the last question
         self.seen: Now | None = None  # when the last question was asked that the daemon answered
+        # The last answers: when each came (monotonic), and when it was asked for.
+        self._answers = deque([(-math.inf, shared.clock())], maxlen=MOST_ANSWERS)
         self.notes = Notes(wake)
         # What lifecycle callbacks said since the listing: (name, number, state), None: it left. Then None.
         self.since_listing: dict[str, tuple[str, int | None, str] | None] | None = {}
@@ -300,9 +306,14 @@ class Session:
         with self._shared.lock:
             if self.live:
                 self.seen = asked
-                began = self._shared.check.undecided_since(asked.monotonic)
-                undecided = 0.0 if began is None else max(0.0, asked.monotonic - began)
-                self._sink(SourceSeen(asked, self.connection, undecided))
+                came = self._shared.check.undecided_since(asked.monotonic)
+                through = asked if came is None else self._through(came)
+                self._answers.append((self._shared.clock().monotonic, asked))
+                self._sink(SourceSeen(asked, self.connection, max(0.0, asked.boot - through.boot)))
+
+    def _through(self, came: float) -> Now:
+        """Until when what came at `came` can't have happened: a daemon that stood still says it late."""
+        return next((asked for at, asked in reversed(self._answers) if at <= came), self._answers[0][1])
 
     def end(self) -> None:
         """Hear nothing any more."""
