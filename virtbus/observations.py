@@ -88,6 +88,7 @@ class DomainGone:
     domain_uuid: str
     at_ns: int
     cause: ResolutionCause
+    connection: str = ""  # that had it, where a source has several: another one may have it by now
 
 
 @dataclass(frozen=True, slots=True)

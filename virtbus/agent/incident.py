@@ -168,6 +168,10 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
         """Whether its errors are of origin `replay`."""
         return self.key.startswith(DRILL)
 
+    def is_of(self, connection: str) -> bool:
+        """Whether its guest is, or may be, that of a connection ("": of any)."""
+        return not connection or self.connection in ("", clean(connection))
+
     @property
     def newest_ns(self) -> int:
         """Its last error, by whichever clock says later (ns)."""

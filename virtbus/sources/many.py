@@ -32,6 +32,7 @@ from virtbus.sources.link import Connector, Handler, Link, NobodyListens
 from virtbus.sources.observer import POLL_SECONDS, Observer
 from virtbus.sources.sockets import serves
 from virtbus.telemetry import Trouble, emit
+from virtbus.words import GuestState
 
 LOOK_SECONDS = 30.0  # between two looks for sockets of which inotify said nothing
 LEAST_SECONDS = 0.2  # between two looks, however often inotify says something
@@ -272,19 +273,22 @@ class ManySource:
             watch.close()
 
     def describe(self, domain_uuid: str) -> Description | None:
-        """See Source."""
-        found: Description | None = None
-        for member in list(self._members.values()):
-            entry = member.observer.cache.get(domain_uuid)
-            if entry is not None:
-                observer = member.observer
-                found = observer.describe(domain_uuid)
-                found = found and replace(
-                    found, connection=observer.connection, hypervisor=observer.guests.on.hypervisor
-                )
-                if found is not None and member.observer.connected:
-                    return found
-        return found
+        """See Source. Of several that know the domain, the one which has it now, and runs it."""
+        observers = [each.observer for each in list(self._members.values())]
+        known = [each for each in observers if each.cache.get(domain_uuid) is not None]
+        if not known:
+            return None
+
+        def likeliness(observer: Observer) -> tuple[bool, bool, bool]:
+            entry = observer.cache.present(domain_uuid)
+            runs = entry is not None and entry.state == GuestState.RUNNING
+            return entry is not None, observer.connected, runs
+
+        observer = max(reversed(known), key=likeliness)  # the one that came last, where nothing else decides
+        found = observer.describe(domain_uuid)
+        return found and replace(
+            found, connection=observer.connection, hypervisor=observer.guests.on.hypervisor
+        )
 
     def snapshot(self) -> SourceReady:
         """See Source: what all sockets that answer have."""
