@@ -10,7 +10,7 @@ import pytest
 from tests.agent.test_agent import House
 from tests.faultkit import wait_until
 from tests.sources.simulated import Guest, SimulatedHost
-from tests.sources.test_many import NAME, Sockets, guest_of
+from tests.sources.test_many import NAME, Denying, Sockets, guest_of
 from tests.sources.test_observer import OPTIONS
 from virtbus.config import Discover
 from virtbus.retry import no_waiting
@@ -99,3 +99,28 @@ def test_an_error_of_a_guest_that_has_left_another_pod_is_described_by_its_own(n
     new.io_error(guest_of(new), action=2)
     (event,) = house.wait("io_error.v1")
     assert (event["data"]["domain"]["name"], event["data"]["domain"]["state"]) == ("b", "running")
+
+
+def test_an_agent_that_no_socket_lets_in_is_not_ready_and_ends_no_incident(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("virtbus.sources.many.SURVEY_SECONDS", 0.0)
+    host = Denying()
+    host.guests[UUID] = Guest(UUID, "guest", 1)
+    host.denies = False
+    node.pods.add("pod", host)
+    house = node.start()
+    wait_until(lambda: connected(house, host))
+    host.io_error(guest_of(host))
+    host.suspend(guest_of(host))
+    house.wait("io_error.v1")
+    house.end()
+    host.denies = True
+    house = node.start()
+    house.wait("gap")
+    wait_until(lambda: house.agent.intake.sight._surveyed)
+    assert house.agent.not_ready() == ["source is starting"]
+    assert house.agent.incidents.open_count == 1
+    host.denies = False
+    wait_until(lambda: house.agent.not_ready() == [])
+    assert house.delivered("resolved") == []

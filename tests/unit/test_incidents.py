@@ -1590,3 +1590,15 @@ def test_what_one_connection_lost_says_nothing_of_a_guest_of_the_same_uuid_that_
     assert told(bench.see(DomainGone("guest-a", bench.wall_ns, "domain_stopped", "/new"))) == [
         ("resolved", "domain_stopped")
     ]
+
+
+def test_incidents_of_guests_in_a_folder_that_can_not_be_read_wait():
+    bench = Bench(describe=lambda uuid: replace(described(uuid), connection="/pods/a/sock"))
+    bench.see(an_error())
+    bench.commit()
+    bench.restart()
+    nobody = frozenset()
+    assert bench.see(Surveyed(bench.wall_ns, HOST, nobody, frozenset({"/pods/a", "/pods/b/sock"}))) == []
+    assert told(bench.see(Surveyed(bench.wall_ns, HOST, nobody, frozenset({"/pods/b/sock"})))) == [
+        ("resolved", "domain_stopped")
+    ]

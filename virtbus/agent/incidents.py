@@ -266,7 +266,7 @@ class Incidents:
         watch = self._watch
         known = survey.domains | watch.sighted | (watch.unsighted.keys() - watch.unreached)
         asked = None if watch.blind or not watch.unreached else frozenset(watch.unreached)
-        unreached = {"", *map(clean, survey.unreached)}  # of a guest without a connection nobody knows
+        unreached = frozenset(map(clean, survey.unreached))
         waiting: set[str] = set()
         events: list[Event] = []
         for incident in list(self._book.open.values()):
@@ -276,7 +276,7 @@ class Incidents:
             uuid = uuid_in(incident.key)
             if incident.drill or uuid in known or (asked is not None and uuid not in asked):
                 continue
-            if survey.unreached and incident.connection in unreached:
+            if survey.unreached and incident.lies_in(unreached):
                 waiting.add(uuid)
             else:
                 events += self._teller.resolve(incident, ResolutionCause.DOMAIN_STOPPED, survey.at_ns)
