@@ -88,6 +88,7 @@ class DomainGone:
     domain_uuid: str
     at_ns: int
     cause: ResolutionCause
+    connection: str = ""  # that had it, where a source has several: another one may have it by now
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,8 +167,8 @@ class SourceGone:
 class Surveyed:
     """Every connection that was there at the start has been looked at: what none of them has is gone.
 
-    Those that have not answered in time are `unreached`: of their guests nothing is known yet. Another survey
-    follows when one of them was looked at, or has ended.
+    Those that have not answered in time are `unreached`, and so are folders that can't be read: of their
+    guests nothing is known yet. Another survey follows when one of them was looked at, or has ended.
     """
 
     at_ns: int

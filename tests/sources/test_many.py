@@ -9,13 +9,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
-from tests.sources.simulated import DEADLINE, Guest, Seen, SimulatedHost
+from tests.sources.simulated import DEADLINE, Guest, Seen, SimulatedHost, SimulatedLink
 from tests.sources.test_observer import OPTIONS, until
 from virtbus.config import Discover
-from virtbus.errors import SourceUnavailable
+from virtbus.errors import SourceDenied, SourceUnavailable
 from virtbus.model import Clock, Hypervisor, Now
 from virtbus.observations import (
     DomainGone,
@@ -28,7 +29,9 @@ from virtbus.observations import (
     Surveyed,
 )
 from virtbus.retry import no_waiting
-from virtbus.sources.many import KUBEVIRT, ManySource, SocketConnector, Watch, look
+from virtbus.sources.link import Handler
+from virtbus.sources.many import KUBEVIRT, ManySource, SocketConnector
+from virtbus.sources.sockets import Watch, look, one_each, unreadable
 
 NAME = "libvirt-runtime/virtqemud-sock"
 
@@ -90,9 +93,11 @@ def sockets(tmp_path: Path) -> Sockets:
 
 
 @contextmanager
-def observed(sockets: Sockets, clock: Callable[[], Now] | None = None) -> Iterator[tuple[ManySource, Seen]]:
+def observed(
+    sockets: Sockets, clock: Callable[[], Now] | None = None, name: str = NAME
+) -> Iterator[tuple[ManySource, Seen]]:
     source = ManySource(
-        Discover(sockets=(f"{sockets.folder}/*/{NAME}",), host="node-1"),
+        Discover(sockets=(f"{sockets.folder}/*/{name}",), host="node-1"),
         options=OPTIONS,
         connector=sockets.connector,
         clock=clock,
@@ -449,9 +454,8 @@ def test_a_daemon_that_is_found_by_several_names_is_observed_once(tmp_path: Path
         bind(folder / name)
     (tmp_path / "b").symlink_to(tmp_path / "a")
     assert set(look([f"{tmp_path}/*/run/virtqemud-sock"])) == {f"{folder}/virtqemud-sock"}
-    assert set(look([f"{tmp_path}/*/run/virtqemud-sock*", f"{folder}/virtqemud-sock-ro"])) == {
-        f"{folder}/virtqemud-sock-ro"
-    }
+    found = look([f"{tmp_path}/*/run/virtqemud-sock*", f"{folder}/virtqemud-sock-ro"])
+    assert set(one_each(found)) == {f"{folder}/virtqemud-sock-ro"}
 
 
 def test_folders_are_watched_where_a_socket_may_come_and_not_where_the_way_is_fixed(tmp_path: Path) -> None:
@@ -500,3 +504,116 @@ def test_no_thread_a_guest(sockets: Sockets) -> None:
         seen.wait(Surveyed)
         # The source's own, inotify's, and none beside once the crew and the look-ups have rested.
         until(lambda: threading.active_count() <= before + 2, 20.0)
+
+
+class Denying(SimulatedHost):
+    """A daemon that lets nobody in while `denies`."""
+
+    denies = True
+
+    def open(self, handler: Handler | None) -> SimulatedLink:
+        """See Connector."""
+        if self.denies:
+            raise SourceDenied("permission denied")
+        return super().open(handler)
+
+
+@pytest.mark.parametrize("let_in", [True, False])
+def test_a_daemon_whose_second_socket_comes_a_moment_later_is_observed_once(
+    sockets: Sockets, let_in: bool
+) -> None:
+    host = sockets.add("pod", SimulatedHost(1) if let_in else Denying(1))
+    bare, read_only = Path(host.uri), Path(f"{host.uri}-ro")
+    second = SimulatedHost()
+    second.uri, second.guests = str(read_only), host.guests
+    sockets.hosts[second.uri] = second
+    with observed(sockets, name=f"{NAME}*") as (_, seen):
+        until(lambda: host.uri in sockets.opened)
+        if let_in:
+            seen.wait(SourceReady)
+        bind(read_only)
+        once, left = (host, second) if let_in else (second, host)
+        seen.wait(of(once.uri, SourceReady))
+        for number in range(2):
+            for path in (bare, read_only):  # and both again, when the daemon starts again
+                path.unlink()
+            once.cut()
+            for path in (bare, read_only):
+                bind(path)
+                marker = sockets.add(f"marker{path.name}{number}")  # found by a look, and so was the other
+                seen.wait(of(marker.uri, SourceReady))
+        seen.wait(of(once.uri, SourceReady), 3)
+        for each in (host, second):
+            each.io_error(guest_of(each))
+        assert len(seen.of(RawIoError)) == 1
+        assert seen.of(DomainGone, SourceGone) == []
+        assert not [item for item in seen.all if of(left.uri, SourceReady)(item)]
+
+
+def test_sockets_that_let_nobody_in_are_left_out_of_the_survey(
+    sockets: Sockets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("virtbus.sources.many.SURVEY_SECONDS", 0.0)
+    host = Denying(1)
+    sockets.add("pod", host)
+    with observed(sockets) as (_, seen):
+        (survey,) = seen.wait(Surveyed)
+        assert isinstance(survey, Surveyed)
+        assert survey.unreached == {host.uri}
+        host.denies = False
+        survey = seen.wait(Surveyed, 2)[1]
+        assert isinstance(survey, Surveyed)
+        assert (survey.unreached, survey.domains) == (frozenset(), {guest_of(host).uuid})
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """With the rights of a user who owns nothing."""
+    was = os.geteuid()
+    if was == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(was)
+
+
+@pytest.mark.parametrize("pattern", ["*/run/virtqemud-sock", "*/*/virtqemud-sock", "*/run/virtqemud-*"])
+def test_a_folder_that_may_not_be_read_hides_no_other_and_is_named(pattern: str) -> None:
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        for pod in ("closed", "open"):
+            (folder / pod / "run").mkdir(parents=True)
+            bind(folder / pod / "run" / "virtqemud-sock")
+        (folder / "closed").chmod(0o000)
+        with as_nobody():
+            found, closed = look([f"{folder}/{pattern}"]), unreadable([f"{folder}/{pattern}"])
+        (folder / "closed").chmod(0o700)
+    assert set(found) == {f"{folder}/open/run/virtqemud-sock"}
+    assert closed == {f"{folder}/closed"}
+
+
+def test_a_folder_that_may_not_be_read_is_left_out_of_the_survey_with_all_that_is_in_it(
+    sockets: Sockets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("virtbus.sources.many.SURVEY_SECONDS", 0.0)
+    monkeypatch.setattr("virtbus.sources.many.LOOK_SECONDS", 0.1)
+    closed = {f"{sockets.folder}/pod"}
+    monkeypatch.setattr("virtbus.sources.many.unreadable", lambda _patterns: frozenset(closed))
+    with observed(sockets) as (_, seen):
+        (survey,) = seen.wait(Surveyed)
+        assert isinstance(survey, Surveyed)
+        assert survey.unreached == closed
+        host = SimulatedHost(1)
+        host.frozen.set()
+        sockets.add("pod", host)
+        until(lambda: host.uri in sockets.opened)
+        closed.clear()  # it can be read now, and what is in it has not answered yet
+        survey = seen.wait(Surveyed, 2)[1]
+        assert isinstance(survey, Surveyed)
+        assert survey.unreached == {host.uri}
+        host.frozen.clear()
+        survey = seen.wait(Surveyed, 3)[2]
+        assert isinstance(survey, Surveyed)
+        assert survey.unreached == frozenset()

@@ -265,6 +265,21 @@ def test_a_preset_can_be_named_by_the_environment():
     assert problem.endswith("libvirt.discover.preset = 'kubevirrt': expected 'kubevirt'")
 
 
+@pytest.mark.parametrize(
+    "uri", ["{socket}", "qemu+ssh://h/session?socket={socket}", "qemu:///session?sock={socket}", "qemu:///x"]
+)
+def test_a_uri_by_which_no_socket_can_be_reached_is_refused(uri):
+    """Each socket that is found would be tried in vain, for ever."""
+    (problem,) = problems_of(environment={"VIRTBUS_LIBVIRT__DISCOVER__URI": uri})
+    assert "libvirt.discover.uri" in problem
+
+
+def test_the_uri_of_a_daemon_in_system_mode_is_taken():
+    uri = "qemu+unix:///system?mode=legacy&socket={socket}"
+    found = loading.load(environment={"VIRTBUS_LIBVIRT__DISCOVER__URI": uri}).config
+    assert found.libvirt.discover.uri == uri
+
+
 def test_what_a_list_lacks_is_said_in_whole_words():
     problems = problems_of(environment={"VIRTBUS_LIBVIRT__OWNER_RULES": "[{}]"})
     assert problems[0].endswith('libvirt.owner_rules.0 = {}: "namespace" is a required property')

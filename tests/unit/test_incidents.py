@@ -1572,3 +1572,33 @@ def test_an_event_behind_a_finding_that_an_earlier_run_had_reported_is_an_error_
     assert bench.ready(a_state(state="paused", paused=True), findings=(finding,)) == []
     events = bench.see(replace(an_error(action=PAUSE), count=0, late=True)) + bench.wait(60)
     assert sum(event.occurrences.count for event in events if isinstance(event, IoError)) == counted
+
+
+def test_what_one_connection_lost_says_nothing_of_a_guest_of_the_same_uuid_that_another_one_sees():
+    """A guest was started again behind another socket while its first daemon hangs."""
+    bench = Bench(describe=lambda uuid: replace(described(uuid), connection="/new"))
+    bench.ready(a_state(), connection="/old", whole=False)
+    bench.ready(a_state(), connection="/new", whole=False)
+    bench.see(an_error())
+    lost = frozenset({"guest-a"})
+    bench.see(SourceLost(bench.wall_ns, "it hangs", "/old", domains=lost))
+    bench.see(DomainGone("guest-a", bench.wall_ns, "domain_stopped", "/old"))
+    assert told(bench.wait(600)) == [("resolved", "quiet")]
+    bench.see(an_error())
+    bench.see(SourceLost(bench.wall_ns, "it hangs", "/new", domains=lost))
+    assert told(bench.wait(600)) == []
+    assert told(bench.see(DomainGone("guest-a", bench.wall_ns, "domain_stopped", "/new"))) == [
+        ("resolved", "domain_stopped")
+    ]
+
+
+def test_incidents_of_guests_in_a_folder_that_can_not_be_read_wait():
+    bench = Bench(describe=lambda uuid: replace(described(uuid), connection="/pods/a/sock"))
+    bench.see(an_error())
+    bench.commit()
+    bench.restart()
+    nobody = frozenset()
+    assert bench.see(Surveyed(bench.wall_ns, HOST, nobody, frozenset({"/pods/a", "/pods/b/sock"}))) == []
+    assert told(bench.see(Surveyed(bench.wall_ns, HOST, nobody, frozenset({"/pods/b/sock"})))) == [
+        ("resolved", "domain_stopped")
+    ]

@@ -39,10 +39,22 @@ def test_the_folder_is_the_one_that_the_uri_means(uri, folder):
         ("qemu:///system?socket=/x/a-sock-ro", "/x/a-sock", True),
         ("qemu:///system?socket=/x/a-sock", "/x/b-sock", False),
         ("qemu+tls://host/system", "/run/libvirt/virtqemud-sock", False),
+        ("qemu+unix:///session?socket=/x/virtqemud-sock", "/x/virtqemud-sock", True),
+        ("qemu:///session", "/nowhere/libvirt/virtqemud-sock", os.geteuid() != 0),
+        ("qemu:///session", "/run/libvirt/libvirt-sock", os.geteuid() == 0),
     ],
 )
-def test_a_socket_is_that_of_the_daemon_which_the_uri_names(uri, path, same):
+def test_a_socket_is_that_of_the_daemon_which_the_uri_names(uri, path, same, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/nowhere")
     assert serves(uri, Path(path)) is same
+
+
+def test_a_socket_is_the_uris_by_whatever_name(tmp_path):
+    path = tmp_path / "virtqemud-sock-ro"
+    with socket.socket(socket.AF_UNIX) as made:
+        made.bind(str(path))
+    (tmp_path / "other").hardlink_to(path)
+    assert serves(f"qemu:///system?socket={tmp_path}/virtqemud-sock", tmp_path / "other")
 
 
 def _config(tmp_path, *, optional):

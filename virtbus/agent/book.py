@@ -32,7 +32,7 @@ class GuestWatch:
     def __init__(self) -> None:
         self.blind = False  # to every guest that is not in `sighted`
         self.sighted: set[str] = set()  # guests whose own connection has looked at them since
-        self.unsighted: set[str] = set()  # guests whose own connection is lost
+        self.unsighted: dict[str, str] = {}  # guest whose own connection is lost → that ("": not known)
         self.unreached: set[str] = set()  # those among them whose connection was not reached since the start
         self.halted: dict[str, GuestState] = {}  # guest that does not run → its state
 
@@ -50,35 +50,36 @@ class GuestWatch:
     def gone(self, uuid: str) -> None:
         """It left the host."""
         self.sighted.discard(uuid)
-        self.unsighted.discard(uuid)
+        self.unsighted.pop(uuid, None)
         self.unreached.discard(uuid)
         self.halted.pop(uuid, None)
 
-    def lost(self, uuids: frozenset[str] | None) -> None:
-        """Nothing is seen of these guests, or (None) of any."""
+    def lost(self, uuids: frozenset[str] | None, connection: str) -> None:
+        """Nothing is seen of these guests of a connection, or (None) of any."""
         if uuids is None:
             self.blind = True
             self.sighted.clear()
         else:
-            self.unsighted |= uuids
+            self.unsighted |= dict.fromkeys(uuids, connection)
             self.sighted -= uuids
 
     def looked_at(self, uuids: set[str], *, whole: bool) -> None:
         """A look found these guests; a `whole` one found all that there are."""
         if whole:
             self.see_all()
-            self.unsighted, self.unreached, self.halted = set(), set(), {}
+            self.unsighted, self.unreached, self.halted = {}, set(), {}
         self.sighted |= uuids
-        self.unsighted -= uuids
         self.unreached -= uuids
         for uuid in uuids:
+            self.unsighted.pop(uuid, None)
             self.halted.pop(uuid, None)
 
     def see_all(self, but: AbstractSet[str] = frozenset()) -> None:
         """Every guest that there is has been looked at, `but` those whose connection was not reached."""
         self.blind = False
         self.sighted.clear()
-        self.unsighted = (self.unsighted - self.unreached) | but
+        lost = {uuid: name for uuid, name in self.unsighted.items() if uuid not in self.unreached}
+        self.unsighted = lost | dict.fromkeys(but, "")
         self.unreached = set(but)
 
     def is_unseen(self, incident: IncidentState) -> bool:
@@ -86,7 +87,8 @@ class GuestWatch:
         if incident.scope is Scope.HOST:
             return self.blind or bool(self.unsighted)
         uuid = uuid_in(incident.key)
-        return uuid in self.unsighted or (self.blind and uuid not in self.sighted)
+        lost = self.unsighted.get(uuid)  # another connection may have a guest of this UUID, and see it
+        return (lost is not None and incident.is_of(lost)) or (self.blind and uuid not in self.sighted)
 
 
 class Book:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 
 import msgspec
@@ -167,6 +168,15 @@ class IncidentState(msgspec.Struct, omit_defaults=True, kw_only=True):
     def drill(self) -> bool:
         """Whether its errors are of origin `replay`."""
         return self.key.startswith(DRILL)
+
+    def is_of(self, connection: str) -> bool:
+        """Whether its guest is, or may be, that of a connection ("": of any)."""
+        return not connection or self.connection in ("", clean(connection))
+
+    def lies_in(self, places: AbstractSet[str]) -> bool:
+        """Whether its guest's connection is, or may be, one of these or in one of these folders."""
+        mine = self.connection
+        return not mine or any(mine == each or mine.startswith(f"{each}/") for each in places)
 
     @property
     def newest_ns(self) -> int:

@@ -130,7 +130,7 @@ class Incidents:
             case Surveyed():
                 return self._surveyed(observation)
             case SourceLost():
-                self._watch.lost(observation.domains)
+                self._watch.lost(observation.domains, clean(observation.connection))
         return []  # what else a source says of itself concerns gaps alone
 
     def tick(self, now: Now, describe: Describe = _unknown) -> list[Event]:
@@ -176,9 +176,13 @@ class Incidents:
 
     def _gone(self, gone: DomainGone) -> list[Event]:
         uuid, events = gone.domain_uuid, list[Event]()
-        self._watch.gone(uuid)
-        for incident in self._book.of(uuid):
+        incidents = self._book.of(uuid)
+        ended = [one for one in incidents if one.is_of(gone.connection)]
+        for incident in ended:
             events += self._teller.resolve(incident, gone.cause, gone.at_ns)
+        if len(ended) < len(incidents):  # another connection has a guest of this UUID, which is in trouble
+            return events
+        self._watch.gone(uuid)
         for incident in self._book.of_host():
             if uuid in incident.paused:
                 incident.paused.discard(uuid)
@@ -217,7 +221,7 @@ class Incidents:
             elif domain := domains.get(uuid_in(incident.key)):
                 renumbered = None not in (incident.run, domain.number) and incident.run != domain.number
                 # Behind another socket a guest is another process, with whatever number.
-                elsewhere = not ready.whole and incident.connection not in ("", clean(ready.connection))
+                elsewhere = not (ready.whole or incident.is_of(ready.connection))
                 if renumbered or (elsewhere and self._watch.is_unseen(incident)):
                     restarted.add(domain.uuid)
                     events += self._teller.resolve(incident, ResolutionCause.DOMAIN_STOPPED, ready.at_ns)
@@ -260,9 +264,9 @@ class Incidents:
         """
         self._book.host = self._book.host or survey.host
         watch = self._watch
-        known = survey.domains | watch.sighted | (watch.unsighted - watch.unreached)
+        known = survey.domains | watch.sighted | (watch.unsighted.keys() - watch.unreached)
         asked = None if watch.blind or not watch.unreached else frozenset(watch.unreached)
-        unreached = {"", *map(clean, survey.unreached)}  # of a guest without a connection nobody knows
+        unreached = frozenset(map(clean, survey.unreached))
         waiting: set[str] = set()
         events: list[Event] = []
         for incident in list(self._book.open.values()):
@@ -272,7 +276,7 @@ class Incidents:
             uuid = uuid_in(incident.key)
             if incident.drill or uuid in known or (asked is not None and uuid not in asked):
                 continue
-            if survey.unreached and incident.connection in unreached:
+            if survey.unreached and incident.lies_in(unreached):
                 waiting.add(uuid)
             else:
                 events += self._teller.resolve(incident, ResolutionCause.DOMAIN_STOPPED, survey.at_ns)

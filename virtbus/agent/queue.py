@@ -128,7 +128,8 @@ class IntakeQueue:
         elif isinstance(
             observation, DomainResumed | DomainHalted | DomainGone | DeviceRemoved | DevicesKnown
         ):
-            key = (*kind, observation.domain_uuid, getattr(observation, "alias", None))
+            of = getattr(observation, "alias", getattr(observation, "connection", None))
+            key = (*kind, observation.domain_uuid, of)
         else:
             self._dropped_errors += callbacks_in(observation)
             self._dropped_others += not callbacks_in(observation)

@@ -58,7 +58,7 @@ from virtbus.sources.link import (
     runs_again,
 )
 from virtbus.sources.nameless import described, is_unclear, release_waiting, waits
-from virtbus.words import ENOSPC, EvidenceCheck, EvidenceVerdict, Origin
+from virtbus.words import ENOSPC, EvidenceCheck, EvidenceVerdict, Origin, ResolutionCause
 
 __all__ = ["ACTION_UNKNOWN", "CrossCheck", "Decision", "Verdict"]
 
@@ -129,8 +129,9 @@ class CrossCheck:
     Not thread-safe: the observer holds its lock. `mono` is monotonic seconds, `ns` the wall clock.
     """
 
-    def __init__(self, grace_seconds: float) -> None:
-        self._grace = grace_seconds
+    def __init__(self, grace_seconds: float, connection: str = "") -> None:
+        """`connection`: of the guests, where a source has several."""
+        self._grace, self._connection = grace_seconds, connection
         self.slack_ns = STAMP_SLACK_NS  # 0 where the hypervisor's clock is ours
         self._cases: dict[str, Case] = {}
         self._departures = Departures()
@@ -193,8 +194,12 @@ class CrossCheck:
         elif event in (SUSPENDED, PMSUSPENDED_EVENT, CRASHED_EVENT):
             said.append(DomainHalted(uuid, now.wall_ns, STATE_AFTER[event]))
         elif event == STOPPED:
-            said.append(DomainGone(uuid, now.wall_ns, left_by(detail)))
+            said.append(self.left(uuid, now.wall_ns, left_by(detail)))
         return said
+
+    def left(self, uuid: str, ns: int, cause: ResolutionCause = ResolutionCause.DOMAIN_STOPPED) -> DomainGone:
+        """The word that a domain is not there any more."""
+        return DomainGone(uuid, ns, cause, self._connection)
 
     def suspended(
         self, uuid: str, name: str, number: int | None, *, by_io_error: bool, mono: float, ns: int

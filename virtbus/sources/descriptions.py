@@ -73,6 +73,10 @@ class Cache:
         """The entry, also of a domain that left a short while ago."""
         return self._entries.get(uuid) or self._gone.get(uuid)
 
+    def present(self, uuid: str) -> Entry | None:
+        """The entry of a domain that is there."""
+        return self._entries.get(uuid)
+
     def active(self) -> list[Entry]:
         """The entries of the domains that are there."""
         with self._lock:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from virtbus.errors import SourceUnavailable
 from virtbus.model import Device, Host, Hypervisor
-from virtbus.observations import Burst, DomainGone, DomainResumed, DomainState, HostKnown, SourceReady
+from virtbus.observations import Burst, DomainResumed, DomainState, HostKnown, SourceReady
 from virtbus.seen import Moment, boot_id, earliest
 from virtbus.sources import Sink, SourceOptions
 from virtbus.sources.crew import Crew, Opened
@@ -50,7 +50,7 @@ from virtbus.sources.session import (
     Undecodable,
 )
 from virtbus.telemetry import BlockJobFailed, TelemetryEvent, emit
-from virtbus.words import GuestState, ResolutionCause
+from virtbus.words import GuestState
 
 SNAPSHOT_SECONDS = 3.0  # what the first look could not see by then comes later
 # How long a look for evidence lets its error go first: both want Python's lock and libvirtd.
@@ -197,7 +197,7 @@ class Guests:
             session.since_listing = None
             session.tell([ready])
         for uuid in self._vanished:
-            session.tell([DomainGone(uuid, ready.at_ns, ResolutionCause.DOMAIN_STOPPED)])
+            session.tell([self._check.left(uuid, ready.at_ns)])
         self._first, self._vanished = None, []
         for domain in ready.domains:
             if domain.state == GuestState.RUNNING:
@@ -256,7 +256,7 @@ class Guests:
             with self._lock:
                 for burst in self._check.gone(entry.uuid):
                     sink(burst)
-                sink(DomainGone(entry.uuid, self._clock().wall_ns, ResolutionCause.DOMAIN_STOPPED))
+                sink(self._check.left(entry.uuid, self._clock().wall_ns))
             self._cache.gone(entry.uuid)
 
     def ask_version(self) -> None:

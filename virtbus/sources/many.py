@@ -7,11 +7,8 @@ again, and a slow look finds what inotify missed.
 
 from __future__ import annotations
 
-import ctypes
-import fnmatch
 import os
 import queue
-import select
 import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -30,8 +27,9 @@ from virtbus.sources.crew import Crew, Pulse
 from virtbus.sources.libvirt import LibvirtConnector
 from virtbus.sources.link import Connector, Handler, Link, NobodyListens
 from virtbus.sources.observer import POLL_SECONDS, Observer
-from virtbus.sources.sockets import serves
-from virtbus.telemetry import Trouble, emit
+from virtbus.sources.sockets import Identity, Watch, look, one_each, serves, unreadable
+from virtbus.telemetry import TelemetryEvent, Trouble, emit
+from virtbus.words import GuestState
 
 LOOK_SECONDS = 30.0  # between two looks for sockets of which inotify said nothing
 LEAST_SECONDS = 0.2  # between two looks, however often inotify says something
@@ -49,104 +47,12 @@ KEEPALIVE_SECONDS, KEEPALIVE_COUNT = 30, 2
 
 KUBEVIRT = "/var/lib/kubelet/pods/*/volumes/kubernetes.io~empty-dir/libvirt-runtime/virtqemud-sock"
 PRESETS = {"kubevirt": (KUBEVIRT,)}
-Identity = tuple[int, int, int]
-"""Device, inode and change time (ns) of a socket: another daemon's is another one."""
 
 
 def patterns(settings: Discover) -> tuple[str, ...]:
     """The patterns of sockets that the settings name."""
     preset = PRESETS[settings.preset] if settings.preset is not None else ()
     return (*preset, *settings.sockets)
-
-
-def look(patterns: Sequence[str], watch: Callable[[str], None] = lambda folder: None) -> dict[str, Identity]:
-    """The sockets that are there; `watch` gets each folder where one may come or go, before it is listed.
-
-    One that several names lead to is there once, and of a daemon's two the read-only one: each error would be
-    counted twice.
-    """
-    found: dict[str, Identity] = {}
-    known: set[tuple[int, int]] = set()
-    for pattern in patterns:
-        for path in _matches(pattern, watch):
-            with suppress(OSError):
-                status = path.lstat()  # a link may lead anywhere: whoever runs a guest could lay one
-                if stat.S_ISSOCK(status.st_mode) and (status.st_dev, status.st_ino) not in known:
-                    known.add((status.st_dev, status.st_ino))
-                    found[str(path)] = (status.st_dev, status.st_ino, status.st_ctime_ns)
-    return {path: identity for path, identity in found.items() if f"{path}-ro" not in found}
-
-
-def _matches(pattern: str, watch: Callable[[str], None]) -> list[Path]:
-    at = [Path("/")]
-    *folders, name = [part for part in pattern.split("/") if part]
-    for part in folders:
-        at = [below for folder in at for below in _folders(folder, part, watch)]
-    for folder in at:
-        watch(str(folder))
-    return [path for folder in at for path in _below(folder, name)]
-
-
-def _folders(folder: Path, part: str, watch: Callable[[str], None]) -> list[Path]:
-    """Those that are there. One with a fixed name is waited for only while it is missing: whatever else
-    happens beside it, in /run or /tmp, would wake us all the time.
-    """
-    if not _is_pattern(part) and (folder / part).is_dir():
-        return [folder / part]
-    watch(str(folder))
-    return [below for below in _below(folder, part) if below.is_dir()]
-
-
-def _below(folder: Path, part: str) -> list[Path]:
-    if not _is_pattern(part):
-        return [folder / part]
-    try:
-        names = sorted(os.listdir(folder))  # noqa: PTH208
-        return [folder / name for name in names if fnmatch.fnmatchcase(name, part)]
-    except OSError:  # gone since, or not ours to read
-        return []
-
-
-def _is_pattern(part: str) -> bool:
-    return any(sign in part for sign in "*?[")
-
-
-class Watch:
-    """inotify(7), which Python lacks. What happened is of no interest, only that something did."""
-
-    _EVENTS = 0x100 | 0x200 | 0x40 | 0x80 | 0x01000000  # CREATE, DELETE, MOVED_FROM, MOVED_TO, ONLYDIR
-
-    def __init__(self, changed: Callable[[], None]) -> None:
-        """`changed` is called on a thread of this object."""
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._descriptor = self._libc.inotify_init1(os.O_CLOEXEC | os.O_NONBLOCK)
-        self._over = os.eventfd(0, os.EFD_CLOEXEC)
-        self._changed = changed
-        self._thread = threading.Thread(target=self._run, name="virtbus-inotify", daemon=True)
-        self._thread.start()
-
-    def add(self, folder: str) -> None:
-        """Watch a folder; that it can't be (it is gone, or there are too many) is left to the slow look."""
-        if self._descriptor >= 0:
-            self._libc.inotify_add_watch(self._descriptor, os.fsencode(folder), self._EVENTS)
-
-    def close(self) -> None:
-        """End."""
-        os.eventfd_write(self._over, 1)
-        self._thread.join()
-        os.close(self._over)
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-
-    def _run(self) -> None:
-        poll = select.poll()
-        poll.register(self._over, select.POLLIN)
-        if self._descriptor >= 0:
-            poll.register(self._descriptor, select.POLLIN)
-        while not any(descriptor == self._over for descriptor, _ in poll.poll()):
-            with suppress(BlockingIOError):
-                os.read(self._descriptor, 1 << 16)
-            self._changed()
 
 
 class SocketConnector:
@@ -184,6 +90,12 @@ class SocketConnector:
             connector = LibvirtConnector(address, self._options, in_company=self._in_pod)
             connector.uri = self.uri
             return connector.open(handler)
+
+
+class FoldersClosed(TelemetryEvent, level="error"):
+    """folders can't be read: what has its socket below them is not observed"""
+
+    folders: str
 
 
 @dataclass(slots=True, eq=False)
@@ -249,6 +161,8 @@ class ManySource:
         self._before: Moment | None = None  # when we looked before; None: never
         self._survey_at = float("inf")  # when sockets that have not answered are left out of it
         self._unreached: frozenset[str] | None = None  # that the last survey left out; None: there was none
+        self._closed: frozenset[str] = frozenset()  # folders that may have sockets, and can't be read
+        self._closed_at = float("-inf")  # when they are looked for
 
     # ---- the Source contract
 
@@ -256,7 +170,8 @@ class ManySource:
         """See Source. A socket that refuses us does not end it: another one may not."""
         watch = Watch(lambda: self._woken.put(None))
         pulse = Pulse(self.clock())
-        self._look_at, self._before = float("-inf"), None
+        self._look_at = self._closed_at = float("-inf")
+        self._before = None
         self._survey_at, self._unreached = self.clock().monotonic + SURVEY_SECONDS, None
         try:
             while not stop.is_set():
@@ -272,23 +187,26 @@ class ManySource:
             watch.close()
 
     def describe(self, domain_uuid: str) -> Description | None:
-        """See Source."""
-        found: Description | None = None
-        for member in list(self._members.values()):
-            entry = member.observer.cache.get(domain_uuid)
-            if entry is not None:
-                observer = member.observer
-                found = observer.describe(domain_uuid)
-                found = found and replace(
-                    found, connection=observer.connection, hypervisor=observer.guests.on.hypervisor
-                )
-                if found is not None and member.observer.connected:
-                    return found
-        return found
+        """See Source. Of several that know the domain, the one which has it now, and runs it."""
+        observers = [each.observer for each in list(self._members.values())]
+        known = [each for each in observers if each.cache.get(domain_uuid) is not None]
+        if not known:
+            return None
+
+        def likeliness(observer: Observer) -> tuple[bool, bool, bool]:
+            entry = observer.cache.present(domain_uuid)
+            runs = entry is not None and entry.state == GuestState.RUNNING
+            return entry is not None, observer.connected, runs
+
+        observer = max(reversed(known), key=likeliness)  # the one that came last, where nothing else decides
+        found = observer.describe(domain_uuid)
+        return found and replace(
+            found, connection=observer.connection, hypervisor=observer.guests.on.hypervisor
+        )
 
     def snapshot(self) -> SourceReady:
         """See Source: what all sockets that answer have."""
-        ready = [self._observer(path, None).snapshot() for path in look(self._patterns)]
+        ready = [self._observer(path, None).snapshot() for path in one_each(look(self._patterns))]
         return SourceReady(
             host=self._host,
             at_ns=self.clock().wall_ns,
@@ -299,7 +217,7 @@ class ManySource:
     def probe(self) -> Sequence[Check]:
         """See Source: how many sockets there are, and how many of their daemons answer."""
         where = ", ".join(self._patterns)
-        found = sorted(look(self._patterns))
+        found = sorted(one_each(look(self._patterns)))
         if not found:
             return [
                 Check("libvirt", "warning", f"no socket matches {where}",
@@ -359,6 +277,9 @@ class ManySource:
         self._clocks.follow(reading)
         now = reading.monotonic
         if now >= self._look_at:
+            if now >= self._closed_at:
+                self._closed_at = now + LOOK_SECONDS
+                self._find_closed()
             self._looked_at, self._look_at = now, now + LOOK_SECONDS
             self._found(look(self._patterns, watch.add), sink)
             self._before = Moment.of(reading)
@@ -368,7 +289,6 @@ class ManySource:
             try:
                 member.due = member.observer.step()
             except VirtbusError as error:  # refused, before it ever let us in
-                member.settled = True
                 member.due = now + member.retry(error)
             except Exception as error:  # noqa: BLE001 - one strange daemon must not blind us to the others
                 emit(Trouble(f"source {path}", error))
@@ -405,9 +325,16 @@ class ManySource:
             self._asked.guests.ask_version()
             self._asked_at = now
 
+    def _find_closed(self) -> None:
+        closed = unreadable(self._patterns)
+        if closed and closed != self._closed:
+            emit(FoldersClosed(", ".join(sorted(closed))))
+        self._closed = closed
+
     def _found(self, sockets: dict[str, Identity], sink: Sink) -> None:
         """The sockets that are there now: new ones are tried, replaced ones at once, others' ends noticed."""
-        wanted: dict[str, Identity | None] = dict(sockets)
+        kept = {path for path, each in self._members.items() if each.observer.ever_ready}
+        wanted: dict[str, Identity | None] = dict(one_each(sockets, kept))
         if self._uri is not None:  # what it reaches already would count each error twice
             wanted = {path: each for path, each in wanted.items() if not serves(self._uri, Path(path))}
             wanted[self._uri] = None
@@ -422,7 +349,11 @@ class ManySource:
             member = self._members[path]
             member.gone_at = None
         for path, member in list(self._members.items()):
-            if path not in wanted:
+            if path in wanted:
+                continue
+            if path in sockets and not member.observer.ever_ready:
+                self._remove(path)  # its daemon is observed by its other socket
+            else:
                 # Its daemon may still talk to us, and one that starts again takes the old socket away first;
                 # with the folder the whole pod is gone.
                 wait = RESTART_SECONDS if Path(path).parent.is_dir() else 0.0
@@ -463,13 +394,20 @@ class ManySource:
         ended while nobody looked open. When it was looked at, or is gone, that is reported again.
         """
         now = self.clock()
-        unreached = frozenset(each.observer.connection for each in self._members.values() if not each.settled)
+        unsettled = [each.observer.connection for each in self._members.values() if not each.settled]
+        unreached = self._closed.union(unsettled)
         if self._unreached is None:
-            if unreached and now.monotonic < self._survey_at:
+            if unsettled and now.monotonic < self._survey_at:
                 return
-        else:
-            unreached &= self._unreached
-            if unreached == self._unreached:
+        else:  # of those that were left out, or lie in a folder that was
+            known = self._unreached
+            unreached = frozenset(
+                each
+                for each in unreached
+                if each in known or any(each.startswith(f"{folder}/") for folder in known)
+            )
+            if known <= unreached:
+                self._unreached = unreached
                 return
         self._unreached = unreached
         domains = [entry.uuid for each in self._members.values() for entry in each.observer.cache.active()]

@@ -53,11 +53,12 @@ class Observer:
 
         `absent`: a moment at which its socket was not there yet, if any is known.
         """
-        shared = self._shared = Shared(clock or Clock(), options.grace_seconds, clocks)
+        self._many = options.host is not None  # one among others on its host
+        connection = connector.uri if self._many else ""
+        shared = self._shared = Shared(clock or Clock(), options.grace_seconds, clocks, connection)
         self.clock, self.check, self.cache = shared.clock, shared.check, shared.cache
         self._connector = connector
         self._options = options
-        self._many = options.host is not None  # one among others on its host
         self._crew = crew or Crew(clock=lambda: self.clock().monotonic)
         self._opener = Opener(connector, self._crew, 1 if self._many else None)
         self.guests = Guests(shared, connector, self._crew, options)

@@ -19,7 +19,6 @@ from virtbus.observations import (
     CallbackLost,
     DeviceRemoved,
     DevicesKnown,
-    DomainGone,
     Observation,
     RawIoError,
     SourceSeen,
@@ -140,12 +139,17 @@ class Shared:
     """
 
     def __init__(
-        self, clock: Callable[[], Now], grace_seconds: float, clocks: WallClocks | None = None
+        self,
+        clock: Callable[[], Now],
+        grace_seconds: float,
+        clocks: WallClocks | None = None,
+        connection: str = "",
     ) -> None:
+        """`connection`: whose guests these are, where a source has several."""
         self.clock = clock
         self.clocks = clocks or WallClocks()
         self.lock = threading.Lock()
-        self.check = CrossCheck(grace_seconds)
+        self.check = CrossCheck(grace_seconds, connection)
         self.cache = Cache()
 
 
@@ -213,7 +217,8 @@ class Session:
                 self._sink(raw if verdict is not Verdict.KNOWN else late_event(raw))
             if uuid in self._left:
                 # A hypervisor that merges errors may send one late: nothing else would end its incident.
-                self.tell([*shared.check.gone(uuid), DomainGone(uuid, now.wall_ns, self._left[uuid][1])])
+                cause = self._left[uuid][1]
+                self.tell([*shared.check.gone(uuid), shared.check.left(uuid, now.wall_ns, cause)])
                 return
         if verdict is Verdict.TELL_AND_LOOK:
             self.notes.put(LookAt(uuid))
