@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import http.client
-import io
 import os
 import re
 import selectors
@@ -28,6 +27,7 @@ from virtbus.bus import is_loopback
 from virtbus.config import React, read_secret
 from virtbus.consumer import Delivery
 from virtbus.errors import ConfigError
+from virtbus.integrations.answers import Answer
 from virtbus.integrations.base import (
     EVENT,
     REFUSED_STATUS,
@@ -192,42 +192,6 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
         process.stdout.close()
 
 
-class _Deadline(io.RawIOBase):
-    """What a socket reads, until one moment: its own timeout begins again with each byte that comes."""
-
-    def __init__(self, raw: io.RawIOBase, sock: socket.socket, seconds: float) -> None:
-        self._raw, self._sock, self._seconds = raw, sock, seconds
-        self._end = time.monotonic() + seconds
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        left = self._end - time.monotonic()
-        try:
-            if left <= 0:
-                raise TimeoutError
-            self._sock.settimeout(left)
-            return self._raw.readinto(buffer)
-        except TimeoutError as error:
-            raise TimeoutError(f"no whole answer within {self._seconds:g} s") from error
-
-    def close(self) -> None:
-        if not self.closed:
-            self._sock.settimeout(self._seconds)  # a kept connection's next request begins with it
-            self._raw.close()
-        super().close()
-
-
-class _Answer(http.client.HTTPResponse):
-    """An answer that is read within the connection's timeout, as a whole."""
-
-    def __init__(self, sock: socket.socket, *arguments: Any, **named: Any) -> None:
-        super().__init__(sock, *arguments, **named)
-        raw: Any = self.fp.detach()
-        self.fp = io.BufferedReader(_Deadline(raw, sock, sock.gettimeout() or 0.0))
-
-
 class Webhook(_Hook):
     """POST to `react.webhook.url` in the CloudEvents HTTP binding (1.0), over one kept connection.
 
@@ -273,7 +237,7 @@ class Webhook(_Hook):
         self._connection: http.client.HTTPConnection = made(
             self._host, self._port, timeout=self._settings.timeout_seconds
         )
-        self._connection.response_class = _Answer
+        self._connection.response_class = Answer
 
     def execute(self, action: Action) -> str:
         """See Integration."""
