@@ -363,6 +363,36 @@ def test_one_guest_alone_holds_no_host_by_default(url, tmp_path):
     assert target.done == []
 
 
+@pytest.mark.parametrize("where", ["wants", "execute", "look"])
+def test_a_library_that_ends_its_program_does_not_end_the_reactor(url, tmp_path, where):
+    """A thread that ends with SystemExit ends without a word, and nothing more would be done."""
+    target, calls, told = Recording(), [], []
+    target.wants = lambda delivery: Action(delivery.id, "t", EVENT, "")
+    real = getattr(target, where)
+
+    def ends(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise SystemExit(3)
+        return real(*arguments, **named)
+
+    setattr(target, where, ends)
+    publish(url, *errors(3))
+    with no_waiting(), running(target, url, tmp_path, told=told):
+        eventually(lambda: len(calls) >= 2, "called again")
+    assert any("sys.exit(3) was called" in str(getattr(line, "error", "")) for line in told)
+
+
+def test_a_worker_that_can_not_go_on_ends_the_reactor_with_its_reason(url, tmp_path):
+    target = Recording()
+    target.wants = lambda delivery: Action(delivery.id, "t", EVENT, "")
+    target.fails = lambda action: (_ for _ in ()).throw(GeneratorExit("enough"))
+    publish(url, *errors(1))
+    with pytest.raises(GeneratorExit, match="enough"), running(target, url, tmp_path) as reactor:
+        eventually(lambda: reactor.dead(), "ended")
+        eventually(lambda: reactor._worker.stopping, "stopping")
+
+
 # ---- exec and the command line
 
 
