@@ -24,6 +24,7 @@ from virtbus.integrations.base import (
     EVENT,
     HOLD,
     RELEASE,
+    REPORT,
     Action,
     ActionRefused,
     NotOurs,
@@ -266,6 +267,23 @@ def test_a_state_that_cant_be_read_is_one_clear_error_at_the_start(tmp_path, mad
     for _ in range(2):  # and its lock is let go
         with pytest.raises(ConfigError, match=r"x\.db can't be used: .*; move it away"):
             ActionStore(file)
+
+
+@pytest.mark.parametrize("replaced", [0, 1, 9], ids=lambda count: f"{count} of each done one are replaced")
+def test_a_store_keeps_the_newest_actions_whatever_became_of_them(tmp_path, monkeypatch, replaced):
+    """A report that a newer one replaces, while the control plane is slow, is never finished."""
+    monkeypatch.setattr("virtbus.integrations.store.KEPT_ROWS", 100)
+    with closing(ActionStore(tmp_path / "exec.db")) as store:
+        for number in range(1, 601):
+            action = Action(f"report/{number}", "h1", REPORT, "", topic="report")
+            ((stored, _),) = store.show([("h1", "shown", action)], 0.0)
+            if number % (replaced + 1) == 0:
+                store.finish(stored, "done", "", 0.0)
+        assert [number for number, *_ in store.waiting()] in ([], [600])
+    with closing(sqlite3.connect(tmp_path / "exec.db")) as database:
+        count, oldest = database.execute("SELECT count(*), min(number) FROM actions").fetchone()
+    assert count <= 110 + replaced
+    assert oldest >= 600 - 110 - replaced
 
 
 def test_an_action_stored_before_a_kill_is_done_after_it(tmp_path):
