@@ -40,6 +40,7 @@ from virtbus.model import Check
 from virtbus.telemetry import TelemetryEvent, emit
 from virtbus.words import Origin
 
+_HEADER_TEXT = re.compile("[ -~]+")
 _TOLD_BYTES = 500  # of a command's or server's answer, in messages
 _PIPE_BYTES = 1 << 20  # as much as a pipe holds at once
 _FIRST_LOOK_SECONDS, _LOOK_SECONDS = 0.0005, 0.05  # between two looks whether a command has ended
@@ -267,9 +268,14 @@ class Webhook(_Hook):
 
     def _token(self, path: str) -> str:
         try:
-            return read_secret(path, "react.webhook.token_file")
+            token = read_secret(path, "react.webhook.token_file")
         except ConfigError as error:  # it may be in the middle of being replaced
             raise TargetUnavailable(str(error)) from error
+        if not _HEADER_TEXT.fullmatch(token):  # never the text itself, as http.client would show it
+            raise TargetUnavailable(
+                f"react.webhook.token_file: what {path} holds is no token: no header takes it"
+            )
+        return token
 
     def _post(self, data: bytes, headers: Mapping[str, str]) -> tuple[int, str, str]:
         connection = self._connection
