@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 import os
@@ -11,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -362,6 +364,46 @@ def test_a_forked_child_that_outlives_its_parent_keeps_nothing_of_it(
             first.ack()
             assert len(drain(consumer)) == 9
         process.communicate(b"", timeout=20)
+
+
+@pytest.mark.parametrize("where", ["receive", "ack"])
+def test_a_task_that_is_cancelled_in_the_midst_of_a_call_loses_nothing(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """As docs/schedulers.md shows it: one thread makes all calls, and who is cancelled leaves."""
+    file, effects, inside = tmp_path / "seen.db", [], threading.Event()
+    slow = {"receive": "_next_message", "ack": "_flush"}[where]
+    real = getattr(Consumer, slow)
+
+    async def consume() -> None:
+        loop = asyncio.get_running_loop()
+        with Consumer(url, group="g", dedupe=file) as consumer, ThreadPoolExecutor(1) as thread:
+            while True:
+                delivery = await loop.run_in_executor(thread, consumer.receive, 1.0)
+                if delivery is not None:
+                    effects.append(delivery.id)
+                    await loop.run_in_executor(thread, delivery.ack)
+
+    async def cancelled() -> None:
+        task = asyncio.create_task(consume())
+        while not inside.is_set():
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    def slowly(self: Consumer, *arguments: Any) -> Any:
+        inside.set()
+        return real(self, *arguments)
+
+    for _ in range(3):
+        inside.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(Consumer, slow, slowly)
+            asyncio.run(cancelled())
+    with Consumer(url, group="g", dedupe=file) as consumer:
+        effects += drain(consumer)
+    assert len(set(effects)) == 10, "each had its effect at least once"
 
 
 # ------------------------------------------------------------------------------------- arguments

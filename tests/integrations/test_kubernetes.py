@@ -5,8 +5,10 @@ What it does on a good one is tried against a real server in with_kubernetes.py.
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,6 +22,7 @@ from virtbus.integrations.base import (
     EVENT,
     HOLD,
     REFUSED_STATUS,
+    RELEASE,
     REPORT,
     Action,
     ActionRefused,
@@ -34,18 +37,34 @@ NODE: dict[str, Any] = {
     "status": {"addresses": [{"type": "Hostname", "address": "Rack7-H1"}]},
 }
 NODE["items"] = [dict(NODE)]
+NODE["status"]["allowed"] = True
 CONDITION = {"status": "True", "reason": "NoTrouble", "message": ""}
 TIME = "2026-05-04T03:00:00Z"
 VMI_EVENT = {"namespace": "n", "event": "e", "type": "Warning", "reason": "IOError", "message": "m",
              "count": 1, "last": TIME, "first": TIME, "name": "web", "uid": "u"}  # fmt: skip
 
 
+def kind_of(command: str, path: str) -> str:
+    """Of what an API server answers to a request."""
+    if "/nodes" in path:
+        return "Node" if "/nodes/" in path else "NodeList"
+    return "Event" if "/events" in path else "SelfSubjectAccessReview"
+
+
 class Server:
-    """Answers every request with one node to who bears the token, or with `status` and its headers."""
+    """Answers every request with one node to who bears the token, or with `status` and its headers.
+
+    `gateway` is what is said with 200 in its place, to requests of the method `only`; None: to all. Each byte
+    takes `byte_seconds`.
+    """
 
     def __init__(self) -> None:
         self.status, self.headers, self.token = 200, {}, "first"
+        self.gateway: bytes | None = None
+        self.only: str | None = None
+        self.byte_seconds = 0.0
         self.requests: list[str] = []
+        self.cut_off = threading.Event()  # who asked did not wait for the end
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -56,13 +75,24 @@ class Server:
                 self.rfile.read(int(self.headers.get("content-length") or 0))
                 outer.requests.append(f"{self.command} {self.path}")
                 known = self.headers["authorization"] == f"Bearer {outer.token}"
-                body = json.dumps(NODE if outer.status == 200 else {}).encode()
+                found = {**NODE, "kind": kind_of(self.command, self.path)}
+                body = json.dumps(found if outer.status == 200 else {}).encode()
+                if outer.gateway is not None and outer.only in (None, self.command):
+                    body = outer.gateway
                 self.send_response(outer.status if known else 401)
                 for name, value in {**outer.headers, "content-length": str(len(body))}.items():
                     self.send_header(name, value)
                 self.send_header("content-type", "application/json")
                 self.end_headers()
-                self.wfile.write(body)
+                if not outer.byte_seconds:
+                    self.wfile.write(body)
+                for at in range(len(body) if outer.byte_seconds else 0):
+                    time.sleep(outer.byte_seconds)
+                    try:
+                        self.wfile.write(body[at : at + 1])
+                    except OSError:
+                        outer.cut_off.set()
+                        return
 
             do_GET = do_PATCH = do_POST = answer
 
@@ -195,3 +225,50 @@ def test_a_kubeconfig_that_is_being_replaced_ends_nothing(server, kubernetes, tm
     for _ in range(2):
         with pytest.raises(TargetDenied):
             kubernetes.execute(an_action(HOLD))
+
+
+# ---- a gateway in between
+
+PAGES = [b"<html>Please log in</html>", b"", b"{}", b"null", b"[]", b"\xff", b"[" * 5000,
+         b'{"kind": "Status", "status": "Failure", "code": 503}']  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", [HOLD, RELEASE, REPORT, EVENT])
+def test_a_page_that_comes_with_200_is_no_deed(server, kubernetes, monkeypatch, verb):
+    """Taken for done, a host would stay open: the next look would say that somebody took it back."""
+    if verb == RELEASE:
+        monkeypatch.setitem(NODE["metadata"], "annotations", {"virtbus.io/tainted": "k"})
+    more = {REPORT: CONDITION, EVENT: VMI_EVENT}.get(verb, {})
+    for server.gateway, server.only in itertools.product(PAGES, ("PATCH", None)):
+        with pytest.raises(TargetUnavailable, match="is a gateway in between"):
+            kubernetes.execute(an_action(verb, **more))
+    server.gateway = None
+    assert kubernetes.execute(an_action(verb, **more))
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_a_page_that_comes_with_200_is_no_cluster_without_nodes(server, kubernetes, everything):
+    """Taken for that, every hold would be forgotten, and no host found by its name for a minute."""
+    for server.gateway in PAGES:
+        with pytest.raises(TargetUnavailable, match="is a gateway in between"):
+            kubernetes.look({"h1": None}, everything=everything)
+    server.gateway = None
+    assert kubernetes.look({"h1": None}, everything=everything).uids == {"h1": "u1"}
+
+
+def test_a_page_that_comes_with_200_fails_a_probe(server, kubernetes):
+    assert [one.status for one in kubernetes.probe()] == ["ok"]
+    for server.gateway in PAGES:
+        assert [(one.status, one.exit_code) for one in kubernetes.probe()] == [("failed", 69)]
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_an_answer_that_drips_is_not_waited_for_longer_than_for_any(
+    server, kubernetes, monkeypatch, everything
+):
+    """Each byte comes in time, and with each of them the socket's own time-out begins again."""
+    monkeypatch.setattr("virtbus.integrations.answers.WHOLE_SECONDS", 0.2)
+    server.byte_seconds, server.gateway = 0.05, b" " * 200
+    with pytest.raises(TargetUnavailable, match="Read timed out"):
+        kubernetes.look({"h1": "h1"}, everything=everything)
+    assert server.cut_off.wait(20)

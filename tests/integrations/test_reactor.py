@@ -24,6 +24,7 @@ from virtbus.integrations.base import (
     EVENT,
     HOLD,
     RELEASE,
+    REPORT,
     Action,
     ActionRefused,
     NotOurs,
@@ -268,6 +269,23 @@ def test_a_state_that_cant_be_read_is_one_clear_error_at_the_start(tmp_path, mad
             ActionStore(file)
 
 
+@pytest.mark.parametrize("replaced", [0, 1, 9], ids=lambda count: f"{count} of each done one are replaced")
+def test_a_store_keeps_the_newest_actions_whatever_became_of_them(tmp_path, monkeypatch, replaced):
+    """A report that a newer one replaces, while the control plane is slow, is never finished."""
+    monkeypatch.setattr("virtbus.integrations.store.KEPT_ROWS", 100)
+    with closing(ActionStore(tmp_path / "exec.db")) as store:
+        for number in range(1, 601):
+            action = Action(f"report/{number}", "h1", REPORT, "", topic="report")
+            ((stored, _),) = store.show([("h1", "shown", action)], 0.0)
+            if number % (replaced + 1) == 0:
+                store.finish(stored, "done", "", 0.0)
+        assert [number for number, *_ in store.waiting()] in ([], [600])
+    with closing(sqlite3.connect(tmp_path / "exec.db")) as database:
+        count, oldest = database.execute("SELECT count(*), min(number) FROM actions").fetchone()
+    assert count <= 110 + replaced
+    assert oldest >= 600 - 110 - replaced
+
+
 def test_an_action_stored_before_a_kill_is_done_after_it(tmp_path):
     code = (
         "import os, sys; from pathlib import Path\n"
@@ -361,6 +379,36 @@ def test_one_guest_alone_holds_no_host_by_default(url, tmp_path):
         eventually(lambda: len(reactor.fleet), "heard")
         time.sleep(1.5)
     assert target.done == []
+
+
+@pytest.mark.parametrize("where", ["wants", "execute", "look"])
+def test_a_library_that_ends_its_program_does_not_end_the_reactor(url, tmp_path, where):
+    """A thread that ends with SystemExit ends without a word, and nothing more would be done."""
+    target, calls, told = Recording(), [], []
+    target.wants = lambda delivery: Action(delivery.id, "t", EVENT, "")
+    real = getattr(target, where)
+
+    def ends(*arguments, **named):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise SystemExit(3)
+        return real(*arguments, **named)
+
+    setattr(target, where, ends)
+    publish(url, *errors(3))
+    with no_waiting(), running(target, url, tmp_path, told=told):
+        eventually(lambda: len(calls) >= 2, "called again")
+    assert any("sys.exit(3) was called" in str(getattr(line, "error", "")) for line in told)
+
+
+def test_a_worker_that_can_not_go_on_ends_the_reactor_with_its_reason(url, tmp_path):
+    target = Recording()
+    target.wants = lambda delivery: Action(delivery.id, "t", EVENT, "")
+    target.fails = lambda action: (_ for _ in ()).throw(GeneratorExit("enough"))
+    publish(url, *errors(1))
+    with pytest.raises(GeneratorExit, match="enough"), running(target, url, tmp_path) as reactor:
+        eventually(lambda: reactor.dead(), "ended")
+        eventually(lambda: reactor._worker.stopping, "stopping")
 
 
 # ---- exec and the command line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -86,15 +87,17 @@ class Api:
         self.refuses = refuses
         self.kept: dict[str, dict[str, Any]] = {}
 
-    def patch_namespaced_event(self, name: str, namespace: str, told: dict[str, Any], **_: Any) -> None:
+    def patch_namespaced_event(self, name: str, namespace: str, told: dict[str, Any], **_: Any) -> Any:
         if self.refuses:
             raise ApiException(status=self.refuses, reason="no")
         if name not in self.kept:
             raise ApiException(status=404, reason="Not Found")
         self.kept[name].update(told)
+        return SimpleNamespace(data=b'{"kind": "Event"}')
 
-    def create_namespaced_event(self, namespace: str, whole: dict[str, Any], **_: Any) -> None:
+    def create_namespaced_event(self, namespace: str, whole: dict[str, Any], **_: Any) -> Any:
         self.kept[whole["metadata"]["name"]] = dict(whole)
+        return SimpleNamespace(data=b'{"kind": "Event"}')
 
 
 def test_the_end_of_an_incident_that_has_no_event_writes_none() -> None:

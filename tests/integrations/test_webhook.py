@@ -121,6 +121,20 @@ def test_an_answer_that_may_change_is_tried_again(server, status):
     hook.close()
 
 
+@pytest.mark.parametrize("text", ["\u65e5\u672c", "s3cr\u00e9t", "\ns3cret", "s3\x00cret"])
+def test_a_file_that_holds_no_token_costs_no_event(server, tmp_path, text):
+    """What no header takes is an operator's to put right: the event waits."""
+    (tmp_path / "token").write_text(text)
+    hook = a_hook(server, token_file=str(tmp_path / "token"))
+    with pytest.raises(TargetUnavailable, match=r"react\.webhook\.token_file") as raised:
+        hook.execute(an_action())
+    assert text.strip() not in str(raised.value)
+    assert server.requests == []
+    (tmp_path / "token").write_text("right")
+    hook.execute(an_action())
+    hook.close()
+
+
 @pytest.mark.parametrize("status", [400, 413, 415, 422, 431])
 def test_an_answer_about_the_event_itself_is_final(server, status):
     server.answers = [status]

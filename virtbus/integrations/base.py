@@ -11,7 +11,8 @@ migrated, and an error that was reported to the guest never justifies a restart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -150,6 +151,15 @@ class Integration:
 
     def close(self) -> None:
         """Let go of connections."""
+
+
+@contextmanager
+def code_of_others() -> Iterator[None]:
+    """Around what an integration does: a library that ends its own program (sys.exit) must not end ours."""
+    try:
+        yield
+    except SystemExit as error:
+        raise RuntimeError(f"sys.exit({error.code!r}) was called") from error
 
 
 Factory = Callable[[React], Integration]

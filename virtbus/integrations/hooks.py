@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import http.client
-import io
 import os
 import re
 import selectors
@@ -28,6 +27,7 @@ from virtbus.bus import is_loopback
 from virtbus.config import React, read_secret
 from virtbus.consumer import Delivery
 from virtbus.errors import ConfigError
+from virtbus.integrations.answers import Answer
 from virtbus.integrations.base import (
     EVENT,
     REFUSED_STATUS,
@@ -40,6 +40,7 @@ from virtbus.model import Check
 from virtbus.telemetry import TelemetryEvent, emit
 from virtbus.words import Origin
 
+_HEADER_TEXT = re.compile("[ -~]+")
 _TOLD_BYTES = 500  # of a command's or server's answer, in messages
 _PIPE_BYTES = 1 << 20  # as much as a pipe holds at once
 _FIRST_LOOK_SECONDS, _LOOK_SECONDS = 0.0005, 0.05  # between two looks whether a command has ended
@@ -192,42 +193,6 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
         process.stdout.close()
 
 
-class _Deadline(io.RawIOBase):
-    """What a socket reads, until one moment: its own timeout begins again with each byte that comes."""
-
-    def __init__(self, raw: io.RawIOBase, sock: socket.socket, seconds: float) -> None:
-        self._raw, self._sock, self._seconds = raw, sock, seconds
-        self._end = time.monotonic() + seconds
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        left = self._end - time.monotonic()
-        try:
-            if left <= 0:
-                raise TimeoutError
-            self._sock.settimeout(left)
-            return self._raw.readinto(buffer)
-        except TimeoutError as error:
-            raise TimeoutError(f"no whole answer within {self._seconds:g} s") from error
-
-    def close(self) -> None:
-        if not self.closed:
-            self._sock.settimeout(self._seconds)  # a kept connection's next request begins with it
-            self._raw.close()
-        super().close()
-
-
-class _Answer(http.client.HTTPResponse):
-    """An answer that is read within the connection's timeout, as a whole."""
-
-    def __init__(self, sock: socket.socket, *arguments: Any, **named: Any) -> None:
-        super().__init__(sock, *arguments, **named)
-        raw: Any = self.fp.detach()
-        self.fp = io.BufferedReader(_Deadline(raw, sock, sock.gettimeout() or 0.0))
-
-
 class Webhook(_Hook):
     """POST to `react.webhook.url` in the CloudEvents HTTP binding (1.0), over one kept connection.
 
@@ -273,7 +238,7 @@ class Webhook(_Hook):
         self._connection: http.client.HTTPConnection = made(
             self._host, self._port, timeout=self._settings.timeout_seconds
         )
-        self._connection.response_class = _Answer
+        self._connection.response_class = Answer
 
     def execute(self, action: Action) -> str:
         """See Integration."""
@@ -303,9 +268,14 @@ class Webhook(_Hook):
 
     def _token(self, path: str) -> str:
         try:
-            return read_secret(path, "react.webhook.token_file")
+            token = read_secret(path, "react.webhook.token_file")
         except ConfigError as error:  # it may be in the middle of being replaced
             raise TargetUnavailable(str(error)) from error
+        if not _HEADER_TEXT.fullmatch(token):  # never the text itself, as http.client would show it
+            raise TargetUnavailable(
+                f"react.webhook.token_file: what {path} holds is no token: no header takes it"
+            )
+        return token
 
     def _post(self, data: bytes, headers: Mapping[str, str]) -> tuple[int, str, str]:
         connection = self._connection

@@ -29,7 +29,7 @@ from virtbus.config import React, ReactKubernetes
 from virtbus.consumer import Delivery
 from virtbus.errors import ConfigError, VirtbusError
 from virtbus.fleet import Blame, HostHealth
-from virtbus.integrations import vmi
+from virtbus.integrations import answers, vmi
 from virtbus.integrations.base import (
     EVENT,
     HOLD,
@@ -261,7 +261,8 @@ class Kubernetes(Integration):
             reporting_instance=COMPONENT,
         )
         try:
-            self._call("writing an Event on", node, self._api.create_namespaced_event, "default", body)
+            write = self._api.create_namespaced_event
+            self._call("writing an Event on", node, write, "default", body, kind="Event")
         except _Conflict:
             pass  # it is there already
         except VirtbusError as error:
@@ -314,11 +315,11 @@ class Kubernetes(Integration):
         return next((host for host, name in self._hosts.items() if name == node), node)
 
     def _read(self, node: str) -> _Node:
-        return _facts(json.loads(self._call("reading", node, self._api.read_node, node)))
+        return _facts(self._call("reading", node, self._api.read_node, node))
 
     def _list(self) -> None:
-        found = json.loads(self._call("listing", "*", self._api.list_node))
-        self._listed = [_facts(one) for one in found.get("items", ())]
+        found = self._call("listing", "*", self._api.list_node, kind="NodeList")
+        self._listed = [_facts(one) for one in found.get("items") or ()]
         self._listed_at = time.monotonic()
         self._names.clear()
 
@@ -344,8 +345,10 @@ class Kubernetes(Integration):
         # kubelet makes its node's name of the hostname in lower case.
         return target_of(host.lower(), {node.name: node.hostnames for node in self._listed})
 
-    def _call(self, doing: str, node: str, call: Callable[..., Any], *words: Any, **more: Any) -> bytes:
-        """Do one request; its answer as it came. Raises what `_translated` makes of its error.
+    def _call(
+        self, doing: str, node: str, call: Callable[..., Any], *words: Any, kind: str = "Node", **more: Any
+    ) -> dict[str, Any]:
+        """Do one request; what it answers, of that kind. Raises what `_translated` makes of its error.
 
         The client's own objects would cost a second of CPU for a thousand nodes, and refuse an answer that
         lacks anything, also one that nobody reads.
@@ -358,7 +361,7 @@ class Kubernetes(Integration):
             if isinstance(error, ApiException) and error.status == 401:
                 self._log_in_again()
             raise _translated(error, doing, node) from error
-        return answer
+        return answers.kubernetes_object(answer, kind, f"{doing} node {node}")
 
     def probe(self) -> Sequence[Check]:
         """See Integration."""
@@ -388,8 +391,9 @@ class Kubernetes(Integration):
         )
         spec = client.V1SelfSubjectAccessReviewSpec(resource_attributes=asked)
         ask = client.AuthorizationV1Api(self._client).create_self_subject_access_review
-        answer = json.loads(self._call("asking", "*", ask, client.V1SelfSubjectAccessReview(spec=spec)))
-        return bool(answer["status"]["allowed"])
+        kind = "SelfSubjectAccessReview"
+        answer = self._call("asking", "*", ask, client.V1SelfSubjectAccessReview(spec=spec), kind=kind)
+        return bool((answer.get("status") or {}).get("allowed"))
 
     def close(self) -> None:
         """See Integration."""
@@ -409,7 +413,9 @@ def _logged_in(own: ReactKubernetes) -> Any:
             settings = new(config_file=own.kubeconfig, context=own.context).configuration
         # Its own retries would sleep for as long as a server's Retry-After says: that is ours to decide.
         settings.retries = urllib3.Retry(0)
-        return client.ApiClient(settings)
+        made: Any = client.ApiClient(settings)
+        answers.bound(made.rest_client.pool_manager)
+        return made
     # OSError, YAMLError, TypeError, …: its own reader trusts the file to be one.
     except Exception as error:
         why = " ".join(str(error).split())

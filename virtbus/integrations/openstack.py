@@ -26,6 +26,7 @@ from virtbus import __version__
 from virtbus.config import React
 from virtbus.consumer import Delivery
 from virtbus.errors import ConfigError
+from virtbus.integrations import answers
 from virtbus.integrations.base import (
     EVENT,
     HOLD,
@@ -72,6 +73,11 @@ def call(doing: str, call: Callable[[], T]) -> T:
         raise (TargetDenied(text) if status in (401, 403) else TargetUnavailable(text)) from error
     except (exceptions.SDKException, keystone.ClientException, requests.RequestException, OSError) as error:
         raise TargetUnavailable(f"{doing}: {error}") from error
+    # What the SDK makes of an answer that is none of the service's.
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise TargetUnavailable(
+            f"{doing}: can't read the answer ({error!r}): is a gateway in between?"
+        ) from error
 
 
 class _OpenStack(Integration):
@@ -84,6 +90,9 @@ class _OpenStack(Integration):
             self._cloud: Any = openstack.connect(
                 cloud=cloud, app_name="virtbus", app_version=__version__, api_timeout=TIMEOUT_SECONDS
             )
+            http: Any = self._cloud.session.session
+            for adapter in http.adapters.values():
+                answers.bound(adapter.poolmanager)
         except (
             exceptions.ConfigException,
             keystone.MissingRequiredOptions,
@@ -127,6 +136,7 @@ class Nova(_OpenStack):
         target = action.body.get("target")
         service = self._service(target or action.target, self._services(target))
         disabled, ours, compute = service.status == "disabled", _is_ours(service), self._cloud.compute
+        host = service.host
         if action.verb == HOLD:
             if ours:
                 return f"{service.host} was disabled by us"
@@ -135,16 +145,24 @@ class Nova(_OpenStack):
             reason = _reason(action)
             call(
                 f"disabling {self._binary} on {service.host}",
-                lambda: compute.disable_service(service, service.host, self._binary, reason),
+                lambda: compute.disable_service(service, host, self._binary, reason),
             )
-            return f"{service.host} disabled: {reason}"
+            self._check(host, disabled=True)
+            return f"{host} disabled: {reason}"
         if not ours:
             raise NotOurs(f"{service.host} is {service.status}, and not by us: {service.disabled_reason}")
         call(
             f"enabling {self._binary} on {service.host}",
-            lambda: compute.enable_service(service, service.host, self._binary),
+            lambda: compute.enable_service(service, host, self._binary),
         )
-        return f"{service.host} enabled"
+        self._check(host, disabled=False)
+        return f"{host} enabled"
+
+    def _check(self, host: str, *, disabled: bool) -> None:
+        """Read what became of it: the SDK takes a login page that a gateway answers with 200 for done."""
+        if _is_ours(self._service(host, self._services(host))) is not disabled:
+            verb = "disabling" if disabled else "enabling"
+            raise TargetUnavailable(f"{verb} {self._binary} on {host}: it was answered and not done")
 
     def look(self, hosts: Mapping[str, str | None], *, everything: bool) -> Found:
         """See Integration."""
@@ -264,7 +282,9 @@ class Masakari(_OpenStack):
         made = call("sending a notification", create)
         if made is None:
             return "409: Masakari has one of this guest from the last minutes"
-        return f"notification {made.notification_uuid or made.id}"
+        if not made.notification_uuid:  # the SDK takes a gateway's login page for an answer
+            raise TargetUnavailable("sending a notification: the answer names none: is a gateway in between?")
+        return f"notification {made.notification_uuid}"
 
     def _reached(self) -> str:
         call(

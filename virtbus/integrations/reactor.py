@@ -18,7 +18,7 @@ from virtbus.consumer import Consumer, Delivery
 from virtbus.envelope import uuid7
 from virtbus.errors import BusUnavailable
 from virtbus.fleet import Fleet, FleetView, HostHealth, Publishers
-from virtbus.integrations.base import REPORT, Action, Integration
+from virtbus.integrations.base import REPORT, Action, Integration, code_of_others
 from virtbus.integrations.holds import HoldState, Row, in_words, not_ahead, orphaned, renamed
 from virtbus.integrations.policy import Decision, HoldPolicy
 from virtbus.integrations.store import ActionStore
@@ -167,7 +167,8 @@ class Reactor:
         try:
             if delivery.event is not None:
                 self.fleet.saw(delivery.event, delivery.attributes, now)
-            action = self._integration.wants(delivery)
+            with code_of_others():
+                action = self._integration.wants(delivery)
         except Exception as error:  # noqa: BLE001 - one event must not end the reactor
             self._unusable(delivery, error)
             return

@@ -23,7 +23,7 @@ from virtbus.integrations import holds
 from virtbus.integrations.base import EVENT, HOLD, RELEASE, REPORT, Action, Found, Verb
 from virtbus.integrations.holds import Change, HoldState, Row
 
-KEPT_ROWS = 200_000  # finished actions: what comes again is recognised by them, and the audit can be read
+KEPT_ROWS = 200_000  # the newest actions: what comes again is recognised by them, and the audit can be read
 HOLD_TOPIC = "hold"
 
 Stored = tuple[int, Action]  # a stored action and its number
@@ -104,9 +104,7 @@ class ActionStore:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.executescript(_SCHEMA)
-            (self._finished,) = self._db.execute(
-                "SELECT count(*) FROM actions WHERE state <> 'waiting'"
-            ).fetchone()
+            self._cut_at = 0  # the newest action when the oldest were cut
             self._check()
         except statefiles.Claimed as holder:
             raise ConfigError(
@@ -202,15 +200,7 @@ class ActionStore:
                     " WHERE host = ? AND state = ?",
                     [becomes, wall if free else None, host, was],
                 )
-            self._finished += 1
-            if self._finished > KEPT_ROWS:
-                cut = KEPT_ROWS // 10
-                db.execute(
-                    "DELETE FROM actions WHERE number IN (SELECT number FROM actions"
-                    " WHERE state <> 'waiting' ORDER BY number LIMIT ?)",
-                    [cut],
-                )
-                self._finished -= cut
+            self._cut(db, number)
 
     def give_up(self, numbers: Sequence[int], result: str, wall: float) -> set[int]:
         """End those that still wait, in one transaction; their numbers."""
@@ -223,8 +213,14 @@ class ActionStore:
                     [result, wall, number],
                 ).rowcount:
                     given.add(number)
-            self._finished += len(given)
+            self._cut(db, max(numbers, default=0))
         return given
+
+    def _cut(self, db: sqlite3.Connection, number: int) -> None:
+        """Forget what is older than KEPT_ROWS, a tenth at a time; also what a newer one replaced."""
+        if number - self._cut_at > KEPT_ROWS // 10:
+            self._cut_at = number
+            db.execute("DELETE FROM actions WHERE state <> 'waiting' AND number <= ?", [number - KEPT_ROWS])
 
     # ---- holds
 

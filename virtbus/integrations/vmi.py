@@ -17,6 +17,7 @@ from kubernetes import client
 from kubernetes.client.exceptions import ApiException
 
 from virtbus.consumer import Delivery
+from virtbus.integrations.answers import kubernetes_object
 from virtbus.integrations.base import EVENT, Action, ActionRefused, TargetDenied, TargetUnavailable
 from virtbus.model import IoError, IoErrorResolved
 from virtbus.words import Action as Did
@@ -71,25 +72,26 @@ def put(api: Any, body: Mapping[str, Any], timeout: float) -> str:
         "firstTimestamp": body["first"], "source": {"component": COMPONENT},
         "reportingComponent": COMPONENT, "reportingInstance": COMPONENT,
     }  # fmt: skip
-    # The answer is not read: the client's objects would refuse one that lacks anything.
+    # Not as the client's objects: those refuse one that lacks anything.
     asked = {"_request_timeout": timeout, "_preload_content": False}
+    doing = f"writing an Event on VMI {namespace}/{body['name']}"
     try:
         try:
-            _ = api.patch_namespaced_event(name, namespace, told, **asked).data
+            answer = api.patch_namespaced_event(name, namespace, told, **asked).data
         except ApiException as error:
             if error.status != 404:
                 raise
             if body["type"] == "Normal":
                 return "its Event is not there (any more)"
-            _ = api.create_namespaced_event(namespace, whole, **asked).data
+            answer = api.create_namespaced_event(namespace, whole, **asked).data
     except (ApiException, urllib3.exceptions.HTTPError) as error:
-        doing = f"writing an Event on VMI {namespace}/{body['name']}: "
         if not isinstance(error, ApiException):
-            raise TargetUnavailable(f"{doing}{error}") from error
-        doing += f"{error.status} {error.reason}"
+            raise TargetUnavailable(f"{doing}: {error}") from error
+        doing += f": {error.status} {error.reason}"
         if error.status in (400, 403, 404, 422):
             raise ActionRefused(f"{doing}; it takes events create and patch there") from error
         raise (TargetDenied if error.status == 401 else TargetUnavailable)(doing) from error
+    kubernetes_object(answer, "Event", doing)
     return f"Event {name}: {told['reason']}"
 
 

@@ -18,6 +18,7 @@ from virtbus.integrations.base import (
     Integration,
     NotOurs,
     TargetMissing,
+    code_of_others,
 )
 from virtbus.integrations.holds import Change, Finding, HoldState, Row, in_words
 from virtbus.integrations.store import HOLD_TOPIC, ActionStore, Line, Lines, Stored, line_of
@@ -153,7 +154,7 @@ class Worker:
         self._look_backoff = Backoff(f"react {integration.name}", ceiling=RETRY_CEILING_SECONDS)
         self.absent: dict[str, float] = {}  # host: when (monotonic) the control plane did not know it
         self.stale: set[str] = set()  # hosts that don't show what we last reported of them, or nothing
-        self.failure: Exception | None = None  # what ended the thread, if something did
+        self.failure: BaseException | None = None  # what ended the thread, if something did
 
     @property
     def stopping(self) -> bool:
@@ -247,7 +248,7 @@ class Worker:
                         wait = self._wait(self._clock().monotonic)
                         if wait > 0 and not self._stop.is_set():
                             self._changed.wait(None if wait == float("inf") else wait)
-        except Exception as error:  # noqa: BLE001 - `Reactor.run` raises it: a dead worker must not look healthy
+        except BaseException as error:  # noqa: BLE001 - `Reactor.run` raises it: a dead worker must not look healthy
             self.failure = error
             self._stop.set()
 
@@ -290,7 +291,8 @@ class Worker:
             return None
         self._store.tried(number)
         try:
-            result = self._integration.execute(action)
+            with code_of_others():
+                result = self._integration.execute(action)
         except Exception as error:  # noqa: BLE001 - whatever a client library raises, the action stays stored
             return self._failed(number, action, attempts + 1, error)
         self._settle(number, action, Result.DONE, result)
@@ -361,7 +363,8 @@ class Worker:
         asked = {**dict.fromkeys(others), **held}
         acting = self.looks.acting and not self._dry_run
         try:
-            found = self._integration.look(asked, everything=everything) if everything or held else None
+            with code_of_others():
+                found = self._integration.look(asked, everything=everything) if everything or held else None
         except Exception as error:  # noqa: BLE001 - whatever a client library raises, we look again
             wait = self._look_backoff.next_wait()
             self.looks.failed(self._clock().monotonic, wait)
