@@ -27,13 +27,16 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
+
+from tests import waiting
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parent.parent
@@ -722,13 +725,7 @@ def boot_sector(name: str) -> bytes:
         return image.read_bytes()
 
 
-def wait_until(check: Callable[[], bool], what: str | Callable[[], str], seconds: float) -> None:
-    """Ask `check` again and again until it is true; LabError saying `what` was waited for after `seconds`."""
-    end = time.monotonic() + seconds
-    while not check():
-        if time.monotonic() > end:
-            raise LabError(f"waited {seconds} s in vain until {what if isinstance(what, str) else what()}")
-        time.sleep(0.02)
+wait_until = partial(waiting.wait_until, pause=0.02, error=LabError)
 
 
 def same_files(one: Path, other: Path) -> bool:
