@@ -268,12 +268,11 @@ class Consumer:
         self._sequences = SequenceCheck(reorder_seconds, self._memory.missing, enabled=check_gaps)
         self._sequences.restore(self._seen.runs())
         self._in_flight: dict[Mark, list[Message]] = {}
-        self._verdict_at = time.monotonic()  # the last one
+        self._verdict_at, self._done_since = time.monotonic(), 0.0  # of the last; of the oldest in `_done`
         self._again: deque[Message] = deque()  # copies whose first one did not decide for them
         self._next: Delivery | None = None  # opened, not handed out yet
         self._retried: OrderedDict[Mark, None] = OrderedDict()
         self._done: dict[Mark, list[Message]] = {}
-        self._done_since = 0.0
         self._stop = threading.Event()
         self._backoff, self._connected = Backoff("consume"), False
         self._patient, self._give_up_when_denied = patient, give_up_when_denied
@@ -318,6 +317,11 @@ class Consumer:
                     self._backoff.reset()
             except (BusUnavailable, BusDenied) as error:
                 self._lost(error, deadline)
+            except BaseException as error:
+                # A signal's handler raised, with a message half-way: it comes again, in its order.
+                if self._group is not None and not isinstance(error, Exception):
+                    self._grip.leave()
+                raise
             self._sequences.tick(time.monotonic())
             self._memory.tell()  # with no event half-way: the author's function may raise
             if self._next is not None and not self._grip.closing:
@@ -402,23 +406,21 @@ class Consumer:
         attempts = message.attempts or 0
         # One that asked for a `retry` here had its verdicts.
         if self._max_attempts is not None and attempts > self._max_attempts and mark not in self._retried:
-            subscription.dead_letter(
-                message,
-                f"delivered {attempts - 1} times without a verdict: it may have killed its consumer",
-            )
+            told = f"delivered {attempts - 1} times without a verdict: it may have killed its consumer"
+            subscription.dead_letter(message, told)
             return None
-        self._in_flight[mark] = []
         self._sequences.handed_out(attributes)
-        return Delivery(
+        delivery = Delivery(
             event, attributes, opened.data, opened.body, message.user_id, message.redelivered,
             message.attempts, self, message,
         )  # fmt: skip
+        self._in_flight[mark] = []  # last: nothing that comes between may leave it there alone
+        return delivery
 
     def _closed_by(self, delivery: Delivery) -> list[Message]:
         """The messages that share the verdict: the one handed out and, last, its newest copy.
 
-        A copy from somebody else, or with other content, is not one: it is looked at again. Only the newest
-        is sure to be the broker's, where a connection was lost in between.
+        Another's copy, or other content, is looked at again. Only the newest is sure to be the broker's.
         """
         if not delivery._open:
             raise ConfigError(f"event {delivery.id} has had its verdict; give each delivery exactly one")

@@ -10,9 +10,7 @@ groups that are given the same file never take each other's marks for their own.
 
 from __future__ import annotations
 
-import os
 import sqlite3
-import weakref
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -65,16 +63,15 @@ class Marks:
         self._recent: OrderedDict[Mark, None] = OrderedDict()
         self._database: sqlite3.Connection | None = None
         self._identity: tuple[int, int] | None = None
-        self._lock = -1
+        self._lock: statefiles.LockFile | None = None
         self._count = self._scope = 0
         if path is not None:
             self._open(path)
-            _LOCKED.add(self)
 
     def _open(self, path: Path) -> None:
-        if not path.parent.is_dir():
-            raise ConfigError(f"dedupe file {path}: there is no folder {path.parent}; create it")
         try:
+            if not path.parent.is_dir():
+                raise ConfigError(f"dedupe file {path}: there is no folder {path.parent}; create it")
             statefiles.check_database(path)
             self._lock = statefiles.claim(path.with_name(f"{path.name}.lock"))
         except statefiles.NotRegular as error:
@@ -83,7 +80,7 @@ class Marks:
             raise ConfigError(
                 f"dedupe file {path} is in use by process {holder}: give each consumer a file of its own"
             ) from None
-        except OSError as error:
+        except (OSError, ValueError) as error:  # not a file's name: longer than one, or with a NUL
             raise self._unusable(error) from error
         try:
             self._database = database = sqlite3.connect(
@@ -191,9 +188,9 @@ class Marks:
         if database is not None:
             with suppress(sqlite3.Error):
                 database.close()
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.close()
 
     # ---- within
 
@@ -259,17 +256,3 @@ class Marks:
             )
 
         return translating({sqlite3.Error: told})
-
-
-_LOCKED: weakref.WeakSet[Marks] = weakref.WeakSet()
-
-
-def _in_forked_child() -> None:
-    """A lock is its file's: a child that keeps it open would keep the file from whoever comes after us."""
-    for marks in _LOCKED:
-        if marks._lock >= 0:
-            os.close(marks._lock)
-            marks._lock = -1
-
-
-os.register_at_fork(after_in_child=_in_forked_child)

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import stat
+import weakref
 from contextlib import suppress
 from pathlib import Path
 
@@ -56,22 +57,52 @@ def identity(file: int | Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def claim(path: Path) -> int:
-    """Lock a file for as long as the descriptor stays open, and write our process id into it.
+class LockFile:
+    """A file that is open for the locks on it, until `close` or the end of this process.
+
+    A lock belongs to the open file, which a forked child shares: one that outlives us would keep the file
+    from whoever comes after us. So a child lets go at once, which leaves us ours.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open it, made when missing. Raises OSError."""
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        _OPEN.add(self)
+
+    def close(self) -> None:
+        """End its locks; idempotent."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+_OPEN: weakref.WeakSet[LockFile] = weakref.WeakSet()
+
+
+def _in_forked_child() -> None:
+    for file in list(_OPEN):
+        file.close()
+
+
+os.register_at_fork(after_in_child=_in_forked_child)
+
+
+def claim(path: Path) -> LockFile:
+    """Lock a file for as long as it stays open, and write our process id into it.
 
     Raises Claimed, NotRegular, OSError.
     """
     check(path)
-    claimed = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    claimed = LockFile(path)
     try:
-        fcntl.flock(claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(claimed.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.pread(claimed, 20, 0).decode(errors="replace").strip()
-        os.close(claimed)
+        holder = os.pread(claimed.fd, 20, 0).decode(errors="replace").strip()
+        claimed.close()
         raise Claimed(holder or "(unknown)") from None
     with suppress(OSError):  # no room: it is only told to others
-        os.ftruncate(claimed, 0)
-        os.pwrite(claimed, b"%d\n" % os.getpid(), 0)
+        os.ftruncate(claimed.fd, 0)
+        os.pwrite(claimed.fd, b"%d\n" % os.getpid(), 0)
     return claimed
 
 

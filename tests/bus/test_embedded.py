@@ -10,6 +10,7 @@ import subprocess
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -675,3 +676,9 @@ def test_at_most_one_record_a_key_is_unconfirmed(bus):
     records = [make_record(n, f"k{n % 3}") for n in range(30)]
     outcomes = list(bus.publish(Watching(records)))
     assert sorted(record.seq for record, _ in outcomes) == list(range(30))
+
+
+def test_a_path_that_can_not_be_looked_at_is_reported_by_who_opens_it(tmp_path):
+    bus = EmbeddedBus(f"embedded://{tmp_path}/{'x' * 300}/bus.db", options=BusOptions())
+    with closing(bus.consume("g")) as subscription, pytest.raises(BusUnavailable, match="can't be made"):
+        subscription.receive(0.0)

@@ -210,3 +210,9 @@ def test_a_damaged_file_is_told_as_such(url, file):
             consumer.receive(1.0)
         file.rename(file.with_name("damaged"))
         consumer.receive(3.0).ack()
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "x" * 300, f"{'x' * 300}/seen.db"])
+def test_what_can_not_be_a_files_name_is_refused_like_any_other_setting(url, tmp_path, name):
+    with pytest.raises(ConfigError, match="dedupe file"):
+        Consumer(url, group="g", dedupe=f"{tmp_path}/{name}" if name else name)

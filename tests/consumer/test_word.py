@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import pkgutil
 import signal
 import sqlite3
 import subprocess
@@ -276,6 +277,29 @@ def test_a_forked_child_is_told_to_make_its_own(url: str) -> None:
         assert len(drain(consumer)) == 9
 
 
+@pytest.mark.parametrize("half_way", ["bus.subscription.Line.next", "envelope.decode", "marks.Marks.has"])
+def test_a_signals_handler_that_raises_with_a_message_half_way_costs_no_event_and_no_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half_way: str
+) -> None:
+    url = f"embedded://{tmp_path}/bus.db"
+    with Consumer(url, group="g", dedupe=tmp_path / "seen.db") as consumer:
+        assert consumer.receive(0.0) is None
+        sent = records(6, keys=2)
+        publish(url, sent)
+        with monkeypatch.context() as patch:
+            real = pkgutil.resolve_name(f"virtbus.{half_way}")
+
+            def interrupted(*arguments: Any, **named: Any) -> Any:
+                patch.undo()
+                real(*arguments, **named)
+                raise KeyboardInterrupt
+
+            patch.setattr(f"virtbus.{half_way}", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                consumer.receive(1.0)
+        assert drain(consumer) == [record.id for record in sent]
+
+
 def test_a_second_thread_at_the_same_time_is_refused_and_may_follow_later(
     bus: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,11 +336,15 @@ def test_a_second_thread_at_the_same_time_is_refused_and_may_follow_later(
         found[0].ack()
 
 
-def test_a_forked_child_that_outlives_its_parent_keeps_no_dedupe_file(url: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_a_forked_child_that_outlives_its_parent_keeps_nothing_of_it(
+    url: str, tmp_path: Path, exclusive: bool
+) -> None:
     program = (
         "import os, sys\n"
         "from virtbus import Consumer\n"
-        "consumer = Consumer(sys.argv[1], group='g', dedupe=sys.argv[2])\n"
+        f"consumer = Consumer(sys.argv[1], group='g', dedupe=sys.argv[2], exclusive={exclusive})\n"
+        "consumer.receive(1.0)\n"
         "if os.fork() == 0:\n"
         "    sys.stdout.write('.'), sys.stdout.flush(), sys.stdin.read(), os._exit(0)\n"
         "os.waitpid(-1, os.WNOHANG), os._exit(0)"
@@ -328,8 +356,11 @@ def test_a_forked_child_that_outlives_its_parent_keeps_no_dedupe_file(url: str, 
         assert process.stdout is not None
         assert process.stdout.read(1) == b"."
         assert process.wait(20) == 0
-        with Consumer(url, group="g", dedupe=file) as consumer:
-            assert len(drain(consumer)) == 10
+        with Consumer(url, group="g", dedupe=file, exclusive=exclusive) as consumer:
+            first = consumer.receive(20.0)  # what somebody had who is gone comes within about a second
+            assert first is not None
+            first.ack()
+            assert len(drain(consumer)) == 9
         process.communicate(b"", timeout=20)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -426,6 +428,36 @@ def test_a_command_that_hangs_is_killed_with_all_it_started(tmp_path):
         open_integration("exec", settings).execute(action)
     time.sleep(1.2)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("begins", ["", "setsid "])
+def test_a_command_is_done_when_it_ended_whatever_it_leaves_behind(begins):
+    script = f"{begins}sleep 60 & echo $!; echo begun"
+    settings = React(exec=type(React().exec)(command=("/bin/sh", "-c", script)))
+    action = Action("k", "t", EVENT, "", {"attributes": dict(a_record().attributes), "data": "{}"})
+    said = open_integration("exec", settings).execute(action).split()
+    if begins:
+        os.kill(int(said[0]), signal.SIGKILL)  # a session of its own lives on, as a daemon does
+    assert said[1:] == ["begun"]
+
+
+def test_a_command_that_closes_its_output_is_waited_for():
+    settings = React(exec=type(React().exec)(command=("/bin/sh", "-c", "exec >&- 2>&-; sleep 0.3; exit 65")))
+    action = Action("k", "t", EVENT, "", {"attributes": dict(a_record().attributes), "data": "{}"})
+    with pytest.raises(ActionRefused):
+        open_integration("exec", settings).execute(action)
+
+
+def test_an_attribute_that_no_environment_holds_keeps_no_event_from_its_command():
+    settings = React(
+        exec=type(React().exec)(command=("/bin/sh", "-c", "echo [$VIRTBUS_EVENT_SUBJECT]; wc -c"))
+    )
+    for subject, shown in (("s" * 200_000, "[]"), ("short", "[short]")):
+        attributes = {**a_record().attributes, "subject": subject}
+        action = Action("k", "t", EVENT, "", {"attributes": attributes, "data": "{}"})
+        said = open_integration("exec", settings).execute(action).split()
+        assert said[0] == shown
+        assert int(said[1]) > len(subject)
 
 
 def test_the_command_runs_until_a_signal_and_ends_clean(url, tmp_path):

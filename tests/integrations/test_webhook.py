@@ -121,7 +121,7 @@ def test_an_answer_that_may_change_is_tried_again(server, status):
     hook.close()
 
 
-@pytest.mark.parametrize("status", [400, 413, 415, 422])
+@pytest.mark.parametrize("status", [400, 413, 415, 422, 431])
 def test_an_answer_about_the_event_itself_is_final(server, status):
     server.answers = [status]
     hook = a_hook(server)

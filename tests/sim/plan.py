@@ -124,8 +124,24 @@ def draw(seed: int) -> Plan:
         group_commit=dice.random() < 0.3,
         reactors=dice.choice((1, most) if fleet else (0, 0, 1)),
     )
+    if seed % 16 == 5:
+        return _calm(plan)
     faults = tuple(sorted([*_faults(plan, dice), *_meetings(plan)], key=lambda fault: fault.at))
     return replace(plan, faults=faults) if seed % 8 != 4 else _nodes(plan, faults)
+
+
+def _calm(plan: Plan) -> Plan:
+    """The same hosts, on which nothing but meetings happens, one after another: no later error hides one."""
+    dice = random.Random(f"calm {plan.seed}")
+    plan = replace(plan, faulty_seconds=HOST_SECONDS[1])
+    faults = []
+    for host in plan.hosts:
+        at = dice.uniform(20.0, 60.0)
+        while at < plan.faulty_seconds - 80.0:
+            met = dice.choice(CALM_MEETINGS)(dice, host.name, round(at, 3))
+            faults += [fault for fault in met if fault.where != "reactor" or plan.reactors]
+            at += dice.uniform(110.0, 150.0)
+    return replace(plan, faults=tuple(sorted(faults, key=lambda fault: fault.at)))
 
 
 def _nodes(plan: Plan, faults: tuple[Fault, ...]) -> Plan:
@@ -321,6 +337,20 @@ def _earlier_clock(dice: random.Random, host: str, at: float) -> Iterator[Fault]
     yield _fails_once(dice, host, at + dice.uniform(0.0, 8.0), pause=dice.random() < 0.5)
 
 
+def _other_clock(dice: random.Random, host: str, at: float) -> Iterator[Fault]:
+    """Errors that nobody sees, of disks that failed before; the clock was set back meanwhile."""
+    blind, seconds = _blinds(dice, host, at)
+    yield blind
+    yield Fault(
+        round(at - dice.uniform(3.0, 6.0), 3), host, "step_clock", {"step": dice.choice((-7200.0, -30.0))}
+    )
+    guest = dice.randrange(3)
+    for disk in dice.choice(((0,), (1,), (0, 1))):
+        for when in (at - dice.uniform(8.0, 15.0), at + dice.uniform(1.5, seconds - 1.0)):
+            error = _fails_once(dice, host, when, pause=False)
+            yield replace(error, how={**error.how, "guest": guest, "disk": disk})
+
+
 def _cut_short(dice: random.Random, host: str, at: float) -> Iterator[Fault]:
     """Readers and the broker end while something is on its way to them."""
     yield _fails_once(dice, host, at, pause=True)
@@ -334,6 +364,7 @@ MEETINGS = (
     _blind_spot, _blind_spot, _late_disk, _unseen_resume, _lost_commit, _earlier_clock, _cut_short, _deaf,
     _two_disks, _busy_end,
 )  # fmt: skip
+CALM_MEETINGS = (*MEETINGS, _other_clock, _other_clock, _other_clock)
 
 
 def _often(dice: random.Random, where: str, end: float, mean: float, draw_one: Any) -> Iterator[Fault]:

@@ -346,7 +346,7 @@ def test_two_quick_pauses_without_events_are_two_errors() -> None:
 
 
 def test_pauses_that_are_reported_at_once_are_as_many_errors_as_there_were() -> None:
-    """A daemon that hung says it all when it goes on; the last pause is decided first: it was looked at."""
+    """A daemon that hung says all when it goes on: the last pause, which was looked at, is decided first."""
     check = CrossCheck(GRACE)
     for _ in range(2):
         suspend(check, 0.0)

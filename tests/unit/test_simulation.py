@@ -58,7 +58,7 @@ def locks_open() -> int:
 
 def test_a_killed_process_leaves_no_lock_file_open() -> None:
     before = locks_open()
-    assert World(5).run().faults > 0
+    assert World(6).run().faults > 0
     assert locks_open() <= before
 
 

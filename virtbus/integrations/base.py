@@ -38,7 +38,7 @@ class Verb(StrEnum):
 
 # HTTP: what we send is what a server does not want; once more would change nothing. All else is a matter of
 # time, or an operator's to fix (401, 403, 404), or a gateway's bad day.
-REFUSED_STATUS = frozenset({400, 413, 415, 422})
+REFUSED_STATUS = frozenset({400, 413, 415, 422, 431})
 
 HOLD, RELEASE, REPORT, EVENT = Verb.HOLD, Verb.RELEASE, Verb.REPORT, Verb.EVENT
 

@@ -41,6 +41,9 @@ from virtbus.telemetry import TelemetryEvent, emit
 from virtbus.words import Origin
 
 _TOLD_BYTES = 500  # of a command's or server's answer, in messages
+_PIPE_BYTES = 1 << 20  # as much as a pipe holds at once
+_FIRST_LOOK_SECONDS, _LOOK_SECONDS = 0.0005, 0.05  # between two looks whether a command has ended
+_VARIABLE_BYTES = 32_768  # Linux starts no command with a variable of 128 KiB
 
 
 class PlaintextWebhook(TelemetryEvent, level="warning"):
@@ -87,8 +90,9 @@ def _data(body: Mapping[str, Any]) -> bytes:
 class Exec(_Hook):
     """Run `react.exec.command`: the event is its standard input as structured JSON.
 
-    The environment has VIRTBUS_EVENT_TYPE, _ID, _SOURCE, _SUBJECT and _TIME beside ours. It exits with 0:
-    done; with 65: never again (an operator is notified); with anything else, or not in time: once more later.
+    The environment has VIRTBUS_EVENT_TYPE, _ID, _SOURCE, _SUBJECT and _TIME beside ours, but for values above
+    32 KiB. It exits with 0: done; with 65: never again (an operator is notified); with anything else, or not
+    in time: once more later. What it leaves behind in its session ends with it.
     """
 
     name: ClassVar[str] = "exec"
@@ -109,7 +113,7 @@ class Exec(_Hook):
         environment = {
             f"VIRTBUS_EVENT_{name.upper()}": attributes[name]
             for name in ("type", "id", "source", "subject", "time")
-            if name in attributes
+            if len(attributes.get(name, "").encode()) in range(1, _VARIABLE_BYTES)
         }
         try:
             with TemporaryFile() as given:
@@ -151,25 +155,36 @@ class Exec(_Hook):
 def _end_of_output(process: subprocess.Popen[bytes], seconds: float) -> bytes:
     """The last of what it says until it ends: it may say more than fits into memory.
 
-    Raises subprocess.TimeoutExpired.
+    What it leaves behind may keep its output open, and is not waited for. Raises subprocess.TimeoutExpired.
     """
     assert process.stdout is not None
-    end, said = time.monotonic() + seconds, b""
+    end, said, wait = time.monotonic() + seconds, b"", _FIRST_LOOK_SECONDS
     with selectors.DefaultSelector() as ready:
         ready.register(process.stdout, selectors.EVENT_READ)
-        while ready.select(max(0.0, end - time.monotonic())):
-            more = os.read(process.stdout.fileno(), 65_536)
-            if not more:
-                process.wait(max(0.0, end - time.monotonic()))
+        while True:
+            over = _has_ended(process)  # looked at first: then what is read is all that it said
+            left = 0.0 if over else min(wait, max(0.0, end - time.monotonic()))
+            if ready.select(left):
+                more = os.read(process.stdout.fileno(), _PIPE_BYTES)
+                said = (said + more)[-_TOLD_BYTES:]
+                if not more:  # as a rule it ends now
+                    ready.unregister(process.stdout)
+                    wait = _FIRST_LOOK_SECONDS
+            else:
+                wait = min(2 * wait, _LOOK_SECONDS)
+            if over:
                 return said
-            said = (said + more)[-_TOLD_BYTES:]
             if time.monotonic() >= end:
-                break
-    raise subprocess.TimeoutExpired(process.args, seconds)
+                raise subprocess.TimeoutExpired(process.args, seconds)
+
+
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Without taking its status: until then no other process has its number."""
+    return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """Nothing that the command started outlives it."""
+    """Nothing of the command's session outlives it."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -216,10 +231,10 @@ class _Answer(http.client.HTTPResponse):
 class Webhook(_Hook):
     """POST to `react.webhook.url` in the CloudEvents HTTP binding (1.0), over one kept connection.
 
-    2xx: done. 400, 413, 415, 422: never again (an operator is notified). Anything else, also a redirect: once
-    more later; nothing is lost by a wrong path or an expired token. Where status and headers are not there
-    within `react.webhook.timeout_seconds`, it is given up; the text after them changes no verdict, and only
-    what a message shows of it is read.
+    2xx: done. 400, 413, 415, 422, 431: never again (an operator is notified). Anything else, also a redirect:
+    once more later; nothing is lost by a wrong path or an expired token. Where status and headers are not
+    there within `react.webhook.timeout_seconds`, it is given up; the text after them changes no verdict, and
+    only what a message shows of it is read.
     """
 
     name: ClassVar[str] = "webhook"

@@ -6,7 +6,6 @@ What waits is in memory too (`Lines`): in order for each target and topic; holds
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
 import threading
 from collections import deque
@@ -91,7 +90,7 @@ class ActionStore:
     def __init__(self, path: Path | None) -> None:
         """Open or make the file; None keeps all in memory (for a dry run)."""
         self._lock = threading.Lock()
-        self._handle: int | None = None
+        self._handle: statefiles.LockFile | None = None
         try:
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -117,7 +116,7 @@ class ActionStore:
             raise StateUnavailable(f"{path} can't be used: {error.strerror}") from error
         except (sqlite3.Error, OSError, ValueError) as error:
             if self._handle is not None:
-                os.close(self._handle)
+                self._handle.close()
             raise ConfigError(
                 f"{path} can't be used: {error}; move it away (what is held is read from the control plane, "
                 "events that wait in it are not handed over)"
@@ -319,8 +318,7 @@ class ActionStore:
         with self._lock:
             self._db.close()
         if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
+            self._handle.close()
 
 
 class _Owners(dict[str, str]):

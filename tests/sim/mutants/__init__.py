@@ -180,11 +180,20 @@ MUTANTS = {
         "1e9",
         needs=(("freeze",),),
     ),
-    "the_newest_message_last": _one(
+    "the_newest_message_last": Mutant(
         "of the messages that libvirt keeps of a disk the last counts, not the newest",
-        "virtbus.sources.findings:newer_messages",
-        "in look.messages:",
-        "in {one.target: one for one in look.messages}.values():",
+        (
+            Edit(
+                "virtbus.sources.evidence:read_messages",
+                "sorted(found, key=lambda each: each.recency(now_ns))",
+                "reversed(found)",
+            ),
+            Edit(
+                "virtbus.sources.findings:newer_messages",
+                "in look.messages:",
+                "in {one.target: one for one in look.messages}.values():",
+            ),
+        ),
         messages=True,
         needs=(("dark report",),),
     ),

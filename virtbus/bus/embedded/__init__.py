@@ -298,5 +298,6 @@ def _read_url(url: str, options: BusOptions) -> tuple[Path, int]:
         return Path(options.state_dir) / FILE_NAME, int(text)
     if not path.startswith("/"):
         raise ConfigError(f"the bus URL {url!r} names a relative file: {example}")
-    chosen = Path(path)
-    return chosen / FILE_NAME if path.endswith("/") or chosen.is_dir() else chosen, int(text)
+    # Not Path.is_dir(): that raises where it can't look, and whoever opens the file says why.
+    inside = path.endswith("/") or os.path.isdir(path)  # noqa: PTH112
+    return Path(path) / FILE_NAME if inside else Path(path), int(text)

@@ -128,7 +128,7 @@ class Log:
         self._lock = threading.RLock()
         self._next_reap = 0.0
         self._db: sqlite3.Connection | None = None
-        self._locks = -1
+        self._locks: statefiles.LockFile | None = None
         with _translated(path):
             statefiles.check(Path(f"{path}.lock"))
             statefiles.check_database(path)
@@ -137,7 +137,7 @@ class Log:
                     name.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 with suppress(FileExistsError):  # its final mode at once: nobody else can open it in between
                     os.close(os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-            self._locks = os.open(f"{path}.lock", os.O_RDWR | os.O_CLOEXEC)
+            self._locks = statefiles.LockFile(Path(f"{path}.lock"))
             self._db = sqlite3.connect(
                 path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
@@ -253,15 +253,20 @@ class Log:
     def try_lock(self, byte: int) -> bool:
         """Lock one byte of the lock file until `close`; False while somebody else has it."""
         try:
-            fcntl.fcntl(self._locks, fcntl.F_OFD_SETLK, _flock(byte))
+            fcntl.fcntl(self._lock_file(), fcntl.F_OFD_SETLK, _flock(byte))
         except (BlockingIOError, PermissionError):
             return False
         return True
 
     def is_locked(self, byte: int) -> bool:
         """Whether somebody else has locked the byte."""
-        answer = fcntl.fcntl(self._locks, fcntl.F_OFD_GETLK, _flock(byte))
+        answer = fcntl.fcntl(self._lock_file(), fcntl.F_OFD_GETLK, _flock(byte))
         return bool(struct.unpack_from("h", answer)[0] != fcntl.F_UNLCK)
+
+    def _lock_file(self) -> int:
+        if self._locks is None:
+            raise BusUnavailable(f"embedded bus {self.path}: closed")
+        return self._locks.fd
 
     def version(self) -> int:
         """A number that changes when another connection has committed."""
@@ -284,12 +289,12 @@ class Log:
         """Let go of the file and its locks; idempotent."""
         with self._lock:
             db, self._db = self._db, None
-            locks, self._locks = self._locks, -1
+            locks, self._locks = self._locks, None
         if db is not None:
             with suppress(sqlite3.Error):
                 db.close()
-        if locks >= 0:
-            os.close(locks)
+        if locks is not None:
+            locks.close()
 
 
 class Member:
