@@ -10,11 +10,9 @@ import contextlib
 import socket
 import struct
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import TracebackType
 
 _CHUNK = 65536
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER: on, 0 s: close() sends a reset
@@ -69,9 +67,7 @@ class _Listener:
             if thread is not threading.current_thread():
                 thread.join(timeout=5.0)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -471,13 +467,3 @@ def _ids(header: bytes) -> tuple[str, str | None]:
         else:
             found[bit], position = _read_short(header, position)
     return found.get(7, ""), found.get(4)
-
-
-def wait_until(condition: Callable[[], object], *, timeout: float = 10.0, what: str = "it") -> float:
-    """Look every 5 ms until `condition()` is true; the seconds it took. Raises TimeoutError with `what`."""
-    begun = time.monotonic()
-    while not condition():
-        if time.monotonic() - begun > timeout:
-            raise TimeoutError(f"{what} did not happen within {timeout:g} s")
-        time.sleep(0.005)
-    return time.monotonic() - begun

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.faultkit import wait_until
+from tests.waiting import wait_until
 from virtbus import telemetry
 from virtbus.agent.agent import Agent, AgentOptions
 from virtbus.agent.identity import load_agent_id

@@ -14,7 +14,7 @@ from pathlib import Path
 import kombu
 
 from tests.conftest import need
-from tests.faultkit import wait_until
+from tests.waiting import wait_until
 
 RECORDING = Path(__file__).parents[2] / "virtbus" / "recordings" / "demo.jsonl"
 

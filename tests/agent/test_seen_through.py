@@ -12,10 +12,10 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from tests.agent.test_agent import AGENT, House
-from tests.faultkit import wait_until
 from tests.faults.spool_kit import open_spool
 from tests.sources.simulated import SimulatedHost
 from tests.sources.test_observer import OPTIONS
+from tests.waiting import wait_until
 from virtbus.agent.agent import Agent, AgentOptions
 from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.agent.publisher import Publisher

@@ -21,9 +21,10 @@ from typing import Any
 
 from tests.bench import peers
 from tests.bench.host import agent, percentile
-from tests.bench.measure import Row, wait_for
+from tests.bench.measure import Row
 from tests.bench.publish import broker
 from tests.lab.lab import PAUSED_IOERROR, Guest, Lab
+from tests.waiting import wait_until
 
 
 class Sink:
@@ -93,7 +94,7 @@ def _fail_in_turn(guests: Sequence[Guest], errors: int, latencies: Callable[[], 
     for number in range(errors):
         guest, before = guests[number % len(guests)], len(latencies())
         guest.fail()
-        wait_for(lambda n=before: len(latencies()) > n, "an effect", 20)
+        wait_until(lambda n=before: len(latencies()) > n, "an effect", 20)
         guest.heal()
         guest.wait_state(PAUSED_IOERROR[0])
         guest.resume()
@@ -115,7 +116,7 @@ def _virtbus(folder: str, lab: Lab, url: str, sink: Sink) -> Iterator[Callable[[
     log = Path(folder) / "react.log"
     with log.open("wb") as out, subprocess.Popen(words, stderr=out) as reacting:
         try:
-            wait_for(lambda: "group react-webhook" in log.read_text(), "a reactor that listens", 30)
+            wait_until(lambda: "group react-webhook" in log.read_text(), "a reactor that listens", 30)
             time.sleep(3)  # its queue is declared and bound
             with agent(folder, lab, url, "[incidents]\nfold = false\n").ready():
                 yield latencies
@@ -140,7 +141,7 @@ def _monitors(folder: str, lab: Lab, url: str, sink: Sink) -> Iterator[Callable[
 
     with heard.open("wb") as out, subprocess.Popen(words, stdout=out) as monitor:
         try:
-            wait_for(lambda: "ready" in heard.read_text(), "a monitor that listens", 60)
+            wait_until(lambda: "ready" in heard.read_text(), "a monitor that listens", 60)
             time.sleep(1)
             yield latencies
         finally:

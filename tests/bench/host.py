@@ -21,9 +21,10 @@ from typing import Any
 from tests.agent.process import AgentProcess
 from tests.bench import peers
 from tests.bench.events import Confirms, Events
-from tests.bench.measure import Row, cpu_seconds, memory, wait_for, wakeups
+from tests.bench.measure import Row, cpu_seconds, memory, wakeups
 from tests.bench.publish import broker
 from tests.lab.lab import Guest, Lab
+from tests.waiting import wait_until
 from virtbus.bus import BusOptions, open_bus
 from virtbus.model import Confirmed
 from virtbus.testing import ListFeed, records
@@ -187,7 +188,7 @@ def latency_rows(rounds: int, *, errors: int = 40) -> list[Row]:
                     guest = guests[number % len(guests)]
                     want = _heard(events, guest) + 1
                     guest.fail()
-                    wait_for(lambda g=guest, n=want: _heard(events, g) >= n, "an event", 20)
+                    wait_until(lambda g=guest, n=want: _heard(events, g) >= n, "an event", 20)
                     guest.heal()
                     guest.wait_state(3)
                     guest.resume()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -107,12 +106,3 @@ def wakeups(pid: int) -> dict[str, int]:
         line = next(line for line in status.splitlines() if line.startswith("voluntary_ctxt"))
         found[f"{name}:{task.name}"] = int(line.split()[1])
     return found
-
-
-def wait_for(check: object, what: str, seconds: float) -> None:
-    """Look each 20 ms until `check()` is true."""
-    limit = time.monotonic() + seconds
-    while not check():  # type: ignore[operator]
-        if time.monotonic() > limit:
-            raise TimeoutError(f"not {what} after {seconds:g} s")
-        time.sleep(0.02)

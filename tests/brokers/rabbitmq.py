@@ -22,9 +22,10 @@ import socket
 import ssl
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -32,6 +33,7 @@ from urllib.parse import quote
 import amqp
 import trustme
 
+from tests import waiting
 from tests.brokers.keeper import Hold
 from tests.lab import chroot
 from tests.ports import free_ports
@@ -439,10 +441,4 @@ def erlang(text: str) -> str:
     return json.dumps(text, ensure_ascii=True)
 
 
-def wait_until(check: Callable[[], Any], what: str, seconds: float) -> None:
-    """Ask `check` again and again until it is true; BrokerError saying `what` after `seconds`."""
-    end = time.monotonic() + seconds
-    while not check():
-        if time.monotonic() > end:
-            raise BrokerError(f"waited {seconds} s in vain until {what}")
-        time.sleep(0.05)
+wait_until = partial(waiting.wait_until, pause=0.05, error=BrokerError)

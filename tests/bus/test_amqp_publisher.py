@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from tests.faultkit import FakeAmqpConnection, FakeAmqpPeer, Published, TcpFaultProxy, wait_until
+from tests.faultkit import FakeAmqpConnection, FakeAmqpPeer, Published, TcpFaultProxy
+from tests.waiting import wait_until
 from virtbus.bus import BusOptions
 from virtbus.bus.amqp.bus import AmqpBus
 from virtbus.errors import BusDenied, BusUnavailable

@@ -12,8 +12,9 @@ import kombu
 import pytest
 
 from tests.brokers.rabbitmq import RabbitMQ
-from tests.faultkit import TcpFaultProxy, wait_until
+from tests.faultkit import TcpFaultProxy
 from tests.faults import amqp_kit
+from tests.waiting import wait_until
 from virtbus.bus import BusOptions
 from virtbus.bus.amqp.bus import AmqpBus
 from virtbus.errors import BusDenied, ConfigError

@@ -25,8 +25,8 @@ from tests.bus.embedded_parts import (
     publish,
     publish_all,
     receive,
-    wait_until,
 )
+from tests.waiting import wait_until
 from virtbus.bus import REASON_HEADER, BusOptions
 from virtbus.bus.embedded import EmbeddedBus, EmbeddedSubscription
 from virtbus.bus.embedded.log import LEASE_SECONDS, Log, Member, Stored
@@ -388,7 +388,7 @@ def test_members_share_a_group_in_order_a_key_although_one_is_killed(bus, url, t
             publish_all(bus, records)
             wait_until(lambda: output.exists() and output.read_text().count("\n") > 100)
             three.kill()
-        wait_until(lambda: len({text.split()[1] for text in output.read_text().splitlines()}) == 600, 30)
+        wait_until(lambda: len({text.split()[1] for text in output.read_text().splitlines()}) == 600)
     first: dict[str, dict[int, None]] = defaultdict(dict)
     workers = set()
     for text in output.read_text().splitlines():

@@ -22,7 +22,6 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from ssl import create_default_context
-from types import TracebackType
 from typing import Any
 
 import yaml
@@ -123,9 +122,7 @@ class ApiServer:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

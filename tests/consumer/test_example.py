@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faultkit import wait_until
+from tests.waiting import wait_until
 from virtbus.bus import BusOptions, open_bus
 from virtbus.consumer import Consumer
 from virtbus.testing import ListFeed, a_record, an_io_error

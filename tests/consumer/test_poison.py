@@ -8,7 +8,7 @@ import amqp
 import kombu
 import pytest
 
-from tests.faultkit import wait_until
+from tests.waiting import wait_until
 from virtbus.bus import CUT_HEADER, BusOptions, open_bus
 from virtbus.bus.embedded import EmbeddedSubscription
 from virtbus.bus.subscription import Line

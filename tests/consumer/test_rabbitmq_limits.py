@@ -21,9 +21,9 @@ import kombu
 import pytest
 
 from tests.brokers.rabbitmq import RabbitMQ
-from tests.faultkit import wait_until
 from tests.faults.amqp_kit import close_connections
 from tests.faults.consumer_kit import GROUP, QUEUE, dead_ids, die, make_group, publish, publish_raw, waiting
+from tests.waiting import wait_until
 from virtbus.bus import CUT_HEADER, REASON_HEADER, BusOptions, open_bus
 from virtbus.bus.amqp.connection import translated
 from virtbus.bus.amqp.letters import USER_HEADER, letter

@@ -19,7 +19,8 @@ from pathlib import Path
 import kombu
 
 from tests.brokers.rabbitmq import RabbitMQ
-from tests.faultkit import TcpFaultProxy, wait_until
+from tests.faultkit import TcpFaultProxy
+from tests.waiting import wait_until
 from virtbus.bus import BusOptions
 from virtbus.bus.amqp.bus import AmqpBus
 from virtbus.errors import BusDenied, BusUnavailable

@@ -20,10 +20,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from tests.faultkit import wait_until
 from tests.faults.amqp_kit import QUEUE, drain_queue, make_queue, private_broker
 from tests.faults.disks import Disk, failing_disk, missing_tools, read_only_disk, read_only_files, small_disk
 from tests.faults.kills import Bench
+from tests.waiting import wait_until
 from virtbus.agent.agent import Agent, AgentOptions
 from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.bus import BusOptions, open_bus

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench import publish as bench
-from tests.faultkit import TcpFaultProxy, wait_until
+from tests.faultkit import TcpFaultProxy
 from tests.faults.amqp_kit import QUEUE, check, drain_queue, make_queue, private_broker, report
+from tests.waiting import wait_until
 from virtbus.agent.agent import Agent, AgentOptions
 from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.bus import BusOptions, open_bus

@@ -14,8 +14,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tests.faultkit import wait_until
 from tests.faults.fold_child import LIMITS
+from tests.waiting import wait_until
 from virtbus.model import Confirmed
 from virtbus.spool import Spool, SpoolLimits
 from virtbus.testing import AGENT_ID

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from tests.waiting import wait_until as eventually
 from virtbus.bus import BusOptions, open_bus
 from virtbus.config import React
 from virtbus.consumer import Consumer
@@ -154,14 +154,6 @@ def running(
         integration.close()
     if failure:
         raise failure[0]
-
-
-def eventually(check: Callable[[], Any], what: str, seconds: float = 20.0) -> None:
-    """Wait until `check()` is true."""
-    deadline = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < deadline, f"not {what} after {seconds:g} s"
-        time.sleep(0.02)
 
 
 __all__ = ["Recording", "errors", "eventually", "heartbeat", "open_integration", "publish", "running"]

@@ -10,7 +10,6 @@ import hashlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 import xml.etree.ElementTree as ElementTree
@@ -19,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import trustme
+
+from tests.ports import free_ports
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parent.parent
@@ -73,18 +74,6 @@ def jars() -> Path:
     except OSError:  # another test process was faster
         shutil.rmtree(partial, ignore_errors=True)
     return folder
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports on loopback that nobody listens on now."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 @dataclass

@@ -27,13 +27,15 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from xml.sax.saxutils import escape, quoteattr
+
+from tests import waiting
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parent.parent
@@ -209,9 +211,7 @@ class Lab:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -697,9 +697,7 @@ class Listener:
     def __enter__(self) -> Listener:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.heard()
 
     def heard(self, settle: float = 0.3) -> list[dict[str, Any]]:
@@ -722,13 +720,7 @@ def boot_sector(name: str) -> bytes:
         return image.read_bytes()
 
 
-def wait_until(check: Callable[[], bool], what: str | Callable[[], str], seconds: float) -> None:
-    """Ask `check` again and again until it is true; LabError saying `what` was waited for after `seconds`."""
-    end = time.monotonic() + seconds
-    while not check():
-        if time.monotonic() > end:
-            raise LabError(f"waited {seconds} s in vain until {what if isinstance(what, str) else what()}")
-        time.sleep(0.02)
+wait_until = partial(waiting.wait_until, pause=0.02, error=LabError)
 
 
 def same_files(one: Path, other: Path) -> bool:

@@ -16,10 +16,10 @@ import pytest
 from tests.agent.process import AgentProcess, virtbus
 from tests.agent.test_agent import House
 from tests.conftest import need
-from tests.faultkit import wait_until
 from tests.faults.seen_kit import seconds_of
 from tests.lab.kubevirt import Node, Pod, connectable
 from tests.lab.lab import PAUSED_IOERROR, RUNNING, Guest, missing
+from tests.waiting import wait_until
 from virtbus.config import Discover
 from virtbus.seen import STANDSTILL_SECONDS
 from virtbus.sources import SourceOptions

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 from tests.lab.lab import PAUSED_IOERROR, RUNNING, Lab
 from tests.sim import scripts
 from tests.sim.hypervisor import BOOKWORM, Daemon, Guest
+from tests.waiting import wait_until
 from virtbus.sources import SourceOptions
 from virtbus.sources.libvirt import LibvirtConnector
 
 UUID = "00000001-0000-4000-8000-000000000001"
-
-
-def until(true: Callable[[], bool]) -> None:
-    limit = time.monotonic() + 60
-    while not true():
-        assert time.monotonic() < limit
-        time.sleep(0.02)
 
 
 def to_the_model(virtual, process) -> list[str]:
@@ -61,7 +54,7 @@ def test_the_model_of_libvirt_is_like_a_real_libvirtd(lab: Lab) -> None:
         resume=resume,
         destroy=guest.destroy,
         restart=lab.restart_libvirtd,
-        until=until,
+        until=wait_until,
     )
     with scripts.simulated(to_the_model) as model_said:
         assert said == model_said

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -36,6 +36,7 @@ from tests.kafka.cluster import LIMITED_PASSWORD, LIMITED_USER, SCRAM_PASSWORD, 
 from tests.kafka.help import admin, opened
 from tests.lab.chroot import SUITES
 from tests.lab.lab import Lab
+from tests.waiting import wait_until
 from virtbus import __version__
 from virtbus.bus import BusOptions, open_bus
 from virtbus.consumer import Consumer
@@ -323,13 +324,6 @@ def test_a_python_example_of_the_documents_handles_a_real_event(
         process.kill()
         process.wait()
         bus.close()
-
-
-def wait_until(check: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not check():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 # ---------------------------------------------------------------------------------------- brokers

@@ -16,8 +16,8 @@ import pytest
 
 from tests.agent.process import AgentProcess, virtbus
 from tests.commandline import cli, commands_of
-from tests.faultkit import wait_until
 from tests.faults.disks import read_only_files
+from tests.waiting import wait_until
 from virtbus.cli import COMMANDS as TABLE
 from virtbus.commands import run
 from virtbus.commands.run import Systemd

@@ -13,7 +13,6 @@ import stat
 import subprocess
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from tests.faults.amqp_kit import close_connections
 from tests.kafka.cluster import SCRAM_PASSWORD, SCRAM_USER, Cluster
 from tests.kafka.help import read
 from tests.ports import free_ports
+from tests.waiting import wait_until
 from virtbus import telemetry
 from virtbus.bus import Bus, BusOptions, open_bus
 from virtbus.errors import BusDenied, BusUnavailable
@@ -299,13 +299,6 @@ class Load:
         return lost, int(METRICS.bus_reconnects._value.get() - self.before)
 
 
-def wait_for(check: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
-    while not check():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def test_a_rabbitmq_password_rotated_under_load_loses_nothing(
     rabbitmq: RabbitMQ, vhost: str, tmp_path: Path
 ) -> None:
@@ -316,7 +309,7 @@ def test_a_rabbitmq_password_rotated_under_load_loses_nothing(
     file.write_text("first")
     bus = open_bus(url, BusOptions(username=name, password_file=file))
     load = Load(bus, 2000, 500)
-    wait_for(lambda: load.confirmed() > 300)
+    wait_until(lambda: load.confirmed() > 300)
     file.write_text("second")
     rabbitmq.user(name, vhost, configure=".*", write=".*", read=".*", password="second")
     close_connections(rabbitmq, vhost)  # who was logged in with the old one is thrown out
@@ -351,7 +344,7 @@ def test_certificates_rotated_under_load_lose_nothing(rabbitmq_alone: RabbitMQ, 
         ),
     )
     load = Load(bus, 2000, 500)
-    wait_for(lambda: load.confirmed() > 300)
+    wait_until(lambda: load.confirmed() > 300)
     install()
     with broker.server_certificate():  # a new one, of the same authority
         close_connections(broker, vhost)
@@ -372,7 +365,7 @@ def test_a_kafka_password_rotated_under_load_loses_nothing(
     )
     bus = open_bus(f"kafka://{own_kafka.hosts('sasl')}", options)
     load = Load(bus, 3000, 200)
-    wait_for(lambda: load.confirmed() > 200)
+    wait_until(lambda: load.confirmed() > 200)
     client = AdminClient({"bootstrap.servers": own_kafka.hosts(), "log_level": 0})
     change = UserScramCredentialUpsertion(
         SCRAM_USER, ScramCredentialInfo(ScramMechanism.SCRAM_SHA_256, 4096), b"a-new-one"

@@ -17,7 +17,6 @@ import tempfile
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 from tests.brokers.rabbitmq import wait_until
 from tests.lab import chroot
@@ -107,9 +106,7 @@ class Machine:
     def __enter__(self) -> Machine:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:

@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from types import TracebackType
 
 from tests.lab import chroot
 from tests.lab.lab import CHECKOUT
@@ -51,9 +50,7 @@ class Root:
     def __enter__(self) -> Root:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.path.parent)
 
     def command(self, *words: str, user: str = "") -> list[str]:

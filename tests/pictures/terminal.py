@@ -10,7 +10,6 @@ import subprocess
 import termios
 import threading
 from collections.abc import Sequence
-from types import TracebackType
 from xml.sax.saxutils import escape
 
 CLEAR = "\x1b[H\x1b[2J"
@@ -39,9 +38,7 @@ class Terminal:
     def __enter__(self) -> Terminal:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._process.terminate()
         self._process.wait(20)
         self._thread.join(5)

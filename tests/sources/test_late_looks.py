@@ -11,7 +11,8 @@ from datetime import UTC, datetime
 import pytest
 
 from tests.sources.simulated import Guest, Seen, SimulatedHost
-from tests.sources.test_observer import OPTIONS, is_finding, observed, until
+from tests.sources.test_observer import OPTIONS, is_finding, observed
+from tests.waiting import wait_until
 from virtbus.agent.incidents import IncidentLimits, Incidents
 from virtbus.model import Clock, Event, Hypervisor, IoError, IoErrorResolved
 from virtbus.observations import (
@@ -135,9 +136,11 @@ def test_a_guest_that_is_listed_as_paused_is_told_at_once_and_once_whatever_beco
         assert isinstance(ready, SourceReady)
         assert sum(finding.count for finding in ready.findings) == 1
         if failures.get("state") != FOR_EVER:
-            until(lambda: not host.failures or all(left in (0, FOR_EVER) for left in host.failures.values()))
+            wait_until(
+                lambda: not host.failures or all(left in (0, FOR_EVER) for left in host.failures.values())
+            )
             if "xml" not in failures or failures["xml"] != FOR_EVER:
-                until(lambda: "virtio-disk0" in run.aliases())
+                wait_until(lambda: "virtio-disk0" in run.aliases())
         assert sum(run.counts()) == 1
 
 
@@ -149,7 +152,7 @@ def test_a_guest_whose_look_hangs_is_told_at_once_and_named_when_the_look_return
         assert run.counts() == [1]
         assert run.aliases() == {None}
         host.release.set()
-        until(lambda: "virtio-disk0" in run.aliases())
+        wait_until(lambda: "virtio-disk0" in run.aliases())
         assert sum(run.counts()) == 1
 
 
@@ -162,8 +165,8 @@ def test_what_was_told_is_not_told_again_by_late_looks_over_three_restarts_of_th
         host.hanging, host.release = {guest.uuid for guest in guests}, threading.Event()
         with Run(host, states) as run:
             host.release.set()
-            until(lambda: all(host_knows(run, guest) for guest in guests))
-            until(lambda: not run.observer.guests.reconciling)
+            wait_until(lambda: all(host_knows(run, guest) for guest in guests))
+            wait_until(lambda: not run.observer.guests.reconciling)
             told += sum(run.counts())
     assert told == 2
 
@@ -187,14 +190,14 @@ def test_an_old_disk_error_that_is_kept_is_not_told_again_after_a_restart_in_ano
         host.lifecycle(guest, 3, 2)
         guest.state, guest.reason = RUNNING, 1
         host.lifecycle(guest, RESUMED)
-        until(lambda: sum(run.counts()) == 1)
+        wait_until(lambda: sum(run.counts()) == 1)
         run._incidents.tick(Clock()()._replace(monotonic=Clock()().monotonic + 1000), run.observer.describe)
         host.io_error(guest)
         guest.state, guest.reason, guest.disk_errors = PAUSED, PAUSED_IOERROR, {"vda": 1, "vdb": 1}
         host.lifecycle(guest, 3, 2)
-        until(lambda: sum(run.counts()) == 2)
+        wait_until(lambda: sum(run.counts()) == 2)
     with Run(host, states) as again:
-        until(lambda: not again.observer.guests.reconciling)
+        wait_until(lambda: not again.observer.guests.reconciling)
         assert sum(again.counts()) == 0
 
 
@@ -216,7 +219,7 @@ def test_a_disk_that_failed_before_is_not_blamed_for_the_pause_that_another_one_
         host.suspend(guest)
         guest.state, guest.reason = RUNNING, 1
         host.lifecycle(guest, RESUMED)
-        until(lambda: sum(run.counts()) == 1)
+        wait_until(lambda: sum(run.counts()) == 1)
         if over:
             now = Clock()()
             run._incidents.tick(now._replace(monotonic=now.monotonic + 1000), run.observer.describe)
@@ -228,7 +231,7 @@ def test_a_disk_that_failed_before_is_not_blamed_for_the_pause_that_another_one_
         if late:
             again.take_in()
             host.release.set()
-        until(lambda: not again.observer.guests.reconciling)
+        wait_until(lambda: not again.observer.guests.reconciling)
         found = [event for event in again.take_in() if isinstance(event, IoError) and event.occurrences.count]
     assert [event.occurrences.count for event in found] == [1]
     # What is told before the look may be without a name, never with the wrong one.
@@ -260,7 +263,7 @@ def test_a_guest_that_was_started_anew_unseen_ends_its_incident_and_an_error_of_
     with Run(host, states) as run:
         host.io_error(guest)
         host.suspend(guest)
-        until(lambda: sum(run.counts()) == 1)
+        wait_until(lambda: sum(run.counts()) == 1)
         if not agent_restarts:
             host.down = True
             host.cut()
@@ -268,12 +271,12 @@ def test_a_guest_that_was_started_anew_unseen_ends_its_incident_and_an_error_of_
             unseen()
             host.down = False
             run.seen.wait(SourceReady, 2)
-            until(lambda: not run.observer.guests.reconciling)
+            wait_until(lambda: not run.observer.guests.reconciling)
     events += run.events
     if agent_restarts:
         unseen()
         with Run(host, states, since_ns=time.time_ns()) as again:
-            until(lambda: not again.observer.guests.reconciling)
+            wait_until(lambda: not again.observer.guests.reconciling)
         events += again.events
     ended = [event for event in events if isinstance(event, IoErrorResolved)]
     assert [event.resolution.cause for event in ended] == ["domain_stopped"]
@@ -297,16 +300,16 @@ def test_a_first_look_that_saw_a_told_pause_and_answers_after_its_end_tells_noth
         if event:
             host.io_error(guest)
         host.suspend(guest)
-        until(lambda: run.observer.check.undecided() == [guest.uuid])
-        until(lambda: not run.observer.check.undecided())
+        wait_until(lambda: run.observer.check.undecided() == [guest.uuid])
+        wait_until(lambda: not run.observer.check.undecided())
         # A look that is asked now answers after the resume.
         host.hanging, host.failures = {guest.uuid}, {}
-        until(lambda: host.calls > 0)
+        wait_until(lambda: host.calls > 0)
         paused = replace(guest)
         host.guests[guest.uuid] = paused
         host.lifecycle(guest, RESUMED)
         host.release.set()
-        until(lambda: not run.observer.guests.reconciling)
+        wait_until(lambda: not run.observer.guests.reconciling)
         assert sum(run.counts()) == 1
 
 
@@ -339,7 +342,7 @@ def test_what_was_to_be_found_since_a_moment_is_still_found_when_the_connection_
             run.seen.wait(SourceReady, connections)
         host.failures, host.hanging = {}, set()
         host.release.set()
-        until(lambda: run.counts() == [1])
+        wait_until(lambda: run.counts() == [1])
 
 
 def test_evidence_that_is_late_does_not_hide_the_error_that_nobody_saw() -> None:
@@ -349,13 +352,13 @@ def test_evidence_that_is_late_does_not_hide_the_error_that_nobody_saw() -> None
     host.failures = {"messages": FOR_EVER}
     with Run(host, {}, since_ns=time.time_ns()) as run:
         host.io_error(guest, action=ACTION_REPORT)
-        until(lambda: run.counts() == [1])
+        wait_until(lambda: run.counts() == [1])
         host.down = True
         host.cut()
         guest.messages, host.failures = [remembered(seconds_ago=-5.0)], {}
         host.down = False
         run.seen.wait(SourceReady, 2)
-        until(lambda: sum(run.counts()) == 2)
+        wait_until(lambda: sum(run.counts()) == 2)
 
 
 @pytest.mark.parametrize("xml", ["<domain/>", "<network/>", "<!DOCTYPE domain><domain/>", " "])
@@ -365,8 +368,8 @@ def test_an_error_whose_device_no_description_has_is_told_once(xml: str) -> None
     with Run(host, {}) as run:
         host.io_error(guest)
         host.suspend(guest)
-        until(lambda: run.observer.check.undecided() == [guest.uuid])
-        until(lambda: not run.observer.check.undecided())
+        wait_until(lambda: run.observer.check.undecided() == [guest.uuid])
+        wait_until(lambda: not run.observer.check.undecided())
         assert sum(run.counts()) == 1
         assert run.aliases() == {"virtio-disk0"}
 
@@ -382,7 +385,7 @@ def test_errors_of_two_disks_are_two_also_when_the_description_comes_after_them(
     guest.messages = [remembered("vda"), remembered("vdb")]
     host.failures = {"xml": 1.0}
     with Run(host, {}, since_ns=time.time_ns() - 20 * 10**9) as run:
-        until(lambda: run.counts() == [1, 1])
+        wait_until(lambda: run.counts() == [1, 1])
         assert run.aliases() == {"virtio-disk0", "virtio-disk1"}
 
 
@@ -394,7 +397,7 @@ def test_an_error_that_is_told_after_its_guest_left_is_over_at_once(named: bool)
     with Run(host, {}) as run:
         host.io_error(guest)
         host.suspend(guest)
-        until(lambda: not run.observer.check.undecided())
+        wait_until(lambda: not run.observer.check.undecided())
         del host.guests[guest.uuid]
         host.lifecycle(guest, STOPPED, STOPPED_MIGRATED)
         host.io_error(guest, *([] if named else ["", ACTION_PAUSE, "", ""]))
@@ -413,7 +416,7 @@ def test_a_description_that_failed_is_asked_for_again_without_another_event() ->
     with observed(host) as (observer, seen):
         ready = seen.wait(SourceReady)[0]
         assert isinstance(ready, SourceReady)
-        until(lambda: observer.cache.aliases(ready.domains[0].uuid) is not None)
+        wait_until(lambda: observer.cache.aliases(ready.domains[0].uuid) is not None)
 
 
 def test_what_a_running_guest_has_left_over_is_asked_for_until_it_is_known() -> None:
@@ -423,7 +426,7 @@ def test_what_a_running_guest_has_left_over_is_asked_for_until_it_is_known() -> 
     host.failures = {"disk_errors": 3.0}
     with observed(host) as (observer, seen):
         seen.wait(SourceReady)
-        until(lambda: len(observer.check) == 1)  # it remembers the old disk error
+        wait_until(lambda: len(observer.check) == 1)  # it remembers the old disk error
 
 
 def test_what_a_running_guest_has_left_over_is_asked_for_again_once_its_disks_are_known() -> None:
@@ -433,7 +436,7 @@ def test_what_a_running_guest_has_left_over_is_asked_for_again_once_its_disks_ar
     host.failures = {"xml": 3.0}
     with observed(host) as (observer, seen):
         seen.wait(SourceReady)
-        until(lambda: len(observer.check) == 1)
+        wait_until(lambda: len(observer.check) == 1)
         assert observer.check._cases[guest.uuid].stale == {"virtio-disk0": 1}
 
 
@@ -486,7 +489,7 @@ def test_a_look_that_began_before_the_connection_was_lost_does_not_speak_for_the
         run.seen.wait(SourceReady, 2)
         guest.state, guest.reason = RUNNING, 1  # resumed while nobody heard: the old call will say so
         host.release.set()
-        until(lambda: not run.observer.guests.reconciling)
+        wait_until(lambda: not run.observer.guests.reconciling)
         assert sum(run.counts()) == 1
 
 
@@ -520,12 +523,12 @@ def test_a_disk_that_was_unplugged_unseen_ends_its_incident_whenever_the_descrip
             host.cut()
             run.seen.wait(SourceReady, 2)
             host.failures = {}
-            until(lambda: ResolutionCause.DEVICE_REMOVED in run.causes())
+            wait_until(lambda: ResolutionCause.DEVICE_REMOVED in run.causes())
     if restarted:
         unplug()
         with Run(host, states) as run:
             host.failures = {}
-            until(lambda: ResolutionCause.DEVICE_REMOVED in run.causes())
+            wait_until(lambda: ResolutionCause.DEVICE_REMOVED in run.causes())
 
 
 def test_an_error_without_a_name_is_not_blamed_on_the_disk_that_stayed_when_another_left_unseen() -> None:
@@ -560,7 +563,7 @@ def test_after_a_snapshot_nobody_told_of_the_blame_never_falls_on_the_old_image(
     host = SimulatedHost(1)
     guest = next(iter(host.guests.values()))
     with Run(host, {}) as run:
-        until(lambda: host_knows(run, guest))
+        wait_until(lambda: host_knows(run, guest))
         guest.xml = guest.xml.replace(
             "<source file='/img/a'/>",
             "<source file='/img/overlay'/><backingStore type='file'><format type='raw'/>"
@@ -575,8 +578,8 @@ def test_after_a_snapshot_nobody_told_of_the_blame_never_falls_on_the_old_image(
             return source is not None and source.backing == ("/img/a",)
 
         assert source_path(run) == ["/img/overlay"]
-        until(described_anew)
-        until(lambda: any(isinstance(item, Burst) for item in run.seen.all))
+        wait_until(described_anew)
+        wait_until(lambda: any(isinstance(item, Burst) for item in run.seen.all))
         assert set(source_path(run)) == {"/img/overlay"}
 
 
@@ -584,10 +587,10 @@ def test_an_eject_nobody_told_of_is_seen_by_the_look_at_the_trouble() -> None:
     host = SimulatedHost(1)
     guest = next(iter(host.guests.values()))
     with Run(host, {}) as run:
-        until(lambda: host_knows(run, guest))
+        wait_until(lambda: host_knows(run, guest))
         guest.xml = guest.xml.replace("/img/a", "/img/other")
         host.suspend(guest)  # and the error's event, with its path, is lost
-        until(lambda: "/img/other" in source_path(run))
+        wait_until(lambda: "/img/other" in source_path(run))
 
 
 @pytest.mark.parametrize(
@@ -626,7 +629,7 @@ def test_an_event_without_an_alias_is_matched_by_path_or_by_the_only_candidate_a
     guest = next(iter(host.guests.values()))
     guest.xml = guest.xml.replace("</devices>", f"{more}</devices>")
     with Run(host, {}) as run:
-        until(lambda: host_knows(run, guest))
+        wait_until(lambda: host_knows(run, guest))
         for _ in range(3):
             host.io_error(guest, "", ACTION_REPORT, path=path)
         assert run.aliases() == {alias or None}
@@ -641,7 +644,7 @@ def test_an_error_without_an_alias_is_not_blamed_on_a_disk_that_is_the_only_one_
     host = SimulatedHost(1)
     (guest,) = host.guests.values()
     with Run(host, {}) as run:
-        until(lambda: host_knows(run, guest))
+        wait_until(lambda: host_knows(run, guest))
         host.hanging.add(guest.uuid)
         guest.xml = guest.xml.replace("</devices>", SECOND_DISK)
         for handler in host.handlers():
@@ -656,15 +659,15 @@ def test_a_pause_that_a_listing_shows_is_not_blamed_on_what_was_the_only_disk_be
     host = SimulatedHost(1)
     (guest,) = host.guests.values()
     with Run(host, {}) as run:
-        until(lambda: host_knows(run, guest))
+        wait_until(lambda: host_knows(run, guest))
         host.hanging.add(guest.uuid)
         guest.xml = guest.xml.replace("</devices>", SECOND_DISK)
         guest.state, guest.reason, guest.disk_errors = PAUSED, PAUSED_IOERROR, {"vdb": 1}
         host.cut()
-        until(lambda: sum(run.counts()) == 1)
+        wait_until(lambda: sum(run.counts()) == 1)
         assert run.aliases() == {None}
         host.release.set()
-        until(lambda: run.aliases() == {None, "b"})
+        wait_until(lambda: run.aliases() == {None, "b"})
         assert sum(run.counts()) == 1
 
 
@@ -686,14 +689,14 @@ def test_a_storm_without_an_alias_is_one_incident_that_is_named_when_a_candidate
     other = "<disk type='file'><source file='/img/b'/><target dev='vdb'/><alias name='b'/></disk></devices>"
     guest.xml = plain.replace("</devices>", other)
     with Run(host, {}) as run:
-        until(lambda: host_knows(run, guest))
+        wait_until(lambda: host_knows(run, guest))
         guest.jobs = {"vdb"}
         host.io_error(guest, "", ACTION_REPORT, path="")
-        until(lambda: (entry := run.observer.cache.get(guest.uuid)) is not None and entry.jobs == {"b"})
-        until(lambda: any(isinstance(item, Burst) for item in run.seen.all))
+        wait_until(lambda: (entry := run.observer.cache.get(guest.uuid)) is not None and entry.jobs == {"b"})
+        wait_until(lambda: any(isinstance(item, Burst) for item in run.seen.all))
         for _ in range(5):
             host.io_error(guest, "", ACTION_REPORT, path="")
-        until(lambda: sum(run.counts()) == 6)
+        wait_until(lambda: sum(run.counts()) == 6)
         assert {event.incident.id for event in run.events if isinstance(event, IoError)} == {
             run.events[0].incident.id  # type: ignore[union-attr]
         }
@@ -704,9 +707,9 @@ def test_one_reported_error_is_one_event_when_the_look_finds_nothing_more() -> N
     host = SimulatedHost(1)
     guest = next(iter(host.guests.values()))
     with Run(host, {}) as run:
-        until(lambda: host_knows(run, guest))
+        wait_until(lambda: host_knows(run, guest))
         host.io_error(guest, action=ACTION_REPORT)
-        until(lambda: any(isinstance(item, Burst) for item in run.seen.all))
+        wait_until(lambda: any(isinstance(item, Burst) for item in run.seen.all))
         assert run.counts() == [1]
 
 
@@ -733,7 +736,7 @@ def test_the_silence_of_a_guest_that_does_not_run_is_no_recovery(
     host = SimulatedHost(1)
     guest = next(iter(host.guests.values()))
     with Run(host, {}) as run:
-        until(lambda: host_knows(run, guest))
+        wait_until(lambda: host_knows(run, guest))
         host.io_error(guest, action=ACTION_REPORT)
         guest.state, guest.reason = state, 1
         host.lifecycle(guest, event, detail)
@@ -770,10 +773,10 @@ def test_the_domain_of_a_resolution_is_as_it_is_then(
     host = SimulatedHost(1)
     guest = next(iter(host.guests.values()))
     with Run(host, {}) as run:
-        until(lambda: host_knows(run, guest))
+        wait_until(lambda: host_knows(run, guest))
         host.io_error(guest)
         host.suspend(guest)
-        until(lambda: run.observer.cache.get(guest.uuid).state == "paused")  # type: ignore[union-attr]
+        wait_until(lambda: run.observer.cache.get(guest.uuid).state == "paused")  # type: ignore[union-attr]
         run.take_in()
         ends(host, guest)
         assert [found for _, found in resolutions(run, 10_000)] == [state]

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from tests.faultkit import wait_until
 from tests.sources.simulated import SimulatedHost
+from tests.waiting import wait_until
 from virtbus.sources.crew import Crew
 from virtbus.sources.lookups import Lookups, Want
 

@@ -14,7 +14,8 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from tests.sources.simulated import DEADLINE, Guest, Seen, SimulatedHost, SimulatedLink
-from tests.sources.test_observer import OPTIONS, until
+from tests.sources.test_observer import OPTIONS
+from tests.waiting import wait_until
 from virtbus.config import Discover
 from virtbus.errors import SourceDenied, SourceUnavailable
 from virtbus.model import Clock, Hypervisor, Now
@@ -153,14 +154,14 @@ def test_all_are_connected_before_one_after_the_other_is_asked_for_its_hyperviso
     with observed(sockets) as (source, seen):
         ready = seen.wait(SourceReady, 10)
         assert {item.host.hypervisor for item in ready if isinstance(item, SourceReady)} == {Hypervisor()}
-        until(lambda: sum(host.probing for host in hosts) == 1)
+        wait_until(lambda: sum(host.probing for host in hosts) == 1)
         known = [source.describe(guest_of(host).uuid) for host in hosts]
         assert {each and each.hypervisor for each in known} == {Hypervisor("QEMU", None, "9.0.0")}
         for asked in range(1, 11):
-            until(lambda asked=asked: sum(host.probing for host in hosts) == asked)  # type: ignore[misc]
+            wait_until(lambda asked=asked: sum(host.probing for host in hosts) == asked)  # type: ignore[misc]
             next(host for host in hosts if host.probing and not host.probed.is_set()).probed.set()
         for host in hosts:
-            until(lambda host=host: version_of(source, host) == host.qemu)  # type: ignore[misc]
+            wait_until(lambda host=host: version_of(source, host) == host.qemu)  # type: ignore[misc]
         assert [host.probing for host in hosts] == [1] * 10
 
 
@@ -177,19 +178,19 @@ def test_a_daemon_that_does_not_say_its_hypervisors_version_keeps_no_other_from_
     for host in hosts[:3]:
         host.probed.clear()
     with observed(sockets) as (source, _):
-        until(lambda: version_of(source, hosts[3]) == "7.2.0")
+        wait_until(lambda: version_of(source, hosts[3]) == "7.2.0")
         for host in hosts[:3]:
             host.probed.set()
-        until(lambda: all(version_of(source, host) == "7.2.0" for host in hosts))
+        wait_until(lambda: all(version_of(source, host) == "7.2.0" for host in hosts))
 
 
 def test_another_daemon_on_a_socket_is_asked_for_its_own_hypervisors_version(sockets: Sockets) -> None:
     host = sockets.add("pod1")
     with observed(sockets) as (source, _):
-        until(lambda: version_of(source, host) == "7.2.0")
+        wait_until(lambda: version_of(source, host) == "7.2.0")
         host.qemu = "10.0.0"
         host.cut()
-        until(lambda: version_of(source, host) == "10.0.0")
+        wait_until(lambda: version_of(source, host) == "10.0.0")
 
 
 def test_a_daemon_that_libvirt_uri_names_too_is_observed_once(sockets: Sockets) -> None:
@@ -268,7 +269,7 @@ def test_a_sockets_stamp_says_since_when_its_guest_runs_only_where_it_was_seen_t
         new.frozen.set()
         new.appeared_ns = came
         sockets.add("new", new)
-        until(lambda: new.uri in sockets.opened)
+        wait_until(lambda: new.uri in sockets.opened)
         skew[0] = hours * 3600 * 10**9
         new.frozen.clear()
         late = seen.wait(SourceReady, 2)[1]
@@ -503,7 +504,7 @@ def test_no_thread_a_guest(sockets: Sockets) -> None:
     with observed(sockets) as (_, seen):
         seen.wait(Surveyed)
         # The source's own, inotify's, and none beside once the crew and the look-ups have rested.
-        until(lambda: threading.active_count() <= before + 2, 20.0)
+        wait_until(lambda: threading.active_count() <= before + 2, timeout=20.0)
 
 
 class Denying(SimulatedHost):
@@ -528,7 +529,7 @@ def test_a_daemon_whose_second_socket_comes_a_moment_later_is_observed_once(
     second.uri, second.guests = str(read_only), host.guests
     sockets.hosts[second.uri] = second
     with observed(sockets, name=f"{NAME}*") as (_, seen):
-        until(lambda: host.uri in sockets.opened)
+        wait_until(lambda: host.uri in sockets.opened)
         if let_in:
             seen.wait(SourceReady)
         bind(read_only)
@@ -608,7 +609,7 @@ def test_a_folder_that_may_not_be_read_is_left_out_of_the_survey_with_all_that_i
         host = SimulatedHost(1)
         host.frozen.set()
         sockets.add("pod", host)
-        until(lambda: host.uri in sockets.opened)
+        wait_until(lambda: host.uri in sockets.opened)
         closed.clear()  # it can be read now, and what is in it has not answered yet
         survey = seen.wait(Surveyed, 2)[1]
         assert isinstance(survey, Surveyed)

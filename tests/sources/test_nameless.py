@@ -10,7 +10,7 @@ import pytest
 
 from tests.sources.simulated import Guest, SimulatedHost
 from tests.sources.test_late_looks import Run, host_knows
-from tests.sources.test_observer import until
+from tests.waiting import wait_until
 from virtbus.model import IoError
 from virtbus.sources.link import ACTION_REPORT, PAUSED, PAUSED_IOERROR
 
@@ -36,7 +36,7 @@ def copying(*targets: str, fresh: float = 0.0) -> Iterator[tuple[SimulatedHost, 
         patch.setattr("virtbus.sources.descriptions.FRESH_SECONDS", fresh)
         patch.setattr("virtbus.sources.nameless.FRESH_SECONDS", fresh)
         with Run(host, {}) as run:
-            until(lambda: host_knows(run, guest))
+            wait_until(lambda: host_knows(run, guest))
             yield host, guest, run
 
 
@@ -55,7 +55,7 @@ def fail(host: SimulatedHost, guest: Guest) -> None:
 
 def decided(run: Run, guest: Guest) -> None:
     """Until what was reported without a name has one, or will never get one."""
-    until(lambda: not run.observer.check._cases[guest.uuid].has_nameless())
+    wait_until(lambda: not run.observer.check._cases[guest.uuid].has_nameless())
 
 
 def test_the_disk_whose_copy_goes_on_is_not_blamed_for_the_error_of_the_one_whose_copy_ended() -> None:
@@ -72,10 +72,10 @@ def test_the_disk_that_is_known_to_be_copied_is_not_blamed_for_one_whose_job_beg
     """Nothing says that a copy or a backup begins."""
     with copying("vda") as (host, guest, run):
         fail(host, guest)
-        until(lambda: run.aliases() == {None, "a"})
+        wait_until(lambda: run.aliases() == {None, "a"})
         guest.jobs = {"vda", "vdb"}
         fail(host, guest)
-        until(lambda: sum(run.counts()) == 2)
+        wait_until(lambda: sum(run.counts()) == 2)
         decided(run, guest)
         told = [
             (event.device.alias, event.occurrences.count)
@@ -91,17 +91,17 @@ def test_the_disk_whose_copy_was_pivoted_before_the_description_is_named() -> No
         fail(host, guest)
         guest.xml = guest.xml.replace("/img/a", "/img/copy")
         end(host, guest, "vda", failed=False)
-        until(lambda: run.aliases() == {None, "a"})
+        wait_until(lambda: run.aliases() == {None, "a"})
         assert sum(run.counts()) == 1
 
 
 def test_further_errors_of_a_copied_disk_are_of_one_incident_however_old_its_description_is() -> None:
     with copying("vda") as (host, guest, run):
         fail(host, guest)
-        until(lambda: run.aliases() == {None, "a"})
+        wait_until(lambda: run.aliases() == {None, "a"})
         for _ in range(3):
             fail(host, guest)
-        until(lambda: sum(run.counts()) == 4)
+        wait_until(lambda: sum(run.counts()) == 4)
         assert len({event.incident.id for event in run.events if isinstance(event, IoError)}) == 1
 
 
@@ -110,9 +110,9 @@ def test_where_nobody_says_which_disks_have_a_job_none_is_blamed(failures: float
     with copying("vda", fresh=60.0) as (host, guest, run):
         host.failures["has_job"] = failures
         fail(host, guest)
-        until(lambda: "has_job" not in host.failures or host.failures["has_job"] in (0.0, float("inf")))
+        wait_until(lambda: "has_job" not in host.failures or host.failures["has_job"] in (0.0, float("inf")))
         fail(host, guest)
-        until(lambda: sum(run.counts()) == 2)
+        wait_until(lambda: sum(run.counts()) == 2)
         decided(run, guest)
         assert run.aliases() == {None}
         assert len({event.incident.id for event in run.events if isinstance(event, IoError)}) == 1
@@ -127,7 +127,7 @@ def test_a_storm_of_what_nobody_can_name_is_not_looked_at_each_time() -> None:
         with mock.patch.object(host, "call", lambda uuid: calls.append(uuid) or call(uuid)):
             for _ in range(1000):
                 fail(host, guest)
-            until(lambda: sum(run.counts()) == 1001)
+            wait_until(lambda: sum(run.counts()) == 1001)
         assert run.aliases() == {None}
         assert len(calls) < 50
 
@@ -136,7 +136,7 @@ def test_a_disk_that_was_plugged_in_may_be_the_one_that_an_error_does_not_name()
     host = SimulatedHost(1)
     guest = next(iter(host.guests.values()))
     with Run(host, {}) as run:
-        until(lambda: host_knows(run, guest))
+        wait_until(lambda: host_knows(run, guest))
         host.failures["xml"] = 1.0
         guest.xml = two_disks(guest)
         for handler in host.handlers():
@@ -153,7 +153,7 @@ def test_a_guest_that_is_listed_as_paused_is_not_said_to_be_so_by_the_disk_that_
     guest.state, guest.reason = PAUSED, PAUSED_IOERROR
     host.failures["state"] = 1.0
     with Run(host, {}) as run:
-        until(lambda: host_knows(run, guest))
+        wait_until(lambda: host_knows(run, guest))
         guest.disk_errors = {"vdb": 1}
-        until(lambda: run.aliases() == {None, "b"})
+        wait_until(lambda: run.aliases() == {None, "b"})
         assert sum(run.counts()) == 1

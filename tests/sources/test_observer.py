@@ -6,13 +6,14 @@ import gc
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 
 from tests.sources.simulated import DEADLINE, Guest, Seen, SimulatedHost
+from tests.waiting import wait_until
 from virtbus.errors import SourceDenied, SourceUnavailable
 from virtbus.observations import (
     Burst,
@@ -59,13 +60,6 @@ def observed(host: SimulatedHost, options: SourceOptions = OPTIONS) -> Iterator[
             host.frozen.clear()
             thread.join(DEADLINE)
             assert not thread.is_alive()
-
-
-def until(check: Callable[[], bool], seconds: float = DEADLINE) -> None:
-    end = time.monotonic() + seconds
-    while not check():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)
 
 
 def is_finding(item: Observation) -> bool:
@@ -222,7 +216,7 @@ def test_a_resume_during_the_first_look_is_not_overwritten_by_it() -> None:
     guest.state, guest.reason, guest.disk_errors = PAUSED, PAUSED_IOERROR, {"vda": 1}
     host.hanging.add(guest.uuid)  # the look takes a while
     with observed(host) as (_, seen):
-        until(lambda: bool(host.handlers()) and host.calls > 0)
+        wait_until(lambda: bool(host.handlers()) and host.calls > 0)
         guest.state, guest.reason = RUNNING, 1
         host.lifecycle(guest, RESUMED)
         host.release.set()
@@ -236,7 +230,7 @@ def test_what_a_guest_keeps_of_a_pause_that_no_look_saw_is_asked_for_when_it_run
     guest = next(iter(host.guests.values()))
     with observed(host) as (observer, seen):
         seen.wait(SourceReady)
-        until(
+        wait_until(
             lambda: not observer.guests._lookups.busy()
         )  # the first questions about a guest that runs are answered
         host.hanging.add(guest.uuid)
@@ -246,9 +240,9 @@ def test_what_a_guest_keeps_of_a_pause_that_no_look_saw_is_asked_for_when_it_run
         host.lifecycle(
             guest, RESUMED
         )  # before the look is answered, which asks no running guest for disk errors
-        until(lambda: observer.check._cases[guest.uuid].pauses == [])
+        wait_until(lambda: observer.check._cases[guest.uuid].pauses == [])
         host.release.set()
-        until(lambda: observer.check._cases[guest.uuid].stale == {"virtio-disk0": 1})
+        wait_until(lambda: observer.check._cases[guest.uuid].stale == {"virtio-disk0": 1})
 
 
 def test_lifecycle_becomes_what_resolves_an_incident() -> None:
@@ -271,7 +265,7 @@ def test_lifecycle_becomes_what_resolves_an_incident() -> None:
             (DomainGone, "domain_stopped"),
             (DeviceRemoved, None),
         ]
-        until(lambda: len(observer.cache) == 1)
+        wait_until(lambda: len(observer.cache) == 1)
         assert observer.describe(three.uuid) is not None  # its end is still to be described
 
 
@@ -282,7 +276,7 @@ def test_a_guest_whose_error_comes_after_its_resume_is_said_to_run() -> None:
         seen.wait(SourceReady)
         # Its pause is long over: a hypervisor that throttles held the error back.
         host.io_error(guest)
-        until(lambda: len(seen.of(DomainResumed)) == 1)
+        wait_until(lambda: len(seen.of(DomainResumed)) == 1)
         of_guest = [type(item) for item in seen.all if isinstance(item, RawIoError | DomainResumed)]
     assert of_guest == [RawIoError, DomainResumed]
 
@@ -340,13 +334,13 @@ def test_an_error_goes_first_and_the_look_at_its_guest_follows_once() -> None:
     guest = next(iter(host.guests.values()))
     with observed(host) as (_, seen):
         seen.wait(SourceReady)
-        until(lambda: len(host.asked) >= 2)  # its description, and what is left over from before
+        wait_until(lambda: len(host.asked) >= 2)  # its description, and what is left over from before
         host.asked.clear()
         at = time.monotonic()
         host.io_error(guest)
         host.suspend(guest)
         seen.wait(RawIoError)
-        until(lambda: len(host.asked) >= 3)
+        wait_until(lambda: len(host.asked) >= 3)
         time.sleep(0.1)
     assert min(host.asked) >= at + LOOK_AFTER_SECONDS
     assert len(host.asked) == 3  # its description, its state and its disks' errors
@@ -417,7 +411,7 @@ def test_however_many_guests_hang_at_most_twice_the_limit_of_calls_is_held() -> 
         time.sleep(1.0)
         assert host.calls <= 2 * OPTIONS.lookups_in_flight
         host.release.set()
-        until(lambda: all(observer.describe(guest.uuid) is not None for guest in guests))
+        wait_until(lambda: all(observer.describe(guest.uuid) is not None for guest in guests))
     assert host.most_calls <= 2 * OPTIONS.lookups_in_flight
 
 
@@ -427,7 +421,7 @@ def test_an_answer_that_comes_late_is_still_used() -> None:
         seen.wait(SourceReady)
         assert observer.describe(guest.uuid) is None
         host.release.set()
-        until(lambda: observer.describe(guest.uuid) is not None)
+        wait_until(lambda: observer.describe(guest.uuid) is not None)
 
 
 # ------------------------------------------------------------------------------------------- bad input
@@ -458,7 +452,7 @@ def test_a_device_that_the_description_lacks_makes_it_be_read_again() -> None:
             found = observer.describe(guest.uuid)
             return found is not None and "virtio-disk7" in found.devices
 
-        until(described)
+        wait_until(described)
 
 
 def test_an_error_of_a_domain_that_nobody_announced_is_told_and_then_described() -> None:
@@ -468,7 +462,7 @@ def test_an_error_of_a_domain_that_nobody_announced_is_told_and_then_described()
         guest = host.add()
         host.io_error(guest, action=ACTION_REPORT)
         assert len(seen.of(RawIoError)) == 1
-        until(lambda: observer.describe(guest.uuid) is not None)
+        wait_until(lambda: observer.describe(guest.uuid) is not None)
 
 
 # ---------------------------------------------------------------------------------------------- memory
@@ -485,7 +479,7 @@ def test_ten_thousand_domains_that_come_fail_and_go_leave_nothing_behind() -> No
                 host.io_error(guest)
                 host.suspend(guest)
                 host.stop(guest)
-            until(lambda: len(observer.cache) == 5)
+            wait_until(lambda: len(observer.cache) == 5)
             seen.all.clear()
 
         come_and_go(2000)
@@ -512,12 +506,12 @@ def test_an_attempt_to_connect_that_hangs_is_left_behind_and_another_is_made(
         return sum(t.name == "virtbus-call" for t in set(threading.enumerate()) - others)
 
     with observed(host) as (_, seen):
-        until(lambda: calls() == 4)
+        wait_until(lambda: calls() == 4)
         time.sleep(0.5)
         assert calls() == 4  # and no more
         host.frozen.clear()
         seen.wait(SourceReady)
-        until(lambda: len([link for link in host.links if link.open and link.handler]) == 1)
+        wait_until(lambda: len([link for link in host.links if link.open and link.handler]) == 1)
         guest = next(iter(host.guests.values()))
         host.io_error(guest, action=ACTION_REPORT)
         assert len(seen.of(RawIoError)) == 1

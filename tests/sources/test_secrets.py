@@ -17,8 +17,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from prometheus_client import generate_latest
 
-from tests.faultkit import wait_until
 from tests.sources.simulated import Guest, SimulatedHost, SimulatedLink
+from tests.waiting import wait_until
 from virtbus import envelope, telemetry
 from virtbus.agent.agent import Agent, AgentOptions
 from virtbus.agent.incidents import IncidentLimits, Incidents

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from tests.faultkit import wait_until
+from tests.waiting import wait_until
 from virtbus.errors import SourceUnavailable
 from virtbus.model import Clock, Now
 from virtbus.observations import Observation, SourceSeen

@@ -14,8 +14,8 @@ from virtbus.telemetry import METRICS
 def _certificate(folder: Path, name: str, days: int) -> Path:
     file = folder / f"{name}.pem"
     subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}",
-         "-days", str(days), "-keyout", "/dev/null", "-out", str(file)],
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+         "-subj", f"/CN={name}", "-days", str(days), "-keyout", "/dev/null", "-out", str(file)],
         check=True, capture_output=True,
     )  # fmt: skip
     return file

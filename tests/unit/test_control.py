@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from tests.waiting import wait_until
 from virtbus.agent import http as http_server
 from virtbus.agent.control import ControlSocket, ask
 from virtbus.agent.http import MAX_HTTP_PEERS, HttpServer
@@ -179,10 +180,7 @@ def test_a_hundred_slow_peers_hold_few_threads_and_keep_no_probe_out(server):
             slow.append(peer)
             if len(slow) % 10 == 0:
                 assert get(server, "/livez")[0] == 200
-        limit = time.monotonic() + 5
-        while (held := threads_of("process_request_thread")) > MAX_HTTP_PEERS and time.monotonic() < limit:
-            time.sleep(0.01)
-        assert held <= MAX_HTTP_PEERS
+        wait_until(lambda: threads_of("process_request_thread") <= MAX_HTTP_PEERS)
     finally:
         for peer in slow:
             peer.close()
@@ -279,9 +277,7 @@ def test_a_peer_that_sends_nonsense_and_leaves_breaks_nothing(control, monkeypat
         time.sleep(0.02)
     with ask(path, {"command": "status"}) as peer:
         assert "version" in json.loads(peer.makefile().readline())
-    limit = time.monotonic() + 10
-    while threads_of("virtbus-control-peer") and time.monotonic() < limit:
-        time.sleep(0.01)
+    wait_until(lambda: not threads_of("virtbus-control-peer"))
     assert broke == []
 
 
@@ -306,9 +302,7 @@ def test_without_a_thread_for_a_peer_the_socket_goes_on(control, monkeypatch):
 def test_a_tap_that_never_reads_is_let_go_and_costs_the_path_nothing(control):
     path, taps = control
     with ask(path, {"command": "tap"}):
-        wait = time.monotonic() + 5
-        while not taps.active and time.monotonic() < wait:
-            time.sleep(0.01)
+        wait_until(lambda: taps.active)
         wait = time.monotonic() + 30
         while taps.active and time.monotonic() < wait:  # an offer that waited for the reader would not return
             for number in range(100):

@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from tests.faultkit import TcpFaultProxy, wait_until
+from tests.faultkit import TcpFaultProxy
+from tests.waiting import wait_until
 from virtbus import envelope
 from virtbus.errors import BusUnavailable
 from virtbus.model import Binding, Confirmed, Deferred, Event, Message, Record, Refused, Unroutable
