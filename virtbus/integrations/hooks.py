@@ -273,7 +273,7 @@ class Webhook(_Hook):
             raise TargetUnavailable(str(error)) from error
         if not _HEADER_TEXT.fullmatch(token):  # never the text itself, as http.client would show it
             raise TargetUnavailable(
-                f"react.webhook.token_file: what {path} holds is no token: no header takes it"
+                f"react.webhook.token_file: what {path} holds can't be a token: no header takes it"
             )
         return token
 

@@ -105,13 +105,12 @@ class Kubernetes(Integration):
 
     def __init__(self, settings: React) -> None:
         """Raises ConfigError when there is no cluster to be found."""
-        own = settings.kubernetes
+        self._own = own = settings.kubernetes
         self._hosts, self._taint = settings.hosts, own.taint
         self._vmis, self._drills = own.events == "vmi", settings.drills
         self._names: dict[str, str] = {}  # host: node
         self._listed: list[_Node] = []
         self._listed_at = float("-inf")
-        self._own = own
         self._log_in()
 
     def _log_in(self) -> None:
