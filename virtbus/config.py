@@ -54,9 +54,9 @@ class Discover(_Section, frozen=True):
     """Where a platform keeps its sockets: kubevirt"""
     sockets: tuple[Annotated[str, Meta(pattern="^/[^/].*$", max_length=1024)], ...] = ()
     """Patterns of sockets (* matches within one name); links are not followed"""
-    uri: Annotated[
-        str, Meta(pattern=r"^[a-z]+(\+unix)?:///[^?#]+\?([^#]+&)?socket=\{socket\}(&[^#]+)?$")
-    ] = "qemu+unix:///session?socket={socket}"
+    uri: Annotated[str, Meta(pattern=r"^[a-z]+(\+unix)?:///[^?#]+\?([^#]+&)?socket=\{socket\}(&[^#]+)?$")] = (
+        "qemu+unix:///session?socket={socket}"
+    )
     """libvirt connection URI of a socket that was found; {socket} stands for it"""
     host: str | None = None
     """Name of the host in events; default: the kernel's node name"""
