@@ -140,6 +140,7 @@ class Guests:
         self.on.begin(facts)
         self._asker.begin(session, facts)
         here = frozenset(domain.uuid for domain in opened.domains)
+        self._vanished = [uuid for uuid in self._vanished if uuid not in here]  # of a look that was cut off
         for entry in self._cache.active():
             if entry.uuid not in here:
                 self._cache.gone(entry.uuid)
