@@ -73,7 +73,7 @@ class _State:
         holes = sorted({*self.holes, *self.open})
         return json.dumps({
             "next": self.next, "holes": _ranges(holes), "explained": self.explained, "first": self.first,
-            "beats": self.beats,
+            "beats": self.beats, "above": _ranges(sorted(self.above - self.open)),
         })  # fmt: skip
 
     @classmethod
@@ -82,6 +82,7 @@ class _State:
         found = json.loads(text)
         state = cls(found["next"], found.get("first"), beats=found.get("beats", False))
         state.holes = {n: None for first, last in found["holes"] for n in range(first, last + 1)}
+        state.above = {n for first, last in found.get("above", ()) for n in range(first, last + 1)}
         state.explained = [(first, last) for first, last in found["explained"]]
         return state
 

@@ -193,6 +193,20 @@ def test_what_had_no_verdict_at_the_restart_and_comes_again_is_no_alarm(check):
     assert check.missing() == []
 
 
+@pytest.mark.parametrize(
+    ("came", "missing"), [((3, 2), [(1, 1)]), ((3, 1), [(2, 2)]), ((3, 1, 2), []), ((4, 2), [(1, 1), (3, 3)])]
+)
+def test_what_came_out_of_order_as_a_run_began_is_known_after_restarts(check, came, missing):
+    """Until something shows that we heard it begin, what came first is the baseline."""
+    check.see(FIRST, 1)
+    check.beat(FIRST)
+    for number in came:
+        check.see(SECOND, number)
+        check.restart()
+    check.beat(SECOND)
+    assert check.missing() == [(SECOND, *hole) for hole in missing]
+
+
 def test_a_hole_that_was_told_is_not_told_again_after_a_restart(check):
     check.see(FIRST, 1, 4)
     assert check.missing() == [(FIRST, 2, 3)]
