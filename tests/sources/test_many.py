@@ -329,7 +329,7 @@ def test_a_guest_that_a_look_missed_and_the_next_one_finds_is_not_gone(
         host.hanging.add(other.uuid)
         links = len(host.links)
         host.cut()
-        until(lambda: host.calls > 0 and len(host.links) > links)  # it looks at the other one
+        wait_until(lambda: host.calls > 0 and len(host.links) > links)  # it looks at the other one
         host.guests[one.uuid] = one
         host.hanging.clear()
         host.cut()
