@@ -351,16 +351,22 @@ def _every_message(
                 found[key].append(at)
             elif event.data["origin"] == Origin.EVENT:
                 counted[key].append((at, event.data["occurrences"]["count"]))
-    told: dict[tuple[str, str, str], list[float]] = {}
-    for (host, uuid, alias), errors in later.items():
-        told[host, uuid, alias] = found[host, uuid, alias]
-        nameless = [error for error in made[host, uuid] if not error.named]
-        for counts, its in ((counted[host, uuid, alias], errors), (counted[host, uuid, None], nameless)):
+
+    def told(error: Error, since: float) -> list[float]:
+        """When a finding or an event told it, as far as that can be known."""
+        host, uuid, alias = error.host, error.uuid, error.alias
+        times = list(found[host, uuid, alias])
+        # What came without a name and before the gap was told under the name that a look found.
+        nameless = [one for one in made[host, uuid] if not one.named and (error.named or one.at >= since)]
+        its = later[host, uuid, alias]
+        for counts, those in ((counted[host, uuid, alias], its), (counted[host, uuid, None], nameless)):
             before = float("-inf")
             for at, count in sorted(counts):
-                if count >= sum(before < error.at <= at for error in its):  # all since the last one
-                    told[host, uuid, alias].append(at)
+                if count >= sum(before < one.at <= at for one in those):  # all since the last one
+                    times.append(at)
                 before = at
+        return times
+
     for (host, uuid, alias), errors in later.items():
         for error, following in zip(errors, [*errors[1:], None], strict=True):
             if following is not None and following.at == error.at:
@@ -393,7 +399,8 @@ def _every_message(
                 if one.alias == alias or not one.named
             ):
                 continue
-            if not any(error.at <= at <= until for at in told[host, uuid, alias]):
+            start = min(g.start for g in inside)
+            if not any(error.at <= at <= until for at in told(error, start)):
                 yield (
                     f"P1: {error.host}: the error of {alias} of {uuid} at {error.at:.3f} lies in a gap, "
                     "libvirt kept a message of it, and it was not found"

@@ -123,6 +123,18 @@ def test_a_pause_whose_late_event_alone_can_explain_it_is_not_seen_through_befor
     assert check.undecided_since(7.7) is None
 
 
+def test_a_finding_whose_event_may_be_late_is_not_seen_through_before() -> None:
+    """The event may say that more than one request failed: whoever ends before it comes has not seen that."""
+    check = CrossCheck(GRACE)
+    suspend(check, 5.0)
+    look_at(check, Look(PAUSED, PAUSED_IOERROR, {"vda": 1}))
+    assert len(findings(check, 6.0)) == 1
+    assert check.undecided_since(6.5) == 5.0
+    assert check.undecided_since(16.5) is None, "it was lost"
+    assert [check.event(raw(at=6.6), 6.6) for _ in range(2)] == [Verdict.KNOWN, Verdict.TELL]
+    assert check.undecided_since(6.7) is None
+
+
 def test_a_pause_that_no_disk_can_explain_is_seen_through() -> None:
     check = CrossCheck(GRACE)
     suspend(check, 5.0, by_io_error=False)

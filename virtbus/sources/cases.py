@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,7 @@ class Finding:
 
     at: float  # monotonic
     raw: RawIoError
+    began: float = math.inf  # its pause, if a callback reported that (monotonic)
 
 
 @dataclass(slots=True)
@@ -57,17 +59,15 @@ class Case:
     number: int | None
     unsure: bool = False  # disk errors may be left over from before we listened, and have not been read yet
     paused: bool = False
-    paused_at: float = float("-inf")  # the last pause and the last resume that callbacks reported
-    resumed_at: float = float("-inf")
+    paused_at: float = -math.inf  # the last pause and the last resume that callbacks reported
+    resumed_at: float = -math.inf
     pauses: list[Pause] = field(default_factory=list)  # undecided, oldest first
     credit: dict[str, RawIoError] = field(default_factory=dict)  # events whose pause is still to come
     credit_at: float = 0.0
     held: list[RawIoError] = field(default_factory=list)  # as of a pause, whose pause is still to come
     found_ahead: bool = False  # a finding whose pause is still to come
     doubted_at: float | None = None  # an event reported a pause, and no pause came yet
-    puzzled_at: float = float(
-        "-inf"
-    )  # a pause that nothing explained began, and goes on: its event may be late
+    puzzled_at: float = -math.inf  # a pause that nothing explained began, and goes on: its event may be late
     ask_at: float = 0.0  # when a look is to decide
     # Since the last resume: alias ("": not known) → its event, or its finding.
     events: dict[str, RawIoError] = field(default_factory=dict)
@@ -80,14 +80,14 @@ class Case:
     looked_for: dict[str, float] = field(default_factory=dict)  # alias → when evidence was last asked for
     wanting: set[str] = field(default_factory=set)  # aliases whose evidence is being looked for
     nameless: Nameless = field(default_factory=Nameless)
-    unclear_at: float = float("-inf")  # when the XML was read, and did not show whose such an event was
+    unclear_at: float = -math.inf  # when the XML was read, and did not show whose such an event was
 
     def suspended(self, *, by_io_error: bool, grace: float, mono: float, ns: int) -> None:
         """The guest was paused: decided after `grace` seconds, unless a look was ahead of the callback."""
         # Its event came just now, or longer ago on a busy host, and no look has seen the guest run since.
         explained = self.doubted_at is not None or mono - self.credit_at <= grace
         self.paused, self.paused_at = True, mono
-        self.doubted_at, self.puzzled_at = None, float("-inf")
+        self.doubted_at, self.puzzled_at = None, -math.inf
         if self.found_ahead:
             self.found_ahead = False
             self.credit = {}
@@ -100,7 +100,7 @@ class Case:
         """The guest runs again: whatever fails from now on is new."""
         self.resumed_at = max(self.resumed_at, mono)
         self.paused = self.found_ahead = False
-        self.doubted_at, self.puzzled_at = None, float("-inf")
+        self.doubted_at, self.puzzled_at = None, -math.inf
         for pause in self.pauses:
             pause.over = True
         self.credit = {}
@@ -131,9 +131,11 @@ class Case:
     def began(self, mono: float) -> list[float]:
         """When each thing came that is not decided yet (monotonic).
 
-        One of unknown reason, of a disk that failed before, looks like an operator's until its event comes.
+        One of unknown reason, of a disk that failed before, looks like an operator's until its event comes; a
+        finding's may be late, and then say that there was more than one error.
         """
         moments = [pause.began for pause in self.pauses]
+        moments += [one.began for one in self.synthesised.values() if mono - one.at <= LATE_SECONDS]
         moments += [self.puzzled_at] if mono - self.puzzled_at <= LATE_SECONDS else []
         moments += [self.credit_at] if self.held else []
         return moments + ([self.nameless.since] if self.nameless.waiting else [])
@@ -184,7 +186,7 @@ class Case:
             found.append(self.found(alias, pause.ns, look, devices, wrong.get(alias), origin))
             explained = True
             if not pause.over:
-                self.synthesised[alias] = Finding(mono, found[-1].raw)
+                self.synthesised[alias] = Finding(mono, found[-1].raw, pause.began)
         if look is not None:
             found += [self._facts_of(raw, look, devices) for alias, raw in events.items() if alias != named]
         if not complete(look) and not pause.over:
@@ -345,7 +347,7 @@ class Case:
         if finding is not None:
             if not raw.reason and wrong.get(alias) == DISK_ERROR_NO_SPACE:
                 raw = raw._replace(reason=ENOSPC)
-            self.synthesised[alias] = Finding(finding.at, raw)
+            self.synthesised[alias] = Finding(finding.at, raw, finding.began)
         self.last_ns[alias] = max(self.last_ns.get(alias, 0), raw.observed_at)
         self.unseen.discard("")
         return [burst_of(raw, 0, Origin.EVENT, look, devices.get(alias), pause=True)]

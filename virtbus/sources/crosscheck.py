@@ -327,7 +327,8 @@ class CrossCheck:
 
     def undecided_since(self, mono: float) -> float | None:
         """When the oldest pause began that waits for a decision, or for its event (monotonic), or None."""
-        return min((at for case in self._cases.values() for at in case.began(mono)), default=None)
+        moments = (at for case in self._cases.values() for at in case.began(mono))
+        return min((at for at in moments if at < math.inf), default=None)
 
     def undecided(self) -> list[str]:
         """The domains that wait for a decision."""
