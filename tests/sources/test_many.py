@@ -465,7 +465,7 @@ def test_a_daemon_that_takes_a_stale_sockets_place_and_hangs_is_not_surveyed(soc
     stale.down = True
     sockets.add("stale", stale)
     with observed(sockets) as (source, seen):
-        until(lambda: stale.attempts == 4)
+        wait_until(lambda: stale.attempts == 4)
         stale.frozen.set()
         stale.down = False
         bind(Path(stale.uri))
