@@ -307,9 +307,8 @@ class Consumer:
             message = None
             try:
                 if self._next is None:
-                    if self._patient or self._connected:
-                        left = min(left, _IDLE_SECONDS)  # to hear of `stop`
-                    message = self._next_message(min(left, FLUSH_SECONDS) if self._done else left)
+                    left = min(left, FLUSH_SECONDS if self._done else _IDLE_SECONDS)  # to hear of `stop`
+                    message = self._next_message(left)
                     self._next = None if message is None else self._opened(message)
                     self._backoff.reset()
             except (BusUnavailable, BusDenied) as error:
@@ -486,12 +485,13 @@ class Consumer:
 
     def _lost(self, error: BusUnavailable | BusDenied, deadline: float) -> None:
         """The broker is away: what was unacknowledged comes again, to us or to another member."""
-        if not self._patient and not self._connected:
+        left, first = deadline - time.monotonic(), not self._patient and not self._connected
+        if first and (left <= _IDLE_SECONDS or isinstance(error, BusDenied)):
             raise error
         if isinstance(error, BusDenied):
             if self._give_up_when_denied or isinstance(error, GroupTakenOver):
                 raise error
             emit(ConsumerRefused(error))
-        else:
+        elif not first:
             emit(BusCutOff("consumer", error))
-        self._backoff.wait(self._stop, error, limit=max(0.0, deadline - time.monotonic()))
+        self._backoff.wait(self._stop, error, limit=max(0.0, left))

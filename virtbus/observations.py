@@ -179,9 +179,10 @@ class Surveyed:
 
 @dataclass(frozen=True, slots=True)
 class StoodStill:
-    """A source of many connections did not run from `since` to `at_ns`.
+    """The process did not run from `since` to `at_ns`.
 
-    Each connection reports its own loss; guests of others may have come, failed and gone meanwhile.
+    Of a source of many connections each reports its own loss; guests of others may have come, failed and gone
+    meanwhile.
     """
 
     at_ns: int

@@ -255,16 +255,10 @@ class Sight:
             return self.since
         return earliest(*(seen.moment for seen in self.connections.values()))
 
-    def blinded(self, before: Now, now: Now, timeout: float) -> tuple[float, list[Moment]]:
-        """A wait of at most `timeout` seconds is over: did this process stand still (stopped, suspended)?
-
-        → (for how many seconds, since when the connections that can't notice by themselves are unseen).
-        """
-        stood = now.boot - before.boot - timeout
-        if stood < STANDSTILL_SECONDS:
-            return 0.0, []
-        blind = [seen.moment for seen in self.connections.values() if seen.connected and not seen.proves]
-        return stood, blind
+    @property
+    def trusts(self) -> bool:
+        """Whether a connection is up that proves nothing, and can't notice a standstill of this process."""
+        return any(seen.connected and not seen.proves for seen in list(self.connections.values()))
 
     @property
     def state(self) -> SourceState:

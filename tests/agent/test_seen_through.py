@@ -229,18 +229,30 @@ def test_a_loss_begins_at_the_last_answer_and_not_when_it_was_noticed(observed):
     assert moment(gap["started_at"]) < silent_from
 
 
-def test_a_source_that_proves_nothing_and_a_process_that_stood_still_is_a_gap_too(tmp_path):
+def test_a_source_that_proves_nothing_and_a_process_that_stood_still_is_a_gap_too(tmp_path, monkeypatch):
     slept = [0.0]
     one = House(tmp_path / "state")
-    one.agent.intake._clock = lambda: Now(time.time_ns(), time.monotonic(), slept[0])
+    one.agent._clock = one.agent.intake._clock = lambda: Now(time.time_ns(), time.monotonic(), slept[0])
     one.start()
     one.wait("gap")
-    wait_until(lambda: len(one.agent.queue) == 0)
-    time.sleep(0.1)
-    slept[0] = 300.0
-    one.source.play(a_raw_io_error())
-    reasons = [event["data"]["reason"] for event in one.wait("gap", 2)]
-    assert reasons == ["agent_down", "agent_standstill"]
+    one.agent.beat(1.0)
+    writing, go_on = threading.Event(), threading.Event()
+
+    def hang(point):
+        writing.set()
+        go_on.wait()
+
+    monkeypatch.setattr(faults, "hook", hang)  # the intake's thread is in a write all the time
+    try:
+        one.source.play(a_raw_io_error())
+        assert writing.wait(10)
+        slept[0] = 300.0
+        one.agent.beat(1.0)  # of the main thread
+    finally:
+        go_on.set()
+    stood = one.wait("gap", 2)[1]["data"]
+    assert stood["reason"] == "agent_standstill"
+    assert moment(stood["ended_at"]) - moment(stood["started_at"]) >= MARGIN_SECONDS
     one.end()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import kubernetes_validate
 import pytest
+import yaml
 
 from tests.chart import helm
 from tests.chart.helm import CHART, CI_VALUES
@@ -75,6 +76,36 @@ def test_every_object_is_valid_for_every_kubernetes_release(values: Path) -> Non
     assert checked >= 3 * len(_versions())
 
 
+@pytest.mark.parametrize("word", ["123", "1e3", "null", "true"])
+def test_a_name_that_looks_like_a_number_or_a_nothing_stays_a_name(word: str) -> None:
+    """YAML without quotes would make one of it, and the API server refuse the object."""
+    names = ("fullnameOverride", "priorityClassName", "serviceAccount.name", "bus.existingSecret",
+             "bus.urlKey", "bus.passwordKey", "bus.tls.existingSecret", "bus.tls.caKey", "react.group",
+             "react.existingClaim", "dashboard.namespace", "serviceMonitor.namespace",
+             "prometheusRule.namespace")  # fmt: skip
+    on = ("react", "serviceMonitor", "prometheusRule", "dashboard", "networkPolicy")
+    options = [option for name in names for option in ("--set-string", f"{name}={word}")]
+    options += [option for name in on for option in ("--set", f"{name}.enabled=true")]
+    options += ["--namespace", word, "--values", str(helm.MINIMAL), "--set", "react.with=kubernetes"]
+    done = helm.run("4", "template", helm.RELEASE, str(CHART), *options)
+    assert done.returncode == 0, done.stderr
+    found = [item for item in yaml.safe_load_all(done.stdout) if item]
+    assert len(found) >= 15
+    for item in found:
+        for name in ("name", "namespace"):
+            assert isinstance(item["metadata"].get(name, ""), str), item["metadata"]
+        if item["kind"] not in CUSTOM:
+            kubernetes_validate.validate(item, _versions()[-1], strict=True)
+
+
+def test_a_path_with_a_blank_and_a_hash_is_the_path() -> None:
+    wanted = {name: f"/srv/{name} # x" for name in ("spool.hostPath", "libvirt.socketDir", "machineIdFile")}
+    found = helm.render(helm.MINIMAL, sets=tuple(f"{name}={path}" for name, path in wanted.items()))
+    (spec,) = (spec for where, spec in helm.pod_specs(found) if where.startswith("DaemonSet/"))
+    paths = {one["hostPath"]["path"] for one in spec["volumes"] if "hostPath" in one}
+    assert paths == set(wanted.values())
+
+
 def test_ten_kubernetes_releases_are_looked_at() -> None:
     assert _versions()[0] == "1.28"
     assert len(_versions()) >= 10
@@ -125,8 +156,6 @@ def test_the_schema_and_the_readme_are_fresh() -> None:
 @every_ci_file
 def test_the_rendered_settings_are_good_settings(values: Path, tmp_path: Path) -> None:
     """What the chart writes is read by the agent's own loader, with the values that were asked for."""
-    import yaml
-
     rendered = helm.one(helm.render(values), "ConfigMap", _fullname(values))["data"]["virtbus.toml"]
     file = tmp_path / "virtbus.toml"
     file.write_text(rendered, encoding="utf-8")

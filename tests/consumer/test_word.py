@@ -24,7 +24,7 @@ from virtbus.bus.embedded import EmbeddedBus
 from virtbus.consumer import Consumer, MissingEvents
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError, ConsumerClosed, GroupTakenOver
 from virtbus.model import Message
-from virtbus.testing import ListFeed, a_record, an_io_error, records
+from virtbus.testing import ListFeed, a_record, an_io_error, no_waiting, records
 
 
 @pytest.fixture
@@ -300,6 +300,30 @@ def test_a_signals_handler_that_raises_with_a_message_half_way_costs_no_event_an
             with pytest.raises(KeyboardInterrupt):
                 consumer.receive(1.0)
         assert drain(consumer) == [record.id for record in sent]
+
+
+@pytest.mark.parametrize("end", ["stop", "close"])
+@pytest.mark.parametrize("patient", [True, False])
+def test_who_waits_for_a_broker_that_was_never_there_hears_of_the_end(patient: bool, end: str) -> None:
+    consumer = Consumer("amqp://guest@127.0.0.1:1//", group="g", patient=patient)
+    found: list[Any] = []
+    with no_waiting():
+        thread = threading.Thread(target=lambda: found.append(consumer.receive(3600.0)))
+        thread.start()
+        while not consumer._grip.calls:
+            thread.join(0.01)
+        getattr(consumer, end)()
+        thread.join(20)
+    assert found == [None]
+    consumer.close()
+
+
+def test_who_is_not_patient_hears_why_in_the_end() -> None:
+    with (
+        Consumer("amqp://guest@127.0.0.1:1//", group="g", patient=False) as consumer,
+        pytest.raises(BusUnavailable, match="refused"),
+    ):
+        consumer.receive(2.5)
 
 
 def test_a_second_thread_at_the_same_time_is_refused_and_may_follow_later(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -487,6 +488,33 @@ def test_a_command_is_done_when_it_ended_whatever_it_leaves_behind(begins):
     if begins:
         os.kill(int(said[0]), signal.SIGKILL)  # a session of its own lives on, as a daemon does
     assert said[1:] == ["begun"]
+
+
+@pytest.mark.parametrize(("script", "ends"), [("echo done", True), ("sleep 60", False)])
+@pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning")
+def test_a_command_that_runs_as_somebody_else_is_not_waited_for_in_vain(monkeypatch, script, ends):
+    """Who starts `sudo` may not end what it runs, not even when it has ended by itself."""
+    started = []
+
+    def refused(group, number):
+        started.append(group)
+        raise PermissionError("not ours")
+
+    ran = type(React().exec)(command=("/bin/sh", "-c", script), timeout_seconds=20.0 if ends else 0.2)
+    action = Action("k", "t", EVENT, "", {"attributes": dict(a_record().attributes), "data": "{}"})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "killpg", refused)
+        patch.setattr("virtbus.integrations.hooks._END_SECONDS", 0.1)
+        hook = open_integration("exec", React(exec=ran))
+        if ends:
+            assert hook.execute(action) == "done"
+        else:
+            with pytest.raises(TargetUnavailable, match="longer than"):
+                hook.execute(action)
+    if not ends:
+        os.killpg(started[0], signal.SIGKILL)
+        os.waitpid(started[0], 0)
+    gc.collect()  # it warns of what it left, here
 
 
 def test_a_command_that_closes_its_output_is_waited_for():

@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -30,7 +31,7 @@ from virtbus.observations import (
     Surveyed,
 )
 from virtbus.retry import no_waiting
-from virtbus.sources.link import Handler
+from virtbus.sources.link import PAUSED, Handler
 from virtbus.sources.many import KUBEVIRT, ManySource, SocketConnector
 from virtbus.sources.sockets import Watch, look, one_each, unreadable
 
@@ -300,6 +301,43 @@ def test_a_standstill_is_reported_of_the_host_and_before_the_losses_of_its_conne
         assert (lost.connection, lost.why) == (host.uri, f"{host.uri}: {stood.why}")
         assert seen.all.index(stood) < seen.all.index(lost)
         assert stood.since.suspended < slept[0]
+
+
+def test_a_standstill_is_reported_while_the_survey_waits_for_a_daemon_that_hangs(sockets: Sockets) -> None:
+    """The gap of the agent's start ends without it: pods may have come and gone since."""
+    real, slept = Clock(), [0.0]
+    silent, well = sockets.add("silent"), sockets.add("well")
+    silent.frozen.set()
+    with observed(sockets, lambda: real()._replace(suspended=slept[0])) as (_, seen):
+        seen.wait(of(well.uri, SourceReady))
+        slept[0] = 20.0  # less than the survey waits
+        seen.wait(StoodStill)
+        assert seen.of(Surveyed) == []
+
+
+def test_a_guest_that_a_look_missed_and_the_next_one_finds_is_not_gone(
+    sockets: Sockets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The daemon is lost again before its first look is over."""
+    monkeypatch.setattr("virtbus.sources.guests.SNAPSHOT_SECONDS", 60.0)
+    monkeypatch.setattr("tests.sources.test_many.OPTIONS", replace(OPTIONS, lookup_deadline_seconds=60.0))
+    host = sockets.add("pod", SimulatedHost())
+    one, other = (host.add(state=PAUSED) for _ in range(2))  # nothing is asked of them but the XML
+    with observed(sockets) as (_, seen):
+        seen.wait(SourceReady)
+        del host.guests[one.uuid]
+        host.hanging.add(other.uuid)
+        links = len(host.links)
+        host.cut()
+        wait_until(lambda: host.calls > 0 and len(host.links) > links)  # it looks at the other one
+        host.guests[one.uuid] = one
+        host.hanging.clear()
+        host.cut()
+        host.release.set()
+        seen.wait(SourceReady, 2)
+        host.stop(other)
+        gone = seen.wait(DomainGone)
+        assert [item.domain_uuid for item in gone if isinstance(item, DomainGone)] == [other.uuid]
 
 
 def test_a_pod_that_ends_ends_its_guest_alone(sockets: Sockets) -> None:

@@ -36,9 +36,11 @@ from virtbus.model import (
     Stamp,
     to_datetime,
 )
-from virtbus.observations import Burst, DomainGone, RawIoError, SourceLost
+from virtbus.observations import Burst, DomainGone, RawIoError, SourceLost, StoodStill
 from virtbus.retry import Backoff
+from virtbus.seen import stalled_words
 from virtbus.sources import Source
+from virtbus.sources.crew import Pulse
 from virtbus.spool import Spool
 from virtbus.telemetry import METRICS, AgentStarted, AgentStopped, DrillAsked, ThreadDied, Trouble, emit
 from virtbus.words import Origin, ResolutionCause
@@ -88,6 +90,7 @@ class Agent:
         self._abort = threading.Event()  # stop at once
         self._threads: dict[str, threading.Thread] = {}
         self._failure: VirtbusError | None = None
+        self._pulse: Pulse | None = None  # of the main thread
         self.intake = Intake(
             source=source,
             spool=spool,
@@ -175,6 +178,19 @@ class Agent:
         emit(AgentStopped(left_in_spool=left))
         if self._failure is not None:
             raise self._failure
+
+    def beat(self, waited: float) -> None:
+        """Called by the main thread after each wait of at most `waited` seconds: was that all?
+
+        A source that proves what it saw notices a standstill of the process by itself. For any other one this
+        thread does, which waits nowhere else.
+        """
+        now = self._clock()
+        if self._pulse is None:
+            self._pulse = Pulse(now)
+        stood = self._pulse.beat(now, waited)
+        if stood is not None and self.intake.sight.trusts:
+            self.queue.put(StoodStill(now.wall_ns, stalled_words(stood), self._pulse.before))
 
     def fail(self, error: VirtbusError) -> None:
         """End the agent with this error: `join` raises it."""

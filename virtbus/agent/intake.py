@@ -31,7 +31,7 @@ from virtbus.observations import (
     Surveyed,
 )
 from virtbus.retry import Backoff
-from virtbus.seen import MARGIN_SECONDS, Blind, Moment, Sight, moment_of, stalled_words
+from virtbus.seen import MARGIN_SECONDS, Blind, Moment, Sight, moment_of
 from virtbus.sources import Source
 from virtbus.spool import Spool
 from virtbus.telemetry import METRICS, SpoolUnwritable, SpoolWritable, Trouble, emit
@@ -278,12 +278,7 @@ class Intake:
         now = self._clock()
         if self.queue.emptied:
             self.sight.drained(before)
-        stood, blind = self.sight.blinded(before, now, timeout)
-        # A source that proves what it saw notices a standstill by itself; for any other one it is reported
-        # here.
-        why = stalled_words(stood)
-        events = [self._gap(GapReason.AGENT_STANDSTILL, why, since, now.wall_ns, now) for since in blind]
-        events += self._events_of(observations, now)
+        events = self._events_of(observations, now)
         events += self._incidents.tick(now, self._source.describe)
         events += self._missed(now)
         if self._speaker.unidentified is not None:

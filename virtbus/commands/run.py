@@ -154,8 +154,11 @@ def _supervise(agent: Agent, config: Config, again: Callable[[], Loaded] | None,
     # Ready: the spool is open and the threads run. libvirt and the broker may come later: /readyz knows.
     systemd.tell(READY=1, STATUS="started")
     said = fed = time.monotonic()
+    wait = min(1.0, systemd.watchdog_seconds or 1.0)
     while not agent.wait(0.0):
-        for number in signals.wait(min(1.0, systemd.watchdog_seconds or 1.0)):
+        numbers = signals.wait(wait)
+        agent.beat(wait)
+        for number in numbers:
             if number != signal.SIGHUP:
                 agent.stop()
             elif again is not None:

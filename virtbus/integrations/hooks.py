@@ -44,6 +44,7 @@ _HEADER_TEXT = re.compile("[ -~]+")
 _TOLD_BYTES = 500  # of a command's or server's answer, in messages
 _PIPE_BYTES = 1 << 20  # as much as a pipe holds at once
 _FIRST_LOOK_SECONDS, _LOOK_SECONDS = 0.0005, 0.05  # between two looks whether a command has ended
+_END_SECONDS = 1.0  # for a command that was killed
 _VARIABLE_BYTES = 32_768  # Linux starts no command with a variable of 128 KiB
 
 
@@ -185,10 +186,11 @@ def _has_ended(process: subprocess.Popen[bytes]) -> bool:
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """Nothing of the command's session outlives it."""
-    with suppress(ProcessLookupError):
+    """Nothing of its session outlives a command, but what is not ours (sudo), or hangs in the kernel."""
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_END_SECONDS)
     if process.stdout is not None:
         process.stdout.close()
 

@@ -31,6 +31,7 @@ from virtbus.sources.link import (
     SUSPENDED,
     SUSPENDED_IOERROR,
     Connector,
+    DomainAt,
     HostFacts,
 )
 from virtbus.sources.lookups import HOST, Asker, Lookups, Want
@@ -104,6 +105,11 @@ class HostFound:
         return Host(name=facts.name, uuid=self.uuid, boot_id=boot, hypervisor=self.hypervisor)
 
 
+def _stands(domain: DomainAt) -> bool:
+    """Whether it is paused, and may be by an I/O error."""
+    return domain.state == PAUSED and domain.reason in _IO_PAUSE_REASONS
+
+
 class Guests:
     """The guests of one hypervisor, over all its connections."""
 
@@ -140,6 +146,7 @@ class Guests:
         self.on.begin(facts)
         self._asker.begin(session, facts)
         here = frozenset(domain.uuid for domain in opened.domains)
+        self._vanished = [uuid for uuid in self._vanished if uuid not in here]  # of a look that was cut off
         for entry in self._cache.active():
             if entry.uuid not in here:
                 self._cache.gone(entry.uuid)
@@ -154,19 +161,15 @@ class Guests:
         now = self._clock()
         self._first = FirstLook(now.monotonic + SNAPSHOT_SECONDS)
         unanswered, self.reconciling, self._troubled = self.reconciling, {}, {}
-        # Guests in trouble first: they are what this is about.
-        for paused in (True, False):
-            for domain in opened.domains:
-                if paused is not (domain.state == PAUSED and domain.reason in _IO_PAUSE_REASONS):
-                    continue
-                self._cache.saw(domain.uuid, domain.name, domain.id, _state(domain.state))
-                want = Want.DESCRIPTION
-                # What an earlier connection asked and never got an answer to is still to be answered.
-                moments = [each for each in (since, unanswered.get(domain.uuid)) if each is not None]
-                if paused or (moments and facts.keeps_messages):
-                    want |= Want.TROUBLE
-                    self.reconciling[domain.uuid] = earliest(*moments) if moments else None
-                self._lookups.request(domain.uuid, want)
+        for domain in sorted(opened.domains, key=_stands, reverse=True):  # they are what this is about
+            self._cache.saw(domain.uuid, domain.name, domain.id, _state(domain.state))
+            want = Want.DESCRIPTION
+            # What an earlier connection asked and never got an answer to is still to be answered.
+            moments = [each for each in (since, unanswered.get(domain.uuid)) if each is not None]
+            if _stands(domain) or (moments and facts.keeps_messages):
+                want |= Want.TROUBLE
+                self.reconciling[domain.uuid] = earliest(*moments) if moments else None
+            self._lookups.request(domain.uuid, want)
         if not self._many:
             self.ask_version()
             if self.on.uuid is None:

@@ -304,8 +304,7 @@ class ManySource:
         self._survey(sink)
 
     def _stood_still(self, sink: Sink, pulse: Pulse, seconds: float) -> None:
-        if self._unreached is not None:  # before the survey the start's own gap speaks of all
-            sink(StoodStill(pulse.last.wall_ns, stalled_words(seconds), pulse.before))
+        sink(StoodStill(pulse.last.wall_ns, stalled_words(seconds), pulse.before))
         for member in self._members.values():
             member.observer.stood_still(pulse, seconds)
             member.due = float("-inf")

@@ -279,13 +279,13 @@ seccompProfile:
 {{- if .Values.kubevirt.enabled -}}
 - name: pods
   hostPath:
-    path: {{ .Values.kubevirt.podsDir }}
+    path: {{ .Values.kubevirt.podsDir | quote }}
     type: Directory
 {{- end }}
 {{- if include "virtbus.hostLibvirt" . }}
 - name: libvirt
   hostPath:
-    path: {{ .Values.libvirt.socketDir }}
+    path: {{ .Values.libvirt.socketDir | quote }}
     type: DirectoryOrCreate  # a node without libvirt gets a pod that runs and says so
 {{- end }}
 {{- end -}}
@@ -341,7 +341,7 @@ capabilities:
 {{- if .existingSecret -}}
 - name: bus
   secret:
-    secretName: {{ .existingSecret }}
+    secretName: {{ .existingSecret | quote }}
     defaultMode: 0440
     items:
       - {key: {{ .urlKey | quote }}, path: url}
@@ -353,7 +353,7 @@ capabilities:
 {{- if .existingSecret }}
 - name: tls
   secret:
-    secretName: {{ .existingSecret }}
+    secretName: {{ .existingSecret | quote }}
     defaultMode: 0440
     items:
       {{- if .caKey }}

@@ -234,7 +234,7 @@ class AmqpSubscription(LineSubscription):
         self._resumed: dict[str, float] = {}  # by `_name`: when a retry is due, over reconnections
         self._calm = False  # a message came that had not been delivered too often
         self._backoff = Backoff("consume")
-        self._next_try = 0.0
+        self._next_try, self._why = 0.0, ""  # when to try again, and why the last try failed
         self._stood_since = 0.0
         self._verify_at = 0.0
         self._pumped_at = 0.0
@@ -301,13 +301,13 @@ class AmqpSubscription(LineSubscription):
                 return
             if wait > max(0.0, remaining):
                 raise BusUnavailable(
-                    f"{self._topology.queue}: not connected; next try in {wait - remaining:.1f} s"
+                    f"{self._topology.queue}: not connected; next try in {wait - remaining:.1f} s{self._why}"
                 )
             try:
                 with self._lock:
                     self._open()
             except (BusUnavailable, BusDenied) as error:
-                self._next_try = time.monotonic() + self._backoff.next_wait()
+                self._next_try, self._why = time.monotonic() + self._backoff.next_wait(), f": {error}"
                 if isinstance(error, BusDenied) or self._next_try >= limit:
                     raise
 
@@ -316,7 +316,7 @@ class AmqpSubscription(LineSubscription):
         with self._dialer.setting_up(link, f"subscribing to {self._topology.queue}", BusCutOff):
             self._topology.declare(link)
             self._subscribe(link)
-        self._link = link
+        self._link, self._why = link, ""
         self._stood_since = time.monotonic()
         self._verify_at = self._stood_since + _VERIFY_SECONDS
         if self._beat is None:
