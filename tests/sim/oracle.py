@@ -392,7 +392,7 @@ def _every_message(
             if unknown_clock and not _stamp(truth, host, min(g.start for g in inside)) < stamp <= end:
                 continue
             late = [b for a, b in truth.unanswered.get(host, ()) if a - LATE_SECONDS <= found_at <= b]
-            looked = _stamp(truth, host, max(late) + LOOK_SECONDS) if late else end
+            looked = end + max(late) + LOOK_SECONDS - found_at if late else end
             if any(
                 one.at < error.at and (stamp <= _stamp(truth, host, one.at) <= looked or stamp > end)
                 for one in made[host, uuid]
