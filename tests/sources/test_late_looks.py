@@ -345,6 +345,22 @@ def test_what_was_to_be_found_since_a_moment_is_still_found_when_the_connection_
         wait_until(lambda: run.counts() == [1])
 
 
+def test_a_connection_that_answered_nothing_before_it_was_lost_has_seen_nothing() -> None:
+    """What libvirt remembers is asked for since the connection began, not since it was lost."""
+    host = SimulatedHost(keeps_messages=True)
+    guest = host.add()
+    host.answers.clear()
+    with Run(host, {}, since_ns=time.time_ns()) as run:
+        host.down = True
+        time.sleep(1.5)  # the margin of what is on its way is a second
+        guest.messages = [remembered(seconds_ago=1.3)]
+        host.cut()
+        host.down = False
+        run.seen.wait(SourceReady, 2)
+        host.answers.set()
+        wait_until(lambda: run.counts() == [1])
+
+
 def test_evidence_that_is_late_does_not_hide_the_error_that_nobody_saw() -> None:
     """The look after the connection came back answers for both: the newer error's message is found first."""
     host = SimulatedHost(keeps_messages=True)

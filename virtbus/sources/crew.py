@@ -209,7 +209,7 @@ class Pulse:
 
     def closed(self, session: Session, stood: float) -> Closed:
         """What a standstill means for a connection: blind since it last answered."""
-        since = self.before.boot if session.seen is None else min(session.seen.boot, self.before.boot)
+        since = min(session.seen.boot, self.before.boot)
         return Closed(stalled_words(stood), self.last.boot - since, GapReason.AGENT_STANDSTILL)
 
 

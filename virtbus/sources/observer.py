@@ -272,7 +272,7 @@ class Observer:
         session = self._session
         self.end()
         now = self.clock()
-        seen = session.seen or now
+        seen = session.seen
         unheard = now.boot - seen.boot
         # As the clock was then: it may have been set since, and the hypervisor's stamps are of either.
         self._since = Moment.of(seen, max(0.0, closed.silent_seconds - unheard) + MARGIN_SECONDS)

@@ -184,9 +184,9 @@ class Session:
     ) -> None:
         self.connection = connection
         self.heard = False  # something, since the last question
-        self.seen: Now | None = None  # when the last question was asked that the daemon answered
+        self.seen = shared.clock()  # when the last question was asked that the daemon answered; or the begin
         # The last answers: when each came (monotonic), and when it was asked for.
-        self._answers = deque([(-math.inf, shared.clock())], maxlen=MOST_ANSWERS)
+        self._answers = deque([(-math.inf, self.seen)], maxlen=MOST_ANSWERS)
         self.notes = Notes(wake)
         # What lifecycle callbacks said since the listing: (name, number, state), None: it left. Then None.
         self.since_listing: dict[str, tuple[str, int | None, str] | None] | None = {}
