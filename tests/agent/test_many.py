@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,13 +30,13 @@ class Node:
         self.pods.folder.mkdir(parents=True, exist_ok=True)
         self.houses: list[House] = []
 
-    def start(self) -> House:
+    def start(self, **more: Any) -> House:
         source = ManySource(
             Discover(sockets=(f"{self.pods.folder}/*/{NAME}",), host="node-1"),
             options=OPTIONS,
             connector=self.pods.connector,
         )
-        self.houses.append(House(self.folder / "state", source=source))
+        self.houses.append(House(self.folder / "state", source=source, **more))
         return self.houses[-1].start()
 
     def pod(self, name: str, **more: object) -> SimulatedHost:
@@ -124,3 +125,17 @@ def test_an_agent_that_no_socket_lets_in_is_not_ready_and_ends_no_incident(
     host.denies = False
     wait_until(lambda: house.agent.not_ready() == [])
     assert house.delivered("resolved") == []
+
+
+def test_guests_that_are_not_seen_keep_an_agent_from_being_ready_whose_host_may_lack_libvirt(
+    node: Node,
+) -> None:
+    house = node.start(libvirt_absent=lambda: True)
+    house.wait("gap")
+    assert house.agent.not_ready() == []
+    host = node.pod("pod")
+    wait_until(lambda: connected(house, host))
+    assert "no libvirt" not in house.agent.summary()
+    host.down = True
+    host.cut()
+    wait_until(lambda: house.agent.not_ready() == ["source is disconnected"])

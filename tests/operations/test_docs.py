@@ -342,6 +342,7 @@ def test_a_rabbitmq_command_of_the_documents_is_taken(
     rabbitmq.rabbitmqctl(action, "--vhost", vhost, *words)
 
 
+@pytest.mark.timeout(1200)  # a dozen calls of rabbitmqctl, each of them minutes where others take the machine
 def test_the_users_of_the_tutorial_are_enough_for_an_agent_and_a_group(rabbitmq: RabbitMQ) -> None:
     """All of its commands, in its order, in a virtual host and for users of other names."""
     made = [words for page, line in commands() if page == "tutorial.md" for words in [shlex.split(line)]

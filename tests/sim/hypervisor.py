@@ -242,7 +242,7 @@ class Daemon:
         if lost:  # libvirt reports nothing; what is promised is that a pause is told
             events = 1 if pause else 0
         hidden = lost and guest.state != RUNNING  # a look in time shows it
-        kept = self.quirks.keeps_messages and not pause
+        kept = self.quirks.keeps_messages and not pause and self.works  # by a daemon that hears of it
         if kept:
             self._keep(guest, alias)
         first = len(self.errors)

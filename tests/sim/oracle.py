@@ -392,7 +392,7 @@ def _every_message(
             if unknown_clock and not _stamp(truth, host, min(g.start for g in inside)) < stamp <= end:
                 continue
             late = [b for a, b in truth.unanswered.get(host, ()) if a - LATE_SECONDS <= found_at <= b]
-            looked = end + max(late) + LOOK_SECONDS - found_at if late else end
+            looked = _latest_stamp(truth, host, found_at, max(late) + LOOK_SECONDS) if late else end
             if any(
                 one.at < error.at and (stamp <= _stamp(truth, host, one.at) <= looked or stamp > end)
                 for one in made[host, uuid]
@@ -410,6 +410,12 @@ def _every_message(
 def _stamp(truth: Truth, host: str, at: float) -> float:
     """What the host's wall clock said at a true time."""
     return at + _skew(truth, host, at)
+
+
+def _latest_stamp(truth: Truth, host: str, begin: float, end: float) -> float:
+    """The latest that the host's wall clock said between two true times."""
+    turns = [since for since, _ in truth.skews[host] if begin < since < end]
+    return max(_stamp(truth, host, at) for at in (begin, *turns, *(turn - 0.001 for turn in turns), end))
 
 
 def _skew(truth: Truth, host: str, at: float) -> float:

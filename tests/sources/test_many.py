@@ -31,7 +31,7 @@ from virtbus.observations import (
     Surveyed,
 )
 from virtbus.retry import no_waiting
-from virtbus.sources.link import PAUSED, Handler
+from virtbus.sources.link import PAUSED, Handler, NobodyListens
 from virtbus.sources.many import KUBEVIRT, ManySource, SocketConnector
 from virtbus.sources.sockets import Watch, look, one_each, unreadable
 
@@ -445,18 +445,40 @@ def test_questions_that_hang_on_some_connections_are_still_answered_on_the_other
         seen.wait(lambda item: type(item).__name__ == "SourceSeen" and of(well.uri, type(item))(item), 3)
 
 
+class Refusing(SimulatedHost):
+    """A socket on which nobody listens while it is `down`."""
+
+    attempts = 0
+
+    def open(self, handler: Handler | None) -> SimulatedLink:
+        """See Connector."""
+        if self.down:
+            self.attempts += 1
+            raise NobodyListens("connection refused")
+        return super().open(handler)
+
+
+def test_a_daemon_that_takes_a_stale_sockets_place_and_hangs_is_not_surveyed(sockets: Sockets) -> None:
+    """That nobody listened before says nothing of the guest that it has."""
+    silent, stale = sockets.add("silent"), Refusing(1)
+    silent.frozen.set()
+    stale.down = True
+    sockets.add("stale", stale)
+    with observed(sockets) as (source, seen):
+        wait_until(lambda: stale.attempts == 4)
+        stale.frozen.set()
+        stale.down = False
+        bind(Path(stale.uri))
+        marker = sockets.add("marker")  # found by a look, and so was the new socket
+        seen.wait(of(marker.uri, SourceReady))
+        source._survey_at = 0.0
+        silent.frozen.clear()
+        survey = seen.wait(lambda item: isinstance(item, Surveyed) and silent.uri not in item.unreached)[-1]
+        assert isinstance(survey, Surveyed)
+        assert survey.unreached == {stale.uri}
+
+
 def test_stale_sockets_are_left_alone_until_a_daemon_makes_a_new_one(sockets: Sockets) -> None:
-    class Refusing(SimulatedHost):
-        attempts = 0
-
-        def open(self, handler: object) -> object:  # type: ignore[override]
-            from virtbus.sources.link import NobodyListens
-
-            if self.down:
-                self.attempts += 1
-                raise NobodyListens("connection refused")
-            return super().open(handler)  # type: ignore[arg-type]
-
     stale = []
     for number in range(300):
         host = Refusing()

@@ -16,11 +16,15 @@ from virtbus.observations import (
     DomainResumed,
     HostKnown,
     RawIoError,
+    SourceGone,
     SourceLost,
     SourceReady,
     SourceSeen,
+    Surveyed,
 )
 from virtbus.testing import a_host
+
+T = 1_800_000_000 * 10**9
 
 
 def an_error(alias="virtio-disk0", *, at=0, reason="", domain="d"):
@@ -192,6 +196,35 @@ def test_the_hosts_name_finds_room_where_nothing_else_does():
         queue.put(HostKnown(a_host(name=f"host-{number}"), number))
         assert len(queue) <= 1 + 3 * 2
     assert [item.host.name for item in queue.drain(0) if isinstance(item, HostKnown)][-1:] == ["host-19"]
+
+
+def test_a_connections_end_finds_room_where_nothing_else_does():
+    """Nobody else says it: the connection would be waited for as long as the agent runs."""
+    queue = IntakeQueue(limit=1, fold_limit=4)
+    for number in range(20):
+        queue.put(an_error(domain=f"guest-{number}"))
+        queue.put(DomainGone(f"guest-{number}", number, "undefined"))
+    queue.put(SourceGone(20, "/a", frozenset({"guest-1"})))
+    queue.put(SourceReady(a_host(), 21, (), connection="/a", whole=False))
+    queue.put(SourceGone(22, "/a", frozenset({"guest-2"})))
+    queue.put(Surveyed(23, a_host(), frozenset()))
+    *_, ready, gone, survey = queue.drain(0)
+    assert isinstance(ready, SourceReady)
+    assert gone == SourceGone(22, "/a", frozenset({"guest-1", "guest-2"}))
+    assert isinstance(survey, Surveyed)
+
+
+@pytest.mark.parametrize("step", [0, -3600, 3600])
+def test_two_losses_that_are_kept_as_one_begin_with_the_first_whatever_the_clock_did_between(step):
+    queue = IntakeQueue(limit=1, fold_limit=4)
+    for number in range(8):
+        queue.put(an_error(domain=f"guest-{number}"))
+    first = SourceLost(T, "first", booted_ns=T - 100 * 10**9)
+    second_ns = T + (50 + step) * 10**9
+    queue.put(first)
+    queue.put(SourceLost(second_ns, "second", booted_ns=second_ns - 150 * 10**9))
+    (lost,) = [item for item in queue.drain(0) if isinstance(item, SourceLost)]
+    assert (lost.at_ns, lost.booted_ns) == (first.at_ns, first.booted_ns)
 
 
 def test_callbacks_that_nobody_could_read_are_counted_and_take_no_room():

@@ -82,6 +82,15 @@ def test_a_host_whose_libvirt_has_answered_once_is_never_taken_for_one_without(t
     assert not _libvirt_absent(_config(tmp_path, optional=True))
 
 
+@pytest.mark.parametrize("with_uri", [True, False])
+def test_a_node_whose_guests_have_daemons_of_their_own_needs_no_libvirt_of_the_host(tmp_path, with_uri):
+    """The chart sets both: such an agent was ready, and not counted as cut off, whatever it saw."""
+    config = _config(tmp_path, optional=True)
+    discover = msgspec.structs.replace(config.libvirt.discover, preset="kubevirt", with_uri=with_uri)
+    libvirt = msgspec.structs.replace(config.libvirt, discover=discover)
+    assert _libvirt_absent(msgspec.structs.replace(config, libvirt=libvirt)) is with_uri
+
+
 SCRIPT = """
 import os, pathlib, subprocess
 from virtbus.sources.sockets import was_removed

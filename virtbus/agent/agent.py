@@ -75,8 +75,8 @@ class Agent:
     ) -> None:
         """`identify` takes the host that libvirt names → a new agent id when the present one is another's.
 
-        While `libvirt_absent` (no libvirt on this host, and that is allowed), not observing does not make it
-        not ready. A reload may replace `options`.
+        While `libvirt_absent` (no libvirt on this host, and that is allowed) and no connection is known, not
+        observing does not make it not ready. A reload may replace `options`.
         """
         self.source, self.bus, self.spool, self.incidents = source, bus, spool, incidents
         self.options = options
@@ -282,7 +282,7 @@ class Agent:
         live.set_function(lambda: incidents.open_count - incidents.open_drills)
         METRICS.incidents_open.labels(Origin.REPLAY.value).set_function(lambda: incidents.open_drills)
         METRICS.spool_writable.set_function(lambda: 0.0 if self.intake.writer.troubles() else 1.0)
-        METRICS.source_absent.set_function(lambda: float(self._libvirt_absent()))
+        METRICS.source_absent.set_function(lambda: float(self._has_no_libvirt()))
 
     def dead_threads(self) -> list[str]:
         """Names of threads that ended although nobody asked them to: what /livez fails for."""
@@ -301,13 +301,16 @@ class Agent:
         """
         if not self._threads:
             return ["the agent is starting"]  # the HTTP pages answer already, the gauges show nothing yet
-        return ([] if self._libvirt_absent() else self.not_observing()) + self.intake.writer.troubles()
+        return ([] if self._has_no_libvirt() else self.not_observing()) + self.intake.writer.troubles()
+
+    def _has_no_libvirt(self) -> bool:
+        return not self.intake.sight.connections and self._libvirt_absent()
 
     def summary(self) -> str:
         """One line for a service manager."""
         troubles = self.not_ready() + ([] if self.publisher.error is None else ["broker away"])
         pending, incidents = self.spool.stats().pending, self.incidents.open_count
-        source = "no libvirt on this host" if self._libvirt_absent() else self.intake.sight.state
+        source = "no libvirt on this host" if self._has_no_libvirt() else self.intake.sight.state
         line = f"{source}; {pending} events wait; {incidents} incidents open"
         return "; ".join([line, *troubles])
 

@@ -320,8 +320,10 @@ class Incidents:
     def _is_another(self, late: Burst) -> bool:
         """Whether what a look found was an older error, which an earlier run reported, and this a new one."""
         uuid, alias = late.raw.domain_uuid, late.raw.alias
-        own = [one for one in self._book.of(uuid) if not one.drill and one.device.alias in (None, alias)]
-        latest = max((one.newest_ns for one in own if uuid in one.paused), default=None)
+        holding = [one for one in self._book.of(uuid) if not one.drill and uuid in one.paused]
+        # What a listing found has no name: the incident that made it known may be another device's.
+        own = [one for one in holding if one.device.alias in (None, alias)] or holding
+        latest = max((one.newest_ns for one in own), default=None)
         return latest is not None and late.first_ns - latest > LATE_SECONDS * 1e9
 
     def _is_left_over(self, finding: Burst) -> bool:

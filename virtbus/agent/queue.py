@@ -30,7 +30,9 @@ from virtbus.words import Origin
 
 QUEUE_LIMIT = 10_000  # callbacks; beyond it they fold into counters
 FOLD_LIMIT = 10_000  # different (device, action, reason) counters; beyond it errors are counted as dropped
-_SELF = 4  # observations about a connection itself, for which room is kept: seen, lost, ready, its host
+_OF_THE_SOURCE = (SourceReady, SourceLost, SourceGone, HostKnown, StoodStill, Surveyed)
+_OF_A_GUEST = (DomainResumed, DomainHalted, DomainGone, DeviceRemoved, DevicesKnown)
+_SELF = 4  # what one connection may say about itself, for which room is kept: seen, lost, ready, its host
 BATCH_LIMIT = 20_000  # observations per transaction
 
 
@@ -44,10 +46,10 @@ class IntakeQueue:
     3. an error never moves behind a lifecycle observation that came after it; when there is no room for all
        of those, only the last of each kind is kept, on its true side of the domain's errors, so the domain's
        final state is right;
-    4. when there is no room, a connection's losses merge into one, and its returns into one with the findings
-       of all;
+    4. when there is no room, a connection's losses merge into one, its returns into one with the findings of
+       all, and its ends into one with the guests of all;
     5. what can't be kept even so is counted in `take_dropped`; no more than `limit` and three times
-       `fold_limit` are kept together (each connection beyond the first may add three);
+       `fold_limit` are kept together (of several connections each may add four, and their source two);
     6. a `SourceSeen` comes out after everything that was put before it.
     """
 
@@ -109,43 +111,36 @@ class IntakeQueue:
         self._folded[key] = observation
 
     def _put_crowded(self, observation: Observation) -> None:
-        """Keep only the last observation of a domain, device or connection; what is dropped is counted."""
-        kind: tuple[object, ...] = (type(observation),)
-        if isinstance(observation, SourceReady | SourceLost):
-            key = (*kind, observation.connection)
-            self._put_last(key, self._joined(self._folded.get(key), observation))
-            return
-        if isinstance(observation, HostKnown):
-            self._put_last(kind, observation)
-            return
-        if isinstance(observation, StoodStill):
-            before = self._folded.get(kind)
-            since = before.since if isinstance(before, StoodStill) else observation.since
-            self._put_last(kind, replace(observation, since=since))
-            return
-        if isinstance(observation, SourceGone | Surveyed):
-            key = (*kind, getattr(observation, "connection", None))
-        elif isinstance(
-            observation, DomainResumed | DomainHalted | DomainGone | DeviceRemoved | DevicesKnown
-        ):
-            of = getattr(observation, "alias", getattr(observation, "connection", None))
-            key = (*kind, observation.domain_uuid, of)
+        """Keep only the last observation of a domain, device or connection; what is dropped is counted.
+
+        For what a source says about itself there is always room: nobody would say it again.
+        """
+        kind = type(observation)
+        if isinstance(observation, _OF_THE_SOURCE):
+            about = (kind, getattr(observation, "connection", None))
+            self._put_last(about, self._joined(self._folded.get(about), observation))
+        elif isinstance(observation, _OF_A_GUEST):
+            part = getattr(observation, "alias", getattr(observation, "connection", None))
+            key = (kind, observation.domain_uuid, part)
+            known = key in self._folded
+            if known or self._has_room():
+                self._put_last(key, observation)
+                self._dropped_others += known  # the one before it
+            else:
+                self._dropped_others += 1
         else:
             self._dropped_errors += callbacks_in(observation)
             self._dropped_others += not callbacks_in(observation)
-            return
-        known = key in self._folded
-        if known or self._has_room():
-            self._put_last(key, observation)
-            self._dropped_others += known  # the one before it
-        else:
-            self._dropped_others += 1
 
-    def _joined(self, before: Observation | None, now: SourceReady | SourceLost) -> Observation:
-        """Two losses are one since the first; two returns are the last one with the findings of both."""
+    def _joined(self, before: Observation | None, now: Observation) -> Observation:
+        """Two losses or standstills are one since the first, two returns or ends the last one with both's."""
         if isinstance(before, SourceLost) and isinstance(now, SourceLost):
-            first = min(before, now, key=lambda each: each.at_ns)
+            first = min(before, now, key=_moment)
             return replace(now, at_ns=first.at_ns, booted_ns=first.booted_ns)
+        if isinstance(before, StoodStill) and isinstance(now, StoodStill):
+            return replace(now, since=before.since)
+        if isinstance(before, SourceGone) and isinstance(now, SourceGone):
+            return replace(now, domains=before.domains | now.domains)
         if isinstance(before, SourceReady) and isinstance(now, SourceReady):
             findings = before.findings + now.findings
             self._dropped_errors += max(0, len(findings) - self._fold_limit)
@@ -201,6 +196,11 @@ class IntakeQueue:
 
     def __len__(self) -> int:
         return len(self._items) + len(self._folded)
+
+
+def _moment(lost: SourceLost) -> int:
+    """When it was lost, by the time since the boot where that is known: the wall clock may have been set."""
+    return lost.at_ns - (lost.booted_ns or 0)
 
 
 def _same_error(raw: RawIoError) -> tuple[object, ...]:

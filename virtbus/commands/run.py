@@ -125,7 +125,9 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
 
 def _libvirt_absent(config: Config) -> bool:
     """Whether this is a host without libvirt, and may be: no socket, and never one that answered."""
-    folder = socket_folder(config.libvirt.uri) if config.libvirt.optional else None
+    settings = config.libvirt
+    is_observed = settings.discover.with_uri or not settings.discover.on
+    folder = socket_folder(settings.uri) if settings.optional and is_observed else None
     return folder is not None and not has_socket(folder) and not was_tied(Path(config.state_dir))
 
 

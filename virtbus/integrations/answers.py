@@ -90,5 +90,7 @@ def kubernetes_object(text: bytes, kind: str, doing: str) -> dict[str, Any]:
         found = None
     if not isinstance(found, dict) or found.get("kind") != kind:
         shown = " ".join(text[:_SHOWN_BYTES].decode("utf-8", "replace").split())
-        raise TargetUnavailable(f"{doing}: the answer is no {kind}: {shown!r}: is a gateway in between?")
+        raise TargetUnavailable(
+            f"{doing}: the answer is not of kind {kind}: {shown!r}: is a gateway in between?"
+        )
     return found

@@ -274,9 +274,7 @@ class Webhook(_Hook):
         except ConfigError as error:  # it may be in the middle of being replaced
             raise TargetUnavailable(str(error)) from error
         if not _HEADER_TEXT.fullmatch(token):  # never the text itself, as http.client would show it
-            raise TargetUnavailable(
-                f"react.webhook.token_file: what {path} holds can't be a token: no header takes it"
-            )
+            raise TargetUnavailable(f"react.webhook.token_file: a header does not take what {path} holds")
         return token
 
     def _post(self, data: bytes, headers: Mapping[str, str]) -> tuple[int, str, str]:

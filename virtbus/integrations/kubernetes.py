@@ -349,8 +349,7 @@ class Kubernetes(Integration):
     ) -> dict[str, Any]:
         """Do one request; what it answers, of that kind. Raises what `_translated` makes of its error.
 
-        The client's own objects would cost a second of CPU for a thousand nodes, and refuse an answer that
-        lacks anything, also one that nobody reads.
+        The client's own objects would cost a second of CPU for 1,000 nodes, and refuse what lacks any part.
         """
         try:
             answer: bytes = call(*words, **more, _request_timeout=_TIMEOUT, _preload_content=False).data
@@ -390,9 +389,9 @@ class Kubernetes(Integration):
         )
         spec = client.V1SelfSubjectAccessReviewSpec(resource_attributes=asked)
         ask = client.AuthorizationV1Api(self._client).create_self_subject_access_review
-        kind = "SelfSubjectAccessReview"
-        answer = self._call("asking", "*", ask, client.V1SelfSubjectAccessReview(spec=spec), kind=kind)
-        return bool((answer.get("status") or {}).get("allowed"))
+        review = client.V1SelfSubjectAccessReview(spec=spec)
+        status = self._call("asking", "*", ask, review, kind="SelfSubjectAccessReview").get("status")
+        return bool((status or {}).get("allowed"))
 
     def close(self) -> None:
         """See Integration."""

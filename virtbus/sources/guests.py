@@ -158,8 +158,7 @@ class Guests:
             for domain in opened.domains:
                 if domain.state == RUNNING and domain.uuid not in (session.since_listing or {}):
                     self._check.listed_running(domain.uuid)
-        now = self._clock()
-        self._first = FirstLook(now.monotonic + SNAPSHOT_SECONDS)
+        self._first = FirstLook(self._clock().monotonic + SNAPSHOT_SECONDS)
         unanswered, self.reconciling, self._troubled = self.reconciling, {}, {}
         for domain in sorted(opened.domains, key=_stands, reverse=True):  # they are what this is about
             self._cache.saw(domain.uuid, domain.name, domain.id, _state(domain.state))

@@ -343,6 +343,7 @@ class ManySource:
                 self._members = {**self._members, path: self._member(path, identity, sink)}
             elif member.identity != identity:
                 member.identity, member.refused, member.backoff = identity, 0, None
+                member.settled = False  # that was the one before
                 member.observer.retry_now()
                 member.due = float("-inf")
             member = self._members[path]
