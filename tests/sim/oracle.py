@@ -74,7 +74,8 @@ class Truth:
     blind: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
     unanswered: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # looks failed or hung
     slow: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # threads come too late
-    standstills: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # of one that saw
+    frozen: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # its agent stood still
+    standstills: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # long, of one that saw
     ends: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # of a host's agent
     skews: dict[str, list[tuple[float, float]]] = field(default_factory=dict)  # host → (since when, skew)
     clocks: dict[str, set[float]] = field(default_factory=dict)  # host → the skews that its spools know of
@@ -382,7 +383,7 @@ def _every_message(
             if told_all or not error.kept or not inside or gone or until - found_at < LOOK_SECONDS:
                 continue
             stamp, end = (_stamp(truth, host, at) for at in (error.at, max(g.end for g in inside)))
-            stills = [(a, b) for a, b in truth.standstills.get(host, ()) if a <= error.at <= b]
+            stills = [(a, b) for a, b in truth.frozen.get(host, ()) if a <= error.at <= b]
             skew = _skew(truth, host, error.at)
             unknown_clock = skew not in truth.clocks[host] or any(
                 skew not in (_skew(truth, host, begin), _skew(truth, host, end)) for begin, end in stills

@@ -344,6 +344,7 @@ class World:
             return
         self.tell(host.name, f"{'the host sleeps' if asleep else 'SIGSTOP'} for {seconds:.0f} s")
         process.stopped_until = self.sched.now + seconds
+        self.truth.frozen.setdefault(host.name, []).append((self.sched.now, process.stopped_until))
         if seconds > 20 and host.sees():
             times = self.truth.standstills.setdefault(host.name, [])
             times.append((self.sched.now, self.sched.now + seconds))
