@@ -288,7 +288,9 @@ def _every_error(truth: Truth, events: list[Event], gaps: dict[str, list[Interva
             counted[host, uuid] += count
             if event.data["origin"] == Origin.RECONCILE:
                 found[host, uuid, alias] += count
-            late = event.data["origin"] != Origin.EVENT and _is_late(truth, event)
+            late = event.data["origin"] != Origin.EVENT and (
+                _is_late(truth, event) or _is_ahead(truth, event)
+            )
             if late:
                 overtaken[host, uuid] += count
             if late or event.data["origin"] == Origin.RECONCILE or alias is None:
@@ -313,6 +315,20 @@ def _every_error(truth: Truth, events: list[Event], gaps: dict[str, list[Interva
     for (host, uuid, alias), count in found.items():
         if count > len(gaps[host]):
             yield f"P1: {host}: {count} findings at {alias} of {uuid}, {len(gaps[host])} times without sight"
+
+
+def _is_ahead(truth: Truth, event: Event) -> bool:
+    """Whether libvirt keeps a message of its device from before the clock was set back: it lies ahead of now.
+
+    An agent that starts can't know that the clock was not ahead for a moment while nobody looked.
+    """
+    host, at = event.arrival.host, truth.made[event.arrival.record.id][0]
+    device = (host, event.data["domain"]["uuid"], event.data["device"]["alias"])
+    return any(
+        error.kept and error.at < at and _stamp(truth, host, error.at) > _stamp(truth, host, at)
+        for error in truth.errors
+        if (error.host, error.uuid, error.alias) == device
+    )
 
 
 def _is_late(truth: Truth, event: Event) -> bool:
