@@ -24,7 +24,7 @@ from tests.sim.plane import Plane
 from tests.sim.programs import Program, SimAgent, SimConsumer, SimReactor
 from tests.sim.runtime import HostClock, Process, Scheduler, Virtual, installed
 from virtbus import consumer as consumer_module
-from virtbus import telemetry
+from virtbus import statefiles, telemetry
 from virtbus.bus import BusOptions
 from virtbus.sources import SourceOptions, many
 from virtbus.sources.link import PAUSED, RUNNING
@@ -72,10 +72,14 @@ def settle() -> None:
 
 def _let_go(root: Path) -> None:
     """Close the lock files of processes that were killed, as the kernel would."""
+    for file in list(statefiles._OPEN):
+        with suppress(OSError):
+            if Path(f"/proc/self/fd/{file.fd}").readlink().is_relative_to(root):
+                file.close()
     for descriptor in Path("/proc/self/fd").iterdir():
         with suppress(OSError):
             held = descriptor.readlink()
-            if held.is_relative_to(root) and held.name in ("lock", "plane.lock"):
+            if held.is_relative_to(root) and held.name == "lock":
                 os.close(int(descriptor.name))
 
 
