@@ -221,8 +221,28 @@ def test_a_resume_during_the_first_look_is_not_overwritten_by_it() -> None:
         host.lifecycle(guest, RESUMED)
         host.release.set()
         ready = seen.wait(SourceReady)[0]
+        seen.wait(DomainResumed)
     assert isinstance(ready, SourceReady)
     assert [(d.state, d.paused_by_io_error) for d in ready.domains] == [("running", False)]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["resumed", "and fails again"])
+def test_a_resume_during_the_first_look_is_reported_behind_the_pause_that_it_found(again: bool) -> None:
+    """Else an agent that knew of the pause would take what the look found of it for another one."""
+    host = SimulatedHost(2)
+    guest, other = host.guests.values()
+    guest.state, guest.reason, guest.disk_errors = PAUSED, PAUSED_IOERROR, {"vda": 1}
+    host.hanging.add(other.uuid)  # the first look takes a while
+    with observed(host) as (observer, seen):
+        wait_until(lambda: bool(observer.guests._first and observer.guests._first.looks))
+        guest.state, guest.reason = RUNNING, 1
+        host.lifecycle(guest, RESUMED)
+        if again:
+            host.io_error(guest, action=ACTION_REPORT)
+        seen.wait(SourceReady)
+        seen.wait(DomainResumed)
+    order = [DomainResumed, RawIoError, SourceReady] if again else [SourceReady, DomainResumed]
+    assert [type(item) for item in seen.all if type(item) in order] == order
 
 
 def test_what_a_guest_keeps_of_a_pause_that_no_look_saw_is_asked_for_when_it_runs_again() -> None:

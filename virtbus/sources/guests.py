@@ -196,8 +196,7 @@ class Guests:
         """Report the first look; from now on each answer is reported as it comes."""
         with self._lock:  # no callback falls between
             ready = self.ready(session, opened, appeared_ns)
-            session.since_listing = None
-            session.tell([ready])
+            session.first_look_is_over(ready)
         for uuid in self._vanished:
             session.tell([self._check.left(uuid, ready.at_ns)])
         self._first, self._vanished = None, []

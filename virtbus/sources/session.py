@@ -21,6 +21,7 @@ from virtbus.observations import (
     DevicesKnown,
     Observation,
     RawIoError,
+    SourceReady,
     SourceSeen,
 )
 from virtbus.seen import WallClocks
@@ -29,7 +30,7 @@ from virtbus.sources.crosscheck import CrossCheck, Verdict
 from virtbus.sources.descriptions import Cache
 from virtbus.sources.evidence import Look
 from virtbus.sources.findings import late_event
-from virtbus.sources.link import STATE_AFTER, STOPPED, left_by, runs_again
+from virtbus.sources.link import RESUMED, STATE_AFTER, STOPPED, left_by, runs_again
 from virtbus.words import GapReason, ResolutionCause
 
 MOST_ANSWERS = 64  # two minutes of them, and nothing waits for so long
@@ -190,6 +191,8 @@ class Session:
         self.notes = Notes(wake)
         # What lifecycle callbacks said since the listing: (name, number, state), None: it left. Then None.
         self.since_listing: dict[str, tuple[str, int | None, str] | None] | None = {}
+        # Resumes during the first look, which may still find the pause that they end: reported after it.
+        self._resumes: dict[str, Sequence[Observation]] = {}
         self.resumed_at: dict[str, float] = {}  # guests whose last callback was a resume → when (monotonic)
         self._left: dict[str, tuple[float, ResolutionCause]] = {}  # guests that left lately → when, why
         self.live = True
@@ -207,6 +210,7 @@ class Session:
         with shared.lock:
             if not self.live:
                 return
+            self.tell(self._resumes.pop(uuid, ()))
             stale = shared.cache.stale(uuid, given, path)
             alias = given or shared.cache.resolve(raw._replace(path=path), now.monotonic)
             raw = raw._replace(alias=alias)
@@ -240,7 +244,12 @@ class Session:
             self.resumed_at.pop(uuid, None)
             if runs_again(event, detail):
                 self.resumed_at[uuid] = now.monotonic
-            self.tell(self._shared.check.lifecycle(uuid, name, number, event, detail, now))
+            self.tell(self._resumes.pop(uuid, ()))
+            meant = self._shared.check.lifecycle(uuid, name, number, event, detail, now)
+            if event == RESUMED and self.since_listing is not None:
+                self._resumes[uuid] = meant
+            else:
+                self.tell(meant)
             self._left.pop(uuid, None)
             if event == STOPPED:
                 lately = now.monotonic - LATE_SECONDS
@@ -289,6 +298,11 @@ class Session:
     def closed(self, why: str, silent_seconds: float) -> None:
         """See Handler."""
         self.notes.put(Closed(why, silent_seconds))
+
+    def first_look_is_over(self, ready: SourceReady) -> None:
+        """Report it, and what waited for it; the lock is held."""
+        self.tell([ready, *(each for said in self._resumes.values() for each in said)])
+        self.since_listing, self._resumes = None, {}
 
     def tell(self, found: Sequence[Observation]) -> None:
         """Report what a look found; the observer's lock is held."""
