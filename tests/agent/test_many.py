@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from tests.agent.test_agent import House
-from tests.faultkit import wait_until
 from tests.sources.simulated import Guest, SimulatedHost
 from tests.sources.test_many import NAME, Denying, Sockets, guest_of
 from tests.sources.test_observer import OPTIONS
+from tests.waiting import wait_until
 from virtbus.config import Discover
 from virtbus.retry import no_waiting
 from virtbus.sources.link import STOPPED, STOPPED_MIGRATED

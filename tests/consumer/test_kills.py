@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.consumer import victim
-from tests.faultkit import wait_until
+from tests.waiting import wait_until
 from virtbus.bus import BusOptions, open_bus
 from virtbus.consumer import Consumer
 from virtbus.testing import ListFeed, records
