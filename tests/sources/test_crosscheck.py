@@ -382,20 +382,26 @@ def test_a_pause_that_ended_before_it_was_told_says_that_the_guest_runs() -> Non
     assert decision.over
 
 
+@pytest.mark.parametrize("left", [0.2, 1.5], ids=["undecided", "already reported"])
 @pytest.mark.parametrize(
     ("number", "after", "verdict"), [(1, 0.5, Verdict.KNOWN), (2, 0.5, Verdict.TELL), (1, 60.0, Verdict.TELL)]
 )
 def test_an_event_that_comes_after_its_guest_left_is_not_told_twice(
-    number: int, after: float, verdict: Verdict
+    number: int, after: float, verdict: Verdict, left: float
 ) -> None:
     check = CrossCheck(GRACE)
     suspend(check, 0.0)
-    now = Now(100 * S, 0.2)
-    said = check.lifecycle(UUID, "db1", 1, STOPPED, 0, now)
-    assert [one.count for one in said if isinstance(one, Burst)] == [1]
-    late = raw(at=0.2 + after)._replace(domain_id=number)
-    assert check.event(late, 0.2 + after) is verdict
-    assert check.event(late, 0.3 + after) is Verdict.TELL, "it is one error's event, not more"
+    look_at(check, IO_PAUSE, 0.1)
+    found = decide(check, left)
+    found += [
+        one
+        for one in check.lifecycle(UUID, "db1", 1, STOPPED, 0, Now(100 * S, left))
+        if isinstance(one, Burst)
+    ]
+    assert [one.count for one in found] == [1]
+    late = raw(at=left + after)._replace(domain_id=number)
+    assert check.event(late, left + after) is verdict
+    assert check.event(late, left + after + 0.1) is Verdict.TELL, "it is one error's event, not more"
 
 
 def test_a_pause_of_a_guest_that_leaves_is_told_at_once() -> None:

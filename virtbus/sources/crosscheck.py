@@ -96,19 +96,18 @@ def _reported(case: Case, raw: RawIoError, mono: float) -> Verdict:
 
 
 class Departures:
-    """Pauses that were reported before their grace time was over, because their guests left.
-
-    Their events may still come.
-    """
+    """Pauses of guests that left which were reported without their events: these may still come."""
 
     def __init__(self) -> None:
         self._left: dict[str, tuple[float, list[RawIoError]]] = {}
 
-    def note(self, uuid: str, found: Sequence[Burst], mono: float) -> None:
-        """What was reported when the guest left."""
+    def note(self, uuid: str, case: Case | None, found: Sequence[Burst], mono: float) -> None:
+        """What was reported when the guest left, or of the pause in which it did."""
         self._left = {one: left for one, left in self._left.items() if mono - left[0] <= LATE_SECONDS}
-        if found:
-            self._left[uuid] = mono, [burst.raw for burst in found]
+        raws = [burst.raw for burst in found]
+        raws += [each.raw for each in (case.synthesised.values() if case else ()) if each.raw not in raws]
+        if raws:
+            self._left[uuid] = mono, raws
 
     def explain(self, raw: RawIoError, mono: float) -> bool:
         """Whether this is the event of a pause that was reported; it explains one event, not more."""
@@ -186,8 +185,8 @@ class CrossCheck:
             by_io_error = detail == SUSPENDED_IOERROR
             self.suspended(uuid, name, number, by_io_error=by_io_error, mono=now.monotonic, ns=now.wall_ns)
         elif event in (STOPPED, STARTED):
-            found = self.gone(uuid)
-            self._departures.note(uuid, found, now.monotonic)
+            case, found = self._cases.get(uuid), self.gone(uuid)
+            self._departures.note(uuid, case, found, now.monotonic)
             said += found
         if event in (RESUMED, STARTED):
             said.append(DomainResumed(uuid, now.wall_ns))
