@@ -158,6 +158,9 @@ class Ill:
         self.turns += 1
         return self.turns > 4  # fewer states than an unread socket holds
 
+    def beat(self, waited):
+        pass
+
     def dead_threads(self):
         return self.dead
 
