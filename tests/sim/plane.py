@@ -51,6 +51,7 @@ class Plane:
     unanswered: Counter[str] = field(default_factory=Counter)  # of them, those whose answer was lost
     # When, which host, why, and beside which others although the limit is one.
     held: list[tuple[float, str, str, list[str]]] = field(default_factory=list)
+    held_before: set[str] = field(default_factory=set)  # registered anew since, and not given back
     released: list[tuple[float, str, list[str]]] = field(
         default_factory=list
     )  # when, which host, who still stands
@@ -65,7 +66,9 @@ class Plane:
         self.nodes[name].mark, self.nodes[name].tainted = None, False
 
     def register_anew(self, name: str) -> None:
-        """The node is deleted and comes again."""
+        """The node is deleted and comes again; whoever holds it holds it again, and that is no new hold."""
+        if self.nodes[name].mark is not None:
+            self.held_before.add(name)
         self.nodes[name] = Node(f"{self.nodes[name].uid}+")
 
 
@@ -123,11 +126,14 @@ class PlaneIntegration(Integration):
                 raise NotOurs("somebody else holds it")
             if node.mark is None:
                 others = [other for other, one in plane.nodes.items() if one.mark is not None]
-                plane.held.append((plane.sched.now, name, action.why, others))
+                if name not in plane.held_before:
+                    plane.held.append((plane.sched.now, name, action.why, others))
+                plane.held_before.discard(name)
                 body = action.body
                 node.mark = Hold(action.target, name, action.why, body["since"], body["times"], body["by"])
             node.tainted = True
         elif action.verb == RELEASE:
+            plane.held_before.discard(name)
             if node.mark is None:
                 raise NotOurs("not held by us any more")
             node.mark, node.tainted = None, False
