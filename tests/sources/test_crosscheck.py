@@ -404,6 +404,15 @@ def test_an_event_that_comes_after_its_guest_left_is_not_told_twice(
     assert check.event(late, left + after + 0.1) is Verdict.TELL, "it is one error's event, not more"
 
 
+def test_an_event_soon_after_a_guest_left_that_had_stood_for_long_is_an_error_of_its_own() -> None:
+    check = CrossCheck(GRACE)
+    suspend(check, 0.0)
+    look_at(check, IO_PAUSE, 0.1)
+    assert len(findings(check, 1.5)) == 1
+    check.lifecycle(UUID, "db1", 1, STOPPED, 0, Now(100 * S, 60.0))
+    assert check.event(raw(at=60.5), 60.5) is Verdict.TELL
+
+
 def test_a_pause_of_a_guest_that_leaves_is_told_at_once() -> None:
     check = CrossCheck(GRACE)
     suspend(check, 0.0)

@@ -105,7 +105,10 @@ class Departures:
         """What was reported when the guest left, or of the pause in which it did."""
         self._left = {one: left for one, left in self._left.items() if mono - left[0] <= LATE_SECONDS}
         raws = [burst.raw for burst in found]
-        raws += [each.raw for each in (case.synthesised.values() if case else ()) if each.raw not in raws]
+        before = [] if case is None else [one for one in case.synthesised.values() if one.raw not in raws]
+        raws += [
+            one.raw for one in before if mono - one.at <= LATE_SECONDS
+        ]  # else its event is another one's
         if raws:
             self._left[uuid] = mono, raws
 
