@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 import urllib3
 
+from tests.integrations.drip import drip
 from virtbus.config import React, ReactKubernetes
 from virtbus.integrations.base import (
     EVENT,
@@ -84,15 +84,7 @@ class Server:
                     self.send_header(name, value)
                 self.send_header("content-type", "application/json")
                 self.end_headers()
-                if not outer.byte_seconds:
-                    self.wfile.write(body)
-                for at in range(len(body) if outer.byte_seconds else 0):
-                    time.sleep(outer.byte_seconds)
-                    try:
-                        self.wfile.write(body[at : at + 1])
-                    except OSError:
-                        outer.cut_off.set()
-                        return
+                drip(self.wfile, body, outer.byte_seconds, outer.cut_off)
 
             do_GET = do_PATCH = do_POST = answer
 
