@@ -133,7 +133,7 @@ class Case:
         self.last_ns[raw.alias] = max(self.last_ns.get(raw.alias, 0), raw.observed_at)
 
     def claim(self, raw: RawIoError, pause: Pause | None, mono: float) -> None:
-        """Whose event it is: of a pause that needs it, of the present one, one that is over, or one to come."""
+        """Whose event it is: of a pause that needs it, of the present one, of an earlier or of the next."""
         unsaid = [each for each in self.pauses if each.is_unsaid()]
         if self.unsaid and pause not in unsaid:
             self.unsaid.pop(0)  # it was not an operator's
