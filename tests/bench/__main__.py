@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from tests.bench import consume, effect, growth, host, intake, kafka, kubevirt, publish, report
-from tests.bench.measure import Row, below_floor
+from tests.bench.measure import Row, below_floor, speed
 
 Family = Callable[[int, bool], Sequence[Row]]
 
@@ -47,13 +47,13 @@ def main() -> int:
         parser.error(f"no such benchmark: {', '.join(sorted(unknown))}; known are {', '.join(FAMILIES)}")
     found: dict[str, list[Row]] = {}
     for name in options.only.split(","):
-        begun = time.monotonic()
-        print(f"{name} …", file=sys.stderr, flush=True)
+        begun, machine = time.monotonic(), speed()
+        print(f"{name} … (this machine's speed: {machine:.1f})", file=sys.stderr, flush=True)
         found[name] = list(FAMILIES[name](options.rounds, options.quick))
         print(f"{name}: {time.monotonic() - begun:.0f} s", file=sys.stderr, flush=True)
         print(report.as_text(found[name]), flush=True)
         if options.write:
-            report.write({name: found[name]})
+            report.write({name: found[name]}, machine)
     low = below_floor([row for rows in found.values() for row in rows])
     for name in low:
         print(f"below its floor: {name}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 from tests.agent.process import AgentProcess
 from tests.bench import peers
 from tests.bench.events import Confirms, Events
-from tests.bench.measure import Row, cpu_seconds, memory, wakeups
+from tests.bench.measure import Row, cpu_seconds, memory, ratio, wakeups
 from tests.bench.publish import broker
 from tests.lab.lab import Guest, Lab
 from tests.waiting import wait_until
@@ -240,6 +241,34 @@ def virsh_listening(lab: Lab) -> Iterator[None]:
             listener.kill()
 
 
+LISTENER = """
+import sys, libvirt
+libvirt.virEventRegisterDefaultImpl()
+connection = libvirt.openReadOnly(sys.argv[1])
+count = 0
+def error(connection, domain, path, alias, action, reason, opaque):
+    global count
+    count += 1
+connection.domainEventRegisterAny(None, libvirt.VIR_DOMAIN_EVENT_ID_IO_ERROR_REASON, error, None)
+print("listening", flush=True)
+while True:
+    libvirt.virEventRunDefaultImpl()
+"""
+
+
+@contextmanager
+def bare_listener(lab: Lab) -> Iterator[int]:
+    """libvirt-python, one callback that only counts; yields its pid."""
+    words = [sys.executable, "-c", LISTENER, lab.uri_ro]
+    with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True) as listener:
+        assert listener.stdout is not None
+        assert listener.stdout.readline() == "listening\n"
+        try:
+            yield listener.pid
+        finally:
+            listener.kill()
+
+
 @contextmanager
 def storming(lab: Lab, name: str) -> Iterator[Guest]:
     """A guest that writes to an IDE disk as fast as it can, policy `report`; not failing yet."""
@@ -267,6 +296,7 @@ class Told:
     counted: int
     sent: int
     cpu: float  # % of a core
+    each: float  # CPU of an error, µs
     rss: tuple[float, ...]  # MiB, four a second, from a quarter of the storm on
 
 
@@ -288,6 +318,14 @@ def ask_version(lab: Lab) -> None:
     )
 
 
+def storm_with_bare_listener(seconds: float) -> float:
+    """A storm on a fresh libvirtd with `bare_listener`: its CPU of an error in µs."""
+    with Lab() as lab, bare_listener(lab) as pid, storming(lab, "storm") as guest:
+        cpu = cpu_seconds(pid)
+        raged = _storm(lab, guest, seconds)
+        return (cpu_seconds(pid) - cpu) / raged.injected * 1e6
+
+
 def storm_with_agent(seconds: float) -> tuple[Raged, Told]:
     """A storm on a fresh libvirtd with the agent listening."""
     with broker() as node, Lab() as lab, tempfile.TemporaryDirectory() as folder:
@@ -304,23 +342,24 @@ def storm_with_agent(seconds: float) -> tuple[Raged, Told]:
             raged = _storm(
                 lab, guest, seconds, lambda: samples.append((time.monotonic() - begun, memory(pid)["VmRSS"]))
             )
-            cpu = (cpu_seconds(pid) - cpu) / (time.monotonic() - begun) * 100
+            spent, lasted = cpu_seconds(pid) - cpu, time.monotonic() - begun
             injected = raged.injected
             one.until(lambda: one.metric("virtbus_callbacks_total") >= injected, "all callbacks counted", 30)
             one.until(lambda: _counted(events) >= injected, "all counts at the consumer", 90)
             sent = sum(event["data"]["origin"] == "event" for _, event in events.of_type("io_error"))
             # From a quarter on, which is a minute and more after the start of a storm of minutes.
             settled = tuple(rss for at, rss in samples if at >= seconds / 4)
-            return raged, Told(_counted(events), sent, cpu, settled)
+            return raged, Told(_counted(events), sent, spent / lasted * 100, spent / injected * 1e6, settled)
 
 
 def storm_rows(rounds: int, seconds: float = STORM_SECONDS) -> list[Row]:
     """A real storm, with `virsh event` and with the agent listening, in turn: one long pair, then shorter."""
-    theirs, asked, ours, told = [], [], [], []
+    theirs, asked, ours, told, bare = [], [], [], [], []
     for turn in range(rounds):
         lasts = seconds if not turn else seconds / 3
         theirs.append(storm_with_virsh(lasts, asked=False))
         asked.append(storm_with_virsh(lasts, asked=True))
+        bare.append(storm_with_bare_listener(lasts))
         raged, heard = storm_with_agent(lasts)
         ours.append(raged)
         told.append(heard)
@@ -340,6 +379,15 @@ def storm_rows(rounds: int, seconds: float = STORM_SECONDS) -> list[Row]:
         ),
         Row("storm messages", f"{what}: messages in all", (float(long.sent),), ""),
         Row("storm cpu", f"{what}: agent's CPU of one core", (long.cpu,), "%", 25, least=False),
+        Row("storm cpu an error", "agent's CPU of an error", tuple(heard.each for heard in told), "µs"),
+        ratio(
+            "storm cpu over bare",
+            "agent's CPU of an error ÷ a bare libvirt-python listener that only counts",
+            [heard.each for heard in told],
+            bare,
+            1.25,
+            least=False,
+        ),
         Row(
             "storm rss",
             f"{what}: agent's RSS at the end ÷ after a quarter",

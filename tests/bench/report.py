@@ -35,13 +35,18 @@ def _figures(row: Row) -> tuple[str, str, str]:
     return f"{row.number(row.median)} {row.unit}".strip(), low if low == high else f"{low} – {high}", goal
 
 
-def write(found: Mapping[str, Sequence[Row]]) -> None:
-    """Put these families' rows into the page, its data and its plot."""
+def write(found: Mapping[str, Sequence[Row]], speed: float) -> None:
+    """Put these families' rows into the page, its data and its plot; `speed`: `measure.speed()`."""
     data = json.loads(DATA.read_text()) if DATA.exists() else {}
     day = datetime.datetime.now(datetime.UTC).date().isoformat()
     for name, rows in found.items():
         load = f"{os.getloadavg()[1]:.1f}"
-        data[name] = {"day": day, "load": load, "rows": [row.as_json() for row in rows]}
+        data[name] = {
+            "day": day,
+            "load": load,
+            "speed": f"{speed:.1f}",
+            "rows": [row.as_json() for row in rows],
+        }
     DATA.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
     families = {name: [Row.of_json(row) for row in each["rows"]] for name, each in data.items()}
     PLOT.write_text(plot(families))
@@ -55,8 +60,9 @@ def _tables(families: Mapping[str, Sequence[Row]], data: Mapping[str, Mapping[st
     lines = [f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}.", ""]
     for name, rows in families.items():
         facts = data[name]
+        speed = f", speed {facts['speed']}" if "speed" in facts else ""
         command = f"`python -m tests.bench --only {name}`"
-        lines += [f"### {name}", "", f"{command}, {facts['day']}, load {facts['load']}.", ""]
+        lines += [f"### {name}", "", f"{command}, {facts['day']}, load {facts['load']}{speed}.", ""]
         lines += ["| what | median | range | goal | |", "|---|---:|---:|---:|---|"]
         lines += [f"| {row.what} | {' | '.join(_figures(row))} | {row.verdict} |" for row in rows]
         lines.append("")
