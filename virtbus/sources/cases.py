@@ -146,9 +146,13 @@ class Case:
             return
         self.credit[raw.alias] = raw
 
-    def unheard(self, mono: float) -> list[RawIoError]:
-        """What was reported without its event so lately that this may still come."""
-        return [one.raw for one in self.synthesised.values() if mono - one.at <= LATE_SECONDS]
+    def unheard(self, mono: float, *, seen: bool) -> list[RawIoError]:
+        """What was reported without its event so lately that this may still come.
+
+        `seen`: also of pauses that only a look found; their event may have come to an earlier run.
+        """
+        late = [one for one in self.synthesised.values() if mono - one.at <= LATE_SECONDS]
+        return [one.raw for one in late if seen or one.began < math.inf]
 
     def removed(self, aliases: Iterable[str]) -> None:
         """Devices were unplugged; what came without a name may have been of one of them."""

@@ -103,10 +103,12 @@ class Unheard:
     def __init__(self) -> None:
         self._findings: dict[str, list[tuple[float, RawIoError]]] = {}  # with when the guest left or went on
 
-    def note(self, uuid: str, case: Case | None, found: Sequence[Burst], mono: float) -> None:
-        """The guest leaves or goes on; `found`: what is reported of pauses that are over by then."""
+    def note(
+        self, uuid: str, case: Case | None, found: Sequence[Burst], mono: float, *, left: bool = False
+    ) -> None:
+        """The guest goes on, or `left`; `found`: what is reported of pauses that are over by then."""
         self._findings = {one: left for one in [*self._findings] if (left := self._recent(one, mono))}
-        raws = [] if case is None else case.unheard(mono)
+        raws = [] if case is None else case.unheard(mono, seen=left)
         raws += [burst.raw for burst in found if burst.origin is not Origin.EVENT]
         known = [raw for _, raw in self._findings.get(uuid, ())]
         new = [(mono, raw) for raw in dict.fromkeys(raws) if raw not in known]
@@ -197,7 +199,7 @@ class CrossCheck:
             self.suspended(uuid, name, number, by_io_error=by_io_error, mono=now.monotonic, ns=now.wall_ns)
         elif event in (STOPPED, STARTED):
             case, found = self._cases.get(uuid), self.gone(uuid)
-            self._unheard.note(uuid, case, found, now.monotonic)
+            self._unheard.note(uuid, case, found, now.monotonic, left=True)
             said += found
         if event in (RESUMED, STARTED):
             said.append(DomainResumed(uuid, now.wall_ns))
