@@ -1578,6 +1578,23 @@ def test_an_event_behind_a_finding_that_an_earlier_run_had_reported_is_an_error_
     assert sum(event.occurrences.count for event in events if isinstance(event, IoError)) == counted
 
 
+def test_a_pause_that_a_look_found_before_its_event_is_not_as_old_as_the_message_kept():
+    """The message is of an error that an earlier run reported; the guest was paused since, by another one."""
+    bench = Bench()
+    bench.see(an_error())
+    reported_at = bench.wall_ns
+    bench.commit()
+    bench.wait(60)
+    bench.restart()
+    finding = replace(
+        an_error(action=PAUSE, at=reported_at, origin=Origin.RECONCILE), stamp_ns=reported_at, message="I/O"
+    )
+    events = bench.ready(a_state(state="paused", paused=True), findings=(finding,))
+    assert sum(event.occurrences.count for event in events if isinstance(event, IoError)) == 1
+    events = bench.see(replace(an_error(action=PAUSE), count=0, late=True)) + bench.wait(60)
+    assert sum(event.occurrences.count for event in events if isinstance(event, IoError)) == 0
+
+
 def test_what_one_connection_lost_says_nothing_of_a_guest_of_the_same_uuid_that_another_one_sees():
     """A guest was started again behind another socket while its first daemon hangs."""
     bench = Bench(describe=lambda uuid: replace(described(uuid), connection="/new"))

@@ -26,11 +26,11 @@ between two other observations, else a resume could be taken for the state after
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from virtbus.agent.book import Book, GuestWatch
-from virtbus.agent.incident import DRILL, LIVE, PAUSE_CODE, REPORT_CODE, clean, uuid_in
+from virtbus.agent.incident import DRILL, LIVE, PAUSE_CODE, REPORT_CODE, IncidentState, clean, uuid_in
 from virtbus.agent.telling import HALTED_STATES, UNKNOWN_HOST, WHOLE_HOST, Describe, Teller
 from virtbus.config import IncidentLimits
 from virtbus.model import Event, Host, Now, OpenIncident
@@ -168,8 +168,8 @@ class Incidents:
         if burst.count and burst.origin is Origin.RECONCILE:
             if self._is_left_over(burst):
                 return []
-            if self._tells_of(burst):
-                burst = replace(burst, count=0)
+            known, its = self._tells_of(burst), self._book.of(burst.raw.domain_uuid)
+            burst = replace(burst, count=0) if known else _dated(burst, its, self._teller.now.wall_ns)
         elif burst.late and self._is_another(burst):
             burst = replace(burst, count=1)
         return self._teller.error(burst)
@@ -361,3 +361,12 @@ class Incidents:
         alias = next(iter(domain.aliases)) if domain.aliases and len(domain.aliases) == 1 else ""
         raw = RawIoError(domain.uuid, domain.name, None, "", alias, PAUSE_CODE, "", at_ns)
         return self._error(Burst(raw, 1, at_ns, at_ns, Origin.RECONCILE))
+
+
+def _dated(finding: Burst, incidents: Iterable[IncidentState], now_ns: int) -> Burst:
+    """A pause that nobody reported is newer than an error that was: its message is the earlier one's."""
+    own = [one for one in incidents if one.device.alias == finding.raw.alias and not one.drill]
+    if finding.raw.action_code != PAUSE_CODE or finding.stamp_ns is None:
+        return finding
+    older = any(is_told(finding.last_ns, one.newest_ns, now_ns) for one in own)
+    return replace(finding, first_ns=now_ns, last_ns=now_ns) if older else finding

@@ -107,7 +107,8 @@ class Unheard:
         self, uuid: str, case: Case | None, found: Sequence[Burst], mono: float, *, left: bool = False
     ) -> None:
         """The guest goes on, or `left`; `found`: what is reported of pauses that are over by then."""
-        self._findings = {one: left for one in [*self._findings] if (left := self._recent(one, mono))}
+        recent = {one: self._recent(one, mono) for one in self._findings}
+        self._findings = {one: those for one, those in recent.items() if those}
         raws = [] if case is None else case.unheard(mono, seen=left)
         raws += [burst.raw for burst in found if burst.origin is not Origin.EVENT]
         known = [raw for _, raw in self._findings.get(uuid, ())]
