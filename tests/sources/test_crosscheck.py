@@ -1051,7 +1051,7 @@ def test_any_history_tells_each_error_once(history: list[Failure]) -> None:
         max_size=6,
     )
 )
-def test_any_history_of_late_or_lost_events_counts_each_pause_once(
+def test_any_history_of_late_or_lost_events_counts_each_pause_and_those_looked_at_once(
     history: list[tuple[float, float, float | None, bool, bool]],
 ) -> None:
     """How long each pause lasts and the guest then runs, how late its event is, whether it was looked at and
@@ -1087,7 +1087,9 @@ def test_any_history_of_late_or_lost_events_counts_each_pause_once(
             check.resumed(UUID, now)
     while (due := check.next_due()) is not None:
         told += sum(burst.count for burst in findings(check, due))
-    assert told == len(history)
+    assert told >= len(history)
+    # A finding without a name explains no event of a guest that goes on: it may be of another disk.
+    assert told == len(history) or not all(looked for *_, looked, _ in history)
 
 
 @dataclass(frozen=True)

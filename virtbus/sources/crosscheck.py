@@ -11,7 +11,8 @@ comes later than LATE_SECONDS after its finding:
    event, pause and look is first;
 2. a pause by I/O error whose event never comes is reported exactly once, with the devices that a look found;
 3. an event that comes after its finding is not counted again (it only adds what it knows), also if the guest
-   has left or gone on since. If it is the event of the next pause, that one becomes a finding instead;
+   has left, or gone on since and a look had named the device. If it is the event of the next pause, that
+   one becomes a finding instead;
 4. where "twice" and "never" can't be told apart, it is twice: nothing is lost. A pause of unknown reason, of
    a disk that failed before, is an operator's unless an event comes: it takes the next one;
 5. an event of a pause that comes after its guest was resumed (QEMU from 9.2 to 10 may hold it back for a
@@ -112,7 +113,8 @@ class Unheard:
         raws = [] if case is None else case.unheard(mono, seen=left)
         raws += [burst.raw for burst in found if burst.origin is not Origin.EVENT]
         known = [raw for _, raw in self._findings.get(uuid, ())]
-        new = [(mono, raw) for raw in dict.fromkeys(raws) if raw not in known]
+        # Without a name it could explain any event of a guest that goes on, also another disk's.
+        new = [(mono, raw) for raw in dict.fromkeys(raws) if raw not in known and (left or raw.alias)]
         if new:
             self._findings.setdefault(uuid, []).extend(new)
 
@@ -126,7 +128,7 @@ class Unheard:
             return False
         for noted in self._recent(raw.domain_uuid, mono):
             # Of the same run: one that was started again may fail at once, and that is an error of its own.
-            if noted[1].domain_id == raw.domain_id and noted[1].alias in ("", raw.alias or noted[1].alias):
+            if noted[1].domain_id == raw.domain_id and noted[1].alias in ("", raw.alias):
                 self._findings[raw.domain_uuid].remove(noted)
                 if case is not None:
                     case.explained(raw, mono)
