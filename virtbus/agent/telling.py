@@ -290,7 +290,7 @@ class Teller:
 
     # ---- when
 
-    def _is_held(self, incident: IncidentState) -> bool:
+    def _stands_still(self, incident: IncidentState) -> bool:
         """Whether a guest of the incident stands still: then its silence says nothing."""
         if incident.scope is Scope.HOST:
             return bool(incident.paused)
@@ -305,7 +305,7 @@ class Teller:
         if incident.pending:
             allowed = incident.allowed_at if self._limits.fold else -math.inf
             return allowed if incident.urgent else max(incident.window_ends_at, allowed)
-        if self._watch.is_unseen(incident) or self._is_held(incident):
+        if self._watch.is_unseen(incident) or self._stands_still(incident):
             return math.inf
         return incident.quiet_since_at + self._limits.quiet_seconds
 

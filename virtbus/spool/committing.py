@@ -248,22 +248,22 @@ class Committer:
             return False
         waiting = files.whole_events(db, [one.position for one in asked])
         rows = {(row.position, row.epoch, row.seq): row for row in waiting}
-        held: list[EventRow] = []
+        reserved: list[EventRow] = []
         free: list[requests.Request] = []
         with mirror.memory:
             for one in asked:
                 row = rows.get(one[2:])
                 if one.action == requests.DROP and row is not None:
-                    if not mirror.index.hold(row.position):
+                    if not mirror.index.reserve(row.position):
                         continue
-                    held.append(row)
+                    reserved.append(row)
                 free.append(one)
         try:
             with self._file.transaction():
                 done = requests.grant(db, free, mirror.next_position)
                 losses = mirror.add_losses(done.losses, db)
         except BaseException:
-            self._release(held)
+            self._release(reserved)
             raise
         now = mirror.clock().monotonic
         with mirror.changed:
