@@ -29,7 +29,7 @@ LONGEST_PARK_SECONDS = 60.0
 
 _PAGE = 4096  # rows per page of codes
 # A row's code is its class + 1 (0: no such row) and these flags:
-_RESERVED = 0x40  # a commit evicts it, or drops it for an operator
+_RESERVED = 0x40  # a commit is about to remove it
 _TAKEN = 0x80  # with the publisher
 
 # State of a lane: its first row is ready, with the publisher, parked (unroutable or nacked), or reserved by
@@ -364,7 +364,7 @@ class Index:
                 at = codes.find(rank + 1, at + 1)
 
     def reserve(self, row: int) -> bool:
-        """Keep the publisher off a row while a commit evicts or drops it; False when it is taken."""
+        """Keep the publisher off a row that a commit is about to remove; False when it is taken."""
         code = self._code(row)
         if not code or code & (_TAKEN | _RESERVED):
             return False
