@@ -378,8 +378,10 @@ def _every_message(
         its = later[host, uuid, alias]
         for counts, those in ((counted[host, uuid, alias], its), (counted[host, uuid, None], nameless)):
             before = float("-inf")
+            # All since the last one, but for those of a gap that was over before this one began.
+            sought = [one for one in those if one.at >= since or not _lies_in(one, gaps[host])]
             for at, count in sorted(counts):
-                if count >= sum(before < one.at <= at for one in those):  # all since the last one
+                if count >= sum(before < one.at <= at for one in sought):
                     times.append(at)
                 before = at
         return times

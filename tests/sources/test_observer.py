@@ -15,6 +15,7 @@ import pytest
 from tests.sources.simulated import DEADLINE, Guest, Seen, SimulatedHost
 from tests.waiting import wait_until
 from virtbus.errors import SourceDenied, SourceUnavailable
+from virtbus.model import Clock
 from virtbus.observations import (
     Burst,
     DeviceRemoved,
@@ -27,6 +28,7 @@ from virtbus.observations import (
 )
 from virtbus.retry import no_waiting
 from virtbus.sources import SourceOptions
+from virtbus.sources.crew import Pulse
 from virtbus.sources.guests import LOOK_AFTER_SECONDS
 from virtbus.sources.link import (
     ACTION_REPORT,
@@ -40,8 +42,8 @@ from virtbus.sources.link import (
     SUSPENDED_IOERROR,
     SUSPENDED_PAUSED,
 )
-from virtbus.sources.observer import Observer
-from virtbus.words import Origin
+from virtbus.sources.observer import POLL_SECONDS, Observer
+from virtbus.words import GapReason, Origin
 
 OPTIONS = SourceOptions(grace_seconds=0.2, lookup_deadline_seconds=0.2)
 
@@ -72,6 +74,25 @@ def only(items: list[Observation]) -> Observation:
 
 
 # ----------------------------------------------------------------------------------------- connecting
+
+
+def test_a_standstill_is_why_a_connection_ended_that_closed_before_it_was_noticed() -> None:
+    """The daemon gives up on a frozen client: its close is read in the step in which the process goes on."""
+    real, slept, host, seen = Clock(), [0.0], SimulatedHost(1), Seen()
+    observer = Observer(host, options=OPTIONS, clock=lambda: real()._replace(suspended=slept[0]))
+    pulse = Pulse(observer.clock())
+    observer.begin(seen, lambda: None, pulse)
+    try:
+        wait_until(lambda: (observer.step(), observer.connected)[1])
+        pulse.beat(observer.clock(), POLL_SECONDS)
+        slept[0] = 40.0
+        host.cut()
+        observer.step()
+        (lost,) = seen.of(SourceLost)
+        assert isinstance(lost, SourceLost)
+        assert (lost.reason, "stood still" in lost.why) == (GapReason.AGENT_STANDSTILL, True)
+    finally:
+        observer.end()
 
 
 def test_what_is_there_is_seen_once_connected_with_the_hosts_name_and_uuid() -> None:

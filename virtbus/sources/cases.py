@@ -30,6 +30,16 @@ class Pause:
     waited: bool = False
     held: list[RawIoError] = field(default_factory=list)  # events that wait for a look to name them
 
+    def is_unsaid(self) -> bool:
+        """Whether it is taken for an operator's unless an event comes."""
+        return not (self.certain or self.events or self.held)
+
+    def may_lack(self, alias: str) -> bool:
+        """Whether it is over without an event, and this is it unless it is that of the next one."""
+        if not self.over or self.events or self.held:
+            return False
+        return self.look is None or not alias or set(self.wrong) == {alias}
+
 
 @dataclass(slots=True)
 class Finding:
@@ -67,6 +77,8 @@ class Case:
     held: list[RawIoError] = field(default_factory=list)  # as of a pause, whose pause is still to come
     found_ahead: bool = False  # a finding whose pause is still to come
     doubted_at: float | None = None  # an event reported a pause, and no pause came yet
+    hinted_at: float = -math.inf  # an event came that explains an earlier pause, or is the next one's
+    unsaid: list[float] = field(default_factory=list)  # when pauses were taken for an operator's
     puzzled_at: float = -math.inf  # a pause that nothing explained began, and goes on: its event may be late
     ask_at: float = 0.0  # when a look is to decide
     # Since the last resume: alias ("": not known) → its event, or its finding.
@@ -93,7 +105,8 @@ class Case:
             self.credit = {}
             return
         events = self.credit if explained else {}
-        self.pauses.append(Pause(ns, mono, mono + grace, by_io_error, events, held=self.held))
+        certain = by_io_error or mono - self.hinted_at <= grace
+        self.pauses.append(Pause(ns, mono, mono + grace, certain, events, held=self.held))
         self.credit, self.held = {}, []
 
     def resumed(self, mono: float) -> None:
@@ -108,6 +121,34 @@ class Case:
         self.events.clear()
         self.synthesised.clear()
         self.unseen.clear()
+
+    def needs_event(self, mono: float) -> bool:
+        """Whether there is a pause that is taken for an operator's if it has no event."""
+        self.unsaid = [at for at in self.unsaid if mono - at <= LATE_SECONDS]
+        return bool(self.unsaid) or any(each.is_unsaid() for each in self.pauses)
+
+    def explained(self, raw: RawIoError, mono: float) -> None:
+        """An event was taken for that of an earlier pause; it may be the next one's."""
+        self.hinted_at = mono
+        self.last_ns[raw.alias] = max(self.last_ns.get(raw.alias, 0), raw.observed_at)
+
+    def claim(self, raw: RawIoError, pause: Pause | None, mono: float) -> None:
+        """Whose event it is: of a pause that needs it, of the present one, of an earlier or of the next."""
+        unsaid = [each for each in self.pauses if each.is_unsaid()]
+        if self.unsaid and pause not in unsaid:
+            self.unsaid.pop(0)  # it was not an operator's
+            return
+        over = [each for each in self.pauses if each.may_lack(raw.alias)]
+        present = [] if pause is None else [pause]
+        for owner in [*(each for each in present if each in unsaid), *unsaid, *present, *over]:
+            owner.events[raw.alias] = raw
+            self.hinted_at = mono
+            return
+        self.credit[raw.alias] = raw
+
+    def unheard(self, mono: float) -> list[RawIoError]:
+        """What was reported without its event so lately that this may still come."""
+        return [one.raw for one in self.synthesised.values() if mono - one.at <= LATE_SECONDS]
 
     def removed(self, aliases: Iterable[str]) -> None:
         """Devices were unplugged; what came without a name may have been of one of them."""
@@ -178,7 +219,7 @@ class Case:
         self.stale = (wrong if looked else self.stale) | _kept(events)
         self.unsure = self.unsure and not looked
         found = [] if named is None else [self._facts_of(events[named], look, devices)]
-        held, missed = self._release(pause, missed, devices)
+        held, missed = _release(self, pause, missed, devices)
         found += held
         explained = bool(found or events or synthesised)
         for alias in missed:
@@ -191,8 +232,10 @@ class Case:
             found += [self._facts_of(raw, look, devices) for alias, raw in events.items() if alias != named]
         if not complete(look) and not pause.over:
             self.unseen |= {*events, *missed}
-        if not (found or events or self.synthesised or pause.over) and (look is None or by_error):
-            self.puzzled_at = pause.began  # of a disk that failed before: until its event comes an operator's
+        if not (found or events or synthesised) and (look is None or by_error):
+            self.unsaid.append(mono)  # of a disk that failed before: until its event comes an operator's
+            if not pause.over:
+                self.puzzled_at = pause.began
         return found
 
     def _facts_of(self, raw: RawIoError, look: Look | None, devices: Mapping[str, Device]) -> Burst:
@@ -222,21 +265,6 @@ class Case:
             self.events[raw.alias] = raw
             self.last_ns[raw.alias] = raw.observed_at
         return [burst_of(raw, 1, Origin.EVENT, None, None, pause=False) for raw in held]
-
-    def _release(
-        self, pause: Pause, missed: list[str], devices: Mapping[str, Device]
-    ) -> tuple[list[Burst], list[str]]:
-        """The held events, under the names of devices that nobody reported → (they, who is left)."""
-        found, left = [], list(missed)
-        only = next(iter(pause.wrong)) if len(pause.wrong) == 1 and not self.nameless.left else ""
-        for event in pause.held:
-            alias = event.alias or (left.pop(0) if left else only)
-            raw = event._replace(alias=alias)
-            found.append(burst_of(raw, 1, Origin.EVENT, pause.look, devices.get(alias), pause=True))
-            self.last_ns[alias] = raw.observed_at
-            if not pause.over:
-                self.events[alias] = raw
-        return found, left
 
     def found(
         self,
@@ -278,7 +306,7 @@ class Case:
                 self.events.pop("", None)
                 self.synthesised.pop("", None)
             else:
-                named = self.name_nameless(suspects, look, devices)
+                named = name_nameless(self, suspects, look, devices)
                 known = self.events.keys() | self.synthesised.keys()
             missed = missed_devices(self, suspects, known, devices)
             fresh = [alias for alias in missed if alias not in known or alias in newer]
@@ -310,7 +338,7 @@ class Case:
         if not self.unseen and "" not in self.events and "" not in self.synthesised:
             return []
         wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
-        found = self.name_nameless(wrong, look, devices)
+        found = name_nameless(self, wrong, look, devices)
         known = self.events.keys() | self.synthesised.keys()
         named = {burst.raw.alias for burst in found}
         found += [
@@ -329,28 +357,45 @@ class Case:
             self.stale, self.unsure = wrong, False
         return found
 
-    def name_nameless(
-        self, wrong: Mapping[str, int], look: Look, devices: Mapping[str, Device]
-    ) -> list[Burst]:
-        """Name what was reported of this pause without a device, if the look can; a burst of no count."""
-        known = self.events.keys() | self.synthesised.keys()
-        if "" not in known:
-            return []
-        alias = suspect(self, wrong, known, devices)
-        if not alias:
-            return []
-        raw = raw_of(self, "")._replace(alias=alias)
-        if "" in self.events:
-            self.events[alias] = raw
-            del self.events[""]
-        finding = self.synthesised.pop("", None)
-        if finding is not None:
-            if not raw.reason and wrong.get(alias) == DISK_ERROR_NO_SPACE:
-                raw = raw._replace(reason=ENOSPC)
-            self.synthesised[alias] = Finding(finding.at, raw, finding.began)
-        self.last_ns[alias] = max(self.last_ns.get(alias, 0), raw.observed_at)
-        self.unseen.discard("")
-        return [burst_of(raw, 0, Origin.EVENT, look, devices.get(alias), pause=True)]
+
+def _release(
+    case: Case, pause: Pause, missed: list[str], devices: Mapping[str, Device]
+) -> tuple[list[Burst], list[str]]:
+    """The held events, under the names of devices that nobody reported → (they, who is left)."""
+    found, left = [], list(missed)
+    only = next(iter(pause.wrong)) if len(pause.wrong) == 1 and not case.nameless.left else ""
+    for event in pause.held:
+        alias = event.alias or (left.pop(0) if left else only)
+        raw = event._replace(alias=alias)
+        found.append(burst_of(raw, 1, Origin.EVENT, pause.look, devices.get(alias), pause=True))
+        case.last_ns[alias] = raw.observed_at
+        if not pause.over:
+            case.events[alias] = raw
+    return found, left
+
+
+def name_nameless(
+    case: Case, wrong: Mapping[str, int], look: Look, devices: Mapping[str, Device]
+) -> list[Burst]:
+    """Name what was reported of this pause without a device, if the look can; a burst of no count."""
+    known = case.events.keys() | case.synthesised.keys()
+    if "" not in known:
+        return []
+    alias = suspect(case, wrong, known, devices)
+    if not alias:
+        return []
+    raw = raw_of(case, "")._replace(alias=alias)
+    if "" in case.events:
+        case.events[alias] = raw
+        del case.events[""]
+    finding = case.synthesised.pop("", None)
+    if finding is not None:
+        if not raw.reason and wrong.get(alias) == DISK_ERROR_NO_SPACE:
+            raw = raw._replace(reason=ENOSPC)
+        case.synthesised[alias] = Finding(finding.at, raw, finding.began)
+    case.last_ns[alias] = max(case.last_ns.get(alias, 0), raw.observed_at)
+    case.unseen.discard("")
+    return [burst_of(raw, 0, Origin.EVENT, look, devices.get(alias), pause=True)]
 
 
 def _kept(events: Mapping[str, RawIoError]) -> dict[str, int]:

@@ -212,6 +212,12 @@ class Pulse:
         since = min(session.seen.boot, self.before.boot)
         return Closed(stalled_words(stood), self.last.boot - since, GapReason.AGENT_STANDSTILL)
 
+    def why(self, session: Session, closed: Closed, now: Now, waited: float) -> Closed:
+        """Why a connection ended: our own standstill, where its end is noticed before the next beat."""
+        soon = Pulse(self.last)
+        stood = soon.beat(now, waited)
+        return closed if stood is None else soon.closed(session, stood)
+
 
 class Witness:
     """Asks one session's connection again and again, on the crew's threads: a daemon may never answer.

@@ -5,13 +5,15 @@ Pure: the clock is passed in.
 libvirt and QEMU lose I/O-error events (unnamed network disks up to libvirt 9.0, daemon restarts, merged ones
 from QEMU 9.2 on); what they rarely lose is the pause that follows. So every pause by I/O error is paired with
 an event; a pause without one at the end of the grace time becomes a finding. Guarantees, as long as no event
-comes later than the grace time, or after the next resume:
+comes later than LATE_SECONDS after its finding:
 
-1. an error whose event comes is reported by its event, exactly once, whichever of event, pause and look is
-   first;
+1. an error whose event comes within the grace time is reported by its event, exactly once, whichever of
+   event, pause and look is first;
 2. a pause by I/O error whose event never comes is reported exactly once, with the devices that a look found;
-3. an event that comes after its finding is not counted again (it only adds what it knows);
-4. where "twice" and "never" can't be told apart, it is twice: nothing is lost;
+3. an event that comes after its finding is not counted again (it only adds what it knows), also if the guest
+   has left or gone on since. If it is the event of the next pause, that one becomes a finding instead;
+4. where "twice" and "never" can't be told apart, it is twice: nothing is lost. A pause of unknown reason, of
+   a disk that failed before, is an operator's unless an event comes: it takes the next one;
 5. an event of a pause that comes after its guest was resumed (QEMU from 9.2 to 10 may hold it back for a
    second) is followed by a look and, if that finds the guest running, by a `DomainResumed`;
 6. an error reported without its device's name (libvirt gives none during a blockcopy, or the look is late) is
@@ -95,34 +97,41 @@ def _reported(case: Case, raw: RawIoError, mono: float) -> Verdict:
     return Verdict.TELL
 
 
-class Departures:
-    """Pauses of guests that left which were reported without their events: these may still come."""
+class Unheard:
+    """Pauses that are over and were reported without their events: these may still come."""
 
     def __init__(self) -> None:
-        self._left: dict[str, tuple[float, list[RawIoError]]] = {}
+        self._findings: dict[str, list[tuple[float, RawIoError]]] = {}  # with when the guest left or went on
 
     def note(self, uuid: str, case: Case | None, found: Sequence[Burst], mono: float) -> None:
-        """What was reported when the guest left, or of the pause in which it did."""
-        self._left = {one: left for one, left in self._left.items() if mono - left[0] <= LATE_SECONDS}
-        raws = [burst.raw for burst in found]
-        before = [] if case is None else [one for one in case.synthesised.values() if one.raw not in raws]
-        raws += [
-            one.raw for one in before if mono - one.at <= LATE_SECONDS
-        ]  # else its event is another one's
-        if raws:
-            self._left[uuid] = mono, raws
+        """The guest leaves or goes on; `found`: what is reported of pauses that are over by then."""
+        self._findings = {one: left for one in [*self._findings] if (left := self._recent(one, mono))}
+        raws = [] if case is None else case.unheard(mono)
+        raws += [burst.raw for burst in found if burst.origin is not Origin.EVENT]
+        known = [raw for _, raw in self._findings.get(uuid, ())]
+        new = [(mono, raw) for raw in dict.fromkeys(raws) if raw not in known]
+        if new:
+            self._findings.setdefault(uuid, []).extend(new)
 
-    def explain(self, raw: RawIoError, mono: float) -> bool:
-        """Whether this is the event of a pause that was reported; it explains one event, not more."""
-        left_at, found = self._left.get(raw.domain_uuid, (mono, []))
-        if raw.action_code != ACTION_PAUSE or mono - left_at > LATE_SECONDS:
+    def explain(self, raw: RawIoError, case: Case | None, mono: float) -> bool:
+        """Whether this is the event of a pause that was reported; it explains one event, not more.
+
+        If it is the event of a later pause, that pause has none then, and is reported as a finding (see
+        `Case.hinted_at`): each pause counts once in either case.
+        """
+        if raw.action_code != ACTION_PAUSE or (case is not None and case.needs_event(mono)):
             return False
-        for one in found:
+        for noted in self._recent(raw.domain_uuid, mono):
             # Of the same run: one that was started again may fail at once, and that is an error of its own.
-            if one.domain_id == raw.domain_id and one.alias in ("", raw.alias or one.alias):
-                found.remove(one)
+            if noted[1].domain_id == raw.domain_id and noted[1].alias in ("", raw.alias or noted[1].alias):
+                self._findings[raw.domain_uuid].remove(noted)
+                if case is not None:
+                    case.explained(raw, mono)
                 return True
         return False
+
+    def _recent(self, uuid: str, mono: float) -> list[tuple[float, RawIoError]]:
+        return [one for one in self._findings.get(uuid, ()) if mono - one[0] <= LATE_SECONDS]
 
 
 class CrossCheck:
@@ -136,7 +145,7 @@ class CrossCheck:
         self._grace, self._connection = grace_seconds, connection
         self.slack_ns = STAMP_SLACK_NS  # 0 where the hypervisor's clock is ours
         self._cases: dict[str, Case] = {}
-        self._departures = Departures()
+        self._unheard = Unheard()
         # Guests older than the connection whose disk errors have not been read yet.
         self._unsure: set[str] = set()
 
@@ -147,7 +156,7 @@ class CrossCheck:
 
     def event(self, raw: RawIoError, mono: float) -> Verdict:
         """An I/O-error event."""
-        if self._departures.explain(raw, mono):
+        if self._unheard.explain(raw, self._cases.get(raw.domain_uuid), mono):
             return Verdict.KNOWN
         case = self._case(raw.domain_uuid, raw.domain_name, raw.domain_id)
         alias = raw.alias
@@ -164,16 +173,15 @@ class CrossCheck:
         case.events[alias] = raw
         case.puzzled_at = -math.inf
         # "" is a finding that could not name its device; an event without a name is of any finding.
-        for name in (alias, "") if alias else tuple(case.synthesised):
+        names = (alias, "") if alias else tuple(case.synthesised)
+        for name in () if case.needs_event(mono) else names:
             finding = case.synthesised.pop(name, None)
             if finding is not None and mono - finding.at <= LATE_SECONDS:
                 if not alias and name:
                     case.events[name] = case.events.pop(alias)._replace(alias=name)
                 return Verdict.KNOWN
-        if pause is not None:
-            pause.events[alias] = raw
-        else:
-            case.credit[alias] = raw
+        case.claim(raw, pause, mono)
+        if pause is None:
             case.expect(mono, self._grace)
         return Verdict.TELL
 
@@ -189,7 +197,7 @@ class CrossCheck:
             self.suspended(uuid, name, number, by_io_error=by_io_error, mono=now.monotonic, ns=now.wall_ns)
         elif event in (STOPPED, STARTED):
             case, found = self._cases.get(uuid), self.gone(uuid)
-            self._departures.note(uuid, case, found, now.monotonic)
+            self._unheard.note(uuid, case, found, now.monotonic)
             said += found
         if event in (RESUMED, STARTED):
             said.append(DomainResumed(uuid, now.wall_ns))
@@ -214,6 +222,7 @@ class CrossCheck:
         """The guest runs again: whatever fails from now on is new. `mono` where a callback said so."""
         case = self._cases.get(uuid)
         if case is not None:
+            self._unheard.note(uuid, case, (), mono)
             case.resumed(mono)
 
     def gone(self, uuid: str) -> list[Burst]:
@@ -306,6 +315,7 @@ class CrossCheck:
                     continue
                 case.pauses.remove(pause)
                 bursts = case.decide(pause, mono, devices.get(uuid, {}))
+                self._unheard.note(uuid, None, bursts if pause.over else (), mono)
                 decisions.append(Decision(bursts, not case.paused))
             if case.held and case.credit_at + self._grace <= mono:  # and no pause came
                 decisions.append(Decision(case.release_all(), case.doubted_at is None and not case.paused))

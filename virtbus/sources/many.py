@@ -153,6 +153,7 @@ class ManySource:
         self._crew = Crew(clock=lambda: self.clock().monotonic)
         self._clocks = WallClocks()
         self._members: dict[str, Member] = {}
+        self._pulse = Pulse(self.clock())
         self._asked: Observer | None = None  # whose hypervisor's version was asked for last, and when
         self._asked_at = float("-inf")
         self._woken: queue.SimpleQueue[Member | None] = queue.SimpleQueue()  # None: look for sockets
@@ -169,7 +170,7 @@ class ManySource:
     def run(self, sink: Sink, stop: threading.Event) -> None:
         """See Source. A socket that refuses us does not end it: another one may not."""
         watch = Watch(lambda: self._woken.put(None))
-        pulse = Pulse(self.clock())
+        self._pulse = Pulse(self.clock())
         self._look_at = self._closed_at = float("-inf")
         self._before = None
         self._survey_at, self._unreached = self.clock().monotonic + SURVEY_SECONDS, None
@@ -177,9 +178,9 @@ class ManySource:
             while not stop.is_set():
                 self._step(sink, watch)
                 self._wait()
-                stood = pulse.beat(self.clock(), POLL_SECONDS)
+                stood = self._pulse.beat(self.clock(), POLL_SECONDS)
                 if stood is not None:
-                    self._stood_still(sink, pulse, stood)
+                    self._stood_still(sink, stood)
         finally:
             for member in self._members.values():
                 member.observer.end()
@@ -303,10 +304,10 @@ class ManySource:
         self._ask_version(now)
         self._survey(sink)
 
-    def _stood_still(self, sink: Sink, pulse: Pulse, seconds: float) -> None:
-        sink(StoodStill(pulse.last.wall_ns, stalled_words(seconds), pulse.before))
+    def _stood_still(self, sink: Sink, seconds: float) -> None:
+        sink(StoodStill(self._pulse.last.wall_ns, stalled_words(seconds), self._pulse.before))
         for member in self._members.values():
-            member.observer.stood_still(pulse, seconds)
+            member.observer.stood_still(seconds)
             member.due = float("-inf")
 
     def _ask_version(self, now: float) -> None:
@@ -365,7 +366,7 @@ class ManySource:
         made: list[Member] = []
         observer = self._observer(path, lambda why: made[0].retry(why))  # noqa: PLW0108 - it is made below
         made.append(Member(observer, identity))
-        observer.begin(sink, lambda: self._woken.put(made[0]))
+        observer.begin(sink, lambda: self._woken.put(made[0]), self._pulse)
         return made[0]
 
     def _observer(self, path: str, retry: Callable[[Exception | str], float] | None) -> Observer:

@@ -76,6 +76,7 @@ class Observer:
         self._witness: Witness | None = None
         self._alive_at = self._retry_at = float("-inf")
         self._sink: Sink = _nobody
+        self._pulse = Pulse(self.clock())
         self._wake: Callable[[], None] = _nothing
         self._awake = False
 
@@ -85,7 +86,7 @@ class Observer:
         """Observe until `stop`; see Source."""
         bell: queue.SimpleQueue[None] = queue.SimpleQueue()
         pulse = Pulse(self.clock())
-        self.begin(sink, lambda: bell.put(None))
+        self.begin(sink, lambda: bell.put(None), pulse)
         try:
             while not stop.is_set():
                 due = self.step()
@@ -95,7 +96,7 @@ class Observer:
                         bell.get(timeout=wait)
                 stood = pulse.beat(self.clock(), POLL_SECONDS)
                 if stood is not None:
-                    self.stood_still(pulse, stood)
+                    self.stood_still(stood)
         finally:
             self.end()
 
@@ -126,9 +127,12 @@ class Observer:
         """Whether it listens."""
         return self._witness is not None
 
-    def begin(self, sink: Sink, wake: Callable[[], None]) -> None:
-        """To be called first; `wake` is called from any thread when there is something to do."""
-        self._sink, self._wake = sink, wake
+    def begin(self, sink: Sink, wake: Callable[[], None], pulse: Pulse) -> None:
+        """To be called first; `wake` is called from any thread when there is something to do.
+
+        `pulse`: of the thread that calls `step`, which beats at least once in POLL_SECONDS.
+        """
+        self._sink, self._wake, self._pulse = sink, wake, pulse
 
     def step(self) -> float:
         """Do what is due, without waiting → when to come again at the latest (monotonic).
@@ -167,10 +171,10 @@ class Observer:
         if self._opened is None and self._session is not None:
             self.end()
 
-    def stood_still(self, pulse: Pulse, seconds: float) -> None:
-        """The process stood still: what was reported meanwhile may be lost."""
+    def stood_still(self, seconds: float) -> None:
+        """The process stood still, says the pulse: what was reported meanwhile may be lost."""
         if self._session is not None and self.connected:
-            self._cut_off(pulse.closed(self._session, seconds))
+            self._cut_off(self._pulse.closed(self._session, seconds))
 
     def gone(self) -> None:
         """The hypervisor is gone for good, and so are its guests."""
@@ -241,7 +245,7 @@ class Observer:
         for _ in range(NOTES_A_STEP):
             note = session.notes.next()
             if isinstance(note, Closed):
-                return self._cut_off(note)
+                return self._closed(session, note)
             try:
                 if note is not None:
                     self.guests.handle(session, note)
@@ -256,7 +260,7 @@ class Observer:
         if now.monotonic >= self._alive_at:
             self._alive_at = after(now.monotonic, self._alive_seconds)
             if not link.alive():
-                return self._cut_off(Closed("the connection is closed", self._alive_seconds))
+                return self._closed(session, Closed("the connection is closed", self._alive_seconds))
         due = min(self._alive_at, witness.step(now), self.guests.next_due())
         crew = self._crew.check()
         return due if crew is None else min(due, crew)
@@ -265,6 +269,9 @@ class Observer:
         self.end()
         self._retry_at = self.clock().monotonic + (self._retry or self._backoff.plan)(why)
         return self._retry_at
+
+    def _closed(self, session: Session, closed: Closed) -> float:
+        return self._cut_off(self._pulse.why(session, closed, self.clock(), POLL_SECONDS))
 
     def _cut_off(self, closed: Closed) -> float:
         """The connection is lost: report it, and try again soon."""
