@@ -229,19 +229,21 @@ class Consumer:
     ) -> None:
         """Subscribe to the bus at `url`.
 
-        `group` shares the events durably with the other members; without it, all events from now on.
-        `validate` checks data of known types against its schema; without it what can't be read as its type is
-        handed over raw. `dedupe` is a SQLite file of at most `dedupe_rows` marks a group, for one process at
-        a time; without it duplicates are recognised only while this object lives. With `group_commit` the
-        marks of several acks share one write: `ack` returns before it, so a crash repeats up to 64 events or
-        50 ms. `check_gaps` is for whoever reads everything alone: `on_missing` gets each hole in an agent's
-        sequence that no gap event explains within `reorder_seconds`, over restarts where there is a dedupe
-        file; and, always, of what a broker says the group will never get. What it raises comes out of
-        `receive` or `close`, and costs no event. With `exclusive` only one member of the group is active (see
-        `Bus.consume`). A broker that is absent, or refuses us, is waited for; without `patient` it is an
-        error while it was never reached (BusUnavailable, BusDenied), with `give_up_when_denied` a refusal
-        always is one. An event that the broker delivered more than `max_attempts` times without a verdict is
-        dead-lettered: it may have killed its consumer each time. None: never.
+        - `group`: its members share the events durably; without it, all events from now on.
+        - `prefetch`: so many events at most are without a verdict.
+        - `validate`: data of known types must fit its schema; else what can't be read is handed over raw.
+        - `dedupe`: a SQLite file of at most `dedupe_rows` marks per group, for one process at a time; without
+          it duplicates are recognised only while this object lives.
+        - `group_commit`: acks share one write, after they returned: a crash repeats up to 64, or 50 ms.
+        - `check_gaps`, for whoever reads everything alone: `on_missing` gets each hole in an agent's sequence
+          that no gap event explains within `reorder_seconds`, over restarts where there is a dedupe file.
+        - `on_missing` also gets, without `check_gaps`, what Kafka deleted. What it raises comes out of
+          `receive` or `close`, and costs no event.
+        - `patient`: a broker that is absent, or refuses us, is waited for; without it that is an error while
+          it was never reached. `give_up_when_denied`: a refusal is one at any time.
+        - `exclusive`: only one member of the group is active (see `Bus.consume`).
+        - `max_attempts`: an event that comes more often without a verdict, because it kills its consumer say,
+          is dead-lettered. None: never.
 
         Raises ConfigError for arguments, a URL or a dedupe file that can't be used.
         """

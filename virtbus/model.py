@@ -218,7 +218,7 @@ class Occurrences:
 
 @dataclass(frozen=True, slots=True)
 class Incident:
-    """One (domain, device) in trouble; `pauses` are the guest's, `flapping` is a pause/resume loop."""
+    """One (domain, device) in trouble; it paused its guest `pauses` times, in a loop if `flapping`."""
 
     id: str
     phase: Phase

@@ -144,7 +144,7 @@ class SourceReady:
 
 @dataclass(frozen=True, slots=True)
 class SourceLost:
-    """The source can't observe since `at_ns` (its last sign of life)."""
+    """The source can't observe since `at_ns`, when it was last heard."""
 
     at_ns: int
     why: str

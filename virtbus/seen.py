@@ -2,9 +2,9 @@
 
 It moves on only with a proof that took the events' own path. The source asks the hypervisor something on the
 connection that brings the events; the answer stands behind all that was reported before the question; a
-marker goes into the queue behind those callbacks; the batch that holds the marker is committed. So it never
-passes a drain, the loss of the source, or a time in which this process stood still. Pure: clocks are passed
-in.
+marker goes into the queue behind those callbacks; the batch that holds the marker is committed. So it is
+never later than the last time the queue was emptied, the loss of the source, or the beginning of a time in
+which this process stood still. Pure: clocks are passed in.
 """
 
 from __future__ import annotations
@@ -135,11 +135,14 @@ class SeenThrough:
     """One connection's value. The intake thread feeds it with what it drained, and then asks it.
 
     `take` remembers what a batch proves, and `committed` makes it count. Nothing counts while the connection
-    is lost; a source that proves nothing (a third party's) is believed to have reported at once what it saw.
+    is lost. A source that proves nothing (a third party's) counts as seen up to a second before the queue was
+    last emptied.
     """
 
     def __init__(self, since: Moment, blind: Blind | None = None) -> None:
-        """`since`: what an earlier run saw last, or the first one's start; `blind` since when this one is."""
+        """`since`: what an earlier run saw last, or the first one's start; `blind`: since when this
+        connection has not been seen.
+        """
         self.moment = since
         self.blind = blind
         self.connected = False
@@ -195,7 +198,7 @@ class Sight:
     def __init__(self, since: Moment, now: Now) -> None:
         """`since`: what an earlier run saw last, or the first one's start."""
         self.since = since
-        self.unreached: Blind | None = None  # what the first snapshot of a further connection will end
+        self.unreached: Blind | None = None  # the gap that a connection first seen later will end
         self.changed_ns = now.wall_ns  # when a connection was lost or came back
         self.connections: dict[str, SeenThrough] = {}
         self._surveyed = False  # a source of many connections has looked at all that were there

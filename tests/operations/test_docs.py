@@ -441,6 +441,20 @@ def test_a_virtbus_command_inside_a_sentence_and_its_options_are_there(found: tu
 # ------------------------------------------------------------------------------------------ names
 
 
+def test_the_path_of_one_error_is_counted_and_every_module_of_its_rooms_is_on_the_map() -> None:
+    page, package = (ROOT / "docs" / "ARCHITECTURE.md").read_text(), ROOT / "virtbus"
+    path = page.partition("libvirt's    ")[2].partition("── the broker ──")[0]
+    files = re.findall(r"[\w/]+\.py", path)
+    assert [name for name in files if not (package / name).exists()] == []
+    machine = {f"agent/{name}.py" for name in ("incidents", "telling", "book", "incident")}
+    assert machine < set(files)
+    said = f"{len(files) - len(machine)} files and the incident's state machine\n({len(machine)})"
+    assert said in page
+    rooms = ("sources", "agent", "spool", "bus/amqp", "fleet", "integrations")
+    modules = {module for room in rooms for module in (package / room).glob("[a-z]*.py")}
+    assert [module.name for module in sorted(modules) if not re.search(rf"\b{module.stem}\b", page)] == []
+
+
 def test_every_alert_has_an_entry_in_the_runbook_and_no_entry_is_left_over():
     rules = yaml.safe_load((ROOT / "charts" / "virtbus" / "files" / "alerts.yaml").read_text())
     alerts = {rule["alert"] for group in rules["groups"] for rule in group["rules"]}

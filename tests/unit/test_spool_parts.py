@@ -151,8 +151,8 @@ def test_a_held_row_is_not_taken_and_its_key_goes_on_when_it_is_released():
     index = Index()
     index.add(1, "a", 0)
     index.add(2, "a", 0)
-    assert index.hold(1)
-    assert not index.hold(1)
+    assert index.reserve(1)
+    assert not index.reserve(1)
     assert index.take(10, NOBODY, 0.0) == []
     index.release(1, "a")
     assert index.take(10, NOBODY, 0.0) == [(1, "a")]
@@ -162,7 +162,7 @@ def test_a_held_row_that_goes_lets_the_next_of_its_key_go_on():
     index = Index()
     index.add(1, "a", 0)
     index.add(2, "a", 0)
-    index.hold(1)
+    index.reserve(1)
     assert index.take(10, NOBODY, 0.0) == []
     index.remove(1, "a")
     assert index.take(10, NOBODY, 0.0) == [(2, "a")]

@@ -1,6 +1,7 @@
-"""The agent: three threads with a queue and a database between them.
+"""The agent: its threads, with a queue and a database between them.
 
-    source thread     libvirt's callbacks → queue (folds when long)
+    libvirt's thread  callbacks → queue (folds when long)
+    source thread     connections and looks; what they find → queue
     intake thread     queue → incidents → ONE spool transaction        <== the durability point
     publisher thread  spool → bus → outcomes → spool
 

@@ -6,7 +6,8 @@ Guarantees, for any order of observations, clock jumps and restarts:
 2. One event speaks of one origin: errors of different origins are never added up.
 3. An incident's first error goes out at once. After its first ten messages at least a second lies between
    two of them; only its end (what is pending, then the resolution) may come sooner.
-4. One (domain, alias) has at most one open incident, and it ends in exactly one resolution.
+4. One (domain, alias) has at most one open live incident, and one of a drill; each ends in exactly one
+   resolution.
 5. Memory is bounded by `IncidentLimits.max_open`.
 
 A burst of count 0 carries facts found later about errors that were already reported (evidence, a text, the

@@ -38,7 +38,7 @@ from virtbus.telemetry import METRICS, SpoolUnwritable, SpoolWritable, Trouble, 
 from virtbus.words import GapReason, Origin, Phase
 
 SOURCE_GRACE_SECONDS = 5.0  # how long the first event of a start waits for the first snapshot
-ALIVE_SECONDS = 5.0  # between two signs of life in the spool (the promise is 10 s)
+ALIVE_SECONDS = 5.0  # the longest wait for a batch: the spool hears at least so often what was seen through
 # In a storm: the wait after a batch that was only counted, so that many errors share one disk sync. News
 # among them is delayed by no more than this.
 GATHER_SECONDS = 0.02
@@ -47,7 +47,7 @@ UNREAD_SECONDS = 10.0  # between two gap events about callbacks that nobody coul
 
 
 class Writer:
-    """Writes for the intake: each batch in one transaction, then the sign of life.
+    """Writes for the intake: each batch in one transaction, then up to when everything was seen.
 
     Any thread may ask for its `troubles`.
     """

@@ -41,8 +41,8 @@ class IntakeQueue:
 
     Guarantees:
     1. `put` never blocks on anything but a lock held for microseconds, and never raises;
-    2. above `limit` queued, errors fold into one counter per (device, action, reason), and with `fold_limit`
-       of these into one per (domain, action, reason), whose device is unknown: counts stay exact;
+    2. above `limit` queued, errors fold into one counter per (device, path, action, reason), and with
+       `fold_limit` of these into one per (domain, action, reason) without a device: counts stay exact;
     3. an error never moves behind a lifecycle observation that came after it; when there is no room for all
        of those, only the last of each kind is kept, on its true side of the domain's errors, so the domain's
        final state is right;

@@ -1,11 +1,14 @@
 """Counts errors into incidents and decides what is reported when: windows, message rate, pauses, the end.
 
-The windows. A message opens a window; errors in it are counted and reported when it ends, and the next window
-is twice as wide, up to the limit. An error after a silent window goes out at once; if it came within another
-window's length, the errors count as going on and the window widens, else its width stays: rare errors are
-reported without delay, and never more than one a window. A change of action or reason, or the start of
-flapping, goes out at once where the message rate allows it, else as soon as it does; what was counted by then
-goes with it, under the newest action and reason.
+The windows. A message opens a window; errors in it are counted.
+
+1. Errors that are pending at its end are reported then; the next window is twice as wide, up to the limit.
+2. If none is pending, the next error goes out at once. If it came within one more width, the next window is
+   twice as wide, too; else it is as wide as before.
+
+So rare errors are reported without delay, and never more than one a window. A change of action or reason, or
+the start of flapping, goes out at once where the message rate allows it, else as soon as it does; what was
+counted by then goes with it, under the newest action and reason.
 """
 
 from __future__ import annotations
@@ -149,7 +152,7 @@ class Teller:
         if burst.count:
             incident.quiet_since_at = at
             if facts.action_code == PAUSE_CODE:
-                # Only a pause that was reported late counts more than one: callbacks come several per pause.
+                # A lifecycle burst may stand for several pauses; a pause may bring several event callbacks.
                 self.pause(
                     incident, burst.raw.domain_uuid, burst.count if burst.origin is Origin.LIFECYCLE else 1
                 )
@@ -290,7 +293,7 @@ class Teller:
 
     # ---- when
 
-    def _is_held(self, incident: IncidentState) -> bool:
+    def _stands_still(self, incident: IncidentState) -> bool:
         """Whether a guest of the incident stands still: then its silence says nothing."""
         if incident.scope is Scope.HOST:
             return bool(incident.paused)
@@ -305,7 +308,7 @@ class Teller:
         if incident.pending:
             allowed = incident.allowed_at if self._limits.fold else -math.inf
             return allowed if incident.urgent else max(incident.window_ends_at, allowed)
-        if self._watch.is_unseen(incident) or self._is_held(incident):
+        if self._watch.is_unseen(incident) or self._stands_still(incident):
             return math.inf
         return incident.quiet_since_at + self._limits.quiet_seconds
 

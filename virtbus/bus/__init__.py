@@ -259,6 +259,9 @@ class Publishing(Protocol):
     def publish(self, feed: Feed) -> Iterator[tuple[Record, Outcome]]:
         """Publish what `feed` gives until it gives nothing and nothing is unconfirmed.
 
+        `envelope.to_amqp(record.attributes, record.body, structured=options.structured)` gives a record's
+        headers, content type and body (`to_kafka` those of Kafka), `envelope.routing_key` a subject.
+
         Guarantees:
         1. every record taken gets exactly one outcome, `Confirmed` only when the broker holds it durably;
         2. at most one unconfirmed record per key, so the order of a key survives anything;

@@ -142,7 +142,7 @@ def open_bus(config: Config) -> Bus:
 def open_source(config: Config, *, since_ns: int | None = None) -> Source:
     """The source of `libvirt.uri`: a scheme that an entry point of `virtbus.sources` names, else libvirt.
 
-    `since_ns` is the agent's last sign of life: what the hypervisor remembers from after it is reported.
+    `since_ns`: up to when the last run saw everything; what the hypervisor kept from after it is reported.
     """
     settings, group = config.libvirt, "virtbus.sources"
     options = SourceOptions(

@@ -56,8 +56,6 @@ from virtbus.telemetry import (
     emit,
 )
 
-# What SIGHUP applies; passwords, tokens and certificates are read again at each connection anyway.
-RELOADED = ("drain_seconds", "heartbeat.interval_seconds", "log.format", "log.level")
 STATUS_SECONDS = 5.0  # between two lines to the service manager
 
 
@@ -202,6 +200,25 @@ def _join(agent: Agent, failures: list[VirtbusError]) -> None:
         failures.append(error)
 
 
+def _apply_log(_agent: Agent, new: Config) -> None:
+    telemetry.configure(level=new.log.level, fmt=new.log.format)
+
+
+def _apply_times(agent: Agent, new: Config) -> None:
+    agent.options = replace(
+        agent.options, drain_seconds=new.drain_seconds, heartbeat_seconds=new.heartbeat.interval_seconds
+    )
+
+
+# What SIGHUP applies, and how; passwords, tokens and certificates are read again at each connection anyway.
+RELOADED: Mapping[str, Callable[[Agent, Config], None]] = {
+    "drain_seconds": _apply_times,
+    "heartbeat.interval_seconds": _apply_times,
+    "log.format": _apply_log,
+    "log.level": _apply_log,
+}
+
+
 def _reload(agent: Agent, started: Config, current: Config, again: Callable[[], Loaded]) -> Config:
     """Apply what can be applied, and say what still waits for a restart. Bad settings change nothing."""
     try:
@@ -209,13 +226,12 @@ def _reload(agent: Agent, started: Config, current: Config, again: Callable[[], 
     except VirtbusError as error:
         emit(ConfigRefused(error))
         return current
-    telemetry.configure(level=new.log.level, fmt=new.log.format)
-    agent.options = replace(
-        agent.options, drain_seconds=new.drain_seconds, heartbeat_seconds=new.heartbeat.interval_seconds
-    )
+    applied = [key for key in differences(current, new) if key in RELOADED]
+    for apply in dict.fromkeys(RELOADED[key] for key in applied):
+        apply(agent, new)
     emit(
         ConfigReloaded(
-            applied=[key for key in differences(current, new) if key in RELOADED],
+            applied=applied,
             needs_restart=[key for key in differences(started, new) if key not in RELOADED],
         )
     )

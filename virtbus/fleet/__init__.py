@@ -14,11 +14,11 @@ a shared array is sick. Pure: no I/O, the clock is passed in.
 
 from __future__ import annotations
 
-from virtbus.fleet.agent import Publishers
+from virtbus.fleet.publishers import Publishers
 from virtbus.fleet.state import Fleet
 from virtbus.fleet.storage import Sharing, StorageRules
-from virtbus.fleet.verdict import Answer, Blame, VerdictRules
-from virtbus.fleet.view import BackendHealth, FleetRules, FleetView, HostHealth
+from virtbus.fleet.verdict import Blame, VerdictRules
+from virtbus.fleet.view import Answer, BackendHealth, FleetRules, FleetView, HostHealth
 
 __all__ = [
     "Answer",

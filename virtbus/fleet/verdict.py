@@ -33,14 +33,6 @@ class Blame(Enum):
     UNDETERMINED = "undetermined"
 
 
-class Answer(Enum):
-    """What there is to say of a host; never one of two."""
-
-    BAD = "bad"
-    WELL = "well"
-    CANT_TELL = "can't tell"
-
-
 @dataclass(frozen=True, slots=True)
 class VerdictRules:
     """When to believe what; times in seconds."""

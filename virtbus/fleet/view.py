@@ -7,10 +7,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from enum import Enum
 
 from virtbus.fleet.agent import Agent, Incident, Pace, Rate
 from virtbus.fleet.storage import StorageRules
-from virtbus.fleet.verdict import Answer, Blame, Trouble, VerdictRules, Verdicts, assess
+from virtbus.fleet.verdict import Blame, Trouble, VerdictRules, Verdicts, assess
 from virtbus.model import Now
 
 _Named = Sequence[tuple[str, Agent]]
@@ -29,6 +30,14 @@ class FleetRules:
     rate_seconds: float = 300.0  # the time constant of rates
     forget_seconds: float = 86_400.0  # a host that was silent so long is not part of the fleet
     drills: bool = False  # count replayed errors as if they were live
+
+
+class Answer(Enum):
+    """What there is to say of a host; never one of two."""
+
+    BAD = "bad"
+    WELL = "well"
+    CANT_TELL = "can't tell"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +64,10 @@ class HostHealth:
 
     @property
     def answer(self) -> Answer:
-        """Is it bad, is it well, or undetermined: only the first is a reason to act, only the second
-        to undo. Well is a host's own fresh word that nothing of it is in trouble. Of trouble that began
-        before we listened it is not known who else had it then: the last guests to be resumed after an
-        outage look like their host's fault.
+        """Bad, well, or can't tell: only the first is a reason to act, only the second to undo. Well is a
+        host's own fresh word that nothing of it is in trouble. Of trouble that began before we listened it is
+        not known who else had it then: the last guests to be resumed after an outage look like their host's
+        fault.
         """
         if self.state != "observing" or self.early:
             return Answer.CANT_TELL

@@ -32,8 +32,9 @@ class HoldPolicy:
     2. only a host that is bad for `raise_seconds` on end is held: its agent reports and sees its hypervisor,
        it is not too early to tell, and not most agents are silent at once (that would rather be our own
        fault);
-    3. only a host that is well for `clear_seconds` on end is released: by heartbeats of its agent's present
-       run, with none of its guests in trouble; doubled each time it comes back within an hour;
+    3. this policy releases only a host that is well for `clear_seconds` on end: by heartbeats of its agent's
+       present run, with none of its guests in trouble; doubled each time it comes back within an hour
+       (`holds.orphaned` gives back hosts that left);
     4. two agents that claim one host name get nothing done for either.
     """
 

@@ -124,7 +124,7 @@ class Spool:
 
     @property
     def refusal(self) -> SpoolFull | None:
-        """Why the disk did not take the last sign of life; None when it did."""
+        """Why the disk did not take what `alive` was given last; None when it did."""
         return self._committer.refusal
 
     def wake(self) -> None:

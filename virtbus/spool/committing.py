@@ -1,4 +1,4 @@
-"""The intake thread's side of the spool: commits, signs of life, operator requests.
+"""The intake thread's side of the spool: commits, what was seen through, operator requests.
 
 Its connection is synchronous=FULL, so a commit that returned is on the disk.
 """
@@ -37,7 +37,7 @@ class Committer:
         # As the file has them: the wall clock's beginning, and Mirror.earlier_ns.
         self._clock = self._clock_written = (self._seen.booted_ns, mirror.earlier_ns)
         self._owing = False  # a commit failed and none succeeded since: what it held is not safe
-        self.refusal: SpoolFull | None = None  # why the disk did not take the last sign of life
+        self.refusal: SpoolFull | None = None  # why the disk did not take what `alive` was given last
         self._opening_told = False
         self._signed = False  # the lock file names this run: it has committed something
         self._sign_at = now.monotonic + ALIVE_SECONDS
@@ -187,12 +187,14 @@ class Committer:
             mirror.lock.sign(mirror.account.epoch)
 
     def alive(self, seen: Moment) -> bool:
-        """A sign of life: everything up to `seen` was. Cheap to call often.
+        """Keep `seen`: everything up to it was seen and is committed. Cheap to call often.
 
-        An earlier moment than the last one changes nothing, by whatever wall clock it was read. It is written
-        with the next commit or after 10 s (and at `close`), together with losses to name and operator
-        requests. After a failed commit it is ignored until a commit succeeds. False while the disk does not
-        take it (`refusal` says why), or the folder is not ours any more.
+        False while the disk does not take it (`refusal` says why), or the folder is not ours any more.
+
+        - It is written with the next commit, after 10 s, or once the wall clock was set; and at `close`.
+        - An earlier moment than the last one changes nothing, by whatever wall clock it was read.
+        - After a failed commit it is ignored until a commit succeeds.
+        - Losses are named within a second of it, and operators' requests granted when it is written.
         """
         reading = self._mirror.clock()
         now = reading.monotonic
@@ -248,22 +250,22 @@ class Committer:
             return False
         waiting = files.whole_events(db, [one.position for one in asked])
         rows = {(row.position, row.epoch, row.seq): row for row in waiting}
-        held: list[EventRow] = []
+        reserved: list[EventRow] = []
         free: list[requests.Request] = []
         with mirror.memory:
             for one in asked:
                 row = rows.get(one[2:])
                 if one.action == requests.DROP and row is not None:
-                    if not mirror.index.hold(row.position):
+                    if not mirror.index.reserve(row.position):
                         continue
-                    held.append(row)
+                    reserved.append(row)
                 free.append(one)
         try:
             with self._file.transaction():
                 done = requests.grant(db, free, mirror.next_position)
                 losses = mirror.add_losses(done.losses, db)
         except BaseException:
-            self._release(held)
+            self._release(reserved)
             raise
         now = mirror.clock().monotonic
         with mirror.changed:
@@ -282,9 +284,9 @@ class Committer:
             return {name: value for name, value, _ in self._file.db.execute(files.select("states"))}
 
     def close(self) -> bool:
-        """Write the last sign of life that the caller gave, and let go of the file.
+        """Write the moment that `alive` was given last, and let go of the file.
 
-        None of its own: a drain may have gone on for long after observing ended, and what happened
+        Not the present one: a drain may have gone on for long after observing ended, and what happened
         meanwhile belongs into the gap that the next start reports.
 
         False when a commit still hangs in the kernel: then the file is left as a kill would leave it.

@@ -59,7 +59,7 @@ class Draft:
     new: list[EventRow] = field(default_factory=list)  # in their order; positions come when they are written
     invalid: list[tuple[EventRow, Exception]] = field(default_factory=list)  # they break their schema
     claims: list[Missing] = field(default_factory=list)  # what gap events of this commit have to name
-    victims: list[EventRow] = field(default_factory=list)  # what leaves the file; held in the index
+    victims: list[EventRow] = field(default_factory=list)  # what leaves the file; reserved in the index
     dead_dropped: list[tuple[int, int]] = field(default_factory=list)  # (position, bytes)
     named_losses: list[int] = field(default_factory=list)
     gap_reasons: list[GapReason] = field(default_factory=list)  # of the gap events of the spool's own
@@ -210,7 +210,7 @@ class Scribe:
 
 
 class Eviction:
-    """Eviction for one commit: chooses rows and holds them in the index; the commit deletes them."""
+    """Eviction for one commit: chooses rows and reserves them in the index; the commit deletes them."""
 
     def __init__(self, mirror: Mirror, db: sqlite3.Connection, draft: Draft) -> None:
         """`db` is the connection that commits, in its transaction."""
@@ -228,7 +228,7 @@ class Eviction:
         for rank in (UPDATED, RESOLVED, OPENED):
             with self._mirror.memory:
                 rows = list(islice(takewhile(is_old, index.oldest(rank)), 1000))
-            expired += self._hold(rows, 1 << 62)
+            expired += self._reserve(rows, 1 << 62)
         self._claim(expired, GapReason.SPOOL_EXPIRED)
 
     def make_room(self) -> None:
@@ -249,11 +249,11 @@ class Eviction:
             while need > 0:
                 with mirror.memory:
                     rows = list(islice(mirror.index.oldest(rank), 256))
-                held = self._hold(rows, need)
-                if not held:
+                reserved = self._reserve(rows, need)
+                if not reserved:
                     break
-                need -= sum(row.size for row in held)
-                evicted += held
+                need -= sum(row.size for row in reserved)
+                evicted += reserved
             for row in [row for row in draft.new if row.rank == rank]:
                 if need > 0:
                     draft.new.remove(row)
@@ -262,19 +262,19 @@ class Eviction:
         self._merge_gaps(need, 2)
         self._claim(evicted, GapReason.SPOOL_FULL)
 
-    def _hold(self, positions: Sequence[int], need: int) -> list[EventRow]:
-        """Hold rows that are whole and not taken, until they are `need` bytes together."""
-        held: list[EventRow] = []
+    def _reserve(self, positions: Sequence[int], need: int) -> list[EventRow]:
+        """Reserve rows that are whole and not taken, until they are `need` bytes together."""
+        reserved: list[EventRow] = []
         for row in files.whole_events(self._db, positions):
             if need <= 0:
                 break
             with self._mirror.memory:
-                free = self._mirror.index.hold(row.position)
+                free = self._mirror.index.reserve(row.position)
             if free:
-                held.append(row)
+                reserved.append(row)
                 need -= row.size
-        self._draft.victims += held
-        return held
+        self._draft.victims += reserved
+        return reserved
 
     def _claim(self, evicted: Sequence[EventRow], reason: GapReason) -> None:
         if evicted:
@@ -314,9 +314,9 @@ class Eviction:
         if len(chosen) < least:
             return need
         with self._mirror.memory:
-            held = [row for row in chosen if self._mirror.index.hold(row.position)]
-            if len(held) < len(chosen):  # the publisher took one meanwhile; there will be another commit
-                for row in held:
+            reserved = [row for row in chosen if self._mirror.index.reserve(row.position)]
+            if len(reserved) < len(chosen):  # the publisher took one meanwhile; there will be another commit
+                for row in reserved:
                     self._mirror.index.release(row.position, row.key)
                 return need
         self._draft.victims += chosen

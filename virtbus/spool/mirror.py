@@ -29,11 +29,11 @@ LONGEST_PARK_SECONDS = 60.0
 
 _PAGE = 4096  # rows per page of codes
 # A row's code is its class + 1 (0: no such row) and these flags:
-_HELD = 0x40  # a commit evicts or rewrites it
+_RESERVED = 0x40  # a commit is about to remove it
 _TAKEN = 0x80  # with the publisher
 
-# State of a lane: its first row is ready, with the publisher, parked (unroutable or nacked), or held by a
-# commit.
+# State of a lane: its first row is ready, with the publisher, parked (unroutable or nacked), or reserved by
+# a commit.
 _QUEUED, _TAKEN_OUT, _PARKED, _BLOCKED = range(4)
 
 
@@ -291,7 +291,7 @@ class Index:
             code = self._code(row)
             if not code:
                 self._queue(key, lane)
-            elif code & _HELD:
+            elif code & _RESERVED:
                 lane.state = _BLOCKED
             elif key in busy:
                 skipped.append(entry)
@@ -356,25 +356,25 @@ class Index:
     # ---- the commit's side
 
     def oldest(self, rank: int) -> Iterator[int]:
-        """Rows of a class, oldest first, neither taken nor held. Don't change the index meanwhile."""
+        """Rows of a class, oldest first, neither taken nor reserved. Don't change the index meanwhile."""
         for page, codes in self._codes.items():
             at = codes.find(rank + 1)
             while at >= 0:
                 yield page * _PAGE + at
                 at = codes.find(rank + 1, at + 1)
 
-    def hold(self, row: int) -> bool:
-        """Keep the publisher off a row while a commit evicts or rewrites it; False when it is taken."""
+    def reserve(self, row: int) -> bool:
+        """Keep the publisher off a row that a commit is about to remove; False when it is taken."""
         code = self._code(row)
-        if not code or code & (_TAKEN | _HELD):
+        if not code or code & (_TAKEN | _RESERVED):
             return False
-        self._codes[row // _PAGE][row % _PAGE] |= _HELD
+        self._codes[row // _PAGE][row % _PAGE] |= _RESERVED
         return True
 
     def release(self, row: int, key: str) -> None:
         """The commit leaves the row as it is."""
-        if self._code(row) & _HELD:
-            self._codes[row // _PAGE][row % _PAGE] ^= _HELD
+        if self._code(row) & _RESERVED:
+            self._codes[row // _PAGE][row % _PAGE] ^= _RESERVED
             lane = self._lanes.get(key)
             if lane is not None and lane.state == _BLOCKED:
                 self._queue(key, lane)

@@ -127,7 +127,10 @@ class Settler:
         emit(SpoolStumbled(doing, error))
 
     def wait(self, timeout: float, stop: threading.Event) -> bool:
-        """Sleep until something can be taken, `timeout` seconds, or `stop`: who sets it calls `wake`."""
+        """Sleep until something can be taken, for `timeout` seconds, or until `stop` is set.
+
+        Who sets it must call `Spool.wake`.
+        """
         deadline = self._mirror.clock().monotonic + timeout
         self._write(deadline - timeout, 0.0)  # what the disk refused before; and a time to tidy up
         with self._mirror.changed:
@@ -149,10 +152,10 @@ class Settler:
     def settle(self, outcomes: Sequence[tuple[Record, Outcome]]) -> None:
         """What became of records that were taken, in one transaction.
 
-        Confirmed deletes; Deferred gives back; Parked parks the key (1 s, doubling to 60 s, or until
-        a parked key is confirmed); Refused makes a dead letter that is named in a gap event. A gap event
-        that is refused is parked instead: it must not take with it what it names. What the disk does not
-        take now is kept in memory and tried again; beyond MAX_UNSETTLED nothing more is taken.
+        Confirmed deletes; Deferred gives back; Parked parks the key for 1 s, doubling to 60 s; a confirm of a
+        key that was parked ends the wait of all. Refused makes a dead letter that is named in a gap event. A
+        gap event that is refused is parked instead: it must not take with it what it names. What the disk
+        does not take now is kept in memory and tried again; beyond MAX_UNSETTLED nothing more is taken.
         """
         # A record that is not from here, or was settled before, is none of ours.
         rows = [(self._taken.pop(record.row, None), outcome) for record, outcome in outcomes]

@@ -10,9 +10,9 @@ ended, and gives up on a message after too many. So a new connection prefetches 
 they come with many deliveries it stays at one: an event that kills its consumer is then counted alone. Not
 from the first redelivery on: quorum queues put what comes back behind what came back before, and only a
 consumer that has all of it keeps its order. basic.qos can't change a consumer, and a cancelled one would hand
-the queue to whoever stands by; so each member subscribes several times at once, with rising prefetch, and
-climbs by cancelling the lower rungs: the next in line is its own. Members that come together subscribe one
-after the other (`_Topology.take_turn`), or another's rung would stand in between.
+the queue to whoever stands by. So each member starts several consumers at once, its *rungs*, with rising
+prefetch. To prefetch more it cancels the lower rungs: the next in line is its own. Members that come together
+subscribe one after the other (`_Topology.take_turn`), or another's rung would stand in between.
 
 **Never deaf.** Every few seconds the group makes sure of its queue, its exchange and its binding, without
 traffic. A marker exchange `virtbus.<group>.watch`, bound to the exchange, goes with it: one that was deleted
