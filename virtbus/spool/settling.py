@@ -20,7 +20,7 @@ from virtbus.errors import SpoolCorrupt
 from virtbus.model import Confirmed, Deferred, Nacked, Outcome, Parked, Record, Refused, SequenceRange
 from virtbus.spool import faults, files
 from virtbus.spool.files import EventRow
-from virtbus.spool.mirror import Connection, Mirror
+from virtbus.spool.mirror import Connection, Mirror, stored
 from virtbus.spool.missing import CHUNK, Missing, mark, put_run
 from virtbus.telemetry import EventDeadLettered, SpoolStumbled, Trouble, emit
 from virtbus.words import GapReason
@@ -108,8 +108,12 @@ class Settler:
         records = []
         for position, key in chosen:
             row = found.get(position)
+            if row is None:
+                emit(Trouble("reading the spool", f"row {position} is gone; a gap event names it"))
+                self._unwritten.damaged.append((position, key, ""))
+                continue
             try:
-                if row is None or row.key != key or not files.is_whole("events", row):
+                if row.key != key or not files.is_whole("events", row):
                     raise ValueError("the row is not what was written")
                 attributes = msgspec.json.decode(row.attributes)
                 records.append(Record(*row[:5], attributes, row.body, row.created_ns, row.attempts))
@@ -243,18 +247,19 @@ class Settler:
                 detail = "rows of the spool were not what was written"
                 holes = self._holes(db, losses)
                 losses += [Missing((item,), GapReason.SPOOL_DAMAGED, detail=detail) for item in holes]
-                (stored,) = db.execute("SELECT total(bytes) FROM events").fetchone()
+                (_, pending), dead = (stored(db, table) for table in ("events", "dead"))
             named = mirror.add_losses(losses, db)
             self._write_accounts(db)
         with mirror.changed:
             for account in mirror.accounts.values():
                 account.touched.clear()
                 account.finished.clear()
-            dead = sum(row.size for row, _ in settled.refused)
-            freed = dead + sum(row.size for row in settled.confirmed)
-            mirror.bytes = int(stored) if settled.damaged else mirror.bytes - freed
-            mirror.bury(dead, len(settled.refused))
-            mirror.bury(0, len(settled.damaged))
+            mirror.bytes -= sum(row.size for row in settled.confirmed)
+            for row, _ in settled.refused:
+                mirror.bytes -= row.size
+                mirror.bury(row.size)
+            if settled.damaged:
+                mirror.bytes, (mirror.dead, mirror.dead_bytes) = pending, dead
             mirror.losses |= named
             for position, key, _ in settled.damaged:
                 mirror.index.remove(position, key)
