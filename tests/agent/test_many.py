@@ -10,7 +10,7 @@ import pytest
 
 from tests.agent.test_agent import House
 from tests.sources.simulated import Guest, SimulatedHost
-from tests.sources.test_many import NAME, Denying, Sockets, guest_of
+from tests.sources.test_many import NAME, Denying, Refusing, Sockets, bind, guest_of
 from tests.sources.test_observer import OPTIONS
 from tests.waiting import wait_until
 from virtbus.config import Discover
@@ -160,3 +160,25 @@ def test_the_metric_says_connected_while_pods_come_and_go_and_on_a_node_without_
     wait_until(lambda: shown() == 0.0, what="no guest is seen")
     node.pods.end("second")
     wait_until(lambda: shown() == 1.0, what="no guest is left")
+
+
+def test_a_daemon_that_was_killed_and_starts_slowly_while_an_agent_starts_ends_no_incident_of_its_guest(
+    node: Node,
+) -> None:
+    host = Refusing()
+    host.guests[UUID] = Guest(UUID, "guest", 1)
+    node.pods.add("pod", host)
+    house = node.start()
+    wait_until(lambda: connected(house, host))
+    host.io_error(guest_of(host))
+    host.suspend(guest_of(host))
+    house.wait("io_error.v1")
+    house.end()
+    host.down = True  # and its socket is left over
+    house = node.start()
+    wait_until(lambda: host.attempts == 4)
+    host.down = False
+    bind(Path(host.uri))
+    wait_until(lambda: connected(house, host))
+    assert house.agent.incidents.open_count == 1
+    assert house.delivered("resolved") == []
