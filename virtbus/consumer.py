@@ -9,8 +9,8 @@ Guarantees:
 1. effect first, ack after: a message is acknowledged only after its verdict, so a crash repeats the
    events in flight and loses none;
 2. with a `dedupe` file an event that was acknowledged is not handed out again, also after a restart: when
-   `ack` returns its mark is on disk (with `group_commit` a moment later, and always before the
-   broker's acknowledgement);
+   `ack` returns its mark is on disk (with `group_commit` at a later call, and always before the broker's
+   acknowledgement);
 3. in the order of each partition key (the domain); `retry` holds the key back until it succeeds;
 4. what is not an event goes to the dead letters with the reason, never round in a loop, and costs nothing
    but itself; what a newer agent or somebody else sends is handed over (unknown minor versions typed, unknown
@@ -110,7 +110,7 @@ class Delivery:
     def ack(self) -> None:
         """The effect is done: do not deliver it again.
 
-        With a dedupe file its mark is on disk on return (with `group_commit` a moment later, and always
+        With a dedupe file its mark is on disk on return (with `group_commit` at a later call, and always
         before the broker's acknowledgement).
 
         Raises DedupeUnavailable when the mark can't be written now. The verdict stands: it is written, and
@@ -233,15 +233,17 @@ class Consumer:
         `validate` checks data of known types against its schema; without it what can't be read as its type is
         handed over raw. `dedupe` is a SQLite file of at most `dedupe_rows` marks a group, for one process at
         a time; without it duplicates are recognised only while this object lives. With `group_commit` the
-        marks of several acks share one write: `ack` returns before it, so a crash repeats up to 64 events or
-        50 ms. `check_gaps` is for whoever reads everything alone: `on_missing` gets each hole in an agent's
-        sequence that no gap event explains within `reorder_seconds`, over restarts where there is a dedupe
-        file; and, always, of what a broker says the group will never get. What it raises comes out of
-        `receive` or `close`, and costs no event. With `exclusive` only one member of the group is active (see
-        `Bus.consume`). A broker that is absent, or refuses us, is waited for; without `patient` it is an
-        error while it was never reached (BusUnavailable, BusDenied), with `give_up_when_denied` a refusal
-        always is one. An event that the broker delivered more than `max_attempts` times without a verdict is
-        dead-lettered: it may have killed its consumer each time. None: never.
+        marks of several acks share one write, by the first call of this object that finds 64 of them or one
+        50 ms old: a crash repeats up to 64 events, acknowledged within 50 ms, however long the program has
+        worked on the next one since. `check_gaps` is for whoever reads everything alone: `on_missing` gets
+        each hole in an agent's sequence that no gap event explains within `reorder_seconds`, over restarts
+        where there is a dedupe file; and, always, of what a broker says the group will never get. What it
+        raises comes out of `receive` or `close`, and costs no event. With `exclusive` only one member of the
+        group is active (see `Bus.consume`). A broker that is absent, or refuses us, is waited for; without
+        `patient` it is an error while it was never reached (BusUnavailable, BusDenied), with
+        `give_up_when_denied` a refusal always is one. An event that the broker delivered more than
+        `max_attempts` times without a verdict is dead-lettered: it may have killed its consumer each time.
+        None: never.
 
         Raises ConfigError for arguments, a URL or a dedupe file that can't be used.
         """

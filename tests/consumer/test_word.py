@@ -81,13 +81,24 @@ def test_when_ack_returns_its_mark_is_on_disk(url: str, tmp_path: Path) -> None:
             assert delivery.id in marks(tmp_path / "seen.db")
 
 
-def test_marks_share_a_write_only_for_who_asks_for_it(url: str, tmp_path: Path) -> None:
+def test_marks_share_a_write_only_for_who_asks_for_it_and_wait_for_a_call(
+    url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     with Consumer(url, group="g", dedupe=tmp_path / "seen.db", group_commit=True) as consumer:
-        first = consumer.receive(1.0)
+        monkeypatch.setattr("virtbus.consumer.FLUSH_SECONDS", 3600.0)
+        first, second = consumer.receive(1.0), consumer.receive(1.0)
         assert first is not None
+        assert second is not None
         first.ack()
+        monkeypatch.setattr("virtbus.consumer.FLUSH_SECONDS", 0.0)  # the time is over, and nobody calls
         assert marks(tmp_path / "seen.db") == set()
-    assert marks(tmp_path / "seen.db") == {first.id}
+        third = consumer.receive(1.0)
+        assert marks(tmp_path / "seen.db") == {first.id}
+        assert third is not None
+        monkeypatch.setattr("virtbus.consumer.FLUSH_SECONDS", 3600.0)
+        third.ack()
+        assert marks(tmp_path / "seen.db") == {first.id}
+    assert marks(tmp_path / "seen.db") == {first.id, third.id}
 
 
 def test_a_second_group_has_marks_of_its_own_in_the_same_file(tmp_path: Path) -> None:
