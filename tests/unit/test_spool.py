@@ -34,7 +34,7 @@ from tests.faults.spool_kit import (
     records,
     resolved,
 )
-from virtbus.errors import ConfigError, RecordRefused, SpoolBusy, SpoolCorrupt, SpoolFull
+from virtbus.errors import BusUnavailable, ConfigError, RecordRefused, SpoolBusy, SpoolCorrupt, SpoolFull
 from virtbus.model import Confirmed, Deferred, IoError, Refused, SequenceRange, Unroutable, to_datetime
 from virtbus.seen import Moment
 from virtbus.spool import SpoolLimits, faults, files, mirror, opening, requests, settling
@@ -342,6 +342,21 @@ def test_nothing_more_is_taken_while_too_much_is_unsettled(spool, monkeypatch):
         spool.settle([(record, Confirmed()) for record in taken])
         assert spool.take(10, NOBODY) == []
     assert len(spool.take(10, NOBODY)) == 1
+
+
+def test_what_is_with_the_publisher_counts_while_the_disk_does_not_take_what_is_settled(spool, monkeypatch):
+    monkeypatch.setattr(settling, "MAX_UNSETTLED", 4)
+    spool.commit([io_error(number) for number in range(10)])
+    taken = spool.take(6, NOBODY)
+    assert len(taken) == 6, "a larger window is the bus's own matter"
+    with spool._mirror.writing:
+        spool.settle([(record, Confirmed()) for record in taken[:4]])
+        assert spool.take(10, NOBODY) == []
+        spool.give_back(BusUnavailable("gone"))
+    taken = spool.take(2, NOBODY)
+    with spool._mirror.writing:
+        spool.settle([(taken[0], Confirmed())])
+        assert (spool.stats().unsettled, len(spool.take(10, NOBODY))) == (1, 2)
 
 
 # ------------------------------------------------------------------------------------- dead letters

@@ -25,7 +25,7 @@ from virtbus.spool.missing import CHUNK, Missing, mark, put_run
 from virtbus.telemetry import EventDeadLettered, SpoolStumbled, Trouble, emit
 from virtbus.words import GapReason
 
-MAX_UNSETTLED = 1024  # confirmed in memory and not in the file: so many duplicates at worst after a kill
+MAX_UNSETTLED = 1024  # sent and not settled while the disk takes nothing: a kill then repeats so many
 SETTLE_PATIENCE_SECONDS = 0.25  # how long settling waits for a commit that hangs on the disk
 RETRY_SECONDS = 1.0  # between two tries while the disk refuses
 COMPACT_PENDING = 4096  # a longer backlog is sent first: it takes a twentieth longer while pages are moved
@@ -81,9 +81,9 @@ class Settler:
         if now < self._read_again_at:
             return []
         with self._mirror.memory:
-            if self._mirror.closed or self.unsettled >= MAX_UNSETTLED:
-                return []
-            chosen = self._mirror.index.take(limit, busy, now)
+            if self.unsettled:
+                limit = min(limit, MAX_UNSETTLED - self.unsettled - len(self._taken))
+            chosen = [] if self._mirror.closed else self._mirror.index.take(limit, busy, now)
         if not chosen:
             return []
         try:
@@ -156,7 +156,7 @@ class Settler:
         Confirmed deletes; Deferred gives back; Parked parks the key (1 s, doubling to 60 s, or until
         a parked key is confirmed); Refused makes a dead letter that is named in a gap event. A gap event
         that is refused is parked instead: it must not take with it what it names. What the disk does not
-        take now is kept in memory and tried again; beyond MAX_UNSETTLED nothing more is taken.
+        take now is kept in memory and tried again; no more than MAX_UNSETTLED are under way meanwhile.
         """
         # A record that is not from here, or was settled before, is none of ours.
         rows = [(self._taken.pop(record.row, None), outcome) for record, outcome in outcomes]
