@@ -96,7 +96,7 @@ class Metrics:
         # A rate over a series that begins at 1 misses the first: closed sets of labels begin at 0.
         for outcome in ("confirmed", "deferred", "unroutable", "nacked", "refused"):
             self.outcomes.labels(outcome)
-        for why in ("refused", "invalid", "damaged", "poison", "consumer"):
+        for why in ("refused", "invalid", "damaged"):
             self.dead_letters.labels(why)
         for result in ("found", "failed", "late"):
             self.lookups.labels(result)
@@ -395,7 +395,7 @@ class ThreadDied(TelemetryEvent, level="error"):
     error: str
 
 
-class PoisonMessage(TelemetryEvent, level="warning", counts=("dead_letters:=poison",)):
+class PoisonMessage(TelemetryEvent, level="warning"):
     """not an event; goes to the dead letters"""
 
     position: str

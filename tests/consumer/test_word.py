@@ -19,11 +19,14 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import wait_until
 from virtbus.bus import Bus, BusOptions, open_bus
 from virtbus.bus.embedded import EmbeddedBus
 from virtbus.consumer import Consumer, MissingEvents
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError, ConsumerClosed, GroupTakenOver
+from virtbus.integrations.telemetry import Disbelieved, EventPutAside
 from virtbus.model import Message
+from virtbus.telemetry import METRICS, emit
 from virtbus.testing import ListFeed, a_record, an_io_error, no_waiting, records
 
 
@@ -134,6 +137,30 @@ def test_a_dead_letter_never_marks_what_has_the_same_id(
         true = consumer.receive(1.0)
         assert true is not None
         assert true.id == record.id
+
+
+def dead_letters() -> float:
+    """How many were counted, of any kind."""
+    (counter,) = METRICS.dead_letters.collect()
+    return sum(each.value for each in counter.samples if each.name.endswith("_total"))
+
+
+def test_each_dead_letter_counts_once_whoever_made_it_one(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    with on(bus, monkeypatch, max_attempts=1) as consumer, bus.dead_letters("g") as letters:
+        consumer.receive(0.0)
+        before = dead_letters()
+        ListFeed([a_record()._replace(body=b"{"), *records(2, keys=2)]).publish(bus)
+        for reason in ("not believed", "it fails here"):
+            delivery = consumer.receive(1.0)
+            assert delivery is not None
+            emit(Disbelieved(None, None, delivery.source, delivery.id, reason))
+            emit(EventPutAside("nova", delivery.source, delivery.id, ValueError(reason)))
+            delivery.dead_letter(reason)
+        consumer.receive(0.3)
+        wait_until(lambda: letters.count() == 3, what="three letters")
+        wait_until(lambda: dead_letters() == before + 3, what="three are counted")
+        assert consumer.receive(0.1) is None
+        assert dead_letters() == before + 3
 
 
 def test_a_forged_copy_in_hand_does_not_decide_for_the_true_one(

@@ -101,8 +101,7 @@ class ReactMetrics:
                 self.actions.labels(integration, verb.value, result.value)
         for finding in Finding:
             self.findings.labels(integration, finding.value)
-        for why in ("poison", "disbelieved", "failed"):
-            METRICS.dead_letters.labels(why)
+        METRICS.dead_letters.labels("consumer")
         for gauge in (self.waiting, self.releasing, self.withheld):
             gauge.labels(integration)
         self.show_holds(integration, ())
@@ -228,9 +227,7 @@ class Withheld(_OfReact, level="error", every=60):
     hosts: str
 
 
-class Disbelieved(
-    TelemetryEvent, level="error", every=1, by="publisher,host", counts=("dead_letters:=disbelieved",)
-):
+class Disbelieved(TelemetryEvent, level="error", every=1, by="publisher,host"):
     """an event is not believed"""
 
     publisher: str | None
@@ -240,7 +237,7 @@ class Disbelieved(
     why: str
 
 
-class EventPutAside(TelemetryEvent, level="error", counts=("dead_letters:=failed",)):
+class EventPutAside(TelemetryEvent, level="error"):
     """an event can't be processed; dead-lettered"""
 
     integration: str
