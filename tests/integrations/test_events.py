@@ -264,11 +264,30 @@ def test_the_metrics_of_a_reactor_are_its_own_and_begin_at_zero(tmp_path):
     assert get("virtbus_react_holds", {"integration": "plane", "reason": "host"}) == 0
     labels = {"integration": "plane", "verb": "release", "result": "refused"}
     assert get("virtbus_react_actions_total", labels) is not None
-    assert get("virtbus_fleet_hosts", {"state": "observing"}) == 3
-    assert get("virtbus_fleet_hosts_in_trouble", {"blame": "undetermined"}) == 1
+    assert get("virtbus_fleet_hosts", {"integration": "plane", "state": "observing"}) == 3
+    assert get("virtbus_fleet_hosts_in_trouble", {"integration": "plane", "blame": "undetermined"}) == 1
     assert get("virtbus_react_heartbeat_age_seconds", {"integration": "plane"}) < 60
     assert get("virtbus_source_connected", {}) is None, "an agent's, which would page"
     world.kill()
+
+
+def test_an_integration_that_another_process_acts_for_hides_no_trouble_of_its_neighbours_fleet(tmp_path):
+    """Each has a group of its own, and knows of the fleet what that group was sent."""
+
+    class Standby(Integration):
+        name = "standby"
+
+    world = World(tmp_path, ["h1", "h2", "h3"], plane=Plane("h1", "h2", "h3"))
+    world.bad = {"h1"}
+    world.run(60)
+    world.kill()
+    idle = World(tmp_path / "idle", [], plane=Standby())
+    idle.run(60)
+    idle.kill()
+    get = REACT.registry.get_sample_value
+    assert get("virtbus_fleet_incidents", {"integration": "plane"}) == 1
+    assert get("virtbus_fleet_hosts", {"integration": "plane", "state": "observing"}) == 3
+    assert get("virtbus_fleet_incidents", {"integration": "standby"}) == 0
 
 
 def test_what_only_hands_over_shows_the_fleet_and_no_age_of_holds_that_grows_for_ever(tmp_path):
@@ -282,8 +301,8 @@ def test_what_only_hands_over_shows_the_fleet_and_no_age_of_holds_that_grows_for
     world.run(1300)
     get = REACT.registry.get_sample_value
     assert math.isnan(get("virtbus_react_look_age_seconds", {"integration": "hands-over"}))
-    assert get("virtbus_fleet_hosts", {"state": "observing"}) == 4
-    assert get("virtbus_fleet_storage_in_trouble", {"blame": "backend"}) == 1
+    assert get("virtbus_fleet_hosts", {"integration": "hands-over", "state": "observing"}) == 4
+    assert get("virtbus_fleet_storage_in_trouble", {"integration": "hands-over", "blame": "backend"}) == 1
     world.kill()
 
 
