@@ -9,8 +9,8 @@ Guarantees:
 1. effect first, ack after: a message is acknowledged only after its verdict, so a crash repeats the
    events in flight and loses none;
 2. with a `dedupe` file an event that was acknowledged is not handed out again, also after a restart: when
-   `ack` returns its mark is on disk (with `group_commit` a moment later, and always before the
-   broker's acknowledgement);
+   `ack` returns its mark is on disk (with `group_commit` at a later call, and always before the broker's
+   acknowledgement);
 3. in the order of each partition key (the domain); `retry` holds the key back until it succeeds;
 4. what is not an event goes to the dead letters with the reason, never round in a loop, and costs nothing
    but itself; what a newer agent or somebody else sends is handed over (unknown minor versions typed, unknown
@@ -110,7 +110,7 @@ class Delivery:
     def ack(self) -> None:
         """The effect is done: do not deliver it again.
 
-        With a dedupe file its mark is on disk on return (with `group_commit` a moment later, and always
+        With a dedupe file its mark is on disk on return (with `group_commit` at a later call, and always
         before the broker's acknowledgement).
 
         Raises DedupeUnavailable when the mark can't be written now. The verdict stands: it is written, and
@@ -234,7 +234,9 @@ class Consumer:
         - `validate`: data of known types must fit its schema; else what can't be read is handed over raw.
         - `dedupe`: a SQLite file of at most `dedupe_rows` marks per group, for one process at a time; without
           it duplicates are recognised only while this object lives.
-        - `group_commit`: acks share one write, after they returned: a crash repeats up to 64, or 50 ms.
+        - `group_commit`: acks share one write, by the first call of this object that finds 64 of them or one
+          50 ms old: a crash repeats up to 64 events, acknowledged within 50 ms, however long the program has
+          worked on the next one since.
         - `check_gaps`, for whoever reads everything alone: `on_missing` gets each hole in an agent's sequence
           that no gap event explains within `reorder_seconds`, over restarts where there is a dedupe file.
         - `on_missing` also gets, without `check_gaps`, what Kafka deleted. What it raises comes out of

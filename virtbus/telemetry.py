@@ -60,7 +60,7 @@ class Metrics:
         self.bus_reconnects = counter("virtbus_bus_reconnects", "Connections made to the broker")
         self.retries = counter("virtbus_retries", "Waits before another attempt, by stage", ["stage"])
         self.source_connected = gauge(
-            "virtbus_source_connected", "1 while libvirt is connected and callbacks are registered"
+            "virtbus_source_connected", "1 while libvirt is connected, with callbacks registered, and answers"
         )
         self.source_absent = gauge(
             "virtbus_source_absent", "1 on a host that never had libvirt, where libvirt.optional allows that"
@@ -96,7 +96,7 @@ class Metrics:
         # A rate over a series that begins at 1 misses the first: closed sets of labels begin at 0.
         for outcome in ("confirmed", "deferred", "unroutable", "nacked", "refused"):
             self.outcomes.labels(outcome)
-        for why in ("refused", "invalid", "damaged", "poison", "consumer"):
+        for why in ("refused", "invalid", "damaged"):
             self.dead_letters.labels(why)
         for result in ("found", "failed", "late"):
             self.lookups.labels(result)
@@ -242,7 +242,7 @@ class AgentStopped(TelemetryEvent):
     left_in_spool: int
 
 
-class SourceRegistered(TelemetryEvent, sets={"source_connected": 1}, counts=("source_reconnects",)):
+class SourceRegistered(TelemetryEvent, counts=("source_reconnects",)):
     """libvirt connected, callbacks registered"""
 
     uri: str
@@ -250,7 +250,7 @@ class SourceRegistered(TelemetryEvent, sets={"source_connected": 1}, counts=("so
     domains: int
 
 
-class SourceCutOff(TelemetryEvent, level="warning", every=30, sets={"source_connected": 0}):
+class SourceCutOff(TelemetryEvent, level="warning", every=30):
     """cut off from libvirt; reconnecting"""
 
     uri: str
@@ -395,7 +395,7 @@ class ThreadDied(TelemetryEvent, level="error"):
     error: str
 
 
-class PoisonMessage(TelemetryEvent, level="warning", counts=("dead_letters:=poison",)):
+class PoisonMessage(TelemetryEvent, level="warning"):
     """not an event; goes to the dead letters"""
 
     position: str

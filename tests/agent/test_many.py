@@ -10,13 +10,14 @@ import pytest
 
 from tests.agent.test_agent import House
 from tests.sources.simulated import Guest, SimulatedHost
-from tests.sources.test_many import NAME, Denying, Sockets, guest_of
+from tests.sources.test_many import NAME, Denying, Refusing, Sockets, bind, guest_of
 from tests.sources.test_observer import OPTIONS
 from tests.waiting import wait_until
 from virtbus.config import Discover
 from virtbus.retry import no_waiting
 from virtbus.sources.link import STOPPED, STOPPED_MIGRATED
 from virtbus.sources.many import ManySource
+from virtbus.telemetry import METRICS
 
 UUID = "00000000-0000-0000-0000-0000000000aa"
 
@@ -139,3 +140,45 @@ def test_guests_that_are_not_seen_keep_an_agent_from_being_ready_whose_host_may_
     host.down = True
     host.cut()
     wait_until(lambda: house.agent.not_ready() == ["source is disconnected"])
+
+
+def test_the_metric_says_connected_while_pods_come_and_go_and_on_a_node_without_any(node: Node) -> None:
+    def shown() -> float | None:
+        return METRICS.registry.get_sample_value("virtbus_source_connected")
+
+    house = node.start()
+    house.wait("gap")
+    wait_until(lambda: house.agent.not_observing() == [], what="the survey of a node without guests")
+    assert shown() == 1.0
+    first, second = node.pod("first"), node.pod("second")
+    wait_until(lambda: connected(house, first) and connected(house, second))
+    node.pods.end("first")
+    wait_until(lambda: first.uri not in house.agent.intake.sight.connections)
+    assert shown() == 1.0, "the other one is"
+    second.down = True
+    second.cut()
+    wait_until(lambda: shown() == 0.0, what="no guest is seen")
+    node.pods.end("second")
+    wait_until(lambda: shown() == 1.0, what="no guest is left")
+
+
+def test_a_daemon_that_was_killed_and_starts_slowly_while_an_agent_starts_ends_no_incident_of_its_guest(
+    node: Node,
+) -> None:
+    host = Refusing()
+    host.guests[UUID] = Guest(UUID, "guest", 1)
+    node.pods.add("pod", host)
+    house = node.start()
+    wait_until(lambda: connected(house, host))
+    host.io_error(guest_of(host))
+    host.suspend(guest_of(host))
+    house.wait("io_error.v1")
+    house.end()
+    host.down = True  # and its socket is left over
+    house = node.start()
+    wait_until(lambda: host.attempts == 4)
+    host.down = False
+    bind(Path(host.uri))
+    wait_until(lambda: connected(house, host))
+    assert house.agent.incidents.open_count == 1
+    assert house.delivered("resolved") == []

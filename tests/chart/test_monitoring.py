@@ -267,7 +267,8 @@ def test_the_series_of_the_alerts_unit_tests_are_those_of_a_real_agent_and_of_re
     """By name and labels; the client certificate's series is the authority's with another value."""
     react = ReactMetrics()
     react.begin("nova", lambda: 0.0, lambda: 0.0)
-    react.show_fleet(FleetView((), (), 0, 0, 0.0, False))
+    for integration in ("nova", "standby"):
+        react.show_fleet(integration, FleetView((), (), 0, 0, 0.0, False))
     served = _series(watched.metrics.replace('certificate="ca"', 'certificate="client"'))
     served |= _series(generate_latest(react.registry).decode())
     cases = yaml.safe_load(UNIT_TESTS.read_text())["tests"]

@@ -19,11 +19,14 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import wait_until
 from virtbus.bus import Bus, BusOptions, open_bus
 from virtbus.bus.embedded import EmbeddedBus
 from virtbus.consumer import Consumer, MissingEvents
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError, ConsumerClosed, GroupTakenOver
+from virtbus.integrations.telemetry import Disbelieved, EventPutAside
 from virtbus.model import Message
+from virtbus.telemetry import METRICS, emit
 from virtbus.testing import ListFeed, a_record, an_io_error, no_waiting, records
 
 
@@ -81,13 +84,24 @@ def test_when_ack_returns_its_mark_is_on_disk(url: str, tmp_path: Path) -> None:
             assert delivery.id in marks(tmp_path / "seen.db")
 
 
-def test_marks_share_a_write_only_for_who_asks_for_it(url: str, tmp_path: Path) -> None:
+def test_marks_share_a_write_only_for_who_asks_for_it_and_wait_for_a_call(
+    url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     with Consumer(url, group="g", dedupe=tmp_path / "seen.db", group_commit=True) as consumer:
-        first = consumer.receive(1.0)
+        monkeypatch.setattr("virtbus.consumer.FLUSH_SECONDS", 3600.0)
+        first, second = consumer.receive(1.0), consumer.receive(1.0)
         assert first is not None
+        assert second is not None
         first.ack()
+        monkeypatch.setattr("virtbus.consumer.FLUSH_SECONDS", 0.0)  # the time is over, and nobody calls
         assert marks(tmp_path / "seen.db") == set()
-    assert marks(tmp_path / "seen.db") == {first.id}
+        third = consumer.receive(1.0)
+        assert marks(tmp_path / "seen.db") == {first.id}
+        assert third is not None
+        monkeypatch.setattr("virtbus.consumer.FLUSH_SECONDS", 3600.0)
+        third.ack()
+        assert marks(tmp_path / "seen.db") == {first.id}
+    assert marks(tmp_path / "seen.db") == {first.id, third.id}
 
 
 def test_a_second_group_has_marks_of_its_own_in_the_same_file(tmp_path: Path) -> None:
@@ -123,6 +137,30 @@ def test_a_dead_letter_never_marks_what_has_the_same_id(
         true = consumer.receive(1.0)
         assert true is not None
         assert true.id == record.id
+
+
+def dead_letters() -> float:
+    """How many were counted, of any kind."""
+    (counter,) = METRICS.dead_letters.collect()
+    return sum(each.value for each in counter.samples if each.name.endswith("_total"))
+
+
+def test_each_dead_letter_counts_once_whoever_made_it_one(bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+    with on(bus, monkeypatch, max_attempts=1) as consumer, bus.dead_letters("g") as letters:
+        consumer.receive(0.0)
+        before = dead_letters()
+        ListFeed([a_record()._replace(body=b"{"), *records(2, keys=2)]).publish(bus)
+        for reason in ("not believed", "it fails here"):
+            delivery = consumer.receive(1.0)
+            assert delivery is not None
+            emit(Disbelieved(None, None, delivery.source, delivery.id, reason))
+            emit(EventPutAside("nova", delivery.source, delivery.id, ValueError(reason)))
+            delivery.dead_letter(reason)
+        consumer.receive(0.3)
+        wait_until(lambda: letters.count() == 3, what="three letters")
+        wait_until(lambda: dead_letters() == before + 3, what="three are counted")
+        assert consumer.receive(0.1) is None
+        assert dead_letters() == before + 3
 
 
 def test_a_forged_copy_in_hand_does_not_decide_for_the_true_one(

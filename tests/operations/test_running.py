@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import click.testing
+import msgspec
 import pytest
 
 from tests.agent.process import AgentProcess, virtbus
 from tests.commandline import cli, commands_of
 from tests.faults.disks import read_only_files
 from tests.waiting import wait_until
+from virtbus.agent.agent import AgentOptions
 from virtbus.cli import COMMANDS as TABLE
 from virtbus.commands import run
 from virtbus.commands.run import Systemd
+from virtbus.config import Config
+from virtbus.loading import Loaded
 
 SILENCE = "replay:/dev/null"  # a source that observes, and has nothing to tell
 
@@ -56,6 +62,26 @@ def test_a_reload_applies_what_it_can_and_says_what_waits_for_a_restart(agent):
     assert again["applied"] == []
     assert again["needs_restart"] == ["bus.window"]
     assert agent.stop() == 0
+
+
+def test_what_counts_as_reloaded_is_what_a_reload_applies_and_what_the_document_says(monkeypatch):
+    configured = {}
+    monkeypatch.setattr(run.telemetry, "configure", lambda **given: configured.update(given))
+
+    def after(**changed):
+        agent = SimpleNamespace(options=AgentOptions())
+        new = msgspec.convert(changed, Config)
+        run._reload(agent, Config(), Config(), lambda: Loaded(new, {}, None))
+        return agent.options, dict(configured)
+
+    other = {"level": "debug", "format": "json", "interval_seconds": 7.0, "drain_seconds": 7.0}
+    for key in run.RELOADED:
+        section, _, name = key.rpartition(".")
+        changed = {name: other[name]}
+        assert after(**({section: changed} if section else changed)) != after(), key
+    document = Path(__file__).parents[2] / "docs" / "operations.md"
+    said = document.read_text().partition("On SIGHUP ")[2].partition(", and logs ")[0]
+    assert sorted(re.findall("`([a-z_.]+)`", said)) == sorted(run.RELOADED)
 
 
 def test_a_reload_with_bad_settings_changes_nothing(agent):

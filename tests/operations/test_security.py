@@ -39,6 +39,8 @@ from tests.ports import free_ports
 from tests.waiting import wait_until
 from virtbus import telemetry
 from virtbus.bus import Bus, BusOptions, open_bus
+from virtbus.commands.doctor import PROBE_TYPE
+from virtbus.envelope import ROUTING_WORDS, routing_key
 from virtbus.errors import BusDenied, BusUnavailable
 from virtbus.model import Confirmed, Deferred, Unroutable
 from virtbus.telemetry import METRICS
@@ -399,8 +401,8 @@ def commands(heading: str) -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in text.splitlines() if line.strip()]
 
 
-def test_a_host_cant_speak_for_another_on_rabbitmq(rabbitmq: RabbitMQ, vhost: str) -> None:
-    """The commands of docs/security.md, as they stand there, on a real broker."""
+def agents_user(rabbitmq: RabbitMQ, vhost: str) -> str:
+    """Run the commands of docs/security.md, as they stand there; the user whose password is s3cret."""
     user = f"agent-{vhost}"
     for words in commands("RabbitMQ: one user per host"):
         assert words[0] == "rabbitmqctl"
@@ -408,6 +410,42 @@ def test_a_host_cant_speak_for_another_on_rabbitmq(rabbitmq: RabbitMQ, vhost: st
         rabbitmq.rabbitmqctl(
             *(mine.get(word, word).replace("AGENT-ID", re.escape(AGENT)) for word in words[1:])
         )
+    return user
+
+
+def test_a_documented_right_is_for_each_kind_of_event_that_an_agent_sends_and_for_no_other_word() -> None:
+    probe = routing_key({"type": PROBE_TYPE, "source": AGENT, "partitionkey": AGENT}).partition(".")[0]
+    for name in ("security.md", "fleet.md"):
+        (words,) = re.findall(r"\^\(([a-z0-9_|]+)\)\\\.", SECURITY.with_name(name).read_text())
+        assert set(words.split("|")) == {*ROUTING_WORDS.values(), probe}
+
+
+def test_doctor_with_the_documented_rights_alone_sends_its_probe(
+    rabbitmq: RabbitMQ, vhost: str, tmp_path: Path
+) -> None:
+    user = agents_user(rabbitmq, vhost)
+    bind(rabbitmq.url(vhost), "all")
+    config = tmp_path / "virtbus.toml"
+    config.write_text("[bus]\ndeclare = false\n")
+
+    def round_trip(agent_id: str) -> dict[str, str]:
+        (tmp_path / "agent-id").write_text(f"{agent_id}\n")
+        done = virtbus(
+            "doctor", "--json", "--config", str(config), "--state-dir", str(tmp_path),
+            "--libvirt", SILENCE, "--bus", rabbitmq.url(vhost, user, "s3cret"),
+        )  # fmt: skip
+        (found,) = (each for each in json.loads(done.stdout)["checks"] if each["name"] == "bus round trip")
+        return found  # type: ignore[no-any-return]
+
+    assert round_trip(AGENT)["status"] == "ok"
+    stranger = round_trip(OTHER)
+    assert stranger["status"] == "warning"
+    assert "refuses its routing key" in stranger["summary"]
+    assert "docs/security.md" in stranger["remedy"]
+
+
+def test_a_host_cant_speak_for_another_on_rabbitmq(rabbitmq: RabbitMQ, vhost: str) -> None:
+    user = agents_user(rabbitmq, vhost)
     bind(rabbitmq.url(vhost), "all")
     own, spoof = records(2, keys=2)
     own = own._replace(attributes={**own.attributes, "source": f"/virtbus/agents/{AGENT}"})

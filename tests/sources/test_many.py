@@ -478,7 +478,10 @@ def test_a_daemon_that_takes_a_stale_sockets_place_and_hangs_is_not_surveyed(soc
         assert survey.unreached == {stale.uri}
 
 
-def test_stale_sockets_are_left_alone_until_a_daemon_makes_a_new_one(sockets: Sockets) -> None:
+def test_stale_sockets_are_left_alone_until_a_daemon_makes_a_new_one(
+    sockets: Sockets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("virtbus.sources.many.RESTART_SECONDS", 0.1)
     stale = []
     for number in range(300):
         host = Refusing()
@@ -489,11 +492,11 @@ def test_stale_sockets_are_left_alone_until_a_daemon_makes_a_new_one(sockets: So
     with observed(sockets) as (_, seen):
         seen.wait(of(well.uri, SourceReady))
         seen.wait(Surveyed)
-        assert {host.attempts for host in stale} == {4}
+        assert {host.attempts for host in stale} == {5}
         stale[7].down = False
         bind(Path(stale[7].uri))
         seen.wait(of(stale[7].uri, SourceReady))
-        assert {host.attempts for host in stale} == {4}
+        assert {host.attempts for host in stale} == {5}
 
 
 def test_links_and_files_are_no_sockets(tmp_path: Path) -> None:

@@ -34,10 +34,10 @@ from tests.faults.spool_kit import (
     records,
     resolved,
 )
-from virtbus.errors import ConfigError, RecordRefused, SpoolBusy, SpoolCorrupt, SpoolFull
+from virtbus.errors import BusUnavailable, ConfigError, RecordRefused, SpoolBusy, SpoolCorrupt, SpoolFull
 from virtbus.model import Confirmed, Deferred, IoError, Refused, SequenceRange, Unroutable, to_datetime
 from virtbus.seen import Moment
-from virtbus.spool import SpoolLimits, faults, files, opening, requests, settling
+from virtbus.spool import SpoolLimits, faults, files, mirror, opening, requests, settling
 from virtbus.telemetry import METRICS
 from virtbus.words import Origin, Phase
 
@@ -342,6 +342,21 @@ def test_nothing_more_is_taken_while_too_much_is_unsettled(spool, monkeypatch):
         spool.settle([(record, Confirmed()) for record in taken])
         assert spool.take(10, NOBODY) == []
     assert len(spool.take(10, NOBODY)) == 1
+
+
+def test_what_is_with_the_publisher_counts_while_the_disk_does_not_take_what_is_settled(spool, monkeypatch):
+    monkeypatch.setattr(settling, "MAX_UNSETTLED", 4)
+    spool.commit([io_error(number) for number in range(10)])
+    taken = spool.take(6, NOBODY)
+    assert len(taken) == 6, "a larger window is the bus's own matter"
+    with spool._mirror.writing:
+        spool.settle([(record, Confirmed()) for record in taken[:4]])
+        assert spool.take(10, NOBODY) == []
+        spool.give_back(BusUnavailable("gone"))
+    taken = spool.take(2, NOBODY)
+    with spool._mirror.writing:
+        spool.settle([(taken[0], Confirmed())])
+        assert (spool.stats().unsettled, len(spool.take(10, NOBODY))) == (1, 2)
 
 
 # ------------------------------------------------------------------------------------- dead letters
@@ -830,6 +845,62 @@ def test_an_operators_drop_leaves_an_event_that_rotted_to_be_named_as_damaged(sp
     said = {data["reason"]: ranges_of(data) for data in gaps_of(found)}
     assert said["spool_damaged"] == [(spool.epoch, 1, 1)]
     assert said["operator_dropped"] == [(spool.epoch, 2, 2)]
+
+
+def drop_dead(spool, clock):
+    """An operator drops every dead letter."""
+    spool.commit([invalid()])
+    wish(spool, requests.DROP, "dead")
+    clock.pass_time(11)
+    assert spool.alive(Moment.of(clock()))
+
+
+def evict_dead(spool, clock):
+    """The spool is full, and dead letters go first."""
+    for number in range(10, 60):
+        spool.commit([io_error(number)])
+
+
+def dead_in(spool):
+    with closing(sqlite3.connect(spool.path)) as db:
+        return mirror.stored(db, "dead")
+
+
+@pytest.mark.parametrize("leave", [drop_dead, evict_dead])
+@pytest.mark.parametrize("size", ["bytes * 1000", "-bytes", "x'00'", "'many'", "9e300"])
+@pytest.mark.parametrize("table", ["events", "dead"])
+def test_a_size_that_rots_does_not_change_what_a_spool_holds(folder, clock, leave, size, table):
+    with closing(open_spool(folder, limits=small(40), clock=clock)) as spool:
+        spool.commit([io_error(1), io_error(2), invalid()])
+        if table == "events":
+            rot(spool, "seq = 1", "bytes", size)
+            records(spool)
+            assert spool.stats().dead == 2
+        else:
+            with closing(sqlite3.connect(spool.path)) as db:
+                db.execute(f"UPDATE dead SET bytes = {size}")
+                db.commit()
+        leave(spool, clock)
+        stats = spool.stats()
+        assert (stats.dead, stats.dead_bytes) == dead_in(spool) == (0, 0)
+        spool.commit([io_error(3)])
+        assert spool.stats().bytes > 0
+
+
+def test_a_row_that_is_gone_is_named_and_is_no_dead_letter(spool, clock):
+    spool.commit([io_error(1), io_error(2)])
+    with closing(sqlite3.connect(spool.path)) as db:
+        db.execute("DELETE FROM events WHERE seq = 1")
+        db.commit()
+    letters = METRICS.registry.get_sample_value("virtbus_dead_letters_total", {"why": "damaged"})
+    found = records(spool)
+    spool.commit(())
+    found += records(spool)
+    assert [record.seq for record in found] == [2, 3]
+    (data,) = gaps_of(found)
+    assert (data["reason"], ranges_of(data)) == ("spool_damaged", [(spool.epoch, 1, 1)])
+    assert (spool.stats().dead, spool.stats().dead_bytes) == dead_in(spool) == (0, 0)
+    assert METRICS.registry.get_sample_value("virtbus_dead_letters_total", {"why": "damaged"}) == letters
 
 
 def test_an_error_while_settling_leaves_no_transaction_that_shuts_out_commits(spool, monkeypatch):

@@ -283,6 +283,7 @@ class Agent:
         live.set_function(lambda: incidents.open_count - incidents.open_drills)
         METRICS.incidents_open.labels(Origin.REPLAY.value).set_function(lambda: incidents.open_drills)
         METRICS.spool_writable.set_function(lambda: 0.0 if self.intake.writer.troubles() else 1.0)
+        METRICS.source_connected.set_function(lambda: float(not self.not_observing()))
         METRICS.source_absent.set_function(lambda: float(self._has_no_libvirt()))
 
     def dead_threads(self) -> list[str]:

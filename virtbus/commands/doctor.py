@@ -245,7 +245,9 @@ def _round_trip(look: Look) -> Iterator[Check]:
         yield ok("bus round trip", summary, seconds=round(seconds, 6))
     elif isinstance(outcome, Unroutable):
         remedy = "bind a consumer's queue: events wait in the spool until somebody does"
-        yield warn("bus round trip", f"the broker takes our events, but {outcome.reason}", remedy)
+        if outcome != Unroutable():
+            remedy = "permit this agent's routing keys, and the probe's: docs/security.md"
+        yield warn("bus round trip", f"we may publish, but {outcome.reason}", remedy)
     elif isinstance(outcome, Nacked):
         summary = f"the broker does not take our events now: {outcome.reason}"
         yield warn("bus round trip", summary, "make room in its queues: events wait in the spool")

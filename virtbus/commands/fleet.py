@@ -100,7 +100,7 @@ def command(once: bool, as_json: bool, write: Path | None, listen: float | None,
             elif time.monotonic() - drawn >= (_WRITE_SECONDS if write else _REDRAW_SECONDS):
                 drawn = time.monotonic()
                 view = fleet.view(clock())
-                REACT.show_fleet(view)
+                REACT.show_fleet("fleet", view)
                 _show(view, as_json=as_json, write=write, live=live)
     _show(fleet.view(clock()), as_json=as_json, write=write, live=live)
 

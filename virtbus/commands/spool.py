@@ -19,6 +19,7 @@ from virtbus.commands.common import as_json, common, cut, load, progress, rows, 
 from virtbus.errors import AgentUnavailable, InputMissing, SpoolBusy, SpoolCorrupt
 from virtbus.model import to_datetime
 from virtbus.spool import files, requests
+from virtbus.spool.mirror import stored
 
 _LONG = 2000  # less is done within a moment
 _POLL_SECONDS = 0.2
@@ -189,8 +190,8 @@ def status_command(as_json: bool, **options: Any) -> None:
     folder = _folder(options)
     path, holder = folder / files.DATABASE, files.who_holds(folder)
     with _reading(folder) as db:
-        pending, size, oldest = _one(db, "SELECT count(*), total(bytes), min(created_ns) FROM events")
-        dead, dead_size = _one(db, "SELECT count(*), total(bytes) FROM dead")
+        (pending, size), (dead, dead_size) = (stored(db, table) for table in ("events", "dead"))
+        (oldest,) = _one(db, "SELECT min(created_ns) FROM events")
         (unnamed,) = _one(db, "SELECT total(last - first + 1) FROM losses")
         (asked,) = _one(db, "SELECT count(*) FROM requests")
         runs = db.execute("SELECT epoch, last, alive_ns FROM runs ORDER BY run").fetchall()
@@ -199,10 +200,10 @@ def status_command(as_json: bool, **options: Any) -> None:
         "path": str(path),
         "held_by": None if holder is None else f"{holder.pid} ({holder.command})",
         "pending": pending,
-        "bytes": int(size),
+        "bytes": size,
         "oldest_seconds": None if oldest is None else round(max(0.0, (time.time_ns() - oldest) / 1e9), 1),
         "dead": dead,
-        "dead_bytes": int(dead_size),
+        "dead_bytes": dead_size,
         "unnamed": int(unnamed),
         "requests": asked,
         "file_bytes": sum(each.stat().st_size for each in (path, *files.siblings(path)) if each.exists()),

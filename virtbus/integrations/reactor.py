@@ -217,7 +217,7 @@ class Reactor:
         name = self._integration.name
         REACT.waiting.labels(name).set(self._worker.waiting)
         view = self.fleet.view(now)
-        REACT.show_fleet(view)
+        REACT.show_fleet(name, view)
         if not self._acts_on_hosts():
             return
         self._witness(view)

@@ -46,17 +46,23 @@ class ReactMetrics:
         ):  # fmt: skip
             self.registry.register(shared)
         gauge, counter = partial(Gauge, registry=self.registry), partial(Counter, registry=self.registry)
-        self._hosts = gauge("virtbus_fleet_hosts", "Hosts, by what is known of them", ["state"])
+        one = ["integration"]  # each listens for itself, and may know another fleet
+        self._hosts = gauge("virtbus_fleet_hosts", "Hosts, by what is known of them", [*one, "state"])
         self._trouble = gauge(
-            "virtbus_fleet_hosts_in_trouble", "Hosts with open incidents, by whose fault it is", ["blame"]
+            "virtbus_fleet_hosts_in_trouble",
+            "Hosts with open incidents, by whose fault it is",
+            [*one, "blame"],
         )
         self._backends = gauge(
-            "virtbus_fleet_storage_in_trouble", "Storage systems in trouble, by whose fault it is", ["blame"]
+            "virtbus_fleet_storage_in_trouble",
+            "Storage systems in trouble, by whose fault it is",
+            [*one, "blame"],
         )
-        self._incidents = gauge("virtbus_fleet_incidents", "Open incidents of the fleet")
-        self._ourselves = gauge("virtbus_fleet_suspect_ourselves", "1 while most agents are silent at once")
+        self._incidents = gauge("virtbus_fleet_incidents", "Open incidents of the fleet", one)
+        self._ourselves = gauge(
+            "virtbus_fleet_suspect_ourselves", "1 while most agents are silent at once", one
+        )
         self._states: set[str] = {"observing", "blind", "silent"}
-        one = ["integration"]
         self.actions = counter(
             "virtbus_react_actions", "Actions, by what became of them", ["integration", "verb", "result"]
         )
@@ -80,19 +86,19 @@ class ReactMetrics:
             "virtbus_react_look_age_seconds", "Since the control plane was last read successfully", one
         )
 
-    def show_fleet(self, view: FleetView) -> None:
-        """Take over one view."""
+    def show_fleet(self, integration: str, view: FleetView) -> None:
+        """Take over what an integration, or `fleet`, sees."""
         states = Tally(host.state for host in view.hosts)
         self._states |= states.keys()
         for state in self._states:
-            self._hosts.labels(state).set(states[state])
+            self._hosts.labels(integration, state).set(states[state])
         hosts = Tally(host.blame for host in view.hosts if host.incidents)
         backends = Tally(one.blame for one in view.backends)
         for blame in Blame:
-            self._trouble.labels(blame.value).set(hosts[blame])
-            self._backends.labels(blame.value).set(backends[blame])
-        self._incidents.set(view.incidents)
-        self._ourselves.set(view.suspect_ourselves)
+            self._trouble.labels(integration, blame.value).set(hosts[blame])
+            self._backends.labels(integration, blame.value).set(backends[blame])
+        self._incidents.labels(integration).set(view.incidents)
+        self._ourselves.labels(integration).set(view.suspect_ourselves)
 
     def begin(self, integration: str, heard_age: Callable[[], float], look_age: Callable[[], float]) -> None:
         """Series of an integration, at zero: a rate over a series that begins at 1 misses the first."""
@@ -101,8 +107,7 @@ class ReactMetrics:
                 self.actions.labels(integration, verb.value, result.value)
         for finding in Finding:
             self.findings.labels(integration, finding.value)
-        for why in ("poison", "disbelieved", "failed"):
-            METRICS.dead_letters.labels(why)
+        METRICS.dead_letters.labels("consumer")
         for gauge in (self.waiting, self.releasing, self.withheld):
             gauge.labels(integration)
         self.show_holds(integration, ())
@@ -228,9 +233,7 @@ class Withheld(_OfReact, level="error", every=60):
     hosts: str
 
 
-class Disbelieved(
-    TelemetryEvent, level="error", every=1, by="publisher,host", counts=("dead_letters:=disbelieved",)
-):
+class Disbelieved(TelemetryEvent, level="error", every=1, by="publisher,host"):
     """an event is not believed"""
 
     publisher: str | None
@@ -240,7 +243,7 @@ class Disbelieved(
     why: str
 
 
-class EventPutAside(TelemetryEvent, level="error", counts=("dead_letters:=failed",)):
+class EventPutAside(TelemetryEvent, level="error"):
     """an event can't be processed; dead-lettered"""
 
     integration: str

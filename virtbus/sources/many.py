@@ -35,10 +35,10 @@ LOOK_SECONDS = 30.0  # between two looks for sockets of which inotify said nothi
 LEAST_SECONDS = 0.2  # between two looks, however often inotify says something
 SURVEY_SECONDS = 30.0  # a survey of the guests waits no longer for sockets that were there at the start
 ASK_SECONDS = 1.0  # at most so long one daemon is waited for before the next is asked for its hypervisor
-STALE_AFTER = 4  # refusals in a row: nobody will listen on this socket any more, its daemon is gone …
-STALE_SECONDS = 300.0  # … and it is tried again so rarely; a new daemon makes a new socket
+SOON = 4  # refusals in a row: a daemon binds its socket a moment before it listens, and this one does not …
+STALE_SECONDS = 300.0  # … nor after RESTART_SECONDS: it is gone; another makes a new socket
 FIRST_SECONDS = 0.05
-RESTART_SECONDS = 30.0  # a daemon without a socket may be about to start again
+RESTART_SECONDS = 30.0  # a daemon without a socket, or on whose nobody listens, may be about to start again
 CEILING_SECONDS = 15.0
 # Questions and keepalives wake libvirt's loop for each of a hundred connections. A daemon that hangs is
 # given up after KEEPALIVE_SECONDS * (KEEPALIVE_COUNT + 1); the gap begins where it last answered.
@@ -114,12 +114,10 @@ class Member:
         """Seconds until the next attempt."""
         if isinstance(why, NobodyListens):
             self.refused += 1
-            if self.refused >= STALE_AFTER:
+            if self.refused > SOON:
                 self.settled = True
                 return STALE_SECONDS
-            return FIRST_SECONDS * float(
-                3**self.refused
-            )  # a daemon binds its socket a moment before it listens
+            return RESTART_SECONDS if self.refused == SOON else FIRST_SECONDS * float(3**self.refused)
         self.refused = 0
         self.backoff = self.backoff or Backoff("libvirt", ceiling=CEILING_SECONDS)
         return self.backoff.plan(why)

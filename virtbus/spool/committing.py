@@ -15,7 +15,7 @@ from virtbus.seen import STEP_NS, Moment
 from virtbus.spool import faults, files, requests
 from virtbus.spool.draft import Draft, Eviction, Scribe
 from virtbus.spool.files import EventRow
-from virtbus.spool.mirror import Connection, Mirror
+from virtbus.spool.mirror import Connection, Mirror, stored
 from virtbus.spool.missing import put_run
 from virtbus.spool.opening import put_clock
 from virtbus.telemetry import METRICS, EventDeadLettered, EventsGaveWay, Trouble, emit
@@ -124,7 +124,8 @@ class Committer:
             dead = row._replace(position=position + at)
             db.execute(files.INSERT["dead"], (*dead, "invalid", str(error), draft.wall_ns))
         db.executemany("DELETE FROM events WHERE position=?", [(row.position,) for row in draft.victims])
-        db.executemany("DELETE FROM dead WHERE position=?", [(each,) for each, _ in draft.dead_dropped])
+        db.executemany("DELETE FROM dead WHERE position=?", [(each,) for each in draft.dead_dropped])
+        draft.dead_left = stored(db, "dead") if draft.dead_dropped else None
         db.executemany("DELETE FROM losses WHERE number=?", [(each,) for each in draft.named_losses])
         for name, value in states.items():
             if value is None:
@@ -175,8 +176,8 @@ class Committer:
             for row, _ in draft.invalid:
                 mirror.bury(row.size)
                 mirror.next_position += 1
-            for _, size in draft.dead_dropped:
-                mirror.bury(-size, -1)
+            if draft.dead_left is not None:
+                mirror.dead, mirror.dead_bytes = draft.dead_left
             for number in draft.named_losses:
                 del mirror.losses[number]
             mirror.births.forget(mirror.index.oldest_row() or mirror.next_position)
@@ -264,6 +265,7 @@ class Committer:
             with self._file.transaction():
                 done = requests.grant(db, free, mirror.next_position)
                 losses = mirror.add_losses(done.losses, db)
+                dead = stored(db, "dead")
         except BaseException:
             self._release(reserved)
             raise
@@ -272,8 +274,7 @@ class Committer:
             mirror.remove(done.dropped)
             for row in done.revived:
                 mirror.add(row, now)
-            for size in (*(row.size for row in done.revived), *done.buried):
-                mirror.bury(-size, -1)
+            mirror.dead, mirror.dead_bytes = dead
             mirror.losses |= losses
             mirror.changed.notify_all()
         return len(asked) == requests.AT_ONCE and bool(free)

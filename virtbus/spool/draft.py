@@ -27,7 +27,7 @@ from virtbus.model import (
 )
 from virtbus.spool import files
 from virtbus.spool.files import EventRow
-from virtbus.spool.mirror import Mirror
+from virtbus.spool.mirror import SIZE, Mirror
 from virtbus.spool.missing import Missing, count_events, join, merge_ranges, subtract_ranges
 from virtbus.telemetry import Trouble, emit
 from virtbus.words import GapReason, Origin, Phase
@@ -60,7 +60,8 @@ class Draft:
     invalid: list[tuple[EventRow, Exception]] = field(default_factory=list)  # they break their schema
     claims: list[Missing] = field(default_factory=list)  # what gap events of this commit have to name
     victims: list[EventRow] = field(default_factory=list)  # what leaves the file; reserved in the index
-    dead_dropped: list[tuple[int, int]] = field(default_factory=list)  # (position, bytes)
+    dead_dropped: list[int] = field(default_factory=list)  # positions
+    dead_left: tuple[int, int] | None = None  # how many stay and their bytes, where some do not
     named_losses: list[int] = field(default_factory=list)
     gap_reasons: list[GapReason] = field(default_factory=list)  # of the gap events of the spool's own
     evicted: int = 0
@@ -285,10 +286,10 @@ class Eviction:
 
     def _drop_dead(self, need: int) -> int:
         """Dead letters go first, oldest first: a gap event has named them already."""
-        for position, size in self._db.execute("SELECT position, bytes FROM dead ORDER BY position"):
+        for position, size in self._db.execute(f"SELECT position, {SIZE} FROM dead ORDER BY position"):  # noqa: S608 - our own names
             if need <= 0:
                 break
-            self._draft.dead_dropped.append((position, size))
+            self._draft.dead_dropped.append(position)
             need -= size
         return need
 

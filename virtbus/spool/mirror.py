@@ -37,6 +37,16 @@ _TAKEN = 0x80  # with the publisher
 _QUEUED, _TAKEN_OUT, _PARKED, _BLOCKED = range(4)
 
 
+# A row's bytes, of which damage may say anything.
+SIZE = "max(0, CAST(ifnull(bytes, 0) AS INTEGER))"
+
+
+def stored(db: sqlite3.Connection, table: str) -> tuple[int, int]:
+    """How many rows table events or dead has, and their bytes."""
+    count, size = db.execute(f"SELECT count(*), total({SIZE}) FROM {table}").fetchone()  # noqa: S608 - our own names
+    return count, int(size)
+
+
 class Mirror:
     """The one owner of what is counted: pending rows, bytes, dead letters, losses and accounts.
 
@@ -76,9 +86,9 @@ class Mirror:
             self.index.remove(row.position, row.key)
             self.bytes -= row.size
 
-    def bury(self, size: int, count: int = 1) -> None:
-        """Dead letters were added or, with a count below 0, removed."""
-        self.dead += count
+    def bury(self, size: int) -> None:
+        """A dead letter was added, as it was written."""
+        self.dead += 1
         self.dead_bytes += size
 
     def add_losses(self, losses: Iterable[Missing], db: sqlite3.Connection) -> dict[int, Missing]:

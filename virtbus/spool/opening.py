@@ -20,7 +20,7 @@ from virtbus.model import Clock, Now, PreviousRun, SequenceRange, to_datetime
 from virtbus.seen import Moment, boot_id
 from virtbus.spool import faults, files
 from virtbus.spool.files import COLUMNS, UNREADABLE, Damaged, EventRow, SqlValue
-from virtbus.spool.mirror import Mirror
+from virtbus.spool.mirror import Mirror, stored
 from virtbus.spool.missing import CHUNK, FULL, Account, Missing, count_events, mark, merge_ranges, put_run
 from virtbus.telemetry import SpoolSetAside, emit
 from virtbus.words import GapReason
@@ -169,10 +169,8 @@ def load(db: sqlite3.Connection, mirror: Mirror) -> _Found:
     for number, epoch, first, last, reason, *counts, _ in _whole_rows(db, "losses"):
         mirror.losses[number] = Missing((SequenceRange(epoch, first, last),), GapReason(reason), *counts)
         mark(present.setdefault(epoch, {}), first, last)
-    mirror.dead, size, position = db.execute(
-        "SELECT count(*), total(bytes), coalesce(max(position), 0) FROM dead"
-    ).fetchone()
-    mirror.dead_bytes = int(size)
+    mirror.dead, mirror.dead_bytes = stored(db, "dead")
+    (position,) = db.execute("SELECT coalesce(max(position), 0) FROM dead").fetchone()
     mirror.next_position = max(mirror.next_position, position + 1)
     found.present |= {epoch for (epoch,) in db.execute("SELECT DISTINCT epoch FROM dead")}
     list(_whole_rows(db, "states"))

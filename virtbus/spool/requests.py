@@ -37,7 +37,6 @@ class Granted:
 
     dropped: list[EventRow] = field(default_factory=list)
     revived: list[EventRow] = field(default_factory=list)  # at their new positions
-    buried: list[int] = field(default_factory=list)  # bytes of dead letters that are gone for good
     losses: list[Missing] = field(default_factory=list)  # to be written, a range each
 
 
@@ -89,9 +88,7 @@ def grant(db: sqlite3.Connection, asked: Sequence[Request], next_position: int) 
             retry = one.action == RETRY and why == "refused" and files.is_whole("dead", dead)
             if one.action == DROP or retry:
                 db.execute("DELETE FROM dead WHERE position=?", (row.position,))
-            if one.action == DROP:
-                done.buried.append(row.size)
-            elif retry:
+            if retry:
                 done.revived.append(row._replace(position=next_position))
                 db.execute(files.INSERT["events"], done.revived[-1])
                 next_position += 1

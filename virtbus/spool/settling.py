@@ -20,12 +20,12 @@ from virtbus.errors import SpoolCorrupt
 from virtbus.model import Confirmed, Deferred, Nacked, Outcome, Parked, Record, Refused, SequenceRange
 from virtbus.spool import faults, files
 from virtbus.spool.files import EventRow
-from virtbus.spool.mirror import Connection, Mirror
+from virtbus.spool.mirror import Connection, Mirror, stored
 from virtbus.spool.missing import CHUNK, Missing, mark, put_run
 from virtbus.telemetry import EventDeadLettered, SpoolStumbled, Trouble, emit
 from virtbus.words import GapReason
 
-MAX_UNSETTLED = 1024  # confirmed in memory and not in the file: so many duplicates at worst after a kill
+MAX_UNSETTLED = 1024  # sent and not settled while the disk takes nothing: a kill then repeats so many
 SETTLE_PATIENCE_SECONDS = 0.25  # how long settling waits for a commit that hangs on the disk
 RETRY_SECONDS = 1.0  # between two tries while the disk refuses
 COMPACT_PENDING = 4096  # a longer backlog is sent first: it takes a twentieth longer while pages are moved
@@ -81,9 +81,9 @@ class Settler:
         if now < self._read_again_at:
             return []
         with self._mirror.memory:
-            if self._mirror.closed or self.unsettled >= MAX_UNSETTLED:
-                return []
-            chosen = self._mirror.index.take(limit, busy, now)
+            if self.unsettled:
+                limit = min(limit, MAX_UNSETTLED - self.unsettled - len(self._taken))
+            chosen = [] if self._mirror.closed else self._mirror.index.take(limit, busy, now)
         if not chosen:
             return []
         try:
@@ -108,8 +108,12 @@ class Settler:
         records = []
         for position, key in chosen:
             row = found.get(position)
+            if row is None:
+                emit(Trouble("reading the spool", f"row {position} is gone; a gap event names it"))
+                self._unwritten.damaged.append((position, key, ""))
+                continue
             try:
-                if row is None or row.key != key or not files.is_whole("events", row):
+                if row.key != key or not files.is_whole("events", row):
                     raise ValueError("the row is not what was written")
                 attributes = msgspec.json.decode(row.attributes)
                 records.append(Record(*row[:5], attributes, row.body, row.created_ns, row.attempts))
@@ -155,7 +159,7 @@ class Settler:
         Confirmed deletes; Deferred gives back; Parked parks the key for 1 s, doubling to 60 s; a confirm of a
         key that was parked ends the wait of all. Refused makes a dead letter that is named in a gap event. A
         gap event that is refused is parked instead: it must not take with it what it names. What the disk
-        does not take now is kept in memory and tried again; beyond MAX_UNSETTLED nothing more is taken.
+        does not take now is kept in memory and tried again; no more than MAX_UNSETTLED are under way.
         """
         # A record that is not from here, or was settled before, is none of ours.
         rows = [(self._taken.pop(record.row, None), outcome) for record, outcome in outcomes]
@@ -246,18 +250,19 @@ class Settler:
                 detail = "rows of the spool were not what was written"
                 holes = self._holes(db, losses)
                 losses += [Missing((item,), GapReason.SPOOL_DAMAGED, detail=detail) for item in holes]
-                (stored,) = db.execute("SELECT total(bytes) FROM events").fetchone()
+                (_, pending), dead = (stored(db, table) for table in ("events", "dead"))
             named = mirror.add_losses(losses, db)
             self._write_accounts(db)
         with mirror.changed:
             for account in mirror.accounts.values():
                 account.touched.clear()
                 account.finished.clear()
-            dead = sum(row.size for row, _ in settled.refused)
-            freed = dead + sum(row.size for row in settled.confirmed)
-            mirror.bytes = int(stored) if settled.damaged else mirror.bytes - freed
-            mirror.bury(dead, len(settled.refused))
-            mirror.bury(0, len(settled.damaged))
+            mirror.bytes -= sum(row.size for row in settled.confirmed)
+            for row, _ in settled.refused:
+                mirror.bytes -= row.size
+                mirror.bury(row.size)
+            if settled.damaged:
+                mirror.bytes, (mirror.dead, mirror.dead_bytes) = pending, dead
             mirror.losses |= named
             for position, key, _ in settled.damaged:
                 mirror.index.remove(position, key)

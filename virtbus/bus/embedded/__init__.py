@@ -31,7 +31,7 @@ from virtbus.bus.url import read_url
 from virtbus.errors import BusDenied, BusUnavailable, ConfigError, RecordRefused
 from virtbus.model import Binding, Check, Confirmed, Deferred, Message, Outcome, Record, Refused
 from virtbus.retry import Backoff
-from virtbus.telemetry import BusConnected, BusLost, emit
+from virtbus.telemetry import BusConnected, BusLost, DeadLetterStored, emit
 
 FILE_NAME = "bus.db"
 _SMALLEST_MAX_BYTES = 64 * 1024
@@ -215,6 +215,7 @@ class EmbeddedSubscription(LineSubscription):
         """Where it stands in the log; while the file can't be used it comes again."""
         try:
             item.origin.dead_letter(item.number, reason)
+            emit(DeadLetterStored(f"embedded://{self._path}", item.message.position, reason[:200]))
         except BusUnavailable as error:
             self._lost(error)
 
