@@ -1,7 +1,8 @@
-"""Decides what of a name, a text or a URI may leave the host; everything that leaves goes through it.
+"""Decides what of a name, a text or a URI may leave the host.
 
-What leaves: events, log lines, recordings, status, `doctor`, dead letters' reasons, and the text of every
-VirtbusError. Guarantees:
+It decides on the names of images, the hosts of storage, texts and URIs; a guest's own name, serials, aliases
+and targets leave as they are. They leave in events, log lines, recordings, status, `doctor`, dead letters'
+reasons, and the text of every VirtbusError. Guarantees:
 
 1. what may be a secret is hidden: passwords (and, in a source's name, users) before an "@", values of a query
    or of options whose key is not known to be harmless, `json:` pseudo-protocol paths as a whole;

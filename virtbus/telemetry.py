@@ -329,7 +329,7 @@ class EventDeadLettered(TelemetryEvent, level="error", counts=("dead_letters:why
 
 
 class EventsGaveWay(TelemetryEvent, level="error", every=10):
-    """spool full: events dropped, named in a gap event"""
+    """spool full, or events too old: dropped, and named in a gap event"""
 
     count: int
 

@@ -1,6 +1,6 @@
 """A scheduler that acts: it keeps new guests off a host while a guest there is paused by an I/O error.
 
-python acting.py amqps://scheduler:SECRET@broker/virtbus state.db
+python acting.py URL-FILE state.db     (a URL in a flag shows its password in ps)
 """
 
 import logging
@@ -57,4 +57,4 @@ def main(url: str, state: Path, topic: str = "virtbus.events") -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
+    main(Path(sys.argv[1]).read_text().strip(), Path(sys.argv[2]), *sys.argv[3:])

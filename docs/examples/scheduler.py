@@ -1,10 +1,11 @@
 """A scheduler in forty lines: it places guests on the healthiest host, by what the bus tells.
 
-python scheduler.py amqps://scheduler:SECRET@broker/virtbus web-1 web-2 db-1
+python scheduler.py URL-FILE web-1 web-2 db-1     (a URL in a flag shows its password in ps)
 """
 
 import sys
 import threading
+from pathlib import Path
 
 from virtbus import Consumer
 from virtbus.fleet import Blame, Fleet
@@ -39,7 +40,7 @@ class Scheduler:
 
 
 if __name__ == "__main__":
-    scheduler = Scheduler(sys.argv[1])
+    scheduler = Scheduler(Path(sys.argv[1]).read_text().strip())
     threading.Event().wait(65)  # one round of heartbeats
     for name in sys.argv[2:]:
         print(name, "→", scheduler.place(name))

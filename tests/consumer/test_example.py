@@ -68,12 +68,15 @@ def test_a_scheduler_by_the_docs_repeats_only_what_was_in_flight_at_a_kill(
     with Consumer(url, group="acting", options=options) as first:
         first.receive(0.5 if kind == "amqp" else 5.0)
     bus, chance, state = open_bus(url, options), random.Random(3), State(tmp_path / "state.db")
+    (tmp_path / "bus-url").write_text(url)
     ids: dict[str, str] = {}  # incident → its event's id
     unmarked: set[str] = set()  # effects without a mark on disk when the last process was gone
     in_flight = 0  # how many, over all kills
 
     def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, str(EXAMPLE), url, str(state.path), topic])
+        return subprocess.Popen(
+            [sys.executable, str(EXAMPLE), str(tmp_path / "bus-url"), str(state.path), topic]
+        )
 
     def publish(row: int) -> None:
         incident = dataclasses.replace(an_io_error().incident, id=str(uuid.UUID(int=row)))

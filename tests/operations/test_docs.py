@@ -273,7 +273,10 @@ def test_a_virtbus_command_of_the_documents_works(
         "VIRTBUS_BUS__TLS__CA_FILE": str(rabbitmq.ca_file),
         "VIRTBUS_LIBVIRT__URI": libvirt,
     }
-    if "--bus" not in words:
+    if "consumer.toml" in words:
+        words[words.index("consumer.toml")] = str(tmp_path / "consumer.toml")
+        (tmp_path / "consumer.toml").write_text(f'bus.url = "{rabbitmq.url(vhost)}"\n')
+    elif "--bus" not in words:
         environment["VIRTBUS_BUS__URL"] = f"embedded://{running.folder}/bus.db"
     if words[0] == "run":
         environment["VIRTBUS_CONTROL__SOCKET"] = str(tmp_path / "control.sock")

@@ -155,8 +155,10 @@ def test_the_play_installs_seeds_permits_configures_and_changes_nothing_the_seco
 
     # The group's user is enough for the page's two commands; the exchange is there from the first one on.
     mine = rabbitmq.url(vhost, "scheduler", (tmp_path / "passwords/scheduler").read_text().strip())
-    for line in re.findall(r"^virtbus (?:consume|fleet) .*$", FLEET, re.MULTILINE):
-        words = shlex.split(re.sub(r"amqps://\S+", mine, line).replace(" --once", ""))
+    settings = tmp_path / "consumer.toml"
+    settings.write_text(f'bus.url = "{mine}"\n')
+    for line in re.findall(r"^virtbus (?:consume|fleet) --config consumer.toml .*$", FLEET, re.MULTILINE):
+        words = shlex.split(line.replace("consumer.toml", str(settings)).replace(" --once", ""))
         words += ["--listen" if "fleet" in words else "--timeout", "1"]
         # From here, and not from the host, whose configuration is its agent's.
         subprocess.run([sys.executable, "-m", *words], cwd=CHECKOUT, check=True)

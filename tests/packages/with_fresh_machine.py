@@ -64,7 +64,7 @@ def test_the_install_page_leads_from_nothing_but_the_package_to_a_guests_error_o
             elif line.startswith("install "):
                 (machine.path / "etc/virtbus/virtbus.toml").write_text(settings)
                 machine.run(line, given=f"{PASSWORD}\n")
-            elif line.startswith("virtbus consume"):
+            elif line == "virtbus consume --config consumer.toml":
                 told = Told(machine, URL)
                 stack.callback(told.close)
                 # What the agent has to say about its own start waited for this queue.

@@ -80,7 +80,8 @@ class Writer:
         """One transaction with the events and the incident states; tries for ever, folding meanwhile.
 
         The batch that failed is kept as it is; what comes after it stays in the queue, which folds: so
-        memory is bounded and no count is lost. When the disk is back a gap event says how long it was.
+        memory is bounded, and counts are exact but for what it counts as dropped. When the disk is back a gap
+        event says how long it was.
         """
         self._pending += events
         self._pending_states.update(self._incidents.changes())

@@ -37,12 +37,13 @@ BATCH_LIMIT = 20_000  # observations per transaction
 
 
 class IntakeQueue:
-    """Between libvirt's thread and ours: bounded, lossless in counts, a microsecond per call.
+    """Between libvirt's thread and ours: bounded, exact in counts up to its bounds, a microsecond per call.
 
     Guarantees:
     1. `put` never blocks on anything but a lock held for microseconds, and never raises;
     2. above `limit` queued, errors fold into one counter per (device, path, action, reason), and with
-       `fold_limit` of these into one per (domain, action, reason) without a device: counts stay exact;
+       `fold_limit` of these into one per (domain, action, reason) without a device: counts stay exact up to
+       twice `fold_limit` counters;
     3. an error never moves behind a lifecycle observation that came after it; when there is no room for all
        of those, only the last of each kind is kept, on its true side of the domain's errors, so the domain's
        final state is right;

@@ -320,7 +320,9 @@ def retry_command(events: tuple[str, ...], timeout: float, **options: Any) -> No
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @_patience
 def drop_command(events: tuple[str, ...], dead: bool, yes: bool, timeout: float, **options: Any) -> None:
-    """Give events up; each is named in a gap event. All of them when none is named.
+    """Give events up. All of them when none is named.
+
+    Each that waited is named in a gap event; a dead letter was when it became one.
 
     \b
     Example: virtbus spool drop --dead

@@ -1,7 +1,8 @@
 """What an operator asks of a spool: send a dead letter again, or drop an event.
 
 A request is a row in the file, so it can be made beside a running agent, which grants it within about ten
-seconds, as well as while none runs. What is dropped is named in a gap event by the next commit.
+seconds, as well as while none runs. The next commit names a waiting event that was dropped in a gap event; a
+dead letter was named when it became one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-// Command consumer acts on virtbus events from RabbitMQ: consumer amqps://scheduler:SECRET@broker/virtbus go-scheduler
+// Command consumer acts on virtbus events from RabbitMQ: consumer URL-FILE GROUP
+//
+// The file holds the broker's URL: on a command line its password would show in ps.
 //
 // It declares its own queue, acknowledges after the effect, leaves what it can't read to a dead-letter queue, and
 // reconnects for ever.
@@ -16,15 +18,25 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 )
 
-const exchange = "virtbus.events"
+const (
+	exchange  = "virtbus.events"
+	ioError   = "io.virtbus.domain.io_error.v1"
+	resolved  = "io.virtbus.domain.io_error_resolved.v1"
+	gap       = "io.virtbus.agent.gap.v1"
+	heartbeat = "io.virtbus.agent.heartbeat.v1"
+)
 
 func main() {
 	if len(os.Args) != 3 {
-		log.Fatal("usage: consumer URL GROUP")
+		log.Fatal("usage: consumer URL-FILE GROUP")
+	}
+	url, err := os.ReadFile(os.Args[1])
+	if err != nil {
+		log.Fatal(err)
 	}
 	for wait := time.Second; ; wait = min(2*wait, time.Minute) {
 		started := time.Now()
-		err := consume(os.Args[1], "virtbus."+os.Args[2])
+		err := consume(strings.TrimSpace(string(url)), "virtbus."+os.Args[2])
 		if time.Since(started) > time.Minute {
 			wait = time.Second
 		}
@@ -71,15 +83,15 @@ func consume(url, queue string) error {
 		return err
 	}
 	for delivery := range deliveries {
-		read, err := toEvent(delivery)
+		read, d, err := toEvent(delivery)
 		if err != nil {
-			log.Printf("put aside in %s.dead: %v", queue, err)
+			log.Printf("dead-lettered to %s.dead: %v", queue, err)
 			if err := delivery.Reject(false); err != nil {
 				return err
 			}
 			continue
 		}
-		if err := act(read); err != nil {
+		if err := act(read, d); err != nil {
 			return err // unacknowledged: it is delivered again after the reconnect
 		}
 		if err := delivery.Ack(false); err != nil { // effect first, acknowledge after
@@ -89,40 +101,75 @@ func consume(url, queue string) error {
 	return fmt.Errorf("the broker closed the channel")
 }
 
+// data is what act needs of the events' data.
+type data struct {
+	Domain *struct{ Name string }
+	Error  *struct {
+		Action string
+		Reason *string
+	}
+	Reason, Origin string
+}
+
 // act is the effect. An event may come twice: do nothing that must not be done twice, or keep (source, id) with it.
-func act(e *event.Event) error {
-	var data struct {
-		Domain         *struct{ Name string }
-		Device         *struct{ Target *string }
-		Error          *struct{ Action, Reason string }
-		Reason, Origin string
-	}
-	if err := json.Unmarshal(e.Data(), &data); err != nil {
-		return err
-	}
+// It returns an error only where trying again can help: for that the consumer reconnects, and the event comes again.
+func act(e *event.Event, d *data) error {
 	switch {
-	case data.Origin == "replay": // an alert drill
-	case e.Type() == "io.virtbus.domain.io_error.v1" && data.Error != nil && data.Domain != nil:
-		fmt.Printf("error %s %s: %s %s\n", e.ID(), data.Domain.Name, data.Error.Action, data.Error.Reason)
-	case e.Type() == "io.virtbus.domain.io_error_resolved.v1" && data.Domain != nil:
-		fmt.Printf("resolved %s %s\n", e.ID(), data.Domain.Name)
-	case e.Type() == "io.virtbus.agent.heartbeat.v1": // its open incidents, for who starts without a memory
-	case e.Type() == "io.virtbus.agent.gap.v1":
-		fmt.Printf("gap %s: %s was blind: %s\n", e.ID(), e.Source(), data.Reason)
-	default: // of a later version: not an error
+	case d == nil: // another type, or one of a later version: not an error
 		fmt.Printf("other %s %s\n", e.ID(), e.Type())
+	case d.Origin == "replay": // an alert drill
+	case e.Type() == ioError:
+		reason := ""
+		if d.Error.Reason != nil {
+			reason = *d.Error.Reason
+		}
+		fmt.Printf("error %s %s: %s %s\n", e.ID(), d.Domain.Name, d.Error.Action, reason)
+	case e.Type() == resolved:
+		fmt.Printf("resolved %s %s\n", e.ID(), d.Domain.Name)
+	case e.Type() == heartbeat: // its open incidents, for who starts without a memory
+	case e.Type() == gap:
+		fmt.Printf("gap %s: %s was blind: %s\n", e.ID(), e.Source(), d.Reason)
 	}
 	return nil
 }
 
-// toEvent reads a message in binary or in structured mode.
-func toEvent(delivery amqp.Delivery) (*event.Event, error) {
+// toData reads the data of the types that act knows, before anything is done: what can't be read never will be.
+// Data of other types may be anything.
+func toData(e *event.Event) (*data, error) {
+	var d *data // null leaves it nil
+	switch e.Type() {
+	case ioError, resolved, heartbeat, gap:
+		if err := json.Unmarshal(e.Data(), &d); err != nil {
+			return nil, fmt.Errorf("data of %s: %w", e.Type(), err)
+		}
+		ofDomain := e.Type() == ioError || e.Type() == resolved
+		if d == nil || ofDomain && d.Domain == nil || e.Type() == ioError && d.Error == nil {
+			return nil, fmt.Errorf("data of %s lacks what it must have", e.Type())
+		}
+	}
+	return d, nil
+}
+
+// toEvent reads a message in binary or in structured mode, and its data.
+func toEvent(delivery amqp.Delivery) (*event.Event, *data, error) {
+	e, err := toEnvelope(delivery)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := e.Validate(); err != nil { // of the attributes; the SDK does not read the data
+		return nil, nil, err
+	}
+	d, err := toData(e)
+	return e, d, err
+}
+
+func toEnvelope(delivery amqp.Delivery) (*event.Event, error) {
 	e := event.New()
 	if strings.HasPrefix(strings.ToLower(delivery.ContentType), "application/cloudevents") {
 		if err := json.Unmarshal(delivery.Body, &e); err != nil {
 			return nil, err
 		}
-		return &e, e.Validate()
+		return &e, nil
 	}
 	for name, value := range delivery.Headers {
 		attribute, is := strings.CutPrefix(name, "ce-")
@@ -152,8 +199,5 @@ func toEvent(delivery amqp.Delivery) (*event.Event, error) {
 			e.SetExtension(attribute, text)
 		}
 	}
-	if err := e.SetData("application/json", delivery.Body); err != nil {
-		return nil, err
-	}
-	return &e, e.Validate()
+	return &e, e.SetData(delivery.ContentType, delivery.Body)
 }

@@ -1,21 +1,47 @@
-// Acts on virtbus events from RabbitMQ: node consumer.mjs amqps://scheduler:SECRET@broker/virtbus js-scheduler
+// Acts on virtbus events from RabbitMQ: node consumer.mjs URL-FILE GROUP
+//
+// The file holds the broker's URL: on a command line its password would show in ps.
 //
 // It declares its own queue, acknowledges after the effect, leaves what it can't read to a dead-letter queue, and
 // reconnects for ever.
+import { readFileSync } from 'node:fs';
 import amqp from 'amqplib';
 import { HTTP } from 'cloudevents';
 
 const EXCHANGE = 'virtbus.events';
-const [url, group] = process.argv.slice(2);
-if (!url || !group) {
-  console.error('usage: node consumer.mjs URL GROUP');
+const [file, group] = process.argv.slice(2);
+if (!file || !group) {
+  console.error('usage: node consumer.mjs URL-FILE GROUP');
   process.exit(64);
+}
+const url = readFileSync(file, 'utf8').trim();
+
+// What the data of each type that `act` knows must have. Data of other types may be anything.
+const NEEDED = {
+  'io.virtbus.domain.io_error.v1': ['domain', 'error'],
+  'io.virtbus.domain.io_error_resolved.v1': ['domain'],
+  'io.virtbus.agent.heartbeat.v1': [],
+  'io.virtbus.agent.gap.v1': [],
+};
+
+// Reads a message before anything is done with it: what can't be read never will be.
+function read({ properties, content }) {
+  // The SDK has no reader for AMQP 0-9-1; its HTTP reader takes the same headers, binary and structured.
+  const headers = { 'content-type': properties.contentType, ...properties.headers };
+  const event = HTTP.toEvent({ headers, body: content.toString('utf8') });
+  event.validate(); // of the attributes
+  const isObject = (value) => typeof value === 'object' && value !== null && !Array.isArray(value);
+  const { data, type } = event;
+  if (type in NEEDED && !(isObject(data) && NEEDED[type].every((name) => isObject(data[name])))) {
+    throw new Error(`data of ${type} lacks what it must have`);
+  }
+  return event;
 }
 
 // The effect. An event may come twice: do nothing that must not be done twice, or keep (source, id) with it.
 async function act(event) {
   const { data } = event;
-  if (data.origin === 'replay') return; // an alert drill
+  if (event.type in NEEDED && data.origin === 'replay') return; // an alert drill
   switch (event.type) {
     case 'io.virtbus.domain.io_error.v1':
       console.log(`error ${event.id} ${data.domain.name}: ${data.error.action} ${data.error.reason ?? ''}`);
@@ -28,7 +54,7 @@ async function act(event) {
     case 'io.virtbus.agent.gap.v1':
       console.log(`gap ${event.id}: ${event.source} was blind: ${data.reason}`);
       break;
-    default: // of a later version: not an error
+    default: // another type, or one of a later version: not an error
       console.log(`other ${event.id} ${event.type}`);
   }
 }
@@ -60,11 +86,9 @@ async function consume() {
       if (!message) return connection.close();
       let event;
       try {
-        // The SDK has no reader for AMQP 0-9-1; its HTTP reader takes the same headers, binary and structured.
-        event = HTTP.toEvent({ headers: message.properties.headers, body: message.content.toString('utf8') });
-        event.validate();
+        event = read(message);
       } catch (error) {
-        console.error(`put aside in ${queue}.dead: ${error.message}`);
+        console.error(`dead-lettered to ${queue}.dead: ${error.message}`);
         return channel.reject(message, false);
       }
       await act(event);
