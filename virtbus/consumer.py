@@ -235,8 +235,7 @@ class Consumer:
         - `dedupe`: a SQLite file of at most `dedupe_rows` marks per group, for one process at a time; without
           it duplicates are recognised only while this object lives.
         - `group_commit`: acks share one write, by the first call of this object that finds 64 of them or one
-          50 ms old: a crash repeats up to 64 events, acknowledged within 50 ms, however long the program has
-          worked on the next one since.
+          50 ms old: a crash repeats up to 64 events, however long the program worked on the next one since.
         - `check_gaps`, for whoever reads everything alone: `on_missing` gets each hole in an agent's sequence
           that no gap event explains within `reorder_seconds`, over restarts where there is a dedupe file.
         - `on_missing` also gets, without `check_gaps`, what Kafka deleted. What it raises comes out of
