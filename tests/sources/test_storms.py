@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from unittest import mock
 
 import pytest
@@ -65,6 +66,9 @@ class World:
     def wait(self, seconds: float) -> None:
         self.at += seconds
 
+    def cases(self) -> list[dict[str, object]]:
+        return [asdict(case) for case in self.shared.check.cases.values()]
+
     def notes(self) -> list[object]:
         return list(iter(self.session.notes.next, None))
 
@@ -111,7 +115,7 @@ def test_whatever_happens_each_is_reported_as_if_it_were_judged_by_itself(
             step(other, *words)
         assert one.told == other.told
         assert one.notes() == other.notes()
-        assert dict(one.shared.check.cases) == dict(other.shared.check.cases)
+        assert one.cases() == other.cases()
 
 
 def test_of_a_storm_one_error_a_second_is_judged() -> None:
