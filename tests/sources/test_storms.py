@@ -8,11 +8,11 @@ from dataclasses import asdict
 from unittest import mock
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from virtbus.model import Now
-from virtbus.observations import Observation, RawIoError
+from virtbus.observations import Observation, RawIoError, SourceReady
 from virtbus.sources import domain_xml, session
 from virtbus.sources.libvirt import _callbacks
 from virtbus.sources.link import (
@@ -24,6 +24,7 @@ from virtbus.sources.link import (
     SUSPENDED_IOERROR,
 )
 from virtbus.sources.session import LookAt, Session, Shared
+from virtbus.testing import a_host
 
 T = 1_800_000_000 * 10**9
 REPORTED = 2
@@ -40,6 +41,7 @@ class World:
     def __init__(self) -> None:
         self.at = 0.0
         self.told: list[Observation] = []
+        self.last: tuple[str, str, int, str, int] = "a", "vda", REPORTED, "/vda", 1
         self.shared = Shared(lambda: Now(T + int(self.at * 1e9), self.at), 1.0)
         self.session = Session(self.shared, self.told.append)
         self.session.since_listing = None
@@ -57,11 +59,18 @@ class World:
     def error(
         self, uuid: str = "a", alias: str = "vda", action: int = REPORTED, path: str = "/vda", number: int = 1
     ) -> None:
+        self.last = uuid, alias, action, path, number
         wall_ns = T + int(self.at * 1e9)
         self.session.io_error(RawIoError(uuid, "guest", number, path, alias, action, "eio", wall_ns))
 
+    def again(self) -> None:
+        self.error(*self.last)
+
     def lifecycle(self, uuid: str, event: int, detail: int) -> None:
         self.session.lifecycle(uuid, "guest", 1, event, detail)
+
+    def looks_around(self) -> None:
+        self.session.since_listing = {}
 
     def wait(self, seconds: float) -> None:
         self.at += seconds
@@ -79,10 +88,12 @@ PATHS = st.sampled_from(["/vda", "/vda", "/vdb", "/new", "http://user:password@h
 ERRORS = st.tuples(
     st.just(World.error), UUIDS, ALIASES, st.sampled_from([REPORTED, REPORTED, ACTION_PAUSE]), PATHS
 )
-SAME = st.tuples(st.just(World.error), UUIDS)
+AGAIN = st.tuples(st.just(World.again))
 STEPS = st.one_of(
-    SAME,
-    SAME,
+    AGAIN,
+    AGAIN,
+    AGAIN,
+    st.tuples(st.just(World.error), UUIDS),
     ERRORS,
     st.tuples(st.just(World.error), UUIDS, st.just("vda"), st.just(REPORTED), st.just("/vda"), st.just(2)),
     st.tuples(st.just(World.wait), st.sampled_from([0.01, 2.0, 61.0, -5.0])),
@@ -100,10 +111,14 @@ STEPS = st.one_of(
     st.tuples(st.just(lambda world, uuid: world.shared.cache.saw(uuid, "guest", 1, "running")), UUIDS),
     st.tuples(st.just(lambda world: world.shared.cache.doubt(world.at))),
     st.tuples(st.just(lambda world: world.shared.check.keep_only(frozenset("b")))),
+    st.tuples(st.just(World.looks_around)),
+    st.tuples(st.just(lambda world: world.session.first_look_is_over(SourceReady(a_host(), T, ())))),
     st.tuples(st.just(lambda world: world.session.end())),
 )
 
 
+@example([(World.error, "a"), (World.error, "a", "vda", ACTION_PAUSE), (World.again,)])
+@example([(World.looks_around,), (World.error, "a"), (World.lifecycle, "a", RESUMED, 0), (World.again,)])
 @given(steps=st.lists(STEPS, max_size=60))
 def test_whatever_happens_each_is_reported_as_if_it_were_judged_by_itself(
     steps: list[tuple[Callable[..., object], object]],

@@ -35,9 +35,9 @@ from virtbus.words import GapReason, ResolutionCause
 
 MOST_ANSWERS = 64  # two minutes of them, and nothing waits for so long
 
-# A guest's last error that was passed on as libvirt gave it: all but the time, the time, and the description
-# that shows its device. For a second, while that stands, the same error is passed on as well: a storm brings
-# thousands, of which nothing else is asked.
+# A guest's last error that was passed on as libvirt gave it: all but the time, the time, and what was known of
+# the guest. For a second, while that stands, the same error is passed on as well: a storm brings thousands, of
+# which nothing else is asked.
 _Judged: TypeAlias = tuple[tuple[object, ...], int, Entry | None]
 _NOTHING_JUDGED: _Judged = (), 0, None
 JUDGED_NS = 1_000_000_000
@@ -243,9 +243,8 @@ class Session:
                 cause = self._left[uuid][1]
                 self.tell([*shared.check.gone(uuid), shared.check.left(uuid, now.wall_ns, cause)])
                 return
-            entry = shared.cache.present(uuid)
-            if raw[:-1] == words and raw.action_code != ACTION_PAUSE and entry and alias in entry.devices:
-                self._judged[uuid] = words, raw.observed_at, entry
+            if given and raw[:-1] == words and raw.action_code != ACTION_PAUSE:
+                self._judged[uuid] = words, raw.observed_at, shared.cache.present(uuid)
         if verdict is Verdict.TELL_AND_LOOK:
             self.notes.put(LookAt(uuid))
         elif verdict is Verdict.HOLD:  # until it is read who may have been it
