@@ -36,8 +36,8 @@ from virtbus.words import GapReason, ResolutionCause
 MOST_ANSWERS = 64  # two minutes of them, and nothing waits for so long
 
 # A guest's last error that was passed on as libvirt gave it: all but the time, the time, and what was known
-# of the guest. For a second, while that stands, the same error is passed on as well, and nothing else is asked
-# of it: a storm brings thousands.
+# of the guest. For a second, while that stands, the same error is passed on as well, and nothing else is
+# asked of it: a storm brings thousands.
 _Judged: TypeAlias = tuple[tuple[object, ...], int, Entry | None]
 _NOTHING_JUDGED: _Judged = (), 0, None
 JUDGED_NS = 1_000_000_000
