@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.waiting import wait_until
 from virtbus.agent.queue import BATCH_LIMIT, IntakeQueue, aggregate, callbacks_in
 from virtbus.model import Now
 from virtbus.observations import (
@@ -48,6 +49,38 @@ def test_a_long_queue_folds_equal_errors_and_keeps_their_number():
     drained = queue.drain(0)
     assert sum(callbacks_in(item) for item in drained) == 1000
     assert drained[-1] == Burst(an_error(at=10), 990, 10, 999)
+
+
+def test_what_gathers_waits_for_anything_but_the_same_errors():
+    queue, counted = IntakeQueue(), [an_error(at=1), Burst(an_error("virtio-disk1"), 3, 1, 2)]
+    assert not queue.gather(counted, 0)
+    same = [an_error(at=2), an_error("virtio-disk1", at=3)]
+    for item in same:
+        queue.put(item)
+    assert not queue.gather(counted, 0)
+    for other in (an_error("virtio-disk2", at=4), an_error(reason="enospc", at=4), DomainResumed("d", 4)):
+        queue.put(other)
+        assert queue.gather(counted, 0)
+        assert queue.drain(0) == [*same, other]
+        assert not queue.gather(counted, 0)
+        for item in same:
+            queue.put(item)
+
+
+def test_what_gathers_for_nothing_does_not_wait():
+    assert not IntakeQueue().gather([DomainResumed("d", 1)], 3600)
+
+
+def test_the_same_errors_end_a_wait_of_a_queue_that_is_empty():
+    queue = IntakeQueue()
+    assert not queue.gather([an_error(at=1)], 0)
+    taken = []
+    thread = threading.Thread(target=lambda: taken.extend(queue.drain(3600)), daemon=True)
+    thread.start()
+    wait_until(lambda: queue._filled._cond._waiters, "the wait")
+    queue.put(an_error(at=2))
+    thread.join(30)
+    assert taken == [an_error(at=2)]
 
 
 def test_an_error_folded_before_a_resume_is_told_before_it():

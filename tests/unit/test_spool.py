@@ -274,6 +274,15 @@ def test_wait_returns_when_something_is_committed(spool):
     assert spool.wait(20.0, stop)
 
 
+def test_a_commit_wakes_who_waits_only_where_there_is_something_to_take(spool, monkeypatch):
+    woken = Mock()
+    monkeypatch.setattr(spool._mirror.changed, "notify_all", woken)
+    spool.commit([], {"incident/guest/disk": b"counted"})
+    assert not woken.called
+    spool.commit([io_error()])
+    assert woken.called
+
+
 def test_wait_ends_when_stop_is_set_and_it_is_woken(spool):
     stop = threading.Event()
 

@@ -19,10 +19,8 @@ from virtbus.agent.tap import Taps
 from virtbus.errors import SpoolFull, VirtbusError
 from virtbus.model import Event, Gap, Host, IoError, IoErrorResolved, Now, Stamp, to_datetime
 from virtbus.observations import (
-    Burst,
     HostKnown,
     Observation,
-    RawIoError,
     SourceGone,
     SourceLost,
     SourceReady,
@@ -39,9 +37,9 @@ from virtbus.words import GapReason, Origin, Phase
 
 SOURCE_GRACE_SECONDS = 5.0  # how long the first event of a start waits for the first snapshot
 ALIVE_SECONDS = 5.0  # the longest wait for a batch: the spool hears at least so often what was seen through
-# In a storm: the wait after a batch that was only counted, so that many errors share one disk sync. News
-# among them is delayed by no more than this.
-GATHER_SECONDS = 0.02
+# In a storm: the wait after a batch that was only counted, so that many errors share one disk sync. What is
+# not one of the same errors again ends it.
+GATHER_SECONDS = 0.1
 HANGING_SECONDS = 10.0  # a write that takes longer is not merely slow
 UNREAD_SECONDS = 10.0  # between two gap events about callbacks that nobody could read
 
@@ -210,8 +208,8 @@ class Intake:
         try:
             self._open_epoch()
             while not (self._stop.is_set() and self.queue.is_told) and not self._abort.is_set():
-                if self._once(self._timeout()):
-                    self._stop.wait(GATHER_SECONDS)
+                counted = self._once(self._timeout())
+                self.queue.gather(counted, min(GATHER_SECONDS, self._timeout()))
             if self.stopped is not None and self.queue.is_told:
                 # From here on nobody looks. What an abort left in the queue was not seen.
                 self.sight.drained(self.stopped)
@@ -248,7 +246,7 @@ class Intake:
         else:
             hosts = [item.host for item in held if isinstance(item, HostKnown)]
             self._speaker.begin_on([first.host, *hosts][-1])
-        events = self._events_of(held, now)
+        events = self._events_of(self._taken(held), now)
         if first is not None:
             # A further connection that comes up later was not seen since this one did.
             why = "a further connection came up later than the first"
@@ -272,10 +270,10 @@ class Intake:
         self.writer.sign_of_life(self.seen_through())
         self.opened.set()
 
-    def _once(self, timeout: float) -> bool:
-        """One batch: drain, apply, commit. Whether there were errors in it, and they were only counted."""
+    def _once(self, timeout: float) -> Sequence[Observation]:
+        """One batch: drain, apply, commit → what was only counted, if nothing in it was news."""
         before = self._clock()
-        observations = self.queue.drain(timeout)
+        observations = self._taken(self.queue.drain(timeout))
         now = self._clock()
         if self.queue.emptied:
             self.sight.drained(before)
@@ -286,7 +284,7 @@ class Intake:
             events += self._copied(self._speaker.unidentified, now)
         self.writer.commit(events)
         self.writer.sign_of_life(self.seen_through())
-        return not events and any(isinstance(item, RawIoError | Burst) for item in observations)
+        return () if events else observations
 
     # ---- what a batch becomes
 
@@ -306,14 +304,19 @@ class Intake:
             reason, why, started_at=started_at, ended_at=ended_at, missing_occurrences=errors, found=found
         )
 
+    def _taken(self, drained: list[Observation]) -> list[Observation]:
+        """What was drained, equal errors as one."""
+        if self._taps.active:
+            for item in drained:
+                self._taps.offer("raw", item)
+        observations = aggregate(drained) if self._fold else drained
+        METRICS.callbacks.inc(sum(map(callbacks_in, observations)))
+        return observations
+
     def _events_of(self, observations: list[Observation], now: Now) -> list[Event]:
         """What a batch becomes, in its order; keeps track of whether the source observes."""
-        METRICS.callbacks.inc(sum(callbacks_in(item) for item in observations))
-        if self._taps.active:
-            for item in observations:
-                self._taps.offer("raw", item)
         events: list[Event] = []
-        for item in aggregate(observations) if self._fold else observations:
+        for item in observations:
             if isinstance(item, SourceGone):
                 blind = self.sight.gone(item)
                 if blind is not None:

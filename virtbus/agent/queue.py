@@ -64,6 +64,7 @@ class IntakeQueue:
         self._dropped_errors = 0
         self._dropped_others = 0
         self._unread: tuple[int, str] = (0, "")
+        self._counted: frozenset[tuple[object, ...]] = frozenset()  # errors, all but when: they wake nobody
         self.emptied = True  # the last `drain` took everything that was there when it began
 
     def put(self, observation: Observation) -> None:
@@ -84,14 +85,16 @@ class IntakeQueue:
                 self._items.append(observation)
             else:
                 self._put_crowded(observation)
+        if self._counted and isinstance(observation, RawIoError) and observation[:-1] in self._counted:
+            return
         if not self._filled.is_set():
             self._filled.set()
 
     def _put_error(self, raw: RawIoError) -> None:
-        key = _same_error(raw)
+        key: tuple[object, ...] = raw[:-1]
         if key not in self._folded and len(self._folded) >= self._fold_limit:
             raw = raw._replace(path="", alias="")
-            key = _same_error(raw)
+            key = raw[:-1]
         burst, at = self._folded.get(key), raw.observed_at
         if isinstance(burst, Burst):  # it goes to the end, behind the last words that came since
             self._put_last(key, Burst(burst.raw, burst.count + 1, burst.first_ns, at))
@@ -151,7 +154,9 @@ class IntakeQueue:
     def drain(self, timeout: float) -> list[Observation]:
         """Wait up to `timeout` seconds, then take at most BATCH_LIMIT observations, oldest first."""
         if not len(self):
-            self._filled.wait(timeout)
+            self._counted = frozenset()
+            if not len(self):  # still: `put` asks after its item is in whether that wakes somebody
+                self._filled.wait(timeout)
         with self._lock:
             self._filled.clear()
             self.emptied = len(self._items) <= BATCH_LIMIT
@@ -167,6 +172,12 @@ class IntakeQueue:
         """Queue what was folded, proofs last. The lock is held."""
         self._items.extend(sorted(self._folded.values(), key=lambda each: isinstance(each, SourceSeen)))
         self._folded.clear()
+
+    def gather(self, counted: Iterable[Observation], seconds: float) -> bool:
+        """Wait up to `seconds` for anything but errors that equal one of these → whether it came."""
+        raws = (item.raw if isinstance(item, Burst) else item for item in counted)
+        self._counted = frozenset(raw[:-1] for raw in raws if isinstance(raw, RawIoError))
+        return bool(self._counted) and self._filled.wait(seconds)
 
     def wake(self) -> None:
         """Let a waiting `drain` return."""
@@ -204,10 +215,6 @@ def _moment(lost: SourceLost) -> int:
     return lost.at_ns - (lost.booted_ns or 0)
 
 
-def _same_error(raw: RawIoError) -> tuple[object, ...]:
-    return (raw.domain_uuid, raw.alias, raw.path, raw.action_code, raw.reason)
-
-
 def aggregate(observations: Iterable[Observation]) -> list[Observation]:
     """Equal raw errors become one Burst, ordered by their last time; anything else is a barrier between."""
     out: list[Observation] = []
@@ -221,7 +228,7 @@ def aggregate(observations: Iterable[Observation]) -> list[Observation]:
 
     for item in observations:
         if isinstance(item, RawIoError):
-            groups.setdefault(_same_error(item), []).append(item)
+            groups.setdefault(item[:-1], []).append(item)
         else:
             flush()
             out.append(item)

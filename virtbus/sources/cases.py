@@ -402,6 +402,21 @@ def name_nameless(
     return [burst_of(raw, 0, Origin.EVENT, look, devices.get(alias), pause=True)]
 
 
+class Cases(dict[str, Case]):
+    """The domains in trouble, by their UUIDs."""
+
+    def again(self, raw: RawIoError) -> bool:
+        """Note an error, without a pause and of a named device, that equals one reported a moment ago.
+
+        False where something has changed since, and it is to be judged like the first.
+        """
+        case = self.get(raw.domain_uuid)
+        if case is None or raw.alias not in case.looked_for:
+            return False
+        case.last_ns[raw.alias], case.reports[raw.alias] = raw.observed_at, raw
+        return True
+
+
 def _kept(events: Mapping[str, RawIoError]) -> dict[str, int]:
     """What virDomainGetDiskErrors says, by alias, after these errors paused their guest."""
     return {

@@ -41,7 +41,7 @@ from virtbus.observations import (
     Observation,
     RawIoError,
 )
-from virtbus.sources.cases import Case, Finding, Nameless, complete
+from virtbus.sources.cases import Case, Cases, Finding, Nameless, complete
 from virtbus.sources.evidence import STAMP_SLACK_NS, Look, disk_errors_by_alias
 from virtbus.sources.findings import ACTION_UNKNOWN, burst_of, newer_messages, raw_error
 from virtbus.sources.link import (
@@ -149,7 +149,7 @@ class CrossCheck:
         """`connection`: of the guests, where a source has several."""
         self._grace, self._connection = grace_seconds, connection
         self.slack_ns = STAMP_SLACK_NS  # 0 where the hypervisor's clock is ours
-        self._cases: dict[str, Case] = {}
+        self.cases = self._cases = Cases()
         self._unheard = Unheard()
         # Guests older than the connection whose disk errors have not been read yet.
         self._unsure: set[str] = set()

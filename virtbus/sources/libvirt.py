@@ -178,9 +178,8 @@ class LibvirtLink:
         """See Link."""
         connection = self._connection
         with _calling(self._uri):
-            kind = connection.getType()
+            kind, name = connection.getType(), connection.getHostname()
             libvirt_version = _version(connection.getLibVersion())
-            name = connection.getHostname()
         return HostFacts(
             name=name,
             hypervisor=Hypervisor(kind, None, _dotted(libvirt_version)),
@@ -196,8 +195,7 @@ class LibvirtLink:
     def capabilities(self) -> str:
         """See Link."""
         with _calling(f"{self._uri}: capabilities"):
-            text: str = self._connection.getCapabilities()
-            return text
+            return str(self._connection.getCapabilities())
 
     def domains(self) -> Sequence[DomainAt]:
         """See Link."""
@@ -251,8 +249,7 @@ class LibvirtLink:
             if not hasattr(domain, "messages"):
                 raise Unsupported("this libvirt-python has no messages()")
             # Flags 0: all kinds. The flag for I/O errors is refused by libvirt before 11.1.
-            found: Sequence[str] = domain.messages(0)
-            return found
+            return list(domain.messages(0))
 
     def space(self, uuid: str, target: str) -> Space:
         """See Link."""
@@ -437,6 +434,7 @@ _EVENTS: tuple[tuple[tuple[str, ...], str], ...] = (
 
 def _callbacks(handler: Handler, heard: threading.Event) -> Mapping[str, Callable[..., None]]:
     """The callbacks by the names that `_EVENTS` uses; each sets `heard`. All run on libvirt's thread."""
+    failed: dict[int, tuple[str, str, int | None]] = {}  # by number: a storm asks libvirt for that alone
 
     def lifecycle(_c: Any, dom: Any, event: int, detail: int, _o: object) -> None:
         handler.lifecycle(*_named(dom), event, detail)
@@ -444,9 +442,12 @@ def _callbacks(handler: Handler, heard: threading.Event) -> Mapping[str, Callabl
     def io_error(_c: Any, dom: Any, path: str, alias: str, action: int, *rest: Any) -> None:
         # IO_ERROR_REASON gives (reason, opaque), the older IO_ERROR only (opaque).
         reason = rest[0] if len(rest) > 1 else ""
-        handler.io_error(
-            RawIoError(*_named(dom), path or "", alias or "", action, reason or "", time.time_ns())
-        )
+        number = dom.ID()
+        if number < 0 or number not in failed:
+            heard.set()
+            failed[number] = _named(dom)
+        raw = RawIoError(*failed[number], path or "", alias or "", action, reason or "", time.time_ns())
+        handler.io_error(raw)
 
     def removed(_c: Any, dom: Any, alias: str, _o: object) -> None:
         handler.device_removed(dom.UUIDString(), alias or "")
@@ -457,20 +458,19 @@ def _callbacks(handler: Handler, heard: threading.Event) -> Mapping[str, Callabl
     def job(_c: Any, dom: Any, disk: str, _kind: int, status: int, _o: object) -> None:
         # Completed, failed, cancelled or ready: each of them changes the XML.
         if status != libvirt.VIR_DOMAIN_BLOCK_JOB_READY:
-            failed = status == libvirt.VIR_DOMAIN_BLOCK_JOB_FAILED
-            handler.job_ended(dom.UUIDString(), disk or "", failed=failed)
+            has_failed = status == libvirt.VIR_DOMAIN_BLOCK_JOB_FAILED
+            handler.job_ended(dom.UUIDString(), disk or "", failed=has_failed)
         handler.changed(dom.UUIDString())
 
     def noticing(callback: Callable[..., None]) -> Callable[..., None]:
         def called(*words: Any) -> None:
-            if not heard.is_set():
-                heard.set()
+            heard.set()
+            failed.clear()
             callback(*words)
 
         return called
 
-    all_of_them = (lifecycle, io_error, removed, changed, job)
-    return {callback.__name__: noticing(callback) for callback in all_of_them}
+    return {"io_error": io_error} | {it.__name__: noticing(it) for it in (lifecycle, removed, changed, job)}
 
 
 # --------------------------------------------------------------------------------------- the source

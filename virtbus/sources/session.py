@@ -27,13 +27,20 @@ from virtbus.observations import (
 from virtbus.seen import WallClocks
 from virtbus.sources import Sink
 from virtbus.sources.crosscheck import CrossCheck, Verdict
-from virtbus.sources.descriptions import Cache
+from virtbus.sources.descriptions import Cache, Entry
 from virtbus.sources.evidence import Look
 from virtbus.sources.findings import late_event
-from virtbus.sources.link import RESUMED, STATE_AFTER, STOPPED, left_by, runs_again
+from virtbus.sources.link import ACTION_PAUSE, RESUMED, STATE_AFTER, STOPPED, left_by, runs_again
 from virtbus.words import GapReason, ResolutionCause
 
 MOST_ANSWERS = 64  # two minutes of them, and nothing waits for so long
+
+# A guest's last error that was passed on as libvirt gave it: all but the time, the time, and what was known
+# of the guest. For a second, while that stands, the same error is passed on as well, and nothing else is
+# asked of it: a storm brings thousands.
+_Judged: TypeAlias = tuple[tuple[object, ...], int, Entry | None]
+_NOTHING_JUDGED: _Judged = (), 0, None
+JUDGED_NS = 1_000_000_000
 
 # ------------------------------------------------------------------------ notes for the source thread
 
@@ -195,6 +202,7 @@ class Session:
         self._resumes: dict[str, Sequence[Observation]] = {}
         self.resumed_at: dict[str, float] = {}  # guests whose last callback was a resume → when (monotonic)
         self._left: dict[str, tuple[float, ResolutionCause]] = {}  # guests that left lately → when, why
+        self._judged: dict[str, _Judged] = {}
         self.live = True
         self._shared = shared
         self._sink = sink
@@ -202,18 +210,29 @@ class Session:
 
     def io_error(self, raw: RawIoError) -> None:
         """Report it at once; see Handler."""
-        now = self._shared.clock()
-        shared = self._shared
+        if not self.heard:
+            self.hear()
+        shared, uuid = self._shared, raw.domain_uuid
+        with shared.lock:
+            words, at, entry = self._judged.get(uuid, _NOTHING_JUDGED)
+            is_same = words == raw[:-1] and 0 <= raw.observed_at - at < JUDGED_NS
+            if is_same and entry is shared.cache.present(uuid) and shared.check.cases.again(raw):
+                self._sink(raw)
+                return
+        self._judge(raw)
+
+    def _judge(self, raw: RawIoError) -> None:
+        """Report an error that is not the one before it again."""
+        shared, now, words = self._shared, self._shared.clock(), raw[:-1]
         uuid, given, path = raw.domain_uuid, raw.alias, raw.path  # as libvirt names it
         raw = shared.cache.shown(raw)
-        self.hear()
         with shared.lock:
             if not self.live:
                 return
             self.tell(self._resumes.pop(uuid, ()))
             stale = shared.cache.stale(uuid, given, path)
             alias = given or shared.cache.resolve(raw._replace(path=path), now.monotonic)
-            raw = raw._replace(alias=alias)
+            raw = raw if given else raw._replace(alias=alias)
             verdict = shared.check.event(raw, now.monotonic)
             if not alias:
                 shared.check.suspect(uuid, shared.cache.jobs(uuid) or frozenset())
@@ -224,6 +243,8 @@ class Session:
                 cause = self._left[uuid][1]
                 self.tell([*shared.check.gone(uuid), shared.check.left(uuid, now.wall_ns, cause)])
                 return
+            if given and raw[:-1] == words and raw.action_code != ACTION_PAUSE:
+                self._judged[uuid] = words, raw.observed_at, shared.cache.present(uuid)
         if verdict is Verdict.TELL_AND_LOOK:
             self.notes.put(LookAt(uuid))
         elif verdict is Verdict.HOLD:  # until it is read who may have been it
@@ -242,6 +263,7 @@ class Session:
             if not self.live:
                 return
             self.resumed_at.pop(uuid, None)
+            self._judged.pop(uuid, None)
             if runs_again(event, detail):
                 self.resumed_at[uuid] = now.monotonic
             self.tell(self._resumes.pop(uuid, ()))
@@ -337,4 +359,4 @@ class Session:
     def end(self) -> None:
         """Hear nothing any more."""
         with self._shared.lock:
-            self.live = False
+            self.live, self._judged = False, {}

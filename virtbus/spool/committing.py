@@ -181,7 +181,8 @@ class Committer:
             for number in draft.named_losses:
                 del mirror.losses[number]
             mirror.births.forget(mirror.index.oldest_row() or mirror.next_position)
-            mirror.changed.notify_all()
+            if draft.new or draft.victims:  # else there is nothing new to take
+                mirror.changed.notify_all()
         self._opening_told = self._opening_told or draft.tells_opening
         if not self._signed and draft.seq:
             self._signed = True
