@@ -306,7 +306,7 @@ class HoldRules(_Section, frozen=True):
     """A host is held back when it is at fault; also when that is unclear; or for any trouble, a
     backend's too"""
     min_guests: Annotated[int, Meta(ge=1, le=1_000_000)] = 2
-    """Guests in trouble before a host is held back"""
+    """Guests in trouble before a host is held that is not at fault (`when` undetermined or any)"""
     raise_seconds: Annotated[float, Meta(ge=0, le=7 * DAY)] = 30.0
     """Trouble lasts so long before a host is held"""
     clear_seconds: Annotated[float, Meta(ge=0, le=7 * DAY)] = 300.0

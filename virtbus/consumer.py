@@ -234,8 +234,8 @@ class Consumer:
         - `validate`: data of known types must fit its schema; else what can't be read is handed over raw.
         - `dedupe`: a SQLite file of at most `dedupe_rows` marks per group, for one process at a time; without
           it duplicates are recognised only while this object lives.
-        - `group_commit`: acks share one write, by the first call of this object that finds 64 of them or one
-          50 ms old: a crash repeats up to 64 events, however long the program worked on the next one since.
+        - `group_commit`: acks share one write. Nothing is written between calls of this object: a call writes
+          once 64 acks wait or one is 50 ms old, and a crash before it repeats up to 64 events.
         - `check_gaps`, for whoever reads everything alone: `on_missing` gets each hole in an agent's sequence
           that no gap event explains within `reorder_seconds`, over restarts where there is a dedupe file.
         - `on_missing` also gets, without `check_gaps`, what Kafka deleted. What it raises comes out of

@@ -65,9 +65,8 @@ class HostHealth:
     @property
     def answer(self) -> Answer:
         """Bad, well, or can't tell: only the first is a reason to act, only the second to undo. Well is a
-        host's own fresh word that nothing of it is in trouble. Of trouble that began before we listened it is
-        not known who else had it then: the last guests to be resumed after an outage look like their host's
-        fault.
+        host's own fresh word that nothing of it is in trouble. Trouble older than our listening is neither:
+        others may have recovered from it, and the last guests to resume would look like their host's fault.
         """
         if self.state != "observing" or self.early:
             return Answer.CANT_TELL

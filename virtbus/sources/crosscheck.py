@@ -11,8 +11,8 @@ comes later than LATE_SECONDS after its finding:
    event, pause and look is first;
 2. a pause by I/O error whose event never comes is reported exactly once, with the devices that a look found;
 3. an event that comes after its finding is not counted again (it only adds what it knows), also if the guest
-   has left, or gone on since and a look had named the device. If it is the event of the next pause, that
-   one becomes a finding instead;
+   has left, or gone on since and a look had named the device. If it belonged to the next pause after all,
+   that pause is reported as a finding;
 4. where "twice" and "never" can't be told apart, it is twice: nothing is lost. A pause of unknown reason, of
    a disk that failed before, is an operator's unless an event comes: it takes the next one;
 5. an event of a pause that comes after its guest was resumed (QEMU from 9.2 to 10 may hold it back for a

@@ -25,7 +25,7 @@ from virtbus.spool.missing import CHUNK, Missing, mark, put_run
 from virtbus.telemetry import EventDeadLettered, SpoolStumbled, Trouble, emit
 from virtbus.words import GapReason
 
-MAX_UNSETTLED = 1024  # sent and not settled while the disk takes nothing: a kill then repeats so many
+MAX_UNSETTLED = 1024  # sent and not settled, beyond which nothing is taken while the disk takes nothing
 SETTLE_PATIENCE_SECONDS = 0.25  # how long settling waits for a commit that hangs on the disk
 RETRY_SECONDS = 1.0  # between two tries while the disk refuses
 COMPACT_PENDING = 4096  # a longer backlog is sent first: it takes a twentieth longer while pages are moved
@@ -159,7 +159,7 @@ class Settler:
         Confirmed deletes; Deferred gives back; Parked parks the key for 1 s, doubling to 60 s; a confirm of a
         key that was parked ends the wait of all. Refused makes a dead letter that is named in a gap event. A
         gap event that is refused is parked instead: it must not take with it what it names. What the disk
-        does not take now is kept in memory and tried again; no more than MAX_UNSETTLED are under way.
+        does not take now is kept in memory and tried again; beyond MAX_UNSETTLED under way nothing is taken.
         """
         # A record that is not from here, or was settled before, is none of ours.
         rows = [(self._taken.pop(record.row, None), outcome) for record, outcome in outcomes]
