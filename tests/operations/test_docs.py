@@ -451,7 +451,7 @@ def test_the_path_of_one_error_is_counted_and_every_module_of_its_rooms_is_on_th
     assert [name for name in files if not (package / name).exists()] == []
     machine = {f"agent/{name}.py" for name in ("incidents", "telling", "book", "incident")}
     assert machine < set(files)
-    said = f"{len(files)} files from libvirt's callback to the broker, {len(machine)} of them the incident's state"
+    said = f"{len(files)} files from libvirt's callback to the broker, {len(machine)} of them"
     assert said in page
     rooms = ("sources", "agent", "spool", "bus/amqp", "fleet", "integrations")
     modules = {module for room in rooms for module in (package / room).glob("[a-z]*.py")}
