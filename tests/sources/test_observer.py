@@ -393,11 +393,12 @@ def test_a_pause_of_milliseconds_without_an_event_is_told_with_its_device(detail
     """Only a look while the guest is paused can tell: it does not wait for an event."""
     host = SimulatedHost(1)
     guest = next(iter(host.guests.values()))
-    with observed(host) as (_, seen):
+    with observed(host, replace(OPTIONS, grace_seconds=3.0)) as (observer, seen):
         seen.wait(SourceReady)
         guest.state, guest.reason, guest.disk_errors = PAUSED, PAUSED_IOERROR, {"vda": 1}
         host.lifecycle(guest, SUSPENDED, detail)
-        time.sleep(0.01)
+        pauses = observer.check.cases[guest.uuid].pauses
+        wait_until(lambda: pauses[0].look is not None)
         if ends:
             host.stop(guest)
         else:
