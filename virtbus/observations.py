@@ -53,7 +53,7 @@ class Burst:
     evidence: tuple[Evidence, ...] = ()
     stamp_ns: int | None = None  # the hypervisor's own time of the last of them, where it kept one
     rivals: frozenset[str] = frozenset()  # aliases that the same look found in error beside it
-    late: bool = False  # the event of an error that a look has found before it; see LATE_SECONDS
+    late: bool = False  # the event of an error that a look alone has found before it; see LATE_SECONDS
 
 
 @dataclass(frozen=True, slots=True)

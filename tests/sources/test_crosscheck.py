@@ -178,7 +178,7 @@ def test_an_event_that_comes_after_its_finding_adds_facts_and_no_count() -> None
     assert len(findings(check, 1.0)) == 1
     late = raw(at=1.5, reason="message")
     assert check.event(late, 1.5) is Verdict.KNOWN
-    assert late_event(late).count == 0
+    assert late_event(late, found=False).count == 0
     assert check.event(raw(at=1.6), 1.6) is Verdict.TELL
 
 
@@ -477,7 +477,7 @@ def test_a_pause_that_waited_for_its_event_when_the_connection_went_is_told_once
 def test_an_error_found_before_its_event_and_pause_arrive_is_told_once() -> None:
     check = CrossCheck(GRACE)
     assert len(reconcile(check, IO_PAUSE, 0.0)) == 1
-    assert check.event(raw(), 0.01) is Verdict.KNOWN
+    assert check.event(raw(), 0.01) is Verdict.FOUND
     suspend(check, 0.01)
     look_at(check, IO_PAUSE)
     assert findings(check, 9.0) == []
@@ -933,7 +933,7 @@ def test_the_pause_of_a_listed_guest_and_its_event_may_still_arrive() -> None:
     check = CrossCheck(GRACE)
     assert len(check.listed(UUID, "db1", 1, alias="", mono=5.0, ns=5 * S)) == 1
     suspend(check, 5.1)
-    assert check.event(raw(at=5.2), 5.2) is Verdict.KNOWN
+    assert check.event(raw(at=5.2), 5.2) is Verdict.FOUND
     assert findings(check, 20.0) == []
 
 

@@ -74,7 +74,8 @@ class Verdict(Enum):
     TELL = "tell"  # pass it on
     TELL_AND_LOOK = "tell and look"  # pass it on, and look for evidence
     HOLD = "hold"  # say nothing yet: `due` reports it, with its device's name if a look finds that
-    KNOWN = "known"  # the same error was reported as a finding: it adds facts, no count
+    KNOWN = "known"  # its pause was reported as a finding: it adds facts, no count
+    FOUND = "found"  # what a look alone had found was reported, which an earlier run may have known: the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +185,7 @@ class CrossCheck:
             if finding is not None and mono - finding.at <= LATE_SECONDS:
                 if not alias and name:
                     case.events[name] = case.events.pop(alias)._replace(alias=name)
-                return Verdict.KNOWN
+                return Verdict.KNOWN if finding.began < math.inf else Verdict.FOUND
         case.claim(raw, pause, mono)
         if pause is None:
             case.expect(mono, self._grace)

@@ -14,9 +14,12 @@ from virtbus.words import ENOSPC, DiskError, Origin
 ACTION_UNKNOWN = -1  # the guest runs, and the policy does not say whether it was ever paused
 
 
-def late_event(raw: RawIoError) -> Burst:
-    """An event whose error a look has found before it, as it is passed on: its facts, no count."""
-    return Burst(raw, 0, raw.observed_at, raw.observed_at, late=True)
+def late_event(raw: RawIoError, *, found: bool) -> Burst:
+    """An event whose error was reported before it, as it is passed on: its facts, no count.
+
+    `found`: by a look alone. Of a pause that a callback reported there is no doubt, whatever the clock says.
+    """
+    return Burst(raw, 0, raw.observed_at, raw.observed_at, late=found)
 
 
 def newer_messages(

@@ -155,7 +155,7 @@ class ReplaySource:
                 str(record.get("reason") or ""),
                 ns,
             )
-            counted = check.event(raw, at) is not Verdict.KNOWN
+            counted = check.event(raw, at) not in (Verdict.KNOWN, Verdict.FOUND)
             return [Burst(raw, int(counted), ns, ns, Origin.REPLAY)]
         if kind == "DEVICE_REMOVED":
             alias = str(record.get("devAlias") or "")

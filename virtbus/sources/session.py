@@ -237,7 +237,8 @@ class Session:
             if not alias:
                 shared.check.suspect(uuid, shared.cache.jobs(uuid) or frozenset())
             if verdict is not Verdict.HOLD:
-                self._sink(raw if verdict is not Verdict.KNOWN else late_event(raw))
+                known = verdict in (Verdict.KNOWN, Verdict.FOUND)
+                self._sink(late_event(raw, found=verdict is Verdict.FOUND) if known else raw)
             if uuid in self._left:
                 # A hypervisor that merges errors may send one late: nothing else would end its incident.
                 cause = self._left[uuid][1]
