@@ -69,6 +69,7 @@ def test_what_counts_as_reloaded_is_what_a_reload_applies_and_what_the_document_
     monkeypatch.setattr(run.telemetry, "configure", lambda **given: configured.update(given))
 
     def after(**changed):
+        configured.clear()
         agent = SimpleNamespace(options=AgentOptions())
         new = msgspec.convert(changed, Config)
         run._reload(agent, Config(), Config(), lambda: Loaded(new, {}, None))

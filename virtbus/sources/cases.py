@@ -31,8 +31,9 @@ class Pause:
     held: list[RawIoError] = field(default_factory=list)  # events that wait for a look to name them
 
     def is_unsaid(self) -> bool:
-        """Whether it is taken for an operator's unless an event comes."""
-        return not (self.certain or self.events or self.held)
+        """Whether it is taken for an operator's unless an event comes, and no look shows that it is one."""
+        seen = self.look is not None and not self.look.paused_by_io_error
+        return not (self.certain or self.events or self.held or seen)
 
     def may_lack(self, alias: str) -> bool:
         """Whether it is over without an event, and this is it unless it is that of the next one."""
