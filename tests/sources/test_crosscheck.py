@@ -1038,6 +1038,32 @@ def test_any_history_tells_each_error_once(history: list[Failure]) -> None:
     }
 
 
+@pytest.mark.parametrize("looked", [True, False], ids=["looked at", "no look"])
+def test_an_operators_pause_soon_after_an_error_is_no_error(looked: bool) -> None:
+    """The error's own pause is over by then, and its event came in time or late."""
+    check = CrossCheck(GRACE)
+    suspend(check, 0.0)
+    look_at(check, IO_PAUSE, 0.1)
+    told = check.event(raw(at=0.2), 0.2) is Verdict.TELL
+    check.resumed(UUID, 0.3)
+    suspend(check, 0.6, by_io_error=False)
+    if looked:
+        look_at(check, Look(PAUSED, PAUSED_UNKNOWN, {"vda": 1}), 0.7)
+    assert told + sum(burst.count for due in (1.0, 1.6, 2.6) for burst in findings(check, due)) == 1
+
+
+def test_an_operators_pause_soon_after_a_late_event_is_no_error_if_a_look_says_so() -> None:
+    check = CrossCheck(GRACE)
+    suspend(check, 0.0)
+    look_at(check, IO_PAUSE, 0.1)
+    assert sum(burst.count for burst in findings(check, 1.0)) == 1
+    check.resumed(UUID, 1.1)
+    assert check.event(raw(at=1.2), 1.2) is Verdict.KNOWN
+    suspend(check, 1.5, by_io_error=False)
+    look_at(check, Look(PAUSED, 1, {"vda": 1}), 1.6)  # VIR_DOMAIN_PAUSED_USER
+    assert sum(burst.count for burst in findings(check, 2.5)) == 0
+
+
 @settings(max_examples=500)
 @given(
     st.lists(

@@ -29,11 +29,16 @@ class Pause:
     wrong: dict[str, int] = field(default_factory=dict)  # what the look found: alias → disk error
     waited: bool = False
     held: list[RawIoError] = field(default_factory=list)  # events that wait for a look to name them
+    hinted: bool = False  # its event may have been taken for that of an earlier one
+
+    def is_certain(self) -> bool:
+        """Whether it is by an I/O error, as far as libvirt said so or no look shows that it is not."""
+        return self.certain or (self.hinted and (self.look is None or self.look.paused_by_io_error))
 
     def is_unsaid(self) -> bool:
         """Whether it is taken for an operator's unless an event comes, and no look shows that it is one."""
         seen = self.look is not None and not self.look.paused_by_io_error
-        return not (self.certain or self.events or self.held or seen)
+        return not (self.certain or self.hinted or self.events or self.held or seen)
 
     def may_lack(self, alias: str) -> bool:
         """Whether it is over without an event, and this is it unless it is that of the next one."""
@@ -106,8 +111,8 @@ class Case:
             self.credit = {}
             return
         events = self.credit if explained else {}
-        certain = by_io_error or mono - self.hinted_at <= grace
-        self.pauses.append(Pause(ns, mono, mono + grace, certain, events, held=self.held))
+        hinted = mono - self.hinted_at <= grace
+        self.pauses.append(Pause(ns, mono, mono + grace, by_io_error, events, held=self.held, hinted=hinted))
         self.credit, self.held = {}, []
 
     def resumed(self, mono: float) -> None:
@@ -143,7 +148,7 @@ class Case:
         present = [] if pause is None else [pause]
         for owner in [*(each for each in present if each in unsaid), *unsaid, *present, *over]:
             owner.events[raw.alias] = raw
-            self.hinted_at = mono
+            self.hinted_at = self.hinted_at if owner is pause else mono
             return
         self.credit[raw.alias] = raw
 
@@ -215,7 +220,7 @@ class Case:
             if not pause.over:
                 self.events[alias] = self.events.pop("", events[alias])._replace(alias=alias)
         missed: list[str] = []
-        if pause.certain or (by_error and fresh):
+        if pause.is_certain() or (by_error and fresh):
             known = events.keys() | synthesised.keys() | {raw.alias for raw in pause.held if raw.alias}
             missed = missed_devices(self, wrong if by_error else {}, known, devices)
         unsure = self.unsure
