@@ -103,13 +103,8 @@ def test_an_error_of_a_guest_that_has_left_another_pod_is_described_by_its_own(n
     assert (event["data"]["domain"]["name"], event["data"]["domain"]["state"]) == ("b", "running")
 
 
-def test_an_agent_that_no_socket_lets_in_is_not_ready_and_ends_no_incident(
-    node: Node, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("virtbus.sources.many.SURVEY_SECONDS", 0.0)
-    host = Denying()
-    host.guests[UUID] = Guest(UUID, "guest", 1)
-    host.denies = False
+def a_run_that_ended_in_trouble(node: Node, host: SimulatedHost) -> None:
+    """An agent that saw the host's guest stand by an error, and is gone."""
     node.pods.add("pod", host)
     house = node.start()
     wait_until(lambda: connected(house, host))
@@ -117,6 +112,16 @@ def test_an_agent_that_no_socket_lets_in_is_not_ready_and_ends_no_incident(
     host.suspend(guest_of(host))
     house.wait("io_error.v1")
     house.end()
+
+
+def test_an_agent_that_no_socket_lets_in_is_not_ready_and_ends_no_incident(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("virtbus.sources.many.SURVEY_SECONDS", 0.0)
+    host = Denying()
+    host.guests[UUID] = Guest(UUID, "guest", 1)
+    host.denies = False
+    a_run_that_ended_in_trouble(node, host)
     host.denies = True
     house = node.start()
     house.wait("gap")
@@ -167,13 +172,7 @@ def test_a_daemon_that_was_killed_and_starts_slowly_while_an_agent_starts_ends_n
 ) -> None:
     host = Refusing()
     host.guests[UUID] = Guest(UUID, "guest", 1)
-    node.pods.add("pod", host)
-    house = node.start()
-    wait_until(lambda: connected(house, host))
-    host.io_error(guest_of(host))
-    host.suspend(guest_of(host))
-    house.wait("io_error.v1")
-    house.end()
+    a_run_that_ended_in_trouble(node, host)
     host.down = True  # and its socket is left over
     house = node.start()
     wait_until(lambda: host.attempts == 4)

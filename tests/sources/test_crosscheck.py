@@ -1052,6 +1052,17 @@ def test_an_operators_pause_soon_after_an_error_is_no_error(looked: bool) -> Non
     assert told + sum(burst.count for due in (1.0, 1.6, 2.6) for burst in findings(check, due)) == 1
 
 
+def test_pauses_of_unknown_reason_take_no_memory_for_ever() -> None:
+    """Each may be by an error whose event is late; a guest may be paused for years."""
+    check = CrossCheck(GRACE)
+    for number in range(100):
+        suspend(check, 60.0 * number, by_io_error=False)
+        decide(check, 60.0 * number + 30.0)
+        decide(check, 60.0 * number + 40.0)
+        check.resumed(UUID, 60.0 * number + 50.0)
+    assert len(check.cases[UUID].unsaid) == 1
+
+
 def test_an_operators_pause_soon_after_a_late_event_is_no_error_if_a_look_says_so() -> None:
     check = CrossCheck(GRACE)
     suspend(check, 0.0)

@@ -735,18 +735,22 @@ def test_a_flipped_bit_in_a_body_is_found_at_the_start_and_the_rest_is_rescued(f
     assert ranges_of(gaps_of(found)[0]) == [(spool.epoch, 5, 5)]
 
 
-def test_a_row_that_rots_while_the_agent_runs_is_never_taken_and_is_named(spool, clock):
-    spool.commit([io_error(1), io_error(2)])
-    db = sqlite3.connect(spool.path)
-    db.execute("UPDATE events SET body = replace(body, 'guest-1', 'guest-7') WHERE seq = 1")
-    db.commit()
-    db.close()
+def the_first_of_two_is_named(spool):
     found = records(spool)
     spool.commit(())
     found += records(spool)
     assert [record.seq for record in found] == [2, 3]
     (data,) = gaps_of(found)
     assert (data["reason"], ranges_of(data)) == ("spool_damaged", [(spool.epoch, 1, 1)])
+
+
+def test_a_row_that_rots_while_the_agent_runs_is_never_taken_and_is_named(spool, clock):
+    spool.commit([io_error(1), io_error(2)])
+    db = sqlite3.connect(spool.path)
+    db.execute("UPDATE events SET body = replace(body, 'guest-1', 'guest-7') WHERE seq = 1")
+    db.commit()
+    db.close()
+    the_first_of_two_is_named(spool)
     assert spool.stats().dead == 1
 
 
@@ -902,12 +906,7 @@ def test_a_row_that_is_gone_is_named_and_is_no_dead_letter(spool, clock):
         db.execute("DELETE FROM events WHERE seq = 1")
         db.commit()
     letters = METRICS.registry.get_sample_value("virtbus_dead_letters_total", {"why": "damaged"})
-    found = records(spool)
-    spool.commit(())
-    found += records(spool)
-    assert [record.seq for record in found] == [2, 3]
-    (data,) = gaps_of(found)
-    assert (data["reason"], ranges_of(data)) == ("spool_damaged", [(spool.epoch, 1, 1)])
+    the_first_of_two_is_named(spool)
     assert (spool.stats().dead, spool.stats().dead_bytes) == dead_in(spool) == (0, 0)
     assert METRICS.registry.get_sample_value("virtbus_dead_letters_total", {"why": "damaged"}) == letters
 

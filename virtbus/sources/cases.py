@@ -243,7 +243,8 @@ class Case:
         if not complete(look) and not pause.over:
             self.unseen |= {*events, *missed}
         if not (found or events or synthesised) and (look is None or by_error):
-            self.unsaid.append(mono)  # of a disk that failed before: until its event comes an operator's
+            # Of a disk that failed before: until its event comes an operator's.
+            self.unsaid = [*(at for at in self.unsaid if mono - at <= LATE_SECONDS), mono]
             if not pause.over:
                 self.puzzled_at = pause.began
         return found
