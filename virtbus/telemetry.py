@@ -423,7 +423,7 @@ class LookupFinished(TelemetryEvent, level="debug", counts=("lookups:result",)):
 
 
 class LookupsReplaced(TelemetryEvent, level="warning", every=30):
-    """look-ups hang in libvirt; events go on, their connection is replaced"""
+    """look-ups hang in libvirt; events go on, and others are asked beside them"""
 
     hanging: int
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,19 @@ def test_an_image_that_is_not_ours_to_see_is_not_judged_by_another_file_system(l
 
 
 # -------------------------------------------------------------------------------- the daemon comes and goes
+
+
+@pytest.mark.slow
+def test_a_daemon_that_freezes_under_look_ups_again_and_again_crashes_nobody(lab: Lab) -> None:
+    """libvirt's client crashes where a connection with two calls ends (CVE-2024-4418; Debian 12 has it)."""
+    guest, script = lab.guest("db1").start(), Path(__file__).with_name("asking.py")
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(lab.run, sys.executable, str(script), lab.uri_ro, guest.uuid, "40")
+        while not wait([asking], timeout=0.5).done:
+            lab.freeze()
+            wait([asking], timeout=3.0)  # keepalive gives up after two seconds
+            lab.thaw()
+        assert int(asking.result()) > 0
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import libvirt
 import pytest
 
 from tests.sources.simulated import Seen
+from tests.waiting import wait_until
 from virtbus.errors import ConfigError, SourceUnavailable
 from virtbus.model import Hypervisor
 from virtbus.observations import SourceReady
@@ -227,3 +228,28 @@ def test_nothing_that_connecting_asks_makes_a_daemon_probe_its_qemu() -> None:
 )
 def test_from_its_version_on_qemu_merges_errors(hypervisor: Hypervisor, merges: bool | None) -> None:
     assert hypervisor.merges is merges
+
+
+def test_a_connection_ends_after_the_call_that_is_under_way() -> None:
+    """virConnectClose frees what a call still uses."""
+    answer, order = threading.Event(), []
+
+    def version() -> int:
+        answer.wait(10)
+        order.append("answered")
+        return 9_000_000
+
+    connection = mock.Mock()
+    connection.getLibVersion = version
+    connection.close = lambda: order.append("closed")
+    link = LibvirtLink(connection, "qemu:///system")
+    call = threading.Thread(target=link.facts)
+    call.start()
+    wait_until(lambda: connection.getHostname.called)
+    link.close()
+    (closing,) = (each for each in threading.enumerate() if each.name == "virtbus-close")
+    closing.join(0.2)
+    answer.set()
+    call.join(10)
+    closing.join(10)
+    assert order == ["answered", "closed"]

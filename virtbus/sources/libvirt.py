@@ -68,7 +68,7 @@ class _EventLoop:
                 return
             if cls._thread is None:
                 # Before this libvirt prints every error to standard error as well.
-                libvirt.registerErrorHandler(_complain, None)
+                libvirt.registerErrorHandler(lambda _, error: emit(LibvirtSaid(str(error[2]))), None)
                 libvirt.virEventRegisterDefaultImpl()
                 _notice_lost_callbacks()
             cls._thread = threading.Thread(target=cls._run, name="virtbus-libvirt", daemon=True)
@@ -102,10 +102,6 @@ class _EventLoop:
             except libvirt.libvirtError as error:
                 emit(Trouble("libvirt's event loop", error))
                 threading.Event().wait(1.0)
-
-
-def _complain(_context: object, error: Sequence[Any]) -> None:
-    emit(LibvirtSaid(str(error[2])))
 
 
 def _notice_lost_callbacks() -> None:
@@ -154,32 +150,25 @@ def _translated(error: libvirt.libvirtError, what: str) -> VirtbusError:
     return SourceUnavailable(f"{what}: {text}")
 
 
-@contextmanager
-def _calling(what: str) -> Iterator[None]:
-    """Translates libvirt's exceptions, and text that is not UTF-8, once, at the edge."""
-    try:
-        yield
-    except libvirt.libvirtError as error:
-        raise _translated(error, what) from error
-    except (UnicodeDecodeError, SystemError) as error:
-        raise SourceUnavailable(f"{what}: the answer is not UTF-8 text") from error
-
-
 class LibvirtLink:
-    """One read-only connection. See `virtbus.sources.link.Link`."""
+    """One read-only connection. See `virtbus.sources.link.Link`.
+
+    Its calls run one after the other, and so does its end: with two under way when the connection ends,
+    libvirt's client before 10.4 crashes (CVE-2024-4418), and `virConnectClose` frees what a call uses.
+    """
 
     def __init__(self, connection: Any, uri: str) -> None:
         self._connection = connection
+        self._one_call = threading.Lock()
         self._local = is_local(uri)
         self._uri = redaction.uri(uri)
         self.registered: list[int] = []  # each holds the connection, and is dropped at close
 
     def facts(self) -> HostFacts:
         """See Link."""
-        connection = self._connection
-        with _calling(self._uri):
-            kind, name = connection.getType(), connection.getHostname()
-            libvirt_version = _version(connection.getLibVersion())
+        with self._calling(self._uri):
+            kind, name = self._connection.getType(), self._connection.getHostname()
+            libvirt_version = _version(self._connection.getLibVersion())
         return HostFacts(
             name=name,
             hypervisor=Hypervisor(kind, None, _dotted(libvirt_version)),
@@ -189,17 +178,17 @@ class LibvirtLink:
 
     def version(self) -> str:
         """See Link."""
-        with _calling(f"{self._uri}: version"):
+        with self._calling(f"{self._uri}: version"):
             return _dotted(_version(self._connection.getVersion()))
 
     def capabilities(self) -> str:
         """See Link."""
-        with _calling(f"{self._uri}: capabilities"):
+        with self._calling(f"{self._uri}: capabilities"):
             return str(self._connection.getCapabilities())
 
     def domains(self) -> Sequence[DomainAt]:
         """See Link."""
-        with _calling(f"{self._uri}: list of domains"):
+        with self._calling(f"{self._uri}: list of domains"):
             flags = libvirt.VIR_CONNECT_GET_ALL_DOMAINS_STATS_ACTIVE
             try:
                 found = self._connection.getAllDomainStats(libvirt.VIR_DOMAIN_STATS_STATE, flags)
@@ -220,23 +209,23 @@ class LibvirtLink:
 
     def state(self, uuid: str) -> tuple[int, int]:
         """See Link."""
-        with _calling(f"domain {uuid}: state"):
+        with self._calling(f"domain {uuid}: state"):
             state, reason = self._domain(uuid).state()
             return int(state), int(reason)
 
     def xml(self, uuid: str) -> str:
         """See Link."""
-        with _calling(f"domain {uuid}: XML"):
+        with self._calling(f"domain {uuid}: XML"):
             return str(self._domain(uuid).XMLDesc(0))
 
     def has_job(self, uuid: str, target: str) -> bool:
         """See Link."""
-        with _calling(f"domain {uuid}: block job of {target}"):
+        with self._calling(f"domain {uuid}: block job of {target}"):
             return bool(self._domain(uuid).blockJobInfo(target))
 
     def disk_errors(self, uuid: str) -> Mapping[str, int]:
         """See Link."""
-        with _calling(f"domain {uuid}: disk errors"):
+        with self._calling(f"domain {uuid}: disk errors"):
             found: Mapping[str, int] | None = self._domain(uuid).diskErrors()
         if found is None:  # libvirt-python gives None, and no exception, when the call failed
             raise SourceUnavailable(f"domain {uuid}: disk errors can't be had")
@@ -244,7 +233,7 @@ class LibvirtLink:
 
     def messages(self, uuid: str) -> Sequence[str]:
         """See Link."""
-        with _calling(f"domain {uuid}: messages"):
+        with self._calling(f"domain {uuid}: messages"):
             domain = self._domain(uuid)
             if not hasattr(domain, "messages"):
                 raise Unsupported("this libvirt-python has no messages()")
@@ -253,27 +242,28 @@ class LibvirtLink:
 
     def space(self, uuid: str, target: str) -> Space:
         """See Link."""
-        with _calling(f"domain {uuid}: space of {target}"):
+        with self._calling(f"domain {uuid}: space of {target}"):
             return Space(*self._domain(uuid).blockInfo(target))
 
     def probe_events(self) -> Mapping[str, str | None]:
         """Register and deregister each event: name → libvirt's refusal, or None."""
         results: dict[str, str | None] = {}
-        for names, _ in _EVENTS:
-            number = getattr(libvirt, f"VIR_DOMAIN_EVENT_ID_{names[0]}")
+        for (name, *_), _ in _EVENTS:
+            number = getattr(libvirt, f"VIR_DOMAIN_EVENT_ID_{name}")
             try:
-                held = self._connection.domainEventRegisterAny(None, number, lambda *_: None, None)
-                self._connection.domainEventDeregisterAny(held)
-                results[names[0]] = None
+                with self._one_call:
+                    held = self._connection.domainEventRegisterAny(None, number, lambda *_: None, None)
+                    self._connection.domainEventDeregisterAny(held)
+                results[name] = None
             except libvirt.libvirtError as error:
-                results[names[0]] = error.get_error_message() or str(error)
+                results[name] = error.get_error_message() or str(error)
         return results
 
     def heard(self, then: Callable[[], None]) -> None:
         """See Link."""
-        with _calling(f"{self._uri}: the connection of the events"):
+        with self._calling(f"{self._uri}: the connection of the events"):
             self._connection.getLibVersion()  # goes to the daemon each time, and to no guest
-            _EventLoop.call(then)
+        _EventLoop.call(then)
 
     def alive(self) -> bool:
         """See Link."""
@@ -287,15 +277,25 @@ class LibvirtLink:
         threading.Thread(target=self._close, name="virtbus-close", daemon=True).start()
 
     def _close(self) -> None:
-        for number in self.registered:
+        with self._one_call:  # one that hangs is ended by keepalive
+            for number in self.registered:
+                with suppress(libvirt.libvirtError):
+                    self._connection.domainEventDeregisterAny(number)
             with suppress(libvirt.libvirtError):
-                self._connection.domainEventDeregisterAny(number)
-        with suppress(libvirt.libvirtError):
-            self._connection.unregisterCloseCallback()
-        try:
-            self._connection.close()
-        except libvirt.libvirtError as error:
-            emit(LibvirtSaid(f"close: {error}"))
+                self._connection.unregisterCloseCallback()
+            with suppress(libvirt.libvirtError):
+                self._connection.close()
+
+    @contextmanager
+    def _calling(self, what: str) -> Iterator[None]:
+        """Translates libvirt's exceptions, and text that is not UTF-8, once, at the edge."""
+        with self._one_call:
+            try:
+                yield
+            except libvirt.libvirtError as error:
+                raise _translated(error, what) from error
+            except (UnicodeDecodeError, SystemError) as error:
+                raise SourceUnavailable(f"{what}: the answer is not UTF-8 text") from error
 
     def _domain(self, uuid: str) -> Any:
         return self._connection.lookupByUUIDString(uuid)

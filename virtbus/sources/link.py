@@ -137,7 +137,7 @@ class Handler(Protocol):
 
 
 class Link(Protocol):
-    """One connection. Calls may block for ever and raise SourceUnavailable."""
+    """One connection, one call at a time. Calls may block for ever and raise SourceUnavailable."""
 
     def facts(self) -> HostFacts:
         """The host; the daemon probes nothing for it."""
@@ -184,7 +184,7 @@ class Link(Protocol):
 
 
 class Connector(Protocol):
-    """Makes links; `open` blocks, `abandoned` links close themselves when their calls return."""
+    """Makes links; `open` blocks."""
 
     uri: str
     appeared_ns: int | None  # since when the daemon may have been there (wall ns), where that is known

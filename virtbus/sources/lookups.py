@@ -2,9 +2,10 @@
 
 A call into libvirt can't be cancelled, and a guest whose QEMU hangs holds it for ever. Guarantees:
 
-1. at most `in_flight` calls run at a time, at most one per domain, never on the event connection;
+1. at most `in_flight` calls run at a time, at most one per domain, each on a connection that no other call
+   uses meanwhile, never on the event connection;
 2. a call that outlives its deadline is given up by whoever waits; its late answer is still used;
-3. a connection whose places are all taken by calls that hang is replaced, at most once: no more than
+3. when calls that hang take all places, there are as many places once more, and no others: no more than
    twice `in_flight` of the daemon's workers are ever held by us, also when every guest hangs;
 4. a domain that hangs is not asked again before its call has come back;
 5. a question is closed by its answer, or because its subject is gone or the hypervisor is away; never by a
@@ -149,14 +150,12 @@ Job = Callable[[Link, str, Want], Want]
 
 
 @dataclass(slots=True, eq=False)
-class _Connection:
-    """One connection of the look-ups; opened by the first of them."""
+class _Places:
+    """Where calls run: `in_flight` of them at a time, each on a connection of its own."""
 
-    link: Link | None = None
-    # Looked up late: the simulation brings locks of its own.
-    opening: threading.Lock = field(default_factory=lambda: threading.Lock())  # noqa: PLW0108
+    resting: Link | None = None  # one connection is kept for the next call
     running: dict[str, float] = field(default_factory=dict)  # uuid → when its call began
-    used_at: float = math.inf  # when its last call came back
+    used_at: float = math.inf  # when the last call came back
 
 
 class Lookups:
@@ -173,13 +172,13 @@ class Lookups:
         clock: Callable[[], float] = time.monotonic,
         idle: float = math.inf,
     ) -> None:
-        """After `idle` seconds without a question the connection is closed."""
+        """After `idle` seconds without a question the last connection is closed."""
         self._connector, self._job, self._crew = connector, job, crew
         self._limit, self._deadline, self._idle, self._clock = in_flight, deadline, idle, clock
         self._lock = threading.Lock()
         self._questions = Questions()
-        self._current = _Connection()
-        self._abandoned: list[_Connection] = []
+        self._current = _Places()
+        self._abandoned: list[_Places] = []
         self._late: set[str] = set()
         self._paused = True
 
@@ -195,7 +194,7 @@ class Lookups:
             self._questions.forget(uuid)
 
     def pause(self) -> None:
-        """The hypervisor is away: drop its connection and the questions; calls that hang are left to fail."""
+        """The hypervisor is away: drop the connection and the questions; calls that hang are left to fail."""
         with self._lock:
             self._paused = True
             self._questions.clear()
@@ -218,7 +217,7 @@ class Lookups:
             )
 
     def check(self) -> float | None:
-        """Note calls beyond their deadline, replace a saturated connection, ask again what is due.
+        """Note calls beyond their deadline, replace places that are all taken by them, ask again what is due.
 
         Returns when to check again (monotonic), or None.
         """
@@ -247,63 +246,58 @@ class Lookups:
     # ---- inside; the lock is held
 
     def _abandon(self) -> None:
-        old, self._current = self._current, _Connection()
+        old, self._current = self._current, _Places()
         if old.running:
             self._abandoned.append(old)
-        elif old.link is not None:
-            old.link.close()
+        if old.resting is not None:
+            old.resting.close()
 
     def _busy_subjects(self) -> set[str]:
         return {uuid for each in (self._current, *self._abandoned) for uuid in each.running}
 
     def _dispatch(self) -> None:
-        connection, now = self._current, self._clock()
-        while not self._paused and len(connection.running) < self._limit:
+        places, now = self._current, self._clock()
+        while not self._paused and len(places.running) < self._limit:
             asked = self._questions.take(now, self._busy_subjects())
             if asked is None:
                 return
-            connection.running[asked.subject] = now
-            self._crew.run(partial(self._work, connection, asked))
+            places.running[asked.subject] = now
+            link, places.resting = places.resting, None
+            self._crew.run(partial(self._work, places, link, asked))
 
-    def _work(self, connection: _Connection, asked: Asked) -> None:
+    def _work(self, places: _Places, link: Link | None, asked: Asked) -> None:
         unanswered = asked.want
         try:
-            if connection is self._current:
-                connection.running[asked.subject] = self._clock()
-                unanswered = self._job(self._link(connection), asked.subject, asked.want)
+            if places is self._current:
+                places.running[asked.subject] = self._clock()
+                link = link or self._connector.open(None)
+                unanswered = self._job(link, asked.subject, asked.want)
         except VirtbusError as error:
             emit(LookupFinished("failed", asked.subject, error))
         except Exception as error:  # noqa: BLE001 - one strange domain must not cost the others their answers
             emit(Trouble("look-up", error))
         finally:
-            self._finished(connection, asked, unanswered)
+            self._finished(places, link, asked, unanswered)
 
-    def _finished(self, connection: _Connection, asked: Asked, unanswered: Want) -> None:
+    def _finished(self, places: _Places, link: Link | None, asked: Asked, unanswered: Want) -> None:
         with self._lock:
-            connection.running.pop(asked.subject, None)
+            places.running.pop(asked.subject, None)
             self._late.discard(asked.subject)
-            link, now = connection.link, self._clock()
-            connection.used_at = now
-            if connection is not self._current:
-                self._questions.answered(asked, unanswered, now)
-                if not connection.running and connection in self._abandoned:
-                    self._abandoned.remove(connection)
-                    if link is not None:
-                        link.close()
-            elif unanswered and link is not None and not link.alive():
-                self._abandon()
-                self._questions.again(asked)  # the domain is not to blame: on the next connection
+            places.used_at = now = self._clock()
+            is_current, is_lost = places is self._current, link is not None and not link.alive()
+            if is_current and unanswered and is_lost:
+                self._questions.again(asked)  # the domain is not to blame: on another connection
             else:
                 self._questions.answered(asked, unanswered, now)
+            if not places.running and places in self._abandoned:
+                self._abandoned.remove(places)
+            if link is not None and is_current and not is_lost and places.resting is None:
+                places.resting = link
+            elif link is not None:
+                link.close()
             self._dispatch()
         if not unanswered:
             emit(LookupFinished("found", asked.subject))
-
-    def _link(self, connection: _Connection) -> Link:
-        with connection.opening:
-            if connection.link is None:
-                connection.link = self._connector.open(None)
-            return connection.link
 
 
 class Asker:
