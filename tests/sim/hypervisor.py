@@ -39,7 +39,7 @@ from virtbus.sources.link import (
 SHUTDOWN, SHUTDOWN_HOST, STOPPED_DESTROYED = 6, 2, 1  # virDomainEventType and details of a destroyed guest
 DEFINED_RENAMED, UNDEFINED_RENAMED = 2, 1
 MIGRATED = 1  # the detail of STARTED, SUSPENDED and RESUMED
-PAUSED_USER = 1  # virDomainPausedReason: of a guest that an error had paused, once it is migrated
+PAUSED_USER = 1  # virDomainPausedReason: by an operator; an error's too, once the guest is migrated
 KEEPALIVE_SECONDS = 20.0  # then a client gives up a daemon that says nothing
 DISKS = {"virtio-disk0": ("vda", "a"), "virtio-disk1": ("vdb", "b")}  # alias → target, end of its path
 ALIASES = tuple(DISKS)
@@ -173,6 +173,7 @@ class Hypervisor(Protocol):
     def hang(self, seconds: float) -> None: ...
     def error(self, guest: Guest, alias: str, *, pause: bool, events: int = 1) -> None: ...
     def hide(self, guest: Guest, alias: str) -> None: ...
+    def suspend(self, guest: Guest) -> None: ...
     def resume(self, guest: Guest) -> None: ...
     def leave(self, guest: Guest) -> None: ...
     def enter(self, guest: Guest) -> None: ...
@@ -307,6 +308,12 @@ class Daemon:
             f"I/O error: disk='{target}', index='{image}', path='x', "
             f"timestamp='{at:%Y-%m-%d %H:%M:%S.%f}+0000', message='Input/output error'"
         )
+
+    def suspend(self, guest: Guest) -> None:
+        """An operator pauses it; what stands already stays as it is."""
+        if guest.here and guest.state == RUNNING:
+            guest.state, guest.reason = PAUSED, PAUSED_USER
+            self.lifecycle(guest, SUSPENDED, SUSPENDED_PAUSED)
 
     def resume(self, guest: Guest) -> None:
         if guest.state == PAUSED:

@@ -143,6 +143,10 @@ class Node:
     def hide(self, guest: Guest, alias: str) -> None:
         self._pods[guest.uuid].hide(guest, alias)
 
+    def suspend(self, guest: Guest) -> None:
+        if guest.here:
+            self._pods[guest.uuid].suspend(guest)
+
     def resume(self, guest: Guest) -> None:
         if guest.here:
             self._pods[guest.uuid].resume(guest)

@@ -445,10 +445,11 @@ def _skew(truth: Truth, host: str, at: float) -> float:
 def _every_pause(truth: Truth, events: list[Event], gaps: dict[str, list[Interval]]) -> Iterator[str]:
     """docs/events.md: a guest that stands by an error when a gap ends is found, whoever saw its pause.
 
-    Unless it stood when the gap began, an event had said so, and the disk that fails now had failed before:
-    that it was resumed meanwhile, and paused again, nobody can tell. QEMU keeps a disk's error when the guest
-    is resumed, libvirt keeps no message and no time of an error that pauses, and a listing that calls the
-    pause by another word than before may be of the same one (of a daemon that started again meanwhile, say).
+    Unless it stood when the gap began, an event had said so (or of a pause that can't be told from that one),
+    and the disk that fails now had failed before: that it was resumed meanwhile, and paused again, nobody can
+    tell. QEMU keeps a disk's error when the guest is resumed, libvirt keeps no message and no time of an
+    error that pauses, and a listing that calls the pause by another word than before may be of the same one
+    (of a daemon that started again meanwhile, say).
     """
     told: dict[tuple[str, str], list[float]] = defaultdict(list)
     for event in events:
@@ -456,7 +457,8 @@ def _every_pause(truth: Truth, events: list[Event], gaps: dict[str, list[Interva
             told[event.arrival.host, event.data["domain"]["uuid"]].append(
                 truth.made[event.arrival.record.id][0]
             )
-    for stood in truth.stood:
+    same: list[Stood] = []  # as far as anybody can tell, as an earlier one
+    for stood in sorted(truth.stood, key=lambda one: one.begin):
         if not stood.listed:
             continue
         its = [gap for gap in gaps[stood.host] if gap.uuid in (None, stood.uuid)]
@@ -470,10 +472,11 @@ def _every_pause(truth: Truth, events: list[Event], gaps: dict[str, list[Interva
                 if other.end >= blind:
                     blind = min(blind, other.start - 1.0)
             if _failed_before(truth, stood) and any(
-                any(one.begin <= at <= stood.begin for at in at_all)
+                one in same or any(one.begin <= at <= stood.begin for at in at_all)
                 for one in truth.stood
                 if (one.host, one.uuid) == (stood.host, stood.uuid) and blind <= one.end <= stood.begin
             ):
+                same.append(stood)
                 continue
             if not any(stood.begin <= at <= gap.end + FOUND_SECONDS for at in at_all):
                 yield (

@@ -125,9 +125,9 @@ def draw(seed: int) -> Plan:
         reactors=dice.choice((1, most) if fleet else (0, 0, 1)),
     )
     if seed % 16 == 5:
-        return _calm(plan)
+        return _operated(_calm(plan))
     faults = tuple(sorted([*_faults(plan, dice), *_meetings(plan)], key=lambda fault: fault.at))
-    return replace(plan, faults=faults) if seed % 8 != 4 else _nodes(plan, faults)
+    return _operated(replace(plan, faults=faults) if seed % 8 != 4 else _nodes(plan, faults))
 
 
 def _calm(plan: Plan) -> Plan:
@@ -142,6 +142,28 @@ def _calm(plan: Plan) -> Plan:
             faults += [fault for fault in met if fault.where != "reactor" or plan.reactors]
             at += dice.uniform(110.0, 150.0)
     return replace(plan, faults=tuple(sorted(faults, key=lambda fault: fault.at)))
+
+
+def _operated(plan: Plan) -> Plan:
+    """The same, and in some an operator pauses guests: now and then, and about when their disks fail."""
+    dice = random.Random(f"operator {plan.seed}")
+    if plan.shape is Shape.FLEET or dice.random() < 0.6:
+        return plan
+    pauses = []
+    for host in plan.hosts:
+        for _ in range(dice.choice((1, 3, 6))):
+            at = dice.uniform(5.0, plan.faulty_seconds - 60.0)
+            pauses.append(_pauses(dice, host.name, at, dice.randrange(host.guests)))
+    for fault in plan.faults:
+        if fault.what == "trouble" and dice.random() < 0.3:
+            at = max(1.0, fault.at + dice.uniform(-1.0, 2.0))
+            pauses.append(_pauses(dice, fault.where, at, fault.how["guest"]))
+    return replace(plan, faults=tuple(sorted([*plan.faults, *pauses], key=lambda fault: fault.at)))
+
+
+def _pauses(dice: random.Random, host: str, at: float, guest: int) -> Fault:
+    how = {"guest": guest, "seconds": dice.choice((0.05, 0.5, 3.0, 20.0))}
+    return Fault(round(at, 3), host, "operator_pauses", how)
 
 
 def _nodes(plan: Plan, faults: tuple[Fault, ...]) -> Plan:

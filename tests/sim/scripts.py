@@ -210,12 +210,13 @@ def hypervisor(
     uuid: str,
     *,
     fail: Callable[[], object],
+    pause: Callable[[], object],
     resume: Callable[[], object],
     destroy: Callable[[], object],
     restart: Callable[[], object],
     until: Callable[[Callable[[], bool]], object],
 ) -> list[str]:
-    """An error that pauses, what a look finds, a resume and what stays, an end, a daemon that restarts."""
+    """Errors that pause, what a look finds, a resume and what stays, an operator's pause, an end, a restart."""
     told = Told(uuid)
     link = connector.open(told)
     said = told.said
@@ -233,8 +234,8 @@ def hypervisor(
     (domain,) = [one for one in link.domains() if one.uuid == uuid]
     said.append(f"listed in state {domain.state}")
     look()
-    for _ in range(2):  # the second pause finds what QEMU kept of the first
-        fail()
+    for stop in (fail, fail, pause):  # the second and third find what QEMU kept of the first
+        stop()
         until(lambda: link.state(uuid)[0] == PAUSED)
         hear()
         said.append(f"paused, reason {link.state(uuid)[1]}")

@@ -16,7 +16,7 @@ from typing import Any
 
 from tests.sim import disk, node, oracle
 from tests.sim.broker import Broker, ModelBus
-from tests.sim.hypervisor import ALIASES, DISKS, RELEASES, SECRET, Daemon, Guest
+from tests.sim.hypervisor import ALIASES, DISKS, PAUSED_USER, RELEASES, SECRET, Daemon, Guest
 from tests.sim.node import NODES, Node
 from tests.sim.plan import Fault, Plan, Shape, draw
 from tests.sim.plane import Node as PlaneNode
@@ -416,6 +416,17 @@ class World:
                 host.daemon.rename(one, f"{one.name}+")
             if not one.here:
                 host.daemon.enter(one)
+
+    def _do_operator_pauses(self, host: SimAgent, guest: int, seconds: float) -> None:
+        one = host.guest(guest)
+        if host.daemon.works and one.here and one.state == RUNNING and one.hangs_until <= self.sched.now:
+            self.tell(host.name, f"an operator pauses {one.name} for {seconds:.1f} s")
+            host.daemon.suspend(one)
+            self.sched.sleep(seconds)
+            while one.here and one.reason == PAUSED_USER and not host.daemon.works:
+                self.sched.sleep(0.5)
+            if one.here and one.reason == PAUSED_USER:
+                host.daemon.resume(one)
 
     def _do_unplug(self, host: SimAgent, seconds: float, guest: int, disk: int) -> None:
         one, alias = host.guest(guest), ALIASES[disk]

@@ -11,7 +11,13 @@ from virtbus.model import Device
 from virtbus.observations import LATE_SECONDS, Burst, RawIoError
 from virtbus.sources.evidence import Look, Message, disk_errors_by_alias, newest_by_alias
 from virtbus.sources.findings import action_by_policy, burst_of, raw_error
-from virtbus.sources.link import ACTION_PAUSE, DISK_ERROR_NO_SPACE, DISK_ERROR_UNSPECIFIED
+from virtbus.sources.link import (
+    ACTION_PAUSE,
+    DISK_ERROR_NO_SPACE,
+    DISK_ERROR_UNSPECIFIED,
+    PAUSED,
+    PAUSED_IOERROR,
+)
 from virtbus.words import ENOSPC, Origin
 
 
@@ -39,6 +45,11 @@ class Pause:
         """Whether it is taken for an operator's unless an event comes, and no look shows that it is one."""
         seen = self.look is not None and not self.look.paused_by_io_error
         return not (self.certain or self.hinted or self.events or self.held or seen)
+
+    def saw_another(self) -> bool:
+        """Whether the look saw a later pause: libvirt says at once which ones are by an I/O error."""
+        seen = None if self.look is None else (self.look.state, self.look.reason)
+        return self.over and not self.certain and seen == (PAUSED, PAUSED_IOERROR)
 
     def may_lack(self, alias: str) -> bool:
         """Whether it is over without an event, and this is it unless it is that of the next one."""
@@ -84,6 +95,8 @@ class Case:
     found_ahead: bool = False  # a finding whose pause is still to come
     doubted_at: float | None = None  # an event reported a pause, and no pause came yet
     hinted_at: float = -math.inf  # an event came that explains an earlier pause, or is the next one's
+    # Such a one, until more is heard of the guest, and its pause, or when that was taken for an operator's.
+    lent: tuple[RawIoError, Pause | float] | None = None
     unsaid: list[float] = field(default_factory=list)  # when pauses were taken for an operator's
     puzzled_at: float = -math.inf  # a pause that nothing explained began, and goes on: its event may be late
     ask_at: float = 0.0  # when a look is to decide
@@ -111,9 +124,24 @@ class Case:
             self.credit = {}
             return
         events = self.credit if explained else {}
+        if by_io_error and explained and not events:
+            events = self._take_back()
         hinted = mono - self.hinted_at <= grace
         self.pauses.append(Pause(ns, mono, mono + grace, by_io_error, events, held=self.held, hinted=hinted))
-        self.credit, self.held = {}, []
+        self.credit, self.held, self.lent = {}, [], None
+
+    def _take_back(self) -> dict[str, RawIoError]:
+        """What was lent: before libvirt calls a pause one by an I/O error, it has reported that error."""
+        if self.lent is None:
+            return {}
+        raw, taker = self.lent
+        if isinstance(taker, float):
+            self.unsaid.insert(0, taker)
+        elif taker in self.pauses:
+            taker.events.clear()
+        else:  # it was decided by it
+            return {}
+        return {raw.alias: raw}
 
     def resumed(self, mono: float) -> None:
         """The guest runs again: whatever fails from now on is new."""
@@ -122,7 +150,7 @@ class Case:
         self.doubted_at, self.puzzled_at = None, -math.inf
         for pause in self.pauses:
             pause.over = True
-        self.credit = {}
+        self.credit, self.lent = {}, None
         self.keep_told()  # of a disk that failed behind the look, too
         self.events.clear()
         self.synthesised.clear()
@@ -138,17 +166,21 @@ class Case:
         self.hinted_at = mono
         self.last_ns[raw.alias] = max(self.last_ns.get(raw.alias, 0), raw.observed_at)
 
-    def claim(self, raw: RawIoError, pause: Pause | None, mono: float) -> None:
+    def claim(self, raw: RawIoError, pause: Pause | None, mono: float, grace: float) -> None:
         """Whose event it is: of a pause that needs it, of the present one, of an earlier or of the next."""
         unsaid = [each for each in self.pauses if each.is_unsaid()]
         if self.unsaid and pause not in unsaid:
-            self.unsaid.pop(0)  # it was not an operator's
+            taken = self.unsaid.pop(0)  # it was not an operator's
+            self.lent = (raw, taken) if pause is None else None
             return
         over = [each for each in self.pauses if each.may_lack(raw.alias)]
         present = [] if pause is None else [pause]
         for owner in [*(each for each in present if each in unsaid), *unsaid, *present, *over]:
             owner.events[raw.alias] = raw
-            self.hinted_at = self.hinted_at if owner is pause else mono
+            if owner is not pause:
+                self.hinted_at = mono
+            if pause is None:
+                self.lent, owner.due = (raw, owner), max(owner.due, mono + grace)
             return
         self.credit[raw.alias] = raw
 
@@ -207,8 +239,8 @@ class Case:
 
     def decide(self, pause: Pause, mono: float, devices: Mapping[str, Device]) -> list[Burst]:
         """What is reported of a pause whose grace is over: devices of no event, evidence for the others."""
-        look, events = pause.look, pause.events
-        wrong = pause.wrong
+        events = pause.events
+        look, wrong = (None, {}) if pause.saw_another() else (pause.look, pause.wrong)
         fresh = [alias for alias, code in wrong.items() if self.stale.get(alias) != code]
         by_error = look is not None and look.paused_by_io_error
         synthesised = {} if pause.over else self.synthesised  # else they are of a later pause
@@ -291,9 +323,8 @@ class Case:
         Of origin `reconcile` where another device explains the pause and this one's disk error may be older
         than we are: then whoever remembers an earlier run knows better.
         """
-        raw = raw_error(
-            (self.uuid, self.name, self.number), alias=alias, code=code, action=ACTION_PAUSE, ns=ns
-        )
+        whose = (self.uuid, self.name, self.number)
+        raw = raw_error(whose, alias=alias, code=code, action=ACTION_PAUSE, ns=ns)
         self.last_ns[alias] = ns
         return burst_of(raw, 1, origin, look, devices.get(alias), pause=True)
 
@@ -343,30 +374,6 @@ class Case:
                 found[alias] = replace(burst, message=message.text, stamp_ns=message.at_ns)
                 self.last_ns[alias] = at
         return [*named, *found.values()]
-
-    def look_back(self, look: Look, devices: Mapping[str, Device]) -> list[Burst]:
-        """What a look says about a pause that was reported before it: names, evidence, further devices."""
-        if not self.unseen and "" not in self.events and "" not in self.synthesised:
-            return []
-        wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
-        found = name_nameless(self, wrong, look, devices)
-        known = self.events.keys() | self.synthesised.keys()
-        named = {burst.raw.alias for burst in found}
-        found += [
-            burst_of(raw_of(self, alias), 0, Origin.EVENT, look, devices.get(alias), pause=True)
-            for alias in sorted(self.unseen - named)
-            if alias in known and alias in devices
-        ]
-        if known and look.complete:
-            ns = raw_of(self, next(iter(known))).observed_at
-            origin = Origin.RECONCILE if self.unsure else Origin.LIFECYCLE
-            for alias in missed_devices(self, wrong, known, devices):
-                found.append(self.found(alias, ns, look, devices, wrong[alias], origin))
-                self.synthesised[alias] = Finding(look.asked_at, found[-1].raw)
-        if look.complete:
-            self.unseen.clear()
-            self.stale, self.unsure = wrong, False
-        return found
 
 
 def _release(

@@ -41,7 +41,16 @@ from virtbus.observations import (
     Observation,
     RawIoError,
 )
-from virtbus.sources.cases import Case, Cases, Finding, Nameless, complete
+from virtbus.sources.cases import (
+    Case,
+    Cases,
+    Finding,
+    Nameless,
+    complete,
+    missed_devices,
+    name_nameless,
+    raw_of,
+)
 from virtbus.sources.evidence import STAMP_SLACK_NS, Look, disk_errors_by_alias
 from virtbus.sources.findings import ACTION_UNKNOWN, burst_of, newer_messages, raw_error
 from virtbus.sources.link import (
@@ -97,6 +106,31 @@ def _reported(case: Case, raw: RawIoError, mono: float) -> Verdict:
         case.wanting.add(alias)
         return Verdict.TELL_AND_LOOK
     return Verdict.TELL
+
+
+def _look_back(case: Case, look: Look, devices: Mapping[str, Device]) -> list[Burst]:
+    """What a look says about a pause that was reported before it: names, evidence, further devices."""
+    if not case.unseen and "" not in case.events and "" not in case.synthesised:
+        return []
+    wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
+    found = name_nameless(case, wrong, look, devices)
+    known = case.events.keys() | case.synthesised.keys()
+    named = {burst.raw.alias for burst in found}
+    found += [
+        burst_of(raw_of(case, alias), 0, Origin.EVENT, look, devices.get(alias), pause=True)
+        for alias in sorted(case.unseen - named)
+        if alias in known and alias in devices
+    ]
+    if known and look.complete:
+        ns = raw_of(case, next(iter(known))).observed_at
+        origin = Origin.RECONCILE if case.unsure else Origin.LIFECYCLE
+        for alias in missed_devices(case, wrong, known, devices):
+            found.append(case.found(alias, ns, look, devices, wrong[alias], origin))
+            case.synthesised[alias] = Finding(look.asked_at, found[-1].raw)
+    if look.complete:
+        case.unseen.clear()
+        case.stale, case.unsure = wrong, False
+    return found
 
 
 class Unheard:
@@ -186,7 +220,7 @@ class CrossCheck:
                 if not alias and name:
                     case.events[name] = case.events.pop(alias)._replace(alias=name)
                 return Verdict.KNOWN if finding.began < math.inf else Verdict.FOUND
-        case.claim(raw, pause, mono)
+        case.claim(raw, pause, mono, self._grace)
         if pause is None:
             case.expect(mono, self._grace)
         return Verdict.TELL
@@ -268,7 +302,7 @@ class CrossCheck:
             if alias in wanting
         ]
         if case.paused and look.paused_by_io_error and not any(not pause.over for pause in case.pauses):
-            found += case.look_back(look, devices)
+            found += _look_back(case, look, devices)
         return found
 
     def suspect(self, uuid: str, aliases: frozenset[str]) -> None:
