@@ -216,7 +216,7 @@ def hypervisor(
     restart: Callable[[], object],
     until: Callable[[Callable[[], bool]], object],
 ) -> list[str]:
-    """Errors that pause, what a look finds, a resume and what stays, an operator's pause, an end, a restart."""
+    """Errors that pause, looks, a resume and what stays, an operator's pause, an end, a daemon that restarts."""
     told = Told(uuid)
     link = connector.open(told)
     said = told.said
