@@ -81,6 +81,17 @@ def test_runs_are_in_the_order_of_the_chain_whatever_comes_first():
     assert runs.newest == "c"
 
 
+def test_a_run_whose_events_come_behind_the_heartbeat_of_the_next_is_the_older_one():
+    runs = Runs()
+    runs.meets("a")
+    assert runs.beats("c")
+    runs.meets("b")
+    runs.follows("b", "a")
+    runs.follows("c", "b")
+    assert [runs.rank(one) for one in "abc"] == [0, 1, 2]
+    assert runs.newest == "c"
+
+
 def test_an_agent_that_goes_on_beating_is_the_newest_run_even_if_another_seemed_later():
     runs = Runs()
     assert runs.beats("live")

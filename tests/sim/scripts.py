@@ -216,7 +216,7 @@ def hypervisor(
     restart: Callable[[], object],
     until: Callable[[Callable[[], bool]], object],
 ) -> list[str]:
-    """Errors that pause, looks, a resume and what stays, an operator's pause, an end, a daemon that restarts."""
+    """Errors that pause, looks, a resume and what stays, an operator's pause, an end, a restarted daemon."""
     told = Told(uuid)
     link = connector.open(told)
     said = told.said

@@ -34,6 +34,7 @@ from virtbus.sources.link import (
     ACTION_REPORT,
     PAUSED,
     PAUSED_IOERROR,
+    PAUSED_UNKNOWN,
     RESUMED,
     RUNNING,
     STOPPED,
@@ -395,7 +396,8 @@ def test_a_pause_of_milliseconds_without_an_event_is_told_with_its_device(detail
     guest = next(iter(host.guests.values()))
     with observed(host, replace(OPTIONS, grace_seconds=3.0)) as (observer, seen):
         seen.wait(SourceReady)
-        guest.state, guest.reason, guest.disk_errors = PAUSED, PAUSED_IOERROR, {"vda": 1}
+        reason = PAUSED_IOERROR if detail == SUSPENDED_IOERROR else PAUSED_UNKNOWN
+        guest.state, guest.reason, guest.disk_errors = PAUSED, reason, {"vda": 1}
         host.lifecycle(guest, SUSPENDED, detail)
         pauses = observer.check.cases[guest.uuid].pauses
         wait_until(lambda: pauses[0].look is not None)

@@ -93,9 +93,13 @@ class Runs:
         self.meets(epoch)
         if previous not in self._order:
             self._order.insert(self._order.index(epoch), previous)
-        elif self.rank(previous) > self.rank(epoch) and epoch not in self._beating:
-            self._order.remove(epoch)
-            self._order.insert(self._order.index(previous) + 1, epoch)
+        elif self.rank(previous) > self.rank(epoch):
+            if epoch not in self._beating:
+                self._order.remove(epoch)
+                self._order.insert(self._order.index(previous) + 1, epoch)
+            elif previous not in self._beating:  # its events come behind a heartbeat that overtook them
+                self._order.remove(previous)
+                self._order.insert(self._order.index(epoch), previous)
 
     def has_counted(self, epoch: str, id_: str) -> bool:
         """Whether this heartbeat came before, or one that its run made later: a UUIDv7 grows within a run."""

@@ -36,6 +36,7 @@ class Pause:
     waited: bool = False
     held: list[RawIoError] = field(default_factory=list)  # events that wait for a look to name them
     hinted: bool = False  # its event may have been taken for that of an earlier one
+    unplugged: dict[str, int] = field(default_factory=dict)  # the old disk errors of devices that left since
 
     def is_certain(self) -> bool:
         """Whether it is by an I/O error, as far as libvirt said so or no look shows that it is not."""
@@ -196,6 +197,8 @@ class Case:
         """Devices were unplugged; what came without a name may have been of one of them."""
         for alias in aliases:
             self.wanting.discard(alias)
+            for pause in self.pauses if alias in self.stale else ():
+                pause.unplugged[alias] = self.stale[alias]
             for kept in (self.stale, self.last_ns, self.reports, self.looked_for):
                 kept.pop(alias, None)
             self.reports.pop("", None)
@@ -241,6 +244,7 @@ class Case:
         """What is reported of a pause whose grace is over: devices of no event, evidence for the others."""
         events = pause.events
         look, wrong = (None, {}) if pause.saw_another() else (pause.look, pause.wrong)
+        wrong = {alias: code for alias, code in wrong.items() if pause.unplugged.get(alias) != code}
         fresh = [alias for alias, code in wrong.items() if self.stale.get(alias) != code]
         by_error = look is not None and look.paused_by_io_error
         synthesised = {} if pause.over else self.synthesised  # else they are of a later pause
