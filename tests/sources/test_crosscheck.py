@@ -1110,6 +1110,25 @@ def test_an_old_error_of_a_disk_that_is_unplugged_before_a_pause_is_decided_is_n
     assert findings(check, 1.1) == []
 
 
+def test_a_first_look_at_a_later_pause_leaves_it_to_its_event() -> None:
+    """Which of two old disk errors came anew only the event says; libvirt had not been asked before."""
+    check = CrossCheck(GRACE)
+    check.keep_only(frozenset({UUID}))
+    assert check.event(raw(at=0.0), 0.0) is Verdict.TELL
+    suspend(check, 0.01)
+    assert findings(check, 1.1) == []
+    assert findings(check, 2.1) == []
+    check.resumed(UUID, 3.0)
+    suspend(check, 10.0, by_io_error=False)
+    look = replace(Look(PAUSED, PAUSED_UNKNOWN, {"vda": 1, "vdb": 1}), asked_at=10.05)
+    assert reconcile(check, look, 10.1) == []
+    check.looked(UUID, look, DEVICES)
+    assert check.event(raw(at=10.6), 10.6) is Verdict.TELL
+    assert [(found.raw.alias, found.origin) for found in findings(check, 11.1)] == [
+        ("virtio-disk1", Origin.RECONCILE)  # which the memory of incidents knows to be an old one
+    ]
+
+
 @dataclass(frozen=True)
 class Stop:
     """A pause; its event comes `late` seconds after it (None: before it, or never where libvirt loses it).

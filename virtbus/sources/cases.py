@@ -336,12 +336,13 @@ class Case:
         self, look: Look, newer: Mapping[str, Message], devices: Mapping[str, Device], *, mono: float, ns: int
     ) -> list[Burst]:
         """What the look after a (re)connect found and no event reported; see CrossCheck."""
-        found: dict[str, Burst] = {}
-        named: list[Burst] = []
+        found, named = dict[str, Burst](), list[Burst]()
         domain = (self.uuid, self.name, self.number)
         # A pause whose beginning and end callbacks reported, or whose events wait for names, is theirs to
-        # report, however late the look is.
+        # report, however late the look is; so is one that goes on, of a guest that they saw run before it.
+        goes_on = any(not one.over and one.began <= look.asked_at for one in self.pauses)
         is_theirs = self.holds() or self.paused_at <= look.asked_at <= self.resumed_at
+        is_theirs = is_theirs or (goes_on and self.resumed_at > -math.inf)
         if look.paused_by_io_error and not is_theirs:
             self.paused = True
             wrong = disk_errors_by_alias(look.disk_errors or {}, devices)
