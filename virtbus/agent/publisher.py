@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 
@@ -157,11 +158,10 @@ class Publisher:
         return records
 
     def _done(self, record: Record, outcome: Outcome) -> None:
-        """Count an outcome; confirms are settled in groups, all else at once."""
-        METRICS.outcomes.labels(type(outcome).__name__.lower()).inc()
+        """Confirms are settled in groups, all else at once."""
+        self._outcomes.append((record, outcome))
         if not record.row:
             return
-        self._outcomes.append((record, outcome))
         if isinstance(outcome, Parked):
             emit(EventParked(record.id, record.key, outcome.reason))
         if not isinstance(outcome, Confirmed):
@@ -170,7 +170,9 @@ class Publisher:
             self._taps.offer("published", record)
 
     def _settle(self) -> None:
-        """Settle what has come together."""
+        """Count and settle what has come together."""
         if self._outcomes:
             outcomes, self._outcomes = self._outcomes, []
+            for kind, count in Counter(type(outcome) for _, outcome in outcomes).items():
+                METRICS.outcomes.labels(kind.__name__.lower()).inc(count)
             self._spool.settle(outcomes)

@@ -229,21 +229,18 @@ class Index:
 
     def remove(self, row: int, key: str) -> None:
         """The row is gone: confirmed, dead-lettered, evicted or dropped."""
-        code = self._code(row)
-        if not code:
+        page, at = divmod(row, _PAGE)
+        codes = self._codes.get(page)
+        if codes is None or not codes[at]:
             return
-        page = row // _PAGE
-        self.taken -= bool(code & _TAKEN)
+        self.taken -= bool(codes[at] & _TAKEN)
         self.pending -= 1
-        self._codes[page][row % _PAGE] = 0
+        codes[at] = 0
         self._alive[page] -= 1
         if not self._alive[page]:
             del self._codes[page], self._alive[page]
         lane = self._lanes.get(key)
-        if lane is None:
-            return
-        first = self._first(lane)
-        if first is None or (lane.state != _QUEUED and first != lane.entry):
+        if lane is not None and lane.entry == row:  # the next one stands for the lane now
             self.parked_keys -= lane.state == _PARKED
             self._queue(key, lane)
 

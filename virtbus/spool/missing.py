@@ -165,7 +165,9 @@ class Account:
 
     def settle(self, first: int, last: int) -> None:
         """Mark `first` to `last` as settled; numbers that are settled already stay so."""
-        for chunk, mask in _bits(max(first, self.below * CHUNK + 1), min(last, self.last)):
+        first, last = max(first, self.below * CHUNK + 1), min(last, self.last)
+        one = ((first - 1) // CHUNK, 1 << (first - 1) % CHUNK)  # nearly all are settled one by one
+        for chunk, mask in (one,) if first == last else _bits(first, last):
             bitmap = self.bitmaps.get(chunk, 0) | mask
             self.bitmaps[chunk] = FULL if bitmap == FULL else bitmap  # one object for all that are full
             self.touched.add(chunk)

@@ -191,7 +191,8 @@ class _Publisher:
             _, since = self.flying.pop(record.key)
             if error is None:
                 METRICS.confirm_seconds.observe(now - since)
-                self.watch.forget()
+        if any(error is None for _, error in reports):
+            self.watch.forget()
         return reports
 
     def fault(self, patience: float = 0.0, grace: float = 0.0) -> VirtbusError | None:
