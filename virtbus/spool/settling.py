@@ -29,6 +29,8 @@ MAX_UNSETTLED = 1024  # sent and not settled, beyond which nothing is taken whil
 SETTLE_PATIENCE_SECONDS = 0.25  # how long settling waits for a commit that hangs on the disk
 RETRY_SECONDS = 1.0  # between two tries while the disk refuses
 COMPACT_PENDING = 4096  # a longer backlog is sent first: it takes a twentieth longer while pages are moved
+COMPACT_SECONDS = 1.0  # between two looks at how many pages are free, while some are given back
+IDLE_COMPACT_SECONDS = 60.0  # the same when nothing was settled: an eviction or an operator frees pages too
 COMPACT_PAGES = 256  # so many free pages, and half of the file, are given back to the file system
 
 
@@ -64,7 +66,7 @@ class Settler:
         self._mirror = mirror
         self._taken: dict[int, EventRow] = {}  # by position; the bodies are those that their records hold
         self._unwritten = _Unwritten()
-        self._compact_at = mirror.clock().monotonic + 1.0
+        self._compact_at = mirror.clock().monotonic + COMPACT_SECONDS
         self._settle_again_at = 0.0
         self._read_again_at = 0.0
         self._file = Connection(mirror, "NORMAL")
@@ -137,7 +139,9 @@ class Settler:
         Who sets it must call `Spool.wake`.
         """
         deadline = self._mirror.clock().monotonic + timeout
-        self._write(deadline - timeout, 0.0, tidy=True)  # what the disk refused before
+        now = deadline - timeout
+        if self._unwritten or now >= self._compact_at:
+            self._write(now, 0.0, tidy=True)  # what the disk refused before
         with self._mirror.changed:
             while True:
                 now = self._mirror.clock().monotonic
@@ -230,6 +234,7 @@ class Settler:
                     self._file.db.execute("PRAGMA wal_checkpoint(RESTART)").fetchall()
             if self._unwritten:
                 self._write_outcomes()
+                self._compact_at = min(self._compact_at, now + COMPACT_SECONDS)
             if tidy:
                 self._compact(now)
             self._settle_again_at = 0.0
@@ -324,11 +329,12 @@ class Settler:
         """Give free pages back to the file system, a little at a time, when most of the file is free."""
         if now < self._compact_at or self._mirror.index.pending > COMPACT_PENDING:
             return
-        self._compact_at = now + 1.0
+        self._compact_at = now + IDLE_COMPACT_SECONDS
         (free,) = self._file.db.execute("PRAGMA freelist_count").fetchone()
         (pages,) = self._file.db.execute("PRAGMA page_count").fetchone()
         if free < COMPACT_PAGES or free * 2 < pages:
             return
+        self._compact_at = now + COMPACT_SECONDS
         with self._file.transaction() as db:
             for _ in range(min(free, COMPACT_PAGES * 4)):
                 db.execute("PRAGMA incremental_vacuum(1)")
