@@ -86,8 +86,8 @@ class WallClocks:
     def stamps(self, since: Moment, now: Now, *, ours: bool = True) -> tuple[int, float]:
         """What another program has stamped since then is not older than the first, nor newer than the second.
 
-        It may have done so by the clock of then, of now, or any between them. What is newer was stamped
-        before the clock was set back; nothing is where the clock is not known (`ours`: it is this host's).
+        It may have done so by the clock of then, of now, or any between them. A newer stamp was made before
+        the clock was set back. Where the clock is not this host's (`ours`) no stamp is too new.
         """
         self.follow(now)
         ends = [*self._each[1:], Moment.of(now)]

@@ -12,7 +12,7 @@ Guarantees, for any order of observations, clock jumps and restarts:
 
 A burst of count 0 carries facts found later about errors that were already reported (evidence, a text, the
 device's name). If they are new, they become an update of count 0; they open no incident and do not restart
-the quiet period. What a look finds (origin `reconcile`) and an incident of this or an earlier run already
+the quiet period. A look's finding (origin `reconcile`) that an incident of this or an earlier run already
 covers becomes such a burst, whenever the look comes.
 
 A guest that does not run, for whatever reason, proves nothing by its silence.
@@ -292,8 +292,8 @@ class Incidents:
 
         An error's own time is that of the message which the hypervisor kept of it: what has one is known if
         its device had an error at that time or later. A standing pause without one is known if an incident of
-        its device (or of an unknown device of its guest) holds the guest paused; also if another incident
-        does and the device failed before, because its disk error is kept.
+        its device (or of an unknown device of its guest) holds the guest paused. It is also known if another
+        device's incident holds the guest paused and this device failed before: libvirt keeps old disk errors.
         """
         uuid, alias = finding.raw.domain_uuid, finding.raw.alias
         live = [one for one in self._book.of(uuid) if not one.drill]

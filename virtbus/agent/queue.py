@@ -29,7 +29,7 @@ from virtbus.telemetry import METRICS
 from virtbus.words import Origin
 
 QUEUE_LIMIT = 10_000  # callbacks; beyond it they fold into counters
-FOLD_LIMIT = 10_000  # different (device, action, reason) counters; beyond it errors are counted as dropped
+FOLD_LIMIT = 10_000  # counters by device, beyond which errors fold by domain; dropped is beyond twice that
 _OF_THE_SOURCE = (SourceReady, SourceLost, SourceGone, HostKnown, StoodStill, Surveyed)
 _OF_A_GUEST = (DomainResumed, DomainHalted, DomainGone, DeviceRemoved, DevicesKnown)
 _SELF = 4  # what one connection may say about itself, for which room is kept: seen, lost, ready, its host
@@ -155,7 +155,7 @@ class IntakeQueue:
         """Wait up to `timeout` seconds, then take at most BATCH_LIMIT observations, oldest first."""
         if not len(self):
             self._counted = frozenset()
-            if not len(self):  # still: `put` asks after its item is in whether that wakes somebody
+            if not len(self):  # look again: what `put` added before `_counted` was cleared woke nobody
                 self._filled.wait(timeout)
         with self._lock:
             self._filled.clear()

@@ -3,8 +3,8 @@
 The windows. A message opens a window; errors in it are counted.
 
 1. Errors that are pending at its end are reported then; the next window is twice as wide, up to the limit.
-2. If none is pending, the next error goes out at once. If it came within one more width, the next window is
-   twice as wide, too; else it is as wide as before.
+2. If none is pending, the next error goes out at once. If it came within the window's width after its end,
+   the next window is twice as wide, too; else it keeps its width.
 
 So rare errors are reported without delay, and never more than one a window. A change of action or reason, or
 the start of flapping, goes out at once where the message rate allows it, else as soon as it does; what was

@@ -33,7 +33,7 @@ class FleetRules:
 
 
 class Answer(Enum):
-    """What there is to say of a host; never one of two."""
+    """What there is to say of a host: three answers, not just bad and well."""
 
     BAD = "bad"
     WELL = "well"

@@ -30,8 +30,8 @@ class HoldPolicy:
     1. never more hosts are held than `max_share` of those in the fleet (one always may); one that has been
        out of the fleet for an hour no longer counts;
     2. only a host that is bad for `raise_seconds` on end is held: its agent reports and sees its hypervisor,
-       it is not too early to tell (but with `when` "any"), and not most agents are silent at once (that would
-       rather be our own fault);
+       it is not too early to tell (except with `when` = any), and not most agents are silent at once (that
+       would rather be our own fault);
     3. this policy releases only a host that is well for `clear_seconds` on end: by heartbeats of its agent's
        present run, with none of its guests in trouble; doubled each time it comes back within an hour
        (`holds.orphaned` gives back hosts that left);

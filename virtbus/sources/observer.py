@@ -25,7 +25,7 @@ from virtbus.sources.session import Closed, Session, Shared
 from virtbus.telemetry import SourceCutOff, SourceRegistered, Trouble, emit
 
 RECONNECT_CEILING_SECONDS = 2.0  # callbacks are back within 5 s after the daemon is
-ALIVE_SECONDS = 5.0  # between two looks at a connection that nobody closed
+ALIVE_SECONDS = 5.0  # between two looks whether libvirt closed it without telling; silence is keepalive's
 POLL_SECONDS = 1.0  # how soon `stop` is seen
 LOOK_POLL_SECONDS = 0.02  # how soon the end of a first look is seen where its last answer failed or is late
 NOTES_A_STEP = 64

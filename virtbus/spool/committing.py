@@ -202,7 +202,7 @@ class Committer:
         now = reading.monotonic
         if not self._owing and seen.boot_ns > self._seen.boot_ns:
             self._seen = seen
-            # Others took the moment of our opening from another reading, microseconds off.
+            # The intake read the clock microseconds from here: the start itself does not count as progress.
             if seen.boot_ns - self._opened.boot_ns >= STEP_NS:
                 self._mirror.earlier_ns = 0
         if self._follow_clock(reading):  # a power cut from here on must find it

@@ -62,7 +62,7 @@ class Mirror:
         self.memory = threading.Lock()
         self.changed = threading.Condition(self.memory)
         self.account = Account(0, "", 0, 0)  # this run's
-        # How much older than its `alive_ns` a stamp can be of what came later: the clock was set forward, ns.
+        # By how many ns a stamp made after `alive_ns` may lie before it, because the clock was set meanwhile.
         self.earlier_ns = 0
         self.accounts: dict[str, Account] = {}  # by epoch
         self.index = Index()

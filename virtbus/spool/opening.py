@@ -39,8 +39,8 @@ class Opening:
 
     previous: PreviousRun | None  # the last run that committed something, as far as the file knows
     last_alive_ns: int | None  # up to when it saw everything, in the wall clock as it is now
-    placed: bool  # that clock can show it; else it was set back over a reboot, and this is the latest moment
-    stamps_since_ns: int | None  # what was stamped since then, by the clock of then or of now, is not older
+    placed: bool  # False: the clock was set back over a reboot, and `last_alive_ns` is only the latest moment
+    stamps_since_ns: int | None  # no stamp made after that moment is older, by the clock of then or of now
     damage: str | None  # what was wrong with the file
     set_aside: Path | None  # where the damaged file is now
     rescued: int  # events copied from it
@@ -224,11 +224,11 @@ def _load_events(db: sqlite3.Connection, mirror: Mirror, present: dict[str, dict
 
 
 def _in_this_clock(alive_ns: int, clock: dict[str, Any], now: Now) -> tuple[int | None, bool]:
-    """When the last run last saw everything, as the wall clock would have said it had it been as it is now.
+    """When the last run last saw everything, in the wall clock as it is now, and whether that is certain.
 
     Of the same boot the time that passed is known. Else the stamp is believed, unless it lies after this
-    boot began: the clock was wrong then or is now. The boot's beginning is then the latest that it can be,
-    and how much earlier it was (the second value is False) nobody knows.
+    boot began: the clock was wrong then or is now. Then the result is the boot's beginning, as the latest
+    moment that it can be, and False.
     """
     if not alive_ns:
         return None, True
@@ -385,7 +385,7 @@ def _fix_runs(target: sqlite3.Connection, copied: set[tuple[str, int]]) -> None:
     runs = {row[1]: Account(*row[:6]) for row in target.execute(files.select("runs"))}
     numbers = {run.run for run in runs.values()}
     slots = [slot for (slot,) in target.execute("SELECT slot FROM accounts")]
-    # Newest first is what UUIDv7 gives; it only matters when several records were lost at once.
+    # Oldest first, as UUIDv7 sorts; it only matters when several records were lost at once.
     lost = sorted(epoch for epoch in last if epoch not in runs)
     orphans = sorted({slot >> 32 for slot in slots} - numbers)
     for epoch in lost:
