@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import select
@@ -10,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -67,6 +68,7 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
     config = loaded.config
     os.umask(0o077)
     keep_memory_private()
+    use_one_heap()
     if os.geteuid() == 0:
         emit(RunningAsRoot())
     for secret in exposed_secrets(loaded):
@@ -135,6 +137,12 @@ def _end_with_thread(agent: Agent, died: threading.ExceptHookArgs) -> None:
     error = f"{died.exc_type.__name__}: {died.exc_value}"
     emit(ThreadDied(name, error))
     agent.fail(AgentBroken(f"thread {name} ended: {error}"))
+
+
+def use_one_heap() -> None:
+    """Keep all threads on one heap of the C library: each of glibc's arenas holds pages of its own."""
+    with suppress(AttributeError):  # another C library has no such option
+        ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX, <malloc.h>
 
 
 def spare_collector() -> None:
