@@ -1,4 +1,7 @@
-"""Files of ours: what may stand in their place, which file it is, and who has claimed it."""
+"""Files of ours: what may stand in their place, and which file it is.
+
+`claim` is for the dedupe file and the reactor's store; the spool's lock is in spool/files.py.
+"""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.agent.process import virtbus
 from virtbus.agent.identity import is_of_another_machine, load_agent_id
+from virtbus.spool import Spool, SpoolLimits, prepare_state_dir
 
 
 def agent_id(folder: Path, *words: str) -> tuple[int, str, str]:
@@ -55,6 +56,24 @@ def test_an_unknown_user_leaves_nothing_behind(tmp_path: Path) -> None:
     assert (code, out) == (78, "")
     assert "no user 'nobody-knows'" in err
     assert not (tmp_path / "state").exists()
+
+
+def test_an_agent_that_is_refused_the_folder_leaves_its_id_alone(tmp_path: Path) -> None:
+    other = tmp_path / "machine-id"
+    other.write_text("00000000000000000000000000000001\n")
+    state = tmp_path / "state"
+    prepare_state_dir(state)
+    theirs, _ = load_agent_id(state, machine_id_file=other)
+    before = (state / "agent-id").read_text()
+    words = ("--libvirt", "test:///default", "--bus", f"embedded://{tmp_path}/bus.db", "--http-listen", "")
+    spool = Spool.open(state, limits=SpoolLimits(), agent_id=theirs)  # that machine's agent, on a shared disk
+    try:
+        refused = virtbus("run", *words, "--state-dir", str(state))
+    finally:
+        spool.close()
+    assert refused.returncode != 0
+    assert "stop it first" in refused.stderr
+    assert (state / "agent-id").read_text() == before
 
 
 def test_a_cloned_disks_id_is_refused_and_kept(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ A guest that does not run, for whatever reason, proves nothing by its silence.
 Errors of origin `replay` have incidents of their own: a drill never hides in a live incident, nor a live
 error in a drill's.
 
-The caller applies observations in the order in which they came: errors may be grouped into bursts only
-between two other observations, else a resume could be taken for the state after a later pause.
+The caller applies observations in the order in which they came, and never groups errors across another
+observation: a resume between two pauses would seem to follow both.
 """
 
 from __future__ import annotations
@@ -328,7 +328,7 @@ class Incidents:
         return latest is not None and late.first_ns - latest > LATE_SECONDS * 1e9
 
     def _is_left_over(self, finding: Burst) -> bool:
-        """Whether a disk error is kept from before: the look found a device beside it that never failed.
+        """Whether a disk error is an old one, because the look found another device that had never failed.
 
         That one explains the pause, in whichever order the two come.
         """

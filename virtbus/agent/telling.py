@@ -138,7 +138,7 @@ class Teller:
         if not burst.count:
             facts = facts.filled(incident.facts)
             self._describe(incident)
-            if not (facts.add_to(incident.facts) or incident.described):  # nothing that was not reported
+            if not (facts.add_to(incident.facts) or incident.described):  # all of it was reported
                 if burst.stamp_ns is not None:
                     incident.stamp_ns = max(incident.stamp_ns or 0, burst.stamp_ns)
                 return []
@@ -235,7 +235,7 @@ class Teller:
         return len(incident.paused_at) >= enough and len(self._recent_pauses(incident)) >= enough
 
     def resume(self, domain_uuid: str, at_ns: int) -> list[Event]:
-        """The guest runs: from now on its devices can prove that they are quiet; one that is gone has."""
+        """The guest runs: from now on its devices' silence counts; incidents of removed devices end."""
         self._watch.runs(domain_uuid)
         concerned = self._book.of(domain_uuid)
         concerned += [one for one in self._book.of_host() if domain_uuid in one.paused]

@@ -79,9 +79,10 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
         stack.callback(bus.close)
         state_dir = Path(config.state_dir)
         prepare_state_dir(state_dir)
-        agent_id, previous = load_agent_id(state_dir)
-        spool = Spool.open(state_dir, limits=config.spool, agent_id=agent_id, clock=clock)
+        spool = Spool.open(state_dir, limits=config.spool, agent_id="", clock=clock)
         stack.callback(spool.close)
+        # Behind the lock: an agent of another machine must not give a new id to the one that runs here.
+        spool.agent_id, previous = load_agent_id(state_dir)
         source = open_source(config, since_ns=spool.opening.stamps_since_ns)
         METRICS.spool_max_bytes.set(config.spool.max_bytes)
         watch_files(config.bus.tls.cert_file, config.bus.tls.ca_file)
@@ -90,7 +91,7 @@ def run(loaded: Loaded, again: Callable[[], Loaded] | None = None) -> None:
             bus=bus,
             spool=spool,
             incidents=Incidents(config.incidents, new_id=lambda: uuid7(clock().wall_ns)),
-            agent_id=agent_id,
+            agent_id=spool.agent_id,
             previous_agent_id=previous,
             options=AgentOptions(
                 drain_seconds=config.drain_seconds,

@@ -116,7 +116,7 @@ class Found:
 class Integration:
     """Base of all integrations. Made once; one thread calls `execute` and `look`, another one all else."""
 
-    name: ClassVar[str]
+    name: ClassVar[str]  # the entry point's name, too
     holds: ClassVar[bool] = False  # whether it can keep new guests off a host (HOLD and RELEASE)
 
     def wants(self, delivery: Delivery) -> Action | None:

@@ -19,8 +19,8 @@ Sink: TypeAlias = Callable[[Observation], None]
 class SourceOptions:
     """How a hypervisor is observed; times in seconds.
 
-    `since_ns`: what happened after the last run had seen everything has no older stamp. Errors that the
-    hypervisor remembers from after it are findings; None asks for none of them.
+    `since_ns`: up to when the last run saw everything (wall clock, the earliest that it can be). Errors that
+    the hypervisor remembers from after it are findings; None asks for none of them.
     """
 
     lookup_deadline_seconds: float = 0.5  # then a look-up is late; no event waits for it

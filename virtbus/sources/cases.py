@@ -43,7 +43,7 @@ class Pause:
         return self.certain or (self.hinted and (self.look is None or self.look.paused_by_io_error))
 
     def is_unsaid(self) -> bool:
-        """Whether it is taken for an operator's unless an event comes, and no look shows that it is one."""
+        """Whether it is taken for an operator's until an event comes, though no look has shown that."""
         seen = self.look is not None and not self.look.paused_by_io_error
         return not (self.certain or self.hinted or self.events or self.held or seen)
 
@@ -53,7 +53,7 @@ class Pause:
         return self.over and not self.certain and seen == (PAUSED, PAUSED_IOERROR)
 
     def may_lack(self, alias: str) -> bool:
-        """Whether it is over without an event, and this is it unless it is that of the next one."""
+        """Whether it is over and has no event, so that an event of `alias` may be its own."""
         if not self.over or self.events or self.held:
             return False
         return self.look is None or not alias or set(self.wrong) == {alias}

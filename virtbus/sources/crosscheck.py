@@ -14,7 +14,7 @@ comes later than LATE_SECONDS after its finding:
    has left, or gone on since and a look had named the device. If it belonged to the next pause after all,
    that pause is reported as a finding;
 4. where "twice" and "never" can't be told apart, it is twice: nothing is lost. A pause of unknown reason, of
-   a disk that failed before, is an operator's unless an event comes: it takes the next one;
+   a disk that failed before, is an operator's until an event comes: the next one is taken for its;
 5. an event of a pause that comes after its guest was resumed (QEMU from 9.2 to 10 may hold it back for a
    second) is followed by a look and, if that finds the guest running, by a `DomainResumed`;
 6. an error reported without its device's name (libvirt gives none during a blockcopy, or the look is late) is
@@ -84,7 +84,7 @@ class Verdict(Enum):
     TELL_AND_LOOK = "tell and look"  # pass it on, and look for evidence
     HOLD = "hold"  # say nothing yet: `due` reports it, with its device's name if a look finds that
     KNOWN = "known"  # its pause was reported as a finding: it adds facts, no count
-    FOUND = "found"  # what a look alone had found was reported, which an earlier run may have known: the same
+    FOUND = "found"  # like KNOWN, but only a look had seen the pause: an earlier run may have reported it
 
 
 @dataclass(frozen=True, slots=True)
