@@ -29,7 +29,7 @@ from virtbus.telemetry import METRICS
 from virtbus.words import Origin
 
 QUEUE_LIMIT = 10_000  # callbacks; beyond it they fold into counters
-FOLD_LIMIT = 10_000  # counters by device, beyond which errors fold by domain; dropped is beyond twice that
+FOLD_LIMIT = 10_000  # counters by device; beyond it errors fold by domain, beyond twice that they are dropped
 _OF_THE_SOURCE = (SourceReady, SourceLost, SourceGone, HostKnown, StoodStill, Surveyed)
 _OF_A_GUEST = (DomainResumed, DomainHalted, DomainGone, DeviceRemoved, DevicesKnown)
 _SELF = 4  # what one connection may say about itself, for which room is kept: seen, lost, ready, its host
